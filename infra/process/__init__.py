@@ -1,0 +1,1 @@
+"""Child processes: one per heavy stage, supervised, measured and never orphaned."""

@@ -1,0 +1,191 @@
+"""The parent's side: start a child, follow its progress, measure it, and end its whole process tree."""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from infra import errors
+
+SAMPLE_INTERVAL_S = 0.05
+LOG_TAIL_LINES = 15
+
+# Each of these keeps a library from calling home or from looking for a hub. They are set in the child,
+# over whatever the user's environment says. Olive and Foundry Local upload usage data even when their
+# own switches are off, but neither does when it finds itself in CI (docs/privacy.md has the measurements).
+QUIET_ENVIRONMENT = {
+    "CI": "1",
+    "DO_NOT_TRACK": "1",
+    "OLIVE_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONUTF8": "1",
+}
+
+OnProgress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class ChildResult:
+    """What a child returned, and what it took: wall time in s, peak resident memory of its process tree in bytes."""
+
+    value: dict[str, Any]
+    wall_s: float
+    peak_rss_bytes: int
+
+
+def run_in_child(
+    function: str,
+    request: dict[str, Any],
+    *,
+    deadline_s: float,
+    log_path: Path,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> ChildResult:
+    """Run `MODULE:FUNCTION` of infra in a process of its own and return its result.
+
+    `request` and the result are JSON objects. The child runs in `work_dir`, writes its log to `log_path`,
+    and is killed with all its descendants when `deadline_s` is over or when this call is left by any
+    exception (a cancelled flow run, Ctrl-C). If this process dies, the child ends itself.
+
+    Raises `DeadlineExceeded`; the child's own `SlmopsError`; `PassingFault` when it was killed from
+    outside; `StageFailed` with the end of the log for anything else.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "infra.process.child", function],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=work_dir,
+            env=_child_environment(environment or {}),
+            start_new_session=os.name == "posix",
+        )
+    try:
+        message, peak_rss_bytes = _follow(process, request, started + deadline_s, on_progress)
+    except TimeoutError:
+        raise errors.DeadlineExceeded(
+            f"{function} was stopped at its deadline of {deadline_s:.0f} s.",
+            f"Raise the stage's timeout (slmops config lists them) or see its log: {log_path}",
+        ) from None
+    finally:
+        _end_tree(process)
+    wall_s = time.monotonic() - started
+    if "result" in message:
+        return ChildResult(message["result"], wall_s, peak_rss_bytes)
+    raise _error_of(function, message, process.returncode, log_path)
+
+
+def _child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[2])
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return {**inherited, "PYTHONPATH": path, **QUIET_ENVIRONMENT, **extra}
+
+
+def _follow(
+    process: subprocess.Popen[bytes], request: dict[str, Any], deadline: float, on_progress: OnProgress | None
+) -> tuple[dict[str, Any], int]:
+    assert process.stdin and process.stdout
+    with contextlib.suppress(BrokenPipeError):  # a child that died at once is reported by its exit status
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+    messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    threading.Thread(target=_read_messages, args=(process.stdout, messages), daemon=True).start()
+    tree = _TreeMemory(process.pid)
+    while True:
+        tree.sample()
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        try:
+            message = messages.get(timeout=SAMPLE_INTERVAL_S)
+        except queue.Empty:
+            continue
+        if message is None:
+            return {}, tree.peak_rss_bytes
+        if "progress" not in message:
+            return message, tree.peak_rss_bytes
+        if on_progress:
+            on_progress(**message["progress"])
+
+
+def _read_messages(stream: Any, messages: "queue.Queue[dict[str, Any] | None]") -> None:
+    for line in stream:
+        messages.put(json.loads(line))
+    messages.put(None)
+
+
+class _TreeMemory:
+    """The highest sum of resident memory seen over a process and its descendants."""
+
+    def __init__(self, pid: int) -> None:
+        self.peak_rss_bytes = 0
+        self._root = psutil.Process(pid)
+
+    def sample(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            processes = [self._root, *self._root.children(recursive=True)]
+            self.peak_rss_bytes = max(self.peak_rss_bytes, sum(_rss_bytes(process) for process in processes))
+
+
+def _rss_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:  # it ended between the listing and the reading
+        return 0
+
+
+def _end_tree(process: subprocess.Popen[bytes]) -> None:
+    descendants: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        descendants = psutil.Process(process.pid).children(recursive=True)
+    if process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=2 if process.stdin and process.stdin.closed else 0.5)
+    for descendant in descendants:
+        with contextlib.suppress(psutil.Error):
+            descendant.kill()
+    if process.poll() is None:
+        process.kill()
+    for stream in (process.stdin, process.stdout):
+        if stream:
+            with contextlib.suppress(OSError):
+                stream.close()
+    process.wait()
+
+
+def _error_of(function: str, message: dict[str, Any], returncode: int, log_path: Path) -> errors.SlmopsError:
+    error = message.get("error")
+    if error and error["kind"]:
+        kind: type[errors.SlmopsError] = getattr(errors, error["kind"], errors.StageFailed)
+        return kind(error["message"], error["what_to_do"])
+    tail = "\n".join(log_path.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:])
+    advice = f"The end of its log ({log_path}):\n{tail}"
+    if error:
+        return errors.StageFailed(f"{function} failed: {error['message']}.", advice)
+    if returncode < 0 or returncode == 137:
+        return errors.PassingFault(
+            f"{function} was killed by signal {-returncode if returncode < 0 else 9}, "
+            "most often because the machine ran out of memory.",
+            advice,
+        )
+    return errors.StageFailed(f"{function} ended with status {returncode} without a result.", advice)

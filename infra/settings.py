@@ -1,0 +1,178 @@
+"""Every setting of slmops: one class, read from `SLMOPS_*` environment variables inside an entry point."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+from platformdirs import user_data_path
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from infra.errors import BadInput
+
+ENVIRONMENT_PREFIX = "SLMOPS_"
+NESTED_DELIMITER = "__"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoreSettings(_Section):
+    """Where versions are kept."""
+
+    uri: str | None = Field(None, description="Store of versions; default: the folder `store` under the home directory.")
+    endpoint_url: str | None = Field(None, description="Endpoint of an S3-compatible server; default: AWS.")
+    access_key_id: str | None = Field(None, description="S3 access key; default: the usual AWS credential chain.")
+    secret_access_key: SecretStr | None = Field(None, description="S3 secret key; default: the AWS credential chain.")
+
+
+class FoundrySettings(_Section):
+    """Foundry Local's directories."""
+
+    cache_dir: Path | None = Field(
+        None, description="Foundry Local's model cache; default: the folder `foundry` under the home directory."
+    )
+
+
+class GateSettings(_Section):
+    """Thresholds of the gate; each overrides the defaults of all precisions."""
+
+    min_top1_agreement: Share | None = Field(
+        None, description="Smallest share of positions at which variant and reference prefer the same token."
+    )
+    max_kl_divergence: float | None = Field(
+        None, ge=0, description="Largest mean KL divergence of the variant from the reference, in nats per token."
+    )
+    max_quality_loss: Share | None = Field(
+        None, description="Largest drop of the task score (share of exact matches) below the reference's."
+    )
+
+
+class EvaluationSettings(_Section):
+    """Size of the comparison with the reference."""
+
+    max_rows: int = Field(200, ge=1, le=100_000, description="Evaluation rows that are used, from the first on.")
+    max_new_tokens: int = Field(128, ge=1, le=8192, description="Longest generated answer, in tokens.")
+    max_positions: int = Field(
+        512, ge=1, le=100_000, description="Token positions at which the next-token distributions are compared."
+    )
+    batch_size: int = Field(8, ge=1, le=256, description="Rows that the reference answers at once.")
+
+
+class BenchmarkSettings(_Section):
+    """Size of the measurement of speed and memory."""
+
+    prompt_tokens: tuple[Annotated[int, Field(ge=1, le=131_072)], ...] = Field(
+        (128,), min_length=1, description="Prompt lengths, in tokens."
+    )
+    new_tokens: int = Field(64, ge=2, le=8192, description="Tokens generated per request.")
+    warmup: int = Field(1, ge=0, le=100, description="Requests before the first measured one.")
+    repetitions: int = Field(5, ge=1, le=1000, description="Measured requests per prompt length.")
+
+
+class TimeoutSettings(_Section):
+    """Deadlines of the child processes, in seconds."""
+
+    train_s: Seconds = Field(3600, description="Training of the demo checkpoint.")
+    merge_s: Seconds = Field(3600, description="Merging a LoRA adapter into its base.")
+    build_s: Seconds = Field(4 * 3600, description="One variant's build.")
+    reference_s: Seconds = Field(4 * 3600, description="The reference's answers and distributions.")
+    evaluate_s: Seconds = Field(4 * 3600, description="One variant's answers and distributions.")
+    measure_s: Seconds = Field(3600, description="One variant's benchmark.")
+    foundry_s: Seconds = Field(900, description="One session with Foundry Local's runtime.")
+
+
+class MachineSettings(_Section):
+    """What the machine may use; the sizes can be set to simulate another machine."""
+
+    threads: int = Field(0, ge=0, le=1024, description="Threads per child process; 0: the physical cores.")
+    ram_bytes: int | None = Field(None, ge=0, description="Memory that counts as available; default: as measured.")
+    disk_bytes: int | None = Field(None, ge=0, description="Disk space that counts as free; default: as measured.")
+    ram_check: bool = Field(True, description="Refuse a build whose estimated memory is not available.")
+
+
+class Settings(BaseSettings):
+    """All settings; see `slmops config`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter=NESTED_DELIMITER, frozen=True, extra="ignore"
+    )
+
+    home: Path = Field(
+        default_factory=lambda: user_data_path("slmops", appauthor=False),
+        description="Everything that slmops writes lives under this directory.",
+    )
+    store: StoreSettings = StoreSettings()
+    foundry: FoundrySettings = FoundrySettings()
+    gate: GateSettings = GateSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    benchmark: BenchmarkSettings = BenchmarkSettings()
+    timeout: TimeoutSettings = TimeoutSettings()
+    machine: MachineSettings = MachineSettings()
+
+    @property
+    def home_dir(self) -> Path:
+        """The home directory as an absolute path."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def store_uri(self) -> str:
+        """URI of the store: a `file://` URI of a local folder, or what `SLMOPS_STORE__URI` names."""
+        return self.store.uri or (self.home_dir / "store").as_uri()
+
+    @property
+    def foundry_dir(self) -> Path:
+        """The directory for `foundry cache cd`."""
+        return (self.foundry.cache_dir or self.home_dir / "foundry").expanduser().absolute()
+
+    @property
+    def cache_dir(self) -> Path:
+        """Work that can be made again: child processes' folders, logs, builds that wait for their version."""
+        return self.home_dir / "cache"
+
+    @property
+    def threads(self) -> int:
+        """Threads that a child process computes with."""
+        return self.machine.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def load_settings() -> Settings:
+    """Read the settings from the environment.
+
+    Raises `BadInput` naming each variable that is not valid, with what was found.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{_variable(fault['loc'])}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()
+        )
+        raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them; slmops config lists all.") from None
+
+
+def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield (variable, value, source, description) of each setting; secrets come masked."""
+    for name, field in Settings.model_fields.items():
+        value = getattr(settings, name)
+        if not isinstance(value, _Section):
+            yield _described((name,), value, field.description)
+            continue
+        for key, nested in type(value).model_fields.items():
+            yield _described((name, key), getattr(value, key), nested.description)
+
+
+def _described(location: tuple[str, ...], value: Any, description: str | None) -> tuple[str, Any, str, str]:
+    variable = _variable(location)
+    is_set = any(name.upper() == variable for name in os.environ)
+    shown = str(value) if isinstance(value, Path | SecretStr) else value
+    return variable, shown, "environment" if is_set else "default", description or ""
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    return ENVIRONMENT_PREFIX + NESTED_DELIMITER.join(str(part) for part in location).upper()
