@@ -26,7 +26,7 @@ class _Section(BaseModel):
 class StoreSettings(_Section):
     """Where versions are kept."""
 
-    uri: str | None = Field(None, description="Store of versions; default: the folder `store` under the home directory.")
+    uri: str | None = Field(None, description="Store of versions; default: the folder `store` under home.")
     endpoint_url: str | None = Field(None, description="Endpoint of an S3-compatible server; default: AWS.")
     access_key_id: str | None = Field(None, description="S3 access key; default: the usual AWS credential chain.")
     secret_access_key: SecretStr | None = Field(None, description="S3 secret key; default: the AWS credential chain.")
@@ -153,7 +153,7 @@ def load_settings() -> Settings:
         faults = "; ".join(
             f"{_variable(fault['loc'])}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()
         )
-        raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them; slmops config lists all.") from None
+        raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.") from None
 
 
 def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]:
