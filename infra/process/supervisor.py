@@ -125,7 +125,8 @@ def _follow(
         if "progress" not in message:
             return message, tree.peak_rss_bytes
         if on_progress:
-            on_progress(**message["progress"])
+            progress = message["progress"]
+            on_progress(progress["done"], progress["total"], progress["what"])
 
 
 def _read_messages(stream: Any, messages: "queue.Queue[dict[str, Any] | None]") -> None:

@@ -1,0 +1,508 @@
+"""The command line `slmops`. Heavy imports happen inside the commands that need them."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from deployments.console import print_error, print_json, print_line, print_note, print_table, stage_display
+from infra.errors import BadInput, SlmopsError
+from infra.settings import Settings, describe_settings, load_settings
+
+DEMO_NAME = "home"
+DEMO_SEED = 7
+
+app = typer.Typer(
+    name="slmops",
+    help="From a fine-tuned small language model to Foundry Local in one flow.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Model, or one version of it.")]
+Version = Annotated[str, typer.Argument(metavar="NAME@VERSION", help="One version of a model.")]
+LogLevel = Annotated[str | None, typer.Option(help="Show the run's log: debug, info, warning or error.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run a command and end with its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; returns 0 done, 1 failed, 2 bad usage or input, 3 every variant rejected."""
+    as_json = "--json" in arguments
+    try:
+        app(args=list(arguments), standalone_mode=False)
+    except SlmopsError as error:
+        print_error(error, as_json=as_json)
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.exceptions.ClickException as error:
+        print_error(BadInput(f"{error.format_message().rstrip('.')}.", "See slmops --help."), as_json=as_json)
+        return 2
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        print_error(SlmopsError("Interrupted.", "Run the command again: it goes on from the stages that are done."), as_json=as_json)
+        return 1
+    return 0
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    """Options of slmops itself."""
+    if version:
+        from importlib.metadata import version as version_of
+
+        print_line(f"slmops {version_of('slmops')}")
+        raise typer.Exit
+
+
+@app.command()
+def config(as_json: Json = False) -> None:
+    """Print every setting with its value and where it comes from."""
+    rows = list(describe_settings(load_settings()))
+    if as_json:
+        settings = [
+            {"variable": variable, "value": value, "source": source, "description": description}
+            for variable, value, source, description in rows
+        ]
+        print_json({"settings": settings})
+        return
+    table = [
+        {"setting": variable, "value": "-" if value is None else str(value), "source": source, "what": description}
+        for variable, value, source, description in rows
+    ]
+    print_table("Settings", table)
+
+
+@app.command()
+def check(
+    checkpoint: Annotated[str | None, typer.Argument(help="Checkpoint that the machine must have room for.")] = None,
+    source_build: Annotated[bool, typer.Option(help="Also check what building onnxruntime-genai needs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: Python, packages against the proven versions, Foundry's runtime, memory and disk."""
+    from tasks.environment import check_machine
+
+    checks = check_machine(load_settings(), checkpoint, source_build=source_build)
+    failed = [one for one in checks if not one.ok]
+    if as_json:
+        print_json({"ok": not failed, "checks": [one.model_dump() for one in checks]})
+    else:
+        rows = [
+            {
+                "check": one.name,
+                "needed": one.required,
+                "found": one.found,
+                "verdict": "ok" if one.ok else "failed",
+                "what to do": one.what_to_do,
+            }
+            for one in checks
+        ]
+        print_table("Environment", rows)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("make-demo")
+def make_demo(
+    directory: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+    seed: Annotated[int, typer.Option(help="Seed of the data and of the training.")] = DEMO_SEED,
+    as_json: Json = False,
+) -> None:
+    """Train a small chat model that turns smart-home commands into JSON actions."""
+    settings = load_settings()
+    made = _make_demo(settings, directory, seed)
+    if as_json:
+        print_json({"checkpoint": str(directory), **made})
+        return
+    print_line(f"{directory}: {made['parameters']:,} parameters, {made['exact_match']:.1%} of held-out commands exact.")
+
+
+def _make_demo(settings: Settings, directory: Path, seed: int) -> dict[str, Any]:
+    from tasks.train import make_demo_checkpoint
+
+    with stage_display() as display:
+        made = make_demo_checkpoint(
+            settings, directory, seed, lambda done, total, what: display("train", done / total, what)
+        )
+    return {"parameters": made.parameters, "exact_match": made.exact_match}
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of the data and of the training.")] = DEMO_SEED,
+    log_level: LogLevel = None,
+    as_json: Json = False,
+) -> None:
+    """Make the demo checkpoint, deploy it as `home`, and ask it to turn on a light."""
+    settings = load_settings()
+    checkpoint = settings.home_dir / "demo"
+    _make_demo(settings, checkpoint, seed)
+    _deploy(settings, {"checkpoint": str(checkpoint), "name": DEMO_NAME}, log_level, as_json)
+
+
+@app.command()
+def deploy(
+    checkpoint: Annotated[str, typer.Argument(help="Folder, Hub id (owner/name) or s3:// folder.")],
+    name: Annotated[str, typer.Option(help="Name of the model.")],
+    precision: Annotated[list[str] | None, typer.Option(help="fp16, int8 or int4; repeatable. Default: all.")] = None,
+    device: Annotated[str, typer.Option(help="Device that will serve: cpu or gpu.")] = "cpu",
+    provider: Annotated[str, typer.Option(help="Execution provider: cpu, cuda, dml or webgpu.")] = "cpu",
+    eval_file: Annotated[str | None, typer.Option("--eval", help="JSONL rows {id, messages, expected}.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of a LoRA adapter: folder or Hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Jinja file in place of the tokenizer's own.")] = None,
+    model_config: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="max_length, temperature, top_p, repetition_penalty; repeatable."),
+    ] = None,
+    description: Annotated[str, typer.Option(help="What the model is for.")] = "",
+    olive_config: Annotated[str | None, typer.Option(help="Olive run configuration in place of the recipes.")] = None,
+    output: Annotated[str | None, typer.Option(help="New folder for a plain copy of what is built.")] = None,
+    min_top1_agreement: Annotated[float | None, typer.Option(help="Gate, 0 to 1.")] = None,
+    max_kl_divergence: Annotated[float | None, typer.Option(help="Gate, nats per token.")] = None,
+    max_quality_loss: Annotated[float | None, typer.Option(help="Gate, 0 to 1.")] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Make this version the champion.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end.")] = False,
+    log_level: LogLevel = None,
+    as_json: Json = False,
+) -> None:
+    """Build, store, measure, judge, register and prove a checkpoint."""
+    parameters: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "name": name,
+        "device": device,
+        "execution_provider": provider,
+        "base": base,
+        "revision": revision,
+        "description": description,
+        "evaluation_file": eval_file,
+        "chat_template_file": chat_template,
+        "min_top1_agreement": min_top1_agreement,
+        "max_kl_divergence": max_kl_divergence,
+        "max_quality_loss": max_quality_loss,
+        "olive_config_file": olive_config,
+        "output": output,
+        "promote": promote,
+        **_parse_model_config(model_config or []),
+    }
+    if precision:
+        parameters["precisions"] = precision
+    settings = load_settings()
+    if dry_run:
+        _show_plan(settings, parameters, as_json)
+        return
+    _deploy(settings, parameters, log_level, as_json)
+
+
+def _parse_model_config(pairs: Sequence[str]) -> dict[str, float]:
+    kinds: dict[str, type[int] | type[float]] = {
+        "max_length": int,
+        "temperature": float,
+        "top_p": float,
+        "repetition_penalty": float,
+    }
+    values: dict[str, float] = {}
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        if key not in kinds:
+            raise BadInput(f"The model config {pair!r} is unknown.", f"Write KEY=VALUE with one of {', '.join(kinds)}.")
+        try:
+            values[key] = kinds[key](text)
+        except ValueError:
+            raise BadInput(f"The model config {pair!r} has no valid number.", "Write, for example, top_p=0.9.") from None
+    return values
+
+
+def _deploy(settings: Settings, parameters: dict[str, Any], log_level: str | None, as_json: bool) -> None:
+    from tasks.plan import plan_deploy  # refuses bad input before anything is written
+
+    plan_deploy(settings, parameters)
+    report = _run_flow("deploy", parameters, settings, log_level)
+    if as_json:
+        print_json(report.to_contract())
+    else:
+        _show_report(report)
+    if report.status in ("rejected", "failed"):
+        raise typer.Exit(3 if report.status == "rejected" else 1)
+
+
+def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings, log_level: str | None) -> Any:
+    """Run a flow in this process, show its stages, and return its report also where it ended as failed."""
+    _prepare(settings, log_level)
+    from flows.deploy import DeployEnded, deploy
+    from flows.regate import regate
+    from tasks.progress import listening
+
+    flows: dict[str, Any] = {"deploy": deploy, "regate": regate}
+    with stage_display() as display, listening(display):
+        state = flows[flow_name](**parameters, return_state=True)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, DeployEnded):
+        return result.report
+    if isinstance(result, BaseException):
+        raise _as_slmops_error(result, settings)
+    return result
+
+
+def _as_slmops_error(error: BaseException, settings: Settings) -> BaseException:
+    if isinstance(error, SlmopsError | KeyboardInterrupt):
+        return error
+    import traceback
+
+    log = settings.cache_dir / "logs" / "unexpected-error.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(traceback.format_exception(error)), "utf-8")
+    return SlmopsError(
+        f"An unexpected error ended the run: {type(error).__name__}: {error}.",
+        f"This is a fault of slmops or of its environment; the details are in {log}.",
+    )
+
+
+def _prepare(settings: Settings, log_level: str | None) -> None:
+    from deployments.prefect_environment import prepare_prefect
+
+    if log_level and log_level.lower() not in ("debug", "info", "warning", "error"):
+        raise BadInput(f"The log level {log_level!r} is unknown.", "Use debug, info, warning or error.")
+    prepare_prefect(settings, log_level=log_level)
+
+
+def _show_report(report: Any) -> None:
+    from tasks.report import variant_rows
+
+    print_table(f"{report.reference} ({report.status})", variant_rows(report))
+    print_line("")
+    print_line(report.summary)
+    for variant in report.variants:
+        if variant.error:
+            print_line(f"{variant.precision} failed: {variant.error}")
+        elif variant.gate and not variant.gate.passed:
+            faults = (one for one in variant.gate.checks if not one.passed)
+            print_line(
+                f"{variant.precision} rejected: "
+                + ", ".join(f"{one.name} {one.value} (threshold {one.threshold})" for one in faults)
+            )
+    for text in [*report.warnings, *(text for one in report.variants for text in one.warnings)]:
+        print_line(f"warning: {text}")
+    for note in report.notes:
+        print_line(f"note: {note}")
+    answered = next((one for one in report.variants if one.answer), None)
+    if answered:
+        print_line(f"Foundry Local answered {report.question!r} through {answered.foundry_model_id}: {answered.answer}")
+        print_line(f"Talk to it: slmops chat {report.reference}")
+    if report.report_file:
+        print_line(f"Report: {report.report_file}")
+
+
+def _show_plan(settings: Settings, parameters: dict[str, Any], as_json: bool) -> None:
+    from tasks.plan import plan_deploy
+
+    plan = plan_deploy(settings, parameters)
+    if as_json:
+        print_json(plan.model_dump(mode="json"))
+        return
+    rows = [
+        {
+            "stage": stage.stage,
+            "time": f"{stage.time_s:,.0f} s",
+            "memory": f"{stage.ram_bytes / 1e9:.1f} GB",
+            "disk": f"{stage.disk_bytes / 1e6:,.0f} MB",
+        }
+        for stage in plan.stages
+    ]
+    print_table(f"Plan for {plan.name}: {plan.parameters:,} parameters, {plan.rows} evaluation rows", rows)
+    print_line(f"About {plan.time_s:,.0f} s in all. Estimates are for two cores.")
+    for text in plan.warnings:
+        print_line(f"warning: {text}")
+
+
+@app.command("list")
+def list_models(as_json: Json = False) -> None:
+    """List the versions in the store."""
+    registry = _registry()
+    models = []
+    for name in registry.names():
+        aliases = registry.aliases(name)
+        for manifest in registry.versions(name):
+            status = _statuses(registry, manifest)
+            models.append(
+                {
+                    "name": name,
+                    "version": manifest.version,
+                    "aliases": sorted(alias for alias, number in aliases.items() if number == manifest.version),
+                    "variants": [
+                        {
+                            "precision": variant.precision,
+                            "status": status.get(variant.precision),
+                            "size_bytes": variant.size_bytes,
+                        }
+                        for variant in manifest.variants
+                    ],
+                }
+            )
+    if as_json:
+        print_json({"models": models})
+        return
+    rows = [
+        {
+            "version": f"{model['name']}@{model['version']}",
+            "aliases": ", ".join(model["aliases"]) or "-",
+            "variants": ", ".join(
+                f"{one['precision']} {one['status'] or 'not judged'} ({one['size_bytes'] / 1e6:,.1f} MB)"
+                for one in model["variants"]
+            ),
+        }
+        for model in models
+    ]
+    print_table("Models", rows)
+    if not rows:
+        print_line("The store is empty. Start with: slmops deploy CHECKPOINT --name NAME")
+
+
+@app.command()
+def show(reference: Reference, as_json: Json = False) -> None:
+    """Show a version: its source, files and evidence."""
+    registry, manifest = _version(reference)
+    deployed = registry.latest_evidence(manifest, "deploy") or {}
+    if as_json:
+        print_json({**manifest.model_dump(), "aliases": _aliases_of(registry, manifest), "deploy": deployed})
+        return
+    print_line(f"{manifest.reference}  {manifest.created_at}  aliases: {', '.join(_aliases_of(registry, manifest)) or '-'}")
+    print_line(f"source: {manifest.source.origin} ({manifest.source.architecture}, {manifest.source.parameters:,} parameters)")
+    print_line(f"        sha256 {manifest.source.digest}")
+    print_line("built by: " + ", ".join(f"{name} {number}" for name, number in manifest.builder.items()))
+    files = [
+        {"variant": variant.precision, "file": file.path, "size": f"{file.size_bytes:,}", "sha256": file.sha256[:16]}
+        for variant in manifest.variants
+        for file in variant.files
+    ]
+    print_table("Files", files)
+    statuses = [
+        {"variant": precision, "status": status or "not judged"} for precision, status in _statuses(registry, manifest).items()
+    ]
+    print_table("Variants", statuses)
+
+
+def _statuses(registry: Any, manifest: Any) -> dict[str, str | None]:
+    deployed = registry.latest_evidence(manifest, "deploy") or {"variants": []}
+    found = {one["precision"]: one["status"] for one in deployed["variants"]}
+    return {variant.precision: found.get(variant.precision) for variant in manifest.variants}
+
+
+def _aliases_of(registry: Any, manifest: Any) -> list[str]:
+    return sorted(alias for alias, number in registry.aliases(manifest.name).items() if number == manifest.version)
+
+
+def _registry() -> Any:
+    from infra.storage.opening import open_registry
+
+    return open_registry(load_settings())
+
+
+def _version(reference: str) -> tuple[Any, Any]:
+    from infra.storage.registry import parse_reference
+
+    name, number = parse_reference(reference)
+    registry = _registry()
+    return registry, registry.version(name, number)
+
+
+@app.command()
+def regate(
+    reference: Version,
+    eval_file: Annotated[str | None, typer.Option("--eval", help="JSONL rows {id, messages, expected}.")] = None,
+    min_top1_agreement: Annotated[float | None, typer.Option(help="Gate, 0 to 1.")] = None,
+    max_kl_divergence: Annotated[float | None, typer.Option(help="Gate, nats per token.")] = None,
+    max_quality_loss: Annotated[float | None, typer.Option(help="Gate, 0 to 1.")] = None,
+    log_level: LogLevel = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a version again, without building it, and register or unregister its variants accordingly."""
+    settings = load_settings()
+    _version(reference)
+    parameters = {
+        "reference": reference,
+        "evaluation_file": eval_file,
+        "min_top1_agreement": min_top1_agreement,
+        "max_kl_divergence": max_kl_divergence,
+        "max_quality_loss": max_quality_loss,
+    }
+    report = _run_flow("regate", parameters, settings, log_level)
+    if as_json:
+        print_json(report.to_contract())
+    else:
+        _show_report(report)
+    if report.status in ("rejected", "failed"):
+        raise typer.Exit(3 if report.status == "rejected" else 1)
+
+
+@app.command()
+def logs(reference: Reference) -> None:
+    """Print the build logs of a version."""
+    registry, manifest = _version(reference)
+    for record in registry.evidence(manifest, "build"):
+        print_line(f"== {record['precision']}: built in {record['wall_s']:.1f} s, peak {record['peak_rss_bytes'] / 1e9:.2f} GB")
+        print_line(record["log"].rstrip() or "(no output)")
+
+
+@app.command()
+def delete(
+    reference: Version,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Unregister a version and remove it from the store; its number is never used again."""
+    settings = load_settings()
+    registry, manifest = _version(reference)
+    if "@" not in reference:
+        raise BadInput(f"{reference!r} names no version.", f"Write, for example, {manifest.reference}.")
+    if not yes and not typer.confirm(f"Delete {manifest.reference} and unregister it?", err=True):
+        raise typer.Exit(1)
+    from tasks.registration import unregister_version
+
+    unregister_version(manifest, settings)
+    freed = registry.delete(manifest.name, manifest.version)
+    print_line(f"Deleted {manifest.reference}; {freed / 1e6:,.1f} MB freed.")
+
+
+@app.command()
+def unregister(reference: Reference) -> None:
+    """Take a version out of Foundry Local; it stays in the store."""
+    settings = load_settings()
+    _, manifest = _version(reference)
+    from tasks.registration import unregister_version
+
+    removed = unregister_version(manifest, settings)
+    print_line(f"Unregistered {', '.join(removed) or 'nothing: ' + manifest.reference + ' was not registered'}.")
+
+
+@app.command()
+def chat(reference: Reference) -> None:
+    """Talk to a registered model through Foundry Local; an empty line ends the chat."""
+    settings = load_settings()
+    registry, manifest = _version(reference)
+    from deployments.chat import chat_with
+
+    chat_with(registry, manifest, settings)
+
+
+@app.command("foundry-dir")
+def foundry_dir() -> None:
+    """Print the directory for `foundry cache cd`."""
+    print_line(str(load_settings().foundry_dir))
+
+
+if __name__ == "__main__":
+    print_note("")
+    main()

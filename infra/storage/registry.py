@@ -1,0 +1,375 @@
+"""The registry of versions: manifests that never change, the evidence on them, and the aliases that point to them.
+
+Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>.json`,
+`models/NAME/3/deleted.json` (a number is never given out twice) and `models/NAME/aliases/<alias>`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from infra.errors import BadInput, PassingFault, StageFailed
+from infra.storage.objects import ObjectStore
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
+ALIAS_PATTERN = NAME_PATTERN
+CHAMPION = "champion"
+CANDIDATE = "candidate"
+CHUNK_BYTES = 1 << 20
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredFile(_Record):
+    """One file of a variant: its path inside the variant's folder, its content's SHA-256 and its size."""
+
+    path: str
+    sha256: Sha256
+    size_bytes: Annotated[int, Field(ge=0)]
+
+    @field_validator("path")
+    @classmethod
+    def _is_inside_the_folder(cls, path: str) -> str:
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or "\\" in path or ":" in path or ".." in parts:
+            raise ValueError(f"{path!r} is not a path inside a variant")
+        return path
+
+
+class StoredVariant(_Record):
+    """One precision of a version: what it was built by, for what device, and its files."""
+
+    precision: str
+    device: str
+    execution_provider: str
+    recipe: str
+    recipe_digest: Sha256
+    files: tuple[StoredFile, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the paths and digests of its files."""
+        return digest_of([file.model_dump() for file in sorted(self.files, key=lambda file: file.path)])
+
+
+class Source(_Record):
+    """The checkpoint that a version came from."""
+
+    digest: Sha256
+    origin: str
+    architecture: str
+    parameters: Annotated[int, Field(ge=0)]
+
+
+class Manifest(_Record):
+    """What a version is. It never changes; figures, verdicts and proofs are evidence beside it."""
+
+    schema_version: int = 1
+    name: Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}\Z")]
+    version: Annotated[int, Field(ge=1)]
+    source: Source
+    builder: dict[str, str]
+    variants: tuple[StoredVariant, ...]
+    created_at: str
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what makes a version the same: source, builder's versions, recipes and files; no times."""
+        return digest_of(
+            {
+                "source": self.source.digest,
+                "builder": self.builder,
+                "variants": [variant.model_dump() for variant in sorted(self.variants, key=lambda one: one.precision)],
+            }
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest as stored; evidence points to it."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def reference(self) -> str:
+        """`NAME@VERSION`."""
+        return f"{self.name}@{self.version}"
+
+    def to_bytes(self) -> bytes:
+        """Return the manifest's stored form."""
+        return (json.dumps(self.model_dump(), indent=2, sort_keys=True) + "\n").encode()
+
+    def variant(self, precision: str) -> StoredVariant:
+        """Return the variant of a precision.
+
+        Raises `BadInput` when the version has none.
+        """
+        for variant in self.variants:
+            if variant.precision == precision:
+                return variant
+        known = ", ".join(one.precision for one in self.variants)
+        raise BadInput(f"{self.reference} has no variant {precision!r}.", f"It has: {known}.")
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value in canonical form: sorted keys, no white space."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_name(name: str) -> str:
+    """Return a valid model name; raises `BadInput` for any other."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        shown = name if len(name) <= 80 else name[:80] + "…"
+        raise BadInput(
+            f"The name {shown!r} is not valid.",
+            "A name has 1 to 63 characters: lower-case letters, digits and hyphens, not starting with a hyphen.",
+        )
+    return name
+
+
+def parse_reference(text: str) -> tuple[str, int | None]:
+    """Split `NAME` or `NAME@VERSION`; raises `BadInput` for anything else."""
+    name, at, number = text.partition("@")
+    check_name(name)
+    if not at:
+        return name, None
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", number):
+        raise BadInput(f"{text!r} names no version.", "Write NAME@VERSION with a positive integer, such as home@3.")
+    return name, int(number)
+
+
+def now() -> str:
+    """Return the present time in UTC, ISO 8601, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class ModelRegistry:
+    """The versions, evidence and aliases in an object store."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self.objects = objects
+
+    # Versions
+
+    def add_files(self, folder: Path) -> tuple[StoredFile, ...]:
+        """Store every file under a folder as blobs and return what a manifest says of them."""
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return tuple(self._add_file(path, path.relative_to(folder).as_posix()) for path in paths)
+
+    def _add_file(self, path: Path, name: str) -> StoredFile:
+        sha256 = digest_of_file(path)
+        self.objects.put_file(_blob(sha256), path)
+        return StoredFile(path=name, sha256=sha256, size_bytes=path.stat().st_size)
+
+    def has_files(self, files: Iterable[StoredFile]) -> bool:
+        """Whether every blob is there in full size."""
+        return all(self.objects.size_bytes(_blob(file.sha256)) == file.size_bytes for file in files)
+
+    def commit(
+        self, name: str, source: Source, builder: Mapping[str, str], variants: Iterable[StoredVariant]
+    ) -> tuple[Manifest, bool]:
+        """Make a version of variants whose files are stored; returns it and whether it is new.
+
+        The same content under the same name is the same version. Raises `PassingFault` when a blob went
+        missing meanwhile (a delete ran beside this deploy).
+        """
+        content = tuple(sorted(variants, key=lambda variant: variant.precision))
+        with self.objects.lock():
+            missing = [file.path for variant in content for file in variant.files if not self.has_files([file])]
+            if missing:
+                raise PassingFault(f"The store lost {missing[0]} before its version was complete.", "Deploy again.")
+            draft = Manifest(
+                name=check_name(name),
+                version=1,
+                source=source,
+                builder=dict(sorted(builder.items())),
+                variants=content,
+                created_at=now(),
+            )
+            for existing in self.versions(name):
+                if existing.identity == draft.identity:
+                    return existing, False
+            version = max(self._numbers(name), default=0) + 1
+            while True:
+                manifest = draft.model_copy(update={"version": version})
+                if self.objects.put_bytes_if_absent(_manifest(name, version), manifest.to_bytes()):
+                    return manifest, True
+                version += 1
+
+    def _numbers(self, name: str) -> set[int]:
+        """Every number ever given out, deleted versions included."""
+        parts = (key.split("/") for key in self.objects.keys(f"models/{name}"))
+        return {int(part[2]) for part in parts if part[2].isdecimal()}
+
+    def names(self) -> list[str]:
+        """Names that have at least one version."""
+        keys = (key.split("/") for key in self.objects.keys("models"))
+        return sorted({parts[1] for parts in keys if parts[-1] == "manifest.json"})
+
+    def versions(self, name: str) -> list[Manifest]:
+        """All versions of a name, oldest first."""
+        numbers = sorted(self._numbers(name))
+        found = (self._read_manifest(name, number) for number in numbers)
+        return [manifest for manifest in found if manifest]
+
+    def version(self, name: str, number: int | None = None) -> Manifest:
+        """Return a version; without a number the champion, or else the newest.
+
+        Raises `BadInput` when there is none.
+        """
+        if number is None:
+            number = self.alias(name, CHAMPION) or max((one.version for one in self.versions(name)), default=0)
+        manifest = self._read_manifest(name, number) if number else None
+        if manifest is None:
+            known = ", ".join(one.reference for one in self.versions(name)) or ", ".join(self.names()) or "nothing yet"
+            raise BadInput(
+                f"The store has no {f'{name}@{number}' if number else name}.", f"It has: {known}. See slmops list."
+            )
+        return manifest
+
+    def _read_manifest(self, name: str, number: int) -> Manifest | None:
+        try:
+            data = self.objects.read_bytes(_manifest(name, number))
+        except KeyError:
+            return None
+        try:
+            return Manifest.model_validate_json(data)
+        except ValidationError as error:
+            raise StageFailed(
+                f"The manifest of {name}@{number} is not valid: {error.errors()[0]['msg']}.",
+                "It was altered after it was stored: delete that version and deploy again.",
+            ) from None
+
+    def delete(self, name: str, number: int) -> int:
+        """Remove a version, its evidence, the aliases on it and the blobs that nothing else needs.
+
+        Returns the bytes freed; raises `BadInput` when there is no such version.
+        """
+        manifest = self.version(name, number)
+        with self.objects.lock():
+            for alias, version in self.aliases(name).items():
+                if version == number:
+                    self.objects.delete(_alias(name, alias))
+            tombstone = {"reference": manifest.reference, "manifest": manifest.digest, "deleted_at": now()}
+            self.objects.put_bytes(f"models/{name}/{number}/deleted.json", _to_json(tombstone))
+            self.objects.delete(_manifest(name, number))
+            for key in list(self.objects.keys(f"models/{name}/{number}/evidence")):
+                self.objects.delete(key)
+            needed = {
+                file.sha256
+                for other in self.names()
+                for version_of_other in self.versions(other)
+                for variant in version_of_other.variants
+                for file in variant.files
+            }
+            own = {file.sha256: file.size_bytes for variant in manifest.variants for file in variant.files}
+            orphans = {sha256: size for sha256, size in own.items() if sha256 not in needed}
+            for sha256 in orphans:
+                self.objects.delete(_blob(sha256))
+        return sum(orphans.values())
+
+    def materialize(self, files: Iterable[StoredFile], folder: Path) -> None:
+        """Place files of the store under a folder that does not have them yet."""
+        for file in files:
+            try:
+                self.objects.fetch_file(_blob(file.sha256), folder / file.path)
+            except KeyError:
+                raise StageFailed(
+                    f"The store has lost the content of {file.path} ({file.sha256}).",
+                    "Delete the version that needs it and deploy again.",
+                ) from None
+
+    def uri(self, manifest: Manifest, precision: str | None = None) -> str:
+        """Return the address of a version, or of one of its variants (as a fragment)."""
+        uri = self.objects.uri(_manifest(manifest.name, manifest.version))
+        return f"{uri}#{precision}" if precision else uri
+
+    # Evidence
+
+    def add_evidence(self, manifest: Manifest, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
+        """Append a record on a version. With a key, the record is the answer to that question and kept once."""
+        record = {"kind": kind, "manifest": manifest.digest, "recorded_at": now(), "content": dict(content)}
+        moment = re.sub(r"[^0-9]", "", str(record["recorded_at"]))[:17]
+        name = f"{kind}-{key}.json" if key else f"{kind}-{moment}-{digest_of(record)[:8]}.json"
+        self.objects.put_bytes(_evidence(manifest, name), _to_json(record))
+
+    def evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the contents of a version's records of a kind, oldest first."""
+        prefix = f"{_evidence(manifest, kind)}-{key or ''}"
+        for path in self.objects.keys(f"models/{manifest.name}/{manifest.version}/evidence"):
+            if path.startswith(prefix):
+                record = json.loads(self.objects.read_bytes(path))
+                if record["manifest"] == manifest.digest:
+                    yield {**record["content"], "recorded_at": record["recorded_at"]}
+
+    def latest_evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> dict[str, Any] | None:
+        """Return the newest record of a kind, or None."""
+        records = sorted(self.evidence(manifest, kind, key), key=lambda record: str(record["recorded_at"]))
+        return records[-1] if records else None
+
+    def put_report(self, manifest: Manifest, name: str, text: str) -> str:
+        """Store a report's text beside the evidence and return its address."""
+        key = _evidence(manifest, name)
+        self.objects.put_bytes(key, text.encode())
+        return self.objects.uri(key)
+
+    # Aliases
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Return alias -> version number."""
+        keys = self.objects.keys(f"models/{name}/aliases")
+        return {key.rsplit("/", 1)[1]: int(json.loads(self.objects.read_bytes(key))["version"]) for key in keys}
+
+    def alias(self, name: str, alias: str) -> int | None:
+        """Return the version number under an alias, or None."""
+        return self.aliases(name).get(alias)
+
+    def set_alias(self, name: str, alias: str, version: int, reason: str) -> None:
+        """Point an alias to a version."""
+        if not re.fullmatch(ALIAS_PATTERN, alias):
+            raise BadInput(f"The alias {alias!r} is not valid.", "It is spelled like a model name.")
+        record = {"version": version, "since": now(), "reason": reason}
+        self.objects.put_bytes(_alias(name, alias), _to_json(record))
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Remove an alias; nothing happens when it is not there."""
+        self.objects.delete(_alias(name, alias))
+
+
+def _to_json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _blob(sha256: str) -> str:
+    return f"blobs/sha256/{sha256}"
+
+
+def _manifest(name: str, version: int) -> str:
+    return f"models/{name}/{version}/manifest.json"
+
+
+def _evidence(manifest: Manifest, file: str) -> str:
+    return f"models/{manifest.name}/{manifest.version}/evidence/{file}"
+
+
+def _alias(name: str, alias: str) -> str:
+    return f"models/{name}/aliases/{alias}"

@@ -1,0 +1,135 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from infra.errors import BadInput, DeadlineExceeded, PassingFault, StageFailed
+from infra.process.supervisor import ChildResult, run_in_child
+
+CHILDREN = "tests.infra.child_functions"
+
+
+def run(name: str, tmp_path: Path, request: dict[str, Any] | None = None, **options: Any) -> ChildResult:
+    options = {"deadline_s": 60, **options}
+    return run_in_child(
+        f"{CHILDREN}:{name}", request or {}, log_path=tmp_path / "child.log", work_dir=tmp_path / "work", **options
+    )
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() < deadline, f"{pids} live on"
+        time.sleep(0.05)
+
+
+def test_a_child_returns_its_result_progress_and_log(tmp_path: Path) -> None:
+    steps: list[tuple[float, float, str]] = []
+    result = run("double", tmp_path, {"value": 21}, on_progress=lambda *step: steps.append(step))
+    assert result.value == {"value": 42, "directory": str(tmp_path / "work"), "ci": "1"}
+    assert steps == [(1, 2, "half way")]
+    log = (tmp_path / "child.log").read_text()
+    assert "a library's chatter" in log
+    assert "a native library's chatter" in log
+
+
+def test_a_child_is_quiet_whatever_the_users_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "")
+    assert run("double", tmp_path, {"value": 1}).value["ci"] == "1"
+
+
+def test_the_childs_own_error_arrives_as_it_was_raised(tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        run("refuse", tmp_path)
+    assert (caught.value.message, caught.value.what_to_do) == ("The input is odd.", "Make it even.")
+
+
+def test_a_crash_is_a_failed_stage_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="disk on fire") as caught:
+        run("crash", tmp_path)
+    assert "about to fail" in caught.value.what_to_do
+    with pytest.raises(StageFailed, match="status 4"):
+        run("end_silently", tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no signals")
+def test_a_killed_child_is_a_fault_that_may_pass(tmp_path: Path) -> None:
+    with pytest.raises(PassingFault, match="signal 9"):
+        run("kill_itself", tmp_path)
+
+
+def test_the_deadline_ends_the_whole_tree(tmp_path: Path) -> None:
+    pids: list[int] = []
+    with pytest.raises(DeadlineExceeded, match="deadline of 2 s"):
+        run(
+            "sleep_with_a_grandchild",
+            tmp_path,
+            deadline_s=2,
+            on_progress=lambda done, total, what: pids.extend(map(int, what.split())),
+        )
+    assert len(pids) == 2
+    wait_until_gone(pids)
+
+
+def test_an_exception_in_the_parent_ends_the_whole_tree(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def interrupt(done: float, total: float, what: str) -> None:
+        pids.extend(map(int, what.split()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("sleep_with_a_grandchild", tmp_path, on_progress=interrupt)
+    wait_until_gone(pids)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
+    program = textwrap.dedent(f"""
+        from pathlib import Path
+        from infra.process.supervisor import run_in_child
+        run_in_child("{CHILDREN}:sleep_with_a_grandchild", {{}}, deadline_s=60, log_path=Path("log"),
+                     work_dir=Path("work"), on_progress=lambda done, total, what: print(what, flush=True))
+    """)
+    root = str(Path(__file__).resolve().parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_until_gone(pids)
+
+
+def test_peak_memory_is_that_of_the_child(tmp_path: Path) -> None:
+    size_bytes = 200_000_000
+    result = run("use_memory", tmp_path, {"size_bytes": size_bytes})
+    assert size_bytes < result.peak_rss_bytes < size_bytes + 200_000_000
+
+
+def test_children_of_several_threads_do_not_disturb_each_other(tmp_path: Path) -> None:
+    values: dict[int, int] = {}
+
+    def work(number: int) -> None:
+        values[number] = run("double", tmp_path / str(number), {"value": number}).value["value"]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert values == {0: 0, 1: 2, 2: 4, 3: 6}

@@ -1,0 +1,60 @@
+"""The house has one direction: deployments -> flows -> tasks -> infra, and infra does not know Prefect."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("infra", "tasks", "flows", "deployments")
+HEAVY = {"torch", "transformers", "olive", "prefect", "onnxruntime", "onnxruntime_genai", "foundry_local_sdk", "boto3"}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room: str) -> None:
+    rooms_above = ROOMS[ROOMS.index(room) + 1 :]
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        for module in imports_of(path):
+            assert module.split(".")[0] not in (*rooms_above, "tests"), f"{path.relative_to(ROOT)} imports {module}"
+            assert not (room == "infra" and module.split(".")[0] == "prefect"), f"{path} imports Prefect"
+
+
+def modules_of_infra() -> list[str]:
+    paths = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "infra").rglob("*.py"))
+    # Olive finds its passes by importing their module, which must derive from Olive's class.
+    return [".".join(path.parts) for path in paths if path.name not in ("__init__", "model_builder")]
+
+
+def test_importing_infra_and_the_command_line_is_cheap_and_has_no_side_effect(tmp_path: Path) -> None:
+    program = (
+        "import sys, importlib\n"
+        f"for name in {[*modules_of_infra(), 'deployments.cli']!r}: importlib.import_module(name)\n"
+        f"print(sorted(set(sys.modules) & {HEAVY!r}))"
+    )
+    environment = {"HOME": str(tmp_path), "PATH": "", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_top_level_is_the_agreed_one() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    allowed = {*ROOMS, "tests", "docs", ".ci", "pyproject.toml", "docker-compose.yml", "README.md", "LICENSE"}
+    allowed |= {"Makefile", "constraints.txt", ".gitignore"}
+    assert {name.split("/")[0] for name in listed} <= allowed
