@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
-from deployments.console import print_error, print_json, print_line, print_note, print_table, stage_display
+from deployments.console import print_error, print_json, print_line, print_table, stage_display
 from infra.errors import BadInput, SlmopsError
 from infra.settings import Settings, describe_settings, load_settings
+
+# Typer carries a copy of click of its own, whose names it keeps to itself: the root of its usage errors.
+UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 DEMO_NAME = "home"
 DEMO_SEED = 7
@@ -40,22 +42,18 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command; returns 0 done, 1 failed, 2 bad usage or input, 3 every variant rejected."""
     as_json = "--json" in arguments
     try:
-        app(args=list(arguments), standalone_mode=False)
+        status = app(args=list(arguments), standalone_mode=False)
     except SlmopsError as error:
         print_error(error, as_json=as_json)
         return error.exit_code
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
+    except UsageError as error:
+        print_error(BadInput(f"{str(error).rstrip('.')}.", "See slmops --help."), as_json=as_json)
         return 2
-    except click.exceptions.ClickException as error:
-        print_error(BadInput(f"{error.format_message().rstrip('.')}.", "See slmops --help."), as_json=as_json)
-        return 2
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        print_error(SlmopsError("Interrupted.", "Run the command again: it goes on from the stages that are done."), as_json=as_json)
+    except (typer.Abort, KeyboardInterrupt):
+        advice = "Run the command again: it goes on from the stages that are done."
+        print_error(SlmopsError("Interrupted.", advice), as_json=as_json)
         return 1
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 @app.callback(invoke_without_command=True)
@@ -222,7 +220,9 @@ def _parse_model_config(pairs: Sequence[str]) -> dict[str, float]:
         try:
             values[key] = kinds[key](text)
         except ValueError:
-            raise BadInput(f"The model config {pair!r} has no valid number.", "Write, for example, top_p=0.9.") from None
+            raise BadInput(
+                f"The model config {pair!r} has no valid number.", "Write, for example, top_p=0.9."
+            ) from None
     return values
 
 
@@ -242,7 +242,8 @@ def _deploy(settings: Settings, parameters: dict[str, Any], log_level: str | Non
 def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings, log_level: str | None) -> Any:
     """Run a flow in this process, show its stages, and return its report also where it ended as failed."""
     _prepare(settings, log_level)
-    from flows.deploy import DeployEnded, deploy
+    from flows.deploy import deploy
+    from flows.qualify import DeployEnded
     from flows.regate import regate
     from tasks.progress import listening
 
@@ -296,8 +297,6 @@ def _show_report(report: Any) -> None:
             )
     for text in [*report.warnings, *(text for one in report.variants for text in one.warnings)]:
         print_line(f"warning: {text}")
-    for note in report.notes:
-        print_line(f"note: {note}")
     answered = next((one for one in report.variants if one.answer), None)
     if answered:
         print_line(f"Foundry Local answered {report.question!r} through {answered.foundry_model_id}: {answered.answer}")
@@ -334,14 +333,13 @@ def list_models(as_json: Json = False) -> None:
     registry = _registry()
     models = []
     for name in registry.names():
-        aliases = registry.aliases(name)
         for manifest in registry.versions(name):
             status = _statuses(registry, manifest)
             models.append(
                 {
                     "name": name,
                     "version": manifest.version,
-                    "aliases": sorted(alias for alias, number in aliases.items() if number == manifest.version),
+                    "aliases": list(registry.aliases_of(manifest)),
                     "variants": [
                         {
                             "precision": variant.precision,
@@ -377,10 +375,14 @@ def show(reference: Reference, as_json: Json = False) -> None:
     registry, manifest = _version(reference)
     deployed = registry.latest_evidence(manifest, "deploy") or {}
     if as_json:
-        print_json({**manifest.model_dump(), "aliases": _aliases_of(registry, manifest), "deploy": deployed})
+        print_json({**manifest.model_dump(), "aliases": registry.aliases_of(manifest), "deploy": deployed})
         return
-    print_line(f"{manifest.reference}  {manifest.created_at}  aliases: {', '.join(_aliases_of(registry, manifest)) or '-'}")
-    print_line(f"source: {manifest.source.origin} ({manifest.source.architecture}, {manifest.source.parameters:,} parameters)")
+    print_line(
+        f"{manifest.reference}  {manifest.created_at}  aliases: {', '.join(registry.aliases_of(manifest)) or '-'}"
+    )
+    print_line(
+        f"source: {manifest.source.origin} ({manifest.source.architecture}, {manifest.source.parameters:,} parameters)"
+    )
     print_line(f"        sha256 {manifest.source.digest}")
     print_line("built by: " + ", ".join(f"{name} {number}" for name, number in manifest.builder.items()))
     files = [
@@ -390,7 +392,8 @@ def show(reference: Reference, as_json: Json = False) -> None:
     ]
     print_table("Files", files)
     statuses = [
-        {"variant": precision, "status": status or "not judged"} for precision, status in _statuses(registry, manifest).items()
+        {"variant": precision, "status": status or "not judged"}
+        for precision, status in _statuses(registry, manifest).items()
     ]
     print_table("Variants", statuses)
 
@@ -399,10 +402,6 @@ def _statuses(registry: Any, manifest: Any) -> dict[str, str | None]:
     deployed = registry.latest_evidence(manifest, "deploy") or {"variants": []}
     found = {one["precision"]: one["status"] for one in deployed["variants"]}
     return {variant.precision: found.get(variant.precision) for variant in manifest.variants}
-
-
-def _aliases_of(registry: Any, manifest: Any) -> list[str]:
-    return sorted(alias for alias, number in registry.aliases(manifest.name).items() if number == manifest.version)
 
 
 def _registry() -> Any:
@@ -453,7 +452,9 @@ def logs(reference: Reference) -> None:
     """Print the build logs of a version."""
     registry, manifest = _version(reference)
     for record in registry.evidence(manifest, "build"):
-        print_line(f"== {record['precision']}: built in {record['wall_s']:.1f} s, peak {record['peak_rss_bytes'] / 1e9:.2f} GB")
+        print_line(
+            f"== {record['precision']}: built in {record['wall_s']:.1f} s, peak {record['peak_rss_bytes'] / 1e9:.2f} GB"
+        )
         print_line(record["log"].rstrip() or "(no output)")
 
 
@@ -469,7 +470,7 @@ def delete(
         raise BadInput(f"{reference!r} names no version.", f"Write, for example, {manifest.reference}.")
     if not yes and not typer.confirm(f"Delete {manifest.reference} and unregister it?", err=True):
         raise typer.Exit(1)
-    from tasks.registration import unregister_version
+    from tasks.register import unregister_version
 
     unregister_version(manifest, settings)
     freed = registry.delete(manifest.name, manifest.version)
@@ -481,7 +482,7 @@ def unregister(reference: Reference) -> None:
     """Take a version out of Foundry Local; it stays in the store."""
     settings = load_settings()
     _, manifest = _version(reference)
-    from tasks.registration import unregister_version
+    from tasks.register import unregister_version
 
     removed = unregister_version(manifest, settings)
     print_line(f"Unregistered {', '.join(removed) or 'nothing: ' + manifest.reference + ' was not registered'}.")
@@ -504,5 +505,4 @@ def foundry_dir() -> None:
 
 
 if __name__ == "__main__":
-    print_note("")
     main()

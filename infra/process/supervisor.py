@@ -27,6 +27,7 @@ QUIET_ENVIRONMENT = {
     "CI": "1",
     "DO_NOT_TRACK": "1",
     "OLIVE_DISABLE_TELEMETRY": "1",
+    "ORT_TELEMETRY_DISABLED": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -77,7 +78,7 @@ def run_in_child(
             stdout=subprocess.PIPE,
             stderr=log,
             cwd=work_dir,
-            env=_child_environment(environment or {}),
+            env=child_environment(environment),
             start_new_session=os.name == "posix",
         )
     try:
@@ -95,11 +96,12 @@ def run_in_child(
     raise _error_of(function, message, process.returncode, log_path)
 
 
-def _child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a child: this process's own, quiet, with slmops importable."""
     root = str(Path(__file__).resolve().parents[2])
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return {**inherited, "PYTHONPATH": path, **QUIET_ENVIRONMENT, **extra}
+    return {**inherited, "PYTHONPATH": path, **QUIET_ENVIRONMENT, **(extra or {})}
 
 
 def _follow(

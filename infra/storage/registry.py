@@ -7,6 +7,8 @@ Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evi
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -21,7 +23,6 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 ALIAS_PATTERN = NAME_PATTERN
 CHAMPION = "champion"
 CANDIDATE = "candidate"
-CHUNK_BYTES = 1 << 20
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -80,7 +81,7 @@ class Manifest(_Record):
     """What a version is. It never changes; figures, verdicts and proofs are evidence beside it."""
 
     schema_version: int = 1
-    name: Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}\Z")]
+    name: Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
     version: Annotated[int, Field(ge=1)]
     source: Source
     builder: dict[str, str]
@@ -298,6 +299,15 @@ class ModelRegistry:
                     "Delete the version that needs it and deploy again.",
                 ) from None
 
+    def copy_files(self, files: Iterable[StoredFile], folder: Path) -> None:
+        """Write the user's own copy of files of the store: independent of the store's, and writable."""
+        for file in files:
+            path = folder / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as aside:
+                self.materialize([file], Path(aside))
+                shutil.copyfile(Path(aside) / file.path, path)
+
     def uri(self, manifest: Manifest, precision: str | None = None) -> str:
         """Return the address of a version, or of one of its variants (as a fragment)."""
         uri = self.objects.uri(_manifest(manifest.name, manifest.version))
@@ -342,6 +352,10 @@ class ModelRegistry:
     def alias(self, name: str, alias: str) -> int | None:
         """Return the version number under an alias, or None."""
         return self.aliases(name).get(alias)
+
+    def aliases_of(self, manifest: Manifest) -> tuple[str, ...]:
+        """Return the aliases that point to a version."""
+        return tuple(sorted(one for one, number in self.aliases(manifest.name).items() if number == manifest.version))
 
     def set_alias(self, name: str, alias: str, version: int, reason: str) -> None:
         """Point an alias to a version."""

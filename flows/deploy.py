@@ -1,0 +1,122 @@
+"""The flow `deploy`: from a checkpoint to a registered, proven model."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from prefect import State, flow
+
+from flows.qualify import Gate, Qualification, ended, qualify
+from infra.errors import StageFailed
+from infra.settings import Settings, load_settings
+from infra.storage.opening import open_registry
+from infra.storage.registry import ModelRegistry
+from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, plan_recipes, take_model
+from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
+from tasks.environment import check_environment, check_room
+from tasks.evaluate import read_evaluation
+from tasks.plan import parse_request
+from tasks.report import DeployReport, VariantReport, failed_report, publish_report
+from tasks.request import DeployRequest
+from tasks.store import commit_version
+
+
+@flow(name="deploy", flow_run_name="deploy-{name}")
+def deploy(
+    checkpoint: str,
+    name: str,
+    precisions: Sequence[Literal["fp16", "int8", "int4"]] = ("fp16", "int8", "int4"),
+    device: Literal["cpu", "gpu", "npu"] = "cpu",
+    execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = "cpu",
+    base: str | None = None,
+    revision: str | None = None,
+    description: str = "",
+    evaluation_file: str | None = None,
+    chat_template_file: str | None = None,
+    min_top1_agreement: float | None = None,
+    max_kl_divergence: float | None = None,
+    max_quality_loss: float | None = None,
+    max_length: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    olive_config_file: str | None = None,
+    output: str | None = None,
+    promote: bool = False,
+) -> State[DeployReport]:
+    """Build, store, measure, judge, register and prove a fine-tuned small language model.
+
+    Args:
+        checkpoint: Folder of the checkpoint, Hub id (owner/name), or s3:// folder. A LoRA adapter is merged into
+            its base first; a folder that already is an onnxruntime-genai model is not built again.
+        name: Name of the model: lower-case letters, digits and hyphens.
+        precisions: Precisions to build.
+        device: Device that will serve the model.
+        execution_provider: ONNX Runtime's execution provider on that device.
+        base: Base of a LoRA adapter (folder or Hub id); default: the one that the adapter names.
+        revision: Revision of a Hub id: branch, tag or commit.
+        description: What the model is for; shown by Foundry Local.
+        evaluation_file: JSONL rows {id, messages, expected}; default: eval.jsonl in the checkpoint's folder, else
+            a built-in set of prompts, of which only the distributions are compared.
+        chat_template_file: Jinja file to use in place of the tokenizer's chat template.
+        min_top1_agreement: Gate: smallest share of positions with the reference's most likely token (0 to 1).
+        max_kl_divergence: Gate: largest mean KL divergence from the reference, in nats per token.
+        max_quality_loss: Gate: largest drop of the share of exact answers below the reference's (0 to 1).
+        max_length: Longest prompt plus answer, in tokens.
+        temperature: Sampling temperature that the model is registered with.
+        top_p: Nucleus sampling threshold that the model is registered with.
+        repetition_penalty: Repetition penalty that the model is registered with.
+        olive_config_file: Olive run configuration (JSON) to use in place of slmops' recipes.
+        output: New folder for a plain copy of what was built.
+        promote: Make this version the champion.
+
+    Returns:
+        The report, as a completed state; a failed one named `Rejected` when every variant fell short, and a failed
+        one when a variant could not be built or proven.
+    """
+    request = parse_request(dict(locals()))
+    settings = load_settings()
+    registry = open_registry(settings)
+
+    check_environment(request.execution_provider)
+    recipes = plan_recipes(request)
+    prepared = prepare_checkpoint(request, settings)
+    evaluation = read_evaluation(request.evaluation_file, prepared.folder, settings)
+    check_room(prepared.inspection, [recipe.precision for recipe in recipes], len(evaluation.rows), settings)
+
+    built, failures = build_variants(request, recipes, prepared, registry, settings)
+    if not built:
+        report = failed_report(request, prepared, evaluation.summary, failures, settings)
+        return ended(publish_report(report, registry, None, settings))
+    if request.output:
+        copy_out([one.variant for one in built], request.output, registry)
+    version = Qualification(
+        manifest=commit_version(request, prepared, built, registry),
+        evaluation=evaluation,
+        gate=Gate(request.min_top1_agreement, request.max_kl_divergence, request.max_quality_loss),
+        description=request.description,
+        promote=request.promote,
+        registry=registry,
+        settings=settings,
+    )
+    warnings = (*prepared.inspection.warnings, *(text for one in built for text in one.warnings))
+    return ended(qualify(version, prepared, failures, warnings))
+
+
+def build_variants(
+    request: DeployRequest,
+    recipes: Sequence[Recipe],
+    prepared: PreparedCheckpoint,
+    registry: ModelRegistry,
+    settings: Settings,
+) -> tuple[list[BuiltVariant], list[VariantReport]]:
+    """Build every variant; one that fails is reported and the others go on."""
+    if prepared.inspection.kind == "genai":
+        return [take_model(prepared, request, registry, settings)], []
+    built: list[BuiltVariant] = []
+    failures: list[VariantReport] = []
+    for recipe in recipes:
+        try:
+            built.append(build_variant(recipe, prepared, request, registry, settings))
+        except StageFailed as error:
+            failures.append(VariantReport(precision=recipe.precision, status="failed", error=str(error)))
+    return built, failures

@@ -1,0 +1,108 @@
+"""A checkpoint folder as it lies on disk. Nothing in it is run and no weight is read, only headers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from infra.errors import BadInput
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+BYTES_PER_ELEMENT = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Shape and dtype of one tensor, as the safetensors header states them (dtype: `BF16`, `F32`, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk."""
+        return self.elements * BYTES_PER_ELEMENT.get(self.dtype, 4)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; raises `BadInput` when the file is missing, broken or something else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BadInput(
+            f"{path.parent} has no {path.name}.",
+            "Give the folder that save_pretrained wrote: config, tokenizer, weights.",
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not valid JSON: {error}.", "Save the checkpoint again.") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} is not a JSON object.", "Save the checkpoint again.")
+    return value
+
+
+def read_tensor_headers(folder: Path, weights: str = WEIGHTS) -> dict[str, TensorHeader]:
+    """Return name -> header of all weights after checking that every safetensors file is whole.
+
+    Raises `BadInput` for missing, truncated or pickled weights and for an index that does not match its files.
+    """
+    headers: dict[str, TensorHeader] = {}
+    index = read_json(folder / WEIGHTS_INDEX).get("weight_map") if (folder / WEIGHTS_INDEX).is_file() else None
+    files = sorted(set(index.values())) if isinstance(index, dict) else [weights]
+    for name in files:
+        headers |= _read_file(folder, str(name))
+    missing = sorted(set(index) - set(headers)) if isinstance(index, dict) else []
+    if missing:
+        raise BadInput(f"{folder / WEIGHTS_INDEX} lists {missing[0]}, which no file has.", "Save the checkpoint again.")
+    return headers
+
+
+def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
+    path = folder / name
+    if path.parent != folder or not path.is_file():
+        pickled = next((found.name for pattern in PICKLED_WEIGHTS for found in folder.glob(pattern)), None)
+        if pickled:
+            raise BadInput(
+                f"{folder} has its weights as {pickled} only, a pickle, which can run code when it is loaded.",
+                "Save them as safetensors: model.save_pretrained(folder).",
+            )
+        raise BadInput(f"{folder} has no {name}.", "Save the checkpoint again with save_pretrained.")
+    try:
+        with safe_open(path, framework="numpy") as weights:
+            slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
+            return {key: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(
+            f"{path} is not a whole safetensors file ({path.stat().st_size:,} bytes): {error}.",
+            "It was cut off or damaged: copy or save it again.",
+        ) from None
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Return the tokenizer's (default) chat template as Jinja text, or None when the checkpoint has none."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        path = folder / name
+        if path.is_file():
+            text = path.read_text("utf-8")
+            return text if name.endswith("jinja") else str(json.loads(text)["chat_template"])
+    config = folder / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several named templates
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return str(template) if template else None

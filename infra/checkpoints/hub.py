@@ -1,0 +1,95 @@
+"""Fetch a checkpoint from the Hugging Face Hub, in a child process whose environment keeps telemetry off."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from infra.checkpoints.source import check_hub_id
+from infra.errors import BadInput, PassingFault
+from infra.process.child import Progress
+from infra.process.supervisor import OnProgress, run_in_child
+from infra.settings import Settings
+
+DEADLINE_S = 4 * 3600
+# Weights as safetensors only, and what describes them: neither pickles nor Python code are ever fetched.
+ALLOWED_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt")
+CONNECT_TIMEOUT_S = 5
+
+
+def fetch_from_hub(
+    repo_id: str,
+    revision: str | None,
+    settings: Settings,
+    *,
+    token: SecretStr | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Download `OWNER/NAME` at `revision` (branch, tag, commit; None: the default branch) and return its folder.
+
+    The revision is resolved to a commit first and all files are of that commit, which is the folder's name. They lie in
+    Hugging Face's own cache, where a second call finds them. `token` defaults to the login of Hugging Face's tools.
+    `HF_HUB_OFFLINE=1` in the environment is obeyed: then only the cache is asked.
+
+    Raises `BadInput` for an id or revision that is malformed, not there or not open to this user, and without network;
+    `PassingFault` if the Hub breaks off.
+    """
+    check_hub_id(repo_id, revision)
+    work_dir = settings.cache_dir / "hub"
+    result = run_in_child(
+        "infra.checkpoints.hub:download_snapshot",
+        {
+            "repo_id": repo_id,
+            "revision": revision,
+            "token": token.get_secret_value() if token else None,
+        },
+        deadline_s=DEADLINE_S,
+        log_path=work_dir / f"{repo_id.replace('/', '--')}.log",
+        work_dir=work_dir,
+        on_progress=on_progress,
+        environment={
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+            "HF_HUB_ETAG_TIMEOUT": str(CONNECT_TIMEOUT_S),
+        },
+    )
+    return Path(result.value["directory"])
+
+
+def download_snapshot(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Child function of `fetch_from_hub`: `{repo_id, revision, token}` -> `{directory}`."""
+    from huggingface_hub import errors, snapshot_download
+
+    repo_id, revision = request["repo_id"], request["revision"]
+    progress(0, 1, f"downloading {repo_id}")
+    try:
+        directory = snapshot_download(
+            repo_id,
+            revision=revision,
+            token=request["token"],
+            allow_patterns=list(ALLOWED_FILES),
+            etag_timeout=CONNECT_TIMEOUT_S,
+        )
+    except errors.GatedRepoError:
+        raise BadInput(
+            f"The Hub does not give {repo_id} to this user: the model is gated.",
+            "Accept its terms on its page and log in with `hf auth login`.",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise BadInput(
+            f"The Hugging Face Hub has no model {repo_id}, or it is private.",
+            "Correct OWNER/NAME, log in with `hf auth login`, or give a folder.",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise BadInput(f"{repo_id} has no revision {revision!r}.", "Give a branch, a tag or a commit of it.") from None
+    except errors.HfHubHTTPError as error:
+        raise PassingFault(
+            f"The Hugging Face Hub failed to give {repo_id} (HTTP status {error.response.status_code}).", "Try again."
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):
+        raise BadInput(
+            f"{repo_id} is no local folder, and the Hugging Face Hub cannot be reached to look for it.",
+            "Connect to the network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded checkpoint.",
+        ) from None
+    progress(1, 1, f"downloaded {repo_id}")
+    return {"directory": directory}

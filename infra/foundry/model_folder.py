@@ -1,0 +1,135 @@
+"""A variant's folder in Foundry Local's model cache."""
+
+import contextlib
+import filecmp
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from infra.errors import StageFailed
+
+GENAI_CONFIG = "genai_config.json"
+INFERENCE_MODEL = "inference_model.json"
+
+# Foundry Local takes a folder of its cache for a model once it holds genai_config.json; under this name the file
+# waits until everything else is in place.
+_UNPUBLISHED_CONFIG = "genai_config.json.part"
+_STAGING = ".slmops-staging"
+
+
+def model_folder(foundry_dir: Path, name: str, precision: str, version: int) -> Path:
+    """Return where Foundry's cache `foundry_dir` keeps a variant: `models/custom/NAME-PRECISION/vVERSION`."""
+    return foundry_dir / "models" / "custom" / f"{name}-{precision}" / f"v{version}"
+
+
+def write_model_folder(
+    foundry_dir: Path,
+    name: str,
+    precision: str,
+    version: int,
+    *,
+    sources: Mapping[str, Path],
+    inference_model: Mapping[str, Any],
+) -> Path:
+    """Write a variant's folder and return it: `sources` (relative name to file) plus `inference_model.json`.
+
+    Files are hard links where the file system allows it, else copies, never symbolic links: Foundry's scanner skips
+    those. A source named `inference_model.json` gives way to `inference_model`. A folder with the same content is left
+    as it is; one with other content is replaced. Foundry sees a folder only when it is whole.
+
+    Raises `StageFailed` when a source is missing, has a name that is no plain relative path, or the folder is in use.
+    """
+    files = {_checked(file): source for file, source in sources.items() if file != INFERENCE_MODEL}
+    if GENAI_CONFIG not in files:
+        raise StageFailed(f"A model without {GENAI_CONFIG} cannot be registered.", "Build the variant again.")
+    description = (json.dumps(dict(inference_model), ensure_ascii=False, indent=2) + "\n").encode()
+    folder = model_folder(foundry_dir, name, precision, version)
+    if _holds(folder, files, description):
+        return folder
+    staged = foundry_dir / _STAGING / uuid.uuid4().hex
+    try:
+        staged.mkdir(parents=True)
+        for file, source in files.items():
+            _link_or_copy(source, staged / (_UNPUBLISHED_CONFIG if file == GENAI_CONFIG else file))
+        (staged / INFERENCE_MODEL).write_bytes(description)
+        _remove(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged.replace(folder)
+        (folder / _UNPUBLISHED_CONFIG).replace(folder / GENAI_CONFIG)
+    except OSError as error:
+        raise StageFailed(
+            f"The model folder {folder} cannot be written: {error}.",
+            "Close programs that have the model loaded, and look at the disk's space and permissions.",
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        _remove_empty(staged.parent)
+    return folder
+
+
+def remove_model_folder(foundry_dir: Path, name: str, precision: str, version: int) -> bool:
+    """Remove a variant's folder and, if it was the last version, its parent; return whether there was one.
+
+    Raises `StageFailed` when the folder is in use.
+    """
+    folder = model_folder(foundry_dir, name, precision, version)
+    if not folder.exists():
+        return False
+    try:
+        _remove(folder)
+    except OSError as error:
+        raise StageFailed(
+            f"The model folder {folder} cannot be removed: {error}.", "Close programs that have the model loaded."
+        ) from error
+    _remove_empty(folder.parent)
+    return True
+
+
+def _checked(file: str) -> str:
+    path = PurePosixPath(file)
+    if not path.parts or path.is_absolute() or ".." in path.parts or set(file) & set('\\:*?"<>|'):
+        raise StageFailed(f"{file!r} cannot be a file of a model folder.", "Use plain relative names.")
+    return file
+
+
+def _holds(folder: Path, files: Mapping[str, Path], description: bytes) -> bool:
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if found != {*files, INFERENCE_MODEL} or (folder / INFERENCE_MODEL).read_bytes() != description:
+        return False
+    return all(_same(folder / file, source) for file, source in files.items())
+
+
+def _same(path: Path, source: Path) -> bool:
+    if path.is_symlink() or not source.is_file():
+        return False
+    return path.samefile(source) or filecmp.cmp(path, source, shallow=False)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(strict=True), target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+        return
+    if not folder.exists():
+        return
+    with contextlib.suppress(FileNotFoundError):
+        (folder / GENAI_CONFIG).unlink()  # first, so that Foundry does not see a folder that is half gone
+    shutil.rmtree(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not empty, or another process was faster
+        folder.rmdir()

@@ -1,0 +1,294 @@
+"""Foundry Local's native runtime through foundry-local-sdk: register, list, load and answer.
+
+The runtime is a singleton of its process, so that every function here is a child function
+(`infra.process.supervisor.run_in_child`). Only the local catalog is used: a question to the public one goes out to the
+network. Everything the runtime writes is under the request's `cache_dir`.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from infra.errors import BadInput, StageFailed
+from infra.foundry.model_folder import GENAI_CONFIG
+from infra.process.child import Progress
+from infra.process.supervisor import QUIET_ENVIRONMENT
+
+APP_NAME = "slmops"
+SDK = "foundry-local-sdk"
+TASK = "chat-completion"
+
+# Nothing listens on loopback's port 9 (discard): should the runtime ever ask its public catalog, it is refused here
+# before a host name is looked up.
+CLOSED_CATALOG_URL = "http://127.0.0.1:9/asset-gallery/v1.0/models"
+
+# NAME:VERSION or NAME-PRECISION-generic-DEVICE:VERSION.
+MODEL_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}(-[a-z0-9]{1,8}-generic-[a-z]{1,8})?:[1-9][0-9]{0,8}")
+
+# The native messages start with "file.cc:LINE signature(...) ".
+_NATIVE_PREFIX = re.compile(r"^\w+\.cc:\d+ .*?\)(?: const)? (?=\S)")
+
+
+def register(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Register a model folder in the local catalog.
+
+    Request: `{"cache_dir": str, "folder": str, "model_id": str, "metadata": {str: str | int}}`; metadata's keys are
+    the SDK's (`display_name`, `description`, `license`, ...), `task` is chat-completion unless given.
+
+    Result: `{"model_id": str, "alias": str, "folder": str, "changed": bool}`; `changed` is false if the id was
+    registered with this folder already. An id registered with another folder is moved to this one.
+
+    Raises `BadInput` for an id of another form, `StageFailed` when the runtime refuses the folder.
+    """
+    model_id, folder = check_model_id(request["model_id"]), str(Path(request["folder"]).absolute())
+    if not (Path(folder) / GENAI_CONFIG).is_file():
+        raise StageFailed(f"{folder} holds no model: {GENAI_CONFIG} is missing.", "Deploy the version again.")
+    catalog = open_local_catalog(request["cache_dir"])
+    from foundry_local_sdk import ModelInfoBuilder
+
+    with _explained(f"register {model_id}", "Deploy the version again."):
+        existing = catalog.get_model_variant(model_id)
+        if existing is not None and existing.get_path() == folder:
+            return {"model_id": model_id, "alias": existing.alias, "folder": folder, "changed": False}
+        if existing is not None:
+            catalog.unregister_model(model_id)
+        with ModelInfoBuilder() as metadata:
+            for key, value in {"task": TASK, **request.get("metadata", {})}.items():
+                if isinstance(value, int):
+                    metadata.set_int_property(key, value)
+                else:
+                    metadata.set_string_property(key, value)
+            model = catalog.register_model(folder, model_id, metadata)
+        return {"model_id": model.id, "alias": model.alias, "folder": folder, "changed": True}
+
+
+def unregister(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Take a model out of the local catalog; its folder stays.
+
+    Request: `{"cache_dir": str, "model_id": str}`. Result: `{"model_id": str, "changed": bool}`; `changed` is false if
+    it was not registered. Raises `BadInput` for an id of another form: given an alias, the runtime would take out
+    every version behind it.
+    """
+    model_id = check_model_id(request["model_id"])
+    catalog = open_local_catalog(request["cache_dir"])
+    with _explained(f"unregister {model_id}", "Try again."):
+        if catalog.get_model_variant(model_id) is None:
+            return {"model_id": model_id, "changed": False}
+        catalog.unregister_model(model_id)
+        return {"model_id": model_id, "changed": True}
+
+
+def list_models(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """List the local catalog.
+
+    Request: `{"cache_dir": str}`. Result: `{"models": [{"model_id", "alias", "name", "version": int, "folder",
+    "folder_exists": bool, "context_length": int | null}]}`, sorted by id.
+    """
+    catalog = open_local_catalog(request["cache_dir"])
+    with _explained("list its local catalog", "Try again."):
+        models = [_described(variant) for model in catalog.list_models() for variant in model.variants]
+    return {"models": sorted(models, key=lambda model: (model["name"], model["version"]))}
+
+
+def prove(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Find a model by its id, load it and let it answer one conversation, greedily.
+
+    Request: `{"cache_dir": str, "model_id": str, "messages": [{"role", "content"}], "max_new_tokens": int}`.
+
+    Result: `{"model_id", "alias", "folder", "load_ms": float, "answer": str, "reasoning": str, "prompt_tokens": int,
+    "completion_tokens": int, "finish_reason": "stop" | "length", "e2e_latency_ms": float}`. The runtime cuts what
+    stands between think tags out of the answer; it is `reasoning`.
+
+    The folder's own `search.repetition_penalty` holds, as for every client of the runtime.
+
+    Raises `StageFailed` when it is not found, does not load, or the conversation does not fit its context.
+    """
+    model_id = check_model_id(request["model_id"])
+    catalog = open_local_catalog(request["cache_dir"])
+    progress(0, 2, f"loading {model_id}")
+    model, load_ms = load(catalog, model_id)
+    progress(1, 2, "answering")
+    answered = answer(model, request["messages"], request["max_new_tokens"])
+    progress(2, 2, "answered")
+    return {"model_id": model_id, "alias": model.alias, "folder": model.get_path(), "load_ms": load_ms, **answered}
+
+
+def runtime_versions(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Load the native runtime and say which versions it consists of.
+
+    Request: `{}`. Result: `{"sdk": str, "native": str, "required": {package: version}, "installed": {package: version
+    or null}}`. The SDK loads onnxruntime and onnxruntime-genai from these installed packages; `required` are the exact
+    versions that it was released with.
+
+    Raises `StageFailed` when the SDK is missing or its native library does not load on this machine.
+    """
+    os.environ.update(QUIET_ENVIRONMENT)
+    try:
+        from foundry_local_sdk._native.api import api
+
+        native = str(api.version_string())
+        required = dict(re.findall(r"^(onnxruntime[\w-]*)==([\w.]+)", "\n".join(requires(SDK) or []), re.MULTILINE))
+        return {
+            "sdk": version(SDK),
+            "native": native,
+            "required": required,
+            "installed": {package: _installed(package) for package in required},
+        }
+    except (ImportError, OSError) as error:
+        raise StageFailed(
+            f"Foundry Local's runtime does not load: {error}.", f"Install {SDK} again on a supported platform."
+        ) from error
+
+
+def check_model_id(model_id: str) -> str:
+    """Return `model_id` if it has one of the two forms of a registered id; raises `BadInput`."""
+    if not MODEL_ID.fullmatch(model_id):
+        raise BadInput(
+            f"{model_id!r} is not a Foundry id.",
+            "The forms are NAME:VERSION and NAME-PRECISION-generic-DEVICE:VERSION.",
+        )
+    return model_id
+
+
+def load(catalog: Any, model_id: str) -> tuple[Any, float]:
+    """Return the loaded model and how long loading took, in ms; raises `StageFailed`."""
+    with _explained(f"load {model_id}", "Deploy the version again; its folder may be damaged."):
+        model = catalog.get_model_variant(model_id)
+        if model is None:
+            known = ", ".join(sorted(v.id for m in catalog.list_models() for v in m.variants)) or "none"
+            raise StageFailed(
+                f"Foundry Local does not know {model_id}; registered are: {known}.", "Deploy or register it first."
+            )
+        started = time.perf_counter()
+        model.load()
+        return model, (time.perf_counter() - started) * 1000
+
+
+def answer(
+    model: Any,
+    messages: Sequence[dict[str, str]],
+    max_new_tokens: int,
+    on_text: Callable[[str], None] = lambda text: None,
+    search: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Let a loaded model answer a conversation, at most `max_new_tokens` long, in a session of its own.
+
+    `on_text` gets the answer's text piece by piece. `search` are fields of the SDK's SearchOptions; by default the
+    answer is greedy, which has to be asked for: the runtime samples, whatever genai_config.json says.
+
+    Returns `answer`, `reasoning`, `prompt_tokens`, `completion_tokens`, `finish_reason` and `e2e_latency_ms`; raises
+    `StageFailed` when the conversation does not fit the context or cannot be rendered by the model's chat template.
+    """
+    from foundry_local_sdk import ChatSession, RequestOptions, SearchOptions
+    from foundry_local_sdk.items import TextItemType
+
+    texts: dict[Any, list[str]] = {TextItemType.DEFAULT: [], TextItemType.REASONING: []}
+    refused = _explained(f"answer with {model.id}", "See the model's chat template and its genai_config.json.")
+    with refused, ChatSession(model) as session:
+        options = search or {"do_sample": False}
+        session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=1, **options)))
+        with _request(messages) as probe:
+            budget = session.preflight_request(probe)
+        room = min(max_new_tokens, budget.context_limit_tokens - budget.prompt_tokens)
+        if room < 1:
+            raise StageFailed(
+                f"A conversation of {budget.prompt_tokens} tokens leaves no room for an answer in the context of "
+                f"{budget.context_limit_tokens} tokens.",
+                "Shorten it, or begin a new one.",
+            )
+        session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=room, **options)))
+        session.set_streaming(True)
+        started = time.perf_counter()
+        with _request(messages) as request, session.process_streaming_request(request) as stream:
+            for item in stream:
+                for part in getattr(item, "parts", [item]):
+                    texts[part.type].append(part.text)
+                    if part.type is TextItemType.DEFAULT:
+                        on_text(part.text)
+            e2e_latency_ms = (time.perf_counter() - started) * 1000
+            with stream.final_response as final:
+                usage, finish_reason = final.get_usage(), final.finish_reason.name.lower()
+    return {
+        "answer": "".join(texts[TextItemType.DEFAULT]),
+        "reasoning": "".join(texts[TextItemType.REASONING]),
+        "prompt_tokens": budget.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "finish_reason": finish_reason,
+        "e2e_latency_ms": e2e_latency_ms,
+    }
+
+
+def open_local_catalog(cache_dir: str) -> Any:
+    """Start the runtime on Foundry's cache `cache_dir` and return its local catalog; once per process.
+
+    Raises `StageFailed` when the runtime does not start.
+    """
+    os.environ.update(QUIET_ENVIRONMENT)  # before the native libraries load: they look for CI once
+    from foundry_local_sdk import Configuration, FoundryLocalManager
+    from foundry_local_sdk.catalog import CatalogType
+
+    own = Path(cache_dir) / ".slmops-runtime"
+    (own / "logs").mkdir(parents=True, exist_ok=True)
+    with _explained("start", f"See its log in {own / 'logs'}."):
+        FoundryLocalManager.initialize(
+            Configuration(
+                app_name=APP_NAME,
+                app_data_dir=str(own),
+                model_cache_dir=str(cache_dir),
+                logs_dir=str(own / "logs"),
+                catalog_urls=[(CLOSED_CATALOG_URL, None)],
+                disable_nonessential_telemetry=True,
+            )
+        )
+        manager = FoundryLocalManager.instance
+        assert manager is not None
+        return manager.get_catalog(CatalogType.LOCAL)
+
+
+@contextmanager
+def _explained(doing: str, what_to_do: str) -> Iterator[None]:
+    from foundry_local_sdk.exception import FoundryLocalException
+
+    try:
+        yield
+    except FoundryLocalException as error:
+        reason = _NATIVE_PREFIX.sub("", str(error).strip()).splitlines()[0].rstrip(".")
+        raise StageFailed(f"Foundry Local cannot {doing}: {reason}.", what_to_do) from error
+
+
+def _request(messages: Sequence[dict[str, str]]) -> Any:
+    from foundry_local_sdk import MessageItem, Request
+    from foundry_local_sdk.items import MessageRole
+
+    request = Request()
+    for message in messages:
+        role = message["role"].upper()
+        if role not in MessageRole.__members__:
+            raise BadInput(f"{message['role']!r} is not a role of a message.", "Use system, user or assistant.")
+        request.add_item(MessageItem(MessageRole[role], message["content"]))
+    return request
+
+
+def _described(variant: Any) -> dict[str, Any]:
+    info, folder = variant.info, variant.get_path()
+    return {
+        "model_id": info.id,
+        "alias": info.alias,
+        "name": info.name,
+        "version": info.version,
+        "folder": folder,
+        "folder_exists": (Path(folder) / GENAI_CONFIG).is_file(),
+        "context_length": info.context_length,
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,54 @@
+"""Comparison of two next-token distributions given as logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PositionComparison:
+    """A variant's distribution beside the reference's at one position.
+
+    `kl_divergence` is KL(reference || variant) and the log-probabilities are those of the token that the
+    reference's text goes on with, all in nats. They are None where the variant's logits are not all finite;
+    such a position counts as a disagreement.
+    """
+
+    finite: bool
+    agrees: bool
+    kl_divergence: float | None
+    log_probability: float | None
+    reference_log_probability: float
+
+
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Log-probabilities over the last axis, in float64 and shifted by the maximum, so that nothing overflows."""
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return np.asarray(shifted, np.float64)
+
+
+def kl_divergence(reference: NDArray[np.float64], variant: NDArray[np.float64]) -> float:
+    """KL(reference || variant) of two vectors of log-probabilities, in nats: sum of p (ln p - ln q).
+
+    Kullback and Leibler, 1951. Rounding can leave the sum a little below zero, which no divergence is: it is cut off.
+    """
+    return max(0.0, float(np.sum(np.exp(reference) * (reference - variant))))
+
+
+def compare_position(reference: NDArray[Any], variant: NDArray[Any], next_token: int) -> PositionComparison:
+    """Compare two vectors of logits over the same vocabulary; the reference's are finite."""
+    expected = log_softmax(reference)
+    if not np.isfinite(variant).all():
+        return PositionComparison(False, False, None, None, float(expected[next_token]))
+    found = log_softmax(variant)
+    return PositionComparison(
+        finite=True,
+        agrees=bool(reference.argmax() == variant.argmax()),
+        kl_divergence=kl_divergence(expected, found),
+        log_probability=float(found[next_token]),
+        reference_log_probability=float(expected[next_token]),
+    )

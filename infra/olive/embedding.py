@@ -1,0 +1,177 @@
+"""Quantize the embedding of a finished ONNX model, which onnxruntime-genai's builder leaves in floating point.
+
+The builder (0.18) quantizes or shares an embedding only in four bits and only when it is tied to lm_head, on the ground
+that `GatherBlockQuantized` had no other width. The operator of ONNX Runtime 1.31 has: eight bits, and lm_head's rows as
+`MatMulNBits` stores them. With a vocabulary of 152 k, that one tensor is half of an int8 model of 0.5 B parameters.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SMALLEST_EXTERNAL_BYTES = (
+    256  # ONNX Runtime infers shapes from small constants and reads those only inside the model file
+)
+ROWS_PER_STEP = 8192  # of the embedding, quantized at a time, so that the work's memory stays small
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A matrix in blocks along its rows: weights [rows, bytes a row], scales [rows, blocks], zero points or None."""
+
+    weight: Any
+    scales: Any
+    zero_points: Any
+    bits: int
+    block_size: int
+    width: int  # values a row, whole blocks
+
+
+def quantize_embedding(model_path: Path, *, bits: int, block_size: int, tied: bool) -> bool:
+    """Replace the float embedding of the model at `model_path` by a quantized one; True if there was one to replace.
+
+    Where the embedding is `tied` to lm_head and lm_head is quantized, lm_head's weights serve both; otherwise the
+    embedding is rounded to `bits` symmetrically in blocks of `block_size`. Rewrites the model and its external data.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(model_path)
+    graph = model.graph
+    lookup = _float_lookup(graph)
+    if lookup is None:
+        return False
+    embedding = lookup.inputs[0]
+    blocks = (_lm_head_blocks(graph) if tied else None) or _rounded_blocks(graph, embedding, bits, block_size)
+    _replace_lookup(graph, lookup, blocks)
+    del graph.initializers[embedding.name]
+    graph.sort()
+    model.opset_imports.setdefault("com.microsoft", 1)
+    _save_in_place(model, model_path)
+    return True
+
+
+def _float_lookup(graph: Any) -> Any:
+    """Return the `Gather` that looks `input_ids` up in a float initializer, or None."""
+    for node in graph:
+        if node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == "input_ids":
+            table = node.inputs[0]
+            return node if table.const_value is not None and table.dtype.is_floating_point() else None
+    return None
+
+
+def _lm_head_blocks(graph: Any) -> _Blocks | None:
+    """Return lm_head's quantized weights, or None where it is not quantized or packed for one device only."""
+    node = next((n for n in graph if n.op_type == "MatMulNBits" and n.name.startswith("/lm_head/")), None)
+    if node is None or "weight_prepacked" in node.attributes:
+        return None
+    bits, block_size, rows = (node.attributes[name].as_int() for name in ("bits", "block_size", "N"))
+    weight, scales = node.inputs[1:3]
+    zero_points = node.inputs[3] if len(node.inputs) > 3 else None
+    blocks = weight.shape[1]
+    return _Blocks(
+        _reshaped(graph, weight, [rows, blocks * block_size * bits // 8]),
+        _reshaped(graph, scales, [rows, blocks]),
+        _reshaped(graph, zero_points, [rows, (blocks * bits + 7) // 8]) if zero_points is not None else None,
+        bits,
+        block_size,
+        blocks * block_size,
+    )
+
+
+def _rounded_blocks(graph: Any, embedding: Any, bits: int, block_size: int) -> _Blocks:
+    """Round the embedding symmetrically: weight = round(x / scale) + 2^(bits-1), scale = max|x| / (2^(bits-1) - 1)."""
+    import numpy as np
+    import onnx_ir as ir
+
+    table = embedding.const_value
+    rows, hidden_size = table.shape
+    blocks = -(-hidden_size // block_size)
+    width = blocks * block_size
+    weight = np.empty((rows, width * bits // 8), np.uint8)
+    scales = np.empty((rows, blocks), np.float32)
+    values = table.numpy()
+    highest = 2 ** (bits - 1) - 1
+    for start in range(0, rows, ROWS_PER_STEP):
+        part = values[start : start + ROWS_PER_STEP].astype(np.float32)
+        part = np.pad(part, ((0, 0), (0, width - hidden_size))).reshape(len(part), blocks, block_size)
+        scale = np.abs(part).max(axis=2) / highest
+        rounded = np.rint(part / np.where(scale == 0, 1, scale)[:, :, None]).astype(np.int16) + highest + 1
+        unsigned = rounded.astype(np.uint8).reshape(len(part), width)
+        # Two four-bit values a byte, the first in the lower half: GatherBlockQuantized's layout.
+        weight[start : start + len(part)] = unsigned if bits == 8 else unsigned[:, ::2] | unsigned[:, 1::2] << 4
+        scales[start : start + len(part)] = scale
+    return _Blocks(
+        _initializer(graph, f"{embedding.name}_Q{bits}", ir.tensor(weight)),
+        _initializer(graph, f"{embedding.name}_scales", ir.tensor(scales.astype(values.dtype))),
+        None,
+        bits,
+        block_size,
+        width,
+    )
+
+
+def _replace_lookup(graph: Any, lookup: Any, blocks: _Blocks) -> None:
+    import onnx_ir as ir
+
+    ids, looked_up = lookup.inputs[1], lookup.outputs[0]
+    hidden_size = lookup.inputs[0].shape[1]
+    inputs = [blocks.weight, ids, blocks.scales, *([blocks.zero_points] if blocks.zero_points is not None else [])]
+    gather = ir.node(
+        "GatherBlockQuantized",
+        inputs,
+        {"bits": blocks.bits, "block_size": blocks.block_size, "gather_axis": 0, "quantize_axis": 1},
+        domain="com.microsoft",
+        name="/model/embed_tokens/GatherBlockQuantized",
+    )
+    last, nodes = gather, [gather]
+    if blocks.width != hidden_size:
+        bounds = [
+            _initializer(graph, f"/model/embed_tokens/{name}", ir.tensor([value], dtype=ir.DataType.INT64))
+            for name, value in (("start", 0), ("end", hidden_size), ("axis", -1))
+        ]
+        last = ir.node("Slice", [gather.outputs[0], *bounds], name="/model/embed_tokens/Slice")
+        nodes.append(last)
+    graph.insert_before(lookup, nodes)
+    name = looked_up.name
+    looked_up.replace_all_uses_with(last.outputs[0])
+    last.outputs[0].type, last.outputs[0].shape = looked_up.type, looked_up.shape
+    graph.remove(lookup, safe=True)
+    if last is not gather:
+        gather.outputs[0].name = f"{gather.name}/output_0"
+    last.outputs[0].name = name
+
+
+def _reshaped(graph: Any, value: Any, shape: list[int]) -> Any:
+    """Return `value` or a view of it in `shape`; the stored tensor stays the one that lm_head reads."""
+    import onnx_ir as ir
+
+    if list(value.shape) == shape:
+        return value
+    target = _initializer(graph, f"{value.name}/embedding_shape", ir.tensor(shape, dtype=ir.DataType.INT64))
+    node = ir.node("Reshape", [value, target], name=f"{value.name}/embedding_view")
+    node.outputs[0].name = f"{value.name}/embedding_view/output_0"
+    node.outputs[0].dtype = value.dtype
+    node.outputs[0].shape = ir.Shape(shape)
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _initializer(graph: Any, name: str, tensor: Any) -> Any:
+    import onnx_ir as ir
+
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _save_in_place(model: Any, model_path: Path) -> None:
+    """Write the model aside, then over itself: tensors are read from the old data file while it is written."""
+    import onnx_ir as ir
+
+    data_name = f"{model_path.name}.data"
+    aside = model_path.with_name("rewritten")
+    aside.mkdir()
+    ir.save(model, aside / model_path.name, external_data=data_name, size_threshold_bytes=SMALLEST_EXTERNAL_BYTES)
+    for name in (model_path.name, data_name):
+        (aside / name).replace(model_path.with_name(name))
+    aside.rmdir()

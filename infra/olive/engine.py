@@ -1,0 +1,123 @@
+"""Run Olive: the child function that turns a checkpoint into an onnxruntime-genai folder."""
+
+import copy
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from infra.errors import StageFailed
+from infra.olive.architectures import check_architecture
+from infra.olive.options import read_olive_package_config
+from infra.process.child import Progress
+
+MODEL_BUILDER = "ModelBuilder"
+
+# Written by Olive beside the model, with paths and times of this run.
+OLIVE_RECORDS = frozenset({"model_config.json", "run_history.txt", "footprint.json", "output_footprint.json"})
+
+
+class _LastFailure(logging.Handler):
+    """Keeps the exception that Olive's engine only logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.exception: BaseException | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            self.exception = record.exc_info[1]
+
+
+def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Build one variant with Olive.
+
+    Request: `{"olive_config": {...}, "checkpoint_dir": str, "output_dir": str, "cache_dir": str, "threads": int}`; the
+    configuration is complete but for its paths. The finished folder is written to `output_dir`, which must be empty or
+    missing; everything on the way there lives in a folder of its own under `cache_dir` and is removed at the end.
+
+    Result: `{"precision": str, "warnings": [str], "files": [str]}`, the files' names sorted.
+
+    Raises `BadInput` for an architecture that is not supported, `StageFailed` when the build does not give a model.
+    """
+    checkpoint_dir, output_dir = Path(request["checkpoint_dir"]).absolute(), Path(request["output_dir"]).absolute()
+    check_architecture(json.loads((checkpoint_dir / "config.json").read_text("utf-8")))
+    os.environ["OMP_NUM_THREADS"] = str(request["threads"])  # read once, when torch is imported below
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if any(output_dir.iterdir()):
+        raise StageFailed(f"The output folder {output_dir} is not empty.", "Give the build a fresh folder.")
+    cache_dir = Path(request["cache_dir"]).absolute()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="olive-", dir=cache_dir) as work:
+        progress(0, 2, "building the model")
+        built = _run_olive(request["olive_config"], checkpoint_dir, Path(work))
+        progress(1, 2, "writing the model's folder")
+        files = _move_model(built, output_dir)
+    progress(2, 2, "built")
+    return {"precision": _builder_options(request["olive_config"])["precision"], "warnings": [], "files": files}
+
+
+def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -> Path:
+    """Run Olive's engine and return the folder that holds the finished model."""
+    from olive.workflows import run
+
+    package_config = read_olive_package_config()
+    package_config["passes"][MODEL_BUILDER] |= {"module_path": f"infra.olive.model_builder.{MODEL_BUILDER}"}
+    result_dir = work / "result"
+    run_config = {
+        **copy.deepcopy(olive_config),  # Olive writes into what it is given
+        "input_model": {**olive_config["input_model"], "model_path": str(checkpoint_dir)},
+        "cache_dir": str(work / "cache"),
+        "output_dir": str(result_dir),
+        "no_artifacts": True,
+        "evaluate_input_model": False,
+    }
+    temporary = work / "tmp"
+    temporary.mkdir()
+    failure = _LastFailure()
+    logging.getLogger("olive").addHandler(failure)
+    try:
+        output = run(run_config, package_config=package_config, tempdir=str(temporary))
+        reason = failure.exception
+        produced = output is not None and output.has_output_model()
+    except Exception as error:
+        reason, produced = error, False
+        logging.getLogger(__name__).exception("Olive failed")
+    finally:
+        logging.getLogger("olive").removeHandler(failure)
+    if not produced:
+        text = f"{type(reason).__name__}: {reason}" if reason else "it produced no model and gave no reason"
+        raise StageFailed(
+            f"Olive could not build the model: {' '.join(text.split())[:500]}", "The build's log has the details."
+        ) from reason
+    return result_dir
+
+
+def _move_model(built: Path, output_dir: Path) -> list[str]:
+    genai_configs = list(built.rglob("genai_config.json"))
+    if len(genai_configs) != 1:
+        raise StageFailed(
+            f"Olive's result holds {len(genai_configs)} genai_config.json files where one was expected.",
+            "Check the passes after ModelBuilder in the Olive configuration.",
+        )
+    for path in sorted(genai_configs[0].parent.iterdir()):
+        if path.name not in OLIVE_RECORDS:
+            shutil.move(path, output_dir / path.name)
+    genai_config = json.loads((output_dir / "genai_config.json").read_text("utf-8"))
+    model_file = genai_config["model"]["decoder"]["filename"]
+    if not (output_dir / model_file).is_file():
+        raise StageFailed(
+            f"Olive's result lacks {model_file}, which its genai_config.json names.",
+            "Check the passes after ModelBuilder in the Olive configuration.",
+        )
+    return sorted(path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
+
+
+def _builder_options(olive_config: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = next(
+        options for options in olive_config["passes"].values() if options["type"] == MODEL_BUILDER
+    )
+    return options

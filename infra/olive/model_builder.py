@@ -1,0 +1,135 @@
+"""The Olive pass that builds an onnxruntime-genai model; Olive's engine imports this module, nothing else does.
+
+Olive 0.13's own `ModelBuilder` pass does not work with onnxruntime-genai 0.18 (it imports a module that is gone and
+skips `check_extra_options`). This one takes its place under the same name; `infra.olive.engine` tells Olive so.
+"""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from olive.hardware.accelerator import AcceleratorSpec
+from olive.model import HfModelHandler, ONNXModelHandler
+from olive.passes import Pass
+from olive.passes.olive_pass import PassConfigParam
+from olive.passes.pass_config import BasePassConfig
+
+from infra.olive.embedding import quantize_embedding
+from infra.olive.options import BITS, BUILDER_OPTIONS, BUILDER_QUANTIZATION_OPTIONS
+
+MODEL_FILE = "model.onnx"
+DEFAULT_BLOCK_SIZE = 32
+
+# The builder's `cpu` target cannot run fp16 (its Cast nodes disagree on shapes). A model built for another target runs
+# on the CPU once its provider options are gone; the fused Q/K norm of that target is an operator the CPU does not have.
+FP16_TARGET_ON_CPU = "webgpu"
+FP16_OPTIONS_ON_CPU: dict[str, Any] = {"fuse_qk_norm_gqa": False}
+
+
+# With a cache of the window's size, a model with sliding-window attention fails at run time on the CPU when a
+# generation's max_length is below the window. The full cache gives the same figures and has no such limit.
+ROBUST_OPTIONS: dict[str, Any] = {"windowed_kv_cache": False}
+
+
+class ModelBuilder(Pass):  # type: ignore[misc]
+    """Build an onnxruntime-genai model (ONNX, genai_config.json, tokenizer) from a Hugging Face checkpoint."""
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
+        return {
+            name: PassConfigParam(
+                type_=option.type, required=name == "precision", default_value=None, description=option.description
+            )
+            for name, option in BUILDER_OPTIONS.items()
+        }
+
+    @staticmethod
+    def is_accelerator_agnostic(accelerator_spec: AcceleratorSpec) -> bool:
+        return False
+
+    def _run_for_config(
+        self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
+    ) -> ONNXModelHandler:
+        options = {name: value for name, value in config.model_dump().items() if value is not None}
+        folder = Path(output_model_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        tied = _create_model(Path(model.model_name_or_path), folder, options)
+        bits = BITS.get(options["precision"])
+        if bits and options.get("quantize_embedding", True):
+            block_size = options.get("block_size", DEFAULT_BLOCK_SIZE)
+            quantize_embedding(folder / MODEL_FILE, bits=bits, block_size=block_size, tied=tied)
+        _finish_genai_config(folder / "genai_config.json", options)
+        files = sorted(str(path) for path in folder.iterdir() if not path.name.startswith(MODEL_FILE))
+        return ONNXModelHandler(folder, onnx_file_name=MODEL_FILE, model_attributes={"additional_files": files})
+
+
+def _create_model(checkpoint: Path, folder: Path, options: dict[str, Any]) -> bool:
+    """Run onnxruntime-genai's builder; return whether the checkpoint ties its embedding to lm_head."""
+    from onnxruntime_genai.models import builder
+    from transformers import AutoConfig
+
+    precision, target = options["precision"], options.get("execution_provider", "cpu")
+    tied = bool(getattr(AutoConfig.from_pretrained(checkpoint), "tie_word_embeddings", False))
+    extra_options = ROBUST_OPTIONS | {name: options[name] for name in BUILDER_QUANTIZATION_OPTIONS if name in options}
+    if precision == "fp16" and target == "cpu":
+        target = FP16_TARGET_ON_CPU
+        extra_options |= FP16_OPTIONS_ON_CPU
+    if precision in BITS and tied and not _builder_can_share(options):
+        extra_options["shared_embeddings"] = False
+    extra_options |= options.get("extra_options", {})
+    # The builder removes its cache when it is empty, and fails when it is gone.
+    cache = folder / "builder-cache"
+    arguments = (None, str(checkpoint), str(folder), precision, target, str(cache))
+    builder.check_extra_options(*arguments, extra_options)
+    _name_sliding_layers(extra_options["hf_details"]["hf_config"])
+    builder.SmolLM3Model = _smollm3_with_layers_without_rope(builder.SmolLM3Model)
+    builder.create_model(*arguments, **extra_options)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(cache)
+    return tied
+
+
+def _name_sliding_layers(config: Any) -> None:
+    """Say in `layer_types` what Mistral and Phi-3 say by `sliding_window` alone: every layer slides.
+
+    The builder (0.18) takes layers without a type for full attention, and the model is wrong beyond the window.
+    """
+    if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+
+
+def _smollm3_with_layers_without_rope(model_class: type) -> type:
+    """Return the builder's SmolLM3 with its layers without rotary embedding left alone.
+
+    The builder (0.18) only moves the rotation out of these layers' attention operator, and fails on the input that it
+    has already removed; the checkpoint's layers have no rotation at all.
+    """
+
+    class SmolLM3Model(model_class):  # type: ignore[misc]
+        def make_attention_qk_rope(self, layer_id: int, **kwargs: Any) -> tuple[str, str]:
+            if not self.no_rope_layers[layer_id]:
+                return "", ""
+            caches: tuple[str, str] = super().make_attention_qk_rope(layer_id, **kwargs)
+            return caches
+
+    return SmolLM3Model
+
+
+def _builder_can_share(options: dict[str, Any]) -> bool:
+    """Whether the builder's own sharing of a tied four-bit embedding gives a model that loads.
+
+    It does not for asymmetric weights of its default quantizer (names that do not exist) nor in QDQ form;
+    the embedding is then quantized by `quantize_embedding`.
+    """
+    asymmetric = not options.get("is_symmetric", True)
+    return not options.get("use_qdq", False) and not (asymmetric and options.get("algo_config", "default") == "default")
+
+
+def _finish_genai_config(path: Path, options: dict[str, Any]) -> None:
+    genai_config = json.loads(path.read_text("utf-8"))
+    if options.get("execution_provider", "cpu") == "cpu":
+        genai_config["model"]["decoder"]["session_options"]["provider_options"] = []
+    genai_config["search"] |= options.get("search", {})
+    path.write_text(json.dumps(genai_config, indent=4) + "\n", "utf-8")

@@ -1,0 +1,145 @@
+"""Merge a LoRA adapter into its base with peft; a child function of `infra.process`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from infra.errors import BadInput
+from infra.process.child import Progress
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Any of these makes a folder one that AutoTokenizer reads as a tokenizer's.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+EVALUATION_FILE = "eval.jsonl"
+
+
+def read_adapter_config(adapter_dir: Path) -> str | None:
+    """Return the base (path or Hub id) that the LoRA adapter in `adapter_dir` declares, None if it declares none.
+
+    Raises `BadInput` if adapter_config.json is missing, is not a JSON object or is not a LoRA adapter's.
+    """
+    path = adapter_dir / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{adapter_dir} has no {ADAPTER_CONFIG}.", "Give the folder that peft saved.") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON: {error}.", "Save the adapter again with peft.") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"{path} is not a JSON object.", "Save the adapter again with peft.")
+    if config.get("peft_type") != "LORA":
+        raise BadInput(f"{path} has peft_type {config.get('peft_type')!r}.", "Only LORA adapters can be merged.")
+    base = config.get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
+
+
+def merge_adapter(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Merge the LoRA adapter into its base and write a checkpoint of the base's form and dtype.
+
+    Request: `adapter_dir` (peft, safetensors only), `base_dir` (a local checkpoint), `output_dir` (must not exist).
+    The tokenizer and `eval.jsonl` are the adapter's if it has them, else the tokenizer is the base's. If the adapter
+    carries embeddings of another vocabulary size, the base's are resized to it.
+
+    Result: `parameters`, `dtype`, `merged_tensors` (the adapter's), `tokenizer_from` ("adapter" or "base").
+
+    Raises `BadInput` if the adapter is pickled, is no LoRA or does not fit the base.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter_dir, base_dir, output_dir = (Path(request[key]) for key in ("adapter_dir", "base_dir", "output_dir"))
+    read_adapter_config(adapter_dir)
+    shapes = _adapter_shapes(adapter_dir)
+    progress(0, 3, "loading the base")
+    model = AutoModelForCausalLM.from_pretrained(
+        base_dir, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    dtype = model.dtype
+    # Merged in float32: in bfloat16 the product of the two low-rank matrices would be rounded before the sum is.
+    model.to(torch.float32)
+    rows = _embedding_rows(shapes)
+    if rows is not None and rows != model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+    progress(1, 3, "merging the adapter")
+    try:
+        merged = PeftModel.from_pretrained(model, adapter_dir, local_files_only=True, use_safetensors=True)
+        missing = _unplaced(merged, shapes)
+        merged = merged.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise BadInput(
+            f"The adapter {adapter_dir.name} does not fit the base {base_dir.name}: {_short(error)}",
+            "Name the base that the adapter was trained on.",
+        ) from error
+    if missing:
+        raise BadInput(
+            f"The adapter {adapter_dir.name} does not fit the base {base_dir.name}: "
+            f"the base has no place for {len(missing)} of {len(shapes)} tensors, first {missing[0]}.",
+            "Name the base that the adapter was trained on.",
+        )
+
+    progress(2, 3, "saving the merged checkpoint")
+    own_tokenizer = any((adapter_dir / name).exists() for name in TOKENIZER_FILES)
+    tokenizer_dir = adapter_dir if own_tokenizer else base_dir
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) > merged.get_input_embeddings().num_embeddings:
+        raise BadInput(
+            f"The tokenizer of {tokenizer_dir.name} has {len(tokenizer)} tokens, the merged model only "
+            f"{merged.get_input_embeddings().num_embeddings} embeddings.",
+            "Save the adapter with its embeddings (peft: save_embedding_layers=True), or remove its tokenizer.",
+        )
+    output_dir.mkdir(parents=True)
+    merged.to(dtype).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    if (adapter_dir / EVALUATION_FILE).exists():
+        shutil.copyfile(adapter_dir / EVALUATION_FILE, output_dir / EVALUATION_FILE)
+    progress(3, 3, "merged")
+    return {
+        "parameters": merged.num_parameters(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "merged_tensors": len(shapes),
+        "tokenizer_from": "adapter" if own_tokenizer else "base",
+    }
+
+
+def _adapter_shapes(adapter_dir: Path) -> dict[str, list[int]]:
+    from safetensors import SafetensorError, safe_open
+
+    path = adapter_dir / ADAPTER_WEIGHTS
+    if not path.exists():
+        pickles = sorted(each.name for each in adapter_dir.glob("adapter_model.*"))
+        found = f"only {', '.join(pickles)}" if pickles else "none"
+        raise BadInput(
+            f"{adapter_dir} has no {ADAPTER_WEIGHTS}, found {found}.",
+            "Save the adapter as safetensors (peft: safe_serialization=True); a pickle could run code.",
+        )
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}.", "Copy it again.") from None
+
+
+def _embedding_rows(shapes: dict[str, list[int]]) -> int | None:
+    """Return the vocabulary size of the embeddings that the adapter carries whole, None if it carries none."""
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight").rpartition(".")[2]
+        if layer in ("embed_tokens", "lm_head", "wte") and "lora_" not in name and len(shape) == 2:
+            return shape[0]
+    return None
+
+
+def _unplaced(model: Any, shapes: dict[str, list[int]]) -> list[str]:
+    """Return the adapter's tensors that the model did not take: peft only warns of them."""
+    from peft import get_peft_model_state_dict
+
+    taken = get_peft_model_state_dict(model, save_embedding_layers=True)
+    return sorted(set(shapes) - set(taken))
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]

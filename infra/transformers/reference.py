@@ -1,0 +1,245 @@
+"""The source checkpoint, run in transformers: variants are held to its greedy answers and next-token logits."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from infra.errors import BadInput, StageFailed
+from infra.process.child import Progress
+
+REFERENCE_FILE = "reference.json"
+LOGITS_FILE = "logits.npy"
+
+
+def choose_positions(lengths: Sequence[int], max_positions: int) -> list[list[int]]:
+    """Choose indices into sequences of `lengths` so that at most `max_positions` are chosen in all.
+
+    The budget is shared evenly: what a short sequence leaves over goes to the longer ones. Within a sequence
+    the indices are evenly spaced, the first and the last included.
+    """
+    shares = [0] * len(lengths)
+    budget = max_positions
+    by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for done, index in enumerate(by_length):
+        shares[index] = min(lengths[index], budget // (len(lengths) - done))
+        budget -= shares[index]
+    return [_evenly_spaced(length, share) for length, share in zip(lengths, shares, strict=True)]
+
+
+def _evenly_spaced(length: int, count: int) -> list[int]:
+    if count < 2:
+        return [0] * count
+    return [step * (length - 1) // (count - 1) for step in range(count)]
+
+
+def matches(answer: str, expected: str | None) -> bool | None:
+    """Exact match after stripping white space at both ends; None without an expected answer."""
+    return None if expected is None else answer.strip() == expected.strip()
+
+
+def share_of(flags: Sequence[bool | None]) -> float | None:
+    """Share of True among the flags that are set; None when none is."""
+    counted = [flag for flag in flags if flag is not None]
+    return sum(counted) / len(counted) if counted else None
+
+
+def reference(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Answer the rows greedily and write the logits at the compared positions.
+
+    Request: `checkpoint_dir`, `rows` [{id, messages, expected?}], `max_new_tokens`, `max_positions`, `batch_size`,
+    `threads`, `dtype` (auto, float32 or bfloat16: what the weights are loaded as), `output_dir`.
+
+    Decoding is pure greedy, whatever the checkpoint's generation config asks for, except for its end tokens. The
+    compared positions are those that predict the reference's own answer (its end token included), teacher-forced
+    over prompt and answer: the distributions that a user of the model is served from. `output_dir` gets `logits.npy`
+    (float32, [positions, vocabulary], row by row in the order of `rows`) and `reference.json`, a copy of the result.
+
+    Result: `rows` [{id, prompt, prompt_ids, answer, answer_ids, max_new_tokens, positions, exact_match}], where
+    `positions` are indices into prompt_ids + answer_ids of the token before the predicted one; `exact_match`
+    (share, None without expected answers), `positions`, `vocabulary_size`, `tokenizer_size` (highest token id + 1),
+    `logits_sha256`, `answers_sha256`, `dtype`, `versions`.
+
+    Raises `BadInput` for a row that the chat template or the model's context cannot take, and `StageFailed` for a
+    checkpoint that cannot be loaded or whose logits are not finite.
+    """
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    output_dir = Path(request["output_dir"])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = request["rows"]
+    progress(0, 1, "loading the source checkpoint")
+    tokenizer, model = _load(request["checkpoint_dir"], request["dtype"])
+    prompts = [_render(tokenizer, row) for row in rows]
+    budgets = _token_budgets(rows, prompts, model, request["max_new_tokens"])
+    answer_ids = _answer(tokenizer, model, prompts, budgets, batch_size=request["batch_size"], progress=progress)
+    chosen = choose_positions([len(ids) for ids in answer_ids], request["max_positions"])
+    answered = []
+    for row, (text, prompt_ids), ids, budget, indices in zip(rows, prompts, answer_ids, budgets, chosen, strict=True):
+        answer = tokenizer.decode(ids, skip_special_tokens=True)
+        answered.append(
+            {
+                "id": row["id"],
+                "prompt": text,
+                "prompt_ids": prompt_ids,
+                "answer": answer,
+                "answer_ids": ids,
+                "max_new_tokens": budget,
+                "positions": [len(prompt_ids) - 1 + index for index in indices],
+                "exact_match": matches(answer, row.get("expected")),
+            }
+        )
+    positions, vocabulary_size = _write_logits(model, answered, output_dir / LOGITS_FILE, progress)
+    result = {
+        "rows": answered,
+        "exact_match": share_of([row["exact_match"] for row in answered]),
+        "positions": positions,
+        "vocabulary_size": vocabulary_size,
+        "tokenizer_size": max(tokenizer.get_vocab().values()) + 1,
+        "logits_sha256": _sha256_of_file(output_dir / LOGITS_FILE),
+        "answers_sha256": hashlib.sha256(json.dumps(answered, sort_keys=True).encode()).hexdigest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
+    }
+    (output_dir / REFERENCE_FILE).write_text(json.dumps(result), "utf-8")
+    return result
+
+
+def _load(checkpoint_dir: str, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir, **safe)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype, use_safetensors=True, **safe)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise StageFailed(
+            f"transformers cannot load the checkpoint {checkpoint_dir}: {_last_line(error)}.",
+            "Load it with AutoModelForCausalLM.from_pretrained and correct what that reports.",
+        ) from error
+    return tokenizer, model.eval()
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
+
+
+def _render(tokenizer: Any, row: dict[str, Any]) -> tuple[str, list[int]]:
+    try:
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the checkpoint's author and may raise anything
+        raise BadInput(
+            f"The chat template cannot render row {row['id']!r}: {_last_line(error)}.",
+            "Change the row's messages or the chat template.",
+        ) from error
+    # The template writes the begin token itself where the model has one.
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _token_budgets(
+    rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[str, list[int]]], model: Any, max_new_tokens: int
+) -> list[int]:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    budgets = []
+    for row, (_, ids) in zip(rows, prompts, strict=True):
+        budget = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
+        if budget < 1:
+            raise BadInput(
+                f"Row {row['id']!r} has a prompt of {len(ids)} tokens, and the model's context is {context}.",
+                "Shorten or remove the row.",
+            )
+        budgets.append(budget)
+    return budgets
+
+
+def _answer(
+    tokenizer: Any,
+    model: Any,
+    prompts: Sequence[tuple[str, list[int]]],
+    budgets: Sequence[int],
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> list[list[int]]:
+    """Greedy answers, cut after the first end token; prompts of like length are batched, so that little is padded."""
+    import torch
+    from transformers import GenerationConfig
+
+    ends = _end_token_ids(tokenizer, model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    # generate() fills what a given config leaves unset from the model's own, so that one is replaced instead.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad)
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][1]))
+    for batch in _batches(order, batch_size):
+        progress(len(prompts) - sum(not answer for answer in answers), len(prompts), "reference answers")
+        width = max(len(prompts[index][1]) for index in batch)
+        ids = torch.full((len(batch), width), pad)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for line, index in enumerate(batch):
+            prompt = prompts[index][1]
+            ids[line, width - len(prompt) :] = torch.tensor(prompt)
+            mask[line, width - len(prompt) :] = 1
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max(budgets[index] for index in batch)
+            )
+        for line, index in enumerate(batch):
+            answers[index] = _until_end(output[line, width:].tolist()[: budgets[index]], ends)
+    return answers
+
+
+def _end_token_ids(tokenizer: Any, model: Any) -> set[int]:
+    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return set(found) if isinstance(found, list | tuple) else {found}
+    return set()
+
+
+def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    for index, token in enumerate(ids):
+        if token in ends:
+            return ids[: index + 1]
+    return ids
+
+
+def _write_logits(model: Any, rows: Sequence[dict[str, Any]], path: Path, progress: Progress) -> tuple[int, int]:
+    """Write the logits at each row's positions, one exact unbatched pass per row; return the array's shape."""
+    import numpy as np
+    import torch
+
+    total = sum(len(row["positions"]) for row in rows)
+    vocabulary_size = model.get_output_embeddings().weight.shape[0]
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (total, vocabulary_size))
+    written = 0
+    for done, row in enumerate(rows):
+        progress(done, len(rows), "reference distributions")
+        if not row["positions"]:
+            continue
+        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"][:-1]])
+        with torch.inference_mode():
+            output = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(row["positions"]))
+        logits = output.logits[0].float().numpy()
+        if not np.isfinite(logits).all():
+            raise StageFailed(
+                f"The source checkpoint itself gives logits that are not finite, for row {row['id']!r}.",
+                "Its weights hold NaN or infinity, or overflow: repair the training before it is deployed.",
+            )
+        array[written : written + len(logits)] = logits
+        written += len(logits)
+    array.flush()
+    return total, vocabulary_size
+
+
+def _sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,244 @@
+"""Train a small chat model from nothing and prove it as a saved checkpoint; a child function of `infra.process`."""
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from infra.errors import BadInput, StageFailed
+from infra.process.child import Progress
+
+END_OF_TURN = "<|im_end|>"
+TURN_MARKERS = (END_OF_TURN, "<|im_start|>")
+END_OF_TEXT = "<|endoftext|>"
+IGNORED_LABEL = -100  # torch's cross entropy skips it
+EVALUATION_BATCH_ROWS = 100
+GRADIENT_NORM = 1.0
+WARM_UP_SHARE = 0.06
+
+Row = dict[str, Any]
+
+
+def train_chat_model(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Train a Qwen2-architecture chat model with a tokenizer of its own; write a Hugging Face checkpoint.
+
+    Request: `train_file`, `eval_file` (JSONL rows `{id, messages, expected, category}`), `architecture` (arguments of
+    `Qwen2Config`), `chat_template` (Jinja, ChatML's markers), `vocabulary_size`, `epochs`, `learning_rate`,
+    `weight_decay`, `prompt_loss_weight`, `batch_size`, `seed`, `threads`, `max_new_tokens`, `min_exact_match`,
+    `output_dir` (must not exist).
+
+    Result: `exact_match` (share of all rows of `eval_file` answered exactly, greedily, by the checkpoint as loaded
+    back), `eval_rows`, `parameters`, `steps`, `train_loss` (mean of the last epoch, nats per weighted token), `seconds`
+    (training alone). The same request on the same machine writes the same bytes.
+
+    Raises `BadInput` for data that cannot be read; `StageFailed` if `exact_match` is below `min_exact_match` or the
+    loaded tokenizer is not the trained one.
+    """
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(request["seed"])
+    train_rows = _read_rows(Path(request["train_file"]))
+    eval_rows = _read_rows(Path(request["eval_file"]))
+    output_dir = Path(request["output_dir"])
+    output_dir.mkdir(parents=True)
+    total = float(request["epochs"] * math.ceil(len(train_rows) / request["batch_size"]))
+
+    progress(0, total, "training the tokenizer")
+    tokenizer = _train_tokenizer(train_rows, request, output_dir)
+    model = _new_model(request["architecture"], tokenizer)
+    examples = [_encode(tokenizer, row) for row in train_rows]
+    started = time.monotonic()
+    train_loss = _fit(model, examples, request, tokenizer.pad_token_id, progress)
+    seconds = time.monotonic() - started
+
+    # bfloat16 is what fine-tuned checkpoints come in, and fp16 holds nearly all of its values exactly.
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    shutil.copyfile(request["eval_file"], output_dir / "eval.jsonl")
+    progress(total, total, "checking the saved checkpoint")
+    answers = _answers(output_dir, eval_rows, request["max_new_tokens"])
+    wrong = [(row, answer) for row, answer in zip(eval_rows, answers, strict=True) if answer != row["expected"]]
+    exact_match = 1 - len(wrong) / len(eval_rows)
+    if exact_match < request["min_exact_match"]:
+        row, answer = wrong[0]
+        raise StageFailed(
+            f"The trained checkpoint answers {exact_match:.3f} of the held-out rows exactly, less than "
+            f"{request['min_exact_match']}; row {row['id']}: expected {row['expected']!r}, found {answer!r}.",
+            "Train for more epochs or with another seed.",
+        )
+    return {
+        "exact_match": exact_match,
+        "eval_rows": len(eval_rows),
+        "parameters": model.num_parameters(),
+        "steps": int(total),
+        "train_loss": train_loss,
+        "seconds": seconds,
+    }
+
+
+def _read_rows(path: Path) -> list[Row]:
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    if not rows:
+        raise BadInput(f"{path} has no rows.", "Give at least one row a line.")
+    return rows
+
+
+def _train_tokenizer(rows: Sequence[Row], request: dict[str, Any], output_dir: Path) -> Any:
+    """Train a byte-level BPE tokenizer, save it, and return what `AutoTokenizer` makes of the saved files.
+
+    `AutoTokenizer` gives a Qwen2 checkpoint Qwen2's own pre-tokenizer whatever tokenizer.json says, so that one is
+    trained with. Training the model with the loaded tokenizer makes sure that users get the very same.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
+    texts = [text for row in rows for text in (*(turn["content"] for turn in row["messages"]), row["expected"])]
+    markers = [END_OF_TEXT, *TURN_MARKERS]
+    blank = Qwen2Tokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=request["vocabulary_size"],
+        special_tokens=markers,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    blank.backend_tokenizer.train_from_iterator([*texts, "user", "assistant", "system"], trainer)
+    learned = json.loads(blank.backend_tokenizer.to_str())["model"]
+    trained = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=list(TURN_MARKERS),
+        model_max_length=request["architecture"]["max_position_embeddings"],
+    )
+    trained.chat_template = request["chat_template"]
+    trained.save_pretrained(output_dir)
+    (output_dir / "config.json").write_text('{"model_type": "qwen2"}', "utf-8")  # by which AutoTokenizer chooses
+    loaded = AutoTokenizer.from_pretrained(output_dir)
+    for text in texts[:1000]:
+        if loaded.encode(text) != trained.encode(text) or loaded.decode(loaded.encode(text)) != text:
+            raise StageFailed(f"The saved tokenizer does not encode {text!r} as the trained one did.")
+    return loaded
+
+
+def _new_model(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    tokens = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = Qwen2ForCausalLM(Qwen2Config(**architecture, **tokens, vocab_size=_padded(len(tokenizer))))
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=[tokens["eos_token_id"], tokens["pad_token_id"]],
+        pad_token_id=tokens["pad_token_id"],
+        max_length=architecture["max_position_embeddings"],
+    )
+    return model
+
+
+def _padded(vocabulary_size: int) -> int:
+    return math.ceil(vocabulary_size / 32) * 32  # block-wise quantization works in blocks of 32
+
+
+def _encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:
+    """Return the row's token ids, prompt and answer with its end of turn, and the number of prompt tokens."""
+    prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    answer_ids = tokenizer.encode(row["expected"] + END_OF_TURN, add_special_tokens=False)
+    return prompt_ids + answer_ids, len(prompt_ids)
+
+
+def _fit(
+    model: Any, examples: list[tuple[list[int], int]], request: dict[str, Any], pad_id: int, progress: Progress
+) -> float:
+    import torch
+
+    steps_per_epoch = math.ceil(len(examples) / request["batch_size"])
+    steps = request["epochs"] * steps_per_epoch
+    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": request["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
+        lr=request["learning_rate"],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    model.train()
+    step = 0
+    epoch_losses: list[float] = []
+    for epoch in range(request["epochs"]):
+        epoch_losses = []
+        for batch in _batches(examples, request["batch_size"], random.Random(f"{request['seed']}-{epoch}")):  # noqa: S311
+            loss = _loss(model, batch, request["prompt_loss_weight"], pad_id)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            epoch_losses.append(loss.item())
+            step += 1
+            progress(step, steps, f"training: loss {epoch_losses[-1]:.3f}")
+    model.eval()
+    return sum(epoch_losses) / len(epoch_losses)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to zero: the last steps settle the weights, which quantization likes."""
+    warm_up = max(1, round(steps * WARM_UP_SHARE))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _batches(
+    examples: list[tuple[list[int], int]], batch_size: int, chooser: random.Random
+) -> Iterator[list[tuple[list[int], int]]]:
+    """Yield every example once, in batches of similar lengths, which need little padding."""
+    order = sorted(examples, key=lambda example: (len(example[0]), chooser.random()))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    chooser.shuffle(batches)
+    yield from batches
+
+
+def _loss(model: Any, batch: list[tuple[list[int], int]], prompt_weight: float, pad_id: int) -> Any:
+    """Mean cross entropy in nats over answer tokens (weight 1) and prompt tokens (`prompt_weight`)."""
+    import torch
+
+    length = max(len(ids) for ids, _ in batch)
+    # Padding on the right needs no attention mask: with causal attention no real token sees it.
+    ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in batch])
+    weights = torch.tensor(
+        [[prompt_weight] * prompt + [1.0] * (len(ids) - prompt) + [0.0] * (length - len(ids)) for ids, prompt in batch]
+    )[:, 1:]
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
+def _answers(checkpoint_dir: Path, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
+    """Return the checkpoint's greedy answers, loaded as any user would load it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)
+    answers: list[str] = []
+    for start in range(0, len(rows), EVALUATION_BATCH_ROWS):
+        prompts = [
+            tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+            for row in rows[start : start + EVALUATION_BATCH_ROWS]
+        ]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers

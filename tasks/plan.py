@@ -1,0 +1,109 @@
+"""What a deploy would do and take, worked out without writing anything."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infra.checkpoints.source import SourceKind, parse_checkpoint
+from infra.errors import BadInput
+from infra.settings import Settings
+from infra.storage.opening import open_registry
+from infra.transformers.adapters import read_adapter_config
+from tasks.build import plan_recipes
+from tasks.checkpoint import Inspection, inspect_checkpoint
+from tasks.environment import (
+    StageEstimate,
+    check_packages,
+    check_resources,
+    check_system,
+    estimate_stages,
+    require_packages,
+    require_resources,
+)
+from tasks.evaluate import read_rows, thresholds_for
+from tasks.request import DeployRequest, check_precisions
+
+
+class DeployPlan(BaseModel):
+    """The plan that `slmops deploy --dry-run` shows; times in s, sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    parameters: int
+    architecture: str
+    rows: int
+    stages: tuple[StageEstimate, ...]
+    time_s: float
+    warnings: tuple[str, ...]
+
+
+def parse_request(parameters: dict[str, Any]) -> DeployRequest:
+    """Return the request that flow parameters make; raises `BadInput` for any that is not valid."""
+    if "precisions" in parameters:
+        parameters = {**parameters, "precisions": check_precisions(parameters["precisions"])}
+    try:
+        return DeployRequest.model_validate(parameters).checked()
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise BadInput(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}.", "Correct it.") from None
+
+
+def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
+    """Check everything that can be checked before work begins, and estimate the work.
+
+    Raises `BadInput` for whatever would make the deploy fail: names, files, an unsupported or damaged checkpoint, too
+    little memory or disk. A remote checkpoint can be looked at only after it was fetched; the flow does that.
+    """
+    request = parse_request(parameters)
+    open_registry(settings)
+    recipes = plan_recipes(request)
+    for recipe in recipes:
+        thresholds_for(
+            recipe.precision,
+            settings.gate,
+            min_top1_agreement=request.min_top1_agreement,
+            max_kl_divergence=request.max_kl_divergence,
+            max_quality_loss=request.max_quality_loss,
+        )
+    require_packages([*check_system(), *check_packages()])
+    source = parse_checkpoint(request.checkpoint, request.revision)
+    if source.kind is not SourceKind.LOCAL:
+        rows = read_rows(request.evaluation_file, None)
+        return DeployPlan(
+            name=request.name,
+            parameters=0,
+            architecture="unknown",
+            rows=len(rows),
+            stages=(),
+            time_s=0,
+            warnings=(f"{source.location} is fetched first; its stages can be planned after that.",),
+        )
+    folder = Path(source.location)
+    inspection = inspect_checkpoint(folder, chat_template_given=bool(request.chat_template_file))
+    rows = read_rows(request.evaluation_file, folder)
+    if inspection.kind == "adapter":
+        inspection = _inspect_base(folder, request)
+    used = min(len(rows), settings.evaluation.max_rows)
+    stages = estimate_stages(inspection, [recipe.precision for recipe in recipes], rows=used)
+    require_resources(check_resources(stages, settings))
+    return DeployPlan(
+        name=request.name,
+        parameters=inspection.parameters,
+        architecture=inspection.architecture,
+        rows=used,
+        stages=tuple(stages),
+        time_s=sum(stage.time_s for stage in stages),
+        warnings=(*inspection.warnings, *(text for recipe in recipes for text in recipe.warnings)),
+    )
+
+
+def _inspect_base(adapter: Path, request: DeployRequest) -> Inspection:
+    base = request.base or read_adapter_config(adapter)
+    if not base:
+        raise BadInput(f"{adapter} does not say which base it belongs to.", "Name it with --base.")
+    source = parse_checkpoint(base)
+    if source.kind is not SourceKind.LOCAL:
+        return inspect_checkpoint(adapter)
+    return inspect_checkpoint(Path(source.location), chat_template_given=True)

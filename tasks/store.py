@@ -1,0 +1,56 @@
+"""Stage "store": make a version of what was built, and choose the champion."""
+
+from collections.abc import Sequence
+
+from prefect import task
+
+from infra.storage.registry import CANDIDATE, CHAMPION, Manifest, ModelRegistry, Source
+from tasks.build import BuiltVariant
+from tasks.checkpoint import PreparedCheckpoint
+from tasks.environment import builder_versions, host_facts
+from tasks.request import DeployRequest
+from tasks.retries import PASSING_FAULTS
+
+# Microsoft's tutorial: start with int4, fall back to int8, then fp16, where quality is not enough.
+PREFERENCE = ("int4", "int8", "fp16", "fp32")
+
+
+@task(name="store version", task_run_name="store-{request.name}", tags=["slmops"], **PASSING_FAULTS)
+def commit_version(
+    request: DeployRequest, prepared: PreparedCheckpoint, built: Sequence[BuiltVariant], registry: ModelRegistry
+) -> Manifest:
+    """Make a version of built variants; the same content is the same version."""
+    source = Source(
+        digest=prepared.digest,
+        origin=prepared.origin,
+        architecture=prepared.inspection.architecture,
+        parameters=prepared.inspection.parameters,
+    )
+    manifest, is_new = registry.commit(request.name, source, builder_versions(), [one.variant for one in built])
+    for one in built if is_new else ():
+        record = {**one.model_dump(mode="json", exclude={"variant"}), "host": host_facts()}
+        registry.add_evidence(manifest, "build", {"precision": one.variant.precision, **record})
+    return manifest
+
+
+def select_precision(passed: Sequence[str]) -> str | None:
+    """Return the smallest precision that passed the gate, or None."""
+    return next((precision for precision in PREFERENCE if precision in passed), None)
+
+
+def choose_champion(registry: ModelRegistry, manifest: Manifest, *, promote: bool) -> bool:
+    """Point the aliases to a version that can be served; returns whether it is the champion.
+
+    A name's first such version is its champion; a later one is the candidate until it is promoted.
+    """
+    champion = registry.alias(manifest.name, CHAMPION)
+    if champion == manifest.version:
+        return True
+    if champion is None or promote:
+        reason = "promoted by its deploy" if champion else "the first version of its name that can be served"
+        registry.set_alias(manifest.name, CHAMPION, manifest.version, reason)
+        if registry.alias(manifest.name, CANDIDATE) == manifest.version:
+            registry.remove_alias(manifest.name, CANDIDATE)
+        return True
+    registry.set_alias(manifest.name, CANDIDATE, manifest.version, f"deployed while {champion} was the champion")
+    return False
