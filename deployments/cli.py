@@ -20,7 +20,6 @@ DEMO_SEED = 7
 app = typer.Typer(
     name="slmops",
     help="From a fine-tuned small language model to Foundry Local in one flow.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -57,13 +56,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
     """Options of slmops itself."""
     if version:
         from importlib.metadata import version as version_of
 
         print_line(f"slmops {version_of('slmops')}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print_line(context.get_help())
 
 
 @app.command()
@@ -91,9 +94,11 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check this machine: Python, packages against the proven versions, Foundry's runtime, memory and disk."""
+    settings = load_settings()
+    _prepare(settings)
     from tasks.environment import check_machine
 
-    checks = check_machine(load_settings(), checkpoint, source_build=source_build)
+    checks = check_machine(settings, checkpoint, source_build=source_build)
     failed = [one for one in checks if not one.ok]
     if as_json:
         print_json({"ok": not failed, "checks": [one.model_dump() for one in checks]})
@@ -129,6 +134,7 @@ def make_demo(
 
 
 def _make_demo(settings: Settings, directory: Path, seed: int) -> dict[str, Any]:
+    _prepare(settings)
     from tasks.train import make_demo_checkpoint
 
     with stage_display() as display:
@@ -227,10 +233,11 @@ def _parse_model_config(pairs: Sequence[str]) -> dict[str, float]:
 
 
 def _deploy(settings: Settings, parameters: dict[str, Any], log_level: str | None, as_json: bool) -> None:
-    from tasks.plan import plan_deploy  # refuses bad input before anything is written
+    _prepare(settings, log_level)
+    from tasks.plan import plan_deploy
 
-    plan_deploy(settings, parameters)
-    report = _run_flow("deploy", parameters, settings, log_level)
+    plan_deploy(settings, parameters)  # refuses bad input before anything is written
+    report = _run_flow("deploy", parameters, settings)
     if as_json:
         print_json(report.to_contract())
     else:
@@ -239,14 +246,15 @@ def _deploy(settings: Settings, parameters: dict[str, Any], log_level: str | Non
         raise typer.Exit(3 if report.status == "rejected" else 1)
 
 
-def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings, log_level: str | None) -> Any:
+def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings) -> Any:
     """Run a flow in this process, show its stages, and return its report also where it ended as failed."""
-    _prepare(settings, log_level)
+    from deployments.prefect_environment import prefect_home
     from flows.deploy import deploy
     from flows.qualify import DeployEnded
     from flows.regate import regate
     from tasks.progress import listening
 
+    prefect_home(settings).mkdir(parents=True, exist_ok=True)
     flows: dict[str, Any] = {"deploy": deploy, "regate": regate}
     with stage_display() as display, listening(display):
         state = flows[flow_name](**parameters, return_state=True)
@@ -272,7 +280,8 @@ def _as_slmops_error(error: BaseException, settings: Settings) -> BaseException:
     )
 
 
-def _prepare(settings: Settings, log_level: str | None) -> None:
+def _prepare(settings: Settings, log_level: str | None = None) -> None:
+    """Set Prefect's environment; every command that imports `tasks` or `flows` calls it first."""
     from deployments.prefect_environment import prepare_prefect
 
     if log_level and log_level.lower() not in ("debug", "info", "warning", "error"):
@@ -297,7 +306,7 @@ def _show_report(report: Any) -> None:
             )
     for text in [*report.warnings, *(text for one in report.variants for text in one.warnings)]:
         print_line(f"warning: {text}")
-    answered = next((one for one in report.variants if one.answer), None)
+    answered = next((one for one in reversed(report.variants) if one.answer), None)  # the smallest
     if answered:
         print_line(f"Foundry Local answered {report.question!r} through {answered.foundry_model_id}: {answered.answer}")
         print_line(f"Talk to it: slmops chat {report.reference}")
@@ -306,6 +315,7 @@ def _show_report(report: Any) -> None:
 
 
 def _show_plan(settings: Settings, parameters: dict[str, Any], as_json: bool) -> None:
+    _prepare(settings)
     from tasks.plan import plan_deploy
 
     plan = plan_deploy(settings, parameters)
@@ -438,7 +448,8 @@ def regate(
         "max_kl_divergence": max_kl_divergence,
         "max_quality_loss": max_quality_loss,
     }
-    report = _run_flow("regate", parameters, settings, log_level)
+    _prepare(settings, log_level)
+    report = _run_flow("regate", parameters, settings)
     if as_json:
         print_json(report.to_contract())
     else:
@@ -470,6 +481,7 @@ def delete(
         raise BadInput(f"{reference!r} names no version.", f"Write, for example, {manifest.reference}.")
     if not yes and not typer.confirm(f"Delete {manifest.reference} and unregister it?", err=True):
         raise typer.Exit(1)
+    _prepare(settings)
     from tasks.register import unregister_version
 
     unregister_version(manifest, settings)
@@ -482,6 +494,7 @@ def unregister(reference: Reference) -> None:
     """Take a version out of Foundry Local; it stays in the store."""
     settings = load_settings()
     _, manifest = _version(reference)
+    _prepare(settings)
     from tasks.register import unregister_version
 
     removed = unregister_version(manifest, settings)

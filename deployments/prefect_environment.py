@@ -30,7 +30,7 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
     """
     for variable, value in _profile().items():
         os.environ.setdefault(variable, value)
-    os.environ["PREFECT_HOME"] = str(settings.home_dir / "prefect")
+    os.environ["PREFECT_HOME"] = str(prefect_home(settings))
     os.environ.pop("PREFECT_PROFILE", None)  # its settings are in the environment now; our home has no profiles
     os.environ.update(QUIET)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", (log_level or "INFO").upper())
@@ -40,6 +40,11 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
         os.environ.update(EMBEDDED)
         bypass = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{bypass},{LOOPBACK}" if bypass else LOOPBACK
+
+
+def prefect_home(settings: Settings) -> Path:
+    """Return the folder of Prefect's own files; it must exist before a flow runs, for its database."""
+    return settings.home_dir / "prefect"
 
 
 def _profile() -> dict[str, str]:

@@ -77,7 +77,7 @@ def deploy(
     settings = load_settings()
     registry = open_registry(settings)
 
-    check_environment(request.execution_provider)
+    check_environment(request.execution_provider, settings)
     recipes = plan_recipes(request)
     prepared = prepare_checkpoint(request, settings)
     evaluation = read_evaluation(request.evaluation_file, prepared.folder, settings)

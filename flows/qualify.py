@@ -22,7 +22,7 @@ from tasks.evaluate import (
 )
 from tasks.measure import measure_stored_variant
 from tasks.register import prove_variant, register_champion, register_variant, unregister_variant
-from tasks.report import DeployReport, VariantReport, overall_status, publish_report, variant_metrics
+from tasks.report import DeployReport, VariantReport, in_order_of_size, overall_status, publish_report, variant_metrics
 from tasks.store import choose_champion, select_precision
 
 
@@ -74,7 +74,7 @@ def qualify(
     outcomes = [_qualify_variant(version, variant, has_reference=has_reference) for variant in manifest.variants]
     forget_reference(manifest.source.digest, version.evaluation, settings)
 
-    reports = sorted([*failures, *(outcome.report for outcome in outcomes)], key=lambda one: one.precision != "fp16")
+    reports = in_order_of_size([*failures, *(outcome.report for outcome in outcomes)])
     passed = [one.precision for one in reports if one.status == "registered"]
     selected = select_precision(passed)
     champion_id = None

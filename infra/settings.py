@@ -1,5 +1,6 @@
 """Every setting of slmops: one class, read from `SLMOPS_*` environment variables inside an entry point."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Annotated, Any
 import psutil
 from platformdirs import user_data_path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from infra.errors import BadInput
 
@@ -47,7 +49,10 @@ class GateSettings(_Section):
         None, description="Smallest share of positions at which variant and reference prefer the same token."
     )
     max_kl_divergence: float | None = Field(
-        None, ge=0, description="Largest mean KL divergence of the variant from the reference, in nats per token."
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Largest mean KL divergence of the variant from the reference, in nats per token.",
     )
     max_quality_loss: Share | None = Field(
         None, description="Largest drop of the task score (share of exact matches) below the reference's."
@@ -101,7 +106,11 @@ class Settings(BaseSettings):
     """All settings; see `slmops config`."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter=NESTED_DELIMITER, frozen=True, extra="ignore"
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter=NESTED_DELIMITER,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="ignore",
     )
 
     home: Path = Field(
@@ -143,17 +152,30 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the settings from the environment.
+    """Read the settings from the environment; an empty variable counts as unset.
 
-    Raises `BadInput` naming each variable that is not valid, with what was found.
+    Raises `BadInput` naming each variable that is not valid, with what was found unless that may be a secret.
     """
     try:
         return Settings()
     except ValidationError as error:
-        faults = "; ".join(
-            f"{_variable(fault['loc'])}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()
-        )
-        raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.") from None
+        faults = "; ".join(f"{_variable(fault['loc'])}: {fault['msg']}{_found(fault)}" for fault in error.errors())
+    except SettingsError as error:
+        cause = error.__cause__
+        text = cause.doc if isinstance(cause, json.JSONDecodeError) else None
+        named = [name for name, value in os.environ.items() if value == text and _is_ours(name)]
+        faults = f"{', '.join(named) or error}: Input should be JSON, such as [128, 512]"
+    raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.")
+
+
+def _found(fault: ErrorDetails) -> str:
+    # What a misspelled variable or a whole section holds may be a secret.
+    of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:] not in (("uri",), ("endpoint_url",))
+    return "" if of_store else f", found {fault['input']!r}"
+
+
+def _is_ours(name: str) -> bool:
+    return name.upper().startswith(ENVIRONMENT_PREFIX)
 
 
 def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]:
@@ -169,9 +191,16 @@ def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]
 
 def _described(location: tuple[str, ...], value: Any, description: str | None) -> tuple[str, Any, str, str]:
     variable = _variable(location)
-    is_set = any(name.upper() == variable for name in os.environ)
+    is_set = any(found and _sets(name, found, variable) for name, found in os.environ.items())
     shown = str(value) if isinstance(value, Path | SecretStr) else value
     return variable, shown, "environment" if is_set else "default", description or ""
+
+
+def _sets(name: str, found: str, variable: str) -> bool:
+    section, _, key = variable.removeprefix(ENVIRONMENT_PREFIX).partition(NESTED_DELIMITER)
+    if key and name.upper() == ENVIRONMENT_PREFIX + section:  # a whole section as one JSON object
+        return key.lower() in json.loads(found)
+    return name.upper() == variable
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

@@ -383,6 +383,7 @@ def build_variant(
         if record.is_file():
             built = BuiltVariant.model_validate_json(record.read_bytes())
             if registry.has_files(built.variant.files):
+                on_progress(1, 1, "built before")
                 return built
         log = settings.cache_dir / "logs" / f"build-{request.name}-{recipe.precision}-{key[:12]}.log"
         log.unlink(missing_ok=True)

@@ -31,6 +31,11 @@ CONTENT_SUFFIXES = (".safetensors", ".onnx", ".data", ".model", ".jinja", ".txt"
 NOT_CONTENT = ("README", "LICENSE", "trainer_state.json", "training_args.bin", "all_results.json", "train_results.json")
 
 
+# Far above any model's; a damaged config must not make us count for hours.
+LARGEST_SIZE = 100_000_000
+LARGEST_LAYERS = 10_000
+
+
 class Inspection(BaseModel):
     """What is known of a checkpoint from its files' headers."""
 
@@ -45,6 +50,7 @@ class Inspection(BaseModel):
     vocabulary_size: int
     hidden_size: int
     context_length: int
+    tied_embeddings: bool = True
     warnings: tuple[str, ...] = ()
 
 
@@ -61,7 +67,7 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
     if not folder.is_dir():
         raise BadInput(f"{folder} is a file, not a checkpoint folder.", "Give the folder that holds config.json.")
     if (folder / "genai_config.json").is_file():
-        return _inspect_genai(folder)
+        return _inspect_genai(folder, chat_template_given)
     if (folder / "adapter_config.json").is_file():
         return _inspect_adapter(folder)
     config = read_json(folder / "config.json")
@@ -69,7 +75,6 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
     _check_tokenizer(folder, chat_template_given)
     headers = read_tensor_headers(folder)
     _check_shapes(folder, config, headers)
-    text = config.get("text_config") or config
     warnings = []
     if "auto_map" in config:
         warnings.append("The checkpoint brings code of its own (auto_map); slmops never runs it.")
@@ -80,24 +85,25 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
         dtype=max((header.dtype for header in headers.values()), key=[h.dtype for h in headers.values()].count),
         size_bytes=sum(header.size_bytes for header in headers.values()),
         largest_tensor_elements=max(header.elements for header in headers.values()),
-        vocabulary_size=int(text.get("vocab_size", 0)),
-        hidden_size=int(text.get("hidden_size", 0)),
-        context_length=int(text.get("max_position_embeddings", 0)),
+        vocabulary_size=_size(config, "vocab_size"),
+        hidden_size=_size(config, "hidden_size"),
+        context_length=_size(config, "max_position_embeddings", default=0),
+        tied_embeddings="lm_head.weight" not in headers,
         warnings=tuple(warnings),
     )
 
 
-def _inspect_genai(folder: Path) -> Inspection:
+def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
     config = read_json(folder / "genai_config.json")
-    model = config.get("model")
-    decoder = model.get("decoder", {}).get("filename") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not decoder or not (folder / decoder).is_file():
-        missing = decoder or "model.decoder.filename is missing"
+    model = _section(config, "model")
+    decoder = _section(model, "decoder")
+    file = decoder.get("filename")
+    if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
         raise BadInput(
-            f"{folder} has a genai_config.json without its ONNX model ({missing}).",
+            f"{folder} has a genai_config.json without its ONNX model (model.decoder.filename: {file!r}).",
             "Give the whole folder that the model builder wrote.",
         )
-    _check_tokenizer(folder, chat_template_given=False)
+    _check_tokenizer(folder, chat_template_given)
     return Inspection(
         kind="genai",
         architecture=str(model.get("type", "unknown")),
@@ -105,10 +111,25 @@ def _inspect_genai(folder: Path) -> Inspection:
         dtype="onnx",
         size_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         largest_tensor_elements=0,
-        vocabulary_size=int(model.get("vocab_size", 0)),
-        hidden_size=int(model.get("decoder", {}).get("hidden_size", 0)),
-        context_length=int(model.get("context_length", 0)),
+        vocabulary_size=_size(model, "vocab_size", default=0),
+        hidden_size=_size(decoder, "hidden_size", default=0),
+        context_length=_size(model, "context_length", default=0),
     )
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _size(config: dict[str, Any], key: str, *, default: int | None = None) -> int:
+    """Return a size that a config states; raises `BadInput` when it is missing without a default, or no size."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
+        raise BadInput(f"The config has {key}: {value!r}, which is no size.", "Save the checkpoint again.")
+    return value
 
 
 def _inspect_adapter(folder: Path) -> Inspection:
@@ -167,13 +188,13 @@ def _check_shapes(folder: Path, config: dict[str, Any], headers: dict[str, Tenso
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the tensors that a Llama-like config.json calls for (biases and norms left out)."""
-    try:
-        hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-        intermediate, vocabulary = config["intermediate_size"], config["vocab_size"]
-    except KeyError as key:
-        raise BadInput(f"config.json has no {key}.", "Save the checkpoint again.") from None
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
+    hidden, vocabulary = _size(config, "hidden_size"), _size(config, "vocab_size")
+    intermediate, heads = _size(config, "intermediate_size"), _size(config, "num_attention_heads")
+    layers = _size(config, "num_hidden_layers")
+    if layers > LARGEST_LAYERS:
+        raise BadInput(f"config.json has num_hidden_layers: {layers}.", "Save the checkpoint again.")
+    kv_heads = _size(config, "num_key_value_heads", default=heads)
+    head_dim = _size(config, "head_dim", default=hidden // heads)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"

@@ -58,10 +58,13 @@ class StageEstimate(BaseModel):
     disk_bytes: int
 
 
-# Peak resident memory of a build: a floor for Python, torch, Olive and the builder, and bytes per parameter.
-# Fitted by tests/benchmarks/build_resources.py, which prints the error of this very estimate.
-BUILD_RAM_FLOOR_BYTES = 900_000_000
-BUILD_RAM_BYTES_PER_PARAMETER = {"fp16": 2.6, "int8": 9.6, "int4": 7.8}
+# Peak resident memory of a build, in bytes: a floor for Python, torch, Olive and the builder; the checkpoint, which
+# the builder holds whole; and per parameter what it adds, apart for the embedding, which is the largest tensor and is
+# held several times over while it is quantized. tests/benchmarks/build_resources.py prints the error of this estimate.
+BUILD_RAM_FLOOR_BYTES = 478_000_000
+BUILD_RAM_BYTES_PER_BODY_PARAMETER = {"fp16": 0.25, "int8": 5.3, "int4": 4.2}
+BUILD_RAM_BYTES_PER_EMBEDDING_ELEMENT = {"fp16": 4.0, "int8": 16.7, "int4": 12.1}
+BUILD_RAM_BYTES_PER_UNTIED_INT4_ELEMENT = 16.1
 BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 18.0, "int8": 48.0, "int4": 48.0}
 BUILD_FLOOR_S = 8.0
 # Bytes per parameter on disk: weights, plus one fp32 scale per block of 32 for int8 and int4.
@@ -186,7 +189,7 @@ def estimate_stages(
         StageEstimate(
             stage=f"build {precision}",
             time_s=BUILD_FLOOR_S + BUILD_S_PER_BILLION_PARAMETERS[precision] * billions,
-            ram_bytes=BUILD_RAM_FLOOR_BYTES + int(BUILD_RAM_BYTES_PER_PARAMETER[precision] * parameters),
+            ram_bytes=estimate_build_ram(inspection, precision),
             disk_bytes=int(DISK_BYTES_PER_PARAMETER[precision] * parameters) + TOKENIZER_BYTES,
         )
         for precision in builds
@@ -216,6 +219,17 @@ def estimate_stages(
             )
         ]
     return estimates
+
+
+def estimate_build_ram(inspection: Inspection, precision: str) -> int:
+    """Estimate the peak resident memory of a build, in bytes."""
+    embedding = inspection.vocabulary_size * inspection.hidden_size
+    body = inspection.parameters - embedding * (1 if inspection.tied_embeddings else 2)
+    per_element = BUILD_RAM_BYTES_PER_EMBEDDING_ELEMENT[precision]
+    if precision == "int4" and not inspection.tied_embeddings:
+        per_element = BUILD_RAM_BYTES_PER_UNTIED_INT4_ELEMENT
+    per_parameter = BUILD_RAM_BYTES_PER_BODY_PARAMETER[precision]
+    return int(BUILD_RAM_FLOOR_BYTES + inspection.size_bytes + per_parameter * max(body, 0) + per_element * embedding)
 
 
 def check_resources(estimates: Sequence[StageEstimate], settings: Settings) -> list[Check]:
@@ -272,7 +286,9 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
     checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
     if checkpoint:
         inspection = inspect_checkpoint(Path(checkpoint).expanduser())
-        stages = estimate_stages(inspection, tuple(BUILD_RAM_BYTES_PER_PARAMETER), rows=settings.evaluation.max_rows)
+        stages = estimate_stages(
+            inspection, tuple(BUILD_RAM_BYTES_PER_BODY_PARAMETER), rows=settings.evaluation.max_rows
+        )
         checks += check_resources(stages, settings)
     return checks
 
@@ -334,13 +350,19 @@ def check_foundry_runtime(settings: Settings) -> Check:
 
 
 @task(name="check environment", task_run_name="check-environment", tags=["slmops"])
-def check_environment(execution_provider: str) -> None:
+def check_environment(execution_provider: str, settings: Settings) -> None:
     """Check Python, the system and the stack; raises `StageFailed` naming what does not fit."""
     checks = [*check_system(), *check_packages()]
     if execution_provider != "cpu":
-        import onnxruntime
-
-        checks.append(check_execution_provider(execution_provider, onnxruntime.get_available_providers()))
+        with work_folder(settings) as work:
+            child = run_in_child(
+                "infra.genai.runtime:execution_providers",
+                {},
+                deadline_s=settings.timeout.measure_s,
+                log_path=settings.cache_dir / "logs" / "execution-providers.log",
+                work_dir=work,
+            )
+        checks.append(check_execution_provider(execution_provider, child.value["available"]))
     require_packages(checks)
 
 

@@ -560,6 +560,7 @@ def evaluate_stored_variant(
     with stage_progress(f"evaluate {variant.precision}") as on_progress:
         known = known_evaluation(manifest, variant, evaluation, registry, settings)
         if known:
+            on_progress(1, 1, "evaluated before")
             return known
         reference = reference_folder(manifest.source.digest, evaluation, settings) if has_reference else None
         with work_folder(settings) as work:

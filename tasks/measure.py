@@ -209,6 +209,7 @@ def measure_stored_variant(
     with stage_progress(f"measure {variant.precision}") as on_progress:
         known = registry.latest_evidence(manifest, "measurement", key)
         if known:
+            on_progress(1, 1, "measured before")
             return Measurement.model_validate(known["measurement"])
         with work_folder(settings) as work:
             registry.materialize(variant.files, work / "model")

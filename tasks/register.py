@@ -346,6 +346,7 @@ def register_variant(
         )
         request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, description)}
         changed = _ask_foundry("register", request, settings, on_progress)["changed"]
+        on_progress(1, 1, "registered" if changed else "registered before")
     return Registration(model_id=model_id, changed=changed, notes=template.notes)
 
 

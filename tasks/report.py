@@ -105,6 +105,11 @@ def variant_metrics(measured: Measurement, evaluated: Evaluation) -> dict[str, f
     return figures
 
 
+def in_order_of_size(variants: Sequence[VariantReport]) -> list[VariantReport]:
+    """Return variants from the largest precision to the smallest."""
+    return sorted(variants, key=lambda one: ("fp32", "fp16", "int8", "int4").index(one.precision))
+
+
 def overall_status(variants: Sequence[VariantReport], *, unchanged: bool) -> DeployStatus:
     """Return a deploy's status from its variants': a failure weighs most, then what was registered."""
     statuses = {variant.status for variant in variants}

@@ -49,7 +49,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name}.",
             "Give the folder that save_pretrained wrote: config, tokenizer, weights.",
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}.", "Save the checkpoint again.") from None
+    except (ValueError, RecursionError) as error:  # broken, not UTF-8, nested too deep
         raise BadInput(f"{path} is not valid JSON: {error}.", "Save the checkpoint again.") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} is not a JSON object.", "Save the checkpoint again.")
@@ -62,19 +64,29 @@ def read_tensor_headers(folder: Path, weights: str = WEIGHTS) -> dict[str, Tenso
     Raises `BadInput` for missing, truncated or pickled weights and for an index that does not match its files.
     """
     headers: dict[str, TensorHeader] = {}
-    index = read_json(folder / WEIGHTS_INDEX).get("weight_map") if (folder / WEIGHTS_INDEX).is_file() else None
-    files = sorted(set(index.values())) if isinstance(index, dict) else [weights]
-    for name in files:
-        headers |= _read_file(folder, str(name))
-    missing = sorted(set(index) - set(headers)) if isinstance(index, dict) else []
+    index = _read_index(folder / WEIGHTS_INDEX) if (folder / WEIGHTS_INDEX).is_file() else {}
+    for name in sorted(set(index.values())) or [weights]:
+        headers |= _read_file(folder, name)
+    missing = sorted(set(index) - set(headers))
     if missing:
         raise BadInput(f"{folder / WEIGHTS_INDEX} lists {missing[0]}, which no file has.", "Save the checkpoint again.")
+    if not headers:
+        raise BadInput(f"The weights in {folder} hold no tensor.", "Save the checkpoint again.")
     return headers
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise BadInput(f"{path} has no weight_map from tensors to files.", "Save the checkpoint again.")
+    return files
 
 
 def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
     path = folder / name
-    if path.parent != folder or not path.is_file():
+    if Path(name).name != name:
+        raise BadInput(f"{folder / WEIGHTS_INDEX} names {name!r}, which is no file of this folder.", "Save it again.")
+    if not path.is_file():
         pickled = next((found.name for pattern in PICKLED_WEIGHTS for found in folder.glob(pattern)), None)
         if pickled:
             raise BadInput(
@@ -94,15 +106,21 @@ def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the tokenizer's (default) chat template as Jinja text, or None when the checkpoint has none."""
-    for name in ("chat_template.jinja", "chat_template.json"):
-        path = folder / name
-        if path.is_file():
-            text = path.read_text("utf-8")
-            return text if name.endswith("jinja") else str(json.loads(text)["chat_template"])
-    config = folder / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return str(template) if template else None
+    """Return the tokenizer's (default) chat template as Jinja text, or None when the checkpoint has none.
+
+    Raises `BadInput` when the file that should hold it cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text("utf-8") or None
+        except UnicodeDecodeError:
+            raise BadInput(f"{path} is not UTF-8 text.", "Save the tokenizer again.") from None
+    for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        template = read_json(path).get("chat_template") if path.is_file() else None
+        if isinstance(template, list):  # several named templates
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        if template:
+            return str(template)
+    return None

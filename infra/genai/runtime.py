@@ -240,6 +240,13 @@ def generate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     }
 
 
+def execution_providers(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Name the execution providers of the installed onnxruntime: `{"available": [str]}`, as onnxruntime spells them."""
+    import onnxruntime
+
+    return {"available": onnxruntime.get_available_providers()}
+
+
 def _open(request: dict[str, Any]) -> GenaiModel:
     return GenaiModel(
         Path(request["model_dir"]),

@@ -26,12 +26,15 @@ class LocalObjectStore:
 
     def put_file(self, key: str, source: Path) -> None:
         """See `ObjectStore.put_file`."""
-        if self.size_bytes(key) == source.stat().st_size:
+        stored = self.size_bytes(key)
+        if stored == source.stat().st_size:
             return
+        if stored is not None:
+            self.delete(key)  # damaged; Windows replaces no read-only file
         with self._writing(key) as target, source.open("rb") as stream:
             shutil.copyfileobj(stream, target, 1 << 20)
-        # A model folder may be a hard link to this file: whoever writes there must not alter the store.
-        self._path(key).chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
+            # A model folder may be a hard link to this file: whoever writes there must not alter the store.
+            Path(target.name).chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """See `ObjectStore.put_bytes`."""
@@ -43,13 +46,13 @@ class LocalObjectStore:
         path = self._path(key)
         with self._reported(key):
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self._write_aside(data)
-            try:
-                os.link(aside, path)  # unlike a rename, a link never replaces what is there
-            except FileExistsError:
-                return False
-            finally:
-                aside.unlink()
+            with self._aside() as aside:
+                aside.write(data)
+                _flush_to_disk(aside)
+                try:
+                    os.link(aside.name, path)  # unlike a rename, a link never replaces what is there
+                except FileExistsError:
+                    return False
         return True
 
     def read_bytes(self, key: str) -> bytes:
@@ -60,8 +63,9 @@ class LocalObjectStore:
     def size_bytes(self, key: str) -> int | None:
         """See `ObjectStore.size_bytes`."""
         try:
-            return self._path(key).stat().st_size
-        except FileNotFoundError:
+            with self._reported(key):
+                return self._path(key).stat().st_size
+        except KeyError:
             return None
 
     def fetch_file(self, key: str, destination: Path) -> None:
@@ -114,28 +118,27 @@ class LocalObjectStore:
             raise ValueError(f"{key!r} is not a key")
         return self._root.joinpath(*parts)
 
-    def _write_aside(self, data: bytes) -> Path:
-        (self._root / ASIDE).mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=self._root / ASIDE, delete=False) as aside:
-            aside.write(data)
-            _flush_to_disk(aside)
-        return Path(aside.name)
-
     @contextmanager
     def _writing(self, key: str) -> Iterator[IO[bytes]]:
         path = self._path(key)
         with self._reported(key):
             path.parent.mkdir(parents=True, exist_ok=True)
-            (self._root / ASIDE).mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=self._root / ASIDE, delete=False) as aside:
-                try:
-                    yield aside
-                    _flush_to_disk(aside)
-                except BaseException:
-                    aside.close()
-                    Path(aside.name).unlink()
-                    raise
-            Path(aside.name).replace(path)
+            with self._aside() as aside:
+                yield aside
+                _flush_to_disk(aside)
+                aside.close()
+                Path(aside.name).replace(path)
+
+    @contextmanager
+    def _aside(self) -> Iterator[IO[bytes]]:
+        folder = self._root / ASIDE
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, delete=False) as aside:
+            try:
+                yield aside
+            finally:
+                aside.close()
+                Path(aside.name).unlink(missing_ok=True)
 
     @contextmanager
     def _reported(self, key: str) -> Iterator[None]:

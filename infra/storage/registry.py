@@ -159,8 +159,8 @@ def parse_reference(text: str) -> tuple[str, int | None]:
 
 
 def now() -> str:
-    """Return the present time in UTC, ISO 8601, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    """Return the present time in UTC, ISO 8601, to the microsecond: records of one process sort by it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 class ModelRegistry:
@@ -253,12 +253,17 @@ class ModelRegistry:
         except KeyError:
             return None
         try:
-            return Manifest.model_validate_json(data)
+            manifest = Manifest.model_validate_json(data)
+            fault = "" if (manifest.name, manifest.version) == (name, number) else f"it is of {manifest.reference}"
         except ValidationError as error:
+            fault = error.errors()[0]["msg"]
+        if fault:
             raise StageFailed(
-                f"The manifest of {name}@{number} is not valid: {error.errors()[0]['msg']}.",
-                "It was altered after it was stored: delete that version and deploy again.",
-            ) from None
+                f"The manifest of {name}@{number} is not valid: {fault}.",
+                "It was altered after it was stored: put it back as it was, or remove "
+                f"{self.objects.uri(_manifest(name, number))} and deploy again.",
+            )
+        return manifest
 
     def delete(self, name: str, number: int) -> int:
         """Remove a version, its evidence, the aliases on it and the blobs that nothing else needs.
@@ -267,6 +272,7 @@ class ModelRegistry:
         """
         manifest = self.version(name, number)
         with self.objects.lock():
+            needed = self._needed_without(manifest)  # a damaged manifest stops this before anything is removed
             for alias, version in self.aliases(name).items():
                 if version == number:
                     self.objects.delete(_alias(name, alias))
@@ -275,18 +281,15 @@ class ModelRegistry:
             self.objects.delete(_manifest(name, number))
             for key in list(self.objects.keys(f"models/{name}/{number}/evidence")):
                 self.objects.delete(key)
-            needed = {
-                file.sha256
-                for other in self.names()
-                for version_of_other in self.versions(other)
-                for variant in version_of_other.variants
-                for file in variant.files
-            }
             own = {file.sha256: file.size_bytes for variant in manifest.variants for file in variant.files}
             orphans = {sha256: size for sha256, size in own.items() if sha256 not in needed}
             for sha256 in orphans:
                 self.objects.delete(_blob(sha256))
         return sum(orphans.values())
+
+    def _needed_without(self, manifest: Manifest) -> set[str]:
+        kept = (one for name in self.names() for one in self.versions(name) if one.reference != manifest.reference)
+        return {file.sha256 for one in kept for variant in one.variants for file in variant.files}
 
     def materialize(self, files: Iterable[StoredFile], folder: Path) -> None:
         """Place files of the store under a folder that does not have them yet."""
@@ -318,17 +321,17 @@ class ModelRegistry:
     def add_evidence(self, manifest: Manifest, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
         """Append a record on a version. With a key, the record is the answer to that question and kept once."""
         record = {"kind": kind, "manifest": manifest.digest, "recorded_at": now(), "content": dict(content)}
-        moment = re.sub(r"[^0-9]", "", str(record["recorded_at"]))[:17]
+        moment = re.sub(r"[^0-9]", "", str(record["recorded_at"]))[:20]
         name = f"{kind}-{key}.json" if key else f"{kind}-{moment}-{digest_of(record)[:8]}.json"
         self.objects.put_bytes(_evidence(manifest, name), _to_json(record))
 
     def evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the contents of a version's records of a kind, oldest first."""
-        prefix = f"{_evidence(manifest, kind)}-{key or ''}"
+        prefix = f"{_evidence(manifest, kind)}-{f'{key}.json' if key else ''}"
         for path in self.objects.keys(f"models/{manifest.name}/{manifest.version}/evidence"):
             if path.startswith(prefix):
                 record = json.loads(self.objects.read_bytes(path))
-                if record["manifest"] == manifest.digest:
+                if (record["kind"], record["manifest"]) == (kind, manifest.digest):
                     yield {**record["content"], "recorded_at": record["recorded_at"]}
 
     def latest_evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> dict[str, Any] | None:

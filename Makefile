@@ -1,0 +1,56 @@
+# Two commands on a fresh machine with nothing but Python and pip: `make demo` and `make test`.
+# PIP_ARGS reaches pip, for example: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# (on Linux, PyPI's PyTorch brings several GB of CUDA; that index has the CPU build).
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+
+INSTALLED := .venv/.installed
+
+.PHONY: setup demo test lint format types bench apt clean
+
+setup: $(INSTALLED)
+
+# Torch first and alone: its build is found where pip looks for plain versions, and everything else accepts it.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip check
+	touch $@
+
+demo: setup
+	$(BIN)/slmops demo
+
+test: setup
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup
+	$(BIN)/mypy
+
+# What tests/benchmarks measures; needs 6 GB of memory and 8 GB of disk.
+bench: setup
+	$(BIN)/python -m tests.benchmarks.build_resources
+
+# System packages that a few tests use; without them those tests skip and say so.
+apt:
+	apt-get update -qq
+	apt-get install -qq --yes strace
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

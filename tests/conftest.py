@@ -1,0 +1,82 @@
+"""What holds for all tests: a quiet process of its own, no settings of the user's, and no silent skips in CI."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.process.supervisor import QUIET_ENVIRONMENT
+from infra.settings import Settings
+from tests.checkpoints import make_tiny_checkpoint
+
+FORBID_SKIPS = "SLMOPS_TESTS_FORBID_SKIPS"
+# A test that skips because of the operating system says so with this word at the start of its reason.
+PLATFORM_REASONS = ("Windows", "POSIX", "process groups are POSIX's")
+
+# Before anything heavy is imported: the libraries read these once.
+_PREFECT_HOME = tempfile.mkdtemp(prefix="slmops-tests-prefect-")
+for _name in [name for name in os.environ if name.startswith(("SLMOPS_", "PREFECT_")) and name != FORBID_SKIPS]:
+    del os.environ[_name]
+os.environ.update(QUIET_ENVIRONMENT | {"PREFECT_HOME": _PREFECT_HOME, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Make a skipped test a failed one where skips are forbidden."""
+    report = yield
+    if not hasattr(report, "wasxfail"):
+        _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Make a skipped module a failed one where skips are forbidden."""
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or os.environ.get(FORBID_SKIPS) != "1":
+        return
+    reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not reason.startswith(PLATFORM_REASONS):
+        report.outcome = "failed"
+        report.longrepr = f"{FORBID_SKIPS} is set, and this was skipped: {reason}"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight Qwen2 checkpoint of 0.1 M parameters; read only: copy it before changing anything."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_checkpoint") / "checkpoint")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory of slmops that does not exist yet, named by SLMOPS_HOME."""
+    home = tmp_path / "slmops-home"
+    monkeypatch.setenv("SLMOPS_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def settings(home: Path) -> Settings:
+    """The default settings, in a home of their own."""
+    return Settings(home=home)
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """Put the process environment back after a test of code that sets it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

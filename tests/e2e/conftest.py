@@ -1,0 +1,80 @@
+"""Whole journeys through the command line, on the demo checkpoint and on tiny ones, each in a home of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import make_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+OPEN_GATE = {"SLMOPS_GATE__MIN_TOP1_AGREEMENT": "0", "SLMOPS_GATE__MAX_KL_DIVERGENCE": "1000"}
+SMALL = {
+    "SLMOPS_EVALUATION__MAX_ROWS": "4",
+    "SLMOPS_EVALUATION__MAX_NEW_TOKENS": "12",
+    "SLMOPS_BENCHMARK__REPETITIONS": "2",
+    "SLMOPS_BENCHMARK__NEW_TOKENS": "8",
+}
+
+
+@dataclass
+class Slmops:
+    """The command line with a home directory, as a user's shell has it."""
+
+    home: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def variables(self, **extra: str) -> dict[str, str]:
+        """The process environment of a command."""
+        return {**os.environ, "SLMOPS_HOME": str(self.home), **self.environment, **extra}
+
+    def run(
+        self, *arguments: str | Path, status: int = 0, text: str = "", **extra: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command and check its exit status."""
+        done = subprocess.run(
+            [sys.executable, "-m", "deployments.cli", *map(str, arguments)],
+            cwd=ROOT,
+            env=self.variables(**extra),
+            capture_output=True,
+            text=True,
+            input=text,
+            check=False,
+        )
+        assert done.returncode == status, f"{arguments}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *arguments: str | Path, status: int = 0, **extra: str) -> dict[str, Any]:
+        """Run a command with --json; its standard output must be one document."""
+        document: dict[str, Any] = json.loads(self.run(*arguments, "--json", status=status, **extra).stdout)
+        return document
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose demo checkpoint is trained once for all journeys."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="session")
+def demo(demo_cache: Path) -> tuple[Slmops, dict[str, Any]]:
+    """The command line after `slmops demo`, and the report that it printed."""
+    slmops = Slmops(demo_cache)
+    return slmops, slmops.json("demo")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight Qwen2 checkpoint."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "qwen2", tied=False)
+
+
+@pytest.fixture
+def slmops(tmp_path: Path) -> Slmops:
+    """The command line with an empty home, an open gate and small measurements."""
+    return Slmops(tmp_path / "home", {**OPEN_GATE, **SMALL})

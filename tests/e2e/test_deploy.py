@@ -1,0 +1,233 @@
+"""Deploys of tiny checkpoints with random weights: every kind of input, every way that a deploy can end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.checkpoints import make_tiny_checkpoint
+from tests.e2e.conftest import ROOT, Slmops
+
+INT8 = ("--precision", "int8")
+INT4 = ("--precision", "int4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"])
+def test_each_supported_family_deploys(slmops: Slmops, tmp_path: Path, family: str) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", family)
+    report = slmops.json("deploy", checkpoint, "--name", family, *INT8)
+    assert report["status"] == "registered"
+    (variant,) = report["variants"]
+    assert variant["foundry_model_id"] == f"{family}-int8-generic-cpu:1"
+    assert report["foundry_model_id"] == f"{family}:1"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2", "gpt2"])
+def test_an_unsupported_family_is_refused(slmops: Slmops, tmp_path: Path, family: str) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", family)
+    document = slmops.json("deploy", checkpoint, "--name", family, status=2)
+    assert "is not supported" in document["error"]["message"]
+    assert not slmops.home.exists()
+
+
+@pytest.mark.slow
+def test_versions_aliases_and_promotion(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+    first = slmops.json("deploy", tiny, "--name", "home", *INT8)
+    assert (first["version"], first["aliases"], first["foundry_model_id"]) == (1, ["champion"], "home:1")
+
+    other = make_tiny_checkpoint(tmp_path / "other", "qwen2", seed=1)
+    second = slmops.json("deploy", other, "--name", "home", *INT8)
+    assert (second["version"], second["aliases"], second["foundry_model_id"]) == (2, ["candidate"], None)
+
+    promoted = slmops.json("deploy", other, "--name", "home", *INT8, "--promote")
+    assert (promoted["status"], promoted["version"]) == ("unchanged", 2)
+    assert (promoted["aliases"], promoted["foundry_model_id"]) == (["champion"], "home:2")
+    removed = slmops.run("unregister", "home@1").stdout
+    assert "home-int8-generic-cpu:1" in removed
+    assert "home:1" not in removed  # the former champion gave its plain id up when it was replaced
+
+    slmops.run("delete", "home@1", "--yes")
+    models = slmops.json("list")["models"]
+    assert [(model["name"], model["version"]) for model in models] == [("home", 2)]
+    again = slmops.json("deploy", tiny, "--name", "home", *INT8)
+    assert again["version"] == 3  # a number is never given out twice
+
+
+@pytest.mark.slow
+def test_a_variant_below_the_gate_is_rejected_and_not_registered(slmops: Slmops, tiny: Path) -> None:
+    report = slmops.json("deploy", tiny, "--name", "home", *INT8, "--max-kl-divergence", "0", status=3)
+    assert report["status"] == "rejected"
+    (variant,) = report["variants"]
+    failed = [check for check in variant["gate"]["checks"] if not check["passed"]]
+    assert [check["name"] for check in failed] == ["kl_divergence"]
+    assert failed[0]["value"] > 0
+    assert variant["foundry_model_id"] is None
+    assert report["aliases"] == []
+    assert not (slmops.home / "foundry" / "models").exists()
+    assert "No variant of home@1 is registered" in slmops.run("chat", "home", status=2).stderr
+
+
+@pytest.mark.slow
+def test_a_variant_that_cannot_be_built_fails_and_the_others_go_on(slmops: Slmops, tiny: Path) -> None:
+    # A deadline that no build keeps is a fault like any other; the deploy ends without a version.
+    report = slmops.json("deploy", tiny, "--name", "home", *INT8, status=1, SLMOPS_TIMEOUT__BUILD_S="0.5")
+    assert (report["status"], report["version"]) == ("failed", None)
+    assert "deadline" in report["variants"][0]["error"]
+    assert slmops.json("list") == {"models": []}
+
+
+@pytest.mark.slow
+def test_a_genai_folder_is_taken_as_it_is(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    built = slmops.json("deploy", tiny, "--name", "source", *INT4, "--output", copy)
+    assert built["status"] == "registered"
+    files = {path.name for path in (copy / "int4").iterdir()}
+    assert {"model.onnx", "genai_config.json", "tokenizer.json"} <= files
+    assert all(os.access(path, os.W_OK) for path in (copy / "int4").iterdir())
+
+    report = slmops.json("deploy", copy / "int4", "--name", "given")
+    assert report["status"] == "registered"
+    (variant,) = report["variants"]
+    assert (variant["precision"], variant["recipe"]) == ("int4", "as given")
+    assert variant["digest"] == built["variants"][0]["digest"]
+    assert {check["name"] for check in variant["gate"]["checks"]} == {"non_empty_answers", "finite_logits"}
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_into_its_base(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+    program = f"""
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_pretrained({str(tiny)!r})
+adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+adapted.save_pretrained({str(tmp_path / "adapter")!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    report = slmops.json("deploy", tmp_path / "adapter", "--name", "adapted", "--base", tiny, *INT8)
+    assert report["status"] == "registered"
+    shown = slmops.json("show", "adapted@1")
+    assert shown["source"]["architecture"] == "Qwen2ForCausalLM"
+    plain = slmops.json("deploy", tiny, "--name", "plain", *INT8)
+    assert plain["variants"][0]["digest"] != report["variants"][0]["digest"]
+
+
+@pytest.mark.slow
+def test_a_chat_template_and_generation_defaults_of_the_users_own(slmops: Slmops, tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "llama", chat_template="llama3")
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    options = ("--model-config", "max_length=99", "--model-config", "repetition_penalty=1.3")
+    report = slmops.json("deploy", checkpoint, "--name", "own", *INT8, "--chat-template", template, *options)
+    assert report["status"] == "registered"
+    folder = slmops.home / "foundry" / "models" / "custom" / "own-int8" / "v1"
+    described = json.loads((folder / "inference_model.json").read_text())
+    assert described["PromptTemplate"]["prompt"] == "[user] {Content}\n[assistant] "
+    assert (described["ModelConfig"]["max_length"], described["ModelConfig"]["repetition_penalty"]) == (99, 1.3)
+    search = json.loads((folder / "genai_config.json").read_text())["search"]
+    assert (search["max_length"], search["repetition_penalty"]) == (99, 1.3)
+
+
+@pytest.mark.slow
+def test_a_users_olive_file_is_accepted(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+    config = tmp_path / "olive.json"
+    config.write_text(
+        json.dumps(
+            {
+                "input_model": {"type": "HfModel", "model_path": "somewhere/else", "task": "text-generation"},
+                "systems": {
+                    "local_system": {
+                        "type": "LocalSystem",
+                        "accelerators": [{"execution_providers": ["CPUExecutionProvider"]}],
+                    }
+                },
+                "passes": {
+                    "builder": {
+                        "type": "ModelBuilder",
+                        "config": {
+                            "precision": "int4",
+                            "quantization_config": {"block_size": 16, "is_symmetric": True},
+                        },
+                    }
+                },
+                "host": "local_system",
+                "target": "local_system",
+                "cache_dir": "cache",
+                "output_dir": "out",
+            }
+        )
+    )
+    report = slmops.json("deploy", tiny, "--name", "olive", "--olive-config", config)
+    assert report["status"] == "registered"
+    assert (report["variants"][0]["precision"], report["variants"][0]["recipe"]) == ("int4", "olive-config")
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    try:
+        return [one for one in psutil.Process(pid).children(recursive=True) if "infra.process.child" in one.cmdline()]
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_deploy_that_is_ended_leaves_no_orphan_and_goes_on_later(
+    slmops: Slmops, tiny: Path, number: signal.Signals
+) -> None:
+    log = slmops.home.parent / "deploy.log"
+    command = [sys.executable, "-m", "deployments.cli", "deploy", str(tiny), "--name", "home", *INT8, *INT4]
+    with log.open("w") as output:
+        deploy = subprocess.Popen(command, cwd=ROOT, env=slmops.variables(), stdout=output, stderr=output)
+    deadline = time.monotonic() + 120
+    while not ("build int4" in log.read_text() and (children := children_of(deploy.pid))):
+        assert deploy.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    deploy.send_signal(number)
+    assert deploy.wait(timeout=60) != 0
+    assert "Traceback" not in log.read_text()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert slmops.json("list") == {"models": []}
+
+    done = slmops.run("deploy", tiny, "--name", "home", *INT8, *INT4)
+    assert "built before" in done.stderr  # int8 was done
+    assert "registered" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed: make apt")
+def test_nothing_leaves_the_machine(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+    """No socket is connected to anything but loopback, and no name server is asked, in a whole deploy."""
+    home = tmp_path / "user"
+    home.mkdir()
+    trace = tmp_path / "trace"
+    command = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(trace), sys.executable]
+    command += ["-m", "deployments.cli", "deploy", str(tiny), "--name", "home", *INT8]
+    hostile = {
+        **{"CI": "false", "DO_NOT_TRACK": "0", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "0"},
+        **{"OLIVE_DISABLE_TELEMETRY": "0", "PREFECT_SERVER_ANALYTICS_ENABLED": "true", "ORT_TELEMETRY_DISABLED": "0"},
+        **{"HTTP_PROXY": "http://203.0.113.1:3128", "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")},
+    }
+    environment = {name: value for name, value in slmops.variables(**hostile).items() if name.upper() != "NO_PROXY"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    calls = trace.read_text().splitlines()
+    internet = [call for call in calls if "AF_INET" in call]
+    assert internet, "the trace must show at least Prefect's own loopback connections"
+    elsewhere = [call for call in internet if "127.0.0.1" not in call and '"::1"' not in call]
+    assert elsewhere == []
+    assert [call for call in calls if "htons(53)" in call] == []
+    assert list(home.iterdir()) == []

@@ -1,0 +1,161 @@
+"""Settings as a user gives them: by environment variables, and by nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import BadInput
+from infra.settings import Settings, describe_settings, load_settings
+
+SECRET = "hunter2-of-the-store"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLMOPS_HOME", raising=False)
+
+
+def described() -> dict[str, tuple[Any, str]]:
+    return {variable: (value, source) for variable, value, source, _ in describe_settings(load_settings())}
+
+
+def test_variables_are_nested_by_two_underscores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path))
+    monkeypatch.setenv("SLMOPS_STORE__URI", "file:///elsewhere")
+    monkeypatch.setenv("SLMOPS_GATE__MIN_TOP1_AGREEMENT", "0.5")
+    monkeypatch.setenv("SLMOPS_BENCHMARK__PROMPT_TOKENS", "[16, 32]")
+    settings = load_settings()
+    assert settings.home_dir == tmp_path
+    assert settings.store_uri == "file:///elsewhere"
+    assert settings.gate.min_top1_agreement == 0.5
+    assert settings.benchmark.prompt_tokens == (16, 32)
+    assert settings.gate.max_kl_divergence is None
+
+
+def test_home_moves_every_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home = tmp_path / "a home"
+    monkeypatch.setenv("SLMOPS_HOME", str(home))
+    settings = load_settings()
+    assert settings.store_uri == (home / "store").as_uri()
+    assert settings.foundry_dir == home / "foundry"
+    assert settings.cache_dir == home / "cache"
+    assert not home.exists()
+
+
+def test_a_relative_home_and_one_with_a_tilde_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "user"))
+    monkeypatch.setenv("SLMOPS_HOME", "here")
+    assert load_settings().home_dir == tmp_path / "here"
+    monkeypatch.setenv("SLMOPS_HOME", "~/there")
+    assert load_settings().home_dir == tmp_path / "user" / "there"
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = load_settings().home_dir
+    monkeypatch.setenv("SLMOPS_HOME", "")
+    monkeypatch.setenv("SLMOPS_GATE__MIN_TOP1_AGREEMENT", "")
+    assert load_settings().home_dir == default
+    assert described()["SLMOPS_HOME"] == (str(default), "default")
+    assert described()["SLMOPS_GATE__MIN_TOP1_AGREEMENT"] == (None, "default")
+
+
+def test_each_setting_is_shown_with_its_source_and_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLMOPS_MACHINE__THREADS", "3")
+    monkeypatch.setenv("slmops_machine__ram_bytes", "5")
+    monkeypatch.setenv("SLMOPS_GATE", '{"max_quality_loss": 0.5}')
+    shown = described()
+    assert shown["SLMOPS_MACHINE__THREADS"] == (3, "environment")
+    assert shown["SLMOPS_MACHINE__RAM_BYTES"] == (5, "environment")
+    assert shown["SLMOPS_GATE__MAX_QUALITY_LOSS"] == (0.5, "environment")
+    assert shown["SLMOPS_GATE__MIN_TOP1_AGREEMENT"] == (None, "default")
+    assert all(description for *_, description in describe_settings(Settings()))
+    json.dumps(list(describe_settings(Settings())))
+
+
+def test_every_shown_variable_is_one_that_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    samples = {int: "7", float: "0.25", bool: "false", tuple: "[7]"}
+    for variable, value, _, _ in list(describe_settings(Settings())):
+        text = str(tmp_path) if value is None or isinstance(value, str) else samples[type(value)]
+        if "GATE" in variable or variable.endswith("_BYTES"):
+            text = "1"
+        monkeypatch.setenv(variable, text)
+    assert {source for _, source in described().values()} == {"environment"}
+    changed, default = load_settings(), Settings.model_construct()
+    for name in Settings.model_fields:
+        assert getattr(changed, name) != getattr(default, name)
+
+
+def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLMOPS_STORE__SECRET_ACCESS_KEY", SECRET)
+    value, source = described()["SLMOPS_STORE__SECRET_ACCESS_KEY"]
+    assert (value, source) == ("**********", "environment")
+    settings = load_settings()
+    assert SECRET not in repr(settings) + str(settings.model_dump()) + settings.model_dump_json()
+    assert settings.store.secret_access_key
+    assert settings.store.secret_access_key.get_secret_value() == SECRET
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SLMOPS_STORE__SECRET_KEY", SECRET),
+        ("SLMOPS_STORE", json.dumps([SECRET])),
+        ("SLMOPS_STORE", SECRET),
+        ("SLMOPS_STORE", json.dumps({"secret_access_key": [SECRET]})),
+    ],
+)
+def test_a_misplaced_secret_is_not_shown(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(BadInput, match="SLMOPS_STORE") as caught:
+        load_settings()
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SLMOPS_GATE__MIN_TOP1_AGREEMENT", "1.5"),
+        ("SLMOPS_GATE__MIN_TOP1_AGREEMENT", "nan"),
+        ("SLMOPS_GATE__MAX_KL_DIVERGENCE", "inf"),
+        ("SLMOPS_GATE__MAX_KL_DIVERGENCE", "-1"),
+        ("SLMOPS_GATE__MAX_QUALITY_LOSS", "much"),
+        ("SLMOPS_GATE__NO_SUCH_SETTING", "1"),
+        ("SLMOPS_BENCHMARK__PROMPT_TOKENS", "[]"),
+        ("SLMOPS_BENCHMARK__PROMPT_TOKENS", "128,256"),
+        ("SLMOPS_BENCHMARK__NEW_TOKENS", "1"),
+        ("SLMOPS_TIMEOUT__BUILD_S", "0"),
+        ("SLMOPS_MACHINE__THREADS", "-1"),
+        ("SLMOPS_MACHINE__RAM_BYTES", "8 GB"),
+        ("SLMOPS_MACHINE__RAM_CHECK", "perhaps"),
+        ("SLMOPS_TIMEOUT", "quick"),
+    ],
+)
+def test_a_value_that_is_not_valid_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(BadInput, match=variable) as caught:
+        load_settings()
+    assert caught.value.what_to_do
+
+
+def test_all_that_is_not_valid_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLMOPS_GATE__MIN_TOP1_AGREEMENT", "2")
+    monkeypatch.setenv("SLMOPS_MACHINE__THREADS", "many")
+    with pytest.raises(BadInput, match=r"MIN_TOP1_AGREEMENT.*'2'.*THREADS.*'many'"):
+        load_settings()
+
+
+def test_env_files_are_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"SLMOPS_HOME={tmp_path / 'planted'}\nSLMOPS_STORE__URI=file:///planted\n")
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings()
+    assert "planted" not in f"{settings.home_dir} {settings.store_uri}"
+
+
+def test_threads_are_the_physical_cores_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().threads >= 1
+    monkeypatch.setenv("SLMOPS_MACHINE__THREADS", "5")
+    assert load_settings().threads == 5
