@@ -15,7 +15,7 @@ from infra.settings import Settings, describe_settings, load_settings
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 DEMO_NAME = "home"
-DEMO_SEED = 7
+DEMO_SEED = 0
 
 app = typer.Typer(
     name="slmops",
@@ -46,7 +46,8 @@ def run(arguments: Sequence[str]) -> int:
         print_error(error, as_json=as_json)
         return error.exit_code
     except UsageError as error:
-        print_error(BadInput(f"{str(error).rstrip('.')}.", "See slmops --help."), as_json=as_json)
+        message = str(error.format_message())  # type: ignore[attr-defined]
+        print_error(BadInput(f"{message.rstrip('.')}.", "See slmops --help."), as_json=as_json)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         advice = "Run the command again: it goes on from the stages that are done."
@@ -248,15 +249,14 @@ def _deploy(settings: Settings, parameters: dict[str, Any], log_level: str | Non
 
 def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings) -> Any:
     """Run a flow in this process, show its stages, and return its report also where it ended as failed."""
-    from deployments.prefect_environment import prefect_home
+    from deployments.prefect_environment import prefect_api
     from flows.deploy import deploy
     from flows.qualify import DeployEnded
     from flows.regate import regate
     from tasks.progress import listening
 
-    prefect_home(settings).mkdir(parents=True, exist_ok=True)
     flows: dict[str, Any] = {"deploy": deploy, "regate": regate}
-    with stage_display() as display, listening(display):
+    with stage_display() as display, listening(display), prefect_api(settings):
         state = flows[flow_name](**parameters, return_state=True)
     result = state.result(raise_on_failure=False)
     if isinstance(result, DeployEnded):

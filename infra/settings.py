@@ -157,7 +157,11 @@ def load_settings() -> Settings:
     Raises `BadInput` naming each variable that is not valid, with what was found unless that may be a secret.
     """
     try:
-        return Settings()
+        settings = Settings()
+        file = next((one for one in (settings.home_dir, *settings.home_dir.parents) if one.is_file()), None)
+        if file is None:
+            return settings
+        faults = f"{_variable(('home',))}: {file} is a file, found {str(settings.home)!r}"
     except ValidationError as error:
         faults = "; ".join(f"{_variable(fault['loc'])}: {fault['msg']}{_found(fault)}" for fault in error.errors())
     except SettingsError as error:

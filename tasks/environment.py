@@ -283,9 +283,9 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
 
     Raises `BadInput` when the checkpoint cannot be deployed anywhere.
     """
+    inspection = inspect_checkpoint(Path(checkpoint).expanduser()) if checkpoint else None
     checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
-    if checkpoint:
-        inspection = inspect_checkpoint(Path(checkpoint).expanduser())
+    if inspection:
         stages = estimate_stages(
             inspection, tuple(BUILD_RAM_BYTES_PER_BODY_PARAMETER), rows=settings.evaluation.max_rows
         )

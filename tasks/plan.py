@@ -1,10 +1,12 @@
 """What a deploy would do and take, worked out without writing anything."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from infra.checkpoints.hub import fetch_from_hub
 from infra.checkpoints.source import SourceKind, parse_checkpoint
 from infra.errors import BadInput
 from infra.settings import Settings
@@ -69,6 +71,8 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
         )
     require_packages([*check_system(), *check_packages()])
     source = parse_checkpoint(request.checkpoint, request.revision)
+    if source.kind is SourceKind.HUB:
+        _check_on_hub(source.location, source.revision, settings)
     if source.kind is not SourceKind.LOCAL:
         rows = read_rows(request.evaluation_file, None)
         return DeployPlan(
@@ -97,6 +101,13 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
         time_s=sum(stage.time_s for stage in stages),
         warnings=(*inspection.warnings, *(text for recipe in recipes for text in recipe.warnings)),
     )
+
+
+def _check_on_hub(repo_id: str, revision: str | None, settings: Settings) -> None:
+    """Fetch the config alone: a model that is not there, or no network, is told before the flow begins."""
+    with TemporaryDirectory() as aside:  # a refused deploy leaves nothing under the home directory
+        elsewhere = settings.model_copy(update={"home": Path(aside)})
+        fetch_from_hub(repo_id, revision, elsewhere, files=("config.json", "adapter_config.json"))
 
 
 def _inspect_base(adapter: Path, request: DeployRequest) -> Inspection:

@@ -1,6 +1,7 @@
 """What a deploy is asked for, checked before anything is written."""
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,7 +27,7 @@ DEVICE_OF_PROVIDER: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu", "dml": "gp
 class DeployRequest(BaseModel):
     """The parameters of the flow `deploy`, described there."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint: str
     name: str
@@ -62,7 +63,7 @@ class DeployRequest(BaseModel):
         if self.device == "npu":
             raise BadInput("There is no recipe for NPUs yet.", "Use --device cpu or gpu.")
         _check_range("min_top1_agreement", self.min_top1_agreement, 0, 1)
-        _check_range("max_kl_divergence", self.max_kl_divergence, 0, float("inf"))
+        _check_range("max_kl_divergence", self.max_kl_divergence, 0, sys.float_info.max)
         _check_range("max_quality_loss", self.max_quality_loss, 0, 1)
         _check_range("max_length", self.max_length, 1, 10_000_000)
         _check_range("temperature", self.temperature, 0, 5)
@@ -107,12 +108,17 @@ def read_chat_template_file(path: Path) -> str:
         raise BadInput(
             f"The chat template {path} is not valid Jinja: {error.message}, line {error.lineno}.", "Correct it."
         ) from None
+    if not text.strip():
+        raise BadInput(f"The chat template {path} is empty.", "Name a Jinja file.")
     return text
 
 
 def check_output(path: Path) -> None:
     """Raise `BadInput` when a plain copy cannot be written to a folder: it must be new or empty."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    nearest = next((one for one in (path, *path.absolute().parents) if one.exists()), path)
+    if not nearest.is_dir():
+        raise BadInput(f"The output {path} cannot be a folder: {nearest} is a file.", "Name a new folder.")
+    if nearest == path and any(path.iterdir()):
         raise BadInput(f"The output {path} exists and is not an empty folder.", "Name a new folder.")
 
 

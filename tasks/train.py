@@ -23,7 +23,7 @@ from infra.settings import Settings
 
 Row = dict[str, Any]
 
-TRAIN_ROWS = 10_000
+TRAIN_ROWS = 9000
 HELD_OUT_ROWS = 200
 # Of each intent's commands, the share kept for evaluation; as many of its actions (JSON answers) are never trained on.
 HELD_OUT_SHARE = 0.08
@@ -301,11 +301,11 @@ TRAINING: Mapping[str, Any] = {
     "chat_template": CHAT_TEMPLATE,
     "vocabulary_size": 640,
     "epochs": 1,  # every row is new; a second pass would repeat sentences
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
     "weight_decay": 0.1,
     # Prompts are trained on a little, so that their next-token distributions are smooth and survive quantization.
     "prompt_loss_weight": 0.1,
-    "batch_size": 16,
+    "batch_size": 8,
     "threads": 2,  # not the machine's number: the order of floating-point sums, so the weights, depends on it
     "max_new_tokens": 48,
     "min_exact_match": 0.95,

@@ -47,7 +47,9 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if not report.skipped or os.environ.get(FORBID_SKIPS) != "1":
         return
-    reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = (
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    )
     if not reason.startswith(PLATFORM_REASONS):
         report.outcome = "failed"
         report.longrepr = f"{FORBID_SKIPS} is set, and this was skipped: {reason}"

@@ -84,7 +84,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
     path = folder / name
-    if Path(name).name != name:
+    if not name or Path(name).name != name:
         raise BadInput(f"{folder / WEIGHTS_INDEX} names {name!r}, which is no file of this folder.", "Save it again.")
     if not path.is_file():
         pickled = next((found.name for pattern in PICKLED_WEIGHTS for found in folder.glob(pattern)), None)

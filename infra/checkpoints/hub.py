@@ -24,12 +24,14 @@ def fetch_from_hub(
     settings: Settings,
     *,
     token: SecretStr | None = None,
+    files: tuple[str, ...] = ALLOWED_FILES,
     on_progress: OnProgress | None = None,
 ) -> Path:
     """Download `OWNER/NAME` at `revision` (branch, tag, commit; None: the default branch) and return its folder.
 
     The revision is resolved to a commit first and all files are of that commit, which is the folder's name. They lie in
-    Hugging Face's own cache, where a second call finds them. `token` defaults to the login of Hugging Face's tools.
+    Hugging Face's own cache, where a second call finds them. `files` are the patterns of their names; `token` defaults
+    to the login of Hugging Face's tools.
     `HF_HUB_OFFLINE=1` in the environment is obeyed: then only the cache is asked.
 
     Raises `BadInput` for an id or revision that is malformed, not there or not open to this user, and without network;
@@ -43,6 +45,7 @@ def fetch_from_hub(
             "repo_id": repo_id,
             "revision": revision,
             "token": token.get_secret_value() if token else None,
+            "files": list(files),
         },
         deadline_s=DEADLINE_S,
         log_path=work_dir / f"{repo_id.replace('/', '--')}.log",
@@ -57,7 +60,7 @@ def fetch_from_hub(
 
 
 def download_snapshot(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Child function of `fetch_from_hub`: `{repo_id, revision, token}` -> `{directory}`."""
+    """Child function of `fetch_from_hub`: `{repo_id, revision, token, files}` -> `{directory}`."""
     from huggingface_hub import errors, snapshot_download
 
     repo_id, revision = request["repo_id"], request["revision"]
@@ -67,7 +70,7 @@ def download_snapshot(request: dict[str, Any], progress: Progress) -> dict[str, 
             repo_id,
             revision=revision,
             token=request["token"],
-            allow_patterns=list(ALLOWED_FILES),
+            allow_patterns=request["files"],
             etag_timeout=CONNECT_TIMEOUT_S,
         )
     except errors.GatedRepoError:

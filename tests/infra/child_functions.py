@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from infra.errors import BadInput
@@ -15,7 +16,7 @@ def double(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     print("a library's chatter")  # must not disturb the message channel
     os.write(1, b"a native library's chatter\n")
     progress(1, 2, "half way")
-    return {"value": 2 * request["value"], "directory": os.getcwd(), "ci": os.environ["CI"]}
+    return {"value": 2 * request["value"], "directory": str(Path.cwd()), "ci": os.environ["CI"]}
 
 
 def refuse(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
