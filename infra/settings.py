@@ -65,7 +65,7 @@ class EvaluationSettings(_Section):
     max_rows: int = Field(200, ge=1, le=100_000, description="Evaluation rows that are used, from the first on.")
     max_new_tokens: int = Field(128, ge=1, le=8192, description="Longest generated answer, in tokens.")
     max_positions: int = Field(
-        512, ge=1, le=100_000, description="Token positions at which the next-token distributions are compared."
+        1024, ge=1, le=100_000, description="Token positions at which the next-token distributions are compared."
     )
     batch_size: int = Field(8, ge=1, le=256, description="Rows that the reference answers at once.")
 

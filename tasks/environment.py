@@ -71,6 +71,7 @@ BUILD_FLOOR_S = 8.0
 DISK_BYTES_PER_PARAMETER = {"fp16": 2.0, "int8": 1.13, "int4": 0.66}
 TOKENIZER_BYTES = 20_000_000
 RUNTIME_RAM_FLOOR_BYTES = 600_000_000
+REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint is in
 REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
 VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
 
@@ -179,7 +180,11 @@ def check_execution_provider(execution_provider: str, available: Iterable[str]) 
 
 
 def estimate_stages(
-    inspection: Inspection, precisions: Sequence[str], *, rows: int, reference_bytes_per_parameter: int = 4
+    inspection: Inspection,
+    precisions: Sequence[str],
+    *,
+    rows: int,
+    positions: int = 1024,
 ) -> list[StageEstimate]:
     """Estimate what each stage of a deploy takes on two cores; the memory of a stage is that of its child process."""
     parameters = inspection.parameters
@@ -199,8 +204,8 @@ def estimate_stages(
             StageEstimate(
                 stage="reference",
                 time_s=10 + REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows,
-                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + reference_bytes_per_parameter * parameters,
-                disk_bytes=512 * 4 * inspection.vocabulary_size,
+                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + REFERENCE_BYTES_PER_PARAMETER * parameters,
+                disk_bytes=4 * positions * inspection.vocabulary_size,
             )
         )
     for precision in precisions:

@@ -90,7 +90,9 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
     if inspection.kind == "adapter":
         inspection = _inspect_base(folder, request)
     used = min(len(rows), settings.evaluation.max_rows)
-    stages = estimate_stages(inspection, [recipe.precision for recipe in recipes], rows=used)
+    stages = estimate_stages(
+        inspection, [recipe.precision for recipe in recipes], rows=used, positions=settings.evaluation.max_positions
+    )
     require_resources(check_resources(stages, settings))
     return DeployPlan(
         name=request.name,

@@ -319,8 +319,7 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     chunk_bytes = request.get("chunk_bytes", LOGITS_CHUNK_BYTES)
     found: list[PositionComparison] = []
     finite: list[bool] = []
-    # One position more than tokens: the last one predicts the end.
-    chosen = choose_positions([len(answer) + 1 for _, answer in own], request["max_positions"])
+    chosen = choose_positions([len(prompt) + len(answer) for prompt, answer in own], request["max_positions"])
     for done, row in enumerate(evaluated):
         progress(len(rows) + done, 2 * len(rows), "distributions")
         if reference:
@@ -330,8 +329,7 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
             row.update(_figures(comparisons))
         else:
             prompt_ids, answer_ids = own[done]
-            positions = [len(prompt_ids) - 1 + index for index in chosen[done]]
-            flags = _finite_flags(model, prompt_ids + answer_ids, positions, chunk_bytes)
+            flags = _finite_flags(model, prompt_ids + answer_ids, chosen[done], chunk_bytes)
             row.update(_figures([]))
         finite += flags
         row.update({"positions": len(flags), "finite_positions": sum(flags)})

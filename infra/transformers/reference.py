@@ -1,6 +1,7 @@
 """The source checkpoint, run in transformers: variants are held to its greedy answers and next-token logits."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -15,24 +16,17 @@ LOGITS_FILE = "logits.npy"
 
 
 def choose_positions(lengths: Sequence[int], max_positions: int) -> list[list[int]]:
-    """Choose indices into sequences of `lengths` so that at most `max_positions` are chosen in all.
+    """Choose indices into sequences of `lengths`, `max_positions` in all or every one where there are no more.
 
-    The budget is shared evenly: what a short sequence leaves over goes to the longer ones. Within a sequence
-    the indices are evenly spaced, the first and the last included.
+    They are evenly spaced over the sequences laid end to end, so that every part of a sequence has the same weight
+    and different rows give different parts.
     """
-    shares = [0] * len(lengths)
-    budget = max_positions
-    by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    for done, index in enumerate(by_length):
-        shares[index] = min(lengths[index], budget // (len(lengths) - done))
-        budget -= shares[index]
-    return [_evenly_spaced(length, share) for length, share in zip(lengths, shares, strict=True)]
-
-
-def _evenly_spaced(length: int, count: int) -> list[int]:
-    if count < 2:
-        return [0] * count
-    return [step * (length - 1) // (count - 1) for step in range(count)]
+    total = sum(lengths)
+    count = min(total, max_positions)
+    laid_out = [(2 * step + 1) * total // (2 * count) for step in range(count)]
+    starts = [0, *itertools.accumulate(lengths)]
+    bounds = itertools.pairwise(starts)
+    return [[position - start for position in laid_out if start <= position < end] for start, end in bounds]
 
 
 def matches(answer: str, expected: str | None) -> bool | None:
@@ -53,8 +47,8 @@ def reference(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     `threads`, `dtype` (auto, float32 or bfloat16: what the weights are loaded as), `output_dir`.
 
     Decoding is pure greedy, whatever the checkpoint's generation config asks for, except for its end tokens. The
-    compared positions are those that predict the reference's own answer (its end token included), teacher-forced
-    over prompt and answer: the distributions that a user of the model is served from. `output_dir` gets `logits.npy`
+    compared positions are those of the prompt and of the reference's own answer, teacher-forced over both, each the
+    distribution of the token that follows; the last one predicts the answer's end. `output_dir` gets `logits.npy`
     (float32, [positions, vocabulary], row by row in the order of `rows`) and `reference.json`, a copy of the result.
 
     Result: `rows` [{id, prompt, prompt_ids, answer, answer_ids, max_new_tokens, positions, exact_match}], where
@@ -76,7 +70,8 @@ def reference(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     prompts = [_render(tokenizer, row) for row in rows]
     budgets = _token_budgets(rows, prompts, model, request["max_new_tokens"])
     answer_ids = _answer(tokenizer, model, prompts, budgets, batch_size=request["batch_size"], progress=progress)
-    chosen = choose_positions([len(ids) for ids in answer_ids], request["max_positions"])
+    lengths = [len(prompt_ids) + len(ids) - 1 for (_, prompt_ids), ids in zip(prompts, answer_ids, strict=True)]
+    chosen = choose_positions(lengths, request["max_positions"])
     answered = []
     for row, (text, prompt_ids), ids, budget, indices in zip(rows, prompts, answer_ids, budgets, chosen, strict=True):
         answer = tokenizer.decode(ids, skip_special_tokens=True)
@@ -88,7 +83,7 @@ def reference(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
                 "answer": answer,
                 "answer_ids": ids,
                 "max_new_tokens": budget,
-                "positions": [len(prompt_ids) - 1 + index for index in indices],
+                "positions": indices,
                 "exact_match": matches(answer, row.get("expected")),
             }
         )
