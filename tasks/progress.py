@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 
@@ -34,12 +35,16 @@ def stage_progress(stage: str) -> Iterator[OnProgress]:
     """
     artifact: UUID | None = None
     posted_at = time.monotonic()
+    doing = ""
 
     def report(done: float, total: float, what: str) -> None:
-        nonlocal artifact, posted_at
+        nonlocal artifact, posted_at, doing
         share = min(max(done / total, 0.0), 1.0) if total else 0.0
         for listener in _listeners:
             listener(stage, share, what)
+        if what != doing and TaskRunContext.get():
+            get_run_logger().info("%s: %s", stage, what)
+            doing = what
         if time.monotonic() - posted_at >= ARTIFACT_INTERVAL_S and TaskRunContext.get():
             artifact = _post(artifact, stage, share)
             posted_at = time.monotonic()

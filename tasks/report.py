@@ -20,6 +20,8 @@ DeployStatus = Literal["registered", "unchanged", "rejected", "failed"]
 
 # What Microsoft's tutorial promises of each precision, as a share of the fp32 size.
 PROMISED_SHARE_OF_FP32 = {"fp16": 0.5, "int8": 0.25, "int4": 0.125}
+VARIANT_COLUMNS = ("precision", "verdict", "size", "of fp32", "Foundry id")
+AT_MOST = ("kl_divergence", "quality_loss")
 SHOWN_METRICS = {
     "load_ms": "load ms",
     "ttft_ms": "TTFT ms",
@@ -176,13 +178,15 @@ def megabytes(size_bytes: int) -> str:
 
 
 def to_markdown(report: DeployReport) -> str:
-    """Return the report as Markdown."""
+    """Return the report as Markdown; its tables stay narrow enough for the artifact's page."""
+    rows = variant_rows(report)
     sections = [
         f"# {report.reference}: {report.status}",
         report.summary,
         f"Built from `{report.checkpoint}` ({report.parameters:,} parameters), judged on {report.evaluation}.",
-        _markdown_table(variant_rows(report)),
+        _markdown_table(_columns(rows, VARIANT_COLUMNS)),
         "*of fp32*: size as a share of the parameters in fp32; in brackets what Microsoft's tutorial promises.",
+        f"## Speed and memory\n\n{_markdown_table(_columns(rows, ('precision', *SHOWN_METRICS.values())))}",
         _gate_section(report),
         _usage_section(report),
         _list_section("Failures", [f"{one.precision}: {one.error}" for one in report.variants if one.error]),
@@ -203,24 +207,25 @@ def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def _columns(rows: Sequence[dict[str, str]], titles: Sequence[str]) -> list[dict[str, str]]:
+    return [{title: row[title] for title in titles} for row in rows]
+
+
 def _gate_section(report: DeployReport) -> str:
-    rows = [
-        {
-            "precision": variant.precision,
-            "check": check.name,
-            "value": "not finite" if check.value is None else f"{check.value:.5g}",
-            "threshold": f"{check.threshold:.5g}",
-            "verdict": "passed" if check.passed else "**failed**",
-        }
-        for variant in report.variants
-        if variant.gate
-        for check in variant.gate.checks
-    ]
+    """Return one row a check and one column a variant; what failed is bold."""
+    rows: dict[str, dict[str, str]] = {}
+    for variant in report.variants:
+        for check in variant.gate.checks if variant.gate else ():
+            value = "not finite" if check.value is None else f"{check.value:.4g}"
+            bound = "at most" if check.name in AT_MOST else "at least"
+            text = f"{value} ({bound} {check.threshold:.4g})"
+            blank = {"check": check.name.replace("_", " "), **{one.precision: "-" for one in report.variants}}
+            rows.setdefault(check.name, blank)[variant.precision] = text if check.passed else f"**{text}**"
     if not rows:
         return ""
     reference = report.reference_exact_match
     heading = "" if reference is None else f"The reference answers {reference:.1%} of the evaluation set exactly.\n\n"
-    return f"## Gate\n\n{heading}{_markdown_table(rows)}"
+    return f"## Gate\n\n{heading}{_markdown_table(list(rows.values()))}"
 
 
 def _usage_section(report: DeployReport) -> str:
