@@ -239,6 +239,10 @@ def _deploy(settings: Settings, parameters: dict[str, Any], log_level: str | Non
 
     plan_deploy(settings, parameters)  # refuses bad input before anything is written
     report = _run_flow("deploy", parameters, settings)
+    _end_with(report, as_json)
+
+
+def _end_with(report: Any, as_json: bool) -> None:
     if as_json:
         print_json(report.to_contract())
     else:
@@ -450,12 +454,7 @@ def regate(
     }
     _prepare(settings, log_level)
     report = _run_flow("regate", parameters, settings)
-    if as_json:
-        print_json(report.to_contract())
-    else:
-        _show_report(report)
-    if report.status in ("rejected", "failed"):
-        raise typer.Exit(3 if report.status == "rejected" else 1)
+    _end_with(report, as_json)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from tasks.evaluate import (
     thresholds_for,
 )
 from tasks.measure import measure_stored_variant
-from tasks.register import prove_variant, register_champion, register_variant, unregister_variant
+from tasks.register import last_proof, prove_variant, register_champion, register_variant, unregister_variant
 from tasks.report import DeployReport, VariantReport, in_order_of_size, overall_status, publish_report, variant_metrics
 from tasks.store import choose_champion, select_precision
 
@@ -135,23 +135,20 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, *, has_refe
             removed = unregister_variant(manifest, variant, settings)
             return _Outcome(report.model_copy(update={"status": "rejected"}), bool(removed), evaluated)
         registration = register_variant(manifest, variant, version.description, registry, settings)
-        known = registry.latest_evidence(manifest, f"proof-{variant.precision}")
-        if registration.changed or known is None:
-            proof = prove_variant(
-                manifest, variant, version.evaluation.rows[0], evaluated.rows[0].answer, registry, settings
-            )
-            answer = proof.answer
-        else:
-            answer = known["answer"]
+        row = version.evaluation.rows[0]
+        proof = None if registration.changed else last_proof(manifest, variant, row, registry)
+        is_new = proof is None
+        if proof is None:
+            proof = prove_variant(manifest, variant, row, evaluated.rows[0].answer, registry, settings)
     except StageFailed as error:
         return _Outcome(report.model_copy(update={"error": str(error)}), True, evaluated)
     update = {
         "status": "registered",
         "foundry_model_id": registration.model_id,
-        "answer": answer,
+        "answer": proof.answer,
         "notes": (*verdict.notes, *registration.notes),
     }
-    return _Outcome(report.model_copy(update=update), registration.changed or known is None, evaluated)
+    return _Outcome(report.model_copy(update=update), is_new, evaluated)
 
 
 def ended(report: DeployReport) -> State[DeployReport]:

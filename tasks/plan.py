@@ -24,6 +24,7 @@ from tasks.environment import (
     require_resources,
 )
 from tasks.evaluate import read_rows, thresholds_for
+from tasks.register import foundry_model_id
 from tasks.request import DeployRequest, check_precisions
 
 
@@ -46,10 +47,12 @@ def parse_request(parameters: dict[str, Any]) -> DeployRequest:
     if "precisions" in parameters:
         parameters = {**parameters, "precisions": check_precisions(parameters["precisions"])}
     try:
-        return DeployRequest.model_validate(parameters).checked()
+        request = DeployRequest.model_validate(parameters).checked()
     except ValidationError as error:
         fault = error.errors()[0]
         raise BadInput(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}.", "Correct it.") from None
+    foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses some names of its own
+    return request
 
 
 def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:

@@ -420,6 +420,14 @@ def prove_variant(
     return proof
 
 
+def last_proof(manifest: Manifest, variant: StoredVariant, row: EvaluationRow, registry: ModelRegistry) -> Proof | None:
+    """Return the last proof of a variant if it was asked this row."""
+    record = registry.latest_evidence(manifest, f"proof-{variant.precision}")
+    if record is None or record["question"] != row.messages[-1].content:
+        return None
+    return Proof(**{name: record[name] for name in Proof.model_fields})
+
+
 def _expected_answer(
     variant: StoredVariant,
     asked: dict[str, Any],

@@ -66,9 +66,9 @@ class DeployRequest(BaseModel):
         _check_range("max_kl_divergence", self.max_kl_divergence, 0, sys.float_info.max)
         _check_range("max_quality_loss", self.max_quality_loss, 0, 1)
         _check_range("max_length", self.max_length, 1, 10_000_000)
-        _check_range("temperature", self.temperature, 0, 5)
-        _check_range("top_p", self.top_p, 0, 1)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.1, 10)
+        _check_range("temperature", self.temperature, 0, 2)
+        _check_range("top_p", self.top_p, 0.001, 1)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.1, 2)
         if self.chat_template_file:
             read_chat_template_file(Path(self.chat_template_file))
         if self.output:

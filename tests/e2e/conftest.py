@@ -2,12 +2,17 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from tests.checkpoints import make_tiny_checkpoint
@@ -74,7 +79,44 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "qwen2", tied=False)
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server on loopback; yields its API's URL."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    environment = {**os.environ, **quiet, "PREFECT_HOME": str(home)}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert time.monotonic() < deadline, (home / "log").read_text()
+                time.sleep(0.2)
+        yield url
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
-def slmops(tmp_path: Path) -> Slmops:
-    """The command line with an empty home, an open gate and small measurements."""
+def slmops(tmp_path: Path, server: str) -> Slmops:
+    """The command line with an empty home, an open gate and small measurements, and one Prefect server for all."""
+    return Slmops(tmp_path / "home", {**OPEN_GATE, **SMALL, "PREFECT_API_URL": server})
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Slmops:
+    """The same without a Prefect server."""
     return Slmops(tmp_path / "home", {**OPEN_GATE, **SMALL})

@@ -184,32 +184,34 @@ def children_of(pid: int) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_deploy_that_is_ended_leaves_no_orphan_and_goes_on_later(
-    slmops: Slmops, tiny: Path, number: signal.Signals
+    embedded: Slmops, tiny: Path, number: signal.Signals
 ) -> None:
-    log = slmops.home.parent / "deploy.log"
+    log = embedded.home.parent / "deploy.log"
     command = [sys.executable, "-m", "deployments.cli", "deploy", str(tiny), "--name", "home", *INT8, *INT4]
     with log.open("w") as output:
-        deploy = subprocess.Popen(command, cwd=ROOT, env=slmops.variables(), stdout=output, stderr=output)
+        deploy = subprocess.Popen(command, cwd=ROOT, env=embedded.variables(), stdout=output, stderr=output)
     deadline = time.monotonic() + 120
-    while not ("build int4" in log.read_text() and (children := children_of(deploy.pid))):
+    while not ("build int4" in log.read_text() and children_of(deploy.pid)):
         assert deploy.poll() is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    descendants = psutil.Process(deploy.pid).children(recursive=True)
+    assert any("deployments.embedded_server" in one.cmdline() for one in descendants)
     deploy.send_signal(number)
     assert deploy.wait(timeout=60) != 0
     assert "Traceback" not in log.read_text()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(descendants, timeout=20)
     assert not alive
-    assert slmops.json("list") == {"models": []}
+    assert embedded.json("list") == {"models": []}
 
-    done = slmops.run("deploy", tiny, "--name", "home", *INT8, *INT4)
+    done = embedded.run("deploy", tiny, "--name", "home", *INT8, *INT4)
     assert "built before" in done.stderr  # int8 was done
     assert "registered" in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed: make apt")
-def test_nothing_leaves_the_machine(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+def test_nothing_leaves_the_machine(embedded: Slmops, tiny: Path, tmp_path: Path) -> None:
     """No socket is connected to anything but loopback, and no name server is asked, in a whole deploy."""
     home = tmp_path / "user"
     home.mkdir()
@@ -221,7 +223,7 @@ def test_nothing_leaves_the_machine(slmops: Slmops, tiny: Path, tmp_path: Path) 
         **{"OLIVE_DISABLE_TELEMETRY": "0", "PREFECT_SERVER_ANALYTICS_ENABLED": "true", "ORT_TELEMETRY_DISABLED": "0"},
         **{"HTTP_PROXY": "http://203.0.113.1:3128", "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")},
     }
-    environment = {name: value for name, value in slmops.variables(**hostile).items() if name.upper() != "NO_PROXY"}
+    environment = {name: value for name, value in embedded.variables(**hostile).items() if name.upper() != "NO_PROXY"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     calls = trace.read_text().splitlines()

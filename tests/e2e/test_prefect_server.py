@@ -1,12 +1,9 @@
-"""Against a running Prefect server: what its API and its UI have of a deploy."""
+"""Against a running Prefect server: what its API has of a deploy, and cancelling from there."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +17,6 @@ from tests.e2e.test_deploy import INT4, children_of
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server on loopback; yields its API's URL."""
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    environment = {**os.environ, **quiet, "PREFECT_HOME": str(home)}
-    environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert time.monotonic() < deadline, (home / "log").read_text()
-                time.sleep(0.2)
-        yield url
-    finally:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
-        process.wait()
-
-
 def query(server: str, path: str, **body: Any) -> list[dict[str, Any]]:
     answer = httpx.post(f"{server}/{path}/filter", json=body).raise_for_status()
     found: list[dict[str, Any]] = answer.json()
@@ -58,7 +24,7 @@ def query(server: str, path: str, **body: Any) -> list[dict[str, Any]]:
 
 
 def test_the_server_has_the_run_its_tasks_and_the_report(slmops: Slmops, tiny: Path, server: str) -> None:
-    report = slmops.json("deploy", tiny, "--name", "served", *INT4, PREFECT_API_URL=server)
+    report = slmops.json("deploy", tiny, "--name", "served", *INT4)
     (run,) = query(server, "flow_runs", flow_runs={"name": {"any_": ["deploy-served"]}})
     assert run["state"]["name"] == "Completed"
     assert run["parameters"]["name"] == "served"
@@ -81,7 +47,7 @@ def test_the_server_has_the_run_its_tasks_and_the_report(slmops: Slmops, tiny: P
 
 def test_a_rejected_deploy_is_a_failed_run_named_rejected(slmops: Slmops, tiny: Path, server: str) -> None:
     options = ("--max-kl-divergence", "0")
-    slmops.json("deploy", tiny, "--name", "poor", *INT4, *options, status=3, PREFECT_API_URL=server)
+    slmops.json("deploy", tiny, "--name", "poor", *INT4, *options, status=3)
     (run,) = query(server, "flow_runs", flow_runs={"name": {"any_": ["deploy-poor"]}})
     assert (run["state"]["type"], run["state"]["name"]) == ("FAILED", "Rejected")
     assert run["state"]["message"] == "poor@1 int4 rejected."
@@ -89,7 +55,7 @@ def test_a_rejected_deploy_is_a_failed_run_named_rejected(slmops: Slmops, tiny: 
 
 def test_cancelling_a_served_run_ends_its_children(slmops: Slmops, tiny: Path, server: str, tmp_path: Path) -> None:
     program = "from flows.deploy import deploy; deploy.serve(name='deploy', pause_on_shutdown=False)"
-    environment = slmops.variables(PREFECT_API_URL=server, PREFECT_RUNNER_POLL_FREQUENCY="1")
+    environment = slmops.variables(PREFECT_RUNNER_POLL_FREQUENCY="1")
     environment["PREFECT_HOME"] = str(tmp_path / "prefect")
     with (tmp_path / "serve.log").open("w") as log:
         serving = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=log, stderr=log)

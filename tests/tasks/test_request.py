@@ -85,9 +85,9 @@ class TestDevices:
 BOUNDS = {
     "min_top1_agreement": (0, 1),
     "max_quality_loss": (0, 1),
-    "temperature": (0, 5),
-    "top_p": (0, 1),
-    "repetition_penalty": (0.1, 10),
+    "temperature": (0, 2),
+    "top_p": (0.001, 1),
+    "repetition_penalty": (0.1, 2),
 }
 
 
