@@ -34,7 +34,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     if not rows:
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    table = Table(title=escape(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
+    console.print(f"[bold]{escape(title)}[/bold]")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for column in rows[0]:
         table.add_column(escape(column), overflow="fold")
     for row in rows:
@@ -42,7 +43,6 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     if table.__rich_measure__(console, console.options).minimum <= console.width and _fits(rows, console.width):
         console.print(table)
         return
-    console.print(f"[bold]{escape(title)}[/bold]")
     width = max(len(column) for column in rows[0])
     for row in rows:
         for column, value in row.items():
