@@ -134,13 +134,17 @@ def make_demo(
     print_line(f"{directory}: {made['parameters']:,} parameters, {made['exact_match']:.1%} of held-out commands exact.")
 
 
-def _make_demo(settings: Settings, directory: Path, seed: int) -> dict[str, Any]:
+def _make_demo(settings: Settings, directory: Path, seed: int, *, replace: bool = False) -> dict[str, Any]:
     _prepare(settings)
     from tasks.train import make_demo_checkpoint
 
     with stage_display() as display:
         made = make_demo_checkpoint(
-            settings, directory, seed, lambda done, total, what: display("train", done / total, what)
+            settings,
+            directory,
+            seed,
+            lambda done, total, what: display("train", done / total, what),
+            replace=replace,
         )
     return {"parameters": made.parameters, "exact_match": made.exact_match}
 
@@ -154,7 +158,7 @@ def demo(
     """Make the demo checkpoint, deploy it as `home`, and ask it to turn on a light."""
     settings = load_settings()
     checkpoint = settings.home_dir / "demo"
-    _make_demo(settings, checkpoint, seed)
+    _make_demo(settings, checkpoint, seed, replace=True)
     _deploy(settings, {"checkpoint": str(checkpoint), "name": DEMO_NAME}, log_level, as_json)
 
 

@@ -438,24 +438,31 @@ def _spoken(text: str, chooser: random.Random) -> str:
 
 
 def make_demo_checkpoint(
-    settings: Settings, directory: Path, seed: int = 0, on_progress: OnProgress | None = None
+    settings: Settings,
+    directory: Path,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+    *,
+    replace: bool = False,
 ) -> DemoCheckpoint:
     """Train the demo checkpoint of `seed`, or take it from the cache, and copy it into `directory`.
 
     The cache is keyed by data, recipe and library versions. `directory` appears whole or not at all; if it already is
-    this very checkpoint, nothing is done.
+    this very checkpoint, nothing is done. With `replace`, another demo checkpoint there (of another seed or recipe)
+    gives way.
 
     Raises `BadInput` if `directory` holds anything else; `StageFailed` if training misses its accuracy.
     """
     recipe = _Recipe(seed, *smart_home_dataset(seed))
     directory = directory.expanduser().absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if not _is_whole(directory, recipe.key):
+        if _is_whole(directory, recipe.key):
+            return _described(directory, None)
+        if not (replace and (directory / RECORD).is_file()):
             raise BadInput(
                 f"{directory} exists and is not the demo checkpoint of seed {seed}.",
                 "Give a new or an empty folder, or remove this one.",
             )
-        return _described(directory, None)
     cached = settings.cache_dir / "demo" / recipe.key[:32]
     training_s = None
     if not _is_whole(cached, recipe.key):
@@ -467,7 +474,7 @@ def make_demo_checkpoint(
         if not _is_whole(aside, recipe.key):
             raise StageFailed(f"The copy of the demo checkpoint in {aside.parent} differs from what was trained.")
         if directory.exists():
-            directory.rmdir()
+            shutil.rmtree(directory)  # empty, or the demo checkpoint that gives way
         aside.rename(directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -56,6 +56,12 @@ def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 
 @pytest.fixture(scope="session")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home directory whose cache keeps the demo checkpoint, so that all tests together train it once."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight Qwen2 checkpoint of 0.1 M parameters; read only: copy it before changing anything."""
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_checkpoint") / "checkpoint")

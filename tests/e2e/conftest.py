@@ -61,15 +61,9 @@ class Slmops:
 
 
 @pytest.fixture(scope="session")
-def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home whose demo checkpoint is trained once for all journeys."""
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="session")
-def demo(demo_cache: Path) -> tuple[Slmops, dict[str, Any]]:
+def demo(demo_home: Path) -> tuple[Slmops, dict[str, Any]]:
     """The command line after `slmops demo`, and the report that it printed."""
-    slmops = Slmops(demo_cache)
+    slmops = Slmops(demo_home)
     return slmops, slmops.json("demo")
 
 

@@ -104,19 +104,29 @@ def test_a_damaged_cache_is_made_again_and_a_changed_checkpoint_is_refused(tmp_p
         make_demo_checkpoint(place, tmp_path / "first", 7)
 
 
+@pytest.mark.usefixtures("tiny_training")
+def test_another_demo_checkpoint_gives_way_when_asked(tmp_path: Path) -> None:
+    place = Settings(home=tmp_path / "home")
+    make_demo_checkpoint(place, tmp_path / "demo", 7)
+    with pytest.raises(BadInput, match="is not the demo checkpoint of seed 8"):
+        make_demo_checkpoint(place, tmp_path / "demo", 8)
+    make_demo_checkpoint(place, tmp_path / "demo", 8, replace=True)
+    assert make_demo_checkpoint(place, tmp_path / "demo", 8).seed == 8
+
+
 def test_a_folder_or_file_of_the_user_s_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     for occupied in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
         with pytest.raises(BadInput, match="exists and is not the demo checkpoint"):
-            make_demo_checkpoint(Settings(home=tmp_path / "home"), occupied, 7)
+            make_demo_checkpoint(Settings(home=tmp_path / "home"), occupied, 7, replace=True)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.slow
-def test_the_full_recipe_answers_95_percent_of_the_held_out_commands(tmp_path: Path) -> None:
-    demo = make_demo_checkpoint(Settings(home=tmp_path / "home"), tmp_path / "demo", 0)
+def test_the_full_recipe_answers_95_percent_of_the_held_out_commands(demo_home: Path, tmp_path: Path) -> None:
+    demo = make_demo_checkpoint(Settings(home=demo_home), tmp_path / "demo", 0)
     assert demo.exact_match >= 0.95
     assert demo.eval_rows == 200
     assert 3_000_000 <= demo.parameters <= 5_000_000
