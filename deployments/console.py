@@ -13,6 +13,8 @@ from rich.table import Table
 
 from infra.errors import SlmopsError
 
+SIDE_BY_SIDE = 4  # columns of figures that an 80-column terminal has room for
+
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document on standard output."""
@@ -30,24 +32,20 @@ def print_note(text: str) -> None:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Print rows of the same columns as a table; one block a row where the terminal is too narrow for it."""
+    """Print rows of the same columns as a table; a few rows too wide for the terminal stand side by side as columns."""
     if not rows:
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(f"[bold]{escape(title)}[/bold]")
+    if not _fits(rows, console.width) and len(rows) <= SIDE_BY_SIDE:
+        first, *others = rows[0]
+        rows = [{first: key, **{row[first]: row[key] for row in rows}} for key in others]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in rows[0]:
         table.add_column(escape(column), overflow="fold")
     for row in rows:
         table.add_row(*(_styled(value) for value in row.values()))
-    if table.__rich_measure__(console, console.options).minimum <= console.width and _fits(rows, console.width):
-        console.print(table)
-        return
-    width = max(len(column) for column in rows[0])
-    for row in rows:
-        for column, value in row.items():
-            console.print(f"  {escape(column):<{width}}  {_styled(value)}")
-        console.print()
+    console.print(table)
 
 
 def _fits(rows: Sequence[Mapping[str, str]], width: int) -> bool:
