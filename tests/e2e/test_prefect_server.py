@@ -17,9 +17,16 @@ from tests.e2e.test_deploy import INT4, children_of
 pytestmark = pytest.mark.slow
 
 
+def call(method: str, url: str, body: dict[str, Any] | None = None) -> Any:
+    """Call the API; it answers 503 while its SQLite database is locked, and Prefect's own client tries again too."""
+    deadline = time.monotonic() + 60
+    while (answer := httpx.request(method, url, json=body)).status_code == 503 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return answer.raise_for_status().json()
+
+
 def query(server: str, path: str, **body: Any) -> list[dict[str, Any]]:
-    answer = httpx.post(f"{server}/{path}/filter", json=body).raise_for_status()
-    found: list[dict[str, Any]] = answer.json()
+    found: list[dict[str, Any]] = call("POST", f"{server}/{path}/filter", body)
     return found
 
 
@@ -64,20 +71,15 @@ def test_cancelling_a_served_run_ends_its_children(slmops: Slmops, tiny: Path, s
         while not (found := query(server, "deployments")):
             assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
             time.sleep(0.5)
-        created = httpx.post(
-            f"{server}/deployments/{found[0]['id']}/create_flow_run",
-            json={"parameters": {"checkpoint": str(tiny), "name": "cancelled"}, "state": {"type": "SCHEDULED"}},
-        ).raise_for_status()
-        run_id = created.json()["id"]
+        run = {"parameters": {"checkpoint": str(tiny), "name": "cancelled"}, "state": {"type": "SCHEDULED"}}
+        run_id = call("POST", f"{server}/deployments/{found[0]['id']}/create_flow_run", run)["id"]
         while not (children := children_of(serving.pid)):
             assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
             time.sleep(0.1)
-        httpx.post(
-            f"{server}/flow_runs/{run_id}/set_state", json={"state": {"type": "CANCELLING"}, "force": True}
-        ).raise_for_status()
+        call("POST", f"{server}/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}, "force": True})
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive, (tmp_path / "serve.log").read_text()
-        while httpx.get(f"{server}/flow_runs/{run_id}").json()["state"]["type"] != "CANCELLED":
+        while call("GET", f"{server}/flow_runs/{run_id}")["state"]["type"] != "CANCELLED":
             assert time.monotonic() < deadline + 60, (tmp_path / "serve.log").read_text()
             time.sleep(0.5)
         assert not children_of(serving.pid)
