@@ -19,6 +19,7 @@ from infra import errors
 
 SAMPLE_INTERVAL_S = 0.05
 LOG_TAIL_LINES = 15
+EXIT_GRACE_S = 0.5  # a child that sent its result ends at once by itself
 
 # Each of these keeps a library from calling home or from looking for a hub. They are set in the child,
 # over whatever the user's environment says. Olive and Foundry Local upload usage data even when their
@@ -163,7 +164,7 @@ def _end_tree(process: subprocess.Popen[bytes]) -> None:
         descendants = psutil.Process(process.pid).children(recursive=True)
     if process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=2 if process.stdin and process.stdin.closed else 0.5)
+            process.wait(EXIT_GRACE_S)
     for descendant in descendants:
         with contextlib.suppress(psutil.Error):
             descendant.kill()
