@@ -27,7 +27,6 @@ from tasks.retries import PASSING_FAULTS
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 MODEL_BUILDER = "ModelBuilder"
-USERS_RECIPE = "olive-config"
 
 # Olive's names of the execution providers, and the device that its systems pair them with.
 OLIVE_PROVIDERS: dict[str, tuple[str, str]] = {

@@ -374,4 +374,5 @@ def check_environment(execution_provider: str, settings: Settings) -> None:
 @task(name="check room", task_run_name="check-room", tags=["slmops"])
 def check_room(inspection: Inspection, precisions: Sequence[str], rows: int, settings: Settings) -> None:
     """Check memory and disk against this checkpoint's need; raises `BadInput` when there is too little."""
-    require_resources(check_resources(estimate_stages(inspection, precisions, rows=rows), settings))
+    stages = estimate_stages(inspection, precisions, rows=rows, positions=settings.evaluation.max_positions)
+    require_resources(check_resources(stages, settings))

@@ -18,7 +18,6 @@ Device = Literal["cpu", "gpu", "npu"]
 ExecutionProvider = Literal["cpu", "cuda", "dml", "webgpu"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-EXECUTION_PROVIDERS: tuple[ExecutionProvider, ...] = get_args(ExecutionProvider)
 # A tag of Hugging Face's own, for training; every runtime strips it.
 GENERATION_TAG = r"\{%-?\s*(end)?generation\s*-?%\}"
 DEVICE_OF_PROVIDER: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu", "dml": "gpu", "webgpu": "gpu"}
