@@ -298,7 +298,7 @@ def _prepare(settings: Settings, log_level: str | None = None) -> None:
 
 
 def _show_report(report: Any) -> None:
-    from tasks.report import variant_rows
+    from tasks.report.markdown import variant_rows
 
     print_table(f"{report.reference} ({report.status})", variant_rows(report))
     print_line("")

@@ -13,9 +13,10 @@ from infra.storage.registry import ModelRegistry
 from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, plan_recipes, take_model
 from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
 from tasks.environment import check_environment, check_room
-from tasks.evaluate import read_evaluation
+from tasks.evaluation_set import read_evaluation
 from tasks.plan import parse_request
-from tasks.report import DeployReport, VariantReport, failed_report, publish_report
+from tasks.report.publish import publish_report
+from tasks.report.records import DeployReport, VariantReport, failed_report
 from tasks.request import DeployRequest
 from tasks.store import commit_version
 

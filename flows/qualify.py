@@ -11,18 +11,17 @@ from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.evaluate import (
     Evaluation,
-    EvaluationSet,
-    GateVerdict,
     evaluate_stored_variant,
     forget_reference,
-    judge_stored_variant,
     known_evaluation,
     run_reference_once,
-    thresholds_for,
 )
+from tasks.evaluation_set import EvaluationSet
+from tasks.gate import GateVerdict, judge_stored_variant, thresholds_for
 from tasks.measure import measure_stored_variant
 from tasks.register import last_proof, prove_variant, register_champion, register_variant, unregister_variant
-from tasks.report import DeployReport, VariantReport, in_order_of_size, overall_status, publish_report, variant_metrics
+from tasks.report.publish import publish_report
+from tasks.report.records import DeployReport, VariantReport, in_order_of_size, overall_status, variant_metrics
 from tasks.store import choose_champion, select_precision
 
 

@@ -7,8 +7,9 @@ from infra.settings import load_settings
 from infra.storage.opening import open_registry
 from infra.storage.registry import parse_reference
 from tasks.checkpoint import prepare_source
-from tasks.evaluate import last_evaluation_set, needs_reference, read_evaluation
-from tasks.report import DeployReport
+from tasks.evaluate import last_evaluation_set, needs_reference
+from tasks.evaluation_set import read_evaluation
+from tasks.report.records import DeployReport
 
 
 @flow(name="regate", flow_run_name="regate-{reference}")

@@ -23,7 +23,8 @@ from tasks.environment import (
     require_packages,
     require_resources,
 )
-from tasks.evaluate import read_rows, thresholds_for
+from tasks.evaluation_set import read_rows
+from tasks.gate import thresholds_for
 from tasks.register import foundry_model_id
 from tasks.request import DeployRequest, check_precisions
 

@@ -17,7 +17,7 @@ from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
 from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
-from tasks.evaluate import EvaluationRow
+from tasks.evaluation_set import EvaluationRow
 from tasks.progress import stage_progress
 from tasks.retries import PASSING_FAULTS
 

@@ -7,19 +7,9 @@ from hypothesis import strategies as st
 
 from infra.errors import BadInput
 from infra.settings import EvaluationSettings, GateSettings, MachineSettings, Settings
-from tasks.evaluate import (
-    Evaluation,
-    EvaluationRow,
-    GateVerdict,
-    Reference,
-    chat_prompts,
-    digest_of,
-    evaluate_variant,
-    judge,
-    read_evaluation_file,
-    run_reference,
-    thresholds_for,
-)
+from tasks.evaluate import Evaluation, Reference, evaluate_variant, run_reference
+from tasks.evaluation_set import EvaluationRow, chat_prompts, digest_of, read_evaluation_file
+from tasks.gate import GateVerdict, judge, thresholds_for
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tasks.evaluate import GateCheck, GateVerdict
-from tasks.report import DeployReport, VariantReport, in_order_of_size, overall_status, to_markdown, variant_rows
+from tasks.gate import GateCheck, GateVerdict
+from tasks.report.markdown import to_markdown, variant_rows
+from tasks.report.records import DeployReport, VariantReport, in_order_of_size, overall_status
 
 FIGURES = {"load_ms": 40.0, "ttft_ms": 5.25, "peak_rss_bytes": 78e6, "top1_agreement": 0.97, "kl_divergence": 0.0312}
 
