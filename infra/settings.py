@@ -55,7 +55,16 @@ class GateSettings(_Section):
         description="Largest mean KL divergence of the variant from the reference, in nats per token.",
     )
     max_quality_loss: Share | None = Field(
-        None, description="Largest drop of the task score (share of exact matches) below the reference's."
+        None, description="Largest drop of the task score below the reference's; less than it must be shown to fail."
+    )
+    min_output_conformity: Share = Field(
+        0.95, description="Smallest share of answers in the output format that was asked for."
+    )
+    max_memory_growth_bytes_per_request: int = Field(
+        65_536, ge=0, description="Largest growth of the resident memory per request in long use."
+    )
+    max_cliff_ratio: float = Field(
+        4.0, gt=1, allow_inf_nan=False, description="Largest loss of throughput from one prompt length to the next."
     )
 
 
@@ -68,6 +77,9 @@ class EvaluationSettings(_Section):
         1024, ge=1, le=100_000, description="Token positions at which the next-token distributions are compared."
     )
     batch_size: int = Field(8, ge=1, le=256, description="Rows that the reference answers at once.")
+    max_text_tokens: int = Field(
+        8192, ge=2, le=10_000_000, description="Tokens of the text file whose perplexity is taken, from its beginning."
+    )
 
 
 class BenchmarkSettings(_Section):
@@ -81,6 +93,24 @@ class BenchmarkSettings(_Section):
     repetitions: int = Field(5, ge=1, le=1000, description="Measured requests per prompt length.")
 
 
+class SweepSettings(_Section):
+    """The sweep over prompt lengths: powers of two from 32 on, up to the context's limit."""
+
+    max_prompt_tokens: int | None = Field(
+        None, ge=32, le=10_000_000, description="Longest prompt, in tokens; default: what the context allows."
+    )
+    new_tokens: int = Field(8, ge=2, le=1024, description="Tokens generated at each length.")
+    repetitions: int = Field(3, ge=1, le=100, description="Requests at each length.")
+    budget_s: Seconds = Field(20, description="The sweep stops before a length that would take it beyond this time.")
+
+
+class SoakSettings(_Section):
+    """Long use: many requests to one process, in genai and in Foundry Local."""
+
+    requests: int = Field(48, ge=0, le=1_000_000, description="Requests per runtime; 0: no soak.")
+    new_tokens: int = Field(8, ge=1, le=8192, description="Tokens generated per request.")
+
+
 class TimeoutSettings(_Section):
     """Deadlines of the child processes, in seconds."""
 
@@ -90,6 +120,8 @@ class TimeoutSettings(_Section):
     reference_s: Seconds = Field(4 * 3600, description="The reference's answers and distributions.")
     evaluate_s: Seconds = Field(4 * 3600, description="One variant's answers and distributions.")
     measure_s: Seconds = Field(3600, description="One variant's benchmark.")
+    exercise_s: Seconds = Field(3600, description="One variant's long use and edge inputs in one runtime.")
+    lm_eval_s: Seconds = Field(24 * 3600, description="One variant's lm-eval tasks.")
     foundry_s: Seconds = Field(900, description="One session with Foundry Local's runtime.")
 
 
@@ -122,6 +154,8 @@ class Settings(BaseSettings):
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
+    sweep: SweepSettings = SweepSettings()
+    soak: SoakSettings = SoakSettings()
     timeout: TimeoutSettings = TimeoutSettings()
     machine: MachineSettings = MachineSettings()
 

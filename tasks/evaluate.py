@@ -17,6 +17,7 @@ from tasks.checkpoint import PreparedCheckpoint
 from tasks.evaluation_set import EvaluationRow, EvaluationSet, RowId, digest_of
 from tasks.progress import stage_progress
 from tasks.retries import PASSING_FAULTS
+from tasks.statistics import Estimate
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -64,6 +65,21 @@ class EvaluatedRow(_Result):
     finite_positions: int
     top1_agreement: Share | None
     kl_divergence: FiniteFloat | None
+    category: str | None = None
+    reference_answer: str | None = None
+    score: Share | None = None
+    reference_score: Share | None = None
+    output_fault: str | None = None
+    reference_output_fault: str | None = None
+
+
+class CategoryScore(_Result):
+    """Mean scores of the rows of one category."""
+
+    category: str
+    rows: int
+    score: Estimate
+    reference_score: Estimate | None
 
 
 class TemplateMismatch(_Result):
@@ -109,6 +125,15 @@ class Evaluation(_Result):
     empty_answers: int
     worst_rows: tuple[RowId, ...]
     vocabulary: Vocabulary
+    score: Estimate | None = None
+    reference_score: Estimate | None = None
+    quality_loss: Estimate | None = None
+    categories: tuple[CategoryScore, ...] = ()
+    output_conformity: Estimate | None = None
+    reference_output_conformity: Estimate | None = None
+    top1_agreement_interval: Estimate | None = None
+    kl_divergence_interval: Estimate | None = None
+    worst_examples: tuple[RowId, ...] = ()
     rows_sha256: str
     threads: int
     versions: dict[str, str]

@@ -3,21 +3,39 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from infra.settings import Settings
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.evaluate import Evaluation
+from tasks.exercise import Exercise
 from tasks.gate import GateVerdict
+from tasks.history import History
 from tasks.measure import Measurement
+from tasks.parity import TemplateParity
+from tasks.perplexity import TextComparison
 from tasks.request import DeployRequest
+from tasks.steadiness import Steadiness
 
 VariantStatus = Literal["registered", "rejected", "failed"]
 DeployStatus = Literal["registered", "unchanged", "rejected", "failed"]
 
 
+class VariantDetails(BaseModel):
+    """Everything that was measured of a variant, for plots, tables of examples and intervals; None: not done."""
+
+    model_config = ConfigDict(frozen=True)
+
+    measurement: Measurement | None = None
+    evaluation: Evaluation | None = None
+    steadiness: Steadiness | None = None
+    parity: TemplateParity | None = None
+    text: TextComparison | None = None
+    exercises: tuple[Exercise, ...] = ()
+
+
 class VariantReport(BaseModel):
-    """One variant of a deploy."""
+    """One variant of a deploy; `reason` says why it was or was not chosen."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,14 +48,31 @@ class VariantReport(BaseModel):
     recipe: str | None = None
     metrics: dict[str, float] = {}
     gate: GateVerdict | None = None
+    reason: str = ""
     answer: str | None = None
     error: str | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    details: VariantDetails = Field(default=VariantDetails(), exclude=True)
+
+
+class Provenance(BaseModel):
+    """Where a version comes from, as its manifest has it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source_digest: str
+    manifest_digest: str
+    architecture: str
+    builder: dict[str, str]
+    created_at: str
 
 
 class DeployReport(BaseModel):
-    """What a deploy did; `slmops deploy --json` prints it."""
+    """What a deploy did; `slmops deploy --json` prints it.
+
+    `selected` is the precision that serves under the model's name, None when none may; `reason` says why that one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -45,6 +80,9 @@ class DeployReport(BaseModel):
     version: int | None
     status: DeployStatus
     aliases: tuple[str, ...] = ()
+    selected: str | None = None
+    reason: str = ""
+    budget: tuple[str, ...] = ()
     variants: tuple[VariantReport, ...]
     checkpoint: str
     parameters: int
@@ -55,7 +93,10 @@ class DeployReport(BaseModel):
     question: str = ""
     description: str = ""
     report_file: str | None = None
+    html_file: str | None = None
     warnings: tuple[str, ...] = ()
+    provenance: Provenance | None = None
+    history: History | None = None
 
     @property
     def reference(self) -> str:
