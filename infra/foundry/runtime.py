@@ -30,6 +30,9 @@ CLOSED_CATALOG_URL = "http://127.0.0.1:9/asset-gallery/v1.0/models"
 # NAME:VERSION or NAME-PRECISION-generic-DEVICE:VERSION.
 MODEL_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}(-[a-z0-9]{1,8}-generic-[a-z]{1,8})?:[1-9][0-9]{0,8}")
 
+# What `open_folder` calls a folder that has no id of its own, inside its throw-away directory.
+UNREGISTERED_ID = "unregistered:1"
+
 # The native messages start with "file.cc:LINE signature(...) ".
 _NATIVE_PREFIX = re.compile(r"^\w+\.cc:\d+ .*?\)(?: const)? (?=\S)")
 
@@ -169,6 +172,25 @@ def load(catalog: Any, model_id: str) -> tuple[Any, float]:
         return model, (time.perf_counter() - started) * 1000
 
 
+def open_folder(folder: Path, cache_dir: Path) -> Any:
+    """Load a genai model folder that is registered nowhere and return the SDK's loaded model; once per process.
+
+    Foundry's runtime starts on the empty throw-away directory `cache_dir` and writes only there; `folder` is only
+    read, and neither copied nor in need of an `inference_model.json`. `answer` takes what this returns.
+
+    Raises `StageFailed` when the runtime does not start, or does not load the folder.
+    """
+    catalog = open_local_catalog(str(cache_dir))
+    from foundry_local_sdk import ModelInfoBuilder
+
+    with _explained(f"load the model in {folder}", "Build it again; its folder may be damaged."):
+        with ModelInfoBuilder() as metadata:
+            metadata.set_string_property("task", TASK)
+            model = catalog.register_model(str(folder.absolute()), UNREGISTERED_ID, metadata)
+        model.load()
+        return model
+
+
 def answer(
     model: Any,
     messages: Sequence[dict[str, str]],
@@ -221,6 +243,34 @@ def answer(
         "finish_reason": finish_reason,
         "e2e_latency_ms": e2e_latency_ms,
     }
+
+
+def count_prompt_tokens(model: Any, messages: Sequence[dict[str, str]]) -> int:
+    """Return how many tokens a loaded model's prompt for a conversation has, nothing generated.
+
+    Raises `StageFailed` when the conversation cannot be rendered.
+    """
+    from foundry_local_sdk import ChatSession, RequestOptions, SearchOptions
+
+    refused = _explained("count a prompt's tokens", "See the model's chat template.")
+    with refused, ChatSession(model) as session:
+        session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=1)))
+        with _request(messages) as probe:
+            return int(session.preflight_request(probe).prompt_tokens)
+
+
+def answer_unchecked(model: Any, messages: Sequence[dict[str, str]], max_new_tokens: int) -> str:
+    """Return the greedy answer's text as another program gets it: what does not fit is the runtime's to refuse.
+
+    Raises `StageFailed` with the runtime's own reason.
+    """
+    from foundry_local_sdk import ChatSession, RequestOptions, SearchOptions
+
+    refused = _explained("answer", "Shorten the conversation, or see the model's chat template.")
+    with refused, ChatSession(model) as session:
+        session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=max_new_tokens, do_sample=False)))
+        with _request(messages) as request, session.process_request(request) as response:
+            return "".join(part.text for item in response for part in getattr(item, "parts", [item]))
 
 
 def open_local_catalog(cache_dir: str) -> Any:

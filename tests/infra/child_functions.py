@@ -1,5 +1,8 @@
 """Children for the supervisor's tests: the faults that a heavy stage can have."""
 
+import ctypes
+import json
+import math
 import os
 import signal
 import subprocess
@@ -8,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput
+from infra.errors import BadInput, StageFailed
 from infra.process.child import Progress
+from infra.process.exercise import Messages, exercise
 
 
 def double(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -49,3 +53,53 @@ def use_memory(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     block[::4096] = b"x" * len(block[::4096])
     time.sleep(0.5)
     return {"size_bytes": len(block)}
+
+
+class FakeModel:
+    """A runtime that answers at once; each character is a token. `fault` says what is wrong with it.
+
+    `leak_bytes` per answer; `ill_after`, `abort_at`, `segfault_at`, `hang_at` a text; `refuse_from`, `abort_from` the
+    nth answer; `taken`, the control tokens' ids that it takes from a user; `context_length`.
+    """
+
+    def __init__(self, fault: dict[str, Any]) -> None:
+        self.context_length: int = fault.get("context_length", 1024)
+        self._fault = fault
+        self._leaked: list[bytes] = []
+        self._answers = 0
+        self._ill = False
+
+    def count_prompt_tokens(self, messages: Messages) -> int:
+        return sum(len(message["content"]) for message in messages)
+
+    def answer(self, messages: Messages, max_new_tokens: int) -> str:
+        self._answers += 1
+        self._leaked.append(b"x" * self._fault.get("leak_bytes", 0))
+        if self._meets("abort_at", messages) and self._answers >= self._fault.get("abort_from", 0):
+            os.abort()
+        if self._meets("segfault_at", messages):
+            ctypes.string_at(0)
+        if self._meets("hang_at", messages):
+            native = ctypes.PyDLL("kernel32" if os.name == "nt" else None)  # its calls keep Python's lock
+            native.Sleep(300_000) if os.name == "nt" else native.sleep(300)
+        self._ill = self._ill or self._meets("ill_after", messages)
+        if self._answers >= self._fault.get("refuse_from", math.inf):
+            raise RuntimeError("out of order")
+        if self.count_prompt_tokens(messages) > self.context_length:
+            raise RuntimeError("too long for the context")
+        return "ill" if self._ill else "well"
+
+    def takes_for_control_token(self, text: str, token_id: int) -> bool:
+        return token_id in self._fault["taken"]
+
+    def _meets(self, trouble: str, messages: Messages) -> bool:
+        return trouble in self._fault and any(self._fault[trouble] in message["content"] for message in messages)
+
+
+def exercise_fake(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Exercise a fake runtime; `fault.json` in the model folder says what is wrong with it."""
+    fault = json.loads((Path(request["model_dir"]) / "fault.json").read_text())
+    if fault.get("does_not_open"):
+        raise StageFailed("The model does not open.")
+    exercise(FakeModel(fault), request, progress)
+    return {"journal": request["journal"]}
