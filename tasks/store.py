@@ -10,9 +10,9 @@ from tasks.checkpoint import PreparedCheckpoint
 from tasks.environment import builder_versions, host_facts
 from tasks.request import DeployRequest
 from tasks.retries import PASSING_FAULTS
+from tasks.selection import Choice
 
-# Microsoft's tutorial: start with int4, fall back to int8, then fp16, where quality is not enough.
-PREFERENCE = ("int4", "int8", "fp16", "fp32")
+SELECTION = "selection"
 
 
 @task(name="store version", task_run_name="store-{request.name}", tags=["slmops"], **PASSING_FAULTS)
@@ -33,9 +33,17 @@ def commit_version(
     return manifest
 
 
-def select_precision(passed: Sequence[str]) -> str | None:
-    """Return the smallest precision that passed the gate, or None."""
-    return next((precision for precision in PREFERENCE if precision in passed), None)
+def record_choice(manifest: Manifest, choice: Choice, budget: Sequence[str], registry: ModelRegistry) -> None:
+    """Record a version's selected variant and why it is, unless that is what was recorded last."""
+    record = {**choice.model_dump(), "budget": list(budget)}
+    last = registry.latest_evidence(manifest, SELECTION) or {}
+    if {name: last.get(name) for name in record} != record:
+        registry.add_evidence(manifest, SELECTION, record)
+
+
+def last_budget(manifest: Manifest, registry: ModelRegistry) -> tuple[str, ...]:
+    """Return the budget under which a version's variant was last chosen."""
+    return tuple((registry.latest_evidence(manifest, SELECTION) or {}).get("budget", ()))
 
 
 def choose_champion(registry: ModelRegistry, manifest: Manifest, *, promote: bool) -> bool:

@@ -1,0 +1,89 @@
+"""The choice between variants: which of them are worth having at all."""
+
+import math
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+# Relative differences that decide nothing: the spread of repeated runs on a shared machine for speed and memory, the
+# graph's own bytes for size, rounding for the divergence.
+NOISE = {
+    "size_bytes": 0.005,
+    "peak_rss_bytes": 0.05,
+    "ttft_ms": 0.05,
+    "token_generation_throughput_tps": 0.05,
+    "kl_divergence": 0.01,
+}
+LEAST_DIVERGENCE = 1e-9
+UNKNOWN = 1e9  # a figure that is missing is worse than any that is there
+
+
+class Candidate(BaseModel):
+    """What a variant or a trial costs and gives.
+
+    `quality_loss` is the task score below the reference's, `kl_divergence` in nats per token; both None where there
+    is no such figure.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    size_bytes: int = Field(gt=0)
+    peak_rss_bytes: int = Field(gt=0)
+    ttft_ms: FiniteFloat = Field(gt=0)
+    token_generation_throughput_tps: FiniteFloat = Field(gt=0)
+    quality_loss: FiniteFloat | None
+    kl_divergence: FiniteFloat | None
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> dict[str, str | None]:
+    """Return by name None for a member of the Pareto front, else the name of a member of the front that dominates it.
+
+    One dominates another when it is worse in nothing and better in something, differences within `NOISE` counting as
+    none. Tolerance alone would let three candidates dominate each other in a ring; so that some member always stays,
+    the dominating one must also have the smaller quality loss or, at the same loss, the smaller product of its costs.
+    The names must differ; the order of `candidates` does not matter.
+    """
+    front: list[Candidate] = []
+    dominated_by: dict[str, str | None] = {}
+    for candidate in sorted(candidates, key=lambda one: (*_rank(one), one.name)):
+        dominator = next((member for member in front if dominates(member, candidate)), None)
+        dominated_by[candidate.name] = dominator.name if dominator else None
+        if dominator is None:
+            front.append(candidate)
+    return {candidate.name: dominated_by[candidate.name] for candidate in candidates}
+
+
+def dominates(one: Candidate, other: Candidate) -> bool:
+    """Whether `one` makes `other` pointless; see `pareto_front`."""
+    ours, theirs = _costs(one), _costs(other)
+    loss, other_loss = _loss(one), _loss(other)
+    if loss > other_loss or any(ours[name] > theirs[name] + _reach(name) for name in NOISE):
+        return False
+    is_better = loss < other_loss or any(ours[name] + _reach(name) < theirs[name] for name in NOISE)
+    return is_better and _rank(one) < _rank(other)
+
+
+def _rank(candidate: Candidate) -> tuple[float, float]:
+    return _loss(candidate), math.fsum(_costs(candidate).values())
+
+
+def _loss(candidate: Candidate) -> float:
+    # Without the last bits' noise: 1.0 - 0.98 is a little more than 0.02.
+    return UNKNOWN if candidate.quality_loss is None else round(candidate.quality_loss, 9)
+
+
+def _costs(candidate: Candidate) -> dict[str, float]:
+    """Logarithms, so that a relative difference is a difference; more is worse."""
+    divergence = UNKNOWN if candidate.kl_divergence is None else max(candidate.kl_divergence, LEAST_DIVERGENCE)
+    return {
+        "size_bytes": math.log(candidate.size_bytes),
+        "peak_rss_bytes": math.log(candidate.peak_rss_bytes),
+        "ttft_ms": math.log(candidate.ttft_ms),
+        "token_generation_throughput_tps": -math.log(candidate.token_generation_throughput_tps),
+        "kl_divergence": math.log(divergence),
+    }
+
+
+def _reach(name: str) -> float:
+    return math.log1p(NOISE[name])
