@@ -24,11 +24,15 @@ from tasks.progress import stage_progress
 from tasks.request import DeployRequest, read_chat_template_file
 
 EVALUATION_FILE = "eval.jsonl"
+OUTPUT_SCHEMA_FILE = "output_schema.json"
 
 # What a checkpoint's digest covers: all that decides what the model answers. Model cards, training
-# states and the evaluation file may change without making it another model.
+# states, the evaluation file and the output's schema may change without making it another model.
 CONTENT_SUFFIXES = (".safetensors", ".onnx", ".data", ".model", ".jinja", ".txt", ".json")
-NOT_CONTENT = ("README", "LICENSE", "trainer_state.json", "training_args.bin", "all_results.json", "train_results.json")
+NOT_CONTENT = (
+    *("README", "LICENSE", OUTPUT_SCHEMA_FILE),
+    *("trainer_state.json", "training_args.bin", "all_results.json", "train_results.json"),
+)
 
 
 # Far above any model's; a damaged config must not make us count for hours.

@@ -329,9 +329,17 @@ class Proof(BaseModel):
     name="register variant", task_run_name="register-{variant.precision}", tags=["slmops", "register"], **PASSING_FAULTS
 )
 def register_variant(
-    manifest: Manifest, variant: StoredVariant, description: str, registry: ModelRegistry, settings: Settings
+    manifest: Manifest,
+    variant: StoredVariant,
+    description: str,
+    card: str,
+    registry: ModelRegistry,
+    settings: Settings,
 ) -> Registration:
-    """Write a variant's folder into Foundry's cache and register it; nothing changes where it is registered already."""
+    """Write a variant's folder, with its model card, into Foundry's cache and register it.
+
+    Nothing but the card changes where it is registered already.
+    """
     model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
     with stage_progress(f"register {variant.precision}") as on_progress, work_folder(settings) as work:
         registry.materialize(variant.files, work / "model")
@@ -343,6 +351,7 @@ def register_variant(
             manifest.version,
             sources={file.path: work / "model" / file.path for file in variant.files},
             inference_model=inference_model(model_id, manifest.version, description, template, defaults),
+            model_card=card,
         )
         request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, description)}
         changed = _ask_foundry("register", request, settings, on_progress)["changed"]

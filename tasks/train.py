@@ -20,6 +20,7 @@ from typing import Any
 from infra.errors import BadInput, StageFailed
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
+from tasks.checkpoint import OUTPUT_SCHEMA_FILE
 
 Row = dict[str, Any]
 
@@ -322,7 +323,7 @@ FULL_STOPS = {"": 3, ".": 1}
 
 @dataclass(frozen=True)
 class DemoCheckpoint:
-    """A demo checkpoint on disk: a Hugging Face folder with `eval.jsonl`.
+    """A demo checkpoint on disk: a Hugging Face folder with `eval.jsonl` and `output_schema.json`.
 
     `exact_match` is the share of the held-out rows that it answers exactly; `training_s` is None if it came from the
     cache or was already there.
@@ -346,7 +347,7 @@ class _Recipe:
     def key(self) -> str:
         """Digest of all that decides the checkpoint's bytes, as far as a machine's arithmetic is the same."""
         versions = {name: version(name) for name in LIBRARIES}
-        content = [self.seed, self.train_rows, self.held_out_rows, dict(TRAINING), versions]
+        content = [self.seed, self.train_rows, self.held_out_rows, output_schema(), dict(TRAINING), versions]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -376,6 +377,29 @@ def smart_home_dataset(seed: int) -> tuple[list[Row], list[Row]]:
         _rows("train", _round_robin(train, TRAIN_ROWS, repeat=True), chooser),
         _rows("held-out", _round_robin(held_out, HELD_OUT_ROWS, repeat=False), chooser),
     )
+
+
+def output_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the answers: one kind of object per intent."""
+
+    def value_of(value: str) -> dict[str, Any]:
+        if not value.startswith("{"):
+            return {"const": value}
+        return {"enum": [_machine_value(spoken) for spoken in SLOTS[value[1:-1]]]}
+
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Smart-home action",
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {key: value_of(value) for key, value in intent.action.items()},
+                "required": list(intent.action),
+                "additionalProperties": False,
+            }
+            for intent in INTENTS
+        ],
+    }
 
 
 def _commands(intent: Intent) -> Iterator[_Command]:
@@ -502,6 +526,8 @@ def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnPro
             work_dir=work_dir,
             on_progress=on_progress,
         ).value
+        schema = json.dumps(output_schema(), indent=2) + "\n"
+        (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8")
         _write_record(work_dir / "checkpoint", recipe, {name: result[name] for name in _RESULTS})
         try:
             (work_dir / "checkpoint").rename(target)

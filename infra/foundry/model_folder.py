@@ -14,6 +14,7 @@ from infra.errors import StageFailed
 
 GENAI_CONFIG = "genai_config.json"
 INFERENCE_MODEL = "inference_model.json"
+MODEL_CARD = "README.md"
 
 # Foundry Local takes a folder of its cache for a model once it holds genai_config.json; under this name the file
 # waits until everything else is in place.
@@ -34,25 +35,31 @@ def write_model_folder(
     *,
     sources: Mapping[str, Path],
     inference_model: Mapping[str, Any],
+    model_card: str,
 ) -> Path:
-    """Write a variant's folder and return it: `sources` (relative name to file) plus `inference_model.json`.
+    """Write a variant's folder and return it: `sources` (relative name to file), `inference_model.json`, `README.md`.
 
     Files are hard links where the file system allows it, else copies, never symbolic links: Foundry's scanner skips
-    those. A source named `inference_model.json` gives way to `inference_model`. A folder with the same content is left
-    as it is; one with other content is replaced. Foundry sees a folder only when it is whole.
+    those. Sources named like the last two give way to `inference_model` and `model_card`. A folder with the same
+    content is left as it is but for the model card, which is renewed; one with other content is replaced. Foundry sees
+    a folder only when it is whole.
 
     Raises `StageFailed` when a source is missing, has a name that is no plain relative path, or the folder is in use.
     """
-    files = {_checked(file): source for file, source in sources.items() if file != INFERENCE_MODEL}
+    derived = (INFERENCE_MODEL, MODEL_CARD)
+    files = {_checked(file): source for file, source in sources.items() if file not in derived}
     if GENAI_CONFIG not in files:
         raise StageFailed(f"A model without {GENAI_CONFIG} cannot be registered.", "Build the variant again.")
     description = (json.dumps(dict(inference_model), ensure_ascii=False, indent=2) + "\n").encode()
     folder = model_folder(foundry_dir, name, precision, version)
-    if _holds(folder, files, description):
-        return folder
     staged = foundry_dir / _STAGING / uuid.uuid4().hex
     try:
         staged.mkdir(parents=True)
+        (staged / MODEL_CARD).write_bytes(model_card.encode())
+        if _holds(folder, files, description):
+            if not (folder / MODEL_CARD).is_file() or (folder / MODEL_CARD).read_bytes() != model_card.encode():
+                (staged / MODEL_CARD).replace(folder / MODEL_CARD)
+            return folder
         for file, source in files.items():
             _link_or_copy(source, staged / (_UNPUBLISHED_CONFIG if file == GENAI_CONFIG else file))
         (staged / INFERENCE_MODEL).write_bytes(description)
@@ -97,7 +104,7 @@ def _checked(file: str) -> str:
 
 
 def _holds(folder: Path, files: Mapping[str, Path], description: bytes) -> bool:
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MODEL_CARD}
     if found != {*files, INFERENCE_MODEL} or (folder / INFERENCE_MODEL).read_bytes() != description:
         return False
     return all(_same(folder / file, source) for file, source in files.items())

@@ -12,7 +12,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Any of these makes a folder one that AutoTokenizer reads as a tokenizer's.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-EVALUATION_FILE = "eval.jsonl"
+EVALUATION_FILES = ("eval.jsonl", "output_schema.json")
 
 
 def read_adapter_config(adapter_dir: Path) -> str | None:
@@ -39,8 +39,8 @@ def merge_adapter(request: dict[str, Any], progress: Progress) -> dict[str, Any]
     """Merge the LoRA adapter into its base and write a checkpoint of the base's form and dtype.
 
     Request: `adapter_dir` (peft, safetensors only), `base_dir` (a local checkpoint), `output_dir` (must not exist).
-    The tokenizer and `eval.jsonl` are the adapter's if it has them, else the tokenizer is the base's. If the adapter
-    carries embeddings of another vocabulary size, the base's are resized to it.
+    The tokenizer, `eval.jsonl` and `output_schema.json` are the adapter's if it has them, else the tokenizer is the
+    base's. If the adapter carries embeddings of another vocabulary size, the base's are resized to it.
 
     Result: `parameters`, `dtype`, `merged_tensors` (the adapter's), `tokenizer_from` ("adapter" or "base").
 
@@ -94,8 +94,9 @@ def merge_adapter(request: dict[str, Any], progress: Progress) -> dict[str, Any]
     output_dir.mkdir(parents=True)
     merged.to(dtype).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    if (adapter_dir / EVALUATION_FILE).exists():
-        shutil.copyfile(adapter_dir / EVALUATION_FILE, output_dir / EVALUATION_FILE)
+    for name in EVALUATION_FILES:
+        if (adapter_dir / name).exists():
+            shutil.copyfile(adapter_dir / name, output_dir / name)
     progress(3, 3, "merged")
     return {
         "parameters": merged.num_parameters(),

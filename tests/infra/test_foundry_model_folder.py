@@ -7,6 +7,7 @@ from infra.errors import StageFailed
 from infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
 
 DESCRIPTION = {"Name": "home-int4-generic-cpu:1", "Description": "Übung"}
+CARD = "# home\n\nÜbung\n"
 
 
 @pytest.fixture
@@ -21,10 +22,15 @@ def sources(tmp_path):
     return sources
 
 
-def write(tmp_path, sources, version=1, **changes):
-    description = DESCRIPTION | changes
+def write(tmp_path, sources, version=1, model_card=CARD, **changes):
     return write_model_folder(
-        tmp_path / "foundry", "home", "int4", version, sources=sources, inference_model=description
+        tmp_path / "foundry",
+        "home",
+        "int4",
+        version,
+        sources=sources,
+        inference_model=DESCRIPTION | changes,
+        model_card=model_card,
     )
 
 
@@ -41,6 +47,7 @@ def test_folder_holds_every_source_and_the_description_as_hard_links(tmp_path, s
     assert folder == tmp_path / "foundry" / "models" / "custom" / "home-int4" / "v1"
     found = contents(folder)
     assert json.loads(found.pop("inference_model.json")) == DESCRIPTION
+    assert found.pop("README.md").decode() == CARD
     assert found == {name: source.read_bytes() for name, source in sources.items()}
     assert all((folder / name).samefile(source) for name, source in sources.items())
     assert not any(path.is_symlink() for path in folder.rglob("*"))
@@ -61,7 +68,7 @@ def test_files_are_copied_where_no_hard_link_can_be_made(tmp_path, sources, monk
 
     monkeypatch.setattr(os, "link", refuse)
     folder = write(tmp_path, sources)
-    assert contents(folder).keys() == sources.keys() | {"inference_model.json"}
+    assert contents(folder).keys() == sources.keys() | {"inference_model.json", "README.md"}
     before = inodes(folder)
     assert inodes(write(tmp_path, sources)) == before
 
@@ -125,3 +132,18 @@ def test_removal_keeps_other_versions_and_the_sources(tmp_path, sources):
     assert not second.parent.exists()
     assert second.parent.parent.exists()
     assert sources["model.onnx.data"].read_bytes() == b"weights" * 100
+
+
+def test_a_new_model_card_leaves_the_model_in_place(tmp_path, sources):
+    folder = write(tmp_path, sources)
+    before = inodes(folder)
+    assert write(tmp_path, sources, model_card="# other\n") == folder
+    after = inodes(folder)
+    assert (folder / "README.md").read_text("utf-8") == "# other\n"
+    assert {path for path in before if before[path] != after[path]} == {folder / "README.md"}
+    assert {path.name for path in (tmp_path / "foundry").iterdir()} == {"models"}
+
+
+def test_the_sources_own_read_me_gives_way_to_the_model_card(tmp_path, sources):
+    sources["README.md"] = sources["sub/vocab"]
+    assert (write(tmp_path, sources) / "README.md").read_text("utf-8") == CARD

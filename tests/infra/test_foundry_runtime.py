@@ -92,7 +92,9 @@ class Foundry:
     def write(self, precision="int4", version=1, model_dir=None):
         files = {path.name: path for path in (model_dir or self.model_dir).iterdir()}
         name = {"Name": f"home-{precision}-generic-cpu:{version}"}
-        return write_model_folder(self.cache_dir, "home", precision, version, sources=files, inference_model=name)
+        return write_model_folder(
+            self.cache_dir, "home", precision, version, sources=files, inference_model=name, model_card="# home\n"
+        )
 
     def register(self, model_id, folder):
         return self.run("register", model_id=model_id, folder=str(folder))

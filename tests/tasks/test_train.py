@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from infra.errors import BadInput
 from infra.settings import Settings
 from tasks import train
-from tasks.train import HELD_OUT_ROWS, TRAIN_ROWS, make_demo_checkpoint, smart_home_dataset
+from tasks.train import HELD_OUT_ROWS, TRAIN_ROWS, make_demo_checkpoint, output_schema, smart_home_dataset
 
 
 def _command(row: train.Row) -> str:
@@ -55,6 +56,14 @@ def test_rows_are_short_commands_with_compact_json_answers() -> None:
             said = re.sub(r"[\s]", "_", message["content"].lower())
             fixed = isinstance(value, str) and "{" not in value and value in _FIXED_VALUES
             assert fixed or str(value) in said, row
+
+
+def test_every_answer_conforms_to_the_schema() -> None:
+    schema = Draft202012Validator(output_schema())
+    for row in itertools.chain(*smart_home_dataset(0)):
+        schema.validate(json.loads(row["expected"]))
+    assert not schema.is_valid({"device": "light", "room": "moon", "action": "on"})
+    assert not schema.is_valid({"device": "light", "room": "kitchen", "action": "on", "color": "red"})
 
 
 _FIXED_VALUES = {value for intent in train.INTENTS for value in intent.action.values()}
