@@ -50,7 +50,7 @@ bench: setup
 # System packages that a few tests use; without them those tests skip and say so.
 apt:
 	apt-get update -qq
-	apt-get install -qq --yes strace
+	apt-get install -qq --yes strace chromium chromium-driver
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

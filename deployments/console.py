@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,22 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         table.add_row(*(_styled(value) for value in row.values()))
     console.print(table)
+
+
+def print_plots(draw: Callable[[int], str]) -> None:
+    """Print plots of plain characters where standard output is a terminal that can show them.
+
+    `draw` takes the terminal's width in columns and returns the text, empty where it is too narrow.
+    """
+    if not sys.stdout.isatty():
+        return
+    text = draw(Console().width)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:  # a terminal of an older code page has no box characters
+        return
+    if text:
+        sys.stdout.write(f"\n{text}\n")
 
 
 def _fits(rows: Sequence[Mapping[str, str]], width: int) -> bool:

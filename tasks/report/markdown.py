@@ -1,13 +1,28 @@
-"""The report as Markdown: pure functions of the record."""
+"""The report as Markdown: for Prefect's page with the plots in it, and as a file that reads as plain text."""
 
-from collections.abc import Sequence
+import html
+import re
+from collections.abc import Mapping, Sequence
 
+from tasks.report.blocks import (
+    Block,
+    Bullets,
+    Code,
+    Comparison,
+    Details,
+    Figure,
+    Heading,
+    Listing,
+    Paragraph,
+    Strong,
+    Table,
+    Text,
+    spans,
+)
+from tasks.report.document import PROMISED_SHARE_OF_FP32, document, size_share
 from tasks.report.records import DeployReport, VariantReport
+from tasks.report.wording import decimal, megabytes
 
-# What Microsoft's tutorial promises of each precision, as a share of the fp32 size.
-PROMISED_SHARE_OF_FP32 = {"fp16": 0.5, "int8": 0.25, "int4": 0.125}
-VARIANT_COLUMNS = ("precision", "verdict", "size", "of fp32", "Foundry id")
-AT_MOST = ("kl_divergence", "quality_loss")
 SHOWN_METRICS = {
     "load_ms": "load ms",
     "ttft_ms": "TTFT ms",
@@ -15,10 +30,16 @@ SHOWN_METRICS = {
     "token_generation_throughput_tps": "new tok/s",
     "peak_rss_bytes": "peak RSS",
 }
+# What Markdown or HTML would take for markup anywhere in a line, and what only begins a block.
+_MARKUP = re.compile(r"([\\`*\[\]<>|~]|&(?=[#\w])|(?<!\w)_|_(?!\w)|!(?=\[))")
+# Prefect's page does not break a long word: it would leave a phone's screen, 358 pixels wide without the margins.
+LONGEST_WORD = 30
+LONGEST_CELL_WORD = 14
+_BLOCK_START = re.compile(r"^([#+=-]|\d{1,9}[.)])")
 
 
 def variant_rows(report: DeployReport) -> list[dict[str, str]]:
-    """Return the report's table: one row a variant, column title -> text."""
+    """Return the terminal's and the artifact's table: one row a variant, column title -> text."""
     return [_variant_row(variant, report.parameters) for variant in report.variants]
 
 
@@ -26,12 +47,14 @@ def _variant_row(variant: VariantReport, parameters: int) -> dict[str, str]:
     row = {"precision": variant.precision, "verdict": variant.status, "size": "-", "of fp32": "-"}
     if variant.size_bytes is not None:
         row["size"] = megabytes(variant.size_bytes)
-        if parameters:
-            promised = PROMISED_SHARE_OF_FP32.get(variant.precision)
-            row["of fp32"] = f"{variant.size_bytes / (4 * parameters):.3f}" + (f" ({promised})" if promised else "")
+        share = size_share(variant, parameters)
+        promised = PROMISED_SHARE_OF_FP32.get(variant.precision)
+        if share:
+            row["of fp32"] = share + (f" ({promised})" if promised else "")
     for metric, title in SHOWN_METRICS.items():
         value = variant.metrics.get(metric)
-        row[title] = "-" if value is None else _metric_text(metric, value)
+        shown = "-" if value is None else megabytes(value) if metric.endswith("_bytes") else decimal(value)
+        row[title] = shown
     for name in ("top1_agreement", "kl_divergence", "exact_match"):
         value = variant.metrics.get(name)
         row[name.replace("_", " ")] = "-" if value is None else f"{value:.4f}"
@@ -39,87 +62,122 @@ def _variant_row(variant: VariantReport, parameters: int) -> dict[str, str]:
     return row
 
 
-def _metric_text(metric: str, value: float) -> str:
-    if metric.endswith("_bytes"):
-        return megabytes(int(value))
-    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+def to_markdown(report: DeployReport, images: Mapping[str, str] | None = None) -> str:
+    """Return the report as Markdown.
+
+    With `images`, a plot's name -> the address of its image, plots and folded sections are in it, as Prefect's page
+    shows them, and long words may break. Without, it is plain text: sections take the place of what would be folded,
+    and there are no plots.
+    """
+    return "\n\n".join(_rendered(document(report), images)) + "\n"
 
 
-def megabytes(size_bytes: int) -> str:
-    """Return a size in MB (10^6 bytes)."""
-    return f"{size_bytes / 1e6:,.1f} MB"
+def blocks_to_markdown(blocks: Sequence[Block]) -> str:
+    """Return blocks as Markdown that reads as plain text."""
+    return "\n\n".join(_rendered(blocks, None)) + "\n"
 
 
-def to_markdown(report: DeployReport) -> str:
-    """Return the report as Markdown; its tables stay narrow enough for the artifact's page."""
-    rows = variant_rows(report)
-    sections = [
-        f"# {report.reference}: {report.status}",
-        report.summary,
-        f"Built from `{report.checkpoint}` ({report.parameters:,} parameters), judged on {report.evaluation}.",
-        _markdown_table(_columns(rows, VARIANT_COLUMNS)),
-        "*of fp32*: size as a share of the parameters in fp32; in brackets what Microsoft's tutorial promises.",
-        f"## Speed and memory\n\n{_markdown_table(_columns(rows, ('precision', *SHOWN_METRICS.values())))}",
-        _gate_section(report),
-        _usage_section(report),
-        _list_section("Failures", [f"{one.precision}: {one.error}" for one in report.variants if one.error]),
-        _list_section(
-            "Warnings",
-            [*report.warnings, *(f"{one.precision}: {text}" for one in report.variants for text in one.warnings)],
-        ),
-        _list_section("Notes", [f"{one.precision}: {text}" for one in report.variants for text in one.notes]),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+def _rendered(blocks: Sequence[Block], images: Mapping[str, str] | None) -> list[str]:
+    return [text for text in (_block(block, images) for block in blocks) if text]
 
 
-def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    if not rows:
-        return ""
-    titles = list(rows[0])
-    lines = [titles, ["---"] * len(titles), *([row[title] for title in titles] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _block(block: Block, images: Mapping[str, str] | None) -> str:
+    breaks = images is not None
+    match block:
+        case Heading():
+            text = f"{'#' * block.level} {escaped(block.text)}"
+        case Paragraph():
+            text = _line(block.text, breaks)
+        case Bullets():
+            text = "\n".join(f"- {_line(item, breaks)}" for item in block.items)
+        case Table():
+            text = _table(block, breaks)
+        case Figure():
+            text = _figure(block, images or {})
+        case Listing():
+            text = fenced(block.text, block.language)
+        case Comparison():
+            width = max(len(label) for label, _ in block.lines)
+            lines = "\n".join(f"{label.ljust(width)}  {said}" for label, said in block.lines)
+            text = f"{_line(block.title, breaks)}:\n\n{fenced(lines, 'text')}"
+        case Details():
+            text = _details(block, images)
+    return text
 
 
-def _columns(rows: Sequence[dict[str, str]], titles: Sequence[str]) -> list[dict[str, str]]:
-    return [{title: row[title] for title in titles} for row in rows]
+def _figure(block: Figure, images: Mapping[str, str]) -> str:
+    caption = escaped(block.caption)
+    return f"![{caption}]({images[block.name]})\n\n{caption}" if block.name in images else ""
 
 
-def _gate_section(report: DeployReport) -> str:
-    """Return one row a check and one column a variant; what failed is bold."""
-    rows: dict[str, dict[str, str]] = {}
-    for variant in report.variants:
-        for check in variant.gate.checks if variant.gate else ():
-            value = "not finite" if check.value is None else f"{check.value:.4g}"
-            bound = "at most" if check.name in AT_MOST else "at least"
-            text = f"{value} ({bound} {check.threshold:.4g})"
-            blank = {"check": check.name.replace("_", " "), **{one.precision: "-" for one in report.variants}}
-            rows.setdefault(check.name, blank)[variant.precision] = text if check.passed else f"**{text}**"
-    if not rows:
-        return ""
-    reference = report.reference_exact_match
-    heading = "" if reference is None else f"The reference answers {reference:.1%} of the evaluation set exactly.\n\n"
-    return f"## Gate\n\n{heading}{_markdown_table(list(rows.values()))}"
+def _details(block: Details, images: Mapping[str, str] | None) -> str:
+    content = _rendered(block.blocks, images)
+    if images is None:
+        return "\n\n".join([f"#### {escaped(block.summary)}", *content])
+    # Blank lines around it make the content Markdown again.
+    summary = f"<details>\n<summary>{html.escape(block.summary)}</summary>"
+    return "\n\n".join([summary, *content, "</details>"])
 
 
-def _usage_section(report: DeployReport) -> str:
-    ids = [variant.foundry_model_id for variant in report.variants if variant.foundry_model_id]
-    if not ids:
-        return ""
-    example = report.foundry_model_id or ids[0]
-    lines = [
-        "## Use",
-        "Registered with Foundry Local: " + ", ".join(f"`{one}`" for one in dict.fromkeys([*ids, example])) + ".",
-        f"```sh\nslmops chat {report.reference}\n```",
-        "```python\n"
-        "from foundry_local_sdk import CatalogType, Configuration, FoundryLocalManager\n\n"
-        f'FoundryLocalManager.initialize(Configuration(app_name="app", model_cache_dir={report.foundry_dir!r}))\n'
-        "catalog = FoundryLocalManager.instance.get_catalog(CatalogType.LOCAL)\n"
-        f'model = catalog.get_model_variant("{example}")\n'
-        "model.load()\n```",
-    ]
-    answers = [f"- {one.precision} answered: `{one.answer}`" for one in report.variants if one.answer]
-    return "\n\n".join([*lines, "\n".join(answers)])
+def _table(block: Table, breaks: bool) -> str:
+    lines = ["| " + " | ".join(escaped(title) for title in block.columns) + " |", "| --- " * len(block.columns) + "|"]
+    widest = LONGEST_CELL_WORD if breaks else None
+    lines += ["| " + " | ".join(_inline(cell, widest, in_table=True) for cell in row) + " |" for row in block.rows]
+    return "\n".join(lines)
 
 
-def _list_section(title: str, items: Sequence[str]) -> str:
-    return f"## {title}\n\n" + "\n".join(f"- {item}" for item in items) if items else ""
+def _line(text: Text, breaks: bool) -> str:
+    """Return text that begins a line."""
+    line = _inline(text, LONGEST_WORD if breaks else None)
+    return _BLOCK_START.sub(lambda found: f"{found[0][:-1]}\\{found[0][-1]}", line)
+
+
+def _inline(text: Text, widest: int | None, *, in_table: bool = False) -> str:
+    parts = []
+    for span in spans(text):
+        said = _breakable(span if isinstance(span, str) else span.text, widest)
+        match span:
+            case Code():
+                parts.append(_code_in_table(said) if in_table else code_span(said))
+            case Strong():
+                parts.append(f"**{escaped(said)}**")
+            case str():
+                parts.append(escaped(said))
+    return "".join(parts).strip()
+
+
+def _breakable(text: str, widest: int | None) -> str:
+    """Return text whose words are at most `widest` characters long: what is longer gets zero width spaces."""
+    if widest is None:
+        return text
+    return re.sub(rf"\S{{{widest}}}(?=\S)", lambda found: f"{found[0]}\u200b", text)
+
+
+def escaped(text: str) -> str:
+    """Return text that shows as it stands in a line of Markdown; white space is one space."""
+    if text.isspace():
+        return " "
+    before = " " if text[:1].isspace() else ""
+    after = " " if text[-1:].isspace() else ""
+    return before + _MARKUP.sub(r"\\\1", " ".join(text.split())) + after
+
+
+def code_span(text: str) -> str:
+    """Return a code span, in which nothing is markup; its fence is longer than any run of backticks in the text."""
+    text = " ".join(text.split("\n"))
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") or (text != text.strip() and text.strip()) else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _code_in_table(text: str) -> str:
+    # Parsers disagree on which pipes of a code span end its cell; a character reference ends none.
+    if "|" not in text:
+        return code_span(text)
+    return f"<code>{''.join(one if one.isalnum() or one == ' ' else f'&#{ord(one)};' for one in text)}</code>"
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Return a code block, in which nothing is markup."""
+    fence = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

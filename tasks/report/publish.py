@@ -1,5 +1,7 @@
 """Stage "report": the report as Prefect artifacts, in the store and under the home directory."""
 
+import base64
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from infra.settings import Settings
 from infra.storage.registry import Manifest, ModelRegistry
+from tasks.report.html import to_html
 from tasks.report.markdown import to_markdown, variant_rows
+from tasks.report.plots import Plot, draw_plots
 from tasks.report.records import DeployReport
 
 
@@ -18,14 +22,11 @@ def publish_report(
 ) -> DeployReport:
     """Post the report as Prefect artifacts, and keep it in the store and under the home directory.
 
-    Returns the report with the path of that file.
+    Returns the report with the paths of its Markdown and HTML files; without a version there are none.
     """
-    if manifest:
-        path = settings.home_dir / "reports" / f"{manifest.reference}.md"
-        report = report.model_copy(update={"report_file": str(path)})
-    text = to_markdown(report)
+    plots = draw_plots(report)
     key = f"slmops-{report.name}"
-    create_markdown_artifact(markdown=text, key=key, description=report.summary)
+    create_markdown_artifact(markdown=artifact_markdown(report, plots), key=key, description=report.summary)
     create_table_artifact(
         table=_artifact_rows(report), key=f"{key}-variants", description=f"Variants of {report.reference}"
     )
@@ -37,10 +38,21 @@ def publish_report(
         key=f"{key}-version",
         description="Manifest of the stored version",
     )
-    registry.put_report(manifest, "report.md", text)
+    texts = {"md": to_markdown(report), "html": to_html(report, plots)}
+    paths = {kind: settings.home_dir / "reports" / f"{manifest.reference}.{kind}" for kind in texts}
+    report = report.model_copy(update={"report_file": str(paths["md"]), "html_file": str(paths["html"])})
+    for kind, text in texts.items():
+        registry.put_report(manifest, f"report.{kind}", text)
     registry.add_evidence(manifest, "deploy", report.model_dump())
-    write_report_file(path, text)
+    for kind, text in texts.items():
+        write_report_file(paths[kind], text)
     return report
+
+
+def artifact_markdown(report: DeployReport, plots: Mapping[str, Plot]) -> str:
+    """Return the report for Prefect's page, with the plots in it as data: below 200 kB for three variants."""
+    images = {name: f"data:image/png;base64,{base64.b64encode(plot.png).decode()}" for name, plot in plots.items()}
+    return to_markdown(report, images)
 
 
 def _artifact_rows(report: DeployReport) -> list[dict[str, Any]]:
@@ -51,5 +63,5 @@ def write_report_file(path: Path, text: str) -> None:
     """Replace a report file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".aside")
-    aside.write_text(text, "utf-8")
+    aside.write_text(text, "utf-8", newline="\n")
     aside.replace(path)

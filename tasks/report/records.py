@@ -1,20 +1,18 @@
 """What a deploy did, as a record; the other modules of this package show it."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from infra.settings import Settings
-from tasks.checkpoint import PreparedCheckpoint
 from tasks.evaluate import Evaluation
+from tasks.evaluation_set import EvaluationRow
 from tasks.exercise import Exercise
 from tasks.gate import GateVerdict
 from tasks.history import History
 from tasks.measure import Measurement
 from tasks.parity import TemplateParity
 from tasks.perplexity import TextComparison
-from tasks.request import DeployRequest
+from tasks.statistics import Estimate
 from tasks.steadiness import Steadiness
 
 VariantStatus = Literal["registered", "rejected", "failed"]
@@ -35,7 +33,9 @@ class VariantDetails(BaseModel):
 
 
 class VariantReport(BaseModel):
-    """One variant of a deploy; `reason` says why it was or was not chosen."""
+    """One variant of a deploy; `intervals` are those of the metrics of the same name, `reason` says why it was or was
+    not chosen.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,6 +47,7 @@ class VariantReport(BaseModel):
     foundry_model_id: str | None = None
     recipe: str | None = None
     metrics: dict[str, float] = {}
+    intervals: dict[str, Estimate] = {}
     gate: GateVerdict | None = None
     reason: str = ""
     answer: str | None = None
@@ -72,6 +73,7 @@ class DeployReport(BaseModel):
     """What a deploy did; `slmops deploy --json` prints it.
 
     `selected` is the precision that serves under the model's name, None when none may; `reason` says why that one.
+    `evaluation_rows` let the report show what was asked beside the worst answers; the JSON leaves them out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -87,7 +89,9 @@ class DeployReport(BaseModel):
     checkpoint: str
     parameters: int
     evaluation: str
+    evaluation_rows: tuple[EvaluationRow, ...] = Field(default=(), exclude=True)
     reference_exact_match: float | None = None
+    reference_score: Estimate | None = None
     foundry_model_id: str | None = None
     foundry_dir: str
     question: str = ""
@@ -117,54 +121,3 @@ class DeployReport(BaseModel):
         parts = [f"{', '.join(names)} {status}" for status, names in by_status.items() if names]
         lead = "unchanged: " if self.status == "unchanged" else ""
         return f"{self.reference} {lead}{'; '.join(parts)}."
-
-
-def variant_metrics(measured: Measurement, evaluated: Evaluation) -> dict[str, float]:
-    """Return a variant's figures as one flat record; what was not compared is left out."""
-    quality = {
-        "top1_agreement": evaluated.top1_agreement,
-        "kl_divergence": evaluated.kl_divergence,
-        "perplexity": evaluated.perplexity,
-        "exact_match": evaluated.exact_match,
-    }
-    figures: dict[str, float] = {name: value for name, value in quality.items() if value is not None}
-    for name, value in measured.metrics.items():
-        figures[name] = value
-    return figures
-
-
-def in_order_of_size(variants: Sequence[VariantReport]) -> list[VariantReport]:
-    """Return variants from the largest precision to the smallest."""
-    return sorted(variants, key=lambda one: ("fp32", "fp16", "int8", "int4").index(one.precision))
-
-
-def overall_status(variants: Sequence[VariantReport], *, unchanged: bool) -> DeployStatus:
-    """Return a deploy's status from its variants': a failure weighs most, then what was registered."""
-    statuses = {variant.status for variant in variants}
-    if "failed" in statuses:
-        return "failed"
-    if "registered" in statuses:
-        return "unchanged" if unchanged else "registered"
-    return "rejected"
-
-
-def failed_report(
-    request: DeployRequest,
-    prepared: PreparedCheckpoint,
-    evaluation: str,
-    failures: Sequence[VariantReport],
-    settings: Settings,
-) -> DeployReport:
-    """Return the report of a deploy of which no variant could be built, so that no version came of it."""
-    return DeployReport(
-        name=request.name,
-        version=None,
-        status="failed",
-        variants=tuple(failures),
-        checkpoint=request.checkpoint,
-        parameters=prepared.inspection.parameters,
-        evaluation=evaluation,
-        foundry_dir=str(settings.foundry_dir),
-        description=request.description,
-        warnings=prepared.inspection.warnings,
-    )

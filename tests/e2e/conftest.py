@@ -81,7 +81,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    environment = {**os.environ, **quiet, "PREFECT_HOME": str(home)}
+    # The page asks the API at this address; its default is port 4200.
+    interface = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
+    environment = {**os.environ, **quiet, **interface, "PREFECT_HOME": str(home)}
     environment.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "log").open("w") as log:

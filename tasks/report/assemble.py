@@ -1,0 +1,140 @@
+"""The record of a deploy, put together from what the stages found."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from infra.settings import Settings
+from infra.storage.registry import Manifest
+from tasks.checkpoint import PreparedCheckpoint
+from tasks.choose import Candidate
+from tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport
+from tasks.request import DeployRequest
+from tasks.selection import Choice, Judged
+from tasks.statistics import Estimate
+
+
+def variant_metrics(details: VariantDetails) -> dict[str, float]:
+    """Return a variant's figures as one flat record; what was not compared is left out."""
+    figures: dict[str, float | None] = {name: one.value for name, one in variant_intervals(details).items()}
+    if details.evaluation:
+        for name in ("top1_agreement", "kl_divergence", "kl_divergence_p99", "perplexity", "exact_match"):
+            figures[name] = getattr(details.evaluation, name)
+        if details.evaluation.perplexity and details.evaluation.reference_perplexity:
+            figures["perplexity_ratio"] = details.evaluation.perplexity / details.evaluation.reference_perplexity
+    if details.measurement:
+        figures.update({str(name): value for name, value in details.measurement.metrics.items()})
+    if details.text:
+        figures["text_perplexity"] = details.text.perplexity
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def variant_intervals(details: VariantDetails) -> dict[str, Estimate]:
+    """Return the intervals of a variant's figures by the figures' names."""
+    estimates: dict[str, Estimate | None] = {}
+    if details.evaluation:
+        estimates |= {
+            "top1_agreement": details.evaluation.top1_agreement_interval,
+            "kl_divergence": details.evaluation.kl_divergence_interval,
+            "score": details.evaluation.score,
+            "quality_loss": details.evaluation.quality_loss,
+            "output_conformity": details.evaluation.output_conformity,
+        }
+    if details.steadiness:
+        estimates["ttft_scaling_exponent"] = details.steadiness.ttft_scaling_exponent
+    if details.text:
+        estimates["text_perplexity_ratio"] = details.text.perplexity_ratio
+    for exercise in details.exercises:
+        if exercise.memory:
+            estimates[f"memory_growth_{exercise.runtime}_bytes_per_request"] = exercise.memory.bytes_per_request
+    return {name: estimate for name, estimate in estimates.items() if estimate is not None}
+
+
+def judged(variant: VariantReport) -> Judged:
+    """Return what the choice needs of a measured variant."""
+    evaluation = variant.details.evaluation
+    scores = [row.score for row in evaluation.rows] if evaluation else []
+    metrics = variant.metrics
+    return Judged(
+        candidate=Candidate(
+            name=variant.precision,
+            size_bytes=int(metrics["size_bytes"]),
+            peak_rss_bytes=int(metrics["peak_rss_bytes"]),
+            ttft_ms=metrics["ttft_ms"],
+            token_generation_throughput_tps=metrics["token_generation_throughput_tps"],
+            quality_loss=metrics.get("quality_loss"),
+            kl_divergence=metrics.get("kl_divergence"),
+        ),
+        scores=tuple(score for score in scores if score is not None) if None not in scores and scores else None,
+    )
+
+
+def in_order_of_size(variants: Sequence[VariantReport]) -> list[VariantReport]:
+    """Return variants from the largest precision to the smallest."""
+    return sorted(variants, key=lambda one: ("fp32", "fp16", "int8", "int4").index(one.precision))
+
+
+def with_reasons(variants: Sequence[VariantReport], choice: Choice) -> tuple[VariantReport, ...]:
+    """Return the variants, each with the reason why it was chosen or not."""
+    return tuple(variant.model_copy(update={"reason": _reason(variant, choice)}) for variant in variants)
+
+
+def _reason(variant: VariantReport, choice: Choice) -> str:
+    if variant.status == "failed":
+        return "failed"
+    if variant.status == "rejected":
+        names = [check.name.replace("_", " ") for check in variant.gate.failed_checks] if variant.gate else []
+        return f"rejected by the gate: {', '.join(names)}"
+    return choice.reason if variant.precision == choice.selected else choice.reasons.get(variant.precision, "")
+
+
+def overall_status(variants: Sequence[VariantReport], choice: Choice, *, unchanged: bool) -> DeployStatus:
+    """Return a deploy's status from its variants': a failure weighs most, then whether one was chosen.
+
+    A deploy of which no variant keeps the budget is rejected, whatever is registered.
+    """
+    if any(variant.status == "failed" for variant in variants):
+        return "failed"
+    if choice.selected is None:
+        return "rejected"
+    return "unchanged" if unchanged else "registered"
+
+
+def reference_scores(variants: Sequence[VariantReport]) -> dict[str, Any]:
+    """Return the source checkpoint's scores, which every evaluation repeats."""
+    evaluation = next((one.details.evaluation for one in variants if one.details.evaluation), None)
+    if evaluation is None:
+        return {}
+    return {"reference_exact_match": evaluation.reference_exact_match, "reference_score": evaluation.reference_score}
+
+
+def provenance_of(manifest: Manifest) -> Provenance:
+    """Return where a version comes from."""
+    return Provenance(
+        source_digest=manifest.source.digest,
+        manifest_digest=manifest.digest,
+        architecture=manifest.source.architecture,
+        builder=manifest.builder,
+        created_at=manifest.created_at,
+    )
+
+
+def failed_report(
+    request: DeployRequest,
+    prepared: PreparedCheckpoint,
+    evaluation: str,
+    failures: Sequence[VariantReport],
+    settings: Settings,
+) -> DeployReport:
+    """Return the report of a deploy of which no variant could be built, so that no version came of it."""
+    return DeployReport(
+        name=request.name,
+        version=None,
+        status="failed",
+        variants=tuple(failures),
+        checkpoint=request.checkpoint,
+        parameters=prepared.inspection.parameters,
+        evaluation=evaluation,
+        foundry_dir=str(settings.foundry_dir),
+        description=request.description,
+        warnings=prepared.inspection.warnings,
+    )

@@ -1,0 +1,132 @@
+"""The report of the flow `benchmark`: what a stored version's fresh measurement says beside its earlier ones."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.events import emit_event
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from tasks.history import Change
+from tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, bullets, joined, quoted, table
+from tasks.report.document import METRIC_TITLES
+from tasks.report.markdown import blocks_to_markdown
+from tasks.report.wording import INTERVALS, decimal, estimated, factor, megabytes
+
+REGRESSION_EVENT = "slmops.benchmark.regression"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VariantBenchmark(_Record):
+    """One variant's fresh figures and their changes against `earlier` measurements; `error` when it did not run."""
+
+    precision: str
+    metrics: dict[str, FiniteFloat] = {}
+    earlier: int = 0
+    changes: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+
+class BenchmarkReport(_Record):
+    """What `benchmark` found; `regressed` when a figure became worse beyond noise."""
+
+    name: str
+    version: int
+    variants: tuple[VariantBenchmark, ...]
+
+    @property
+    def reference(self) -> str:
+        """`NAME@VERSION`."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def worse(self) -> tuple[Change, ...]:
+        """The changes for the worse beyond noise."""
+        return tuple(change for one in self.variants for change in one.changes if change.trend == "worse")
+
+    @property
+    def regressed(self) -> bool:
+        """Whether a figure became worse beyond noise."""
+        return bool(self.worse)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The precisions that could not be measured."""
+        return tuple(one.precision for one in self.variants if one.error)
+
+    @property
+    def summary(self) -> str:
+        """One sentence on how it ended."""
+        figures = [f"{one.precision} {_title(one.metric)} {factor(one.change.value)}" for one in self.worse]
+        compared = sum(1 for one in self.variants if one.changes)
+        parts = [f"worse: {', '.join(figures)}" if figures else "no regression" if compared else "nothing to compare"]
+        if self.failed:
+            parts.append(f"not measured: {', '.join(self.failed)}")
+        return f"{self.reference} {'; '.join(parts)}."
+
+    def to_contract(self) -> dict[str, Any]:
+        """Return the JSON document of `slmops benchmark --json`."""
+        return {"reference": self.reference, "regressed": self.regressed, **self.model_dump(mode="json")}
+
+
+def benchmark_markdown(report: BenchmarkReport) -> str:
+    """Return the report as Markdown; its tables have four columns, for a phone's width."""
+    return blocks_to_markdown(list(_document(report)))
+
+
+def _document(report: BenchmarkReport) -> Iterator[Block]:
+    yield Heading(f"{report.reference}: {'regressed' if report.regressed else 'benchmark'}", level=1)
+    yield Paragraph(Strong(report.summary) if report.regressed or report.failed else report.summary)
+    for variant in report.variants:
+        yield Heading(variant.precision)
+        if variant.error:
+            yield Paragraph((Strong("Not measured: "), quoted(variant.error, 2000)))
+            continue
+        if variant.changes:
+            runs = "the earlier measurement" if variant.earlier == 1 else f"{variant.earlier} earlier measurements"
+            yield Paragraph(f"Compared with {runs} of the same files. {INTERVALS}")
+            yield from table(("figure", "before", "now", "change"), [_row(change) for change in variant.changes])
+        else:
+            figures = [(_title(name), _text(name, value)) for name, value in variant.metrics.items()]
+            yield from table(("figure", "now"), figures)
+        yield from bullets(variant.notes)
+
+
+def _row(change: Change) -> Sequence[Text]:
+    verdict: Text = change.trend if change.trend == "same" else Strong(change.trend)
+    changed = joined([verdict, estimated(change.change, factor)], " ")
+    return (_title(change.metric), _text(change.metric, change.before), _text(change.metric, change.after), changed)
+
+
+def _title(metric: str) -> str:
+    return METRIC_TITLES.get(metric, metric.replace("_", " "))
+
+
+def _text(metric: str, value: float) -> str:
+    return megabytes(value) if metric.endswith("_bytes") else decimal(value)
+
+
+@task(name="publish benchmark", task_run_name="report-{report.name}", tags=["slmops"])
+def publish_benchmark(report: BenchmarkReport) -> None:
+    """Post the report as a Markdown artifact, and a regression as an event that an automation can act on."""
+    create_markdown_artifact(
+        markdown=benchmark_markdown(report), key=f"slmops-benchmark-{report.name}", description=report.summary
+    )
+    if report.regressed:
+        emit_event(
+            REGRESSION_EVENT,
+            resource={
+                "prefect.resource.id": f"slmops.model.{report.name}",
+                "prefect.resource.name": report.reference,
+            },
+            payload={
+                "reference": report.reference,
+                "summary": report.summary,
+                "changes": [change.model_dump(mode="json") for change in report.worse],
+            },
+        )

@@ -1,0 +1,178 @@
+"""The parts that a report is made of, free of any markup; `markdown` and `html` show them."""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+MAX_CHARACTERS = 400  # of an answer, a prompt or an error: the report stays a page
+MAX_SENTENCES = 800
+MAX_ROWS = 24  # of a table or list; what is beyond is counted
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to be typed, or somebody else's (an answer, a prompt): it is shown as it stands and never interpreted."""
+
+    text: str
+    kind: ClassVar[str] = "code"
+
+
+@dataclass(frozen=True)
+class Strong:
+    """Text that stands out."""
+
+    text: str
+    kind: ClassVar[str] = "strong"
+
+
+Span = str | Code | Strong
+Text = Span | tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading; level 1 is the report's own."""
+
+    text: str
+    level: int = 2
+    kind: ClassVar[str] = "heading"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    text: Text
+    kind: ClassVar[str] = "paragraph"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list."""
+
+    items: Sequence[Text]
+    kind: ClassVar[str] = "bullets"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the row, the others are narrow.
+
+    A phone has room for four columns of figures.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Text]]
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The place of a plot, by its name in `plots.PlotName`; nothing where there is no such plot."""
+
+    name: str
+    caption: str
+    kind: ClassVar[str] = "figure"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Program text."""
+
+    text: str
+    language: str = ""
+    kind: ClassVar[str] = "listing"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Texts of others one above the other, in a fixed pitch so that differences stand out; (label, text) each."""
+
+    title: Text
+    lines: Sequence[tuple[str, str]]
+    kind: ClassVar[str] = "comparison"
+
+
+@dataclass(frozen=True)
+class Details:
+    """What only some readers want: folded away where the target can."""
+
+    summary: str
+    blocks: "Sequence[Block]"
+    kind: ClassVar[str] = "details"
+
+
+Block = Heading | Paragraph | Bullets | Table | Figure | Listing | Comparison | Details
+
+
+def spans(text: Text) -> tuple[Span, ...]:
+    """Return a text's spans as they are shown: in one line, with control characters spelled."""
+    return tuple(_in_one_line(span) for span in (text if isinstance(text, tuple) else (text,)))
+
+
+def _in_one_line(span: Span) -> Span:
+    if not isinstance(span, str):
+        return replace(span, text=visible(span.text, len(span.text)))
+    return "".join(" " if character.isspace() else _spelled(character) for character in span)
+
+
+def joined(parts: Sequence[Text], separator: str = ", ") -> tuple[Span, ...]:
+    """Return texts one after another, with a separator between them."""
+    found: list[Span] = []
+    for index, part in enumerate(parts):
+        found += [separator] if index else []
+        found += part if isinstance(part, tuple) else [part]
+    return tuple(found)
+
+
+def visible(text: str, limit: int = MAX_CHARACTERS) -> str:
+    """Return somebody else's text in one line, at most `limit` characters of it.
+
+    Line ends, control characters, characters without a glyph and those that turn the writing direction are spelled
+    as escapes, so that nothing in an answer can hide or rearrange the text around it.
+    """
+    beyond = len(text) - limit
+    shown = "".join(_spelled(character) for character in text[:limit])
+    return f"{shown}… ({beyond:,} more characters)" if beyond > 0 else shown
+
+
+def _spelled(character: str) -> str:
+    # Zero width joiners (Cf) make emoji and Indic letters what they are.
+    if character in "\u200c\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return character
+    names = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    if character in names:
+        return names[character]
+    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
+
+
+def quoted(text: str, limit: int = MAX_CHARACTERS) -> Code:
+    """Return somebody else's text, as `visible` has it."""
+    return Code(visible(text, limit) or "(empty)")
+
+
+def sentences(text: str) -> str:
+    """Return running text, such as a warning, at a bearable length."""
+    return visible(" ".join(text.split()), MAX_SENTENCES)
+
+
+def first_rows(rows: Sequence[Sequence[Text]], width: int) -> list[Sequence[Text]]:
+    """Return the rows that a table shows, with one that counts what is beyond."""
+    beyond = len(rows) - MAX_ROWS
+    if beyond <= 0:
+        return list(rows)
+    return [*rows[:MAX_ROWS], (f"{beyond:,} more", *[""] * (width - 1))]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> Iterator[Table]:
+    """Yield a table of the first rows; nothing without rows."""
+    if rows:
+        yield Table(columns, first_rows(rows, len(columns)))
+
+
+def bullets(items: Sequence[Text]) -> Iterator[Bullets]:
+    """Yield a list of the first items; nothing without items."""
+    if items:
+        beyond = len(items) - MAX_ROWS
+        yield Bullets([*items[:MAX_ROWS], *([f"{beyond:,} more"] if beyond > 0 else [])])

@@ -1,0 +1,36 @@
+"""The report as one HTML file that needs nothing else: no script, no font, no request to anywhere."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tasks.report.blocks import spans
+from tasks.report.document import document
+from tasks.report.plots import Plot
+from tasks.report.records import DeployReport
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def to_html(report: DeployReport, plots: Mapping[str, Plot]) -> str:
+    """Return the report as an HTML page with the plots inline.
+
+    Everything in the report is escaped; only the plots, which slmops draws, are taken as they are. A content security
+    policy keeps a browser from running or fetching anything, should that ever fail.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["spans"] = spans
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        blocks=document(report),
+        plots=plots,
+        style=(TEMPLATES / "report.css").read_text("utf-8"),
+    )
+    return page.rstrip() + "\n"

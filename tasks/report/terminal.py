@@ -1,0 +1,74 @@
+"""The report's plots in the terminal: short, and of plain characters without colours."""
+
+from typing import Any
+
+from tasks.report.plots import quality_points
+from tasks.report.records import DeployReport
+
+NARROWEST = 60  # columns
+WIDEST = 100
+QUALITY_ROWS = 12
+
+
+def terminal_plots(report: DeployReport, width: int) -> str:
+    """Return quality against size and the throughput of new tokens, for a terminal of `width` columns.
+
+    Empty where the terminal is narrower than `NARROWEST` columns or there is nothing to compare: fewer than two
+    variants with figures.
+    """
+    if width < NARROWEST:
+        return ""
+    columns = min(width, WIDEST)
+    return "\n".join(text for text in (_quality(report, columns), _throughput(report, columns)) if text)
+
+
+def _quality(report: DeployReport, width: int) -> str:
+    title, points = quality_points(report)
+    if len(points) < 2:
+        return ""
+    figure = _figure(width, QUALITY_ROWS)
+    figure.title(f"{title}, %, over size, MB (up and left is better)")
+    sizes = [one.size_mb for one in points]
+    right_end = 1.15 * max(sizes)
+    for one in points:
+        if one.interval:
+            ends = (100 * one.interval.low, 100 * one.interval.high)
+            figure.draw(figure.segment((one.size_mb, one.size_mb), ends, "│"))
+    for one in points:
+        figure.draw(figure.text(one.size_mb, 100 * one.quality, "●", alignment="center"))
+        name = f"{one.precision}*" if one.precision == report.selected else one.precision
+        figure.draw(figure.text(one.size_mb + 3 * right_end / width, 100 * one.quality, name))
+    figure.ruler("x").lim(0, right_end)
+    drawn = _text(figure)
+    return f"{drawn}\n* chosen" if report.selected else drawn
+
+
+def _throughput(report: DeployReport, width: int) -> str:
+    metric = "token_generation_throughput_tps"
+    measured = [(one.precision, one.metrics[metric]) for one in report.variants if metric in one.metrics]
+    if len(measured) < 2:
+        return ""
+    # Rows are bottom up, and each bar has one.
+    names = [f"{precision} {value:,.0f}" for precision, value in reversed(measured)]
+    values = [value for _, value in reversed(measured)]
+    figure = _figure(width, 2 * len(measured) + 4)
+    figure.title("new tokens, tok/s")
+    figure.draw(figure.bar(names, values, orientation="horizontal", width=0.4))
+    figure.ruler("x").lim(0, max(values))  # of bars of different length it would take the last one's
+    return _text(figure)
+
+
+def _figure(width: int, height: int) -> Any:
+    import plotext
+
+    # One figure for the whole process: it keeps nothing from the last plot.
+    plotext.terminal.limit(False, False)
+    plotext.figure.clear()
+    plotext.figure.plot_size(width, height)
+    return plotext.figure
+
+
+def _text(figure: Any) -> str:
+    text: str = figure.build().string(colorless=True)
+    figure.clear()
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,230 @@
+"""The report as a person sees it: in Prefect's own UI and as a file, in headless Chromium.
+
+The screenshots stay in the tests' temporary folder.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
+
+from infra.settings import Settings
+from infra.storage.opening import open_registry
+from infra.storage.registry import Manifest, ModelRegistry, Source, StoredVariant
+from tasks.report.publish import publish_report
+from tasks.report.records import DeployReport
+from tests.reports import full_report
+from tests.tasks.test_report import HOSTILE, hostile_report
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
+DRIVER = shutil.which("chromedriver") or ""
+WIDTHS = (1280, 390)
+HEIGHT = 900
+Browser = Callable[[int, str], webdriver.Chrome]
+
+# Elements that lie beyond the window's right edge or their own frame, and blocks that lie on one another.
+CUT = """
+const root = document.querySelector(arguments[0]);
+root.querySelectorAll("details").forEach(one => one.open = true);
+const faults = [];
+const told = (fault, one) => faults.push(`${fault}: ${one.tagName} ${(one.innerText || one.alt || "").slice(0, 60)}`);
+const scrolls = one => one && (["auto", "scroll"].includes(getComputedStyle(one).overflowX) || scrolls(
+    one.parentElement === root ? null : one.parentElement));
+for (const one of root.querySelectorAll("h1, h2, h3, h4, p, li, table, th, td, img, svg, pre, summary, dd, code")) {
+    const box = one.getBoundingClientRect();
+    if (!box.width || scrolls(one.closest("pre"))) continue;
+    if (box.left < -1 || box.right > innerWidth + 1) told("beyond the window", one);
+    if (one.matches("td, th") && one.scrollWidth > one.clientWidth + 1) told("cut", one);
+}
+for (const row of root.querySelectorAll("tr")) {
+    [...row.children].reduce((left, right) => {
+        if (left.getBoundingClientRect().right > right.getBoundingClientRect().left + 1) told("overlaps", right);
+        return right;
+    });
+}
+[...root.children].filter(one => one.getBoundingClientRect().height).reduce((above, below) => {
+    if (above.getBoundingClientRect().bottom > below.getBoundingClientRect().top + 1) told("on the one above", below);
+    return below;
+});
+if (document.documentElement.scrollWidth > innerWidth + 1) faults.push("the page scrolls sideways");
+return faults;
+"""
+# A picture is visible when it is what a click on its centre would meet.
+PICTURES = """
+return [...document.querySelector(arguments[0]).querySelectorAll(arguments[1])].map(one => {
+    one.scrollIntoView({block: "center"});
+    const box = one.getBoundingClientRect();
+    const met = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);
+    return {natural: one.naturalWidth ?? box.width, width: box.width, height: box.height,
+            visible: one === met || one.contains(met)};
+});
+"""
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """Open a page of a width in the light or the dark scheme; its requests are in the performance log."""
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("Chromium and its driver are not installed: make apt")
+    opened: list[webdriver.Chrome] = []
+
+    def open_browser(width: int, scheme: str = "light") -> webdriver.Chrome:
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        quiet = ("disable-background-networking", "disable-component-update", "no-first-run", "disable-sync")
+        # Containers have no sandbox of Chromium's kind, and little shared memory.
+        usual = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars")
+        for argument in (*quiet, *usual, f"user-data-dir={tmp_path / f'profile-{len(opened)}'}"):
+            options.add_argument(f"--{argument}")
+        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        opened.append(driver)
+        size = {"width": width, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        preferred = [{"name": "prefers-color-scheme", "value": scheme}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": preferred})
+        return driver
+
+    yield open_browser
+    for driver in opened:
+        driver.quit()
+
+
+def screenshot(driver: webdriver.Chrome, path: Path) -> None:
+    """Save the whole page; a page that scrolls inside itself is given a window as tall as its content."""
+    width = driver.execute_script("return innerWidth")
+    tall = driver.execute_script(
+        "return Math.max(...[document.documentElement, ...document.querySelectorAll('*')].map(one => one.scrollHeight))"
+    )
+    size = {"width": width, "height": min(tall, 16_000), "deviceScaleFactor": 1, "mobile": width < 600}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.save_screenshot(str(path))
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "height": HEIGHT})
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home")
+
+
+def stored_version(registry: ModelRegistry, folder: Path) -> Manifest:
+    """The third version of the demo's name."""
+    source = Source(digest="3f" * 32, origin="/home/me/home", architecture="Qwen2ForCausalLM", parameters=19_600_000)
+    for number in range(3):
+        folder.mkdir(exist_ok=True)
+        (folder / "genai_config.json").write_text(json.dumps({"number": number}))
+        variant = StoredVariant(
+            precision="int4",
+            device="cpu",
+            execution_provider="cpu",
+            recipe="cpu-int4",
+            recipe_digest="0" * 64,
+            files=registry.add_files(folder),
+        )
+        manifest, _ = registry.commit("home", source, {"olive-ai": "0.13.0"}, [variant])
+    return manifest
+
+
+def published(report: DeployReport, settings: Settings, server: str, tmp_path: Path) -> tuple[DeployReport, str]:
+    """Publish a report as a deploy does; returns it and the address of its page."""
+    registry = open_registry(settings)
+    manifest = stored_version(registry, tmp_path / "variant")
+    with temporary_settings({PREFECT_API_URL: server}):
+        report = publish_report(report, registry, manifest, settings)
+    found = httpx.post(f"{server}/artifacts/latest/filter", json={"artifacts": {"key": {"any_": ["slmops-home"]}}})
+    (artifact,) = found.raise_for_status().json()
+    assert len(artifact["data"]) < 200_000
+    for name in ("report.md", "report.html"):
+        stored = registry.objects.read_bytes(f"models/home/3/evidence/{name}").decode()
+        assert stored == (settings.home_dir / "reports" / f"home@3.{name.split('.')[1]}").read_text("utf-8")
+    page = f"{server.removesuffix('/api')}/v2/artifacts/artifact/{artifact['latest_id']}"
+    return report, page
+
+
+def opened(driver: webdriver.Chrome, page: str) -> None:
+    driver.get(page)
+    shown = "return document.querySelector('.prose h1')?.innerText"
+    WebDriverWait(driver, 60).until(lambda _: driver.execute_script(shown) == "home@3: registered")
+    complete = "return [...document.images].every(one => one.complete)"
+    WebDriverWait(driver, 60).until(lambda _: driver.execute_script(complete))
+
+
+def test_prefects_page_shows_the_plots_and_every_table(
+    browser: Browser, settings: Settings, server: str, tmp_path: Path
+) -> None:
+    _, page = published(full_report(), settings, server, tmp_path)
+    for width in WIDTHS:
+        driver = browser(width, "light")
+        opened(driver, page)
+        screenshot(driver, tmp_path / f"prefect-{width}.png")
+        pictures = driver.execute_script(PICTURES, ".prose", "img")
+        assert len(pictures) == 4
+        for picture in pictures:
+            assert picture["natural"] > 0
+            assert picture["visible"]
+            assert picture["width"] > 0.85 * min(width - 32, 584)
+        assert driver.execute_script(CUT, ".prose") == []
+        screenshot(driver, tmp_path / f"prefect-{width}-unfolded.png")
+
+
+def test_what_others_wrote_does_nothing_on_prefects_page(
+    browser: Browser, settings: Settings, server: str, tmp_path: Path
+) -> None:
+    report = hostile_report(HOSTILE[0]).model_copy(update={"question": HOSTILE[1], "description": HOSTILE[2]})
+    _, page = published(report, settings, server, tmp_path)
+    driver = browser(1280, "light")
+    opened(driver, page)
+    assert driver.execute_script("return window.hacked") is None
+    inserted = "return [...document.querySelectorAll('.prose img')].map(one => one.src.slice(0, 10))"
+    assert set(driver.execute_script(inserted)) == {"data:image"}
+    assert driver.execute_script("return document.querySelectorAll('.prose script').length") == 0
+    assert HOSTILE[0] in driver.execute_script("return document.querySelector('.prose').innerText")
+    assert not [url for url in requests_of(driver) if "127.0.0.1:9/" in url]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_file_opens_alone_and_is_readable(
+    browser: Browser, settings: Settings, server: str, tmp_path: Path, scheme: str
+) -> None:
+    report, _ = published(full_report(), settings, server, tmp_path)
+    assert report.html_file
+    address = Path(report.html_file).as_uri()
+    for width in WIDTHS:
+        driver = browser(width, scheme)
+        driver.get(address)
+        screenshot(driver, tmp_path / f"file-{scheme}-{width}.png")
+        pictures = driver.execute_script(PICTURES, "main", "figure svg")
+        assert len(pictures) == 4
+        assert all(one["visible"] and one["width"] > 300 and one["height"] > 80 for one in pictures)
+        assert driver.execute_script(CUT, "main") == []
+        screenshot(driver, tmp_path / f"file-{scheme}-{width}-unfolded.png")
+        background, ink = driver.execute_script(
+            "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
+        )
+        assert (brightness(background) > brightness(ink)) == (scheme == "light")
+        assert requests_of(driver) == [address]
+        assert [one for one in driver.get_log("browser") if one["level"] == "SEVERE"] == []
+
+
+def brightness(colour: str) -> int:
+    """Sum of a CSS `rgb()` colour's parts."""
+    return sum(int(part) for part in colour.strip("rgba()").split(",")[:3])
+
+
+def requests_of(driver: webdriver.Chrome) -> list[str]:
+    """What the page asked for since it was opened, data: addresses left out."""
+    messages: list[dict[str, Any]] = [
+        json.loads(entry["message"])["message"] for entry in driver.get_log("performance")
+    ]
+    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
+    return [url for url in asked if not url.startswith(("data:", "about:", "chrome:"))]
