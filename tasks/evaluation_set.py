@@ -1,6 +1,5 @@
 """The evaluation set: the chats that a checkpoint and its variants answer, read from JSON Lines and checked."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -12,6 +11,9 @@ from infra.errors import BadInput
 from infra.settings import Settings
 from infra.storage.registry import digest_of as digest_of_json
 from tasks.checkpoint import EVALUATION_FILE
+from tasks.output_format import OUTPUT_SCHEMA_FILE, OutputFormat, parse_output_regex, read_output_schema
+from tasks.scoring import ExactMatch, Scorer, ScorerField, parse_scorer_text
+from tasks.strict_json import parse_json
 
 CHAT_PROMPTS_FILE = Path(__file__).parent / "evaluation" / "chat_prompts.jsonl"
 MAX_LINE_BYTES = 1_000_000
@@ -32,15 +34,16 @@ class Message(_Record):
 
 
 class EvaluationRow(_Record):
-    """A chat to answer and, where there is one, the answer that is expected.
+    """A chat to answer and, where there is one, the answer that is expected and how answers are scored by it.
 
-    A system message may come first; then user and assistant alternate, and the user has the last word.
+    A system message may come first; then user and assistant alternate, and the user has the last word. `scorer` is a
+    name or an object of a name and options (see `tasks.scoring`); what `expected` holds has to suit it.
     """
 
     id: RowId
     messages: tuple[Message, ...] = Field(min_length=1)
     expected: StrictStr | None = None
-    scorer: Literal["exact_match"] = "exact_match"
+    scorer: ScorerField = ExactMatch()
     category: StrictStr | None = None
 
     @model_validator(mode="after")
@@ -55,13 +58,20 @@ class EvaluationRow(_Record):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_be_scored(self) -> "EvaluationRow":
+        if self.expected is not None:
+            self.scorer.check(self.expected)
+        return self
 
-def read_evaluation_file(path: Path) -> list[EvaluationRow]:
+
+def read_evaluation_file(path: Path, scorer: Scorer | None = None) -> list[EvaluationRow]:
     """Read an evaluation file: JSON Lines in UTF-8, one row `{id, messages, expected, scorer?, category?}` a line.
 
-    Blank lines are skipped. Raises `BadInput` naming the first line that cannot be used and why.
+    `scorer` is that of the rows that name none; default: exact_match. Blank lines are skipped. Raises `BadInput` naming
+    the first line that cannot be used and why.
     """
-    rows = _read_rows(path)
+    rows = _read_rows(path, scorer)
     for number, row in rows:
         if row.expected is None:
             raise _bad_line(path, number, "`expected` is missing")
@@ -73,13 +83,19 @@ def chat_prompts() -> list[EvaluationRow]:
     return [row for _, row in _read_rows(CHAT_PROMPTS_FILE)]
 
 
-def read_rows(evaluation_file: str | None, folder: Path | None) -> list[EvaluationRow]:
-    """Return the named file's rows, else those of the checkpoint folder's `eval.jsonl`, else the built-in chats."""
-    if evaluation_file:
-        return read_evaluation_file(Path(evaluation_file).expanduser())
-    if folder is not None and (folder / EVALUATION_FILE).is_file():
-        return read_evaluation_file(folder / EVALUATION_FILE)
-    return chat_prompts()
+def read_rows(
+    evaluation_file: str | None,
+    folder: Path | None,
+    *,
+    scorer: str | None = None,
+    output_schema_file: str | None = None,
+    output_regex: str | None = None,
+) -> list[EvaluationRow]:
+    """Return the rows of `read_evaluation_set`; raises `BadInput` for all that it would."""
+    found = read_evaluation_set(
+        evaluation_file, folder, scorer=scorer, output_schema_file=output_schema_file, output_regex=output_regex
+    )
+    return list(found.rows)
 
 
 def digest_of(rows: Sequence[EvaluationRow]) -> str:
@@ -87,13 +103,13 @@ def digest_of(rows: Sequence[EvaluationRow]) -> str:
     return digest_of_json([row.model_dump(mode="json") for row in rows])
 
 
-def _read_rows(path: Path) -> list[tuple[int, EvaluationRow]]:
+def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, EvaluationRow]]:
     rows: list[tuple[int, EvaluationRow]] = []
     first_line_of: dict[str, int] = {}
     try:
         with path.open("rb") as file:
             for number, line in _lines(path, file):
-                row = _parse_row(path, number, line)
+                row = _parse_row(path, number, line, scorer)
                 first = first_line_of.setdefault(str(row.id), number)
                 if first != number:
                     raise _bad_line(path, number, f"the id {row.id!r} was already used in line {first}")
@@ -121,17 +137,15 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def _parse_row(path: Path, number: int, line: str) -> EvaluationRow:
+def _parse_row(path: Path, number: int, line: str, scorer: Scorer | None) -> EvaluationRow:
     try:
-        content = json.loads(line)
-    except RecursionError:
-        raise _bad_line(path, number, "its JSON is nested too deep") from None
-    except json.JSONDecodeError as error:
-        raise _bad_line(path, number, f"it is not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise _bad_line(path, number, f"it cannot be read: {error}") from None
+        content = parse_json(line)
+    except ValueError as error:
+        raise _bad_line(path, number, str(error)) from None
     if not isinstance(content, dict):
         raise _bad_line(path, number, f"it must be an object, found {type(content).__name__}")
+    if scorer is not None:
+        content.setdefault("scorer", scorer)
     try:
         row = EvaluationRow.model_validate(content)
         row.model_dump_json().encode()
@@ -159,10 +173,11 @@ def _bad_line(path: Path, number: int, fault: str) -> BadInput:
 
 
 class EvaluationSet(_Record):
-    """The rows of one deploy and where they are from."""
+    """The rows of one deploy, where they are from, and the format that every answer has to have, if any."""
 
     rows: tuple[EvaluationRow, ...]
     origin: str
+    output_format: OutputFormat | None = None
 
     @property
     def summary(self) -> str:
@@ -170,11 +185,53 @@ class EvaluationSet(_Record):
         return f"{len(self.rows)} rows of {self.origin}"
 
 
+def read_evaluation_set(
+    evaluation_file: str | None,
+    folder: Path | None,
+    *,
+    scorer: str | None = None,
+    output_schema_file: str | None = None,
+    output_regex: str | None = None,
+) -> EvaluationSet:
+    """Read the named file's rows, else those of the checkpoint folder's `eval.jsonl`, else take the built-in chats.
+
+    `scorer` is a scorer's name or a JSON object of its name and options, for the rows that name none. The output format
+    is a JSON Schema's file or a pattern; where neither is named, an `output_schema.json` beside the folder's
+    `eval.jsonl` is used together with that. Raises `BadInput` for whatever of these cannot be used.
+    """
+    default = None if scorer is None else parse_scorer_text(scorer)
+    output_format = _named_format(output_schema_file, output_regex)
+    if evaluation_file:
+        rows, origin = read_evaluation_file(Path(evaluation_file).expanduser(), default), evaluation_file
+    elif folder is not None and (folder / EVALUATION_FILE).is_file():
+        rows, origin = read_evaluation_file(folder / EVALUATION_FILE, default), EVALUATION_FILE
+        if output_format is None and (folder / OUTPUT_SCHEMA_FILE).is_file():
+            output_format = read_output_schema(folder / OUTPUT_SCHEMA_FILE)
+    else:
+        rows, origin = chat_prompts(), "slmops' own chats"
+    return EvaluationSet(rows=tuple(rows), origin=origin, output_format=output_format)
+
+
+def _named_format(output_schema_file: str | None, output_regex: str | None) -> OutputFormat | None:
+    if output_schema_file is not None and output_regex is not None:
+        raise BadInput("Both an output schema and an output regex are named.", "Name one of them.")
+    if output_schema_file is not None:
+        return read_output_schema(Path(output_schema_file).expanduser())
+    return None if output_regex is None else parse_output_regex(output_regex)
+
+
 @task(name="read evaluation", task_run_name="read-evaluation", tags=["slmops"])
-def read_evaluation(evaluation_file: str | None, folder: Path | None, settings: Settings) -> EvaluationSet:
-    """Read the rows that the variants are judged on, the first `evaluation.max_rows` of them."""
-    rows = read_rows(evaluation_file, folder)[: settings.evaluation.max_rows]
-    built_in = rows[0].expected is None
-    return EvaluationSet(
-        rows=tuple(rows), origin="slmops' own chats" if built_in else evaluation_file or EVALUATION_FILE
+def read_evaluation(
+    evaluation_file: str | None,
+    folder: Path | None,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    output_schema_file: str | None = None,
+    output_regex: str | None = None,
+) -> EvaluationSet:
+    """Read what the variants are judged on, of the rows the first `evaluation.max_rows`."""
+    found = read_evaluation_set(
+        evaluation_file, folder, scorer=scorer, output_schema_file=output_schema_file, output_regex=output_regex
     )
+    return found.model_copy(update={"rows": found.rows[: settings.evaluation.max_rows]})

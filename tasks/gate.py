@@ -242,6 +242,7 @@ def _notes(evaluation: Evaluation, checks: Sequence[GateCheck]) -> Iterator[str]
         yield "There is no source checkpoint to compare with: only what a variant shows alone was judged."
     elif evaluation.quality_loss is None:
         yield "The evaluation rows have no expected answers: the task score was not judged."
+    yield from evaluation.notes
     for check in checks:
         if not check.decided:
             yield (

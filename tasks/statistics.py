@@ -75,7 +75,7 @@ def paired_loss(reference: Sequence[float], variant: Sequence[float]) -> Estimat
     differences = np.asarray(reference, np.float64) - np.asarray(variant, np.float64)
     count = len(differences) + 2
     centre = float(differences.sum()) / count
-    spread = (float((differences**2).sum())) / count - centre**2
+    spread = (float((differences**2).sum()) + 1) / count - centre**2
     reach = float(stats.norm.ppf(CONFIDENCE)) * math.sqrt(spread / count)
     value = float(differences.mean())
     return Estimate(value=value, low=min(value, max(-1.0, centre - reach)), high=max(value, min(1.0, centre + reach)))
