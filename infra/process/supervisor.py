@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -186,10 +187,12 @@ def _error_of(function: str, message: dict[str, Any], returncode: int, log_path:
     advice = f"The end of its log ({log_path}):\n{tail}"
     if error:
         return errors.StageFailed(f"{function} failed: {error['message']}.", advice)
-    if returncode < 0 or returncode == 137:
+    if returncode in (-9, -15, 137):
         return errors.PassingFault(
-            f"{function} was killed by signal {-returncode if returncode < 0 else 9}, "
+            f"{function} was killed from outside (status {returncode}), "
             "most often because the machine ran out of memory.",
             advice,
         )
+    if returncode < 0:
+        return errors.StageFailed(f"{function} crashed with {signal.Signals(-returncode).name}.", advice)
     return errors.StageFailed(f"{function} ended with status {returncode} without a result.", advice)
