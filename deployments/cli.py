@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deployments.console import print_error, print_json, print_line, print_table, stage_display
+from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
 from infra.errors import BadInput, SlmopsError
 from infra.settings import Settings, describe_settings, load_settings
 
@@ -28,6 +28,25 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Model, or one version of it.")]
 Version = Annotated[str, typer.Argument(metavar="NAME@VERSION", help="One version of a model.")]
+EvalFile = Annotated[str | None, typer.Option("--eval", help="JSONL rows {id, messages, expected}.")]
+Scorer = Annotated[
+    str | None,
+    typer.Option(
+        help="exact_match (default), normalized_match, contains, regex, json_equality, rouge_l or numeric; "
+        'or JSON {"name": ..., options}.'
+    ),
+]
+OutputSchema = Annotated[str | None, typer.Option(help="JSON Schema file that every answer must conform to.")]
+OutputRegex = Annotated[str | None, typer.Option(help="Regular expression that every answer must match.")]
+TextFile = Annotated[str | None, typer.Option("--text", help="UTF-8 text to take perplexity and distributions on.")]
+BudgetLimits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        metavar="KEY=VALUE",
+        help="max-size=300MB, max-rss=1GB, max-ttft=200ms, min-tps=20, max-quality-loss=0.02; repeatable.",
+    ),
+]
 LogLevel = Annotated[str | None, typer.Option(help="Show the run's log: debug, info, warning or error.")]
 
 
@@ -169,7 +188,11 @@ def deploy(
     precision: Annotated[list[str] | None, typer.Option(help="fp16, int8 or int4; repeatable. Default: all.")] = None,
     device: Annotated[str, typer.Option(help="Device that will serve: cpu or gpu.")] = "cpu",
     provider: Annotated[str, typer.Option(help="Execution provider: cpu, cuda, dml or webgpu.")] = "cpu",
-    eval_file: Annotated[str | None, typer.Option("--eval", help="JSONL rows {id, messages, expected}.")] = None,
+    eval_file: EvalFile = None,
+    scorer: Scorer = None,
+    output_schema: OutputSchema = None,
+    output_regex: OutputRegex = None,
+    text: TextFile = None,
     base: Annotated[str | None, typer.Option(help="Base of a LoRA adapter: folder or Hub id.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="Jinja file in place of the tokenizer's own.")] = None,
@@ -183,6 +206,11 @@ def deploy(
     min_top1_agreement: Annotated[float | None, typer.Option(help="Gate, 0 to 1.")] = None,
     max_kl_divergence: Annotated[float | None, typer.Option(help="Gate, nats per token.")] = None,
     max_quality_loss: Annotated[float | None, typer.Option(help="Gate, 0 to 1.")] = None,
+    budget: BudgetLimits = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Recipe in place of a precision's default; repeatable. See slmops recipes.")
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="Try several recipes per precision; keep the best.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Make this version the champion.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end.")] = False,
     log_level: LogLevel = None,
@@ -197,7 +225,10 @@ def deploy(
         "base": base,
         "revision": revision,
         "description": description,
-        "evaluation_file": eval_file,
+        **_evaluation_parameters(eval_file, scorer, output_schema, output_regex, text),
+        "budget": budget or [],
+        "recipes": recipe or [],
+        "search": search,
         "chat_template_file": chat_template,
         "min_top1_agreement": min_top1_agreement,
         "max_kl_divergence": max_kl_divergence,
@@ -214,6 +245,18 @@ def deploy(
         _show_plan(settings, parameters, as_json)
         return
     _deploy(settings, parameters, log_level, as_json)
+
+
+def _evaluation_parameters(
+    eval_file: str | None, scorer: str | None, output_schema: str | None, output_regex: str | None, text: str | None
+) -> dict[str, str | None]:
+    return {
+        "evaluation_file": eval_file,
+        "scorer": scorer,
+        "output_schema_file": output_schema,
+        "output_regex": output_regex,
+        "text_file": text,
+    }
 
 
 def _parse_model_config(pairs: Sequence[str]) -> dict[str, float]:
@@ -258,12 +301,13 @@ def _end_with(report: Any, as_json: bool) -> None:
 def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings) -> Any:
     """Run a flow in this process, show its stages, and return its report also where it ended as failed."""
     from deployments.prefect_environment import prefect_api
+    from flows.benchmark import benchmark
     from flows.deploy import deploy
     from flows.qualify import DeployEnded
     from flows.regate import regate
     from tasks.progress import listening
 
-    flows: dict[str, Any] = {"deploy": deploy, "regate": regate}
+    flows: dict[str, Any] = {"benchmark": benchmark, "deploy": deploy, "regate": regate}
     with stage_display() as display, listening(display), prefect_api(settings):
         state = flows[flow_name](**parameters, return_state=True)
     result = state.result(raise_on_failure=False)
@@ -299,27 +343,32 @@ def _prepare(settings: Settings, log_level: str | None = None) -> None:
 
 def _show_report(report: Any) -> None:
     from tasks.report.markdown import variant_rows
+    from tasks.report.terminal import terminal_plots
+    from tasks.report.wording import check_threshold, check_value
 
     print_table(f"{report.reference} ({report.status})", variant_rows(report))
+    print_plots(lambda width: terminal_plots(report, width))
     print_line("")
     print_line(report.summary)
+    if report.reason:
+        print_line(f"Selected: {report.selected or 'none'}. {report.reason}")
     for variant in report.variants:
         if variant.error:
             print_line(f"{variant.precision} failed: {variant.error}")
         elif variant.gate and not variant.gate.passed:
-            faults = (one for one in variant.gate.checks if not one.passed)
-            print_line(
-                f"{variant.precision} rejected: "
-                + ", ".join(f"{one.name} {one.value} (threshold {one.threshold})" for one in faults)
+            faults = "; ".join(
+                f"{check.name.replace('_', ' ')} {check_value(check)}, {check_threshold(check)}"
+                for check in variant.gate.failed_checks
             )
+            print_line(f"{variant.precision} rejected: {faults}")
     for text in [*report.warnings, *(text for one in report.variants for text in one.warnings)]:
         print_line(f"warning: {text}")
     answered = next((one for one in reversed(report.variants) if one.answer), None)  # the smallest
     if answered:
         print_line(f"Foundry Local answered {report.question!r} through {answered.foundry_model_id}: {answered.answer}")
         print_line(f"Talk to it: slmops chat {report.reference}")
-    if report.report_file:
-        print_line(f"Report: {report.report_file}")
+    if report.html_file:
+        print_line(f"Report: {report.html_file}")
 
 
 def _show_plan(settings: Settings, parameters: dict[str, Any], as_json: bool) -> None:
@@ -439,7 +488,12 @@ def _version(reference: str) -> tuple[Any, Any]:
 @app.command()
 def regate(
     reference: Version,
-    eval_file: Annotated[str | None, typer.Option("--eval", help="JSONL rows {id, messages, expected}.")] = None,
+    eval_file: EvalFile = None,
+    scorer: Scorer = None,
+    output_schema: OutputSchema = None,
+    output_regex: OutputRegex = None,
+    text: TextFile = None,
+    budget: BudgetLimits = None,
     min_top1_agreement: Annotated[float | None, typer.Option(help="Gate, 0 to 1.")] = None,
     max_kl_divergence: Annotated[float | None, typer.Option(help="Gate, nats per token.")] = None,
     max_quality_loss: Annotated[float | None, typer.Option(help="Gate, 0 to 1.")] = None,
@@ -451,7 +505,8 @@ def regate(
     _version(reference)
     parameters = {
         "reference": reference,
-        "evaluation_file": eval_file,
+        **_evaluation_parameters(eval_file, scorer, output_schema, output_regex, text),
+        "budget": budget,
         "min_top1_agreement": min_top1_agreement,
         "max_kl_divergence": max_kl_divergence,
         "max_quality_loss": max_quality_loss,
@@ -459,6 +514,73 @@ def regate(
     _prepare(settings, log_level)
     report = _run_flow("regate", parameters, settings)
     _end_with(report, as_json)
+
+
+@app.command()
+def benchmark(
+    reference: Reference,
+    lm_eval_task: Annotated[
+        list[str] | None, typer.Option(help="Task of lm-eval, or of --lm-eval-include; repeatable.")
+    ] = None,
+    lm_eval_include: Annotated[str | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each lm-eval task; default: all.")] = None,
+    lm_eval_chat_template: Annotated[
+        bool, typer.Option("--lm-eval-chat-template", help="Ask through the chat template.")
+    ] = False,
+    lm_eval_allow_network: Annotated[
+        bool, typer.Option("--lm-eval-allow-network", help="Let lm-eval fetch its data.")
+    ] = False,
+    lm_eval_allow_code: Annotated[
+        bool, typer.Option("--lm-eval-allow-code", help="Let the folder's tasks run Python code.")
+    ] = False,
+    lm_eval_on_checkpoint: Annotated[
+        bool, typer.Option("--lm-eval-on-checkpoint", help="Run the tasks on the source checkpoint too.")
+    ] = False,
+    log_level: LogLevel = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a stored version anew, beside its earlier figures on this machine; run standard benchmarks on it."""
+    settings = load_settings()
+    _version(reference)
+    parameters = {
+        "reference": reference,
+        "lm_eval_tasks": lm_eval_task or [],
+        "lm_eval_include": lm_eval_include,
+        "lm_eval_limit": limit,
+        "lm_eval_chat_template": lm_eval_chat_template,
+        "lm_eval_allow_network": lm_eval_allow_network,
+        "lm_eval_allow_code": lm_eval_allow_code,
+        "lm_eval_on_checkpoint": lm_eval_on_checkpoint,
+    }
+    _prepare(settings, log_level)
+    report = _run_flow("benchmark", parameters, settings)
+    if as_json:
+        print_json(report.to_contract())
+        return
+    from tasks.report.benchmark import benchmark_rows, lm_eval_rows
+
+    print_table("Figures", benchmark_rows(report))
+    print_table("lm-eval", lm_eval_rows(report))
+    print_line(report.summary)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that --recipe takes, and that --search tries."""
+    _prepare(load_settings())
+    from tasks.build import OLIVE_PROVIDERS, known_recipes
+    from tasks.request import PRECISIONS
+
+    found = [
+        {"recipe": name, "precision": precision, "execution_provider": provider}
+        for provider in OLIVE_PROVIDERS
+        for precision in PRECISIONS
+        for name in known_recipes(precision, provider)
+    ]
+    if as_json:
+        print_json({"recipes": found})
+    else:
+        print_table("Recipes", found)
 
 
 @app.command()

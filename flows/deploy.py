@@ -14,10 +14,13 @@ from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, plan_reci
 from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
 from tasks.environment import check_environment, check_room
 from tasks.evaluation_set import read_evaluation
+from tasks.perplexity import read_text
 from tasks.plan import parse_request
+from tasks.report.assemble import failed_report
 from tasks.report.publish import publish_report
-from tasks.report.records import DeployReport, VariantReport, failed_report
+from tasks.report.records import DeployReport, VariantReport
 from tasks.request import DeployRequest
+from tasks.search import record_trials, search_recipes
 from tasks.store import commit_version
 
 
@@ -32,6 +35,13 @@ def deploy(
     revision: str | None = None,
     description: str = "",
     evaluation_file: str | None = None,
+    scorer: str | None = None,
+    output_schema_file: str | None = None,
+    output_regex: str | None = None,
+    text_file: str | None = None,
+    budget: Sequence[str] = (),
+    recipes: Sequence[str] = (),
+    search: bool = False,
     chat_template_file: str | None = None,
     min_top1_agreement: float | None = None,
     max_kl_divergence: float | None = None,
@@ -58,10 +68,20 @@ def deploy(
         description: What the model is for; shown by Foundry Local.
         evaluation_file: JSONL rows {id, messages, expected}; default: eval.jsonl in the checkpoint's folder, else
             a built-in set of prompts, of which only the distributions are compared.
+        scorer: How an answer is scored where its row does not say: exact_match, normalized_match, contains, regex,
+            json_equality, rouge_l or numeric, or a JSON object {"name": ..., options}; default: exact_match.
+        output_schema_file: JSON Schema that every answer must conform to; default: output_schema.json in the
+            checkpoint's folder.
+        output_regex: Regular expression that every answer must match as a whole.
+        text_file: UTF-8 text on which perplexity and distributions are compared too.
+        budget: Limits of the chosen variant, each KEY=VALUE: max-size=300MB, max-rss=1GB, max-ttft=200ms,
+            min-tps=20, max-quality-loss=0.02. Without one the smallest precision that passes the gate is chosen.
+        recipes: Recipes to use in place of a precision's default, such as int4-block128.
+        search: Build and measure several recipes per precision, and keep the best.
         chat_template_file: Jinja file to use in place of the tokenizer's chat template.
         min_top1_agreement: Gate: smallest share of positions with the reference's most likely token (0 to 1).
         max_kl_divergence: Gate: largest mean KL divergence from the reference, in nats per token.
-        max_quality_loss: Gate: largest drop of the share of exact answers below the reference's (0 to 1).
+        max_quality_loss: Gate: largest drop of the task score below the reference's (0 to 1).
         max_length: Longest prompt plus answer, in tokens.
         temperature: Sampling temperature that the model is registered with.
         top_p: Nucleus sampling threshold that the model is registered with.
@@ -79,28 +99,52 @@ def deploy(
     registry = open_registry(settings)
 
     check_environment(request.execution_provider, settings)
-    recipes = plan_recipes(request)
+    planned = plan_recipes(request)
     prepared = prepare_checkpoint(request, settings)
-    evaluation = read_evaluation(request.evaluation_file, prepared.folder, settings)
-    check_room(prepared.inspection, [recipe.precision for recipe in recipes], len(evaluation.rows), settings)
+    evaluation = read_evaluation(
+        request.evaluation_file,
+        prepared.folder,
+        settings,
+        scorer=request.scorer,
+        output_schema_file=request.output_schema_file,
+        output_regex=request.output_regex,
+    )
+    text = read_text(request.text_file, settings) if request.text_file else None
+    check_room(prepared.inspection, [recipe.precision for recipe in planned], len(evaluation.rows), settings)
 
-    built, failures = build_variants(request, recipes, prepared, registry, settings)
+    outcome = None
+    if request.search:
+        built, outcome = search_recipes(
+            request, prepared, evaluation, registry, settings, reference_available=prepared.inspection.parameters > 0
+        )
+        failures = [
+            VariantReport(precision=precision, status="failed", error=error)
+            for precision, error in outcome.failures.items()
+        ]
+    else:
+        built, failures = build_variants(request, planned, prepared, registry, settings)
     if not built:
         report = failed_report(request, prepared, evaluation.summary, failures, settings)
         return ended(publish_report(report, registry, None, settings))
     if request.output:
         copy_out([one.variant for one in built], request.output, registry)
+    manifest = commit_version(request, prepared, built, registry)
+    if outcome:
+        record_trials(manifest, outcome, registry, settings)
     version = Qualification(
-        manifest=commit_version(request, prepared, built, registry),
+        manifest=manifest,
+        prepared=prepared,
         evaluation=evaluation,
+        text=text,
         gate=Gate(request.min_top1_agreement, request.max_kl_divergence, request.max_quality_loss),
+        budget=request.budget,
         description=request.description,
         promote=request.promote,
         registry=registry,
         settings=settings,
     )
     warnings = (*prepared.inspection.warnings, *(text for one in built for text in one.warnings))
-    return ended(qualify(version, prepared, failures, warnings))
+    return ended(qualify(version, failures, warnings))
 
 
 def build_variants(

@@ -1,5 +1,6 @@
-"""What `deploy` and `regate` share: from a stored version to variants that are judged, registered and proven."""
+"""What `deploy` and `regate` share: from a stored version to variants that are judged, registered, proven, chosen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefect import State
@@ -8,21 +9,40 @@ from prefect.states import Completed, Failed
 from infra.errors import SlmopsError, StageFailed
 from infra.settings import Settings
 from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
+from tasks.budget import parse_budget
 from tasks.checkpoint import PreparedCheckpoint
-from tasks.evaluate import (
-    Evaluation,
-    evaluate_stored_variant,
-    forget_reference,
-    known_evaluation,
-    run_reference_once,
-)
+from tasks.evaluate import Evaluation, evaluate_stored_variant, forget_reference, known_evaluation, run_reference_once
 from tasks.evaluation_set import EvaluationSet
+from tasks.exercise import exercise_stored_variant
 from tasks.gate import GateVerdict, judge_stored_variant, thresholds_for
+from tasks.history import history_of
 from tasks.measure import measure_stored_variant
+from tasks.parity import check_template_parity, known_parity
+from tasks.perplexity import (
+    TextSample,
+    compare_stored_variant_on_text,
+    forget_text_reference,
+    known_text_comparison,
+    run_text_reference_once,
+)
 from tasks.register import last_proof, prove_variant, register_champion, register_variant, unregister_variant
+from tasks.report.assemble import (
+    in_order_of_size,
+    judged,
+    overall_status,
+    provenance_of,
+    reference_scores,
+    variant_intervals,
+    variant_metrics,
+    with_reasons,
+)
+from tasks.report.model_card import base_model_of, model_card
 from tasks.report.publish import publish_report
-from tasks.report.records import DeployReport, VariantReport, in_order_of_size, overall_status, variant_metrics
-from tasks.store import choose_champion, select_precision
+from tasks.report.records import DeployReport, VariantDetails, VariantReport
+from tasks.search import last_search
+from tasks.selection import choose_variant
+from tasks.steadiness import steadiness_of
+from tasks.store import choose_champion, record_choice
 
 
 class DeployEnded(SlmopsError):
@@ -45,60 +65,104 @@ class Gate:
 
 @dataclass(frozen=True)
 class Qualification:
-    """One version on its way through measure, gate, register and prove."""
+    """One version on its way through measure, gate, register, prove and choice.
+
+    `prepared` is the source checkpoint; None where there is none (a model that came as ONNX) or none is needed.
+    """
 
     manifest: Manifest
+    prepared: PreparedCheckpoint | None
     evaluation: EvaluationSet
+    text: TextSample | None
     gate: Gate
+    budget: Sequence[str]
     description: str
     promote: bool
     registry: ModelRegistry
     settings: Settings
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether the version was built from a checkpoint that its variants are compared with."""
+        return self.manifest.source.parameters > 0
 
-def qualify(
-    version: Qualification,
-    prepared: PreparedCheckpoint | None,
-    failures: list[VariantReport],
-    warnings: tuple[str, ...],
-) -> DeployReport:
-    """Measure, judge, register and prove every variant of a version, point the aliases, and publish the report.
 
-    `prepared` is the source checkpoint; None where there is none (a model that came as ONNX) or none is needed.
-    """
+def qualify(version: Qualification, failures: Sequence[VariantReport], warnings: tuple[str, ...]) -> DeployReport:
+    """Qualify every variant of a version, choose the one that serves, point the aliases, and publish the report."""
     manifest, registry, settings = version.manifest, version.registry, version.settings
-    has_reference = manifest.source.parameters > 0
-    if has_reference and prepared and not all(_evaluated(version, variant) for variant in manifest.variants):
-        run_reference_once(prepared, version.evaluation, settings)
-    outcomes = [_qualify_variant(version, variant, has_reference=has_reference) for variant in manifest.variants]
-    forget_reference(manifest.source.digest, version.evaluation, settings)
+    run_references(version)
+    outcomes = [_qualify_variant(version, variant) for variant in manifest.variants]
+    forget_references(version)
 
-    reports = in_order_of_size([*failures, *(outcome.report for outcome in outcomes)])
-    passed = [one.precision for one in reports if one.status == "registered"]
-    selected = select_precision(passed)
+    passed = [judged(one.report) for one in outcomes if one.report.status == "registered"]
+    choice = choose_variant(passed, parse_budget(version.budget))
+    record_choice(manifest, choice, version.budget, registry)
     champion_id = None
-    if selected and choose_champion(registry, manifest, promote=version.promote):
-        champion_id = register_champion(manifest, manifest.variant(selected), settings)
+    if choice.selected and choose_champion(registry, manifest, promote=version.promote):
+        champion_id = register_champion(manifest, manifest.variant(choice.selected), settings)
+    variants = with_reasons(in_order_of_size([*failures, *(one.report for one in outcomes)]), choice)
     report = DeployReport(
         name=manifest.name,
         version=manifest.version,
-        status=overall_status(reports, unchanged=not any(outcome.changed for outcome in outcomes)),
+        status=overall_status(variants, choice, unchanged=not any(outcome.changed for outcome in outcomes)),
         aliases=registry.aliases_of(manifest),
-        variants=tuple(reports),
+        selected=choice.selected,
+        reason=choice.reason,
+        budget=tuple(version.budget),
+        variants=variants,
         checkpoint=manifest.source.origin,
         parameters=manifest.source.parameters,
         evaluation=version.evaluation.summary,
-        reference_exact_match=next((one.evaluation.reference_exact_match for one in outcomes if one.evaluation), None),
+        evaluation_rows=version.evaluation.rows,
+        **reference_scores(variants),
         foundry_model_id=champion_id,
         foundry_dir=str(settings.foundry_dir),
         question=version.evaluation.rows[0].messages[-1].content,
         description=version.description,
         warnings=warnings,
+        provenance=provenance_of(manifest),
+        history=history_of(manifest, registry, settings),
+        search=last_search(manifest, registry),
     )
     return publish_report(report, registry, manifest, settings)
 
 
-def _evaluated(version: Qualification, variant: StoredVariant) -> bool:
+def needs_source(
+    manifest: Manifest,
+    evaluation: EvaluationSet,
+    text: TextSample | None,
+    registry: ModelRegistry,
+    settings: Settings,
+) -> bool:
+    """Whether some variant has yet to be compared with the source checkpoint."""
+    if manifest.source.parameters == 0:
+        return False
+    return any(
+        known_evaluation(manifest, variant, evaluation, registry, settings) is None
+        or known_parity(manifest, variant, registry, with_checkpoint=True) is None
+        or (text is not None and known_text_comparison(manifest, variant, text, registry, settings) is None)
+        for variant in manifest.variants
+    )
+
+
+def run_references(version: Qualification) -> None:
+    """Run the source checkpoint on what some variant has yet to be compared on."""
+    if not version.has_reference or version.prepared is None:
+        return
+    if not all(_is_evaluated(version, variant) for variant in version.manifest.variants):
+        run_reference_once(version.prepared, version.evaluation, version.settings)
+    if version.text:
+        run_text_reference_once(version.prepared, version.text, version.settings)
+
+
+def forget_references(version: Qualification) -> None:
+    """Remove the reference's logits: they are large."""
+    forget_reference(version.manifest.source.digest, version.evaluation, version.settings)
+    if version.text:
+        forget_text_reference(version.manifest.source.digest, version.text, version.settings)
+
+
+def _is_evaluated(version: Qualification, variant: StoredVariant) -> bool:
     found = known_evaluation(version.manifest, variant, version.evaluation, version.registry, version.settings)
     return found is not None
 
@@ -107,10 +171,9 @@ def _evaluated(version: Qualification, variant: StoredVariant) -> bool:
 class _Outcome:
     report: VariantReport
     changed: bool
-    evaluation: Evaluation | None = None
 
 
-def _qualify_variant(version: Qualification, variant: StoredVariant, *, has_reference: bool) -> _Outcome:
+def _qualify_variant(version: Qualification, variant: StoredVariant) -> _Outcome:
     manifest, registry, settings = version.manifest, version.registry, version.settings
     report = VariantReport(
         precision=variant.precision,
@@ -120,34 +183,79 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, *, has_refe
         digest=variant.digest,
         recipe=variant.recipe,
     )
-    evaluated: Evaluation | None = None
     try:
-        measured = measure_stored_variant(manifest, variant, registry, settings)
         evaluated = evaluate_stored_variant(
-            manifest, variant, version.evaluation, registry, settings, has_reference=has_reference
+            manifest, variant, version.evaluation, registry, settings, has_reference=version.has_reference
         )
-        report = report.model_copy(update={"metrics": variant_metrics(measured, evaluated)})
+        details = examine(version, variant, evaluated)
+        figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
+        report = report.model_copy(update={"details": details, **figures})
         thresholds = thresholds_for(variant.precision, settings.gate, **vars(version.gate))
-        verdict: GateVerdict = judge_stored_variant(manifest, variant, evaluated, thresholds, registry)
+        verdict: GateVerdict = judge_stored_variant(
+            manifest,
+            variant,
+            evaluated,
+            thresholds,
+            registry,
+            steadiness=details.steadiness,
+            parity=details.parity,
+            text=details.text,
+            exercises=details.exercises,
+        )
         report = report.model_copy(update={"gate": verdict})
         if not verdict.passed:
             removed = unregister_variant(manifest, variant, settings)
-            return _Outcome(report.model_copy(update={"status": "rejected"}), bool(removed), evaluated)
-        registration = register_variant(manifest, variant, version.description, registry, settings)
-        row = version.evaluation.rows[0]
+            return _Outcome(report.model_copy(update={"status": "rejected"}), bool(removed))
+        card = model_card(
+            manifest,
+            report,
+            evaluation=version.evaluation.summary,
+            description=version.description,
+            base_model=base_model_of(manifest.source.origin),
+        )
+        registration = register_variant(manifest, variant, version.description, card, registry, settings)
+        row, answer = version.evaluation.rows[0], evaluated.rows[0].answer
         proof = None if registration.changed else last_proof(manifest, variant, row, registry)
         is_new = proof is None
         if proof is None:
-            proof = prove_variant(manifest, variant, row, evaluated.rows[0].answer, registry, settings)
+            proof = prove_variant(manifest, variant, row, answer, registry, settings)
     except StageFailed as error:
-        return _Outcome(report.model_copy(update={"error": str(error)}), True, evaluated)
+        return _Outcome(report.model_copy(update={"error": str(error)}), True)
     update = {
         "status": "registered",
         "foundry_model_id": registration.model_id,
         "answer": proof.answer,
         "notes": (*verdict.notes, *registration.notes),
     }
-    return _Outcome(report.model_copy(update=update), is_new, evaluated)
+    return _Outcome(report.model_copy(update=update), is_new)
+
+
+def examine(version: Qualification, variant: StoredVariant, evaluated: Evaluation) -> VariantDetails:
+    """Measure a variant in every way that the gate judges; what is on record is not measured again.
+
+    A variant with another vocabulary is not its checkpoint's, and nothing else of it matters.
+    """
+    if not evaluated.vocabulary.comparable:
+        return VariantDetails(evaluation=evaluated)
+    manifest, registry, settings = version.manifest, version.registry, version.settings
+    rows = version.evaluation.rows
+    measured = measure_stored_variant(manifest, variant, registry, settings)
+    checkpoint = version.prepared.folder if version.has_reference and version.prepared else None
+    return VariantDetails(
+        measurement=measured,
+        evaluation=evaluated,
+        steadiness=steadiness_of(measured),
+        parity=check_template_parity(manifest, variant, checkpoint, registry, settings),
+        text=compare_stored_variant_on_text(
+            manifest, variant, version.text, registry, settings, has_reference=version.has_reference
+        )
+        if version.text
+        else None,
+        exercises=(
+            exercise_stored_variant(manifest, variant, rows, "genai", registry, settings),
+            exercise_stored_variant(manifest, variant, rows, "foundry", registry, settings),
+        ),
+    )
 
 
 def ended(report: DeployReport) -> State[DeployReport]:

@@ -1,21 +1,32 @@
 """The flow `regate`: judge a stored version again, without building it."""
 
+from collections.abc import Sequence
+
 from prefect import State, flow
 
-from flows.qualify import Gate, Qualification, ended, qualify
+from flows.qualify import Gate, Qualification, ended, needs_source, qualify
+from infra.errors import BadInput
 from infra.settings import load_settings
 from infra.storage.opening import open_registry
 from infra.storage.registry import parse_reference
+from tasks.budget import parse_budget
 from tasks.checkpoint import prepare_source
-from tasks.evaluate import last_evaluation_set, needs_reference
+from tasks.evaluate import last_evaluation_set
 from tasks.evaluation_set import read_evaluation
+from tasks.perplexity import read_text
 from tasks.report.records import DeployReport
+from tasks.store import last_budget
 
 
 @flow(name="regate", flow_run_name="regate-{reference}")
 def regate(
     reference: str,
     evaluation_file: str | None = None,
+    scorer: str | None = None,
+    output_schema_file: str | None = None,
+    output_regex: str | None = None,
+    text_file: str | None = None,
+    budget: Sequence[str] | None = None,
     min_top1_agreement: float | None = None,
     max_kl_divergence: float | None = None,
     max_quality_loss: float | None = None,
@@ -25,9 +36,14 @@ def regate(
     Args:
         reference: The version, NAME@VERSION.
         evaluation_file: JSONL rows {id, messages, expected}; default: the rows of the last evaluation.
+        scorer: How an answer is scored where its row in `evaluation_file` does not say.
+        output_schema_file: JSON Schema that every answer must conform to; with `evaluation_file`.
+        output_regex: Regular expression that every answer must match as a whole; with `evaluation_file`.
+        text_file: UTF-8 text on which perplexity and distributions are compared too.
+        budget: Limits of the chosen variant, each KEY=VALUE; default: those of the last choice.
         min_top1_agreement: Gate: smallest share of positions with the reference's most likely token (0 to 1).
         max_kl_divergence: Gate: largest mean KL divergence from the reference, in nats per token.
-        max_quality_loss: Gate: largest drop of the share of exact answers below the reference's (0 to 1).
+        max_quality_loss: Gate: largest drop of the task score below the reference's (0 to 1).
 
     Returns:
         The report, in the states that `deploy` ends in.
@@ -36,17 +52,27 @@ def regate(
     registry = open_registry(settings)
     name, number = parse_reference(reference)
     manifest = registry.version(name, number)
+    limits = last_budget(manifest, registry) if budget is None else tuple(budget)
+    parse_budget(limits)
+    asked = {"scorer": scorer, "output_schema_file": output_schema_file, "output_regex": output_regex}
+    if evaluation_file is None and any(asked.values()):
+        raise BadInput("A scorer or an output format is named without an evaluation file.", "Name its file too.")
     evaluation = last_evaluation_set(manifest, registry) if evaluation_file is None else None
     if evaluation is None:
-        evaluation = read_evaluation(evaluation_file, None, settings)
-    prepared = prepare_source(manifest, settings) if needs_reference(manifest, evaluation, registry, settings) else None
+        evaluation = read_evaluation(evaluation_file, None, settings, **asked)
+    text = read_text(text_file, settings) if text_file else None
     version = Qualification(
         manifest=manifest,
+        prepared=prepare_source(manifest, settings)
+        if needs_source(manifest, evaluation, text, registry, settings)
+        else None,
         evaluation=evaluation,
+        text=text,
         gate=Gate(min_top1_agreement, max_kl_divergence, max_quality_loss),
+        budget=limits,
         description=str((registry.latest_evidence(manifest, "deploy") or {}).get("description", "")),
         promote=False,
         registry=registry,
         settings=settings,
     )
-    return ended(qualify(version, prepared, [], ()))
+    return ended(qualify(version, [], ()))

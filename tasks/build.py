@@ -25,7 +25,9 @@ from tasks.progress import stage_progress
 from tasks.request import DeployRequest, ExecutionProvider, Precision, check_output
 from tasks.retries import PASSING_FAULTS
 
+# One recipe a file: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another one.
 RECIPES_DIR = Path(__file__).parent / "recipes"
+OLIVE_CONFIG = "olive-config"  # the id of a recipe that a user's Olive configuration makes
 MODEL_BUILDER = "ModelBuilder"
 
 # Olive's names of the execution providers, and the device that its systems pair them with.
@@ -74,11 +76,13 @@ OPTION_ALIASES = {
 class Recipe(BaseModel):
     """What one variant is built by.
 
-    `passes` are Olive's, by name and in order, the first of type ModelBuilder; `warnings` are for the user.
+    `passes` are Olive's, by name and in order, the first of type ModelBuilder; `warnings` are for the user. `id` says
+    where it comes from, such as `cpu-int4-block128`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    id: str = OLIVE_CONFIG
     precision: Precision
     execution_provider: ExecutionProvider
     passes: dict[str, dict[str, Any]]
@@ -86,44 +90,59 @@ class Recipe(BaseModel):
     warnings: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The id without the provider, as users name it; the precision for a user's own configuration."""
+        return self.precision if self.id == OLIVE_CONFIG else self.id.partition("-")[2]
+
+    @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, without the warnings.
+        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, without its id and the warnings.
 
         The passes keep their order in it, for another order is another model.
         """
-        content = self.model_dump(mode="json", exclude={"warnings"})
+        content = self.model_dump(mode="json", exclude={"id", "warnings"})
         content["passes"] = list(content["passes"].items())
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def load_recipe(precision: str, execution_provider: str = "cpu") -> Recipe:
-    """Return slmops' own recipe.
+def load_recipe(name: str, execution_provider: str = "cpu") -> Recipe:
+    """Return slmops' own recipe of a name: a precision for its default (`int4`), or `int4-block128` for another one.
 
-    Raises `BadInput`, listing what is known, for a precision, a provider or a pair of them without a recipe.
+    Raises `BadInput`, listing what is known, for a precision, a provider or a name without a recipe.
     """
-    known = _known_recipes()
-    precisions = sorted({known_precision for _, known_precision in known})
-    providers = sorted({provider for provider, _ in known})
+    files = _recipe_files()
+    precision = name.partition("-")[0]
+    precisions = sorted({known_precision for _, known_precision in files})
+    providers = sorted({provider for provider, _ in files})
     if precision not in precisions:
         raise BadInput(f"The precision {precision!r} is not known.", f"Known are: {', '.join(precisions)}.")
     if execution_provider not in providers:
         raise BadInput(
             f"The execution provider {execution_provider!r} is not known.", f"Known are: {', '.join(providers)}."
         )
-    if (execution_provider, precision) not in known:
-        fitting = ", ".join(sorted(p for provider, p in known if provider == execution_provider))
+    if (execution_provider, precision) not in files:
+        fitting = ", ".join(sorted(p for provider, p in files if provider == execution_provider))
         raise BadInput(f"There is no {precision} for {execution_provider}.", f"It has: {fitting}.")
-    path = known[execution_provider, precision]
-    return Recipe.model_validate_json(path.read_bytes())
+    known = known_recipes(precision, execution_provider)
+    if name not in known:
+        raise BadInput(f"There is no recipe {name!r} for {execution_provider}.", f"Known are: {', '.join(known)}.")
+    path = files[execution_provider, precision][name]
+    return Recipe.model_validate({**read_json(path), "id": path.stem})
 
 
-def _known_recipes() -> dict[tuple[str, str], Path]:
-    return {
-        (provider, precision): path
-        for path in RECIPES_DIR.glob("*.json")
-        for provider, precision in [path.stem.split("-")]
-    }
+def known_recipes(precision: str, execution_provider: str = "cpu") -> tuple[str, ...]:
+    """Return the names of a precision's recipes for a provider, its default first; none where there is no recipe."""
+    return tuple(sorted(_recipe_files().get((execution_provider, precision), ())))
+
+
+def _recipe_files() -> dict[tuple[str, str], dict[str, Path]]:
+    """Return provider and precision -> name -> file."""
+    files: dict[tuple[str, str], dict[str, Path]] = {}
+    for path in RECIPES_DIR.glob("*.json"):
+        provider, _, name = path.stem.partition("-")
+        files.setdefault((provider, name.partition("-")[0]), {})[name] = path
+    return files
 
 
 def olive_run_config(recipe: Recipe) -> dict[str, Any]:
@@ -354,13 +373,60 @@ class BuiltVariant(BaseModel):
 
 
 def plan_recipes(request: DeployRequest) -> list[Recipe]:
-    """Return one recipe per precision, or the one that the user's Olive configuration makes."""
+    """Return one recipe per precision, or the one that the user's Olive configuration makes.
+
+    Raises `BadInput` for a named recipe that is unknown, of a precision that is not asked for, or the second of one.
+    """
     if request.olive_config_file:
         return [read_olive_config(Path(request.olive_config_file).expanduser())]
-    return [load_recipe(precision, request.execution_provider) for precision in request.precisions]
+    named = _named_recipes(request)
+    return [
+        named.get(precision) or load_recipe(precision, request.execution_provider) for precision in request.precisions
+    ]
 
 
-@task(name="build variant", task_run_name="build-{recipe.precision}", tags=["slmops", "build"], **PASSING_FAULTS)
+def plan_search(request: DeployRequest) -> list[Recipe]:
+    """Return every recipe of each precision that is asked for, the default first.
+
+    A precision whose recipe is named keeps that one, and is not searched. Raises `BadInput` as `plan_recipes` does.
+    """
+    named = _named_recipes(request)
+    provider = request.execution_provider
+    return [
+        recipe
+        for precision in request.precisions
+        for recipe in (
+            [named[precision]]
+            if precision in named
+            # Without any recipe, the default's absence is the error to tell.
+            else [load_recipe(name, provider) for name in known_recipes(precision, provider) or (precision,)]
+        )
+    ]
+
+
+def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
+    named: dict[str, Recipe] = {}
+    for name in request.recipes:
+        recipe = load_recipe(name, request.execution_provider)
+        if recipe.precision not in request.precisions:
+            fitting = [
+                one for precision in request.precisions for one in known_recipes(precision, recipe.execution_provider)
+            ]
+            raise BadInput(
+                f"The recipe {name!r} is of a precision that is not asked for.",
+                f"Ask for {recipe.precision} too, or use one of: {', '.join(fitting)}.",
+            )
+        if recipe.precision in named:
+            known = ", ".join(known_recipes(recipe.precision, recipe.execution_provider))
+            raise BadInput(
+                f"The recipes {named[recipe.precision].name!r} and {name!r} are of one precision.",
+                f"A version has one variant a precision: name one of {known}, or search for the best of them.",
+            )
+        named[recipe.precision] = recipe
+    return named
+
+
+@task(name="build variant", task_run_name="build-{recipe.name}", tags=["slmops", "build"], **PASSING_FAULTS)
 def build_variant(
     recipe: Recipe, prepared: PreparedCheckpoint, request: DeployRequest, registry: ModelRegistry, settings: Settings
 ) -> BuiltVariant:
@@ -378,13 +444,13 @@ def build_variant(
         }
     )
     record = settings.cache_dir / "builds" / f"{key}.json"
-    with stage_progress(f"build {recipe.precision}") as on_progress:
+    with stage_progress(f"build {recipe.name}") as on_progress:
         if record.is_file():
             built = BuiltVariant.model_validate_json(record.read_bytes())
             if registry.has_files(built.variant.files):
                 on_progress(1, 1, "built before")
                 return built
-        log = settings.cache_dir / "logs" / f"build-{request.name}-{recipe.precision}-{key[:12]}.log"
+        log = settings.cache_dir / "logs" / f"build-{request.name}-{recipe.name}-{key[:12]}.log"
         log.unlink(missing_ok=True)
         with work_folder(settings) as work:
             child = run_in_child(
@@ -406,9 +472,7 @@ def build_variant(
                 precision=recipe.precision,
                 device=request.device,
                 execution_provider=recipe.execution_provider,
-                recipe="olive-config"
-                if request.olive_config_file
-                else f"{recipe.execution_provider}-{recipe.precision}",
+                recipe=recipe.id,
                 recipe_digest=recipe.digest,
                 files=registry.add_files(work / "model"),
             )

@@ -36,6 +36,9 @@ PER_REQUEST: tuple[MetricName, ...] = (
     "e2e_latency_ms",
 )
 PER_PROCESS: tuple[MetricName, ...] = ("load_ms", "peak_rss_bytes", "cpu_percent", "size_bytes")
+# Raised whenever a figure comes to mean something else, so that older evidence is neither reused nor compared.
+# 2: TTFT without the making of the generator, memory of the measured process alone, and the sweep.
+MEASUREMENT_SCHEMA = 2
 QUANTILE_METHOD = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
 
 
@@ -53,7 +56,7 @@ class Statistics(_Record):
 
 
 class RequestFigures(_Record):
-    """The raw figures of one measured request; see `infra.genai.runtime.measure`."""
+    """The raw figures of one measured request; see `infra.genai.timing.time_request`."""
 
     prompt_tokens: int
     new_tokens: int
@@ -64,6 +67,23 @@ class RequestFigures(_Record):
     inter_token_latency_ms: FiniteFloat
     inter_token_latencies_ms: tuple[FiniteFloat, ...]
     e2e_latency_ms: FiniteFloat
+
+
+class SweptRequest(_Record):
+    """The raw figures of one request of the sweep over prompt lengths.
+
+    `round` is above 0 where a loss of throughput made the length be measured again. `answered` says whether the
+    answer decoded to a text that is not empty; None where the prompt was no chat.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    repetition: int
+    round: int
+    ttft_ms: FiniteFloat
+    token_generation_throughput_tps: FiniteFloat
+    finite_logits: bool
+    answered: bool | None
 
 
 class PromptLengthStatistics(_Record):
@@ -90,7 +110,7 @@ class Measurement(_Record):
 
     `metrics` has one figure per name: medians over the requests of the first prompt length, and the process's own
     figures (`cpu_percent`: 100 is one core busy). `by_prompt_length` has every length's statistics, `rows` the raw
-    figures of every request.
+    figures of every request; `sweep` those of the sweep over prompt lengths, which no other figure counts.
     """
 
     metrics: dict[MetricName, FiniteFloat | int]
@@ -99,6 +119,8 @@ class Measurement(_Record):
     quantile_method: str
     warmup: int
     notes: tuple[str, ...]
+    sweep: tuple[SweptRequest, ...] = ()
+    sweep_notes: tuple[str, ...] = ()
     threads: int
     execution_provider: str | None
     hardware: Hardware
@@ -117,8 +139,8 @@ def statistics_of(values: Sequence[float]) -> Statistics:
     )
 
 
-def summarize(result: dict[str, Any], *, warmup: int, wall_s: float, supervised_peak_rss_bytes: int = 0) -> Measurement:
-    """Make the record from the child's raw result; the peak memory is the larger of the child's and the supervisor's.
+def summarize(result: dict[str, Any], *, warmup: int, wall_s: float) -> Measurement:
+    """Make the record from the child's raw result.
 
     Raises `StageFailed` when nothing was measured.
     """
@@ -130,10 +152,7 @@ def summarize(result: dict[str, Any], *, warmup: int, wall_s: float, supervised_
         _statistics_by_length([row for row in rows if (row.prompt_tokens, row.new_tokens) == length])
         for length in lengths
     )
-    process: dict[str, Any] = {
-        **{name: result[name] for name in PER_PROCESS},
-        "peak_rss_bytes": max(result["peak_rss_bytes"], supervised_peak_rss_bytes),
-    }
+    process = {name: result[name] for name in PER_PROCESS}
     medians = {name: by_length[0].statistics[name].p50 for name in PER_REQUEST}
     return Measurement(
         metrics={"load_ms": process["load_ms"], **medians, **process},
@@ -142,6 +161,8 @@ def summarize(result: dict[str, Any], *, warmup: int, wall_s: float, supervised_
         quantile_method=QUANTILE_METHOD,
         warmup=warmup,
         notes=tuple(result["notes"]),
+        sweep=tuple(SweptRequest(**row) for row in result["sweep"]),
+        sweep_notes=tuple(result["sweep_notes"]),
         threads=result["threads"],
         execution_provider=result["execution_provider"],
         hardware=Hardware(**result["hardware"]),
@@ -174,7 +195,7 @@ def measure_variant(
     """
     benchmark = settings.benchmark
     child = run_in_child(
-        "infra.genai.runtime:measure",
+        "infra.genai.measurement:measure",
         {
             "model_dir": str(model_dir.absolute()),
             "prompt_tokens": list(benchmark.prompt_tokens),
@@ -183,38 +204,56 @@ def measure_variant(
             "repetitions": benchmark.repetitions,
             "threads": settings.threads,
             "execution_provider": execution_provider,
+            "sweep": {
+                **settings.sweep.model_dump(mode="json"),
+                "max_cliff_ratio": settings.gate.max_cliff_ratio,
+            },
         },
         deadline_s=settings.timeout.measure_s,
         log_path=work_dir / "measure.log",
         work_dir=work_dir,
         on_progress=on_progress,
     )
-    return summarize(
-        child.value, warmup=benchmark.warmup, wall_s=child.wall_s, supervised_peak_rss_bytes=child.peak_rss_bytes
-    )
+    # The supervisor's peak memory would have the sweep's long prompts in it.
+    return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
 
 
 @task(name="measure variant", task_run_name="measure-{variant.precision}", tags=["slmops", "measure"], **PASSING_FAULTS)
 def measure_stored_variant(
-    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings
+    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings, *, fresh: bool = False
 ) -> Measurement:
-    """Measure a variant of the store and keep the figures as evidence; figures of the same question are reused."""
+    """Measure a variant of the store and keep the figures as evidence.
+
+    Figures of the same question are reused, unless it must be `fresh`: then a record is added to those that there are.
+    """
     question = {
+        "schema": MEASUREMENT_SCHEMA,
         "variant": variant.digest,
         "benchmark": settings.benchmark.model_dump(mode="json"),
+        "sweep": settings.sweep.model_dump(mode="json"),
+        "max_cliff_ratio": settings.gate.max_cliff_ratio,
         "threads": settings.threads,
         "host": host_facts(),
     }
-    key = digest_of(question)[:16]
+    key = None if fresh else digest_of(question)[:16]
     with stage_progress(f"measure {variant.precision}") as on_progress:
-        known = registry.latest_evidence(manifest, "measurement", key)
+        known = registry.latest_evidence(manifest, "measurement", key) if key else None
         if known:
             on_progress(1, 1, "measured before")
             return Measurement.model_validate(known["measurement"])
         with work_folder(settings) as work:
             registry.materialize(variant.files, work / "model")
             measured = measure_variant(settings, work / "model", work, on_progress)
-        registry.add_evidence(
-            manifest, "measurement", {**question, "measurement": measured.model_dump(mode="json")}, key
-        )
+        record = {**question, "measurement": measured.model_dump(mode="json")}
+        registry.add_evidence(manifest, "measurement", record, key)
     return measured
+
+
+def measurements_of(manifest: Manifest, variant: StoredVariant, registry: ModelRegistry) -> list[Measurement]:
+    """Return a variant's measurements on record, oldest first; those by another method are left out."""
+    records = sorted(registry.evidence(manifest, "measurement"), key=lambda record: str(record["recorded_at"]))
+    return [
+        Measurement.model_validate(record["measurement"])
+        for record in records
+        if (record.get("schema"), record["variant"]) == (MEASUREMENT_SCHEMA, variant.digest)
+    ]

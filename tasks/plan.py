@@ -12,7 +12,7 @@ from infra.errors import BadInput
 from infra.settings import Settings
 from infra.storage.opening import open_registry
 from infra.transformers.adapters import read_adapter_config
-from tasks.build import plan_recipes
+from tasks.build import plan_recipes, plan_search
 from tasks.checkpoint import Inspection, inspect_checkpoint
 from tasks.environment import (
     StageEstimate,
@@ -23,8 +23,9 @@ from tasks.environment import (
     require_packages,
     require_resources,
 )
-from tasks.evaluation_set import read_rows
+from tasks.evaluation_set import EvaluationRow, read_rows
 from tasks.gate import thresholds_for
+from tasks.perplexity import read_text_file
 from tasks.register import foundry_model_id
 from tasks.request import DeployRequest, check_precisions
 
@@ -64,7 +65,7 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
     """
     request = parse_request(parameters)
     open_registry(settings)
-    recipes = plan_recipes(request)
+    recipes = plan_search(request) if request.search else plan_recipes(request)
     for recipe in recipes:
         thresholds_for(
             recipe.precision,
@@ -78,7 +79,7 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
     if source.kind is SourceKind.HUB:
         _check_on_hub(source.location, source.revision, settings)
     if source.kind is not SourceKind.LOCAL:
-        rows = read_rows(request.evaluation_file, None)
+        rows = _rows(request, None, settings)
         return DeployPlan(
             name=request.name,
             parameters=0,
@@ -90,7 +91,7 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
         )
     folder = Path(source.location)
     inspection = inspect_checkpoint(folder, chat_template_given=bool(request.chat_template_file))
-    rows = read_rows(request.evaluation_file, folder)
+    rows = _rows(request, folder, settings)
     if inspection.kind == "adapter":
         inspection = _inspect_base(folder, request)
     used = min(len(rows), settings.evaluation.max_rows)
@@ -106,6 +107,18 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
         stages=tuple(stages),
         time_s=sum(stage.time_s for stage in stages),
         warnings=(*inspection.warnings, *(text for recipe in recipes for text in recipe.warnings)),
+    )
+
+
+def _rows(request: DeployRequest, folder: Path | None, settings: Settings) -> list[EvaluationRow]:
+    if request.text_file:
+        read_text_file(Path(request.text_file).expanduser(), settings.evaluation.max_text_tokens)
+    return read_rows(
+        request.evaluation_file,
+        folder,
+        scorer=request.scorer,
+        output_schema_file=request.output_schema_file,
+        output_regex=request.output_regex,
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.errors import BadInput
 from infra.storage.registry import check_name
+from tasks.budget import parse_budget
 
 Precision = Literal["fp16", "int8", "int4"]
 Device = Literal["cpu", "gpu", "npu"]
@@ -37,6 +38,11 @@ class DeployRequest(BaseModel):
     revision: str | None = None
     description: str = ""
     evaluation_file: str | None = None
+    scorer: str | None = None
+    output_schema_file: str | None = None
+    output_regex: str | None = None
+    text_file: str | None = None
+    budget: tuple[str, ...] = ()
     chat_template_file: str | None = None
     min_top1_agreement: float | None = None
     max_kl_divergence: float | None = None
@@ -46,6 +52,8 @@ class DeployRequest(BaseModel):
     top_p: float | None = None
     repetition_penalty: float | None = None
     olive_config_file: str | None = None
+    recipes: tuple[str, ...] = ()
+    search: bool = False
     output: str | None = None
     promote: bool = False
 
@@ -68,11 +76,22 @@ class DeployRequest(BaseModel):
         _check_range("temperature", self.temperature, 0, 2)
         _check_range("top_p", self.top_p, 0.001, 1)
         _check_range("repetition_penalty", self.repetition_penalty, 0.1, 2)
+        parse_budget(self.budget)
+        if self.olive_config_file and (self.recipes or self.search):
+            raise BadInput(
+                f"An Olive configuration leaves no {'recipe to name' if self.recipes else 'recipes to search'}.",
+                "Leave it out, or leave the other out.",
+            )
         if self.chat_template_file:
             read_chat_template_file(Path(self.chat_template_file))
         if self.output:
             check_output(Path(self.output))
-        return self.model_copy(update={"precisions": tuple(dict.fromkeys(self.precisions))})
+        return self.model_copy(
+            update={
+                "precisions": tuple(dict.fromkeys(self.precisions)),
+                "recipes": tuple(dict.fromkeys(self.recipes)),
+            }
+        )
 
     @property
     def generation_defaults(self) -> dict[str, float]:

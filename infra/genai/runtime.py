@@ -1,13 +1,8 @@
-"""onnxruntime-genai, the runtime that serves: a model folder's answers, distributions and speed."""
+"""onnxruntime-genai, the runtime that serves: a model folder's answers and distributions."""
 
-import contextlib
 import itertools
 import json
 import math
-import os
-import platform
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -15,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from infra.errors import StageFailed
@@ -25,9 +19,6 @@ from infra.transformers.reference import LOGITS_FILE, REFERENCE_FILE, choose_pos
 
 # Bound on one chunk's float32 logits: 220 positions of a vocabulary of 152 k.
 LOGITS_CHUNK_BYTES = 128 * 2**20
-SAMPLE_INTERVAL_S = 0.02
-WORST_ROWS = 5
-BENCHMARK_TEXT = "The quick brown fox jumps over the lazy dog, and then it rests in the warm sun for a while. "
 
 # Neutral values for whatever a folder's genai_config.json says about search: pure greedy decoding.
 GREEDY = {
@@ -169,6 +160,23 @@ class GenaiModel:
         """Whether the model was built to give the logits of the last position alone."""
         return self._logits_shape[1] == 1
 
+    @property
+    def declared_vocabulary_size(self) -> int | None:
+        """Length of a position's logits as the folder declares it, for a model that cannot be run; None if it does not.
+
+        It is the smaller of what genai_config.json says and what the decoder's ONNX file says.
+        """
+        import onnx
+
+        sizes = [self.config["model"].get("vocab_size")]
+        try:
+            path = self.model_dir / self.config["model"]["decoder"]["filename"]
+            outputs = onnx.load(path, load_external_data=False).graph.output
+            sizes += [one.type.tensor_type.shape.dim[-1].dim_value for one in outputs if one.name == "logits"]
+        except Exception as error:  # protobuf's and the file system's, whatever a damaged folder makes them raise
+            raise self.broken(error) from error
+        return min((size for size in sizes if size), default=None)
+
     @cached_property
     def _logits_shape(self) -> tuple[int, ...]:
         try:
@@ -267,24 +275,27 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     reference's own token ids (without a reference: over the variant's own answers, only to see whether they are
     finite). Figures over positions are None when a position is not finite, or without a reference.
 
-    Result:
-    - `rows` [{id, answer, exact_match, identical_to_reference (token for token), prompt_tokens, template_matches,
-      positions, finite_positions, top1_agreement, kl_divergence}];
-    - `template_mismatches` {count, example: {id, reference, variant, reference_ids, variant_ids} or null};
-    - `positions`, and over them: `finite_logits` and `top1_agreement` (shares), `kl_divergence` (mean of
-      KL(reference || variant), nats per token), `kl_divergence_p99`, `perplexity` and `reference_perplexity` of the
-      reference's answers;
-    - `exact_match`, `reference_exact_match`, `identical_answers` (shares), `empty_answers`;
-    - `worst_rows` (ids, worst first), `vocabulary` {variant, reference, compared}, `threads`, `versions`.
+    A variant whose vocabulary is not the reference's is not compared either: it is looked at as without a reference,
+    and `comparable` is false. Where its tokenizer's ids are beyond what it takes, it cannot answer at all: then the
+    answer is empty and has no positions.
 
-    Raises `StageFailed` for a model that cannot be run, a vocabulary that is not the reference's, or a reference
-    of other rows.
+    Result:
+    - `rows` [{id, answer, reference_answer, exact_match, identical_to_reference (token for token), prompt_tokens,
+      template_matches, positions, finite_positions, top1_agreement, kl_divergence}];
+    - `template_mismatches` {count, example: {id, reference, variant, reference_ids, variant_ids} or null};
+    - `positions`, and over them: `finite_logits` (share; 0 without any), `top1_agreement` (share), `kl_divergence`
+      (mean of KL(reference || variant), nats per token), `kl_divergence_p99`, `perplexity` and `reference_perplexity`
+      of the reference's answers;
+    - `exact_match`, `reference_exact_match`, `identical_answers` (shares), `empty_answers`;
+    - `vocabulary` {variant, reference, compared, comparable}, `threads`, `versions`.
+
+    Raises `StageFailed` for a model that cannot be run, or a reference of other rows.
     """
     rows: list[dict[str, Any]] = request["rows"]
     progress(0, len(rows), "loading the model")
     model = _open(request)
     reference = _Reference(Path(request["reference_dir"]), rows) if request.get("reference_dir") else None
-    compared = reference.comparable_vocabulary(model.vocabulary_size) if reference else model.vocabulary_size
+    vocabulary = _vocabulary(model, reference)
     evaluated = []
     own: list[tuple[list[int], list[int]]] = []
     example: dict[str, Any] | None = None
@@ -301,13 +312,20 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
                 "reference_ids": expected["prompt_ids"],
                 "variant_ids": prompt_ids,
             }
-        answer_ids = model.answer(prompt_ids, expected["max_new_tokens"] if expected else request["max_new_tokens"])
-        own.append((prompt_ids, answer_ids))
+        budget = expected["max_new_tokens"] if expected else request["max_new_tokens"]
+        if vocabulary["comparable"]:
+            answer_ids = model.answer(prompt_ids, budget)
+            own.append((prompt_ids, answer_ids))
+        else:
+            possible = _answer_if_possible(model, vocabulary["variant"], prompt_ids, budget)
+            answer_ids = possible or []
+            own.append(([], []) if possible is None else (prompt_ids, possible))
         answer = model.decode(answer_ids)
         evaluated.append(
             {
                 "id": row["id"],
                 "answer": answer,
+                "reference_answer": None if expected is None else expected["answer"],
                 "exact_match": matches(answer, row.get("expected")),
                 "identical_to_reference": None
                 if expected is None
@@ -322,8 +340,8 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     chosen = choose_positions([len(prompt) + len(answer) for prompt, answer in own], request["max_positions"])
     for done, row in enumerate(evaluated):
         progress(len(rows) + done, 2 * len(rows), "distributions")
-        if reference:
-            comparisons = list(reference.compare(model, done, compared, chunk_bytes))
+        if reference and vocabulary["comparable"]:
+            comparisons = list(reference.compare(model, done, vocabulary["compared"], chunk_bytes))
             found += comparisons
             flags = [comparison.finite for comparison in comparisons]
             row.update(_figures(comparisons))
@@ -341,7 +359,7 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
             "example": example,
         },
         "positions": len(finite),
-        "finite_logits": sum(finite) / len(finite),
+        "finite_logits": sum(finite) / max(1, len(finite)),
         **_figures(found),
         "kl_divergence_p99": _percentile([comparison.kl_divergence for comparison in found], 99),
         "perplexity": _perplexity(log_probabilities),
@@ -350,14 +368,9 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "reference_exact_match": reference.exact_match if reference else None,
         "identical_answers": share_of([row["identical_to_reference"] for row in evaluated]),
         "empty_answers": sum(not row["answer"].strip() for row in evaluated),
-        "worst_rows": _worst_rows(evaluated) if reference else [],
-        "vocabulary": {
-            "variant": model.vocabulary_size,
-            "reference": reference.vocabulary_size if reference else None,
-            "compared": compared,
-        },
+        "vocabulary": vocabulary,
         "threads": request["threads"],
-        "versions": _versions(),
+        "versions": package_versions(),
     }
 
 
@@ -377,16 +390,10 @@ class _Reference:
         self._logits = np.load(directory / LOGITS_FILE, mmap_mode="r")
         self._offsets = np.cumsum([0, *(len(row["positions"]) for row in self.rows)])
 
-    def comparable_vocabulary(self, variant_size: int) -> int:
-        """Size of the common vocabulary: what one side has beyond it must be padding that no token uses."""
+    def is_comparable(self, variant_size: int) -> bool:
+        """Whether what one side's vocabulary has beyond the other's is padding that no token uses."""
         common = min(variant_size, self.vocabulary_size)
-        if common < self._tokenizer_size and variant_size != self.vocabulary_size:
-            raise StageFailed(
-                f"The variant's vocabulary has {variant_size} tokens and the reference's {self.vocabulary_size}, "
-                f"of which the tokenizer uses {self._tokenizer_size}.",
-                "The model was not built from this checkpoint: build it again.",
-            )
-        return common
+        return common >= self._tokenizer_size or variant_size == self.vocabulary_size
 
     def compare(self, model: GenaiModel, index: int, vocabulary: int, chunk_bytes: int) -> Iterator[PositionComparison]:
         row = self.rows[index]
@@ -397,6 +404,35 @@ class _Reference:
         found = model.logits_at(token_ids, row["positions"], chunk_bytes)
         for position, reference, variant in zip(row["positions"], expected, found, strict=True):
             yield compare_position(reference[:vocabulary], variant[:vocabulary], token_ids[position + 1])
+
+
+def _vocabulary(model: GenaiModel, reference: _Reference | None) -> dict[str, Any]:
+    try:
+        size = model.vocabulary_size
+    except StageFailed:
+        declared = model.declared_vocabulary_size if reference else None
+        if reference is None or declared is None or reference.is_comparable(declared):
+            raise
+        size = declared  # a model cut down to it may not even start: that is what the figure is to tell
+    comparable = reference is None or reference.is_comparable(size)
+    return {
+        "variant": size,
+        "reference": reference.vocabulary_size if reference else None,
+        "compared": min(size, reference.vocabulary_size if reference else size) if comparable else 0,
+        "comparable": comparable,
+    }
+
+
+def _answer_if_possible(
+    model: GenaiModel, vocabulary_size: int, prompt_ids: list[int], max_new_tokens: int
+) -> list[int] | None:
+    """Token ids of the answer of a model with a vocabulary of its own; None when it cannot take the prompt."""
+    if max(prompt_ids, default=0) >= vocabulary_size:
+        return None
+    try:
+        return model.answer(prompt_ids, max_new_tokens)
+    except StageFailed:
+        return None
 
 
 def _finite_flags(
@@ -435,180 +471,6 @@ def _perplexity(log_probabilities: Sequence[float | None]) -> float | None:
     return math.exp(-mean) if mean is not None and -mean < 700 else None
 
 
-def _worst_rows(rows: Sequence[dict[str, Any]]) -> list[Any]:
-    compared = [row for row in rows if row["positions"]]
-    compared.sort(key=lambda row: math.inf if row["kl_divergence"] is None else row["kl_divergence"], reverse=True)
-    return [row["id"] for row in compared[:WORST_ROWS]]
-
-
-def measure(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Measure speed and memory by the method of onnxruntime-genai's own benchmark/python/benchmark_e2e.py.
-
-    Request: `model_dir`, `prompt_tokens` [lengths], `new_tokens`, `warmup`, `repetitions`, `threads`,
-    `execution_provider` (or null).
-
-    A request is one greedy generation of exactly `new_tokens` tokens after a prompt of exactly the asked length;
-    the end token is suppressed. Times are of `time.perf_counter`. Prompt processing is the feeding of the prompt
-    alone; `ttft_ms` runs from the request's start (a new generator, with its memory) to the first token; one
-    inter-token latency is one decoding step with its sampling; tokenization is not part of a request.
-
-    Result: `load_ms` (model and tokenizer), `rows` [{prompt_tokens, new_tokens, repetition, ttft_ms,
-    prompt_processing_throughput_tps, token_generation_throughput_tps, inter_token_latency_ms (mean),
-    inter_token_latencies_ms, e2e_latency_ms}], `cpu_percent` over the measured requests (100 is one core busy) and
-    `peak_rss_bytes` from before the load on, both over the process tree; `size_bytes` of the folder, `notes`,
-    `threads`, `execution_provider`, `hardware`, `versions`.
-
-    Raises `StageFailed` for a model that cannot be run.
-    """
-    progress(0, 1, "loading the model")
-    with _PeakMemory() as memory:
-        started = time.perf_counter()
-        model = _open(request)
-        load_ms = 1000 * (time.perf_counter() - started)
-        notes: list[str] = []
-        lengths = _lengths(request["prompt_tokens"], request["new_tokens"], model.context_length, notes)
-        steps = len(lengths) * (request["warmup"] + request["repetitions"])
-        rows: list[dict[str, Any]] = []
-        cpu_s = wall_s = 0.0
-        for line, (prompt_tokens, new_tokens) in enumerate(lengths):
-            prompt_ids = _benchmark_prompt(model, prompt_tokens)
-            done = line * (request["warmup"] + request["repetitions"])
-            for repetition in range(request["warmup"]):
-                progress(done + repetition, steps, "warm-up")
-                _run_request(model, prompt_ids, new_tokens)
-            cpu_before, wall_before = _tree_cpu_s(), time.perf_counter()
-            for repetition in range(request["repetitions"]):
-                progress(done + request["warmup"] + repetition, steps, "measuring")
-                figures = _run_request(model, prompt_ids, new_tokens)
-                sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repetition": repetition}
-                rows.append({**sizes, **figures})
-            cpu_s += _tree_cpu_s() - cpu_before
-            wall_s += time.perf_counter() - wall_before
-    return {
-        "load_ms": load_ms,
-        "rows": rows,
-        "cpu_percent": 100 * cpu_s / wall_s,
-        "peak_rss_bytes": memory.peak_rss_bytes,
-        "size_bytes": sum(path.stat().st_size for path in model.model_dir.rglob("*") if path.is_file()),
-        "notes": notes,
-        "threads": request["threads"],
-        "execution_provider": request.get("execution_provider"),
-        "hardware": _hardware(),
-        "versions": _versions(),
-    }
-
-
-def _lengths(
-    prompt_tokens: Sequence[int], new_tokens: int, context_length: int, notes: list[str]
-) -> list[tuple[int, int]]:
-    """Clip each (prompt, new) pair to the context, and say so; a pair that clipping makes double is run once."""
-    lengths: list[tuple[int, int]] = []
-    for asked in prompt_tokens:
-        new = min(new_tokens, max(2, context_length // 2))
-        prompt = min(asked, context_length - new)
-        if (prompt, new) != (asked, new_tokens):
-            notes.append(
-                f"{asked} prompt and {new_tokens} new tokens were clipped to {prompt} and {new}: "
-                f"the model's context is {context_length}."
-            )
-        if (prompt, new) not in lengths:
-            lengths.append((prompt, new))
-    return lengths
-
-
-def _benchmark_prompt(model: GenaiModel, length: int) -> NDArray[np.int32]:
-    ids = np.asarray(model.tokenizer.encode(BENCHMARK_TEXT), np.int32)
-    return np.resize(ids, length)  # repeats them
-
-
-def _run_request(model: GenaiModel, prompt_ids: NDArray[np.int32], new_tokens: int) -> dict[str, Any]:
-    length = len(prompt_ids) + new_tokens
-    gaps_s: list[float] = []
-    try:
-        start = time.perf_counter()
-        generator = model.start(length, min_length=length)
-        feeding = time.perf_counter()
-        generator.append_tokens(prompt_ids)
-        fed = time.perf_counter()
-        generator.generate_next_token()
-        first = before = time.perf_counter()
-        while not generator.is_done():
-            generator.generate_next_token()
-            now = time.perf_counter()
-            gaps_s.append(now - before)
-            before = now
-    except Exception as error:
-        raise model.broken(error) from error
-    if len(gaps_s) != new_tokens - 1:
-        raise StageFailed(
-            f"The model in {model.model_dir} generated {len(gaps_s) + 1} tokens where {new_tokens} were asked for.",
-            "Its genai_config.json ends generation early: build it again.",
-        )
-    return {
-        "ttft_ms": 1000 * (first - start),
-        "prompt_processing_throughput_tps": len(prompt_ids) / (fed - feeding),
-        "token_generation_throughput_tps": len(gaps_s) / sum(gaps_s),
-        "inter_token_latency_ms": 1000 * sum(gaps_s) / len(gaps_s),
-        "inter_token_latencies_ms": [1000 * gap for gap in gaps_s],
-        "e2e_latency_ms": 1000 * (before - start),
-    }
-
-
-class _PeakMemory:
-    """Samples the resident memory of this process and its descendants while it is entered."""
-
-    def __init__(self) -> None:
-        self.peak_rss_bytes = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "_PeakMemory":
-        self._sample()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._sample()
-
-    def _run(self) -> None:
-        while not self._over.wait(SAMPLE_INTERVAL_S):
-            self._sample()
-
-    def _sample(self) -> None:
-        with contextlib.suppress(psutil.Error):  # a descendant ended between the listing and the reading
-            self.peak_rss_bytes = max(self.peak_rss_bytes, sum(process.memory_info().rss for process in _tree()))
-
-
-def _tree() -> list[psutil.Process]:
-    process = psutil.Process()
-    return [process, *process.children(recursive=True)]
-
-
-def _tree_cpu_s() -> float:
-    return float(sum(sum(process.cpu_times()[:2]) for process in _tree()))
-
-
-def _hardware() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_model(),
-        "physical_cores": psutil.cpu_count(logical=False),
-        "logical_cores": os.cpu_count(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "os": platform.platform(),
-        "machine": platform.machine(),
-    }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that compute the answers."""
     return {package: version(package) for package in ("onnxruntime", "onnxruntime-genai", "numpy")}

@@ -120,11 +120,14 @@ def _smollm3_with_layers_without_rope(model_class: type) -> type:
 def _builder_can_share(options: dict[str, Any]) -> bool:
     """Whether the builder's own sharing of a tied four-bit embedding gives a model that loads.
 
-    It does not for asymmetric weights of its default quantizer (names that do not exist) nor in QDQ form;
-    the embedding is then quantized by `quantize_embedding`.
+    It does not in QDQ form, nor with its default quantizer (it looks for names that do not exist) when the weights are
+    asymmetric or lm_head has another width; the embedding is then quantized by `quantize_embedding`.
     """
+    if options.get("use_qdq", False):
+        return False
     asymmetric = not options.get("is_symmetric", True)
-    return not options.get("use_qdq", False) and not (asymmetric and options.get("algo_config", "default") == "default")
+    mixed = "last_matmul" in options.get("extra_options", {}).get("matmul_mixed_precision", ())
+    return not ((asymmetric or mixed) and options.get("algo_config", "default") == "default")
 
 
 def _finish_genai_config(path: Path, options: dict[str, Any]) -> None:

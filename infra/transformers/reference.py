@@ -66,7 +66,7 @@ def reference(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     output_dir.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = request["rows"]
     progress(0, 1, "loading the source checkpoint")
-    tokenizer, model = _load(request["checkpoint_dir"], request["dtype"])
+    tokenizer, model = load_checkpoint(request["checkpoint_dir"], request["dtype"])
     prompts = [_render(tokenizer, row) for row in rows]
     budgets = _token_budgets(rows, prompts, model, request["max_new_tokens"])
     answer_ids = _answer(tokenizer, model, prompts, budgets, batch_size=request["batch_size"], progress=progress)
@@ -103,7 +103,11 @@ def reference(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return result
 
 
-def _load(checkpoint_dir: str, dtype: str) -> tuple[Any, Any]:
+def load_checkpoint(checkpoint_dir: str, dtype: str) -> tuple[Any, Any]:
+    """Return a checkpoint's tokenizer and its model, ready to answer; no code of the checkpoint's is run.
+
+    `dtype` is auto, float32 or bfloat16. Raises `StageFailed` when transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     safe = {"local_files_only": True, "trust_remote_code": False}

@@ -8,6 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
+from tasks.benchmarks import LmEvalResult
 from tasks.history import Change
 from tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, bullets, joined, quoted, table
 from tasks.report.document import METRIC_TITLES
@@ -29,6 +30,7 @@ class VariantBenchmark(_Record):
     earlier: int = 0
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
+    lm_eval: tuple[LmEvalResult, ...] = ()
     error: str | None = None
 
 
@@ -38,6 +40,7 @@ class BenchmarkReport(_Record):
     name: str
     version: int
     variants: tuple[VariantBenchmark, ...]
+    checkpoint_lm_eval: tuple[LmEvalResult, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -95,6 +98,39 @@ def _document(report: BenchmarkReport) -> Iterator[Block]:
             figures = [(_title(name), _text(name, value)) for name, value in variant.metrics.items()]
             yield from table(("figure", "now"), figures)
         yield from bullets(variant.notes)
+    rows = lm_eval_rows(report)
+    if rows:
+        yield Heading("lm-eval")
+        yield from table(tuple(rows[0]), [tuple(quoted(text) for text in row.values()) for row in rows])
+
+
+def lm_eval_rows(report: BenchmarkReport) -> list[dict[str, str]]:
+    """Return one row a task's metric, with the value and its standard error for the checkpoint and each precision."""
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    subjects = {"checkpoint": report.checkpoint_lm_eval, **{one.precision: one.lm_eval for one in report.variants}}
+    for subject, results in subjects.items():
+        for result in results:
+            key = (result.task, result.metric, result.filter)
+            row = rows.setdefault(key, {"task": result.task, "metric": result.metric})
+            error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+            row[subject] = f"{result.value:.4f}{error}"
+    columns = {"task": "", "metric": ""} | {subject: "-" for subject, results in subjects.items() if results}
+    return [columns | row for row in rows.values()]
+
+
+def benchmark_rows(report: BenchmarkReport) -> list[dict[str, str]]:
+    """Return one row a figure for the terminal: now, and before where there is something to compare with."""
+    rows = []
+    for variant in report.variants:
+        changes = {change.metric: change for change in variant.changes}
+        for name, value in variant.metrics.items():
+            change = changes.get(name)
+            before, trend = ("-", "-") if change is None else (_text(name, change.before), change.trend)
+            now = _text(name, value if change is None else change.after)
+            rows.append(
+                {"precision": variant.precision, "figure": _title(name), "before": before, "now": now, "trend": trend}
+            )
+    return rows
 
 
 def _row(change: Change) -> Sequence[Text]:

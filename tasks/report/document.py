@@ -41,6 +41,7 @@ from tasks.report.wording import (
     signed_percent,
     told,
 )
+from tasks.search import Trial
 
 # What Microsoft's tutorial promises of each precision, as a share of the fp32 size.
 PROMISED_SHARE_OF_FP32 = {"fp16": 0.5, "int8": 0.25, "int4": 0.125}
@@ -67,6 +68,7 @@ def document(report: DeployReport) -> list[Block]:
         *_variants(report),
         *_speed(report),
         *quality_blocks(report),
+        *_search(report),
         *_history(report),
         *_remarks(report),
         *_provenance(report),
@@ -275,6 +277,33 @@ def _statistics(variant: VariantReport) -> Iterator[Block]:
     blocks.append(Paragraph(f"Of the whole process: {'; '.join(process)}; {measured.threads} threads."))
     blocks += bullets([sentences(note) for note in measured.notes])
     yield from blocks
+
+
+def _search(report: DeployReport) -> Iterator[Block]:
+    if report.search is None:
+        return
+    trials = report.search.trials
+    chosen = [trial for trial in trials if trial.chosen]
+    yield Heading("Recipes that were tried")
+    yield from bullets([joined((quoted(trial.recipe), f": {trial.reason}"), "") for trial in chosen])
+    columns = ("recipe", "size", "new tok/s", "score", "KL divergence")
+    yield from table(columns, [_trial(trial) for trial in trials if trial.candidate])
+    others = [
+        joined((quoted(trial.recipe), f": {trial.error or trial.reason}"), "") for trial in trials if not trial.chosen
+    ]
+    yield Details(f"Why not the other {len(others)}", list(bullets(others)))
+
+
+def _trial(trial: Trial) -> Sequence[Text]:
+    figures = trial.candidate
+    assert figures is not None
+    return (
+        quoted(trial.recipe),
+        megabytes(figures.size_bytes),
+        decimal(figures.token_generation_throughput_tps),
+        told(trial.score, percent),
+        told(figures.kl_divergence, ratio),
+    )
 
 
 def _history(report: DeployReport) -> Iterator[Block]:

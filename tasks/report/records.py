@@ -12,6 +12,7 @@ from tasks.history import History
 from tasks.measure import Measurement
 from tasks.parity import TemplateParity
 from tasks.perplexity import TextComparison
+from tasks.search import SearchOutcome
 from tasks.statistics import Estimate
 from tasks.steadiness import Steadiness
 
@@ -101,6 +102,7 @@ class DeployReport(BaseModel):
     warnings: tuple[str, ...] = ()
     provenance: Provenance | None = None
     history: History | None = None
+    search: SearchOutcome | None = None
 
     @property
     def reference(self) -> str:

@@ -39,6 +39,9 @@ QUANTIZED_OPTIONS: list[dict[str, Any]] = [
     {"precision": "int4", "is_symmetric": False},
     {"precision": "int4", "algo_config": "k_quant"},
     {"precision": "int4", "algo_config": "k_quant_mixed"},
+    {"precision": "int4", "algo_config": "k_quant", "is_symmetric": False},
+    {"precision": "int4", "algo_config": "rtn_last"},
+    {"precision": "int4", "extra_options": {"matmul_mixed_precision": {"last_matmul": "int8"}}},
     {"precision": "int4", "use_qdq": True},
     {"precision": "int4", "block_size": 64},
 ]

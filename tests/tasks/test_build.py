@@ -1,16 +1,36 @@
 """Recipes, and the reading of a user's own Olive file."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime_genai as og
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from infra.errors import BadInput
-from infra.olive.options import BUILDER_OPTIONS, olive_pass_types
-from tasks.build import KNOWN_KEYS, RECIPES_DIR, Recipe, load_recipe, olive_run_config, read_olive_config
+from infra.olive.engine import build
+from infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
+from tasks.build import (
+    KNOWN_KEYS,
+    RECIPES_DIR,
+    Recipe,
+    known_recipes,
+    load_recipe,
+    olive_run_config,
+    plan_recipes,
+    plan_search,
+    read_olive_config,
+)
+from tasks.plan import parse_request
+from tasks.request import DeployRequest
+from tests.checkpoints import make_tiny_checkpoint
 
 OLD_FORM: dict[str, Any] = {
     "input_model": {"type": "HfModel", "model_path": "/somewhere/else", "task": "text-generation"},
@@ -59,25 +79,62 @@ def _with_system(**system: Any) -> dict[str, Any]:
     return {**FLAT_FORM, "systems": {"local_system": system}}
 
 
+def _all_recipes() -> list[Recipe]:
+    return [
+        load_recipe(name, provider)
+        for provider in PROVIDERS
+        for precision in ("fp16", "int8", "int4")
+        for name in known_recipes(precision, provider)
+    ]
+
+
 def test_every_recipe_file_is_what_its_name_says() -> None:
     files = sorted(RECIPES_DIR.glob("*.json"))
-    assert {"cpu-fp16.json", "cpu-int8.json", "cpu-int4.json"} <= {path.name for path in files}
-    for path in files:
-        provider, precision = path.stem.split("-")
-        recipe = load_recipe(precision, provider)
+    assert {"cpu-fp16.json", "cpu-int8.json", "cpu-int4.json", "cpu-int4-block128.json"} <= {
+        path.name for path in files
+    }
+    recipes = _all_recipes()
+    assert sorted(recipe.id for recipe in recipes) == sorted(path.stem for path in files)
+    for recipe in recipes:
+        provider, precision, *_ = recipe.id.split("-")
         assert (recipe.precision, recipe.execution_provider) == (precision, provider)
+        assert recipe.name == recipe.id.removeprefix(f"{provider}-")
         builder = recipe.passes["builder"]
         assert (builder["precision"], builder["execution_provider"]) == (precision, provider)
         assert set(builder) - {"type"} <= set(BUILDER_OPTIONS)
+        assert set(builder.get("extra_options", {})) <= EXTRA_OPTIONS
 
 
-def test_digests_tell_all_recipes_apart_and_ignore_the_warnings() -> None:
-    recipes = [load_recipe(*reversed(path.stem.split("-"))) for path in RECIPES_DIR.glob("*.json")]
+def test_an_own_recipe_is_also_a_valid_olive_configuration(tmp_path: Path) -> None:
+    for recipe in _all_recipes():
+        config = olive_run_config(recipe)
+        del config["passes"]["builder"]["execution_provider"]  # the file's systems say it
+        read = _read(tmp_path, config)
+        assert (read.digest, read.id) == (recipe.digest, "olive-config")
+        assert read.name == recipe.precision
+
+
+def test_digests_tell_all_recipes_apart_and_ignore_id_and_warnings() -> None:
+    recipes = _all_recipes()
     assert len({recipe.digest for recipe in recipes}) == len(recipes)
     recipe = load_recipe("fp16")
     assert recipe.warnings
-    assert recipe.model_copy(update={"warnings": ()}).digest == recipe.digest
+    assert recipe.model_copy(update={"warnings": (), "id": "another"}).digest == recipe.digest
     assert len(recipe.digest) == 64
+
+
+# Versions in users' stores are known by these: another digest would make another version of the same model.
+DIGESTS = {
+    "fp16": "63df83869d74e804929103829bee6bb7573545795e0df925a938ec9eb993cc00",
+    "int8": "9b1364fbb145baebc8cba3b5b3b10667e7fca50bba732ddf1a94941210f4184d",
+    "int4": "024483c3c00c3d59e520f530faec19b350263bce79523e5d2fbf1ccf7e06c24a",
+}
+
+
+@pytest.mark.parametrize("precision", DIGESTS)
+def test_a_default_recipe_is_the_one_that_versions_were_built_by(precision: str) -> None:
+    recipe = load_recipe(precision)
+    assert (recipe.digest, recipe.id) == (DIGESTS[precision], f"cpu-{precision}")
 
 
 def test_the_digest_follows_the_order_of_passes_and_not_that_of_keys() -> None:
@@ -98,6 +155,10 @@ def test_the_digest_follows_the_order_of_passes_and_not_that_of_keys() -> None:
         ("int4", "npu", "'npu'", "cpu, cuda, dml, webgpu"),
         ("int8", "dml", "no int8 for dml", "fp16, int4"),
         ("../int4", "cpu", "'../int4'", "fp16"),
+        ("int4-block64", "cpu", "'int4-block64'", "int4, int4-asymmetric, int4-block128"),
+        ("int4-block128", "dml", "'int4-block128' for dml", "int4"),
+        ("int4-/../../cpu-fp16", "cpu", "'int4-/../../cpu-fp16'", "int4"),
+        ("int4-", "cpu", "'int4-'", "int4"),
     ],
 )
 def test_an_unknown_recipe_lists_those_known(precision: str, provider: str, found: str, known: str) -> None:
@@ -105,6 +166,58 @@ def test_an_unknown_recipe_lists_those_known(precision: str, provider: str, foun
         load_recipe(precision, provider)
     assert found in refusal.value.message
     assert known in refusal.value.what_to_do
+
+
+def test_the_default_is_first_of_the_known() -> None:
+    assert known_recipes("int4")[0] == "int4"
+    assert {"int4-block128", "int4-asymmetric", "int4-pruned-head", "int4-k-quant"} < set(known_recipes("int4"))
+    assert known_recipes("int4", "dml") == ("int4",)
+    assert known_recipes("int8", "dml") == known_recipes("int3") == ()
+
+
+def _request(**parameters: Any) -> DeployRequest:
+    return parse_request({"checkpoint": "here", "name": "home", **parameters})
+
+
+def test_a_named_recipe_takes_the_place_of_its_precisions_default() -> None:
+    request = _request(recipes=["int4-block128", "int4-block128"])
+    assert [recipe.id for recipe in plan_recipes(request)] == ["cpu-fp16", "cpu-int8", "cpu-int4-block128"]
+    assert [recipe.id for recipe in plan_recipes(_request())] == ["cpu-fp16", "cpu-int8", "cpu-int4"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "found", "known"),
+    [
+        ({"recipes": ["int4-none"]}, "'int4-none'", "int4-block128"),
+        ({"recipes": ["cpu-int4"]}, "'cpu'", "int4"),
+        ({"recipes": ["int4-block128"], "precisions": ["int8"]}, "not asked for", "int8, int8-block128"),
+        ({"recipes": ["int4-block128", "int4-k-quant"]}, "'int4-block128' and 'int4-k-quant'", "int4-asymmetric"),
+        ({"recipes": ["int4-k-quant"], "device": "gpu", "execution_provider": "cuda"}, "for cuda", "int4"),
+    ],
+)
+@pytest.mark.parametrize("plan", [plan_recipes, plan_search])
+def test_a_recipe_that_cannot_be_used_is_refused(
+    plan: Callable[[DeployRequest], list[Recipe]], parameters: dict[str, Any], found: str, known: str
+) -> None:
+    with pytest.raises(BadInput) as refusal:
+        plan(_request(**parameters))
+    assert found in refusal.value.message
+    assert known in refusal.value.what_to_do
+
+
+@pytest.mark.parametrize("parameters", [{"recipes": ["int4-block128"]}, {"search": True}])
+def test_an_olive_configuration_leaves_nothing_to_name_or_search(parameters: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="Olive configuration"):
+        _request(olive_config_file="olive.json", **parameters)
+
+
+def test_a_search_has_every_recipe_but_of_a_precision_whose_recipe_is_named() -> None:
+    names = [recipe.name for recipe in plan_search(_request(search=True))]
+    assert names == ["fp16", *known_recipes("int8"), *known_recipes("int4")]
+    pinned = _request(search=True, recipes=["int4-k-quant"], precisions=["int4", "int8"])
+    assert [recipe.name for recipe in plan_search(pinned)] == ["int4-k-quant", *known_recipes("int8")]
+    with pytest.raises(BadInput, match="no int8 for dml"):
+        plan_search(_request(search=True, device="gpu", execution_provider="dml"))
 
 
 def test_a_run_configuration_is_a_copy_that_olive_may_write_into() -> None:
@@ -254,3 +367,124 @@ def test_no_unknown_key_of_the_builder_passes_unnoticed(key: str, tmp_path: Path
 
 def test_olives_own_pass_names_are_known() -> None:
     assert {"ModelBuilder", "OnnxPeepholeOptimizer", "OnnxBlockWiseRtnQuantization"} <= olive_pass_types()
+
+
+class Built:
+    """A recipe built from a tiny checkpoint: its graph, its weights, and what the runtime makes of a prompt."""
+
+    PROMPT = tuple((7 * i * i + 13 * i) % 470 for i in range(40))
+
+    def __init__(self, name: str, checkpoint: Path, folder: Path) -> None:
+        request = {
+            "olive_config": olive_run_config(load_recipe(name)),
+            "checkpoint_dir": str(checkpoint),
+            "output_dir": str(folder / "model"),
+            "cache_dir": str(folder / "cache"),
+            "threads": 2,
+        }
+        build(request, lambda done, total, what: None)
+        graph = onnx.load(folder / "model" / "model.onnx").graph
+        self.weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+        self.nodes = {node.name: node for node in graph.node if node.op_type == "MatMulNBits"}
+        self.lookup = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
+        self.logits = self._logits(folder / "model")
+
+    def _logits(self, folder: Path) -> np.ndarray:
+        model = og.Model(str(folder))
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(self.PROMPT) + 1, do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.array([self.PROMPT], np.int32))
+        return generator.get_output("logits")[0].astype(np.float32)
+
+    def attribute(self, name: str) -> dict[str, int]:
+        """Name of each matrix multiplication -> its value of an attribute."""
+        return {
+            node.name.removesuffix("_Q4").removesuffix("_Q8"): one.i
+            for node in self.nodes.values()
+            for one in node.attribute
+            if one.name == name
+        }
+
+    @property
+    def asymmetric(self) -> set[bool]:
+        """Whether the matrix multiplications have zero points."""
+        return {len(node.input) > 3 and bool(node.input[3]) for node in self.nodes.values()}
+
+    def weight_of(self, name: str) -> np.ndarray:
+        """The packed weights of a matrix multiplication."""
+        return self.weights[next(node for key, node in self.nodes.items() if key.startswith(name)).input[1]]
+
+
+HEAD = "/lm_head/MatMul"
+DOWN = "/model/layers.0/mlp/down_proj/MatMul"
+GATE = "/model/layers.0/mlp/gate_proj/MatMul"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    """Build a recipe by its name, once; embedding and lm_head are tied, as in most small models."""
+    root = tmp_path_factory.mktemp("recipes")
+    checkpoint = make_tiny_checkpoint(root / "checkpoint", "qwen2", tied=True, hidden_size=256, intermediate_size=512)
+    return cache(lambda name: Built(name, checkpoint, root / name))
+
+
+class TestBuiltRecipes:
+    @pytest.mark.parametrize(
+        ("name", "bits", "head_bits", "block_size", "asymmetric"),
+        [
+            ("int4", {4}, 4, 32, False),
+            ("int4-block128", {4}, 4, 128, False),
+            ("int4-asymmetric", {4}, 4, 32, True),
+            ("int4-block128-asymmetric", {4}, 4, 128, True),
+            ("int4-pruned-head", {4}, 4, 32, False),
+            ("int4-k-quant", {4}, 4, 32, True),
+            ("int4-k-quant-mixed", {4, 8}, 8, 32, True),
+            ("int4-int8-head", {4, 8}, 8, 32, False),
+            ("int8", {8}, 8, 32, False),
+            ("int8-block128", {8}, 8, 128, False),
+        ],
+    )
+    def test_it_is_what_its_name_says_and_runs(
+        self,
+        built: Callable[[str], Built],
+        name: str,
+        bits: set[int],
+        head_bits: int,
+        block_size: int,
+        asymmetric: bool,
+    ) -> None:
+        found, plain = built(name), built("int8")
+        assert set(found.attribute("bits").values()) == bits
+        assert found.attribute("bits")[HEAD] == head_bits
+        assert set(found.attribute("block_size").values()) == {block_size}
+        assert found.asymmetric == {asymmetric}
+        assert np.isfinite(found.logits).all()
+        error = np.abs(found.logits[-1] - plain.logits[-1]).mean() / plain.logits.std()
+        assert error < (0.1 if bits == {8} else 0.8)
+
+    def test_every_quantized_recipe_for_the_cpu_is_tested(self) -> None:
+        method = type(self).test_it_is_what_its_name_says_and_runs
+        (mark,) = [mark for mark in method.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+        assert {case[0] for case in mark.args[1]} == {*known_recipes("int4"), *known_recipes("int8")}
+
+    def test_a_pruned_head_gives_the_last_positions_logits_alone(self, built: Callable[[str], Built]) -> None:
+        whole, pruned = built("int4").logits, built("int4-pruned-head").logits
+        assert whole.shape[0] == len(Built.PROMPT)
+        assert pruned.shape == (1, whole.shape[1])
+        assert np.abs(pruned[0] - whole[-1]).max() < 1e-3
+
+    def test_the_wider_head_leaves_the_other_weights_as_they_are(self, built: Callable[[str], Built]) -> None:
+        plain, wide = built("int4"), built("int4-int8-head")
+        assert (plain.weight_of(DOWN) == wide.weight_of(DOWN)).all()
+        assert wide.weight_of(HEAD).nbytes == 2 * plain.weight_of(HEAD).nbytes
+        assert set(wide.attribute("bits").items()) - set(plain.attribute("bits").items()) == {(HEAD, 8)}
+
+    def test_k_quant_chooses_other_weights_and_the_mixed_one_widens_the_sensitive_ones(
+        self, built: Callable[[str], Built]
+    ) -> None:
+        rounded, chosen, mixed = built("int4-asymmetric"), built("int4-k-quant"), built("int4-k-quant-mixed")
+        assert chosen.weight_of(DOWN).shape == rounded.weight_of(DOWN).shape
+        assert (chosen.weight_of(DOWN) != rounded.weight_of(DOWN)).any()
+        bits = mixed.attribute("bits")
+        assert (bits[DOWN], bits[GATE], bits[HEAD]) == (8, 4, 8)

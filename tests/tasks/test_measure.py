@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import StageFailed
-from infra.settings import BenchmarkSettings, MachineSettings, Settings
+from infra.settings import BenchmarkSettings, MachineSettings, Settings, SweepSettings
 from tasks.measure import Measurement, measure_variant, statistics_of, summarize
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
+from tests.measurements import raw_result, raw_row, swept_row
 
 METRICS = [
     "load_ms",
@@ -23,42 +24,6 @@ METRICS = [
     "size_bytes",
 ]
 POSITIVE = st.floats(1e-3, 1e6)
-
-
-def raw_row(prompt_tokens, repetition, value, gaps):
-    return {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": len(gaps) + 1,
-        "repetition": repetition,
-        "ttft_ms": value,
-        "prompt_processing_throughput_tps": value + 1,
-        "token_generation_throughput_tps": value + 2,
-        "inter_token_latency_ms": statistics.fmean(gaps),
-        "inter_token_latencies_ms": gaps,
-        "e2e_latency_ms": value + sum(gaps),
-    }
-
-
-def raw_result(rows, **changes):
-    return {
-        "load_ms": 12.5,
-        "rows": rows,
-        "cpu_percent": 180.0,
-        "peak_rss_bytes": 1000,
-        "size_bytes": 500,
-        "notes": ["clipped"],
-        "threads": 2,
-        "execution_provider": None,
-        "hardware": {
-            "cpu": "x",
-            "physical_cores": None,
-            "logical_cores": 2,
-            "ram_bytes": 1,
-            "os": "y",
-            "machine": "z",
-        },
-        "versions": {"onnxruntime": "1"},
-    } | changes
 
 
 @given(st.lists(POSITIVE, min_size=1, max_size=50))
@@ -95,12 +60,18 @@ def test_the_flat_metrics_are_those_of_the_first_prompt_length():
     assert measurement.by_prompt_length[1].statistics["ttft_ms"].stdev is None
 
 
-@pytest.mark.parametrize(("supervised", "peak"), [(0, 1000), (4000, 4000)])
-def test_the_larger_of_the_two_peak_memories_counts(supervised, peak):
-    result = raw_result([raw_row(8, 0, 1.0, [1.0])])
-    measurement = summarize(result, warmup=0, wall_s=1.0, supervised_peak_rss_bytes=supervised)
-    assert measurement.metrics["peak_rss_bytes"] == peak
-    assert isinstance(measurement.metrics["peak_rss_bytes"], int)
+def test_the_sweep_is_kept_apart_from_the_measured_requests():
+    rows = [raw_row(128, 0, 10.0, [1.0, 2.0])]
+    result = raw_result(rows, sweep=[swept_row(32, 1.0), swept_row(64, 99.0, answered=None)], sweep_notes=["stopped"])
+    measurement = summarize(result, warmup=0, wall_s=1.0)
+    assert [(row.prompt_tokens, row.ttft_ms, row.answered) for row in measurement.sweep] == [
+        (32, 1.0, True),
+        (64, 99.0, None),
+    ]
+    assert measurement.sweep_notes == ("stopped",)
+    assert measurement.metrics["ttft_ms"] == 10.0
+    assert [length.prompt_tokens for length in measurement.by_prompt_length] == [128]
+    assert Measurement.model_validate_json(measurement.model_dump_json()) == measurement
 
 
 def test_a_benchmark_without_requests_is_an_error():
@@ -111,7 +82,8 @@ def test_a_benchmark_without_requests_is_an_error():
 def test_a_real_model_is_measured_in_a_child_process(tmp_path):
     model_dir = build_genai_model(make_tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "int4", "int4")
     benchmark = BenchmarkSettings(prompt_tokens=(24, 12), new_tokens=6, warmup=1, repetitions=2)
-    settings = Settings(home=tmp_path / "home", benchmark=benchmark, machine=MachineSettings(threads=1))
+    sweep = SweepSettings(max_prompt_tokens=100, repetitions=2)
+    settings = Settings(home=tmp_path / "home", benchmark=benchmark, sweep=sweep, machine=MachineSettings(threads=1))
     seen = []
     measurement = measure_variant(settings, model_dir, tmp_path / "work", lambda *progress: seen.append(progress))
     assert list(measurement.metrics) == METRICS
@@ -120,7 +92,9 @@ def test_a_real_model_is_measured_in_a_child_process(tmp_path):
     assert measurement.threads == 1
     assert measurement.metrics["size_bytes"] == sum(path.stat().st_size for path in model_dir.iterdir())
     assert measurement.metrics["peak_rss_bytes"] > 20_000_000
-    assert "measuring" in {what for _, _, what in seen}
+    assert {"measuring", "sweep, 64 prompt tokens"} <= {what for _, _, what in seen}
+    swept = {row.prompt_tokens for row in measurement.sweep}
+    assert swept == {32, 64, 100}
     assert Measurement.model_validate_json(measurement.model_dump_json()) == measurement
 
 

@@ -1,0 +1,108 @@
+"""The flow `benchmark`: measure a stored version anew, and tell when it became worse."""
+
+from collections.abc import Sequence
+
+from prefect import State, flow
+from prefect.states import Completed
+
+from infra.errors import StageFailed
+from infra.settings import Settings, load_settings
+from infra.storage.opening import open_registry
+from infra.storage.registry import Manifest, ModelRegistry, StoredVariant, parse_reference
+from tasks.benchmarks import LmEvalTasks, run_lm_eval, run_lm_eval_on_checkpoint
+from tasks.checkpoint import prepare_source
+from tasks.history import Figures, compare_versions
+from tasks.measure import measure_stored_variant, measurements_of
+from tasks.report.benchmark import BenchmarkReport, VariantBenchmark, publish_benchmark
+
+
+@flow(name="benchmark", flow_run_name="benchmark-{reference}")
+def benchmark(
+    reference: str,
+    lm_eval_tasks: Sequence[str] = (),
+    lm_eval_include: str | None = None,
+    lm_eval_limit: int | None = None,
+    lm_eval_chat_template: bool = False,
+    lm_eval_allow_network: bool = False,
+    lm_eval_allow_code: bool = False,
+    lm_eval_on_checkpoint: bool = False,
+) -> State[BenchmarkReport]:
+    """Measure every variant of a stored version anew and compare it with its earlier measurements on this machine.
+
+    The figures are appended to the version's evidence. A change for the worse beyond noise is measured twice before it
+    is believed; then the event `slmops.benchmark.regression` is emitted.
+
+    Args:
+        reference: The version, NAME@VERSION; NAME alone is its champion, or the newest version without one.
+        lm_eval_tasks: Tasks, groups or tags of lm-eval to run on every variant; results on record are reused.
+        lm_eval_include: Folder with lm-eval tasks of your own.
+        lm_eval_limit: Documents of each lm-eval task; default: all.
+        lm_eval_chat_template: Ask lm-eval's questions through the model's chat template.
+        lm_eval_allow_network: Let lm-eval fetch its tasks' data from the Hugging Face Hub.
+        lm_eval_allow_code: Let the task files of `lm_eval_include` run Python code, with your own rights.
+        lm_eval_on_checkpoint: Run lm-eval's tasks on the source checkpoint too, to stand beside its variants.
+
+    Returns:
+        The report, in a completed state whether or not there is a regression: the report says so.
+    """
+    settings = load_settings()
+    registry = open_registry(settings)
+    name, number = parse_reference(reference)
+    manifest = registry.version(name, number)
+    asked = LmEvalTasks(
+        names=tuple(lm_eval_tasks),
+        include_path=lm_eval_include,
+        limit=lm_eval_limit,
+        chat_template=lm_eval_chat_template,
+        allow_network=lm_eval_allow_network,
+        allow_code=lm_eval_allow_code,
+    )
+    prepared = prepare_source(manifest, settings) if lm_eval_on_checkpoint else None
+    variants = tuple(measure_anew(manifest, variant, registry, settings) for variant in manifest.variants)
+    if asked.names:
+        variants = tuple(with_lm_eval(manifest, variant, asked, registry, settings) for variant in variants)
+    on_checkpoint = run_lm_eval_on_checkpoint(manifest, prepared, asked, registry, settings) if prepared else ()
+    report = BenchmarkReport(
+        name=manifest.name, version=manifest.version, variants=variants, checkpoint_lm_eval=on_checkpoint
+    )
+    publish_benchmark(report)
+    if report.failed:
+        faults = " ".join(f"{one.precision}: {one.error}" for one in variants if one.error)
+        raise StageFailed(f"{manifest.reference} could not be measured. {faults}", "Deploy it again.")
+    return Completed(message=report.summary, data=report)
+
+
+def measure_anew(
+    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings
+) -> VariantBenchmark:
+    """Measure one variant, and once more when it seems worse; one that fails is reported and the others go on."""
+    earlier = Figures(measurements=tuple(measurements_of(manifest, variant, registry)))
+    try:
+        measured = [measure_stored_variant(manifest, variant, registry, settings, fresh=True)]
+        found = compare_versions(variant.precision, earlier, Figures(measurements=tuple(measured)))
+        if any(change.trend == "worse" for change in found.changes):
+            measured.append(measure_stored_variant(manifest, variant, registry, settings, fresh=True))
+            found = compare_versions(variant.precision, earlier, Figures(measurements=tuple(measured)))
+    except StageFailed as error:
+        return VariantBenchmark(precision=variant.precision, error=str(error))
+    return VariantBenchmark(
+        precision=variant.precision,
+        metrics=measured[-1].metrics,
+        earlier=found.earlier_measurements,
+        changes=found.changes,
+        notes=found.notes,
+    )
+
+
+def with_lm_eval(
+    manifest: Manifest, measured: VariantBenchmark, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
+) -> VariantBenchmark:
+    """Run lm-eval's tasks on a variant that could be measured."""
+    if measured.error:
+        return measured
+    variant = manifest.variant(measured.precision)
+    try:
+        results = run_lm_eval(manifest, variant, asked, registry, settings)
+    except StageFailed as error:
+        return measured.model_copy(update={"error": str(error)})
+    return measured.model_copy(update={"lm_eval": results})

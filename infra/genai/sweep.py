@@ -1,0 +1,162 @@
+"""The sweep over prompt lengths: which lengths, when to stop, and where throughput falls off a cliff."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+SHORTEST_PROMPT_TOKENS = 32
+MAX_ROUNDS = 3  # a cliff is believed when it shows in all of them
+
+
+@dataclass(frozen=True)
+class LengthSpeed:
+    """Speed at one prompt length: medians over the requests of its best round."""
+
+    prompt_tokens: int
+    ttft_ms: float
+    token_generation_throughput_tps: float
+
+
+@dataclass(frozen=True)
+class ThroughputLoss:
+    """What throughput loses from one prompt length to the next; see `throughput_losses`."""
+
+    shorter: int
+    longer: int
+    factor: float
+
+
+def sweep_lengths(context_length: int, new_tokens: int, max_prompt_tokens: int | None) -> list[int]:
+    """Powers of two from 32 on, and the longest prompt that the context allows together with `new_tokens`."""
+    longest = context_length - new_tokens
+    if max_prompt_tokens is not None:
+        longest = min(longest, max_prompt_tokens)
+    if longest < 1:
+        return []
+    powers = []
+    length = SHORTEST_PROMPT_TOKENS
+    while length < longest:
+        powers.append(length)
+        length *= 2
+    return [*powers, longest]
+
+
+def speed_by_length(rows: Sequence[dict[str, Any]]) -> list[LengthSpeed]:
+    """Speeds by ascending length, from the sweep's rows.
+
+    A length that was measured in several rounds counts with the best round's median, TTFT and throughput each for
+    itself: what else a machine does only ever slows a request.
+    """
+    ordered = sorted(rows, key=lambda row: (row["prompt_tokens"], row["round"]))
+    speeds = []
+    for length, group in groupby(ordered, key=lambda row: int(row["prompt_tokens"])):
+        rounds = [list(requests) for _, requests in groupby(group, key=lambda row: int(row["round"]))]
+        name = "token_generation_throughput_tps"
+        speeds.append(
+            LengthSpeed(
+                prompt_tokens=length,
+                ttft_ms=min(statistics.median(row["ttft_ms"] for row in one) for one in rounds),
+                token_generation_throughput_tps=max(statistics.median(row[name] for row in one) for one in rounds),
+            )
+        )
+    return speeds
+
+
+def throughput_losses(speeds: Sequence[LengthSpeed]) -> list[ThroughputLoss]:
+    """The loss of throughput between each two neighbouring lengths: before over after, as if the length doubled.
+
+    It is the larger of two losses: of prompt throughput (prompt tokens over TTFT) and of token generation
+    throughput. Attention over the whole prompt explains a loss by the growth of the length, which is 2 from one
+    power of two to the next. A last step may be shorter than a doubling; its loss is multiplied by 2 over its growth,
+    so that 1 to 2 is what the arithmetic of a transformer explains at every step.
+    """
+    losses = []
+    for shorter, longer in pairwise(speeds):
+        growth = longer.prompt_tokens / shorter.prompt_tokens
+        prompt = longer.ttft_ms / shorter.ttft_ms / growth
+        generation = shorter.token_generation_throughput_tps / longer.token_generation_throughput_tps
+        factor = max(prompt, generation) * max(1.0, 2 / growth)
+        losses.append(ThroughputLoss(shorter.prompt_tokens, longer.prompt_tokens, factor))
+    return losses
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Size of a sweep; `first_s` is the predicted time of one request of the first length, in s."""
+
+    lengths: Sequence[int]
+    repetitions: int
+    budget_s: float
+    max_cliff_ratio: float
+    first_s: float
+
+
+def sweep(
+    plan: SweepPlan,
+    request: Callable[[int], dict[str, Any]],
+    has_room: Callable[[int], bool],
+    on_request: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Make requests of growing length; returns their rows and notes on what was left out or measured again.
+
+    `request(prompt_tokens)` returns a row with at least `prompt_tokens`, `ttft_ms`,
+    `token_generation_throughput_tps` and `e2e_latency_ms`; `has_room(prompt_tokens)` says whether the memory
+    suffices. The sweep stops before a length that would take it beyond the budget, its time being predicted from
+    the two lengths before. The two lengths of a loss beyond `max_cliff_ratio` are measured again, beyond the budget
+    if need be, for a model may be rejected for it.
+    """
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    spent: list[tuple[int, float]] = []
+
+    def measure(length: int, number: int) -> None:
+        for repetition in range(plan.repetitions):
+            on_request(f"sweep, {length} prompt tokens")
+            rows.append({**request(length), "round": number, "repetition": repetition})
+
+    for length in plan.lengths:
+        predicted_s = _predict(spent, length) if spent else plan.repetitions * plan.first_s
+        if sum(seconds for _, seconds in spent) + predicted_s > plan.budget_s:
+            notes.append(
+                f"The sweep stopped before {length} prompt tokens: their {plan.repetitions} requests would take about "
+                f"{predicted_s:.0f} s, beyond its budget of {plan.budget_s:.0f} s."
+            )
+            break
+        if not has_room(length):
+            notes.append(f"The sweep stopped before {length} prompt tokens: the memory might not suffice.")
+            break
+        measure(length, 0)
+        seconds = sum(row["e2e_latency_ms"] for row in rows if row["prompt_tokens"] == length) / 1000
+        spent.append((length, seconds))
+
+    for number in range(1, MAX_ROUNDS):
+        cliffs = _cliffs(rows, plan.max_cliff_ratio)
+        if not cliffs:
+            break
+        for length in sorted({length for loss in cliffs for length in (loss.shorter, loss.longer)}):
+            measure(length, number)
+        remaining = {loss.longer for loss in _cliffs(rows, plan.max_cliff_ratio)}
+        for loss in cliffs:
+            verdict = "it is still there" if loss.longer in remaining else "it is gone"
+            notes.append(
+                f"Throughput fell by a factor of {loss.factor:.1f} from {loss.shorter} to {loss.longer} prompt tokens; "
+                f"both were measured again: {verdict}."
+            )
+    return rows, notes
+
+
+def _cliffs(rows: Sequence[dict[str, Any]], max_cliff_ratio: float) -> list[ThroughputLoss]:
+    return [loss for loss in throughput_losses(speed_by_length(rows)) if loss.factor > max_cliff_ratio]
+
+
+def _predict(spent: Sequence[tuple[int, float]], length: int) -> float:
+    """Extrapolate the time of a length's requests: between linear and quadratic, as the last two lengths say."""
+    last, last_s = spent[-1]
+    exponent = 1.0
+    if len(spent) > 1:
+        before, before_s = spent[-2]
+        exponent = min(2.0, max(1.0, math.log(last_s / before_s) / math.log(last / before)))
+    return float(last_s * (length / last) ** exponent)

@@ -1,0 +1,115 @@
+"""One timed request to a model in onnxruntime-genai."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import StageFailed
+from infra.genai.runtime import GenaiModel
+
+BENCHMARK_TEXT = "The quick brown fox jumps over the lazy dog, and then it rests in the warm sun for a while. "
+
+OnLogits = Callable[[NDArray[Any]], None]
+OnAnswer = Callable[[list[int]], None]
+
+
+def benchmark_prompt(model: GenaiModel, length: int) -> NDArray[np.int32]:
+    """Token ids of a plain English text, repeated to exactly `length` tokens."""
+    return np.resize(np.asarray(model.tokenizer.encode(BENCHMARK_TEXT), np.int32), length)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Chats of any length: what the chat template writes before and after the user's text, and text to fill them."""
+
+    before: NDArray[np.int32]
+    after: NDArray[np.int32]
+    text: NDArray[np.int32]
+
+    def of_length(self, length: int) -> NDArray[np.int32] | None:
+        """Token ids of a chat of exactly `length` tokens; None when the template alone takes that many."""
+        room = length - len(self.before) - len(self.after)
+        return np.concatenate([self.before, np.resize(self.text, room), self.after]) if room > 0 else None
+
+
+def chat_prompt(model: GenaiModel) -> ChatPrompt:
+    """Cut the template's part out of two chats that have nothing in common but it.
+
+    Raises `StageFailed` when the runtime cannot render a chat.
+    """
+    chats = [model.render([{"role": "user", "content": text}])[1] for text in ("The quick brown fox", "345 und")]
+    before = sum(1 for _ in takewhile(_alike, zip(*chats, strict=False)))
+    rest = [reversed(chat[before:]) for chat in chats]
+    after = sum(1 for _ in takewhile(_alike, zip(*rest, strict=False)))
+    ids = np.asarray(chats[0], np.int32)
+    text = np.asarray(model.tokenizer.encode(BENCHMARK_TEXT), np.int32)
+    return ChatPrompt(before=ids[:before], after=ids[len(ids) - after :], text=text)
+
+
+def _alike(pair: tuple[int, ...]) -> bool:
+    return pair[0] == pair[1]
+
+
+def time_request(
+    model: GenaiModel,
+    prompt_ids: NDArray[np.int32],
+    new_tokens: int,
+    *,
+    on_logits: OnLogits | None = None,
+    on_answer: OnAnswer | None = None,
+) -> dict[str, Any]:
+    """Time one greedy generation of exactly `new_tokens` tokens; the end token is suppressed.
+
+    The terms are those of onnxruntime-genai's own benchmark/python/benchmark_e2e.py: the prompt is processed by
+    `append_tokens`; TTFT is that and the first token's sampling, without the making of the generator (whose memory
+    its C++ twin reuses); one inter-token latency is one `generate_next_token` with the question whether it was the
+    last. `e2e_latency_ms` is the whole request, the making of the generator included; tokenization is no part of it.
+
+    `on_logits` is called, off the clock, with the last position's logits after the prompt and after each generated
+    token but the last, `on_answer` with the generated tokens. Raises `StageFailed` for a model that cannot be run.
+    """
+    length = len(prompt_ids) + new_tokens
+    clock = time.perf_counter
+    gaps_s: list[float] = []
+    try:
+        asked = clock()
+        generator = model.start(length, min_length=length)
+        made = clock()
+        generator.append_tokens(prompt_ids)
+        fed = clock()
+        if on_logits:
+            on_logits(np.asarray(generator.get_logits())[0, -1])
+        sampling = clock()
+        generator.generate_next_token()
+        done = generator.is_done()
+        first = clock()
+        while not done:
+            before = clock()
+            generator.generate_next_token()
+            done = generator.is_done()
+            gaps_s.append(clock() - before)
+            if on_logits:
+                on_logits(np.asarray(generator.get_output("logits"))[0, -1])
+        if on_answer:
+            on_answer([int(token) for token in generator.get_sequence(0)[len(prompt_ids) :]])
+    except Exception as error:
+        raise model.broken(error) from error
+    if len(gaps_s) != new_tokens - 1:
+        raise StageFailed(
+            f"The model in {model.model_dir} generated {len(gaps_s) + 1} tokens where {new_tokens} were asked for.",
+            "Its genai_config.json ends generation early: build it again.",
+        )
+    ttft_s = (fed - made) + (first - sampling)
+    return {
+        "ttft_ms": 1000 * ttft_s,
+        "prompt_processing_throughput_tps": len(prompt_ids) / (fed - made),
+        "token_generation_throughput_tps": len(gaps_s) / sum(gaps_s),
+        "inter_token_latency_ms": 1000 * sum(gaps_s) / len(gaps_s),
+        "inter_token_latencies_ms": [1000 * gap for gap in gaps_s],
+        "e2e_latency_ms": 1000 * ((made - asked) + ttft_s + sum(gaps_s)),
+    }

@@ -1,0 +1,263 @@
+"""lm-eval (the optional extra) on a genai model folder or on a checkpoint, without network and without foreign code."""
+
+import difflib
+import hashlib
+import ipaddress
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from infra.errors import BadInput, SlmopsError, StageFailed
+from infra.lm_eval.task_files import check_task_folder
+from infra.process.child import Progress
+
+# lm-eval's own are 100,000, which take minutes of every core for metrics without a closed form.
+BOOTSTRAP_ITERATIONS = 1000
+SEED = 1234  # lm-eval's own
+
+# On top of the child's quiet environment: each library has a switch of its own, and the last keeps to one process.
+OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "LMEVAL_DISABLE_MULTIPROC": "1"}
+# For a user who allows the Hugging Face Hub to be asked for the data of standard tasks.
+ONLINE = {**OFFLINE, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+
+
+def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Run lm-eval tasks by name.
+
+    Request: `model_dir` (genai) or `checkpoint_dir` (run by lm-eval's own HFLM in float32), the other null; `tasks`
+    (names of tasks, groups or tags), `include_path` (folder of the user's tasks, or null), `limit` (documents per
+    task, or null), `chat_template` (whether prompts are rendered as chats), `allow_code` (whether the user's tasks may
+    run code), `allow_network`, `threads`, `execution_provider` (or null).
+
+    Relative paths in the user's tasks count from `include_path`. Templates run in a sandbox unless `allow_code`;
+    metrics that would be fetched as code, and tasks that run what the model wrote, are refused in any case. Without
+    `allow_network` this process reaches no other machine from then on.
+
+    Result: `results` [{task, metric, filter, value, stderr (or null), n_samples, higher_is_better (or null),
+    num_fewshot (or null), task_version (or null), task_digest}], `notes`, `versions`.
+
+    Raises `BadInput` where lm-eval is missing, and for tasks that are unknown, cannot be loaded or cannot be run;
+    `StageFailed` for a model that cannot be run.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise BadInput("lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.") from error
+
+    if not request["allow_network"]:
+        sys.addaudithook(_stay_on_this_machine)
+    include = Path(request["include_path"]) if request["include_path"] else None
+    progress(0, 1, "loading the tasks")
+    if include:
+        check_task_folder(include, allow_code=request["allow_code"])
+        os.chdir(include)
+    loaded = _load_tasks(request["tasks"], include, allow_code=request["allow_code"])
+    progress(0, 1, "loading the model")
+    lm = _open(request, progress)
+    found = _evaluate(lm, loaded, request)
+    packages = ["lm-eval", "datasets"]
+    packages += ["onnxruntime", "onnxruntime-genai"] if request["model_dir"] else ["torch", "transformers"]
+    return {
+        "results": list(_results(found)),
+        "notes": sorted(getattr(lm, "notes", ())),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _stay_on_this_machine(event: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse look-ups of names and connections to other machines: a task's data files may be URLs."""
+    if event in {"socket.connect", "socket.sendto"}:
+        address = arguments[1]
+        host = address[0] if isinstance(address, tuple) else None  # a local socket's address is a path
+    elif event == "socket.getaddrinfo":
+        host = arguments[0]
+    else:
+        return
+    if host is not None and not _is_local(host.decode() if isinstance(host, bytes) else str(host)):
+        raise ConnectionError(f"the network is not allowed, and {host} was asked for")
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in {"", "localhost"}
+
+
+def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool) -> Any:
+    import evaluate as metrics
+    from lm_eval import utils
+    from lm_eval.tasks import TaskManager
+
+    refused: list[str] = []
+
+    def refuse(name: str, *_: Any, **__: Any) -> Any:
+        refused.append(name)
+        raise _foreign_metric(name)
+
+    metrics.load = refuse  # it runs the code that it finds on the Hub or in a local file
+    if not allow_code:
+        utils.env = _sandboxed(utils.env)
+    manager = TaskManager(include_path=include, include_defaults=False) if include else None
+    if manager is None or not set(names) <= set(manager.all_subtasks):  # the built-in index takes seconds
+        manager = TaskManager(include_path=include)
+    for name in names:
+        if name not in manager.task_index:  # lm-eval would also take the path of a file
+            close = difflib.get_close_matches(name, manager.all_tasks, n=5)
+            raise BadInput(
+                f"lm-eval has no task {name!r}.",
+                f"Close to it: {', '.join(close)}." if close else "List them: lm-eval ls tasks.",
+            )
+    try:
+        loaded = manager.load(list(names))
+    except SlmopsError:
+        raise
+    except Exception as error:  # a task file and its data can be wrong in any way
+        raise BadInput(
+            f"The tasks {', '.join(names)} cannot be loaded: {_reason(error)}.",
+            "For a task of your own, correct its file. A standard task's data must have been prepared once by the "
+            "datasets library (docs/benchmarks.md), or the network be allowed.",
+        ) from error
+    if refused:
+        raise _foreign_metric(refused[0])
+    for name, one in loaded["tasks"].items():
+        _check_task(name, one)
+    return loaded
+
+
+def _foreign_metric(name: str) -> BadInput:
+    return BadInput(
+        f"A task uses the metric {name!r}, which lm-eval does not have and would run as code from elsewhere.",
+        "Choose a task with lm-eval's own metrics.",
+    )
+
+
+def _check_task(name: str, one: Any) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    if getattr(one, "UNSAFE_CODE", False):
+        raise BadInput(f"The task {name} runs code that the model wrote.", "Choose another task.")
+    if getattr(one, "MULTIMODAL", False):
+        raise BadInput(f"The task {name} asks about images or sound.", "Choose a task of text.")
+    if one.OUTPUT_TYPE == "generate_until":
+        options = one.get_config("generation_kwargs") or {}
+        if normalize_gen_kwargs(options).get("do_sample"):
+            raise BadInput(
+                f"The task {name} asks for sampled answers; slmops measures greedy ones.",
+                "Choose another task, or include it in one of your own with generation_kwargs: {do_sample: false}.",
+            )
+
+
+def _sandboxed(environment: Any) -> Any:
+    """The templates' environment, without the ways from a template to Python."""
+    from jinja2.sandbox import SandboxedEnvironment
+
+    safe = SandboxedEnvironment(
+        loader=environment.loader,
+        undefined=environment.undefined,
+        keep_trailing_newline=environment.keep_trailing_newline,
+    )
+    safe.filters.update(environment.filters)
+    return safe
+
+
+def _open(request: dict[str, Any], progress: Progress) -> Any:
+    if request["model_dir"]:
+        from infra.genai.runtime import GenaiModel
+        from infra.lm_eval.model import GenaiLM
+
+        model = GenaiModel(
+            Path(request["model_dir"]),
+            threads=request["threads"],
+            execution_provider=request.get("execution_provider"),
+        )
+        return GenaiLM(model, progress)
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    from infra.transformers.reference import load_checkpoint
+
+    torch.set_num_threads(request["threads"])
+    tokenizer, checkpoint = load_checkpoint(request["checkpoint_dir"], "float32")
+    return HFLM(pretrained=checkpoint, tokenizer=tokenizer, batch_size=1)
+
+
+def _evaluate(lm: Any, loaded: Any, request: dict[str, Any]) -> Any:
+    """What `lm_eval.simple_evaluate` does with loaded tasks, without its look at the machine and its git folders."""
+    import lm_eval
+    import numpy as np
+
+    random.seed(0)
+    np.random.seed(SEED)
+    for one in loaded["tasks"].values():
+        if one.get_config("num_fewshot") is None:
+            one.set_config(key="num_fewshot", value=0)
+        one.set_fewshot_seed(seed=SEED)
+    try:
+        return lm_eval.evaluate(
+            lm=lm,
+            task_dict=loaded,
+            limit=request["limit"],
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            log_samples=False,
+            apply_chat_template=request["chat_template"],
+            fewshot_as_multiturn=request["chat_template"],
+        )
+    except SlmopsError:
+        raise
+    except Exception as error:  # tasks are programs of many authors
+        raise StageFailed(
+            f"lm-eval failed: {_reason(error)}.", "The stage's log has the whole message; try another task."
+        ) from error
+
+
+def _results(found: Any) -> Iterator[dict[str, Any]]:
+    for name, figures in found["results"].items():
+        for key, value in figures.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                raise StageFailed(
+                    f"The metric {metric} of the task {name} is {value}.",
+                    "The model gives the right text no probability at all: its figures on the evaluation tell more.",
+                )
+            yield {
+                "task": name,
+                "metric": metric,
+                "filter": filter_name,
+                "value": float(value),
+                "stderr": _finite(figures.get(f"{metric}_stderr,{filter_name}")),
+                "n_samples": int(figures["sample_len"]),
+                "higher_is_better": found["higher_is_better"].get(name, {}).get(metric),
+                "num_fewshot": found["n-shot"].get(name),
+                "task_version": _text(found["versions"].get(name)),
+                "task_digest": _digest(found["configs"].get(name, found["group_subtasks"].get(name))),
+            }
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _digest(config: Any) -> str:
+    """SHA-256 of a task's configuration (of a group: of its tasks' names), wherever its file lies."""
+    if isinstance(config, dict):
+        metadata = config.get("metadata")
+        kept = {key: value for key, value in metadata.items() if key != "config_source"} if metadata else None
+        config = {**config, "metadata": kept}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__

@@ -1,0 +1,138 @@
+"""A folder of the user's own lm-eval tasks: data, not programs, and what identifies it."""
+
+import glob
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra.errors import BadInput
+
+# Formats that hold data only; "pandas", for one, unpickles its files, which runs what they say.
+DATA_FORMATS = {"json", "csv", "parquet", "arrow", "text"}
+PLAIN_TAGS = tuple(
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "timestamp", "merge")
+)
+
+
+class _DataLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads YAML's data and takes whatever a tag would construct for nothing."""
+
+
+_DataLoader.add_multi_constructor("", lambda loader, tag, node: None)
+
+
+def check_task_folder(folder: Path, *, allow_code: bool) -> None:
+    """Look at every YAML file of a folder, and at what they include from elsewhere than lm-eval itself.
+
+    A task file can name Python code to run (`!function`), and data in formats that run code when they are read. Unless
+    `allow_code`, a file that does is refused.
+
+    Raises `BadInput` naming the file: no folder, no task file in it, no YAML, or code.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"There is no folder {folder} with lm-eval tasks.", "Name the folder that holds the YAML files.")
+    waiting = sorted(folder.rglob("*.yaml"))
+    if not waiting:
+        raise BadInput(f"The folder {folder} has no task file (*.yaml).", "Name the folder that holds the YAML files.")
+    seen: set[Path] = set()
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in seen or _is_of_lm_eval(path):
+            continue
+        seen.add(path)
+        content = _read(path, allow_code=allow_code)
+        for name in [] if allow_code else _values_of("dataset_path", content):
+            _check_dataset(path, name)
+        waiting += [path.parent / name for name in _strings(_included(content))]
+
+
+def _included(content: Any) -> Any:
+    return content.get("include") if isinstance(content, dict) else None
+
+
+def digest_of_task_folder(folder: Path) -> str:
+    """SHA-256 over the folder's files and the local data files that its tasks name, wherever they lie.
+
+    Raises `BadInput` for a folder or a file that cannot be read.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"There is no folder {folder} with lm-eval tasks.", "Name the folder that holds the YAML files.")
+    files = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    for path in sorted(folder.rglob("*.yaml")):
+        content = _read(path, allow_code=True)
+        for value in (*_values_of("dataset_kwargs", content), *_values_of("dataset_path", content)):
+            for name in _strings(value):
+                # Path.glob takes no absolute pattern.
+                found = [folder / one for one in glob.glob(name, root_dir=folder, recursive=True)]  # noqa: PTH207
+                files |= {path for one in found for path in (one.rglob("*") if one.is_dir() else [one])}
+    digest = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        try:
+            with path.open("rb") as file:
+                content_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read: {error.strerror or error}.", "Make it readable.") from error
+        shown = path.relative_to(folder) if path.is_relative_to(folder) else path
+        digest.update(f"{content_digest} {shown.as_posix()}\n".encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path, *, allow_code: bool) -> Any:
+    try:
+        text = path.read_bytes().decode()
+        for event in [] if allow_code else yaml.parse(text, _DataLoader):
+            tag = getattr(event, "tag", None)
+            if tag and tag != "!" and tag not in PLAIN_TAGS:
+                line = event.start_mark.line + 1
+                raise BadInput(
+                    f"{path} asks for code to run ({tag}, line {line}).",
+                    "Write the task without it, or allow code if you trust the folder.",
+                )
+        return yaml.load(text, _DataLoader)  # noqa: S506 a subclass of SafeLoader
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}.", "Make it readable.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or "nested too deep"
+        raise BadInput(f"{path} is not YAML: {reason}.", "Correct the file, or move it elsewhere.") from error
+
+
+def _check_dataset(path: Path, name: Any) -> None:
+    if isinstance(name, str) and name not in DATA_FORMATS and "/" not in name and "\\" not in name:
+        raise BadInput(
+            f"{path} has the dataset_path {name!r}, which is neither a format of plain data "
+            f"({', '.join(sorted(DATA_FORMATS))}) nor a dataset of the Hub (owner/name).",
+            "Correct the dataset_path.",
+        )
+
+
+def _is_of_lm_eval(path: Path) -> bool:
+    spec = importlib.util.find_spec("lm_eval")
+    roots = (spec.submodule_search_locations or []) if spec else []
+    return any(path.is_relative_to(Path(root).resolve()) for root in roots)
+
+
+def _values_of(key: str, content: Any) -> Iterator[Any]:
+    """Yield the values of a key, however deep: a group's file may define its tasks inside."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if name == key:
+                yield value
+            yield from _values_of(key, value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _values_of(key, value)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _strings(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)

@@ -1,0 +1,145 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import special
+
+from infra.errors import BadInput
+from infra.storage.opening import open_registry
+from tasks import benchmarks
+from tasks.benchmarks import (
+    LmEvalTasks,
+    lm_eval_key,
+    run_lm_eval,
+    run_lm_eval_on_checkpoint,
+    run_lm_eval_tasks,
+)
+from tests.checkpoints import make_tiny_checkpoint
+from tests.genai_models import build_genai_model
+from tests.lm_eval_tasks import QUESTIONS, write_tasks
+from tests.tasks.test_perplexity import store
+
+NAMES = ("house_choice", "house_answer", "house_text")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_tasks(folder / "tasks")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(work):
+    return make_tiny_checkpoint(work / "checkpoint", tied=False)
+
+
+@pytest.fixture(scope="module")
+def model_dir(work, checkpoint):
+    return build_genai_model(checkpoint, work / "fp32")
+
+
+def own_figures(checkpoint):
+    """Accuracy, bytes-normalized accuracy and bits per byte by a plain forward pass for every answer and text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+    def likelihood(context, continuation):
+        ids = context + continuation
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
+        scores = special.log_softmax(logits, axis=-1)
+        return sum(scores[place - 1, ids[place]] for place in range(len(context), len(ids)))
+
+    right, right_by_length, total, size = 0, 0, 0.0, 0
+    for row in QUESTIONS:
+        question = tokenizer(row["question"])["input_ids"]
+        scores = []
+        for choice in row["choices"]:
+            whole = tokenizer(f"{row['question']} {choice}")["input_ids"]
+            scores.append(likelihood(question, whole[len(question) :]))
+        by_length = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
+        right += int(np.argmax(scores)) == row["answer"]
+        right_by_length += int(np.argmax(by_length)) == row["answer"]
+        total += likelihood([tokenizer.eos_token_id], question)
+        size += len(row["question"].encode())
+    return {
+        ("house_choice", "acc"): right / len(QUESTIONS),
+        ("house_choice", "acc_norm"): right_by_length / len(QUESTIONS),
+        ("house_text", "bits_per_byte"): -total / size / math.log(2),
+    }
+
+
+def test_a_variant_and_its_checkpoint_have_the_figures_of_plain_forward_passes(
+    checkpoint, model_dir, work, settings, tmp_path
+):
+    asked = LmEvalTasks(names=NAMES, include_path=str(work / "tasks"))
+    variant = run_lm_eval_tasks(settings, asked, model_dir=model_dir, work_dir=tmp_path / "variant")
+    source = run_lm_eval_tasks(settings, asked, checkpoint_dir=checkpoint, work_dir=tmp_path / "source")
+    figures = {(one.task, one.metric): one.value for one in variant}
+    assert set(figures) == {*own_figures(checkpoint), ("house_answer", "exact_match")}
+    assert figures == pytest.approx({(one.task, one.metric): one.value for one in source}, rel=1e-4)
+    assert {key: figures[key] for key in own_figures(checkpoint)} == pytest.approx(own_figures(checkpoint), rel=1e-4)
+    by_name = {(one.task, one.metric): one for one in variant}
+    accuracy = by_name["house_choice", "acc"]
+    assert (accuracy.n_samples, accuracy.higher_is_better, accuracy.filter) == (len(QUESTIONS), True, "none")
+    assert (accuracy.task_version, accuracy.num_fewshot) == ("2.0", 0)
+    share = accuracy.value  # the standard error of a mean of zeros and ones
+    assert accuracy.stderr == pytest.approx(math.sqrt(share * (1 - share) / (len(QUESTIONS) - 1)))
+    assert by_name["house_text", "bits_per_byte"].higher_is_better is False
+    assert by_name["house_text", "bits_per_byte"].stderr is None
+    assert set(accuracy.versions) == {"lm-eval", "datasets", "onnxruntime", "onnxruntime-genai"}
+    assert [one.task_digest for one in variant] == [one.task_digest for one in source]
+    assert len({one.task_digest for one in variant}) == 3
+
+
+def test_results_are_evidence_and_the_same_question_is_asked_once(
+    checkpoint, model_dir, work, settings, tmp_path, monkeypatch
+):
+    registry = open_registry(settings)
+    manifest, prepared = store(registry, checkpoint, {"fp16": model_dir})
+    variant = manifest.variants[0]
+    folder = write_tasks(tmp_path / "tasks")
+    ask = (LmEvalTasks(names=("house_choice",), include_path=str(folder), limit=2), registry, settings)
+    found = run_lm_eval.fn(manifest, variant, *ask)
+    assert {one.n_samples for one in found} == {2}
+    reference = run_lm_eval_on_checkpoint.fn(manifest, prepared, *ask)
+    assert [one.value for one in reference] == [one.value for one in found]
+    assert [record["subject"] for record in registry.evidence(manifest, "lm-eval")] == ["fp16", "checkpoint"]
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmarks, "run_in_child", None)
+        assert run_lm_eval.fn(manifest, variant, *ask) == found
+        assert run_lm_eval_on_checkpoint.fn(manifest, prepared, *ask) == reference
+        (folder / "questions.jsonl").write_text((folder / "questions.jsonl").read_text() + "\n")
+        with pytest.raises(TypeError):  # other data: it would be run again
+            run_lm_eval.fn(manifest, variant, *ask)
+    assert not list((settings.cache_dir / "work").iterdir())
+
+
+def test_the_key_depends_on_subject_tasks_limit_chat_and_folder(work):
+    asked = LmEvalTasks(names=("house_choice",))
+    changes = [{}, {"names": NAMES}, {"limit": 3}, {"chat_template": True}, {"include_path": str(work / "tasks")}]
+    keys = [lm_eval_key("a" * 64, asked.model_copy(update=change)) for change in changes]
+    assert len({*keys, lm_eval_key("b" * 64, asked)}) == 6
+    assert lm_eval_key("a" * 64, asked.model_copy(update={"allow_network": True})) == keys[0]
+
+
+@pytest.mark.parametrize("changes", [{"names": ()}, {"names": ("",)}, {"limit": 0}, {"limit": -3}])
+def test_an_empty_question_is_refused_before_anything_starts(settings, tmp_path, changes):
+    asked = LmEvalTasks(**{"names": NAMES} | changes)
+    with pytest.raises(BadInput):
+        run_lm_eval_tasks(settings, asked, model_dir=tmp_path, work_dir=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_without_lm_eval_the_extra_is_named_before_anything_starts(monkeypatch):
+    def no_version(package):
+        raise benchmarks.PackageNotFoundError(package)
+
+    monkeypatch.setattr(benchmarks, "version", no_version)
+    with pytest.raises(BadInput, match="not installed") as caught:
+        lm_eval_key("a" * 64, LmEvalTasks(names=NAMES))
+    assert "pip install 'slmops[lm-eval]'" in caught.value.what_to_do
