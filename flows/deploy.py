@@ -13,6 +13,7 @@ from infra.storage.registry import ModelRegistry
 from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, plan_recipes, take_model
 from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
 from tasks.environment import check_environment, check_room
+from tasks.evaluate import forget_reference
 from tasks.evaluation_set import read_evaluation
 from tasks.perplexity import read_text
 from tasks.plan import parse_request
@@ -124,6 +125,7 @@ def deploy(
     else:
         built, failures = build_variants(request, planned, prepared, registry, settings)
     if not built:
+        forget_reference(prepared.digest, evaluation, settings)
         report = failed_report(request, prepared, evaluation.summary, failures, settings)
         return ended(publish_report(report, registry, None, settings))
     if request.output:

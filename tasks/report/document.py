@@ -326,11 +326,12 @@ def _history(report: DeployReport) -> Iterator[Block]:
 
 
 def _change(change: Change) -> Sequence[Text]:
-    # Speed, memory and size change by a factor, a task score by its difference.
+    # Speed, memory and size change by a factor, a task score and a divergence by their difference.
     is_ratio = change.metric in get_args(MetricName)
     in_bytes = change.metric.endswith("_bytes")
     wording = megabytes if in_bytes else decimal if is_ratio else ratio
-    changed = estimated(change.change, factor if is_ratio else signed_percent)
+    difference = signed_percent if change.metric == "score" else ratio
+    changed = estimated(change.change, factor if is_ratio else difference)
     verdict: Text = change.trend if change.trend == "same" else Strong(change.trend)
     title = METRIC_TITLES.get(change.metric, change.metric.replace("_", " "))
     return (

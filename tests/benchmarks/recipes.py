@@ -2,9 +2,9 @@
 
 Run as `python -m tests.benchmarks.recipes [--precisions int4 int8] [--threads 2] [--rounds 5] [--untied]`; builds every
 recipe of the precisions from one checkpoint of 48 M random parameters and measures them in turn, `--rounds` times, each
-in a child process of its own. Prints a Markdown table with the best round of each recipe (the one that other work on
-the machine disturbed least); takes about eight minutes on two cores. The weights are drawn at random: the divergences
-rank the recipes against each other and say nothing of a trained model.
+in a child process of its own. Prints a Markdown table with the best round of each recipe; takes about eight minutes on
+two cores. Other work on the machine spoils the times, in the best round too. The weights are drawn at random: the
+divergences rank the recipes against each other and say nothing of a trained model.
 """
 
 import argparse

@@ -2,17 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 
 from tests.checkpoints import make_tiny_checkpoint
@@ -71,39 +66,6 @@ def demo(demo_home: Path) -> tuple[Slmops, dict[str, Any]]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight Qwen2 checkpoint."""
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "qwen2", tied=False)
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server on loopback; yields its API's URL."""
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    # The page asks the API at this address; its default is port 4200.
-    interface = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
-    environment = {**os.environ, **quiet, **interface, "PREFECT_HOME": str(home)}
-    environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert time.monotonic() < deadline, (home / "log").read_text()
-                time.sleep(0.2)
-        yield url
-    finally:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture

@@ -47,8 +47,8 @@ def test_the_report_keeps_the_contract(demo: Demo) -> None:
         assert variant["foundry_model_id"] == f"home-{variant['precision']}-generic-cpu:1"
         assert variant["gate"]["passed"]
         checks = {check["name"]: check for check in variant["gate"]["checks"]}
-        assert set(checks) == {"top1_agreement", "kl_divergence", "quality_loss", "finite_logits"}
-        assert all(set(check) == {"name", "value", "threshold", "passed"} for check in checks.values())
+        assert {"top1_agreement", "kl_divergence", "quality_loss", "finite_logits"} <= set(checks)
+        assert all({"name", "value", "threshold", "passed"} <= set(check) for check in checks.values())
         assert {
             "load_ms",
             "ttft_ms",

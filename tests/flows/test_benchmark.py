@@ -16,7 +16,6 @@ from infra.storage.registry import Source, StoredVariant
 from tasks.measure import MEASUREMENT_SCHEMA, Measurement, measure_variant
 from tasks.report.benchmark import REGRESSION_EVENT
 from tests.checkpoints import make_tiny_checkpoint
-from tests.e2e.conftest import server  # noqa: F401
 from tests.genai_models import build_genai_model
 
 pytestmark = pytest.mark.slow
@@ -42,7 +41,7 @@ def small(home, monkeypatch):
 
 
 @pytest.fixture
-def api(server):  # noqa: F811
+def api(server):
     with temporary_settings({PREFECT_API_URL: server}):
         yield server
 
