@@ -18,7 +18,7 @@ from tasks.evaluation_set import read_evaluation
 from tasks.perplexity import read_text
 from tasks.plan import parse_request
 from tasks.report.assemble import failed_report
-from tasks.report.publish import publish_report
+from tasks.report.publish import publish_report, write_model_cards
 from tasks.report.records import DeployReport, VariantReport
 from tasks.request import DeployRequest
 from tasks.search import record_trials, search_recipes
@@ -146,7 +146,10 @@ def deploy(
         settings=settings,
     )
     warnings = (*prepared.inspection.warnings, *(text for one in built for text in one.warnings))
-    return ended(qualify(version, failures, warnings))
+    report = qualify(version, failures, warnings)
+    if request.output:
+        write_model_cards(report, manifest, request.output)
+    return ended(report)
 
 
 def build_variants(

@@ -25,7 +25,14 @@ from tasks.perplexity import (
     known_text_comparison,
     run_text_reference_once,
 )
-from tasks.register import last_proof, prove_variant, register_champion, register_variant, unregister_variant
+from tasks.register import (
+    foundry_model_id,
+    last_proof,
+    prove_variant,
+    register_champion,
+    register_variant,
+    unregister_variant,
+)
 from tasks.report.assemble import (
     in_order_of_size,
     judged,
@@ -206,6 +213,8 @@ def _qualify_variant(version: Qualification, variant: StoredVariant) -> _Outcome
         if not verdict.passed:
             removed = unregister_variant(manifest, variant, settings)
             return _Outcome(report.model_copy(update={"status": "rejected"}), bool(removed))
+        model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+        report = report.model_copy(update={"foundry_model_id": model_id})
         card = model_card(
             manifest,
             report,
@@ -220,10 +229,9 @@ def _qualify_variant(version: Qualification, variant: StoredVariant) -> _Outcome
         if proof is None:
             proof = prove_variant(manifest, variant, row, answer, registry, settings)
     except StageFailed as error:
-        return _Outcome(report.model_copy(update={"error": str(error)}), True)
+        return _Outcome(report.model_copy(update={"error": str(error), "foundry_model_id": None}), True)
     update = {
         "status": "registered",
-        "foundry_model_id": registration.model_id,
         "answer": proof.answer,
         "notes": (*verdict.notes, *registration.notes),
     }

@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from infra.checkpoints.folder import read_json
 from infra.errors import BadInput
+from infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from infra.genai.model_files import detect_precision
 from infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
 from infra.process.supervisor import run_in_child
 from infra.settings import Settings
 from infra.storage.folders import link_or_copy, place, work_folder
 from infra.storage.registry import ModelRegistry, StoredVariant, digest_of
-from tasks.checkpoint import EVALUATION_FILE, PreparedCheckpoint
+from tasks.checkpoint import EVALUATION_FILE, OUTPUT_SCHEMA_FILE, PreparedCheckpoint
 from tasks.environment import builder_versions
 from tasks.progress import stage_progress
 from tasks.request import DeployRequest, ExecutionProvider, Precision, check_output
@@ -29,6 +30,8 @@ from tasks.retries import PASSING_FAULTS
 RECIPES_DIR = Path(__file__).parent / "recipes"
 OLIVE_CONFIG = "olive-config"  # the id of a recipe that a user's Olive configuration makes
 MODEL_BUILDER = "ModelBuilder"
+# What stands beside a model without being part of it.
+NOT_OF_THE_MODEL = (EVALUATION_FILE, OUTPUT_SCHEMA_FILE, INFERENCE_MODEL, MODEL_CARD)
 
 # Olive's names of the execution providers, and the device that its systems pair them with.
 OLIVE_PROVIDERS: dict[str, tuple[str, str]] = {
@@ -490,17 +493,27 @@ def build_variant(
     return built
 
 
+def refuse_recipes(request: DeployRequest) -> None:
+    """Raise `BadInput` for recipes where there is nothing to build: the model came as ONNX."""
+    if request.recipes or request.search or request.olive_config_file:
+        raise BadInput(
+            f"{request.checkpoint} is built already.",
+            "Leave --recipe, --search and --olive-config out, or deploy its checkpoint.",
+        )
+
+
 @task(name="take model", task_run_name="take-{request.name}", tags=["slmops", "build"])
 def take_model(
     prepared: PreparedCheckpoint, request: DeployRequest, registry: ModelRegistry, settings: Settings
 ) -> BuiltVariant:
     """Store a folder that already is an onnxruntime-genai model, as the one variant of its version."""
+    refuse_recipes(request)
     precision = detect_precision(prepared.folder)
     with stage_progress(f"take {precision}"), work_folder(settings) as work:
         model = work / "model"
         model.mkdir()
         for path in prepared.folder.iterdir():
-            if path.is_file() and path.name not in (EVALUATION_FILE, "inference_model.json"):
+            if path.is_file() and path.name not in NOT_OF_THE_MODEL:
                 link_or_copy(path, model / path.name)
         set_generation_defaults(model, request.generation_defaults)
         variant = StoredVariant(

@@ -246,8 +246,8 @@ def _notes(evaluation: Evaluation, checks: Sequence[GateCheck]) -> Iterator[str]
     for check in checks:
         if not check.decided:
             yield (
-                f"{check.name.replace('_', ' ')} is not decided: {check.value:.4g}, between {check.low:.4g} and "
-                f"{check.high:.4g}, where the threshold is {check.threshold:.4g}. More rows or requests would tell."
+                f"{check.name.replace('_', ' ')} is not decided: {check.value:,.5g}, between {check.low:,.5g} and "
+                f"{check.high:,.5g}, where the threshold is {check.threshold:,.5g}. More rows or requests would tell."
             )
     mismatches = evaluation.template_mismatches.count
     if mismatches:

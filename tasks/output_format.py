@@ -17,7 +17,6 @@ from infra.errors import BadInput
 from tasks.patterns import MATCH_TIMEOUT_S, compile_pattern, is_found
 from tasks.strict_json import parse_json, shorten
 
-OUTPUT_SCHEMA_FILE = "output_schema.json"
 MAX_SCHEMA_BYTES = 1_000_000
 MAX_FAULT_CHARACTERS = 200
 # A schema that refers to itself without end does so on one of these.

@@ -12,7 +12,7 @@ from infra.errors import BadInput
 from infra.settings import Settings
 from infra.storage.opening import open_registry
 from infra.transformers.adapters import read_adapter_config
-from tasks.build import plan_recipes, plan_search
+from tasks.build import plan_recipes, plan_search, refuse_recipes
 from tasks.checkpoint import Inspection, inspect_checkpoint
 from tasks.environment import (
     StageEstimate,
@@ -91,6 +91,8 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
         )
     folder = Path(source.location)
     inspection = inspect_checkpoint(folder, chat_template_given=bool(request.chat_template_file))
+    if inspection.kind == "genai":
+        refuse_recipes(request)
     rows = _rows(request, folder, settings)
     if inspection.kind == "adapter":
         inspection = _inspect_base(folder, request)

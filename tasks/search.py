@@ -7,13 +7,13 @@ from typing import Any
 from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from infra.errors import BadInput, StageFailed
+from infra.errors import StageFailed
 from infra.settings import Settings
 from infra.storage.folders import work_folder
 from infra.storage.local import LocalObjectStore
 from infra.storage.registry import Manifest, ModelRegistry, Source, StoredFile, StoredVariant, digest_of
 from tasks.budget import Budget, parse_budget
-from tasks.build import BuiltVariant, Recipe, build_variant, plan_search
+from tasks.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.choose import Candidate, pareto_front
 from tasks.evaluate import Evaluation, evaluate_stored_variant, known_evaluation, run_reference_once
@@ -150,7 +150,7 @@ def search_recipes(
     for the version (see `tasks.evaluate.forget_reference`).
     """
     if prepared.inspection.kind == "genai":
-        raise BadInput(f"{request.checkpoint} is built already: there is no recipe to search.", "Leave --search out.")
+        refuse_recipes(request)
     trials = open_trials(registry, settings)
     found = [_Tried(recipe) for recipe in plan_search(request)]
     for one in found:

@@ -8,10 +8,12 @@ from typing import Any
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from infra.foundry.model_folder import MODEL_CARD
 from infra.settings import Settings
 from infra.storage.registry import Manifest, ModelRegistry
 from tasks.report.html import to_html
 from tasks.report.markdown import to_markdown, variant_rows
+from tasks.report.model_card import base_model_of, model_card
 from tasks.report.plots import Plot, draw_plots
 from tasks.report.records import DeployReport
 
@@ -65,3 +67,19 @@ def write_report_file(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".aside")
     aside.write_text(text, "utf-8", newline="\n")
     aside.replace(path)
+
+
+@task(name="write model cards", task_run_name="model-cards-{report.name}", tags=["slmops"])
+def write_model_cards(report: DeployReport, manifest: Manifest, output: str) -> None:
+    """Put a model card into each variant's folder of a plain copy."""
+    for variant in report.variants:
+        folder = Path(output).expanduser() / variant.precision
+        if folder.is_dir():
+            card = model_card(
+                manifest,
+                variant,
+                evaluation=report.evaluation,
+                description=report.description,
+                base_model=base_model_of(manifest.source.origin),
+            )
+            write_report_file(folder / MODEL_CARD, card)

@@ -249,9 +249,6 @@ def _memory(variants: Variants) -> Iterator[Block]:
     if rows:
         yield Paragraph(f"Growth of the resident memory per request, behind the warm-up. {INTERVALS}")
     yield from table(("variant, runtime", "requests", "growth", "asked"), rows)
-    yield from bullets(
-        [f"{one.precision}: {sentences(note)}" for one, exercise in _exercises(variants) for note in exercise.notes]
-    )
 
 
 def _steadiness(variants: Variants) -> Iterator[Block]:
@@ -288,7 +285,7 @@ def _steadiness(variants: Variants) -> Iterator[Block]:
         folded += _of_variant(one, table(("prompt tokens", "TTFT, ms", "new tok/s", "valid"), figures))
     if folded:
         yield Details("Every prompt length", folded)
-    yield from bullets([f"{one.precision}: {sentences(note)}" for one, sweep in swept for note in sweep.notes])
+    yield from _notes([(one.precision, note) for one, sweep in swept for note in sweep.notes])
 
 
 def _edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
@@ -319,8 +316,23 @@ def _edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
         yield Paragraph(
             f"Control tokens that a user types reach the model as such in {runtime} ({', '.join(precisions)})."
         )
+    yield from _notes(
+        [
+            (f"{one.precision} in {RUNTIMES[exercise.runtime]}", note)
+            for one, exercise in _exercises(variants)
+            for note in exercise.notes
+        ]
+    )
     if folded:
         yield Details("What became of each input", folded)
+
+
+def _notes(told: Sequence[tuple[str, str]]) -> Iterator[Block]:
+    """Yield each note once, with those of whom it is told."""
+    subjects: dict[str, list[str]] = {}
+    for subject, note in told:
+        subjects.setdefault(note, []).append(subject)
+    yield from bullets([f"{sentences(note)} ({', '.join(of)})" for note, of in subjects.items()])
 
 
 def _outcome(outcome: EdgeInputOutcome) -> Text:
