@@ -62,6 +62,7 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -> Path:
     """Run Olive's engine and return the folder that holds the finished model."""
+    os.environ["MPLCONFIGDIR"] = str(work / "matplotlib")  # torchmetrics imports it, and it keeps a cache of fonts
     from olive.workflows import run
 
     package_config = read_olive_package_config()

@@ -1,6 +1,7 @@
 """Stage "report": the report as Prefect artifacts, in the store and under the home directory."""
 
 import base64
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def publish_report(
 
     Returns the report with the paths of its Markdown and HTML files; without a version there are none.
     """
+    # matplotlib keeps a cache of fonts; everything that slmops writes is under its home directory.
+    os.environ.setdefault("MPLCONFIGDIR", str(settings.cache_dir / "matplotlib"))
     plots = draw_plots(report)
     key = f"slmops-{report.name}"
     create_markdown_artifact(markdown=artifact_markdown(report, plots), key=key, description=report.summary)
