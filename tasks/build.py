@@ -469,6 +469,8 @@ def build_variant(
                 log_path=log,
                 work_dir=work,
                 on_progress=on_progress,
+                # Olive's torchmetrics imports matplotlib, which keeps a cache of fonts in the user's home otherwise.
+                environment={"MPLCONFIGDIR": str(work / "matplotlib")},
             )
             set_generation_defaults(work / "model", request.generation_defaults)
             variant = StoredVariant(

@@ -62,7 +62,6 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -> Path:
     """Run Olive's engine and return the folder that holds the finished model."""
-    os.environ["MPLCONFIGDIR"] = str(work / "matplotlib")  # torchmetrics imports it, and it keeps a cache of fonts
     from olive.workflows import run
 
     package_config = read_olive_package_config()
@@ -89,6 +88,7 @@ def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -
         logging.getLogger(__name__).exception("Olive failed")
     finally:
         logging.getLogger("olive").removeHandler(failure)
+        tempfile.tempdir = None  # Olive leaves its own folder there, which is about to go
     if not produced:
         text = f"{type(reason).__name__}: {reason}" if reason else "it produced no model and gave no reason"
         raise StageFailed(

@@ -190,7 +190,7 @@ def test_a_child_builds_and_leaves_nothing_but_the_folder(tmp_path: Path) -> Non
         log_path=tmp_path / "log",
         work_dir=tmp_path / "work",
         on_progress=lambda done, total, what: steps.append(what),
-        environment={"HOME": str(home)},
+        environment={"HOME": str(home), "MPLCONFIGDIR": str(tmp_path / "matplotlib")},
     )
     assert result.value["precision"] == "int4"
     assert result.value["files"] == sorted(_contents(tmp_path / "built"))

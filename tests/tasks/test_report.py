@@ -246,10 +246,10 @@ def test_what_a_leak_a_cliff_and_a_crash_look_like() -> None:
     details = VariantDetails(steadiness=swept, exercises=(genai, foundry))
     text = to_markdown(report(variant("int4", details=details)))
     assert "| int4, Foundry | - | did not end | - |" in text
-    assert "- int4: The soak ended after 3 requests." in text
+    assert "- The soak ended after 3 requests. (int4 in Foundry)" in text
     assert "| 4,096 | 9,000 | 9.0 | **no** |" in text
     assert "| 1.13x at 2,048 | 7 of 8 |" in text
-    assert "- int4: The sweep ended at 4,096." in text
+    assert "- The sweep ended at 4,096. (int4)" in text
     assert "| int4, Foundry | 1 | 0 | **2** |" in text
     assert "- int4, Foundry: `empty` crashed: `signal 11`" in text
     assert "- int4, Foundry: `white space` answered, and the runtime did not work afterwards" in text
