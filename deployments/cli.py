@@ -344,12 +344,14 @@ def _prepare(settings: Settings, log_level: str | None = None) -> None:
 def _show_report(report: Any) -> None:
     from tasks.report.markdown import variant_rows
     from tasks.report.terminal import terminal_plots
-    from tasks.report.wording import check_threshold, check_value
+    from tasks.report.wording import check_threshold, check_value, estimated, percent
 
     print_table(f"{report.reference} ({report.status})", variant_rows(report))
     print_plots(lambda width: terminal_plots(report, width))
     print_line("")
     print_line(report.summary)
+    if report.reference_score:
+        print_line(f"The source checkpoint scores {estimated(report.reference_score, percent)}.")
     if report.reason:
         print_line(f"Selected: {report.selected or 'none'}. {report.reason}")
     for variant in report.variants:

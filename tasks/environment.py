@@ -74,6 +74,7 @@ RUNTIME_RAM_FLOOR_BYTES = 600_000_000
 REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint is in
 REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
 VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
+EXERCISE_S_PER_BILLION_PARAMETERS = 600.0  # long use and difficult input, in two runtimes
 
 
 def locked_versions() -> dict[str, str]:
@@ -218,8 +219,9 @@ def estimate_stages(
                 disk_bytes=0,
             )
             for work, time_s in (
-                ("measure", 5 + 40 * billions),
+                ("measure", 5 + 80 * billions),
                 ("evaluate", 5 + VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows),
+                ("exercise", 6 + EXERCISE_S_PER_BILLION_PARAMETERS * billions),
                 ("register and prove", 5 + 5 * billions),
             )
         ]

@@ -21,7 +21,7 @@ from tasks.report.blocks import (
 )
 from tasks.report.document import PROMISED_SHARE_OF_FP32, document, size_share
 from tasks.report.records import DeployReport, VariantReport
-from tasks.report.wording import decimal, megabytes
+from tasks.report.wording import decimal, estimated, megabytes, percent
 
 SHOWN_METRICS = {
     "load_ms": "load ms",
@@ -55,9 +55,10 @@ def _variant_row(variant: VariantReport, parameters: int) -> dict[str, str]:
         value = variant.metrics.get(metric)
         shown = "-" if value is None else megabytes(value) if metric.endswith("_bytes") else decimal(value)
         row[title] = shown
-    for name in ("top1_agreement", "kl_divergence", "exact_match"):
+    for name in ("top1_agreement", "kl_divergence"):
         value = variant.metrics.get(name)
         row[name.replace("_", " ")] = "-" if value is None else f"{value:.4f}"
+    row["score"] = estimated(variant.intervals.get("score"), percent)
     row["Foundry id"] = variant.foundry_model_id or "-"
     return row
 

@@ -101,6 +101,35 @@ CASES = {
     ),
     "missing evaluation file": Case("cannot be read", options=("--eval", "{checkpoint}/gone.jsonl")),
     "empty evaluation file": Case("has no rows", write("rows.jsonl", "\n"), ("--eval", "{checkpoint}/rows.jsonl")),
+    "the same id twice": Case("already used in line 1", write("eval.jsonl", f"{GOOD_ROW}\n{GOOD_ROW}\n")),
+    "evaluation file in Latin-1": Case(
+        "not UTF-8", lambda folder: (folder / "eval.jsonl").write_bytes(b'{"id": "\xe4"}\n')
+    ),
+    "a line of 50 MB": Case("longer than", lambda folder: (folder / "eval.jsonl").write_bytes(b"x" * 50_000_000)),
+    "unknown scorer": Case("'bleu'", write("eval.jsonl", GOOD_ROW), ("--scorer", "bleu")),
+    "expected that is no number": Case("number", write("eval.jsonl", GOOD_ROW), ("--scorer", "numeric")),
+    "invalid schema": Case(
+        "schema", write("schema.txt", '{"type": "objekt"}'), ("--output-schema", "{checkpoint}/schema.txt")
+    ),
+    "schema that is no JSON": Case("JSON", write("schema.txt", "{"), ("--output-schema", "{checkpoint}/schema.txt")),
+    "missing schema": Case("gone.json", options=("--output-schema", "{checkpoint}/gone.json")),
+    "regular expression that runs away": Case("backtracks without end", options=("--output-regex", "^(a|aa)+$")),
+    "broken regular expression": Case("not valid: missing )", options=("--output-regex", "(")),
+    "schema and regular expression": Case(
+        "one", write("schema.txt", "{}"), ("--output-schema", "{checkpoint}/schema.txt", "--output-regex", "x")
+    ),
+    "missing text": Case("cannot be read", options=("--text", "{checkpoint}/gone.txt")),
+    "empty text": Case("is empty", write("text.txt", "\n"), ("--text", "{checkpoint}/text.txt")),
+    "binary text": Case("not text", options=("--text", "{checkpoint}/model.safetensors")),
+    "unknown budget": Case("'max-weight=3kg' is unknown", options=("--budget", "max-weight=3kg")),
+    "budget without a unit": Case("no valid value", options=("--budget", "max-ttft=200")),
+    "budget given twice": Case("twice", options=("--budget", "min-tps=1", "--budget", "min-tps=2")),
+    "unknown recipe": Case("int4-block64", options=("--recipe", "int4-block64")),
+    "recipe of another precision": Case("int8", options=("--precision", "int8", "--recipe", "int4-block128")),
+    "two recipes of a precision": Case("int4", options=("--recipe", "int4-block128", "--recipe", "int4-asymmetric")),
+    "recipe beside an olive config": Case(
+        "recipe", write("olive.txt", "{}"), ("--olive-config", "{checkpoint}/olive.txt", "--recipe", "int4-block128")
+    ),
     "unknown olive pass": Case(
         "OnnxMagic", write("olive.txt", OLIVE % "OnnxMagic"), ("--olive-config", "{checkpoint}/olive.txt")
     ),
@@ -291,6 +320,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
         (["show", "../home"], "not valid"),
         (["show", "home@x"], "names no version"),
         (["regate", "home@1"], "no home@1"),
+        (["benchmark", "home"], "no home"),
         (["logs", "home@1"], "no home@1"),
         (["delete", "home@1", "--yes"], "no home@1"),
         (["unregister", "home@1"], "no home@1"),
@@ -315,7 +345,9 @@ def test_other_commands_refuse_alike(
     box.assert_untouched()
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["config"], ["foundry-dir"], ["--version"], ["--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["config"], ["recipes"], ["foundry-dir"], ["--version"], ["--help"], []]
+)
 def test_what_only_reads_writes_nothing(
     arguments: list[str], box: Box, no_network: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

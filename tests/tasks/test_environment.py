@@ -232,4 +232,4 @@ class TestResources:
     def test_a_model_that_is_built_already_needs_no_build_and_no_reference(self) -> None:
         built = inspection(0, kind="genai", size_bytes=300_000_000)
         stages = [one.stage for one in estimate_stages(built, ["int4"], rows=10)]
-        assert stages == ["measure int4", "evaluate int4", "register and prove int4"]
+        assert stages == ["measure int4", "evaluate int4", "exercise int4", "register and prove int4"]

@@ -104,7 +104,7 @@ def test_the_table_sets_sizes_beside_what_the_tutorial_promises() -> None:
     (row,) = variant_rows(report(variant("int4")))
     assert (row["size"], row["of fp32"]) == ("500.0 MB", "0.253 (0.125)")
     assert (row["load ms"], row["TTFT ms"], row["peak RSS"]) == ("40.0", "5.2", "78.0 MB")
-    assert (row["prompt tok/s"], row["exact match"]) == ("-", "-")
+    assert (row["prompt tok/s"], row["score"]) == ("-", "-")
 
 
 def test_it_reads_from_the_verdict_to_the_provenance() -> None:
