@@ -158,7 +158,7 @@ def _record(
     registry.add_evidence(manifest, "lm-eval", record, lm_eval_key(subject_digest, tasks))
 
 
-@task(name="run lm-eval", task_run_name="lm-eval-{variant.precision}", tags=["slmops", "evaluate"], **PASSING_FAULTS)
+@task(name="run lm-eval", task_run_name="lm-eval-{variant.precision}", **PASSING_FAULTS)
 def run_lm_eval(
     manifest: Manifest, variant: StoredVariant, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
 ) -> tuple[LmEvalResult, ...]:
@@ -177,9 +177,7 @@ def run_lm_eval(
     return results
 
 
-@task(
-    name="run lm-eval on checkpoint", task_run_name="lm-eval-checkpoint", tags=["slmops", "evaluate"], **PASSING_FAULTS
-)
+@task(name="run lm-eval on checkpoint", task_run_name="lm-eval-checkpoint", **PASSING_FAULTS)
 def run_lm_eval_on_checkpoint(
     manifest: Manifest, prepared: PreparedCheckpoint, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
 ) -> tuple[LmEvalResult, ...]:

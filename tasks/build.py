@@ -429,7 +429,9 @@ def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
     return named
 
 
-@task(name="build variant", task_run_name="build-{recipe.name}", tags=["slmops", "build"], **PASSING_FAULTS)
+# A tag is what Prefect can limit, and it costs each run a question to the server: only builds take so much memory that
+# a machine may want a limit.
+@task(name="build variant", task_run_name="build-{recipe.name}", tags=["slmops-build"], **PASSING_FAULTS)
 def build_variant(
     recipe: Recipe, prepared: PreparedCheckpoint, request: DeployRequest, registry: ModelRegistry, settings: Settings
 ) -> BuiltVariant:
@@ -504,7 +506,7 @@ def refuse_recipes(request: DeployRequest) -> None:
         )
 
 
-@task(name="take model", task_run_name="take-{request.name}", tags=["slmops", "build"])
+@task(name="take model", task_run_name="take-{request.name}")
 def take_model(
     prepared: PreparedCheckpoint, request: DeployRequest, registry: ModelRegistry, settings: Settings
 ) -> BuiltVariant:
@@ -553,7 +555,7 @@ def set_generation_defaults(folder: Path, defaults: dict[str, float]) -> None:
     path.write_text(json.dumps({**config, "search": search}, indent=4), "utf-8")
 
 
-@task(name="copy out", task_run_name="copy-out", tags=["slmops"])
+@task(name="copy out", task_run_name="copy-out")
 def copy_out(variants: Sequence[StoredVariant], output: str, registry: ModelRegistry) -> None:
     """Write a plain copy of every variant into a new folder, one folder a precision."""
     target = Path(output).expanduser().absolute()

@@ -255,7 +255,7 @@ def folder_of(uri: str) -> Path:
     return Path(url2pathname(urlsplit(uri).path))
 
 
-@task(name="prepare checkpoint", task_run_name="prepare-{request.name}", tags=["slmops"])
+@task(name="prepare checkpoint", task_run_name="prepare-{request.name}")
 def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCheckpoint:
     """Fetch the checkpoint if it is remote, merge it if it is an adapter, give it its chat template, and digest it.
 

@@ -356,7 +356,7 @@ def check_foundry_runtime(settings: Settings) -> Check:
     return Check(name="Foundry Local", required="runtime loads", found=found, ok=True)
 
 
-@task(name="check environment", task_run_name="check-environment", tags=["slmops"])
+@task(name="check environment", task_run_name="check-environment")
 def check_environment(execution_provider: str, settings: Settings) -> None:
     """Check Python, the system and the stack; raises `StageFailed` naming what does not fit."""
     checks = [*check_system(), *check_packages()]
@@ -373,7 +373,7 @@ def check_environment(execution_provider: str, settings: Settings) -> None:
     require_packages(checks)
 
 
-@task(name="check room", task_run_name="check-room", tags=["slmops"])
+@task(name="check room", task_run_name="check-room")
 def check_room(inspection: Inspection, precisions: Sequence[str], rows: int, settings: Settings) -> None:
     """Check memory and disk against this checkpoint's need; raises `BadInput` when there is too little."""
     stages = estimate_stages(inspection, precisions, rows=rows, positions=settings.evaluation.max_positions)

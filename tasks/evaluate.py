@@ -447,7 +447,7 @@ def needs_reference(manifest: Manifest, evaluation: EvaluationSet, registry: Mod
     return any(one is None for one in known)
 
 
-@task(name="run reference", task_run_name="reference", tags=["slmops", "evaluate"], **PASSING_FAULTS)
+@task(name="run reference", task_run_name="reference", **PASSING_FAULTS)
 def run_reference_once(prepared: PreparedCheckpoint, evaluation: EvaluationSet, settings: Settings) -> None:
     """Run the source checkpoint in transformers on the rows, unless its answers wait already."""
     folder = reference_folder(prepared.digest, evaluation, settings)
@@ -459,9 +459,7 @@ def run_reference_once(prepared: PreparedCheckpoint, evaluation: EvaluationSet, 
             place(work / "reference", folder)
 
 
-@task(
-    name="evaluate variant", task_run_name="evaluate-{variant.precision}", tags=["slmops", "evaluate"], **PASSING_FAULTS
-)
+@task(name="evaluate variant", task_run_name="evaluate-{variant.precision}", **PASSING_FAULTS)
 def evaluate_stored_variant(
     manifest: Manifest,
     variant: StoredVariant,

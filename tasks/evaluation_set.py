@@ -220,7 +220,7 @@ def _named_format(output_schema_file: str | None, output_regex: str | None) -> O
     return None if output_regex is None else parse_output_regex(output_regex)
 
 
-@task(name="read evaluation", task_run_name="read-evaluation", tags=["slmops"])
+@task(name="read evaluation", task_run_name="read-evaluation")
 def read_evaluation(
     evaluation_file: str | None,
     folder: Path | None,

@@ -315,7 +315,6 @@ def _shifted(on_progress: OnProgress, done_before: int, total: int) -> OnProgres
 @task(
     name="exercise variant",
     task_run_name="exercise-{variant.precision}-{runtime}",
-    tags=["slmops", "exercise"],
     **PASSING_FAULTS,
 )
 def exercise_stored_variant(

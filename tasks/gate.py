@@ -301,7 +301,7 @@ def _finite(value: float | None) -> float | None:
     return round(value, 12) if value is not None and math.isfinite(value) else None
 
 
-@task(name="judge variant", task_run_name="judge-{variant.precision}", tags=["slmops", "evaluate"])
+@task(name="judge variant", task_run_name="judge-{variant.precision}")
 def judge_stored_variant(
     manifest: Manifest,
     variant: StoredVariant,

@@ -218,7 +218,7 @@ def measure_variant(
     return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
 
 
-@task(name="measure variant", task_run_name="measure-{variant.precision}", tags=["slmops", "measure"], **PASSING_FAULTS)
+@task(name="measure variant", task_run_name="measure-{variant.precision}", **PASSING_FAULTS)
 def measure_stored_variant(
     manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings, *, fresh: bool = False
 ) -> Measurement:

@@ -117,7 +117,6 @@ class TemplateParity(_Record):
 @task(
     name="check template parity",
     task_run_name="parity-{variant.precision}",
-    tags=["slmops", "evaluate"],
     **PASSING_FAULTS,
 )
 def check_template_parity(

@@ -261,13 +261,13 @@ def needs_text_reference(manifest: Manifest, text: TextSample, registry: ModelRe
     return any(one is None for one in known)
 
 
-@task(name="read text", task_run_name="read-text", tags=["slmops"])
+@task(name="read text", task_run_name="read-text")
 def read_text(path: str, settings: Settings) -> TextSample:
     """Read the beginning of the text file that the variants' perplexity is taken on."""
     return read_text_file(Path(path).expanduser(), settings.evaluation.max_text_tokens)
 
 
-@task(name="run reference on text", task_run_name="reference-on-text", tags=["slmops", "evaluate"], **PASSING_FAULTS)
+@task(name="run reference on text", task_run_name="reference-on-text", **PASSING_FAULTS)
 def run_text_reference_once(prepared: PreparedCheckpoint, text: TextSample, settings: Settings) -> None:
     """Run the source checkpoint in transformers on the text, unless its figures wait already."""
     folder = text_reference_folder(prepared.digest, text, settings)
@@ -282,7 +282,6 @@ def run_text_reference_once(prepared: PreparedCheckpoint, text: TextSample, sett
 @task(
     name="compare variant on text",
     task_run_name="text-{variant.precision}",
-    tags=["slmops", "evaluate"],
     **PASSING_FAULTS,
 )
 def compare_stored_variant_on_text(

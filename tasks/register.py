@@ -325,9 +325,7 @@ class Proof(BaseModel):
     completion_tokens: int
 
 
-@task(
-    name="register variant", task_run_name="register-{variant.precision}", tags=["slmops", "register"], **PASSING_FAULTS
-)
+@task(name="register variant", task_run_name="register-{variant.precision}", **PASSING_FAULTS)
 def register_variant(
     manifest: Manifest,
     variant: StoredVariant,
@@ -359,7 +357,7 @@ def register_variant(
     return Registration(model_id=model_id, changed=changed, notes=template.notes)
 
 
-@task(name="register champion", task_run_name="register-champion", tags=["slmops", "register"], **PASSING_FAULTS)
+@task(name="register champion", task_run_name="register-champion", **PASSING_FAULTS)
 def register_champion(manifest: Manifest, variant: StoredVariant, settings: Settings) -> str:
     """Register a version's selected variant as `NAME:VERSION`, in place of the former champion's; returns that id."""
     champion = champion_model_id(manifest.name, manifest.version)
@@ -394,7 +392,7 @@ def _token_text(token: Any) -> str | None:
     return text
 
 
-@task(name="prove variant", task_run_name="prove-{variant.precision}", tags=["slmops", "register"])
+@task(name="prove variant", task_run_name="prove-{variant.precision}")
 def prove_variant(
     manifest: Manifest,
     variant: StoredVariant,

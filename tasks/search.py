@@ -319,7 +319,7 @@ def _why(others_on_front: int, ran: int) -> str:
     )
 
 
-@task(name="keep variant", task_run_name="keep-{variant.recipe}", tags=["slmops"], **PASSING_FAULTS)
+@task(name="keep variant", task_run_name="keep-{variant.recipe}", **PASSING_FAULTS)
 def keep_variant(variant: StoredVariant, trials: TrialRegistry, registry: ModelRegistry, settings: Settings) -> None:
     """Bring the files of a chosen trial into the store."""
     with stage_progress(f"keep {variant.precision}"):
@@ -330,7 +330,7 @@ def keep_variant(variant: StoredVariant, trials: TrialRegistry, registry: ModelR
             registry.add_files(work / "model")
 
 
-@task(name="record search", task_run_name="record-search", tags=["slmops"])
+@task(name="record search", task_run_name="record-search")
 def record_trials(manifest: Manifest, outcome: SearchOutcome, registry: ModelRegistry, settings: Settings) -> None:
     """Append the outcome to a version, and its variants' figures under the keys that the stages look for them by."""
     trials = open_trials(registry, settings)

@@ -15,7 +15,7 @@ from tasks.selection import Choice
 SELECTION = "selection"
 
 
-@task(name="store version", task_run_name="store-{request.name}", tags=["slmops"], **PASSING_FAULTS)
+@task(name="store version", task_run_name="store-{request.name}", **PASSING_FAULTS)
 def commit_version(
     request: DeployRequest, prepared: PreparedCheckpoint, built: Sequence[BuiltVariant], registry: ModelRegistry
 ) -> Manifest:

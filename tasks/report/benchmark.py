@@ -147,7 +147,7 @@ def _text(metric: str, value: float) -> str:
     return megabytes(value) if metric.endswith("_bytes") else decimal(value)
 
 
-@task(name="publish benchmark", task_run_name="report-{report.name}", tags=["slmops"])
+@task(name="publish benchmark", task_run_name="report-{report.name}")
 def publish_benchmark(report: BenchmarkReport) -> None:
     """Post the report as a Markdown artifact, and a regression as an event that an automation can act on."""
     create_markdown_artifact(

@@ -19,7 +19,7 @@ from tasks.report.plots import Plot, draw_plots
 from tasks.report.records import DeployReport
 
 
-@task(name="publish report", task_run_name="report-{report.name}", tags=["slmops"])
+@task(name="publish report", task_run_name="report-{report.name}")
 def publish_report(
     report: DeployReport, registry: ModelRegistry, manifest: Manifest | None, settings: Settings
 ) -> DeployReport:
@@ -72,7 +72,7 @@ def write_report_file(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-@task(name="write model cards", task_run_name="model-cards-{report.name}", tags=["slmops"])
+@task(name="write model cards", task_run_name="model-cards-{report.name}")
 def write_model_cards(report: DeployReport, manifest: Manifest, output: str) -> None:
     """Put a model card into each variant's folder of a plain copy."""
     for variant in report.variants:
