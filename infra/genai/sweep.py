@@ -9,6 +9,10 @@ from typing import Any
 
 SHORTEST_PROMPT_TOKENS = 32
 MAX_ROUNDS = 3  # a cliff is believed when it shows in all of them
+# What takes less than 0.1 s seems immediate (Nielsen 1993, Usability Engineering, chapter 5), and people read some ten
+# tokens a second. Within these limits nobody meets a cliff, and a hiccup of the machine looks like one.
+IMMEDIATE_MS = 100.0
+FASTER_THAN_READ_TPS = 100.0
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,19 @@ def throughput_losses(speeds: Sequence[LengthSpeed]) -> list[ThroughputLoss]:
     It is the larger of two losses: of prompt throughput (prompt tokens over TTFT) and of token generation
     throughput. Attention over the whole prompt explains a loss by the growth of the length, which is 2 from one
     power of two to the next. A last step may be shorter than a doubling; its loss is multiplied by 2 over its growth,
-    so that 1 to 2 is what the arithmetic of a transformer explains at every step.
+    so that 1 to 2 is what the arithmetic of a transformer explains at every step. A gain counts as 1, and so does a loss
+    after which the TTFT is still within `IMMEDIATE_MS`, or generation faster than `FASTER_THAN_READ_TPS`.
     """
     losses = []
     for shorter, longer in pairwise(speeds):
         growth = longer.prompt_tokens / shorter.prompt_tokens
-        prompt = longer.ttft_ms / shorter.ttft_ms / growth
-        generation = shorter.token_generation_throughput_tps / longer.token_generation_throughput_tps
-        factor = max(prompt, generation) * max(1.0, 2 / growth)
-        losses.append(ThroughputLoss(shorter.prompt_tokens, longer.prompt_tokens, factor))
+        factors = [1.0]
+        if longer.ttft_ms > IMMEDIATE_MS:
+            factors.append(longer.ttft_ms / shorter.ttft_ms / growth * max(1.0, 2 / growth))
+        if longer.token_generation_throughput_tps < FASTER_THAN_READ_TPS:
+            fell = shorter.token_generation_throughput_tps / longer.token_generation_throughput_tps
+            factors.append(fell * max(1.0, 2 / growth))
+        losses.append(ThroughputLoss(shorter.prompt_tokens, longer.prompt_tokens, max(factors)))
     return losses
 
 

@@ -120,7 +120,7 @@ def test_sabotaged_variants_are_rejected_by_the_right_check(demo: Demo, tmp_path
 
     report = slmops.json("regate", version.reference, status=3)
     assert report["status"] == "rejected"
-    assert {"top1_agreement", "kl_divergence", "quality_loss"} <= set(failed_checks(variant_of(report, "fp16")))
+    assert {"top1_agreement", "kl_divergence"} <= set(failed_checks(variant_of(report, "fp16")))
     parity = failed_checks(variant_of(report, "int8"))["template_parity"]
     assert "genai renders" in parity["detail"]
     vocabulary = failed_checks(variant_of(report, "int4"))["vocabulary"]
@@ -196,7 +196,7 @@ def test_answers_in_another_format_are_rejected(slmops: Slmops, tiny: Path, tmp_
     report = slmops.json("deploy", tiny, "--name", "home", *INT8, "--output-regex", r"\{.*\}", status=3)
     check = failed_checks(variant_of(report, "int8"))["output_format"]
     assert check["value"] < check["threshold"] == 0.95
-    # An open regular expression lets the same variant pass, without building or asking it again.
+    # An open regular expression lets the same variant pass, without building it again.
     evaluation = tmp_path / "eval.jsonl"
     row = {"id": 1, "messages": [{"role": "user", "content": "Hello"}], "expected": "no such answer"}
     evaluation.write_text(json.dumps(row) + "\n")

@@ -113,7 +113,8 @@ def test_the_sweep_stops_before_the_memory_ends():
     assert notes == ["The sweep stopped before 128 prompt tokens: the memory might not suffice."]
 
 
-SPEEDS = st.lists(st.tuples(st.integers(1, 10_000), st.floats(0.1, 1e4), st.floats(0.1, 1e4)), min_size=2, max_size=6)
+# What people wait for, and not faster than they read.
+SPEEDS = st.lists(st.tuples(st.integers(1, 10_000), st.floats(101, 1e6), st.floats(0.1, 99)), min_size=2, max_size=6)
 
 
 @given(SPEEDS)
@@ -126,6 +127,13 @@ def test_losses_do_not_depend_on_the_unit_of_time(found):
     factors = [loss.factor for loss in throughput_losses(speeds)]
     assert [loss.factor for loss in throughput_losses(slower)] == pytest.approx(factors)
     assert [(loss.shorter, loss.longer) for loss in throughput_losses(speeds)] == list(pairwise(sorted(lengths)))
+
+
+def test_what_nobody_waits_for_is_no_loss():
+    fast = [LengthSpeed(64, 0.5, 8000.0), LengthSpeed(128, 99.0, 101.0)]
+    assert [loss.factor for loss in throughput_losses(fast)] == [1.0]
+    slow = [LengthSpeed(64, 0.5, 8000.0), LengthSpeed(128, 101.0, 101.0)]
+    assert [loss.factor for loss in throughput_losses(slow)] == [101.0]
 
 
 @given(st.integers(33, 64), st.floats(0.0, 1.0))
