@@ -75,8 +75,8 @@ def throughput_losses(speeds: Sequence[LengthSpeed]) -> list[ThroughputLoss]:
     It is the larger of two losses: of prompt throughput (prompt tokens over TTFT) and of token generation
     throughput. Attention over the whole prompt explains a loss by the growth of the length, which is 2 from one
     power of two to the next. A last step may be shorter than a doubling; its loss is multiplied by 2 over its growth,
-    so that 1 to 2 is what the arithmetic of a transformer explains at every step. A gain counts as 1, and so does a loss
-    after which the TTFT is still within `IMMEDIATE_MS`, or generation faster than `FASTER_THAN_READ_TPS`.
+    so that 1 to 2 is what the arithmetic of a transformer explains at every step. A gain counts as 1, and so does a
+    loss after which the TTFT is still within `IMMEDIATE_MS`, or generation faster than `FASTER_THAN_READ_TPS`.
     """
     losses = []
     for shorter, longer in pairwise(speeds):

@@ -140,7 +140,8 @@ def test_what_nobody_waits_for_is_no_loss():
 def test_attention_explains_a_loss_of_two_whatever_the_last_step(last, share):
     """A mix of linear and quadratic work has losses between 1 and 2, also at a short last step."""
     speeds = [
-        LengthSpeed(length, (1 - share) * length / 32 + share * (length / 32) ** 2, 100.0) for length in (32, last)
+        LengthSpeed(length, 200 * ((1 - share) * length / 32 + share * (length / 32) ** 2), 100.0)
+        for length in (32, last)
     ]
     (loss,) = throughput_losses(speeds)
     assert 1 - 1e-9 <= loss.factor <= 2 + 1e-9
