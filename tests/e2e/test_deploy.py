@@ -192,16 +192,11 @@ def test_a_deploy_that_is_ended_leaves_no_orphan_and_goes_on_later(
 ) -> None:
     log = embedded.home.parent / "deploy.log"
     command = [sys.executable, "-m", "deployments.cli", "deploy", str(tiny), "--name", "home", *INT8, *INT4]
+    # What a shell runs in the background inherits that Ctrl-C is ignored, as these tests may be.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as output:
-        deploy = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=embedded.variables(),
-            stdout=output,
-            stderr=output,
-            # Tests that a shell runs in the background inherit that Ctrl-C is ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        deploy = subprocess.Popen(command, cwd=ROOT, env=embedded.variables(), stdout=output, stderr=output)
+    signal.signal(signal.SIGINT, handler)
     deadline = time.monotonic() + 120
     while not ("build int4" in log.read_text() and children_of(deploy.pid)):
         assert deploy.poll() is None, log.read_text()
