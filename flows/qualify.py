@@ -11,18 +11,18 @@ from infra.settings import Settings
 from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
 from tasks.budget import parse_budget
 from tasks.checkpoint import PreparedCheckpoint
-from tasks.evaluate import Evaluation, evaluate_stored_variant, forget_reference, known_evaluation, run_reference_once
+from tasks.evaluate import Evaluation, evaluate_stored_variant, forget_reference, needs_reference, run_reference_once
 from tasks.evaluation_set import EvaluationSet
 from tasks.exercise import exercise_stored_variant
 from tasks.gate import GateVerdict, judge_stored_variant, thresholds_for
 from tasks.history import history_of
 from tasks.measure import measure_stored_variant
-from tasks.parity import check_template_parity, known_parity
+from tasks.parity import check_template_parity, needs_parity
 from tasks.perplexity import (
     TextSample,
     compare_stored_variant_on_text,
     forget_text_reference,
-    known_text_comparison,
+    needs_text_reference,
     run_text_reference_once,
 )
 from tasks.register import (
@@ -142,24 +142,22 @@ def needs_source(
     settings: Settings,
 ) -> bool:
     """Whether some variant has yet to be compared with the source checkpoint."""
-    if manifest.source.parameters == 0:
-        return False
-    return any(
-        known_evaluation(manifest, variant, evaluation, registry, settings) is None
-        or known_parity(manifest, variant, registry, with_checkpoint=True) is None
-        or (text is not None and known_text_comparison(manifest, variant, text, registry, settings) is None)
-        for variant in manifest.variants
+    return (
+        needs_reference(manifest, evaluation, registry, settings)
+        or (text is not None and needs_text_reference(manifest, text, registry, settings))
+        or needs_parity(manifest, registry)
     )
 
 
 def run_references(version: Qualification) -> None:
     """Run the source checkpoint on what some variant has yet to be compared on."""
-    if not version.has_reference or version.prepared is None:
+    manifest, prepared, registry, settings = version.manifest, version.prepared, version.registry, version.settings
+    if prepared is None:
         return
-    if not all(_is_evaluated(version, variant) for variant in version.manifest.variants):
-        run_reference_once(version.prepared, version.evaluation, version.settings)
-    if version.text:
-        run_text_reference_once(version.prepared, version.text, version.settings)
+    if needs_reference(manifest, version.evaluation, registry, settings):
+        run_reference_once(prepared, version.evaluation, settings)
+    if version.text and needs_text_reference(manifest, version.text, registry, settings):
+        run_text_reference_once(prepared, version.text, settings)
 
 
 def forget_references(version: Qualification) -> None:
@@ -167,11 +165,6 @@ def forget_references(version: Qualification) -> None:
     forget_reference(version.manifest.source.digest, version.evaluation, version.settings)
     if version.text:
         forget_text_reference(version.manifest.source.digest, version.text, version.settings)
-
-
-def _is_evaluated(version: Qualification, variant: StoredVariant) -> bool:
-    found = known_evaluation(version.manifest, variant, version.evaluation, version.registry, version.settings)
-    return found is not None
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,13 @@ def known_parity(
     return None
 
 
+def needs_parity(manifest: Manifest, registry: ModelRegistry) -> bool:
+    """Whether some variant's templates have yet to be compared with those of its source checkpoint."""
+    if manifest.source.parameters == 0:
+        return False
+    return any(known_parity(manifest, one, registry, with_checkpoint=True) is None for one in manifest.variants)
+
+
 def _versions() -> dict[str, str]:
     return {package: version(package) for package in RUNTIMES}
 

@@ -213,6 +213,9 @@ def test_a_text_file_is_compared_and_judged(slmops: Slmops, tiny: Path, tmp_path
     assert variant["metrics"]["text_perplexity"] > 1
     assert variant["intervals"]["text_perplexity_ratio"]["value"] == pytest.approx(1, abs=0.2)
     assert {"text_top1_agreement", "text_kl_divergence"} <= {one["name"] for one in variant["gate"]["checks"]}
+    again = slmops.run("deploy", tiny, "--name", "home", *INT8, "--text", text)
+    assert "unchanged" in again.stdout
+    assert "reference" not in again.stderr  # nothing is left to compare with it
 
 
 @pytest.mark.slow
