@@ -9,7 +9,7 @@ from infra.errors import StageFailed
 from infra.settings import Settings, load_settings
 from infra.storage.opening import open_registry
 from infra.storage.registry import Manifest, ModelRegistry, StoredVariant, parse_reference
-from tasks.benchmarks import LmEvalTasks, run_lm_eval, run_lm_eval_on_checkpoint
+from tasks.benchmarks import LmEvalTasks, check_lm_eval, run_lm_eval, run_lm_eval_on_checkpoint
 from tasks.checkpoint import prepare_source
 from tasks.history import Figures, compare_versions
 from tasks.measure import measure_stored_variant, measurements_of
@@ -57,6 +57,8 @@ def benchmark(
         allow_network=lm_eval_allow_network,
         allow_code=lm_eval_allow_code,
     )
+    if asked.names or lm_eval_on_checkpoint:
+        check_lm_eval(asked)
     prepared = prepare_source(manifest, settings) if lm_eval_on_checkpoint else None
     variants = tuple(measure_anew(manifest, variant, registry, settings) for variant in manifest.variants)
     if asked.names:

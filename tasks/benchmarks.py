@@ -133,6 +133,12 @@ def lm_eval_key(subject_digest: str, tasks: LmEvalTasks) -> str:
     return digest_of(question)[:16]
 
 
+def check_lm_eval(tasks: LmEvalTasks) -> None:
+    """Raise `BadInput` for what no run of lm-eval can do, before anything else is done."""
+    _check(tasks)
+    lm_eval_key("", tasks)  # lm-eval is there, and so is the folder
+
+
 def known_lm_eval(
     manifest: Manifest, subject_digest: str, tasks: LmEvalTasks, registry: ModelRegistry
 ) -> tuple[LmEvalResult, ...] | None:

@@ -7,6 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def are_comparable(variant_size: int, reference_size: int, tokenizer_size: int) -> bool:
+    """Whether what one vocabulary has beyond the other is padding that no token of the tokenizer uses."""
+    return variant_size == reference_size or min(variant_size, reference_size) >= tokenizer_size
+
+
 @dataclass(frozen=True)
 class PositionComparison:
     """A variant's distribution beside the reference's at one position.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import StageFailed
-from infra.genai.distributions import PositionComparison, compare_position
+from infra.genai.distributions import PositionComparison, are_comparable, compare_position
 from infra.process.child import Progress
 from infra.transformers.reference import LOGITS_FILE, REFERENCE_FILE, choose_positions, matches, share_of
 
@@ -391,9 +391,8 @@ class _Reference:
         self._offsets = np.cumsum([0, *(len(row["positions"]) for row in self.rows)])
 
     def is_comparable(self, variant_size: int) -> bool:
-        """Whether what one side's vocabulary has beyond the other's is padding that no token uses."""
-        common = min(variant_size, self.vocabulary_size)
-        return common >= self._tokenizer_size or variant_size == self.vocabulary_size
+        """See `are_comparable`."""
+        return are_comparable(variant_size, self.vocabulary_size, self._tokenizer_size)
 
     def compare(self, model: GenaiModel, index: int, vocabulary: int, chunk_bytes: int) -> Iterator[PositionComparison]:
         row = self.rows[index]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import StageFailed
-from infra.genai.distributions import PositionComparison, compare_position
+from infra.genai.distributions import PositionComparison, are_comparable, compare_position
 from infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
 from infra.process.child import Progress
 from infra.transformers.reference import LOGITS_FILE
@@ -130,14 +130,13 @@ class _TextReference:
 
     def comparable_vocabulary(self, variant_size: int) -> int:
         """Size of the common vocabulary: what one side has beyond it must be padding that no token uses."""
-        common = min(variant_size, self._vocabulary_size)
-        if common < self._tokenizer_size and variant_size != self._vocabulary_size:
+        if not are_comparable(variant_size, self._vocabulary_size, self._tokenizer_size):
             raise StageFailed(
                 f"The variant's vocabulary has {variant_size} tokens and the reference's {self._vocabulary_size}, "
                 f"of which the tokenizer uses {self._tokenizer_size}.",
                 "The model was not built from this checkpoint: build it again.",
             )
-        return common
+        return min(variant_size, self._vocabulary_size)
 
     def log_probability_of(self, index: int) -> float:
         """Sum of the log-probabilities of a window's tokens."""

@@ -200,3 +200,20 @@ def test_a_variant_that_no_longer_runs_fails_the_run_and_the_others_go_on(api, c
 def test_a_version_that_is_not_there_is_bad_input(api, registry):
     with pytest.raises(BadInput, match="no nowhere"):
         run("nowhere").result()
+
+
+@pytest.mark.parametrize(
+    ("asked", "fault"),
+    [
+        ({"lm_eval_on_checkpoint": True}, "No lm-eval task is named"),
+        ({"lm_eval_tasks": ["mine"], "lm_eval_limit": 0}, "The limit is 0 documents"),
+        ({"lm_eval_tasks": ["mine"], "lm_eval_include": "/gone/for/good"}, "/gone/for/good"),
+    ],
+)
+def test_a_bad_question_to_lm_eval_is_refused_before_anything_is_measured(
+    api, commit, registry, model_dir, asked, fault
+):
+    manifest = commit("home", model_dir)
+    with pytest.raises(BadInput, match=fault):
+        benchmark("home", **asked)
+    assert not list(registry.evidence(manifest, "measurement"))
