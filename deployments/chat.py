@@ -6,7 +6,8 @@ from deployments.console import print_line, print_note
 from infra.errors import BadInput
 from infra.foundry.chat import FoundryChat
 from infra.settings import Settings
-from infra.storage.registry import Manifest, ModelRegistry
+from infra.storage.manifest import Manifest
+from infra.storage.registry import ModelRegistry
 
 MAX_NEW_TOKENS = 512
 

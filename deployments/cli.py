@@ -480,7 +480,7 @@ def _registry() -> Any:
 
 
 def _version(reference: str) -> tuple[Any, Any]:
-    from infra.storage.registry import parse_reference
+    from infra.storage.manifest import parse_reference
 
     name, number = parse_reference(reference)
     registry = _registry()

@@ -7,8 +7,9 @@ from prefect.states import Completed
 
 from infra.errors import StageFailed
 from infra.settings import Settings, load_settings
+from infra.storage.manifest import Manifest, StoredVariant, parse_reference
 from infra.storage.opening import open_registry
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant, parse_reference
+from infra.storage.registry import ModelRegistry
 from tasks.benchmarks import LmEvalTasks, check_lm_eval, run_lm_eval, run_lm_eval_on_checkpoint
 from tasks.checkpoint import prepare_source
 from tasks.history import Figures, compare_versions

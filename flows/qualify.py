@@ -8,7 +8,8 @@ from prefect.states import Completed, Failed
 
 from infra.errors import SlmopsError, StageFailed
 from infra.settings import Settings
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
+from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.registry import ModelRegistry
 from tasks.budget import parse_budget
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.evaluate import Evaluation, evaluate_stored_variant, forget_reference, needs_reference, run_reference_once

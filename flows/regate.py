@@ -7,8 +7,8 @@ from prefect import State, flow
 from flows.qualify import Gate, Qualification, ended, needs_source, qualify
 from infra.errors import BadInput
 from infra.settings import load_settings
+from infra.storage.manifest import parse_reference
 from infra.storage.opening import open_registry
-from infra.storage.registry import parse_reference
 from tasks.budget import parse_budget
 from tasks.checkpoint import prepare_source
 from tasks.evaluate import last_evaluation_set

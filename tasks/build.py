@@ -19,7 +19,8 @@ from infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
 from infra.process.supervisor import run_in_child
 from infra.settings import Settings
 from infra.storage.folders import link_or_copy, place, work_folder
-from infra.storage.registry import ModelRegistry, StoredVariant, digest_of
+from infra.storage.manifest import StoredVariant, digest_of
+from infra.storage.registry import ModelRegistry
 from tasks.checkpoint import EVALUATION_FILE, OUTPUT_SCHEMA_FILE, PreparedCheckpoint
 from tasks.environment import builder_versions
 from tasks.progress import stage_progress

@@ -18,7 +18,7 @@ from infra.olive.architectures import check_architecture
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import link_or_copy, place, work_folder
-from infra.storage.registry import Manifest, digest_of, digest_of_file
+from infra.storage.manifest import Manifest, digest_of, digest_of_file
 from infra.transformers.adapters import read_adapter_config
 from tasks.progress import stage_progress
 from tasks.request import DeployRequest, read_chat_template_file

@@ -13,8 +13,9 @@ from infra.errors import BadInput
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import place, work_folder
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
-from infra.storage.registry import digest_of as digest_of_json
+from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.manifest import digest_of as digest_of_json
+from infra.storage.registry import ModelRegistry
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.evaluation_set import EvaluationRow, EvaluationSet, RowId, digest_of
 from tasks.output_format import OutputFormat, output_faults

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from infra.errors import BadInput
 from infra.settings import Settings
-from infra.storage.registry import digest_of as digest_of_json
+from infra.storage.manifest import digest_of as digest_of_json
 from tasks.checkpoint import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
 from tasks.output_format import OutputFormat, parse_output_regex, read_output_schema
 from tasks.scoring import ExactMatch, Scorer, ScorerField, parse_scorer_text

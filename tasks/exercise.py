@@ -19,8 +19,9 @@ from infra.process.exercise import LONG_USE
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
-from infra.storage.registry import digest_of as digest_of_json
+from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.manifest import digest_of as digest_of_json
+from infra.storage.registry import ModelRegistry
 from tasks.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, EdgeInput, edge_inputs
 from tasks.evaluation_set import EvaluationRow, digest_of
 from tasks.progress import stage_progress

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from infra.errors import BadInput
 from infra.settings import GateSettings
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
+from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.registry import ModelRegistry
 from tasks.evaluate import Evaluation, Share
 from tasks.exercise import Exercise
 from tasks.parity import TemplateParity

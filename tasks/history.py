@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from infra.settings import Settings
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
+from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.registry import ModelRegistry
 from tasks.evaluate import EvaluatedRow, Evaluation
 from tasks.measure import Hardware, Measurement, MetricName, RequestFigures, measurements_of
 from tasks.statistics import Estimate, paired_loss, ratio_of_medians, weighted_mean

@@ -12,7 +12,8 @@ from infra.errors import StageFailed
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant, digest_of
+from infra.storage.manifest import Manifest, StoredVariant, digest_of
+from infra.storage.registry import ModelRegistry
 from tasks.environment import host_facts
 from tasks.progress import stage_progress
 from tasks.retries import PASSING_FAULTS

@@ -13,7 +13,8 @@ from infra.errors import BadInput, SlmopsError, StageFailed
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant, digest_of
+from infra.storage.manifest import Manifest, StoredVariant, digest_of
+from infra.storage.registry import ModelRegistry
 from tasks.progress import stage_progress
 from tasks.register import Message, describe_model
 from tasks.retries import PASSING_FAULTS

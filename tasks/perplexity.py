@@ -15,7 +15,8 @@ from infra.errors import BadInput
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import place, work_folder
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant, digest_of
+from infra.storage.manifest import Manifest, StoredVariant, digest_of
+from infra.storage.registry import ModelRegistry
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.progress import stage_progress
 from tasks.retries import PASSING_FAULTS

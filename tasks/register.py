@@ -16,7 +16,8 @@ from infra.foundry.model_folder import model_folder, remove_model_folder, write_
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
+from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.registry import ModelRegistry
 from tasks.evaluation_set import EvaluationRow
 from tasks.progress import stage_progress
 from tasks.retries import PASSING_FAULTS

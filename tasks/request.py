@@ -11,7 +11,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import BadInput
-from infra.storage.registry import check_name
+from infra.storage.manifest import check_name
 from tasks.budget import parse_budget
 
 Precision = Literal["fp16", "int8", "int4"]

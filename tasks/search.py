@@ -11,7 +11,8 @@ from infra.errors import StageFailed
 from infra.settings import Settings
 from infra.storage.folders import work_folder
 from infra.storage.local import LocalObjectStore
-from infra.storage.registry import Manifest, ModelRegistry, Source, StoredFile, StoredVariant, digest_of
+from infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, digest_of
+from infra.storage.registry import ModelRegistry
 from tasks.budget import Budget, parse_budget
 from tasks.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
 from tasks.checkpoint import PreparedCheckpoint

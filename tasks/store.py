@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from prefect import task
 
-from infra.storage.registry import CANDIDATE, CHAMPION, Manifest, ModelRegistry, Source
+from infra.storage.manifest import Manifest, Source
+from infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from tasks.build import BuiltVariant
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.environment import builder_versions, host_facts

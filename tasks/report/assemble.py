@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from infra.settings import Settings
-from infra.storage.registry import Manifest
+from infra.storage.manifest import Manifest
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.choose import Candidate
 from tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport

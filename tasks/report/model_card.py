@@ -6,7 +6,7 @@ from typing import Any
 
 from infra.checkpoints.source import SourceKind, parse_checkpoint
 from infra.errors import BadInput
-from infra.storage.registry import Manifest
+from infra.storage.manifest import Manifest
 from tasks.report.blocks import Block, Code, Details, Heading, Listing, Paragraph, Strong, Text, bullets, table, visible
 from tasks.report.document import METRIC_TITLES, sdk_example
 from tasks.report.markdown import blocks_to_markdown

@@ -11,7 +11,8 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from infra.foundry.model_folder import MODEL_CARD
 from infra.settings import Settings
-from infra.storage.registry import Manifest, ModelRegistry
+from infra.storage.manifest import Manifest
+from infra.storage.registry import ModelRegistry
 from tasks.report.html import to_html
 from tasks.report.markdown import to_markdown, variant_rows
 from tasks.report.model_card import base_model_of, model_card

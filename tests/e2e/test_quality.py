@@ -11,7 +11,8 @@ import pytest
 from onnx import numpy_helper
 
 from infra.storage.local import LocalObjectStore
-from infra.storage.registry import Manifest, ModelRegistry, StoredVariant
+from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.registry import ModelRegistry
 from tests.checkpoints import make_tiny_checkpoint
 from tests.e2e.conftest import Slmops
 from tests.genai_models import build_genai_model

@@ -17,8 +17,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
 from infra.settings import Settings
+from infra.storage.manifest import Manifest, Source, StoredVariant
 from infra.storage.opening import open_registry
-from infra.storage.registry import Manifest, ModelRegistry, Source, StoredVariant
+from infra.storage.registry import ModelRegistry
 from tasks.report.publish import publish_report
 from tasks.report.records import DeployReport
 from tests.reports import full_report

@@ -11,8 +11,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.benchmark import benchmark
 from infra.errors import BadInput, StageFailed
+from infra.storage.manifest import Source, StoredVariant
 from infra.storage.opening import open_registry
-from infra.storage.registry import Source, StoredVariant
 from tasks.measure import MEASUREMENT_SCHEMA, Measurement, measure_variant
 from tasks.report.benchmark import REGRESSION_EVENT
 from tests.checkpoints import make_tiny_checkpoint

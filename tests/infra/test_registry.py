@@ -20,18 +20,9 @@ from pydantic import ValidationError
 from infra.errors import BadInput, PassingFault, StageFailed
 from infra.settings import Settings
 from infra.storage.local import LocalObjectStore
+from infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name, parse_reference
 from infra.storage.opening import open_registry
-from infra.storage.registry import (
-    CANDIDATE,
-    CHAMPION,
-    Manifest,
-    ModelRegistry,
-    Source,
-    StoredFile,
-    StoredVariant,
-    check_name,
-    parse_reference,
-)
+from infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="Qwen2ForCausalLM", parameters=494_000_000)
@@ -577,7 +568,8 @@ COMMITTER = """
 import sys
 from pathlib import Path
 from infra.storage.local import LocalObjectStore
-from infra.storage.registry import ModelRegistry, Source, StoredVariant
+from infra.storage.manifest import Source, StoredVariant
+from infra.storage.registry import ModelRegistry
 
 root, mine = Path(sys.argv[1]), sys.argv[2]
 registry = ModelRegistry(LocalObjectStore(root))

@@ -14,8 +14,9 @@ from onnx import numpy_helper
 from infra.errors import BadInput
 from infra.settings import EvaluationSettings, MachineSettings, Settings
 from infra.storage.local import LocalObjectStore
-from infra.storage.registry import Manifest, ModelRegistry, Source, StoredVariant
-from infra.storage.registry import digest_of as digest_of_json
+from infra.storage.manifest import Manifest, Source, StoredVariant
+from infra.storage.manifest import digest_of as digest_of_json
+from infra.storage.registry import ModelRegistry
 from tasks.evaluate import (
     Evaluation,
     Reference,

@@ -11,7 +11,8 @@ from infra.errors import StageFailed
 from infra.process.supervisor import run_in_child
 from infra.settings import GateSettings, Settings, SoakSettings, TimeoutSettings
 from infra.storage.local import LocalObjectStore
-from infra.storage.registry import ModelRegistry, Source, StoredVariant
+from infra.storage.manifest import Source, StoredVariant
+from infra.storage.registry import ModelRegistry
 from tasks.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, edge_inputs
 from tasks.evaluation_set import EvaluationRow, chat_prompts
 from tasks.exercise import (

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.settings import MachineSettings, Settings
+from infra.storage.manifest import Source
 from infra.storage.opening import open_registry
-from infra.storage.registry import Source
 from tasks.evaluate import EvaluatedRow, Evaluation, TemplateMismatches, Vocabulary
 from tasks.history import Figures, compare_versions, history_of
 from tasks.measure import MEASUREMENT_SCHEMA
@@ -239,7 +239,7 @@ def commit(registry, tmp_path):
 
 
 def stored(files, precision):
-    from infra.storage.registry import StoredVariant
+    from infra.storage.manifest import StoredVariant
 
     names = {"device": "cpu", "execution_provider": "cpu", "recipe": precision, "recipe_digest": "1" * 64}
     return StoredVariant(precision=precision, files=files, **names)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from infra.foundry.model_folder import write_model_folder
 from infra.process.supervisor import run_in_child
-from infra.storage.registry import Manifest, Source
+from infra.storage.manifest import Manifest, Source
 from tasks.report.model_card import base_model_of, model_card
 from tasks.report.records import VariantDetails, VariantReport
 from tests.genai_models import build_genai_model

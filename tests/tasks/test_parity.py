@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import StageFailed
+from infra.storage.manifest import Source, StoredVariant
 from infra.storage.opening import open_registry
-from infra.storage.registry import Source, StoredVariant
 from tasks.parity import CONVERSATIONS, MARKS, TOLD_ONLY, TemplateParity, check_parity, check_template_parity
 from tests.checkpoints import make_tiny_checkpoint
 from tests.family_tokenizers import FAMILIES, save_tokenizer, save_variant

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from infra.errors import BadInput
 from infra.settings import EvaluationSettings, Settings
+from infra.storage.manifest import Source, StoredVariant, digest_of
 from infra.storage.opening import open_registry
-from infra.storage.registry import Source, StoredVariant, digest_of
 from tasks.checkpoint import PreparedCheckpoint, inspect_checkpoint
 from tasks.perplexity import (
     BYTES_PER_TOKEN,

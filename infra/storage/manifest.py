@@ -1,0 +1,154 @@
+"""What a version is: its manifest, and the names, numbers and digests in it."""
+
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from infra.errors import BadInput
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredFile(_Record):
+    """One file of a variant: its path inside the variant's folder, its content's SHA-256 and its size."""
+
+    path: str
+    sha256: Sha256
+    size_bytes: Annotated[int, Field(ge=0)]
+
+    @field_validator("path")
+    @classmethod
+    def _is_inside_the_folder(cls, path: str) -> str:
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or "\\" in path or ":" in path or ".." in parts:
+            raise ValueError(f"{path!r} is not a path inside a variant")
+        return path
+
+
+class StoredVariant(_Record):
+    """One precision of a version: what it was built by, for what device, and its files."""
+
+    precision: str
+    device: str
+    execution_provider: str
+    recipe: str
+    recipe_digest: Sha256
+    files: tuple[StoredFile, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the paths and digests of its files."""
+        return digest_of([file.model_dump() for file in sorted(self.files, key=lambda file: file.path)])
+
+
+class Source(_Record):
+    """The checkpoint that a version came from, and the training run that made it, where that is known."""
+
+    digest: Sha256
+    origin: str
+    architecture: str
+    parameters: Annotated[int, Field(ge=0)]
+    training_run: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
+
+
+class Manifest(_Record):
+    """What a version is. It never changes; figures, verdicts and proofs are evidence beside it."""
+
+    schema_version: int = 1
+    name: Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
+    version: Annotated[int, Field(ge=1)]
+    source: Source
+    builder: dict[str, str]
+    variants: tuple[StoredVariant, ...]
+    created_at: str
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what makes a version the same: source, builder's versions, recipes and files; no times."""
+        return digest_of(
+            {
+                "source": self.source.digest,
+                "builder": self.builder,
+                "variants": [variant.model_dump() for variant in sorted(self.variants, key=lambda one: one.precision)],
+            }
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest as stored; evidence points to it."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def reference(self) -> str:
+        """`NAME@VERSION`."""
+        return f"{self.name}@{self.version}"
+
+    def to_bytes(self) -> bytes:
+        """Return the manifest's stored form."""
+        # What is not known is left out, so that a field added later leaves the digests of older manifests as they are.
+        return (json.dumps(self.model_dump(exclude_none=True), indent=2, sort_keys=True) + "\n").encode()
+
+    def variant(self, precision: str) -> StoredVariant:
+        """Return the variant of a precision.
+
+        Raises `BadInput` when the version has none.
+        """
+        for variant in self.variants:
+            if variant.precision == precision:
+                return variant
+        known = ", ".join(one.precision for one in self.variants)
+        raise BadInput(f"{self.reference} has no variant {precision!r}.", f"It has: {known}.")
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value in canonical form: sorted keys, no white space."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_name(name: str) -> str:
+    """Return a valid model name; raises `BadInput` for any other."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        shown = name if len(name) <= 80 else name[:80] + "…"
+        raise BadInput(
+            f"The name {shown!r} is not valid.",
+            "A name has 1 to 63 characters: lower-case letters, digits and hyphens, not starting with a hyphen.",
+        )
+    return name
+
+
+def parse_reference(text: str) -> tuple[str, int | None]:
+    """Split `NAME` or `NAME@VERSION`; raises `BadInput` for anything else."""
+    name, at, number = text.partition("@")
+    check_name(name)
+    if not at:
+        return name, None
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", number):
+        raise BadInput(f"{text!r} names no version.", "Write NAME@VERSION with a positive integer, such as home@3.")
+    return name, int(number)
+
+
+def now() -> str:
+    """Return the present time in UTC, ISO 8601, to the microsecond: records of one process sort by it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
