@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
+from deployments.references import Json, Reference, Version, the_registry, version_of
+from deployments.store_commands import add_store_commands
 from infra.errors import BadInput, SlmopsError
 from infra.settings import Settings, describe_settings, load_settings
 
@@ -25,9 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Model, or one version of it.")]
-Version = Annotated[str, typer.Argument(metavar="NAME@VERSION", help="One version of a model.")]
 EvalFile = Annotated[str | None, typer.Option("--eval", help="JSONL rows {id, messages, expected}.")]
 Scorer = Annotated[
     str | None,
@@ -82,9 +81,9 @@ def options(
 ) -> None:
     """Options of slmops itself."""
     if version:
-        from importlib.metadata import version as version_of
+        from importlib import metadata
 
-        print_line(f"slmops {version_of('slmops')}")
+        print_line(f"slmops {metadata.version('slmops')}")
     elif context.invoked_subcommand is None:
         print_line(context.get_help())
 
@@ -183,7 +182,7 @@ def demo(
 
 @app.command()
 def deploy(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, Hub id (owner/name) or s3:// folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, Hub id (owner/name), s3:// folder or store:// address.")],
     name: Annotated[str, typer.Option(help="Name of the model.")],
     precision: Annotated[list[str] | None, typer.Option(help="fp16, int8 or int4; repeatable. Default: all.")] = None,
     device: Annotated[str, typer.Option(help="Device that will serve: cpu or gpu.")] = "cpu",
@@ -212,6 +211,7 @@ def deploy(
     ] = None,
     search: Annotated[bool, typer.Option("--search", help="Try several recipes per precision; keep the best.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Make this version the champion.")] = False,
+    training_run: Annotated[str | None, typer.Option(help="Training run that made the checkpoint: id or URL.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end.")] = False,
     log_level: LogLevel = None,
     as_json: Json = False,
@@ -236,6 +236,7 @@ def deploy(
         "olive_config_file": olive_config,
         "output": output,
         "promote": promote,
+        "training_run": training_run,
         **_parse_model_config(model_config or []),
     }
     if precision:
@@ -399,8 +400,8 @@ def _show_plan(settings: Settings, parameters: dict[str, Any], as_json: bool) ->
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
     """List the versions in the store."""
-    registry = _registry()
-    models = []
+    registry = the_registry()
+    models: list[dict[str, Any]] = []
     for name in registry.names():
         for manifest in registry.versions(name):
             status = _statuses(registry, manifest)
@@ -409,6 +410,8 @@ def list_models(as_json: Json = False) -> None:
                     "name": name,
                     "version": manifest.version,
                     "aliases": list(registry.aliases_of(manifest)),
+                    "tags": registry.tags(manifest),
+                    "created_at": manifest.created_at,
                     "variants": [
                         {
                             "precision": variant.precision,
@@ -426,6 +429,7 @@ def list_models(as_json: Json = False) -> None:
         {
             "version": f"{model['name']}@{model['version']}",
             "aliases": ", ".join(model["aliases"]) or "-",
+            "tags": ", ".join(f"{tag}={value}" for tag, value in model["tags"].items()) or "-",
             "variants": ", ".join(
                 f"{one['precision']} {one['status'] or 'not judged'} ({one['size_bytes'] / 1e6:,.1f} MB)"
                 for one in model["variants"]
@@ -441,10 +445,15 @@ def list_models(as_json: Json = False) -> None:
 @app.command()
 def show(reference: Reference, as_json: Json = False) -> None:
     """Show a version: its source, files and evidence."""
-    registry, manifest = _version(reference)
+    from infra.storage.signatures import is_signed
+
+    registry, manifest = version_of(reference)
     deployed = registry.latest_evidence(manifest, "deploy") or {}
     if as_json:
-        print_json({**manifest.model_dump(), "aliases": registry.aliases_of(manifest), "deploy": deployed})
+        kept = {"aliases": registry.aliases_of(manifest), "tags": registry.tags(manifest), "deploy": deployed}
+        notes = [{"at": at, "text": text} for at, text in registry.notes(manifest)]
+        signed = {"signed": is_signed(registry, manifest), "digest": manifest.digest, "uri": registry.uri(manifest)}
+        print_json({**manifest.model_dump(), **kept, "notes": notes, **signed})
         return
     print_line(
         f"{manifest.reference}  {manifest.created_at}  aliases: {', '.join(registry.aliases_of(manifest)) or '-'}"
@@ -453,6 +462,14 @@ def show(reference: Reference, as_json: Json = False) -> None:
         f"source: {manifest.source.origin} ({manifest.source.architecture}, {manifest.source.parameters:,} parameters)"
     )
     print_line(f"        sha256 {manifest.source.digest}")
+    if manifest.source.training_run:
+        print_line(f"training run: {manifest.source.training_run}")
+    print_line(f"stored: {registry.uri(manifest)}")
+    print_line(f"        sha256 {manifest.digest}, {'signed' if is_signed(registry, manifest) else 'not signed'}")
+    for tag, value in registry.tags(manifest).items():
+        print_line(f"tag: {tag}={value}")
+    for at, text in registry.notes(manifest):
+        print_line(f"note of {at[:19]}: {text}")
     print_line("built by: " + ", ".join(f"{name} {number}" for name, number in manifest.builder.items()))
     files = [
         {"variant": variant.precision, "file": file.path, "size": f"{file.size_bytes:,}", "sha256": file.sha256[:16]}
@@ -473,20 +490,6 @@ def _statuses(registry: Any, manifest: Any) -> dict[str, str | None]:
     return {variant.precision: found.get(variant.precision) for variant in manifest.variants}
 
 
-def _registry() -> Any:
-    from infra.storage.opening import open_registry
-
-    return open_registry(load_settings())
-
-
-def _version(reference: str) -> tuple[Any, Any]:
-    from infra.storage.manifest import parse_reference
-
-    name, number = parse_reference(reference)
-    registry = _registry()
-    return registry, registry.version(name, number)
-
-
 @app.command()
 def regate(
     reference: Version,
@@ -504,7 +507,7 @@ def regate(
 ) -> None:
     """Judge a version again, without building it, and register or unregister its variants accordingly."""
     settings = load_settings()
-    _version(reference)
+    version_of(reference)
     parameters = {
         "reference": reference,
         **_evaluation_parameters(eval_file, scorer, output_schema, output_regex, text),
@@ -543,7 +546,7 @@ def benchmark(
 ) -> None:
     """Measure a stored version anew, beside its earlier figures on this machine; run standard benchmarks on it."""
     settings = load_settings()
-    _version(reference)
+    version_of(reference)
     parameters = {
         "reference": reference,
         "lm_eval_tasks": lm_eval_task or [],
@@ -588,7 +591,7 @@ def recipes(as_json: Json = False) -> None:
 @app.command()
 def logs(reference: Reference) -> None:
     """Print the build logs of a version."""
-    registry, manifest = _version(reference)
+    registry, manifest = version_of(reference)
     for record in registry.evidence(manifest, "build"):
         print_line(
             f"== {record['precision']}: built in {record['wall_s']:.1f} s, peak {record['peak_rss_bytes'] / 1e9:.2f} GB"
@@ -601,9 +604,15 @@ def delete(
     reference: Version,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Unregister a version and remove it from the store; its number is never used again."""
+    """Unregister a version and remove it from the store; its number is never used again. Or remove an input."""
+    from infra.storage.garbage import delete_version
+    from infra.storage.inputs import is_input_address
+
     settings = load_settings()
-    registry, manifest = _version(reference)
+    if is_input_address(reference):
+        _delete_input(reference, yes=yes)
+        return
+    registry, manifest = version_of(reference)
     if "@" not in reference:
         raise BadInput(f"{reference!r} names no version.", f"Write, for example, {manifest.reference}.")
     if not yes and not typer.confirm(f"Delete {manifest.reference} and unregister it?", err=True):
@@ -612,15 +621,26 @@ def delete(
     from tasks.register import unregister_version
 
     unregister_version(manifest, settings)
-    freed = registry.delete(manifest.name, manifest.version)
-    print_line(f"Deleted {manifest.reference}; {freed / 1e6:,.1f} MB freed.")
+    freed = delete_version(registry, manifest)
+    print_line(f"Deleted {manifest.reference}; {(freed or 0) / 1e6:,.1f} MB freed.")
+
+
+def _delete_input(address: str, *, yes: bool) -> None:
+    from infra.storage.inputs import delete_input, read_input
+
+    registry = the_registry()
+    found = read_input(registry, address)
+    if not yes and not typer.confirm(f"Delete {address} ({found.name}) from the store?", err=True):
+        raise typer.Exit(1)
+    delete_input(registry, address)
+    print_line(f"Deleted {address} ({found.name}); slmops gc frees its bytes.")
 
 
 @app.command()
 def unregister(reference: Reference) -> None:
     """Take a version out of Foundry Local; it stays in the store."""
     settings = load_settings()
-    _, manifest = _version(reference)
+    _, manifest = version_of(reference)
     _prepare(settings)
     from tasks.register import unregister_version
 
@@ -632,7 +652,7 @@ def unregister(reference: Reference) -> None:
 def chat(reference: Reference) -> None:
     """Talk to a registered model through Foundry Local; an empty line ends the chat."""
     settings = load_settings()
-    registry, manifest = _version(reference)
+    registry, manifest = version_of(reference)
     from deployments.chat import chat_with
 
     chat_with(registry, manifest, settings)
@@ -643,6 +663,8 @@ def foundry_dir() -> None:
     """Print the directory for `foundry cache cd`."""
     print_line(str(load_settings().foundry_dir))
 
+
+add_store_commands(app)
 
 if __name__ == "__main__":
     main()

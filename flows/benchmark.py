@@ -7,7 +7,7 @@ from prefect.states import Completed
 
 from infra.errors import StageFailed
 from infra.settings import Settings, load_settings
-from infra.storage.manifest import Manifest, StoredVariant, parse_reference
+from infra.storage.manifest import Manifest, StoredVariant
 from infra.storage.opening import open_registry
 from infra.storage.registry import ModelRegistry
 from tasks.benchmarks import LmEvalTasks, check_lm_eval, run_lm_eval, run_lm_eval_on_checkpoint
@@ -48,8 +48,7 @@ def benchmark(
     """
     settings = load_settings()
     registry = open_registry(settings)
-    name, number = parse_reference(reference)
-    manifest = registry.version(name, number)
+    manifest = registry.find(reference)
     asked = LmEvalTasks(
         names=tuple(lm_eval_tasks),
         include_path=lm_eval_include,
@@ -61,9 +60,10 @@ def benchmark(
     if asked.names or lm_eval_on_checkpoint:
         check_lm_eval(asked)
     prepared = prepare_source(manifest, settings) if lm_eval_on_checkpoint else None
-    variants = tuple(measure_anew(manifest, variant, registry, settings) for variant in manifest.variants)
-    if asked.names:
-        variants = tuple(with_lm_eval(manifest, variant, asked, registry, settings) for variant in variants)
+    with registry.in_use(manifest):
+        variants = tuple(measure_anew(manifest, variant, registry, settings) for variant in manifest.variants)
+        if asked.names:
+            variants = tuple(with_lm_eval(manifest, variant, asked, registry, settings) for variant in variants)
     on_checkpoint = run_lm_eval_on_checkpoint(manifest, prepared, asked, registry, settings) if prepared else ()
     report = BenchmarkReport(
         name=manifest.name, version=manifest.version, variants=variants, checkpoint_lm_eval=on_checkpoint

@@ -15,6 +15,7 @@ from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
 from tasks.environment import check_environment, check_room
 from tasks.evaluate import forget_reference
 from tasks.evaluation_set import read_evaluation
+from tasks.inputs import with_local_files
 from tasks.perplexity import read_text
 from tasks.plan import parse_request
 from tasks.report.assemble import failed_report
@@ -22,7 +23,7 @@ from tasks.report.publish import publish_report, write_model_cards
 from tasks.report.records import DeployReport, VariantReport
 from tasks.request import DeployRequest
 from tasks.search import record_trials, search_recipes
-from tasks.store import commit_version
+from tasks.store import commit_version, record_provenance
 
 
 @flow(name="deploy", flow_run_name="deploy-{name}")
@@ -54,12 +55,13 @@ def deploy(
     olive_config_file: str | None = None,
     output: str | None = None,
     promote: bool = False,
+    training_run: str | None = None,
 ) -> State[DeployReport]:
     """Build, store, measure, judge, register and prove a fine-tuned small language model.
 
     Args:
-        checkpoint: Folder of the checkpoint, Hub id (owner/name), or s3:// folder. A LoRA adapter is merged into
-            its base first; a folder that already is an onnxruntime-genai model is not built again.
+        checkpoint: Folder of the checkpoint, Hub id (owner/name), s3:// folder, or store:// address. A LoRA adapter is
+            merged into its base first; a folder that already is an onnxruntime-genai model is not built again.
         name: Name of the model: lower-case letters, digits and hyphens.
         precisions: Precisions to build.
         device: Device that will serve the model.
@@ -90,14 +92,17 @@ def deploy(
         olive_config_file: Olive run configuration (JSON) to use in place of slmops' recipes.
         output: New folder for a plain copy of what was built.
         promote: Make this version the champion.
+        training_run: Training run that made the checkpoint (an id or a URL), for the version's manifest.
 
     Returns:
         The report, as a completed state; a failed one named `Rejected` when every variant fell short, and a failed
         one when a variant could not be built or proven.
     """
-    request = parse_request(dict(locals()))
+    parameters = dict(locals())
     settings = load_settings()
+    request = parse_request(with_local_files(parameters, settings))
     registry = open_registry(settings)
+    registry.objects.check()
 
     check_environment(request.execution_provider, settings)
     planned = plan_recipes(request)
@@ -131,6 +136,7 @@ def deploy(
     if request.output:
         copy_out([one.variant for one in built], request.output, registry)
     manifest = commit_version(request, prepared, built, registry)
+    record_provenance(manifest, registry, settings)
     if outcome:
         record_trials(manifest, outcome, registry, settings)
     version = Qualification(
@@ -145,7 +151,11 @@ def deploy(
         registry=registry,
         settings=settings,
     )
-    warnings = (*prepared.inspection.warnings, *(text for one in built for text in one.warnings))
+    warnings = (
+        *prepared.inspection.warnings,
+        *(text for one in built for text in one.warnings),
+        *registry.objects.notices(),
+    )
     report = qualify(version, failures, warnings)
     if request.output:
         write_model_cards(report, manifest, request.output)

@@ -97,6 +97,11 @@ class Qualification:
 
 def qualify(version: Qualification, failures: Sequence[VariantReport], warnings: tuple[str, ...]) -> DeployReport:
     """Qualify every variant of a version, choose the one that serves, point the aliases, and publish the report."""
+    with version.registry.in_use(version.manifest):
+        return _qualify(version, failures, warnings)
+
+
+def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings: tuple[str, ...]) -> DeployReport:
     manifest, registry, settings = version.manifest, version.registry, version.settings
     run_references(version)
     outcomes = [_qualify_variant(version, variant) for variant in manifest.variants]

@@ -7,12 +7,12 @@ from prefect import State, flow
 from flows.qualify import Gate, Qualification, ended, needs_source, qualify
 from infra.errors import BadInput
 from infra.settings import load_settings
-from infra.storage.manifest import parse_reference
 from infra.storage.opening import open_registry
 from tasks.budget import parse_budget
 from tasks.checkpoint import prepare_source
 from tasks.evaluate import last_evaluation_set
 from tasks.evaluation_set import read_evaluation
+from tasks.inputs import local_file
 from tasks.perplexity import read_text
 from tasks.report.records import DeployReport
 from tasks.store import last_budget
@@ -49,9 +49,11 @@ def regate(
         The report, in the states that `deploy` ends in.
     """
     settings = load_settings()
+    evaluation_file, output_schema_file, text_file = (
+        local_file(text, settings) if text else None for text in (evaluation_file, output_schema_file, text_file)
+    )
     registry = open_registry(settings)
-    name, number = parse_reference(reference)
-    manifest = registry.version(name, number)
+    manifest = registry.find(reference)
     limits = last_budget(manifest, registry) if budget is None else tuple(budget)
     parse_budget(limits)
     asked = {"scorer": scorer, "output_schema_file": output_schema_file, "output_regex": output_regex}

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import psutil
 from platformdirs import user_data_path
@@ -28,10 +28,25 @@ class _Section(BaseModel):
 class StoreSettings(_Section):
     """Where versions are kept."""
 
-    uri: str | None = Field(None, description="Store of versions; default: the folder `store` under home.")
+    uri: str | None = Field(
+        None, description="Store of versions: file:///folder or s3://bucket/prefix; default: `store` under home."
+    )
     endpoint_url: str | None = Field(None, description="Endpoint of an S3-compatible server; default: AWS.")
+    region: str | None = Field(None, description="S3 region; default: the usual AWS chain.")
+    profile: str | None = Field(None, description="Profile of AWS's configuration; default: the usual AWS chain.")
     access_key_id: str | None = Field(None, description="S3 access key; default: the usual AWS credential chain.")
     secret_access_key: SecretStr | None = Field(None, description="S3 secret key; default: the AWS credential chain.")
+    addressing_style: Literal["path", "virtual", "auto"] | None = Field(
+        None, description="Bucket in the path or in the host's name; default: path with an endpoint, auto without."
+    )
+    signing_key: Path | None = Field(
+        None, description="Private key (PEM, elliptic curve) that new versions are signed with; default: none are."
+    )
+    signing_key_password: SecretStr | None = Field(None, description="Password of the signing key.")
+    verification_key: Path | None = Field(None, description="Public key (PEM) that signatures are verified with.")
+    require_signature: bool = Field(
+        False, description="Register only versions that the verification key's owner signed, unaltered."
+    )
 
 
 class FoundrySettings(_Section):
@@ -208,7 +223,8 @@ def load_settings() -> Settings:
 
 def _found(fault: ErrorDetails) -> str:
     # What a misspelled variable or a whole section holds may be a secret.
-    of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:] not in (("uri",), ("endpoint_url",))
+    open_keys = ("uri", "endpoint_url", "addressing_style", "require_signature")
+    of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:2] not in tuple((key,) for key in open_keys)
     return "" if of_store else f", found {fault['input']!r}"
 
 

@@ -365,7 +365,10 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 class BuiltVariant(BaseModel):
-    """A variant whose files are in the store, and what its build took: wall time in s, peak memory in bytes."""
+    """A variant whose files are in the store, and what its build took: wall time in s, peak memory in bytes.
+
+    `passes` are the recipe's, as Olive was told them: the manifest has only their digest.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -374,6 +377,7 @@ class BuiltVariant(BaseModel):
     peak_rss_bytes: int
     log: str
     warnings: tuple[str, ...] = ()
+    passes: dict[str, dict[str, Any]] = {}
 
 
 def plan_recipes(request: DeployRequest) -> list[Recipe]:
@@ -453,7 +457,7 @@ def build_variant(
     with stage_progress(f"build {recipe.name}") as on_progress:
         if record.is_file():
             built = BuiltVariant.model_validate_json(record.read_bytes())
-            if registry.has_files(built.variant.files):
+            if not registry.claim_files(built.variant.files):
                 on_progress(1, 1, "built before")
                 return built
         log = settings.cache_dir / "logs" / f"build-{request.name}-{recipe.name}-{key[:12]}.log"
@@ -482,7 +486,7 @@ def build_variant(
                 execution_provider=recipe.execution_provider,
                 recipe=recipe.id,
                 recipe_digest=recipe.digest,
-                files=registry.add_files(work / "model"),
+                files=registry.add_files(work / "model", on_progress),
             )
         built = BuiltVariant(
             variant=variant,
@@ -490,6 +494,7 @@ def build_variant(
             peak_rss_bytes=child.peak_rss_bytes,
             log=log.read_text("utf-8", "replace"),
             warnings=(*recipe.warnings, *child.value["warnings"]),
+            passes=recipe.passes,
         )
         record.parent.mkdir(parents=True, exist_ok=True)
         aside = record.with_suffix(".aside")
@@ -514,7 +519,7 @@ def take_model(
     """Store a folder that already is an onnxruntime-genai model, as the one variant of its version."""
     refuse_recipes(request)
     precision = detect_precision(prepared.folder)
-    with stage_progress(f"take {precision}"), work_folder(settings) as work:
+    with stage_progress(f"take {precision}") as on_progress, work_folder(settings) as work:
         model = work / "model"
         model.mkdir()
         for path in prepared.folder.iterdir():
@@ -527,7 +532,7 @@ def take_model(
             execution_provider=request.execution_provider,
             recipe="as given",
             recipe_digest=digest_of({"recipe": "as given"}),
-            files=registry.add_files(model),
+            files=registry.add_files(model, on_progress),
         )
     return BuiltVariant(variant=variant, wall_s=0.0, peak_rss_bytes=0, log="")
 

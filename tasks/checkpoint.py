@@ -1,5 +1,6 @@
 """Stage "inspect": what a checkpoint is, whether slmops can deploy it, and the digest of its content."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,15 +12,18 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.checkpoints.folder import TOKENIZER_FILES, TensorHeader, read_chat_template, read_json, read_tensor_headers
 from infra.checkpoints.hub import fetch_from_hub
-from infra.checkpoints.s3 import fetch_from_s3
+from infra.checkpoints.s3 import FETCHED, fetch_from_s3
 from infra.checkpoints.source import SourceKind, parse_checkpoint
 from infra.errors import BadInput
 from infra.olive.architectures import check_architecture
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import link_or_copy, place, work_folder
+from infra.storage.inputs import fetch_input, is_input_address
 from infra.storage.manifest import Manifest, digest_of, digest_of_file
+from infra.storage.opening import open_registry
 from infra.transformers.adapters import read_adapter_config
+from tasks.inputs import inputs_dir
 from tasks.progress import stage_progress
 from tasks.request import DeployRequest, read_chat_template_file
 
@@ -282,8 +286,12 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
 
     Raises `BadInput` when it is gone or has changed since.
     """
-    folders = [settings.cache_dir / "checkpoints", settings.cache_dir / "s3"]
+    if is_input_address(manifest.source.origin):
+        with contextlib.suppress(BadInput):  # removed from the store; it may be here still
+            fetch_input(open_registry(settings), manifest.source.origin, inputs_dir(settings))
+    folders = [settings.cache_dir / "checkpoints", inputs_dir(settings)]
     prepared = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    prepared += (settings.cache_dir / "s3").glob(f"*/{FETCHED}")
     for folder in (Path(manifest.source.origin).expanduser(), *prepared):
         if folder.is_dir() and content_digest(folder) == manifest.source.digest:
             inspection = inspect_checkpoint(folder, chat_template_given=True)
@@ -304,7 +312,10 @@ def fetch_checkpoint(text: str, revision: str | None, settings: Settings, on_pro
         return fetch_from_hub(source.location, source.revision, settings, on_progress=on_progress)
     if source.kind is SourceKind.S3:
         on_progress(0, 1, f"fetching {source.location}")
-        return fetch_from_s3(source.location, settings, settings.cache_dir / "s3")
+        return fetch_from_s3(source.location, settings, settings.cache_dir / "s3", on_progress)
+    if source.kind is SourceKind.STORE:
+        on_progress(0, 1, f"fetching {source.location}")
+        return fetch_input(open_registry(settings), source.location, inputs_dir(settings), on_progress)
     return Path(source.location)
 
 

@@ -14,10 +14,11 @@ from packaging.version import Version
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
-from infra.errors import BadInput, StageFailed
+from infra.errors import BadInput, SlmopsError, StageFailed
 from infra.process.supervisor import run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
+from infra.storage.opening import open_object_store
 from tasks.checkpoint import Inspection, inspect_checkpoint
 
 DISTRIBUTION = "slmops"
@@ -292,12 +293,25 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
     """
     inspection = inspect_checkpoint(Path(checkpoint).expanduser()) if checkpoint else None
     checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
+    checks.append(check_store(settings))
     if inspection:
         stages = estimate_stages(
             inspection, tuple(BUILD_RAM_BYTES_PER_BODY_PARAMETER), rows=settings.evaluation.max_rows
         )
         checks += check_resources(stages, settings)
     return checks
+
+
+def check_store(settings: Settings) -> Check:
+    """Reach the store that the settings name, and say what its server cannot do."""
+    needed = "reached, writable"
+    try:
+        objects = open_object_store(settings.store_uri, settings)
+        objects.check(by_writing=True)
+    except SlmopsError as error:
+        return Check(name="store", required=needed, found=error.message, ok=False, what_to_do=error.what_to_do)
+    found = " ".join((f"{settings.store_uri}.", *objects.notices()))
+    return Check(name="store", required=needed, found=found, ok=True)
 
 
 def builder_versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from infra.checkpoints.source import SourceKind, parse_checkpoint
 from infra.errors import BadInput
 from infra.settings import Settings
 from infra.storage.opening import open_registry
+from infra.storage.signatures import verification_key
 from infra.transformers.adapters import read_adapter_config
 from tasks.build import plan_recipes, plan_search, refuse_recipes
 from tasks.checkpoint import Inspection, inspect_checkpoint
@@ -25,6 +26,7 @@ from tasks.environment import (
 )
 from tasks.evaluation_set import EvaluationRow, read_rows
 from tasks.gate import thresholds_for
+from tasks.inputs import with_local_files
 from tasks.perplexity import read_text_file
 from tasks.register import foundry_model_id
 from tasks.request import DeployRequest, check_precisions
@@ -63,8 +65,10 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
     Raises `BadInput` for whatever would make the deploy fail: names, files, an unsupported or damaged checkpoint, too
     little memory or disk. A remote checkpoint can be looked at only after it was fetched; the flow does that.
     """
-    request = parse_request(parameters)
-    open_registry(settings)
+    open_registry(settings).objects.check()
+    if settings.store.require_signature:
+        verification_key(settings.store)
+    request = parse_request(with_local_files(parameters, settings))
     recipes = plan_search(request) if request.search else plan_recipes(request)
     for recipe in recipes:
         thresholds_for(

@@ -42,9 +42,10 @@ def stage_progress(stage: str) -> Iterator[OnProgress]:
         share = min(max(done / total, 0.0), 1.0) if total else 0.0
         for listener in _listeners:
             listener(stage, share, what)
-        if what != doing and TaskRunContext.get():
+        step = what.partition(":")[0]  # what follows is how far it is
+        if step != doing and TaskRunContext.get():
             get_run_logger().info("%s: %s", stage, what)
-            doing = what
+            doing = step
         if time.monotonic() - posted_at >= ARTIFACT_INTERVAL_S and TaskRunContext.get():
             artifact = _post(artifact, stage, share)
             posted_at = time.monotonic()

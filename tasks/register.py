@@ -16,8 +16,9 @@ from infra.foundry.model_folder import model_folder, remove_model_folder, write_
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
-from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.manifest import Manifest, StoredVariant, digest_of_file
 from infra.storage.registry import ModelRegistry
+from infra.storage.signatures import check_signature
 from tasks.evaluation_set import EvaluationRow
 from tasks.progress import stage_progress
 from tasks.retries import PASSING_FAULTS
@@ -341,7 +342,10 @@ def register_variant(
     """
     model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
     with stage_progress(f"register {variant.precision}") as on_progress, work_folder(settings) as work:
-        registry.materialize(variant.files, work / "model")
+        registry.materialize(variant.files, work / "model", on_progress)
+        if settings.store.require_signature:
+            check_signature(registry, manifest, settings.store)
+            _check_unaltered(variant, work / "model", settings)
         template, defaults = describe_model(work / "model")
         folder = write_model_folder(
             settings.foundry_dir,
@@ -356,6 +360,15 @@ def register_variant(
         changed = _ask_foundry("register", request, settings, on_progress)["changed"]
         on_progress(1, 1, "registered" if changed else "registered before")
     return Registration(model_id=model_id, changed=changed, notes=template.notes)
+
+
+def _check_unaltered(variant: StoredVariant, folder: Path, settings: Settings) -> None:
+    altered = [file.path for file in variant.files if digest_of_file(folder / file.path) != file.sha256]
+    if altered:
+        raise StageFailed(
+            f"{altered[0]} is not what the version's manifest says it is.",
+            f"See with slmops verify whether the store's copy is damaged; else remove {settings.cache_dir / 'store'}.",
+        )
 
 
 @task(name="register champion", task_run_name="register-champion", **PASSING_FAULTS)

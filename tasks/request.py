@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import BadInput
-from infra.storage.manifest import check_name
+from infra.storage.manifest import LONGEST_TRAINING_RUN, check_name
 from tasks.budget import parse_budget
 
 Precision = Literal["fp16", "int8", "int4"]
@@ -56,6 +57,7 @@ class DeployRequest(BaseModel):
     search: bool = False
     output: str | None = None
     promote: bool = False
+    training_run: str | None = None
 
     def checked(self) -> "DeployRequest":
         """Return the request with duplicates removed; raises `BadInput` for what no deploy can do."""
@@ -82,6 +84,12 @@ class DeployRequest(BaseModel):
                 f"An Olive configuration leaves no {'recipe to name' if self.recipes else 'recipes to search'}.",
                 "Leave it out, or leave the other out.",
             )
+        if self.training_run is not None and not 0 < len(self.training_run) <= LONGEST_TRAINING_RUN:
+            raise BadInput(
+                f"The training run has {len(self.training_run)} characters.", f"Give 1 to {LONGEST_TRAINING_RUN}."
+            )
+        if self.training_run and (urlsplit(self.training_run).username or urlsplit(self.training_run).password):
+            raise BadInput("The training run's address holds a user or a password.", "Leave them out.")
         if self.chat_template_file:
             read_chat_template_file(Path(self.chat_template_file))
         if self.output:

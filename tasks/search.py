@@ -8,10 +8,12 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from infra.errors import StageFailed
+from infra.process.supervisor import OnProgress
 from infra.settings import Settings
 from infra.storage.folders import work_folder
 from infra.storage.local import LocalObjectStore
 from infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, digest_of
+from infra.storage.objects import Blob
 from infra.storage.registry import ModelRegistry
 from tasks.budget import Budget, parse_budget
 from tasks.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
@@ -88,23 +90,29 @@ class TrialRegistry(ModelRegistry):
 
     def has_files(self, files: Iterable[StoredFile]) -> bool:
         """See `ModelRegistry.has_files`."""
-        return all(self._home_of(file).has_files([file]) for file in files)
+        of_store, own = self._parted(files)
+        return self._store.has_files(of_store) and super().has_files(own)
 
-    def materialize(self, files: Iterable[StoredFile], folder: Path) -> None:
+    def claim_files(self, files: Iterable[StoredFile]) -> list[Blob]:
+        """See `ModelRegistry.claim_files`."""
+        of_store, own = self._parted(files)
+        return [*self._store.claim_files(of_store), *super().claim_files(own)]
+
+    def materialize(self, files: Iterable[StoredFile], folder: Path, on_progress: OnProgress | None = None) -> None:
         """See `ModelRegistry.materialize`."""
-        for file in files:
-            if super().has_files([file]):
-                super().materialize([file], folder)
-            else:
-                self._store.materialize([file], folder)
+        of_store, own = self._parted(files)
+        self._store.materialize(of_store, folder, on_progress)
+        super().materialize(own, folder, on_progress)
 
-    def _home_of(self, file: StoredFile) -> ModelRegistry:
-        return self._store if self._store.has_files([file]) else ModelRegistry(self.objects)
+    def _parted(self, files: Iterable[StoredFile]) -> tuple[list[StoredFile], list[StoredFile]]:
+        """Return the files that the store has, and those that only a trial made."""
+        wanted = list(files)
+        own = [file for file in wanted if super(TrialRegistry, self).has_files([file])]
+        return [file for file in wanted if file not in own], own
 
     def key_of(self, manifest: Manifest, kind: str, figures: dict[str, Any]) -> str:
         """Return the key under which a stage recorded these figures of a trial."""
-        prefix = f"models/{manifest.name}/{manifest.version}/evidence"
-        names = (key.rsplit("/", 1)[1] for key in self.objects.keys(prefix))
+        names = (entry.key.rsplit("/", 1)[1] for entry in self.evidence_entries(manifest))
         keys = [name.removeprefix(f"{kind}-").removesuffix(".json") for name in names if name.startswith(f"{kind}-")]
         return next(key for key in keys if any(one.get(kind) == figures for one in self.evidence(manifest, kind, key)))
 
@@ -323,12 +331,12 @@ def _why(others_on_front: int, ran: int) -> str:
 @task(name="keep variant", task_run_name="keep-{variant.recipe}", **PASSING_FAULTS)
 def keep_variant(variant: StoredVariant, trials: TrialRegistry, registry: ModelRegistry, settings: Settings) -> None:
     """Bring the files of a chosen trial into the store."""
-    with stage_progress(f"keep {variant.precision}"):
-        if registry.has_files(variant.files):
+    with stage_progress(f"keep {variant.precision}") as on_progress:
+        if not registry.claim_files(variant.files):
             return
         with work_folder(settings) as work:
             trials.materialize(variant.files, work / "model")
-            registry.add_files(work / "model")
+            registry.add_files(work / "model", on_progress)
 
 
 @task(name="record search", task_run_name="record-search")

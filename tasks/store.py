@@ -4,8 +4,11 @@ from collections.abc import Sequence
 
 from prefect import task
 
-from infra.storage.manifest import Manifest, Source
+from infra.cyclonedx.sbom import installed_packages, version_sbom
+from infra.settings import Settings
+from infra.storage.manifest import Manifest, Source, now
 from infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from infra.storage.signatures import is_signed, sign_version
 from tasks.build import BuiltVariant
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.environment import builder_versions, host_facts
@@ -14,6 +17,9 @@ from tasks.retries import PASSING_FAULTS
 from tasks.selection import Choice
 
 SELECTION = "selection"
+SBOM = "sbom"
+# What a build runs on; the bill of materials lists what these require too.
+BUILD_STACK = ("slmops", "onnxruntime-genai", "olive-ai", "onnxruntime", "torch", "transformers")
 
 
 @task(name="store version", task_run_name="store-{request.name}", **PASSING_FAULTS)
@@ -26,12 +32,25 @@ def commit_version(
         origin=prepared.origin,
         architecture=prepared.inspection.architecture,
         parameters=prepared.inspection.parameters,
+        training_run=request.training_run,
     )
     manifest, is_new = registry.commit(request.name, source, builder_versions(), [one.variant for one in built])
     for one in built if is_new else ():
         record = {**one.model_dump(mode="json", exclude={"variant"}), "host": host_facts()}
         registry.add_evidence(manifest, "build", {"precision": one.variant.precision, **record})
     return manifest
+
+
+@task(name="record provenance", task_run_name="provenance-{manifest.name}", **PASSING_FAULTS)
+def record_provenance(manifest: Manifest, registry: ModelRegistry, settings: Settings) -> None:
+    """Record the bill of materials of a version that has none, and sign it where a key is set and it is not signed.
+
+    Raises `BadInput` for a key that cannot be used.
+    """
+    if registry.latest_evidence(manifest, SBOM) is None:
+        registry.add_evidence(manifest, SBOM, version_sbom(manifest, installed_packages(BUILD_STACK), now()))
+    if settings.store.signing_key and not is_signed(registry, manifest):
+        sign_version(registry, manifest, settings.store)
 
 
 def record_choice(manifest: Manifest, choice: Choice, budget: Sequence[str], registry: ModelRegistry) -> None:
@@ -55,11 +74,14 @@ def choose_champion(registry: ModelRegistry, manifest: Manifest, *, promote: boo
     champion = registry.alias(manifest.name, CHAMPION)
     if champion == manifest.version:
         return True
-    if champion is None or promote:
-        reason = "promoted by its deploy" if champion else "the first version of its name that can be served"
-        registry.set_alias(manifest.name, CHAMPION, manifest.version, reason)
+    reason = "promoted by its deploy" if champion else "the first version of its name that can be served"
+    # Of two first versions at once one becomes the champion, whatever machines they come from.
+    if (champion is None or promote) and registry.set_alias(
+        manifest.name, CHAMPION, manifest.version, reason, only_if_free=not promote
+    ):
         if registry.alias(manifest.name, CANDIDATE) == manifest.version:
             registry.remove_alias(manifest.name, CANDIDATE)
         return True
+    champion = champion or registry.alias(manifest.name, CHAMPION)
     registry.set_alias(manifest.name, CANDIDATE, manifest.version, f"deployed while {champion} was the champion")
     return False

@@ -1,5 +1,6 @@
 """What holds for all tests: a quiet process of its own, no settings of the user's, and no silent skips in CI."""
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -17,6 +18,9 @@ import pytest
 from infra.process.supervisor import QUIET_ENVIRONMENT
 from infra.settings import Settings
 from tests.checkpoints import make_tiny_checkpoint
+from tests.s3_proxy import FaultProxy
+from tests.s3_servers import S3Server, moto_server, rclone_server, seaweedfs_server
+from tests.stores import KINDS, StoreCase, empty_store
 
 FORBID_SKIPS = "SLMOPS_TESTS_FORBID_SKIPS"
 # A test that skips because of the operating system says so with this word at the start of its reason.
@@ -104,6 +108,40 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             child.kill()
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """rclone's S3 server over a folder."""
+    with rclone_server(tmp_path_factory.mktemp("rclone") / "buckets") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[S3Server]:
+    """moto's S3 server, in memory."""
+    with moto_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def strict(rclone: S3Server) -> Iterator[S3Server]:
+    """rclone's server behind a proxy that judges conditions and checksums, as AWS does and neither server does."""
+    with FaultProxy(rclone, conditional_writes=True, verifies_sha256=True) as proxy:
+        yield dataclasses.replace(rclone.at(proxy.endpoint_url), kind="strict")
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The server of docker-compose.yml; it verifies checksums and knows conditional writes."""
+    with seaweedfs_server(tmp_path_factory.mktemp("seaweedfs") / "data") as server:
+        yield server
+
+
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> StoreCase:
+    """An empty store of each kind: a test that asks for it runs on all of them."""
+    return empty_store(tmp_path / "store", None if request.param == "file" else request.getfixturevalue(request.param))
 
 
 @pytest.fixture

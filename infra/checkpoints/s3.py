@@ -1,27 +1,26 @@
-"""Fetch a checkpoint from a folder of an S3 bucket."""
+"""Fetch a checkpoint from a folder of an S3 bucket, or a single file."""
 
 import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infra.checkpoints.source import split_s3_uri
-from infra.errors import BadInput, PassingFault, StageFailed
+from infra.errors import BadInput, StageFailed
+from infra.process.supervisor import OnProgress
 from infra.settings import Settings
+from infra.storage.objects import OnBytes
+from infra.storage.progress import byte_progress
+from infra.storage.s3_client import make_client, s3_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 60
-ATTEMPTS = 3
 COMPLETE = ".complete.json"
-_REFUSED = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"})
+FETCHED = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class _Object:
     size_bytes: int
 
 
-def fetch_from_s3(uri: str, settings: Settings, directory: Path) -> Path:
+def fetch_from_s3(uri: str, settings: Settings, directory: Path, on_progress: OnProgress | None = None) -> Path:
     """Download the folder `s3://BUCKET/PREFIX` and return the local folder, one below `directory`.
 
     Endpoint and keys come from the store's settings (path-style addresses with an endpoint of one's own), else from the
@@ -43,56 +42,61 @@ def fetch_from_s3(uri: str, settings: Settings, directory: Path) -> Path:
     `PassingFault` if the server cannot be reached or breaks off; `StageFailed` for a file of another size than listed.
     """
     bucket, prefix = split_s3_uri(uri)
-    with _clear_errors(uri):
-        client = _client(settings)
-        objects = _list_objects(client, bucket, prefix)
-        if not objects:
-            raise BadInput(f"There is nothing in {uri}/", "Give the folder that holds the checkpoint's config.json.")
-        listing = json.dumps([bucket, *(asdict(each) for each in objects)], sort_keys=True)
-        target = directory / hashlib.sha256(listing.encode()).hexdigest()[:32]
-        if (target / COMPLETE).exists():
-            return target / "checkpoint"
-        aside = directory / f".{target.name}-{uuid.uuid4().hex}"
-        try:
-            for each in objects:
-                _download(client, bucket, each, aside / "checkpoint")
-            (aside / COMPLETE).write_text(listing, "utf-8")
-            _publish(aside, target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return target / "checkpoint"
+    return _fetch(uri, bucket, f"{prefix}/", settings, directory, on_progress) / FETCHED
 
 
-def _client(settings: Settings) -> "S3Client":
-    import boto3
-    from botocore.config import Config
-
-    store = settings.store
-    secret = store.secret_access_key
-    config = Config(
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
-        s3={"addressing_style": "path" if store.endpoint_url else "auto"},
-    )
-    session = boto3.session.Session()
-    return session.client(
-        "s3",
-        endpoint_url=store.endpoint_url,
-        aws_access_key_id=store.access_key_id,
-        aws_secret_access_key=secret.get_secret_value() if secret else None,
-        # A server of one's own has no regions, but requests are signed with one.
-        region_name=session.region_name or ("us-east-1" if store.endpoint_url else None),
-        config=config,
-    )
+def fetch_file_from_s3(uri: str, settings: Settings, directory: Path) -> Path:
+    """Download the object `s3://BUCKET/KEY` and return the local file, below `directory`; raises as the above does."""
+    bucket, key = split_s3_uri(uri)
+    folder, _, name = key.rpartition("/")
+    return _fetch(uri, bucket, f"{folder}/" if folder else "", settings, directory, only=name) / FETCHED / name
 
 
-def _list_objects(client: "S3Client", bucket: str, prefix: str) -> list[_Object]:
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+def _fetch(
+    uri: str,
+    bucket: str,
+    folder: str,
+    settings: Settings,
+    directory: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    only: str | None = None,
+) -> Path:
+    try:
+        with s3_errors(uri):
+            client = make_client(settings.store)
+            objects = _list_objects(client, bucket, folder, only)
+            if not objects:
+                raise BadInput(
+                    f"There is nothing in {uri}/" if only is None else f"There is no {uri}",
+                    "Give the folder that holds the checkpoint's config.json, or a file's whole address.",
+                )
+            listing = json.dumps([bucket, *(asdict(each) for each in objects)], sort_keys=True)
+            target = directory / hashlib.sha256(listing.encode()).hexdigest()[:32]
+            if (target / COMPLETE).exists():
+                return target
+            aside = directory / f".{target.name}-{uuid.uuid4().hex}"
+            try:
+                on_bytes = byte_progress(on_progress, objects, "fetching")
+                for each in objects:
+                    _download(client, bucket, each, aside / FETCHED, on_bytes)
+                (aside / COMPLETE).write_text(listing, "utf-8")
+                _publish(aside, target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    except KeyError:
+        raise StageFailed(f"{uri} was changed while it was fetched.", "Fetch it again.") from None
+    return target
+
+
+def _list_objects(client: "S3Client", bucket: str, folder: str, only: str | None) -> list[_Object]:
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{folder}{only or ''}")
     found = [each for page in pages for each in page.get("Contents", [])]
     objects = []
     for each in found:
-        path = each["Key"].removeprefix(f"{prefix}/")
+        path = each["Key"].removeprefix(folder)
+        if only is not None and path != only:
+            continue
         if not path or path.endswith("/"):  # the marker that some tools write for a folder
             continue
         _check_path(path, each["Key"])
@@ -107,10 +111,10 @@ def _check_path(path: str, key: str) -> None:
         raise BadInput(f"The object key {key!r} is not a path inside its folder.", "Rename or remove the object.")
 
 
-def _download(client: "S3Client", bucket: str, each: _Object, folder: Path) -> None:
+def _download(client: "S3Client", bucket: str, each: _Object, folder: Path, on_bytes: OnBytes) -> None:
     path = folder / each.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    client.download_file(bucket, each.key, str(path))
+    client.download_file(bucket, each.key, str(path), Callback=on_bytes)
     size_bytes = path.stat().st_size
     if size_bytes != each.size_bytes:
         raise StageFailed(
@@ -125,44 +129,3 @@ def _publish(aside: Path, target: Path) -> None:
     except OSError:
         if not (target / COMPLETE).exists():  # else another process has published the same bytes
             raise
-
-
-@contextmanager
-def _clear_errors(uri: str) -> Iterator[None]:
-    """Translate boto's errors; their texts are not passed on whole, because some quote the request."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        ConnectionError,
-        HTTPClientError,
-        NoCredentialsError,
-        PartialCredentialsError,
-    )
-
-    keys = "Set SLMOPS_STORE__ACCESS_KEY_ID and SLMOPS_STORE__SECRET_ACCESS_KEY, or log in with AWS's tools."
-    try:
-        yield
-    except (NoCredentialsError, PartialCredentialsError):
-        raise BadInput(f"There are no credentials for {uri}.", keys) from None
-    except ClientError as error:
-        code = _code(error)
-        if code == "NoSuchBucket":
-            raise BadInput(f"{uri}: there is no such bucket.", "Correct the bucket's name or the endpoint.") from None
-        if code in _REFUSED:
-            raise BadInput(f"{uri}: the server refuses the credentials ({code}).", keys) from None
-        raise PassingFault(f"{uri}: the server answered with {code}.", "Try again.") from None
-    except (ConnectionError, HTTPClientError) as error:
-        raise PassingFault(
-            f"{uri}: the server cannot be reached ({type(error).__name__}).",
-            "Check SLMOPS_STORE__ENDPOINT_URL and the network.",
-        ) from None
-    except (BotoCoreError, Boto3Error, ValueError) as error:
-        raise BadInput(
-            f"{uri} cannot be read with these settings ({type(error).__name__}).",
-            "Check SLMOPS_STORE__ENDPOINT_URL, keys and AWS's configuration.",
-        ) from None
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", "an unknown error"))

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a local folder, an S3 folder or a Hugging Face Hub repository."""
+"""Where a checkpoint comes from: a local folder, an S3 folder, the store or a Hugging Face Hub repository."""
 
 import re
 from dataclasses import dataclass
@@ -20,13 +20,15 @@ class SourceKind(StrEnum):
     LOCAL = "local"
     S3 = "s3"
     HUB = "hub"
+    STORE = "store"
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
     """A checkpoint as the user named it.
 
-    `location` is an absolute path (local), `s3://BUCKET/PREFIX` without a closing slash (S3) or `OWNER/NAME` (Hub);
+    `location` is an absolute path (local), `s3://BUCKET/PREFIX` without a closing slash (S3), `store://<64 hex>` (what
+    `slmops ingest` put into the store) or `OWNER/NAME` (Hub);
     `revision` is a branch, tag or commit and belongs to the Hub only (None: its default branch).
     """
 
@@ -38,12 +40,15 @@ class CheckpointSource:
 def parse_checkpoint(text: str, revision: str | None = None) -> CheckpointSource:
     """Tell where the checkpoint `text` comes from, in this order.
 
-    1. `s3://BUCKET/PREFIX`; 2. a local path: it exists, or it looks like one (starts with `.`, `/`, `~` or a drive
-    letter, or has more than one separator); 3. `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hub.
+    1. `s3://BUCKET/PREFIX` or `store://<64 hex>`; 2. a local path: it exists, or it looks like one (starts with `.`,
+    `/`, `~` or a drive letter, or has more than one separator); 3. `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hub.
 
     Raises `BadInput` if it is none of these, if the folder does not exist or is a file, or if a revision is given
     twice or for something that has none.
     """
+    if text.startswith("store://"):
+        _refuse_revision(text, revision)
+        return CheckpointSource(SourceKind.STORE, text)
     if "://" in text:
         return _s3_source(text, revision)
     path = _existing(text)

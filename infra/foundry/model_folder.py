@@ -3,7 +3,6 @@
 import contextlib
 import filecmp
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infra.errors import StageFailed
+from infra.storage.folders import link_or_copy
 
 GENAI_CONFIG = "genai_config.json"
 INFERENCE_MODEL = "inference_model.json"
@@ -61,7 +61,9 @@ def write_model_folder(
                 (staged / MODEL_CARD).replace(folder / MODEL_CARD)
             return folder
         for file, source in files.items():
-            _link_or_copy(source, staged / (_UNPUBLISHED_CONFIG if file == GENAI_CONFIG else file))
+            target = staged / (_UNPUBLISHED_CONFIG if file == GENAI_CONFIG else file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(source, target, symbolic=False)
         (staged / INFERENCE_MODEL).write_bytes(description)
         _remove(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,16 +116,6 @@ def _same(path: Path, source: Path) -> bool:
     if path.is_symlink() or not source.is_file():
         return False
     return path.samefile(source) or filecmp.cmp(path, source, shallow=False)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(strict=True), target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 def _remove(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,10 +30,30 @@ def place(folder: Path, target: Path) -> None:
             raise
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, a symbolic link, or a copy: the first that the file systems allow."""
-    for make in (os.link, os.symlink):
-        with contextlib.suppress(OSError):
-            make(source.resolve(), target)
-            return
+def link_or_copy(source: Path, target: Path, *, symbolic: bool = True) -> None:
+    """Make `target` a hard link to `source`, a symbolic link where allowed, or a copy: the first that can be made.
+
+    Where the file system can (btrfs, XFS), the copy shares its blocks. Raises `FileNotFoundError` and
+    `FileExistsError` as `os.link` does.
+    """
+    make: Callable[[Path, Path], None]
+    for make in (os.link, os.symlink) if symbolic else (os.link,):
+        try:
+            make(source.resolve(strict=True), target)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except OSError:  # another file system, or one without such links
+            continue
+        return
+    _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if hasattr(os, "copy_file_range"):
+        with contextlib.suppress(OSError), source.open("rb") as stream, target.open("xb") as copy:
+            left = os.fstat(stream.fileno()).st_size
+            while left > 0 and (moved := os.copy_file_range(stream.fileno(), copy.fileno(), left)):
+                left -= moved
+            if left == 0:
+                return
     shutil.copyfile(source, target)

@@ -1,21 +1,24 @@
 """A store of objects in a local folder."""
 
 import contextlib
+import hashlib
 import os
-import shutil
 import stat
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO
 
-from filelock import FileLock, Timeout
-
-from infra.errors import PassingFault, StageFailed
+from infra.errors import StageFailed
+from infra.storage.folders import link_or_copy
+from infra.storage.holders import has_ended, this_process
+from infra.storage.objects import Blob, Entry, OnBytes, untold
 
 ASIDE = "aside"  # objects under way; on the store's own file system, so that a rename is atomic
-LOCK_TIMEOUT_S = 300
+CHUNK_BYTES = 1 << 20
 
 
 class LocalObjectStore:
@@ -24,22 +27,109 @@ class LocalObjectStore:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def put_file(self, key: str, source: Path) -> None:
-        """See `ObjectStore.put_file`."""
-        stored = self.size_bytes(key)
-        if stored == source.stat().st_size:
-            return
-        if stored is not None:
-            self.delete(key)  # damaged; Windows replaces no read-only file
-        with self._writing(key) as target, source.open("rb") as stream:
-            shutil.copyfileobj(stream, target, 1 << 20)
+    @property
+    def aside(self) -> Path:
+        """The folder for work under way on the store's file system."""
+        return self._root / ASIDE
+
+    def blob_path(self, blob: Blob) -> Path:
+        """Return where a blob's file is, or would be."""
+        return self._path(blob.key)
+
+    def check(self, *, by_writing: bool = False) -> None:
+        """See `ObjectStore.check`."""
+        nearest = next(one for one in (self._root, *self._root.parents) if one.exists())
+        if not nearest.is_dir():
+            raise StageFailed(
+                f"The store {self._root} cannot be used: {nearest} is a file.",
+                "Name another with SLMOPS_STORE__URI.",
+            )
+        if by_writing and not os.access(nearest, os.W_OK):
+            raise StageFailed(
+                f"The store {self._root} cannot be written to.", "Check its permissions, or name another."
+            )
+
+    def notices(self) -> tuple[str, ...]:
+        """See `ObjectStore.notices`."""
+        return ()
+
+    def missing(self, blobs: Iterable[Blob]) -> list[Blob]:
+        """See `ObjectStore.missing`."""
+        return [blob for blob in blobs if self._size_bytes(blob.key) != blob.size_bytes]
+
+    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = untold) -> None:
+        """See `ObjectStore.put_blobs`."""
+        for blob, source in files:
+            self._put_blob(blob, source, on_bytes)
+
+    def _put_blob(self, blob: Blob, source: Path, on_bytes: OnBytes) -> None:
+        with self._reported(blob.key), self._aside() as target:
+            found = hashlib.sha256()
+            with source.open("rb") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    found.update(chunk)
+                    target.write(chunk)
+                    on_bytes(len(chunk))
+            if found.hexdigest() != blob.sha256:
+                raise StageFailed(
+                    f"{source} is not what it was: its SHA-256 is {found.hexdigest()}, not {blob.sha256}.",
+                    "It was altered: bring it anew from where it came from.",
+                )
+            _flush_to_disk(target)
+            target.close()
+            self.adopt_blob(blob, Path(target.name))
+
+    def adopt_blob(self, blob: Blob, file: Path) -> None:
+        """Move a file of the store's own file system in as a blob; its content must have been verified."""
+        path = self._path(blob.key)
+        with self._reported(blob.key):
+            path.parent.mkdir(parents=True, exist_ok=True)
             # A model folder may be a hard link to this file: whoever writes there must not alter the store.
-            Path(target.name).chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
+            file.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
+            if os.name == "nt" and path.exists():  # damaged, or another process was faster
+                self.delete([blob.key])  # Windows replaces no read-only file
+            file.replace(path)
+
+    def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = untold) -> None:
+        """See `ObjectStore.fetch_blobs`."""
+        for blob, destination in files:
+            with self._reported(blob.key):
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                aside.mkdir(parents=True, exist_ok=True)
+                under_way = aside / f"{aside_prefix()}{uuid.uuid4().hex}"
+                try:
+                    link_or_copy(self._path(blob.key), under_way, symbolic=False)
+                    under_way.replace(destination)
+                finally:
+                    under_way.unlink(missing_ok=True)
+            on_bytes(blob.size_bytes)
+
+    def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:
+        """See `ObjectStore.digests`."""
+        for blob in blobs:
+            found = hashlib.sha256()
+            size_bytes = 0
+            try:
+                with self._reported(blob.key), self._path(blob.key).open("rb") as stream:
+                    while chunk := stream.read(CHUNK_BYTES):
+                        found.update(chunk)
+                        size_bytes += len(chunk)
+                        on_bytes(len(chunk))
+            except KeyError:
+                yield blob, None, 0
+            else:
+                yield blob, found.hexdigest(), size_bytes
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """See `ObjectStore.put_bytes`."""
-        with self._writing(key) as target:
-            target.write(data)
+        path = self._path(key)
+        with self._reported(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._aside() as aside:
+                aside.write(data)
+                _flush_to_disk(aside)
+                aside.close()
+                Path(aside.name).replace(path)
 
     def put_bytes_if_absent(self, key: str, data: bytes) -> bool:
         """See `ObjectStore.put_bytes_if_absent`."""
@@ -52,7 +142,7 @@ class LocalObjectStore:
                 try:
                     os.link(aside.name, path)  # unlike a rename, a link never replaces what is there
                 except FileExistsError:
-                    return False
+                    return path.read_bytes() == data
         return True
 
     def read_bytes(self, key: str) -> bytes:
@@ -60,57 +150,46 @@ class LocalObjectStore:
         with self._reported(key):
             return self._path(key).read_bytes()
 
-    def size_bytes(self, key: str) -> int | None:
-        """See `ObjectStore.size_bytes`."""
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """See `ObjectStore.entries`."""
+        root = self._path(folder)
+        for path in sorted(root.rglob("*")) if root.is_dir() else []:
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                yield from self._entry(path, path.relative_to(self._root).as_posix())
+
+    def _entry(self, path: Path, key: str) -> Iterator[Entry]:
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            yield Entry(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See `ObjectStore.delete`."""
+        for key in keys:
+            path = self._path(key)
+            with self._reported(key), contextlib.suppress(FileNotFoundError):
+                if os.name == "nt":  # Windows refuses to delete a read-only file
+                    path.chmod(stat.S_IWRITE)
+                path.unlink()
+
+    def leftovers(self, older_than: datetime) -> list[Entry]:
+        """See `ObjectStore.leftovers`: files aside whose process has ended, or that are old."""
+        entries = self.entries(ASIDE)
+        return [one for one in entries if one.modified_at < older_than or has_ended(holder_of(one.key))]
+
+    def remove_leftovers(self, found: Iterable[Entry]) -> None:
+        """See `ObjectStore.remove_leftovers`."""
+        self.delete(entry.key for entry in found)
+
+    def uri(self, key: str) -> str:
+        """See `ObjectStore.uri`."""
+        return self._path(key).as_uri()
+
+    def _size_bytes(self, key: str) -> int | None:
         try:
             with self._reported(key):
                 return self._path(key).stat().st_size
         except KeyError:
             return None
-
-    def fetch_file(self, key: str, destination: Path) -> None:
-        """See `ObjectStore.fetch_file`."""
-        with self._reported(key):
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(self._path(key), destination)
-            except (FileNotFoundError, FileExistsError):
-                raise
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(self._path(key), destination)
-
-    def keys(self, prefix: str) -> Iterator[str]:
-        """See `ObjectStore.keys`."""
-        folder = self._root / prefix
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
-            if path.is_file():
-                yield path.relative_to(self._root).as_posix()
-
-    def delete(self, key: str) -> None:
-        """See `ObjectStore.delete`."""
-        path = self._path(key)
-        with self._reported(key), contextlib.suppress(FileNotFoundError):
-            if os.name == "nt":  # Windows refuses to delete a read-only file
-                path.chmod(stat.S_IWRITE)
-            path.unlink()
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """See `ObjectStore.lock`."""
-        with self._reported("lock"):
-            self._root.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self._root / "lock", timeout=LOCK_TIMEOUT_S):
-                yield
-        except Timeout:
-            raise PassingFault(
-                f"The store {self._root} was locked by another process for more than {LOCK_TIMEOUT_S} s.",
-                "Let that deploy or delete end, then try again.",
-            ) from None
-
-    def uri(self, key: str) -> str:
-        """See `ObjectStore.uri`."""
-        return self._path(key).as_uri()
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
@@ -119,26 +198,17 @@ class LocalObjectStore:
         return self._root.joinpath(*parts)
 
     @contextmanager
-    def _writing(self, key: str) -> Iterator[IO[bytes]]:
-        path = self._path(key)
-        with self._reported(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._aside() as aside:
-                yield aside
-                _flush_to_disk(aside)
-                aside.close()
-                Path(aside.name).replace(path)
-
-    @contextmanager
     def _aside(self) -> Iterator[IO[bytes]]:
-        folder = self._root / ASIDE
-        folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=folder, delete=False) as aside:
+        self.aside.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=self.aside, prefix=aside_prefix(), delete=False) as aside:
             try:
                 yield aside
             finally:
                 aside.close()
-                Path(aside.name).unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.name == "nt":
+                        Path(aside.name).chmod(stat.S_IWRITE)
+                    Path(aside.name).unlink()
 
     @contextmanager
     def _reported(self, key: str) -> Iterator[None]:
@@ -151,6 +221,16 @@ class LocalObjectStore:
                 f"The store {self._root} cannot be used: {error.strerror or error} ({key}).",
                 "Check its free space and permissions, or name another with SLMOPS_STORE__URI.",
             ) from error
+
+
+def aside_prefix() -> str:
+    """Return how the names of this process's files aside begin, so that a later one can tell that it has ended."""
+    return f"{this_process()}-"
+
+
+def holder_of(key: str) -> str:
+    """Return the process (see `infra.storage.holders`) whose `aside_prefix` a key's last part begins with."""
+    return key.rpartition("/")[2].rpartition("-")[0]
 
 
 def _flush_to_disk(stream: IO[bytes]) -> None:

@@ -4,15 +4,19 @@ import hashlib
 import json
 import re
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, field_validator
 
 from infra.errors import BadInput
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 
+LONGEST_TRAINING_RUN = 2000
+
+# What becomes a part of a folder's name and of a model's id.
+PlainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -30,8 +34,8 @@ class StoredFile(_Record):
     @field_validator("path")
     @classmethod
     def _is_inside_the_folder(cls, path: str) -> str:
-        parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or "\\" in path or ":" in path or ".." in parts:
+        parts = path.split("/")
+        if set(parts) & {"", ".", ".."} or "\\" in path or ":" in path or not path.isprintable():
             raise ValueError(f"{path!r} is not a path inside a variant")
         return path
 
@@ -39,12 +43,19 @@ class StoredFile(_Record):
 class StoredVariant(_Record):
     """One precision of a version: what it was built by, for what device, and its files."""
 
-    precision: str
-    device: str
-    execution_provider: str
+    precision: PlainName
+    device: PlainName
+    execution_provider: PlainName
     recipe: str
     recipe_digest: Sha256
-    files: tuple[StoredFile, ...]
+    files: Annotated[tuple[StoredFile, ...], FailFast()]
+
+    @field_validator("files")
+    @classmethod
+    def _are_different_files(cls, files: tuple[StoredFile, ...]) -> tuple[StoredFile, ...]:
+        if len({file.path for file in files}) != len(files):
+            raise ValueError("a file is named twice")
+        return files
 
     @property
     def size_bytes(self) -> int:
@@ -64,19 +75,26 @@ class Source(_Record):
     origin: str
     architecture: str
     parameters: Annotated[int, Field(ge=0)]
-    training_run: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
+    training_run: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TRAINING_RUN)] | None = None
 
 
 class Manifest(_Record):
     """What a version is. It never changes; figures, verdicts and proofs are evidence beside it."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     name: Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
     version: Annotated[int, Field(ge=1)]
     source: Source
     builder: dict[str, str]
-    variants: tuple[StoredVariant, ...]
+    variants: Annotated[tuple[StoredVariant, ...], FailFast()]
     created_at: str
+
+    @field_validator("variants")
+    @classmethod
+    def _are_different_variants(cls, variants: tuple[StoredVariant, ...]) -> tuple[StoredVariant, ...]:
+        if len({variant.precision for variant in variants}) != len(variants):
+            raise ValueError("a precision is named twice")
+        return variants
 
     @property
     def identity(self) -> str:

@@ -1,44 +1,96 @@
 """What slmops asks of a store of objects; a local folder is one (`infra.storage.local`), S3 another."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
+
+BLOBS = "blobs/sha256"
+
+# Told of bytes that were moved, in any thread; a negative number takes back those of an attempt that failed.
+OnBytes = Callable[[int], None]
+
+
+def untold(_moved: int) -> None:
+    """An `OnBytes` that nobody listens to."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Content by its SHA-256 (hex) and its size."""
+
+    sha256: str
+    size_bytes: int
+
+    @property
+    def key(self) -> str:
+        """Where a store keeps it."""
+        return f"{BLOBS}/{self.sha256}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object of a listing; `modified_at` is by the store's own clock."""
+
+    key: str
+    size_bytes: int
+    modified_at: datetime
 
 
 class ObjectStore(Protocol):
     """Objects under `/`-separated keys. An object is either whole or not there.
 
-    Every method raises `infra.errors.StageFailed` when the store cannot be used (full, no permission, gone),
-    and `KeyError` when a key that must be there is not.
+    Every method raises `infra.errors.BadInput` when the store cannot be used as it is named (no such bucket, refused
+    credentials), `StageFailed` when it cannot be used (full, gone), its kind `PassingFault` when another attempt may
+    succeed, and `KeyError` when a key that must be there is not.
     """
 
-    def put_file(self, key: str, source: Path) -> None:
-        """Store a file's bytes; an object that is there with the same size is left as it is."""
+    def check(self, *, by_writing: bool = False) -> None:
+        """Raise the error that the first use would end in; with `by_writing` also that of the first write."""
+
+    def notices(self) -> tuple[str, ...]:
+        """Return what the store cannot do and what is done instead, one sentence each; none before the first write."""
+
+    def missing(self, blobs: Iterable[Blob]) -> list[Blob]:
+        """Return the blobs that are not there in full size."""
+
+    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = untold) -> None:
+        """Store files as blobs, replacing what is there.
+
+        Afterwards the bytes in the store are known to have the digests: raises `StageFailed` for a file that does not.
+        """
+
+    def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = untold) -> None:
+        """Place blobs at paths that do not exist yet, each whole or not at all.
+
+        `aside` is a folder on the file system of the paths, for work under way. What is fetched over a network is
+        verified; a local store makes hard links where it can.
+        """
+
+    def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:
+        """Read blobs as they are stored; yields (blob, SHA-256 in hex, size), None and 0 where there is none."""
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """Store bytes, replacing what is there."""
 
     def put_bytes_if_absent(self, key: str, data: bytes) -> bool:
-        """Store bytes under a key that is free; False, and nothing done, when it is taken."""
+        """Store bytes under a key that is free; False, and nothing done, when it is taken by other bytes."""
 
     def read_bytes(self, key: str) -> bytes:
         """Return an object's bytes."""
 
-    def size_bytes(self, key: str) -> int | None:
-        """Return an object's size, or None when it is not there."""
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """Yield the objects under a folder, sorted by key."""
 
-    def fetch_file(self, key: str, destination: Path) -> None:
-        """Place an object's bytes at `destination`, which does not exist yet; a hard link where that is possible."""
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; nothing happens to one that is not there."""
 
-    def keys(self, prefix: str) -> Iterator[str]:
-        """Yield the keys under a prefix, sorted."""
+    def leftovers(self, older_than: datetime) -> list[Entry]:
+        """Return what broken-off writes left outside of any key, if nobody has touched it since `older_than`."""
 
-    def delete(self, key: str) -> None:
-        """Remove an object; nothing happens when it is not there."""
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold the store against other committers and deleters."""
+    def remove_leftovers(self, found: Iterable[Entry]) -> None:
+        """Remove what `leftovers` found."""
 
     def uri(self, key: str) -> str:
         """Return the object's address."""

@@ -9,19 +9,32 @@ from infra.settings import Settings
 from infra.storage.local import LocalObjectStore
 from infra.storage.objects import ObjectStore
 from infra.storage.registry import ModelRegistry
+from infra.storage.s3 import S3ObjectStore
 
 
-def open_object_store(uri: str) -> ObjectStore:
-    """Return the store at a `file:///` URI.
+def open_object_store(uri: str, settings: Settings) -> ObjectStore:
+    """Return the store at a `file:///` or an `s3://` URI; no request is made.
 
-    Raises `BadInput` for any other scheme.
+    Raises `BadInput` for any other scheme, and for a bucket or prefix that is not valid.
     """
     parts = urlsplit(uri)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return LocalObjectStore(Path(url2pathname(parts.path)))
-    raise BadInput(f"The store {uri!r} cannot be opened.", "SLMOPS_STORE__URI takes file:///folder.")
+    if parts.scheme == "s3":
+        return S3ObjectStore(uri, settings.store)
+    raise BadInput(
+        f"The store {uri!r} cannot be opened.", "SLMOPS_STORE__URI takes file:///folder or s3://bucket/prefix."
+    )
 
 
 def open_registry(settings: Settings) -> ModelRegistry:
     """Return the registry in the store that the settings name; raises `BadInput` when that cannot be opened."""
-    return ModelRegistry(open_object_store(settings.store_uri))
+    objects = open_object_store(settings.store_uri, settings)
+    if isinstance(objects, LocalObjectStore):
+        return ModelRegistry(objects)
+    return ModelRegistry(objects, cache=LocalObjectStore(settings.cache_dir / "store"))
+
+
+def open_local_registry(settings: Settings) -> ModelRegistry:
+    """Return the registry in this machine's own store, under the home directory."""
+    return ModelRegistry(LocalObjectStore(settings.home_dir / "store"))

@@ -1,20 +1,26 @@
 """The registry of versions: manifests that never change, the evidence on them, and the aliases that point to them.
 
 Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>.json`,
-`models/NAME/3/deleted.json` (a number is never given out twice) and `models/NAME/aliases/<alias>`.
+`models/NAME/3/deleted.json` (beside its manifest: a number is never given out twice), `models/NAME/aliases/<alias>`,
+`inputs/<64 hex>.json` (see `infra.storage.inputs`) and `leases/` (see `infra.storage.leases`).
 """
 
+import itertools
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from infra.errors import BadInput, PassingFault, StageFailed
+from infra.process.supervisor import OnProgress
+from infra.storage.leases import WriteLease
+from infra.storage.local import LocalObjectStore
 from infra.storage.manifest import (
     NAME_PATTERN,
     Manifest,
@@ -26,34 +32,130 @@ from infra.storage.manifest import (
     digest_of_file,
     now,
 )
-from infra.storage.objects import ObjectStore
+from infra.storage.objects import Blob, Entry, ObjectStore
+from infra.storage.progress import byte_progress
 
 ALIAS_PATTERN = NAME_PATTERN
 CHAMPION = "champion"
 CANDIDATE = "candidate"
+SIGNATURE = "signature"
+TAG = "tag"
+NOTE = "note"
 
 
 class ModelRegistry:
-    """The versions, evidence and aliases in an object store."""
+    """The versions, evidence and aliases in an object store.
 
-    def __init__(self, objects: ObjectStore) -> None:
+    A store that is not on this machine has a `cache` here, of verified blobs.
+    """
+
+    def __init__(self, objects: ObjectStore, cache: LocalObjectStore | None = None) -> None:
         self.objects = objects
+        self.cache = cache
+        self._lease = WriteLease(objects)
 
-    # Versions
+    # Files
 
-    def add_files(self, folder: Path) -> tuple[StoredFile, ...]:
-        """Store every file under a folder as blobs and return what a manifest says of them."""
+    def add_files(self, folder: Path, on_progress: OnProgress | None = None) -> tuple[StoredFile, ...]:
+        """Store every file under a folder; see `add_paths`."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        return tuple(self._add_file(path, path.relative_to(folder).as_posix()) for path in paths)
+        return self.add_paths({path.relative_to(folder).as_posix(): path for path in paths}, on_progress)
 
-    def _add_file(self, path: Path, name: str) -> StoredFile:
-        sha256 = digest_of_file(path)
-        self.objects.put_file(_blob(sha256), path)
-        return StoredFile(path=name, sha256=sha256, size_bytes=path.stat().st_size)
+    def add_paths(self, paths: Mapping[str, Path], on_progress: OnProgress | None = None) -> tuple[StoredFile, ...]:
+        """Store files as blobs, by the names that a manifest calls them, and return what it says of them.
+
+        What is there is not stored again. All are kept from being collected as garbage until `release_files`.
+        """
+        files = tuple(
+            StoredFile(path=name, sha256=digest_of_file(path), size_bytes=path.stat().st_size)
+            for name, path in paths.items()
+        )
+        sources = {blob_of(file): path for file, path in zip(files, paths.values(), strict=True)}
+        missing = self._claim(sources)
+        on_bytes = byte_progress(on_progress, missing, "storing")
+        self.objects.put_blobs([(blob, sources[blob]) for blob in missing], on_bytes)
+        if self.cache:
+            self.cache.put_blobs([(blob, sources[blob]) for blob in self.cache.missing(sources)])
+        return files
 
     def has_files(self, files: Iterable[StoredFile]) -> bool:
         """Whether every blob is there in full size."""
-        return all(self.objects.size_bytes(_blob(file.sha256)) == file.size_bytes for file in files)
+        return not self.objects.missing(map(blob_of, files))
+
+    def claim_files(self, files: Iterable[StoredFile]) -> list[Blob]:
+        """Rely on files until `release_files`; returns the blobs that are missing.
+
+        Those that are there stay there. Raises `PassingFault` when a collection of garbage does not end.
+        """
+        return self._claim(map(blob_of, files))
+
+    def _claim(self, blobs: Iterable[Blob]) -> list[Blob]:
+        wanted = list(dict.fromkeys(blobs))
+        self._lease.claim(wanted)  # first, and only then looked for: see infra.storage.leases
+        return self.objects.missing(wanted)
+
+    def release_files(self) -> None:
+        """Rely on no file any more."""
+        self._lease.release()
+
+    @contextmanager
+    def in_use(self, manifest: Manifest) -> Iterator[None]:
+        """Keep a version from being collected by `gc --keep` while this process works with it."""
+        self.claim_files(file for variant in manifest.variants for file in variant.files)
+        try:
+            yield
+        finally:
+            self.release_files()
+
+    def local_file(self, file: StoredFile) -> Path | None:
+        """Return a file of this machine that is the stored one, or None where it would have to be fetched."""
+        for store in (self.objects, self.cache):
+            if isinstance(store, LocalObjectStore) and not store.missing([blob_of(file)]):
+                return store.blob_path(blob_of(file))
+        return None
+
+    def materialize(self, files: Iterable[StoredFile], folder: Path, on_progress: OnProgress | None = None) -> None:
+        """Place files of the store under a folder that does not have them yet: hard links where that is possible.
+
+        What is not on this machine is fetched into the cache first, and verified. Raises `StageFailed` for a file whose
+        content the store has lost.
+        """
+        wanted = list(files)
+        aside = folder.with_name(f".{folder.name}.aside")
+        try:
+            source = self._on_this_machine(wanted, on_progress)
+            source.fetch_blobs([(blob_of(file), folder / file.path) for file in wanted], aside)
+        except KeyError as error:
+            sha256 = str(error.args[0]).rpartition("/")[2]
+            lost = next((file.path for file in wanted if file.sha256 == sha256), "a file")
+            raise StageFailed(
+                f"The store has lost the content of {lost} ({sha256}).",
+                "Push the version again from a machine that has it, or delete it and deploy again.",
+            ) from None
+        finally:
+            with suppress(OSError):
+                aside.rmdir()
+
+    def _on_this_machine(self, files: Sequence[StoredFile], on_progress: OnProgress | None) -> ObjectStore:
+        if self.cache is None:
+            return self.objects
+        missing = self.cache.missing(dict.fromkeys(map(blob_of, files)))
+        on_bytes = byte_progress(on_progress, missing, "fetching")
+        self.objects.fetch_blobs([(blob, self.cache.blob_path(blob)) for blob in missing], self.cache.aside, on_bytes)
+        return self.cache
+
+    def copy_files(self, files: Iterable[StoredFile], folder: Path) -> None:
+        """Write the user's own copy of files of the store: independent of the store's, and writable."""
+        wanted = list(files)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            self.materialize(wanted, Path(aside) / "files")
+            for file in wanted:
+                path = folder / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(aside) / "files" / file.path, path)
+
+    # Versions
 
     def commit(
         self, name: str, source: Source, builder: Mapping[str, str], variants: Iterable[StoredVariant]
@@ -63,42 +165,84 @@ class ModelRegistry:
         The same content under the same name is the same version. Raises `PassingFault` when a blob went
         missing meanwhile (a delete ran beside this deploy).
         """
-        content = tuple(sorted(variants, key=lambda variant: variant.precision))
-        with self.objects.lock():
-            missing = [file.path for variant in content for file in variant.files if not self.has_files([file])]
-            if missing:
-                raise PassingFault(f"The store lost {missing[0]} before its version was complete.", "Deploy again.")
-            draft = Manifest(
-                name=check_name(name),
-                version=1,
-                source=source,
-                builder=dict(sorted(builder.items())),
-                variants=content,
-                created_at=now(),
-            )
-            for existing in self.versions(name):
-                if existing.identity == draft.identity:
-                    return existing, False
-            version = max(self._numbers(name), default=0) + 1
-            while True:
-                manifest = draft.model_copy(update={"version": version})
-                if self.objects.put_bytes_if_absent(_manifest(name, version), manifest.to_bytes()):
-                    return manifest, True
-                version += 1
+        draft = Manifest(
+            name=check_name(name),
+            version=1,
+            source=source,
+            builder=dict(sorted(builder.items())),
+            variants=tuple(sorted(variants, key=lambda variant: variant.precision)),
+            created_at=now(),
+        )
+        return self.add_version(draft, renumber=True)
+
+    def add_version(self, draft: Manifest, *, renumber: bool) -> tuple[Manifest, bool]:
+        """Add a manifest whose files are stored, under the next free number or (not `renumber`) under its own.
+
+        Returns the version and whether it is new: there already is one of the same identity, perhaps. Every number is
+        looked at before the next one is tried, and taken by a conditional write: writers at once never share one, and
+        two of the same content find each other's. Its files stay claimed until `release_files`: what is under way with
+        the version goes on beside a collection of garbage. Raises `PassingFault` for a blob that is not there,
+        `BadInput` when the draft's own number is another version's.
+        """
+        name = draft.name
+        files = [file for variant in draft.variants for file in variant.files]
+        if missing := self.claim_files(files):
+            lost = next(file.path for file in files if blob_of(file) in missing)
+            raise PassingFault(f"The store lost {lost} before its version was complete.", "Try again.")
+        taken = self._numbers(name)  # before its versions are read: one that comes between is read, or tried for below
+        existing = self.same_version(draft)
+        if existing:
+            return existing, False
+        for number in itertools.count(max(taken, default=0) + 1) if renumber else [draft.version]:
+            manifest = draft.model_copy(update={"version": number})
+            free = renumber or number not in taken
+            if free and self.objects.put_bytes_if_absent(_manifest(name, number), manifest.to_bytes()):
+                return manifest, True
+            other = self._read_manifest(name, number)
+            if other and other.identity == draft.identity and not self._is_deleted(name, number):
+                return other, False
+        raise self._number_taken(draft)
+
+    def same_version(self, draft: Manifest) -> Manifest | None:
+        """Return the version of the draft's name that has its identity, whatever its number, or None."""
+        return next((one for one in self.versions(draft.name) if one.identity == draft.identity), None)
+
+    def check_number(self, draft: Manifest) -> None:
+        """Raise `BadInput` when a draft's own number was given out already, even if it is deleted now."""
+        if draft.version in self._numbers(draft.name):
+            raise self._number_taken(draft)
+
+    def _number_taken(self, draft: Manifest) -> BadInput:
+        return BadInput(
+            f"The store has, or had, another {draft.reference} ({self.objects.uri('models')}).",
+            "Take the next free number there with --renumber.",
+        )
 
     def _numbers(self, name: str) -> set[int]:
         """Every number ever given out, deleted versions included."""
-        parts = (key.split("/") for key in self.objects.keys(f"models/{name}"))
-        return {int(part[2]) for part in parts if part[2].isdecimal()}
+        return {int(number) for number in self._index(name) if number.isdecimal()}
+
+    def _index(self, name: str) -> dict[str, set[str]]:
+        """Return number (or `aliases`) -> the keys below it, as relative names."""
+        return {number: keys for (_, number), keys in self._keys(f"models/{name}").items()}
+
+    def _keys(self, folder: str) -> dict[tuple[str, str], set[str]]:
+        """Return (name, number) -> the keys below it; files that something else left between them do not count."""
+        keys: dict[tuple[str, str], set[str]] = {}
+        for entry in self.objects.entries(folder):
+            parts = entry.key.split("/", 3)
+            if len(parts) == 4:
+                keys.setdefault((parts[1], parts[2]), set()).add(parts[3])
+        return keys
 
     def names(self) -> list[str]:
         """Names that have at least one version."""
-        keys = (key.split("/") for key in self.objects.keys("models"))
-        return sorted({parts[1] for parts in keys if parts[-1] == "manifest.json"})
+        return sorted({name for (name, _), keys in self._keys("models").items() if _is_version(keys)})
 
     def versions(self, name: str) -> list[Manifest]:
         """All versions of a name, oldest first."""
-        numbers = sorted(self._numbers(name))
+        index = self._index(name)
+        numbers = sorted(int(number) for number, keys in index.items() if number.isdecimal() and _is_version(keys))
         found = (self._read_manifest(name, number) for number in numbers)
         return [manifest for manifest in found if manifest]
 
@@ -110,12 +254,43 @@ class ModelRegistry:
         if number is None:
             number = self.alias(name, CHAMPION) or max((one.version for one in self.versions(name)), default=0)
         manifest = self._read_manifest(name, number) if number else None
-        if manifest is None:
+        if manifest is None or self._is_deleted(name, number):
             known = ", ".join(one.reference for one in self.versions(name)) or ", ".join(self.names()) or "nothing yet"
             raise BadInput(
                 f"The store has no {f'{name}@{number}' if number else name}.", f"It has: {known}. See slmops list."
             )
         return manifest
+
+    def find(self, reference: str) -> Manifest:
+        """Return the version that `NAME`, `NAME@VERSION` or `NAME@ALIAS` names; raises `BadInput` if there is none."""
+        name, at, wanted = reference.partition("@")
+        check_name(name)
+        if re.fullmatch(r"[1-9][0-9]{0,8}", wanted):
+            return self.version(name, int(wanted))
+        if not at:
+            return self.version(name)
+        number = self.alias(name, wanted) if re.fullmatch(ALIAS_PATTERN, wanted) else None
+        if number is None:
+            aliases = ", ".join(self.aliases(name)) or "none"
+            raise BadInput(
+                f"{reference!r} names no version.",
+                f"Write NAME@VERSION with a positive integer, such as home@3, or an alias of {name}'s: {aliases}.",
+            )
+        return self.version(name, number)
+
+    def mark_deleted(self, manifest: Manifest) -> None:
+        """Make a version invisible and its aliases go; its number stays taken, for its manifest stays."""
+        for alias in self.aliases_of(manifest):
+            self.remove_alias(manifest.name, alias)
+        record = {"reference": manifest.reference, "manifest": manifest.digest, "deleted_at": now()}
+        self.objects.put_bytes(f"{_version(manifest.name, manifest.version)}/deleted.json", _to_json(record))
+
+    def _is_deleted(self, name: str, number: int) -> bool:
+        try:
+            self.objects.read_bytes(f"{_version(name, number)}/deleted.json")
+        except KeyError:
+            return False
+        return True
 
     def _read_manifest(self, name: str, number: int) -> Manifest | None:
         try:
@@ -135,51 +310,9 @@ class ModelRegistry:
             )
         return manifest
 
-    def delete(self, name: str, number: int) -> int:
-        """Remove a version, its evidence, the aliases on it and the blobs that nothing else needs.
-
-        Returns the bytes freed; raises `BadInput` when there is no such version.
-        """
-        manifest = self.version(name, number)
-        with self.objects.lock():
-            needed = self._needed_without(manifest)  # a damaged manifest stops this before anything is removed
-            for alias, version in self.aliases(name).items():
-                if version == number:
-                    self.objects.delete(_alias(name, alias))
-            tombstone = {"reference": manifest.reference, "manifest": manifest.digest, "deleted_at": now()}
-            self.objects.put_bytes(f"models/{name}/{number}/deleted.json", _to_json(tombstone))
-            self.objects.delete(_manifest(name, number))
-            for key in list(self.objects.keys(f"models/{name}/{number}/evidence")):
-                self.objects.delete(key)
-            own = {file.sha256: file.size_bytes for variant in manifest.variants for file in variant.files}
-            orphans = {sha256: size for sha256, size in own.items() if sha256 not in needed}
-            for sha256 in orphans:
-                self.objects.delete(_blob(sha256))
-        return sum(orphans.values())
-
-    def _needed_without(self, manifest: Manifest) -> set[str]:
-        kept = (one for name in self.names() for one in self.versions(name) if one.reference != manifest.reference)
-        return {file.sha256 for one in kept for variant in one.variants for file in variant.files}
-
-    def materialize(self, files: Iterable[StoredFile], folder: Path) -> None:
-        """Place files of the store under a folder that does not have them yet."""
-        for file in files:
-            try:
-                self.objects.fetch_file(_blob(file.sha256), folder / file.path)
-            except KeyError:
-                raise StageFailed(
-                    f"The store has lost the content of {file.path} ({file.sha256}).",
-                    "Delete the version that needs it and deploy again.",
-                ) from None
-
-    def copy_files(self, files: Iterable[StoredFile], folder: Path) -> None:
-        """Write the user's own copy of files of the store: independent of the store's, and writable."""
-        for file in files:
-            path = folder / file.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as aside:
-                self.materialize([file], Path(aside))
-                shutil.copyfile(Path(aside) / file.path, path)
+    def stored_manifest(self, manifest: Manifest) -> bytes:
+        """Return a manifest's bytes as they are in the store."""
+        return self.objects.read_bytes(_manifest(manifest.name, manifest.version))
 
     def uri(self, manifest: Manifest, precision: str | None = None) -> str:
         """Return the address of a version, or of one of its variants (as a fragment)."""
@@ -198,11 +331,25 @@ class ModelRegistry:
     def evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the contents of a version's records of a kind, oldest first."""
         prefix = f"{_evidence(manifest, kind)}-{f'{key}.json' if key else ''}"
-        for path in self.objects.keys(f"models/{manifest.name}/{manifest.version}/evidence"):
-            if path.startswith(prefix):
-                record = json.loads(self.objects.read_bytes(path))
+        for entry in self.evidence_entries(manifest):
+            if entry.key.startswith(prefix):
+                record = json.loads(self.objects.read_bytes(entry.key))
                 if (record["kind"], record["manifest"]) == (kind, manifest.digest):
                     yield {**record["content"], "recorded_at": record["recorded_at"]}
+
+    def evidence_key(self, manifest: Manifest, file: str) -> str:
+        """Return the key of a file of evidence on a version."""
+        return _evidence(manifest, file)
+
+    def evidence_entries(self, manifest: Manifest) -> list[Entry]:
+        """Return the objects that are evidence on a version, its reports among them."""
+        return list(self.objects.entries(f"{_version(manifest.name, manifest.version)}/evidence"))
+
+    def evidence_of_deleted(self) -> list[Entry]:
+        """Return the evidence on deleted versions: a deletion that broke off left it."""
+        entries = list(self.objects.entries("models"))
+        deleted = {one.key.removesuffix("/deleted.json") for one in entries if one.key.endswith("/deleted.json")}
+        return [one for one in entries if "/evidence/" in one.key and one.key.partition("/evidence/")[0] in deleted]
 
     def latest_evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> dict[str, Any] | None:
         """Return the newest record of a kind, or None."""
@@ -219,43 +366,92 @@ class ModelRegistry:
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return alias -> version number."""
-        keys = self.objects.keys(f"models/{name}/aliases")
-        return {key.rsplit("/", 1)[1]: int(json.loads(self.objects.read_bytes(key))["version"]) for key in keys}
+        keys = [entry.key for entry in self.objects.entries(f"models/{name}/aliases")]
+        found = {key.rsplit("/", 1)[1]: self._aliased(key) for key in keys}
+        return {alias: number for alias, number in found.items() if number}
+
+    def _aliased(self, key: str) -> int | None:
+        try:
+            record = self.objects.read_bytes(key)
+        except KeyError:  # there is none, or it was removed meanwhile
+            return None
+        try:
+            return int(json.loads(record)["version"])
+        except (ValueError, TypeError, KeyError):
+            raise StageFailed(
+                f"The alias {self.objects.uri(key)} is not valid.", "It was altered: set it again, or remove the file."
+            ) from None
 
     def alias(self, name: str, alias: str) -> int | None:
         """Return the version number under an alias, or None."""
-        return self.aliases(name).get(alias)
+        return self._aliased(_alias(name, alias))
 
     def aliases_of(self, manifest: Manifest) -> tuple[str, ...]:
         """Return the aliases that point to a version."""
         return tuple(sorted(one for one, number in self.aliases(manifest.name).items() if number == manifest.version))
 
-    def set_alias(self, name: str, alias: str, version: int, reason: str) -> None:
-        """Point an alias to a version."""
-        if not re.fullmatch(ALIAS_PATTERN, alias):
-            raise BadInput(f"The alias {alias!r} is not valid.", "It is spelled like a model name.")
-        record = {"version": version, "since": now(), "reason": reason}
-        self.objects.put_bytes(_alias(name, alias), _to_json(record))
+    def set_alias(self, name: str, alias: str, version: int, reason: str, *, only_if_free: bool = False) -> bool:
+        """Point an alias to a version; returns whether it points there now.
+
+        With `only_if_free`, an alias that is there stays as it is, also where two machines set it at once. Raises
+        `BadInput` for an alias that is not spelled like a name, or is all digits.
+        """
+        if not re.fullmatch(ALIAS_PATTERN, alias) or alias.isdecimal():
+            raise BadInput(f"The alias {alias!r} is not valid.", "It is spelled like a model name, and is no number.")
+        record = _to_json({"version": version, "since": now(), "reason": reason})
+        if only_if_free:
+            return self.objects.put_bytes_if_absent(_alias(name, alias), record)
+        self.objects.put_bytes(_alias(name, alias), record)
+        return True
 
     def remove_alias(self, name: str, alias: str) -> None:
         """Remove an alias; nothing happens when it is not there."""
-        self.objects.delete(_alias(name, alias))
+        self.objects.delete([_alias(name, alias)])
+
+    # Tags and notes
+
+    def set_tag(self, manifest: Manifest, tag: str, value: str | None) -> None:
+        """Give a version a tag, change it, or take it away (None); earlier values stay on record."""
+        self.add_evidence(manifest, TAG, {"tag": tag, "value": value})
+
+    def tags(self, manifest: Manifest) -> dict[str, str]:
+        """Return a version's tags."""
+        records = sorted(self.evidence(manifest, TAG), key=lambda record: str(record["recorded_at"]))
+        latest = {str(record["tag"]): record["value"] for record in records}
+        return {tag: str(value) for tag, value in sorted(latest.items()) if value is not None}
+
+    def add_note(self, manifest: Manifest, text: str) -> None:
+        """Write a note on a version."""
+        self.add_evidence(manifest, NOTE, {"text": text})
+
+    def notes(self, manifest: Manifest) -> list[tuple[str, str]]:
+        """Return a version's notes, oldest first: (time, text)."""
+        return sorted((str(record["recorded_at"]), str(record["text"])) for record in self.evidence(manifest, NOTE))
 
 
 def _to_json(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _blob(sha256: str) -> str:
-    return f"blobs/sha256/{sha256}"
+def blob_of(file: StoredFile) -> Blob:
+    """Return the content of a file."""
+    return Blob(file.sha256, file.size_bytes)
+
+
+def _is_version(keys: set[str]) -> bool:
+    return "manifest.json" in keys and "deleted.json" not in keys
+
+
+def _version(name: str, version: int) -> str:
+    return f"models/{name}/{version}"
 
 
 def _manifest(name: str, version: int) -> str:
-    return f"models/{name}/{version}/manifest.json"
+    return f"{_version(name, version)}/manifest.json"
 
 
 def _evidence(manifest: Manifest, file: str) -> str:
-    return f"models/{manifest.name}/{manifest.version}/evidence/{file}"
+    return f"{_version(manifest.name, manifest.version)}/evidence/{file}"
 
 
 def _alias(name: str, alias: str) -> str:

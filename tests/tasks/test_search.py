@@ -200,7 +200,7 @@ class TestSearch:
         assert variant.precision == "int8"
         assert f"cpu-{outcome.chosen['int8']}" == variant.recipe
         assert registry.has_files(variant.files)
-        blobs = set(registry.objects.keys("blobs"))
+        blobs = {entry.key for entry in registry.objects.entries("blobs")}
         assert blobs == {f"blobs/sha256/{file.sha256}" for file in variant.files}
         forget_reference(prepared.digest, evaluation, settings)
 

@@ -1,0 +1,29 @@
+"""The flow `gc`: remove old versions, and what nothing needs, from the store and from this machine."""
+
+from prefect import State, flow
+from prefect.states import Completed
+
+from infra.settings import load_settings
+from infra.storage.opening import open_registry
+from tasks.garbage import Collection, collect_in_store, publish_collection
+
+
+@flow(name="gc", flow_run_name="gc")
+def gc(keep: int | None = None, dry_run: bool = False) -> State[Collection]:
+    """Free what the store keeps for nobody: content of deleted versions, broken-off work, with `keep` old versions too.
+
+    It runs beside deploys: what they work with stays.
+
+    Args:
+        keep: Newest versions of each name that stay; versions with an alias stay too. Without it no version goes.
+        dry_run: Only tell what would be removed.
+
+    Returns:
+        What was removed, in a completed state.
+    """
+    settings = load_settings()
+    registry = open_registry(settings)
+    registry.objects.check()
+    collection = collect_in_store(registry, settings, keep=keep, dry_run=dry_run)
+    publish_collection(collection)
+    return Completed(message=collection.summary, data=collection)

@@ -1,0 +1,600 @@
+"""Versions as single files, for machines without network: export writes a tar, import reads one that may be hostile.
+
+An archive is an uncompressed tar of `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>` and
+`blobs/sha256/<64 hex>`, in this order, each kind sorted by name. A version and its evidence make one archive, to the
+byte, and import takes nothing else. So it needs none of what tar has besides plain files (links, devices, sparse files,
+names in three dialects) and reads the headers itself: `tarfile` would follow all of these, keep what an extended header
+holds in memory, and end quietly at a header that is damaged.
+"""
+
+import errno
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import tarfile
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from infra.errors import BadInput, StageFailed
+from infra.process.supervisor import OnProgress
+from infra.storage.copying import CopiedVersion, copy_version
+from infra.storage.local import CHUNK_BYTES, LocalObjectStore
+from infra.storage.manifest import Manifest, StoredFile, StoredVariant
+from infra.storage.objects import Blob, OnBytes
+from infra.storage.progress import byte_progress
+from infra.storage.registry import ModelRegistry, blob_of
+
+MOST_MANIFEST_BYTES = 16 << 20
+MOST_KEYS = 200  # of one object in a manifest
+LONGEST_PATH = 1000  # characters
+LONGEST_PATH_PART_BYTES = 255
+MOST_EVIDENCE_BYTES = 64 << 20  # of one file
+MOST_EVIDENCE_FILES = 10_000
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_EVIDENCE = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][A-Za-z0-9._-]*\.(?:json|md|html)")
+_RECORD_FIELDS = {"kind": str, "manifest": str, "recorded_at": str, "content": dict}
+
+_BLOCK = tarfile.BLOCKSIZE
+_MEMBER = re.compile(r"[A-Za-z0-9._/-]+")
+# A long name, or a size of 8 GiB or more, does not fit into a header: it stands in a block of its own before it.
+_EXTENSION = re.compile(rb"[0-9]+ (?:path=([A-Za-z0-9._/-]+)|size=([0-9]{1,20}))\n")
+_KINDS = {
+    **{tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.DIRTYPE: "a folder"},
+    **{tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a pipe"},
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+_COMPRESSED = {
+    **{b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"},
+    **{b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7-Zip"},
+}
+
+_REFUSED = "Nothing was imported. Copy it or export it anew, and compare the SHA-256 that slmops export tells."
+_DAMAGED = "See with slmops verify what else, and push the version again from a machine that has it whole."
+
+
+@dataclass(frozen=True)
+class ExportedVersion:
+    """An archive that was written: where, its size and its SHA-256 (hex)."""
+
+    file: Path
+    size_bytes: int
+    sha256: str
+
+
+def export_version(
+    registry: ModelRegistry, manifest: Manifest, file: Path, on_progress: OnProgress | None = None
+) -> ExportedVersion:
+    """Write a version and its evidence into a new file, which appears whole or not at all.
+
+    All content is verified on its way. Raises `BadInput` for a file that exists and for a folder that cannot be written
+    to, `StageFailed` for a full disk and for what the store has lost or what was altered in it.
+    """
+    _check_target(file)
+    blobs = _named_blobs(manifest)
+    _check_room([(file.parent, sum(blob.size_bytes for blob in blobs))])
+    on_bytes = byte_progress(on_progress, blobs, "exporting")
+    with _written_aside(file) as archive:
+        for name, data in _manifest_and_evidence(registry, manifest):
+            archive.add(name, len(data), [data])
+        for blob in sorted(blobs, key=lambda blob: blob.key):
+            what, stored = blobs[blob]
+            with _on_this_machine(registry, stored, file.parent) as path:
+                archive.add(blob.key, blob.size_bytes, _verified(path, blob, what, on_bytes))
+        archive.end()
+    return ExportedVersion(file, archive.size_bytes, archive.sha256)
+
+
+def import_version(
+    file: Path,
+    registry: ModelRegistry,
+    staging: Path,
+    *,
+    renumber: bool = False,
+    on_progress: OnProgress | None = None,
+) -> CopiedVersion:
+    """Copy the version in an archive into a store, as `copy_version` does, once all of it is unpacked and verified.
+
+    It is unpacked into a folder of its own below `staging`, which is removed again. That takes the archive's size, and
+    in a local store on the same disk once more what is new there. Raises `BadInput` for anything that `export_version`
+    does not write and for a number that is taken, `StageFailed` for a disk without room.
+    """
+    with _opened(file) as archive, _new_folder(staging) as folder:
+        staged = ModelRegistry(LocalObjectStore(folder))
+        with _disk_errors(f"{file} cannot be unpacked below {staging}"):
+            manifest = _unpack(archive, staged, registry, folder, on_progress)
+        return copy_version(manifest, staged, registry, renumber=renumber, on_progress=on_progress)
+
+
+# What both sides hold a version to
+
+
+def _manifest_key(manifest: Manifest) -> str:
+    return f"models/{manifest.name}/{manifest.version}/manifest.json"
+
+
+def _named_blobs(manifest: Manifest) -> dict[Blob, tuple[str, StoredFile]]:
+    """Return every content of a version with the first file that has it, and what to call that: `int4/model.onnx`."""
+    blobs: dict[Blob, tuple[str, StoredFile]] = {}
+    for variant in manifest.variants:
+        for file in variant.files:
+            blobs.setdefault(blob_of(file), (f"{variant.precision}/{file.path}", file))
+    return blobs
+
+
+def _fault_of_manifest(data: bytes, manifest: Manifest) -> str | None:
+    """Return what is wrong with a manifest: its names become folders and files, here and wherever it is used."""
+    if len(data) > MOST_MANIFEST_BYTES:
+        return f"has {len(data):,} bytes, and at most {MOST_MANIFEST_BYTES:,} are allowed"
+    if data != manifest.to_bytes():
+        return "is not written as slmops writes manifests"
+    names = [name for variant in manifest.variants for name in (variant.precision, variant.device)]
+    bad = next((name for name in names if not _PLAIN.fullmatch(name)), None)
+    if bad is not None:
+        return f"has a precision or a device called {_shown(bad)}"
+    if len({variant.precision for variant in manifest.variants}) < len(manifest.variants):
+        return "has two variants of one precision"
+    for variant in manifest.variants:
+        bad = _unplaceable(file.path for file in variant.files)
+        if bad is not None:
+            return f"has a file {_shown(bad)} that cannot be placed"
+    sizes = Counter(blob.sha256 for blob in _named_blobs(manifest))
+    bad = next((sha256 for sha256, count in sizes.items() if count > 1), None)
+    return f"gives {bad} two sizes" if bad else None
+
+
+def _unplaceable(paths: Iterable[str]) -> str | None:
+    """Return a path that no folder can have, or not beside the others: it comes twice, or is a folder of theirs."""
+    parts = sorted(path.split("/") for path in paths)
+    for one, after in itertools.pairwise([*parts, []]):
+        path = "/".join(one)
+        fits = len(path) <= LONGEST_PATH and all(len(part.encode()) <= LONGEST_PATH_PART_BYTES for part in one)
+        if not fits or not path.isprintable() or {"", "."}.intersection(one) or after[: len(one)] == one:
+            return path
+    return None
+
+
+def _fault_of_evidence(name: str, data: bytes, digest: str) -> str | None:
+    """Return what is wrong with a file of evidence: a record on the manifest of a digest (`.json`), or a text."""
+    if not _EVIDENCE.fullmatch(name):
+        return "is no name of a record or a report"
+    if len(data) > MOST_EVIDENCE_BYTES:
+        return f"has {len(data):,} bytes, and at most {MOST_EVIDENCE_BYTES:,} are allowed"
+    try:
+        if name.endswith(".json"):
+            return _fault_of_record(from_json(data, allow_inf_nan=False), digest)
+        data.decode()
+    except ValueError as error:
+        return f"is not {'JSON' if name.endswith('.json') else 'UTF-8'} ({error})"
+    return None
+
+
+def _fault_of_record(record: Any, digest: str) -> str | None:
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), of) for key, of in _RECORD_FIELDS.items()):
+        return f"is not a record, which has {', '.join(_RECORD_FIELDS)}"
+    if record["kind"] == "deploy" and not _has_statuses(record["content"]):
+        return "is a deploy's and does not tell its variants' status"
+    if record["manifest"] != digest:
+        return f"is on another manifest, {_shown(record['manifest'])}: this one's SHA-256 is {digest}"
+    return None
+
+
+def _has_statuses(content: dict[str, Any]) -> bool:
+    """Whether evidence on a deploy has what `copy_version` reads in it."""
+    variants = content.get("variants")
+    return isinstance(variants, list) and all(isinstance(one, dict) and "status" in one for one in variants)
+
+
+def _header(name: str, size_bytes: int) -> bytes:
+    """Return a member's header: mode 0644, nobody's, of no time, so that the same content is the same archive."""
+    member = tarfile.TarInfo(name)
+    member.size = size_bytes
+    return member.tobuf(tarfile.PAX_FORMAT, "ascii", "strict")
+
+
+def _padding(size_bytes: int) -> int:
+    return -size_bytes % _BLOCK
+
+
+def _whole(size_bytes: int) -> int:
+    """Return the size of an archive whose members take so many bytes: zeros follow, two blocks and to a full record."""
+    return -(-(size_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def _check_room(needs: Iterable[tuple[Path, int]]) -> None:
+    """Raise `StageFailed` when the disk of a folder (which may not exist yet) has less room than all that it takes."""
+    taken: Counter[int] = Counter()
+    for place, size_bytes in needs:
+        folder = next(one for one in (place, *place.absolute().parents) if one.is_dir())
+        device = folder.stat().st_dev
+        taken[device] += size_bytes
+        free = shutil.disk_usage(folder).free
+        if free < taken[device]:
+            raise StageFailed(
+                f"The disk of {folder} has {free / 1e6:,.1f} MB free, and this takes {taken[device] / 1e6:,.1f} MB.",
+                "Make room, or name a folder on another disk.",
+            )
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StageFailed(
+            f"{what}: {error.strerror or error}.", "Check the disk's free space, and whether it holds such large files."
+        ) from error
+
+
+def _shown(name: str) -> str:
+    return ascii(name) if len(name) <= 100 else f"{name[:100]!a}…"
+
+
+# Writing
+
+
+class _Writer:
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def add(self, name: str, size_bytes: int, chunks: Iterable[bytes]) -> None:
+        self._write(_header(name, size_bytes))
+        for chunk in chunks:
+            self._write(chunk)
+        self._write(bytes(_padding(size_bytes)))
+
+    def end(self) -> None:
+        self._write(bytes(_whole(self.size_bytes) - self.size_bytes))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def _write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._hash.update(data)
+        self.size_bytes += len(data)
+
+
+def _check_target(file: Path) -> None:
+    if os.path.lexists(file):
+        raise BadInput(f"{file} exists already.", "Name a file that does not, or remove it.")
+    if not file.parent.is_dir():
+        raise BadInput(f"There is no folder {file.parent}.", "Name a file in a folder that exists.")
+
+
+@contextmanager
+def _written_aside(file: Path) -> Iterator[_Writer]:
+    aside = file.parent / f".{uuid.uuid4().hex}.export"
+    try:
+        stream = aside.open("xb")
+    except OSError as error:
+        kind = StageFailed if error.errno in _FULL else BadInput
+        raise kind(
+            f"{file.parent} cannot be written to: {error.strerror or error}.", "Name a file in another folder."
+        ) from error
+    try:
+        with _disk_errors(f"{file} cannot be written"):
+            with stream:
+                yield _Writer(stream)
+            _check_target(file)  # another export may have been faster
+            aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _manifest_and_evidence(registry: ModelRegistry, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
+    """Yield names of members and their bytes as they are stored.
+
+    Raises `StageFailed` for what import would refuse.
+    """
+    evidence = registry.evidence_key(manifest, "")
+    try:
+        data = registry.stored_manifest(manifest)
+        _refuse(manifest, "manifest", _fault_of_manifest(data, manifest))
+        yield _manifest_key(manifest), data
+        digest = manifest.digest
+        names = sorted(entry.key.removeprefix(evidence) for entry in registry.evidence_entries(manifest))
+        if len(names) > MOST_EVIDENCE_FILES:
+            raise StageFailed(
+                f"{manifest.reference} has {len(names):,} files of evidence, of {MOST_EVIDENCE_FILES:,} at most.",
+                "Push it to a store instead.",
+            )
+        for name in names:
+            data = registry.objects.read_bytes(evidence + name)
+            _refuse(manifest, f"evidence {_shown(name)}", _fault_of_evidence(name, data, digest))
+            yield evidence + name, data
+    except KeyError as error:
+        raise StageFailed(f"The store no longer has {error.args[0]}.", _DAMAGED) from None
+
+
+def _refuse(manifest: Manifest, what: str, fault: str | None) -> None:
+    if fault:
+        raise StageFailed(f"{manifest.reference} cannot be exported: its {what} {fault}.", _DAMAGED)
+
+
+@contextmanager
+def _on_this_machine(registry: ModelRegistry, file: StoredFile, beside: Path) -> Iterator[Path]:
+    """Yield a file that is the stored one; raises `StageFailed` for one that the store has lost."""
+    here = registry.local_file(file)
+    if here:
+        yield here
+        return
+    with TemporaryDirectory(dir=beside, prefix=".export-", ignore_cleanup_errors=True) as folder:
+        registry.materialize([file], Path(folder) / "files")
+        yield Path(folder) / "files" / file.path
+
+
+def _verified(path: Path, blob: Blob, what: str, on_bytes: OnBytes) -> Iterator[bytes]:
+    """Yield a file's bytes; raises `StageFailed` when they are not the blob's, if only after the last."""
+    found = hashlib.sha256()
+    size_bytes = 0
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                found.update(chunk)
+                size_bytes += len(chunk)
+                yield chunk
+                on_bytes(len(chunk))
+    except OSError as error:
+        raise StageFailed(f"{what} cannot be read: {error.strerror or error} ({path}).", _DAMAGED) from error
+    if (found.hexdigest(), size_bytes) != (blob.sha256, blob.size_bytes):
+        raise StageFailed(
+            f"{what} was altered: the SHA-256 of {path} is {found.hexdigest()}, not {blob.sha256}.", _DAMAGED
+        )
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    size_bytes: int
+
+
+class _Reader:
+    """The members of an archive, each at its turn: `next`, then its `chunks`; refuses what `_Writer` does not write."""
+
+    def __init__(self, file: Path, stream: IO[bytes]) -> None:
+        self._file = file
+        self._stream = stream
+        self._offset = 0
+        self.size_bytes = os.fstat(stream.fileno()).st_size
+
+    def refusal(self, what: str, fault: str) -> BadInput:
+        return BadInput(f"{self._file} cannot be imported: {what} {fault}.", _REFUSED)
+
+    def check_compression(self) -> None:
+        """Raise `BadInput` for what is compressed."""
+        start = self._stream.read(_BLOCK)
+        self._stream.seek(0)
+        compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+        if compression:
+            raise BadInput(
+                f"{self._file} cannot be imported: it is compressed ({compression}).", "Decompress it to a .tar first."
+            )
+
+    def next(self) -> _Member | None:
+        """Return the next member, None at the end of the archive."""
+        raw = self._read(_BLOCK)
+        if not any(raw):
+            self._check_end()
+            return None
+        header = self._parsed(raw)
+        name, size_bytes = header.name, header.size
+        if header.type == tarfile.XHDTYPE:
+            extension, last = self._read(_BLOCK), self._read(_BLOCK)
+            raw += extension + last
+            header = self._parsed(last)
+            name, size_bytes = header.name, header.size
+            for path, number in _EXTENSION.findall(extension):
+                name = path.decode() or name
+                size_bytes = int(number or size_bytes)
+        if header.type != tarfile.REGTYPE:
+            raise self.refusal(_shown(name), f"is {_KINDS.get(header.type, 'of a kind of tar')}, not a plain file")
+        if not _MEMBER.fullmatch(name):
+            raise self.refusal(_shown(name), "is no name in an archive")
+        if not 0 <= size_bytes <= self.size_bytes - self._offset:
+            raise self.refusal(_shown(name), f"has {size_bytes:,} bytes by its header, and fewer are left")
+        if raw != _header(name, size_bytes):
+            raise self.refusal(_shown(name), "has a header that slmops export does not write")
+        return _Member(name, size_bytes)
+
+    def chunks(self, member: _Member) -> Iterator[bytes]:
+        """Yield the bytes of the member that `next` returned."""
+        left = member.size_bytes
+        while left:
+            chunk = self._read(min(left, CHUNK_BYTES))
+            left -= len(chunk)
+            yield chunk
+        if any(self._read(_padding(member.size_bytes))):
+            raise self.refusal(_shown(member.name), "is followed by bytes that are not its own")
+
+    def content(self, member: _Member, at_most_bytes: int) -> bytes:
+        """Return the bytes of the member that `next` returned, unless they are too many."""
+        if member.size_bytes > at_most_bytes:
+            fault = f"has {member.size_bytes:,} bytes by its header, and at most {at_most_bytes:,} are allowed"
+            raise self.refusal(_shown(member.name), fault)
+        return b"".join(self.chunks(member))
+
+    def _parsed(self, block: bytes) -> tarfile.TarInfo:
+        try:
+            return tarfile.TarInfo.frombuf(block, "ascii", "surrogateescape")
+        except tarfile.TarError as error:
+            if self._offset == _BLOCK:
+                raise self.refusal("it", "is not a tar, as slmops export writes") from None
+            raise self.refusal(f"its header at byte {self._offset - _BLOCK:,}", f"is damaged ({error})") from None
+
+    def _check_end(self) -> None:
+        whole = _whole(self._offset - _BLOCK)
+        if self.size_bytes != whole:
+            raise self.refusal("it", f"has {self.size_bytes:,} bytes and should have {whole:,}")
+        if any(self._read(whole - self._offset)):
+            raise self.refusal("it", "has something after its last member")
+
+    def _read(self, size_bytes: int) -> bytes:
+        data = self._stream.read(size_bytes)
+        self._offset += len(data)
+        if len(data) < size_bytes:
+            raise self.refusal("it", f"ends too early, at byte {self._offset:,}")
+        return data
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[_Reader]:
+    if not file.is_file():
+        raise BadInput(f"There is no file {file}.", "Name what slmops export has written.")
+    try:
+        stream = file.open("rb")
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
+    with stream:
+        archive = _Reader(file, stream)
+        archive.check_compression()
+        yield archive
+
+
+@contextmanager
+def _new_folder(staging: Path) -> Iterator[Path]:
+    with _disk_errors(f"{staging} cannot be written to"):
+        staging.mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(dir=staging, prefix="import-", ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
+
+
+def _unpack(
+    archive: _Reader, staged: ModelRegistry, target: ModelRegistry, folder: Path, on_progress: OnProgress | None
+) -> Manifest:
+    """Bring an archive's version into the staged store and return it; all of it is verified."""
+    manifest = _read_manifest(archive)
+    blobs = _named_blobs(manifest)
+    _check_sizes(archive, blobs, folder, target)
+    on_bytes = byte_progress(on_progress, blobs, "unpacking")
+    evidence = staged.evidence_key(manifest, "")
+    digest = manifest.digest
+    left = {blob.key: blob for blob in blobs}
+    records = 0
+    last = (False, "")
+    while member := archive.next():
+        place = (not member.name.startswith(evidence), member.name)
+        if place <= last:
+            raise archive.refusal(member.name, "comes twice or out of order")
+        last = place
+        if member.name.startswith(evidence):
+            records += 1
+            if records > MOST_EVIDENCE_FILES:
+                raise archive.refusal(member.name, f"is one too many: {MOST_EVIDENCE_FILES:,} records are allowed")
+            _unpack_evidence(archive, member, member.name.removeprefix(evidence), digest, staged)
+        elif blob := left.pop(member.name, None):
+            _unpack_blob(archive, member, blob, folder, on_bytes)
+        else:
+            raise archive.refusal(member.name, f"does not belong to {manifest.reference}")
+    for blob in left.values():
+        raise archive.refusal(blobs[blob][0], f"({blob.key}) is not in it")
+    staged.objects.put_bytes(_manifest_key(manifest), manifest.to_bytes())
+    return manifest
+
+
+def _read_manifest(archive: _Reader) -> Manifest:
+    member = archive.next()
+    name = member.name if member else "it"
+    if member is None or not name.endswith("/manifest.json"):
+        raise archive.refusal(name, "does not begin with a manifest" if member is None else "comes before the manifest")
+    data = archive.content(member, MOST_MANIFEST_BYTES)
+    try:
+        manifest = _parse_manifest(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(one) for one in first["loc"])
+        raise archive.refusal(name, f"is not valid: {_shown(where)}: {first['msg']:.200}") from None
+    except ValueError as error:
+        raise archive.refusal(name, f"is not valid: {error}") from None
+    fault = _fault_of_manifest(data, manifest)
+    if fault is None and name != _manifest_key(manifest):
+        fault = f"is the manifest of {manifest.reference}"
+    if fault:
+        raise archive.refusal(name, fault)
+    return manifest
+
+
+def _parse_manifest(data: bytes) -> Manifest:
+    """Return a valid manifest, or raise `ValueError`.
+
+    It is validated part by part: pydantic collects every error before it tells one, and a manifest can be made of
+    millions.
+    """
+    value = from_json(data, allow_inf_nan=False)
+    if _has_large_object(value):
+        raise ValueError(f"an object in it has more than {MOST_KEYS} keys")
+    variants = value.get("variants") if isinstance(value, dict) else None
+    for variant in variants if isinstance(variants, list) else ():
+        files = variant.get("files") if isinstance(variant, dict) else None
+        for file in files if isinstance(files, list) else ():
+            StoredFile.model_validate(file)
+        StoredVariant.model_validate(variant)
+    return Manifest.model_validate_json(data)
+
+
+def _has_large_object(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value) > MOST_KEYS or any(map(_has_large_object, value.values()))
+    return isinstance(value, list) and any(map(_has_large_object, value))
+
+
+def _check_sizes(archive: _Reader, blobs: Iterable[Blob], folder: Path, target: ModelRegistry) -> None:
+    """Raise `BadInput` for an archive that is smaller than the files it should hold, `StageFailed` for too little room.
+
+    What is unpacked is never larger than the archive.
+    """
+    size_bytes = sum(blob.size_bytes for blob in blobs)
+    if size_bytes > archive.size_bytes:
+        raise archive.refusal("its manifest", f"names more bytes than the {archive.size_bytes:,} of the whole archive")
+    needs = [(folder, archive.size_bytes)]
+    if isinstance(target.objects, LocalObjectStore):
+        missing = target.objects.missing(blobs)
+        needs.append((target.objects.aside, sum(blob.size_bytes for blob in missing)))
+    _check_room(needs)
+
+
+def _unpack_evidence(archive: _Reader, member: _Member, name: str, digest: str, staged: ModelRegistry) -> None:
+    data = archive.content(member, MOST_EVIDENCE_BYTES)
+    fault = _fault_of_evidence(name, data, digest)
+    if fault:
+        raise archive.refusal(member.name, fault)
+    staged.objects.put_bytes(member.name, data)
+
+
+def _unpack_blob(archive: _Reader, member: _Member, blob: Blob, folder: Path, on_bytes: OnBytes) -> None:
+    if member.size_bytes != blob.size_bytes:
+        fault = f"has {member.size_bytes:,} bytes by its header, and {blob.size_bytes:,} by the manifest"
+        raise archive.refusal(member.name, fault)
+    store = LocalObjectStore(folder)
+    store.aside.mkdir(exist_ok=True)
+    under_way = store.aside / blob.sha256
+    found = hashlib.sha256()
+    with under_way.open("xb") as target:
+        for chunk in archive.chunks(member):
+            found.update(chunk)
+            target.write(chunk)
+            on_bytes(len(chunk))
+    if found.hexdigest() != blob.sha256:
+        raise archive.refusal(member.name, f"was altered: its SHA-256 is {found.hexdigest()}")
+    store.adopt_blob(blob, under_way)

@@ -1,0 +1,96 @@
+"""What sets two versions apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from infra.storage.manifest import Manifest, StoredVariant
+from infra.storage.registry import ModelRegistry, blob_of
+
+
+class Difference(BaseModel):
+    """One thing that differs: `what` is a field (`source`), a file (`int4/model.onnx`) or a figure (`int4 ttft_ms`)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    what: str
+    first: str
+    second: str
+
+
+class Comparison(BaseModel):
+    """All differences of two versions, and how many bytes of the second the first has too."""
+
+    model_config = ConfigDict(frozen=True)
+
+    first: str
+    second: str
+    same_content: bool
+    differences: tuple[Difference, ...]
+    shared_bytes: int
+    size_bytes: int
+
+
+def compare_versions(first: Manifest, second: Manifest, registry: ModelRegistry) -> Comparison:
+    """Compare what two versions are, and the figures of their last deploys."""
+    blobs = [{blob_of(file) for one in manifest.variants for file in one.files} for manifest in (first, second)]
+    found = [*_differing(_facts(first), _facts(second))]
+    precisions = sorted({one.precision for one in (*first.variants, *second.variants)})
+    for precision in precisions:
+        left, right = (_files(manifest, precision) for manifest in (first, second))
+        found += _differing(left, right)
+    found += _differing(_figures(first, registry), _figures(second, registry))
+    return Comparison(
+        first=first.reference,
+        second=second.reference,
+        same_content=first.identity == second.identity,
+        differences=tuple(found),
+        shared_bytes=sum(blob.size_bytes for blob in blobs[0] & blobs[1]),
+        size_bytes=sum(blob.size_bytes for blob in blobs[1]),
+    )
+
+
+def _differing(left: Mapping[str, str], right: Mapping[str, str]) -> list[Difference]:
+    names = list(dict.fromkeys([*left, *right]))
+    pairs = [Difference(what=name, first=left.get(name, "-"), second=right.get(name, "-")) for name in names]
+    return [pair for pair in pairs if pair.first != pair.second]
+
+
+def _facts(manifest: Manifest) -> dict[str, str]:
+    source = manifest.source
+    return {
+        "source": source.digest[:16],
+        "origin": source.origin,
+        "architecture": source.architecture,
+        "parameters": f"{source.parameters:,}",
+        "training run": source.training_run or "-",
+        **{f"builder {name}": version for name, version in manifest.builder.items()},
+    }
+
+
+def _files(manifest: Manifest, precision: str) -> dict[str, str]:
+    variant: StoredVariant | None = next((one for one in manifest.variants if one.precision == precision), None)
+    if variant is None:
+        return {}
+    facts = {
+        "recipe": f"{variant.recipe} ({variant.recipe_digest[:8]})",
+        "device": f"{variant.device}, {variant.execution_provider}",
+    }
+    return {
+        **{f"{precision} {name}": value for name, value in facts.items()},
+        **{f"{precision}/{file.path}": f"{file.sha256[:12]} ({file.size_bytes:,} bytes)" for file in variant.files},
+    }
+
+
+def _figures(manifest: Manifest, registry: ModelRegistry) -> dict[str, str]:
+    deployed: dict[str, Any] = registry.latest_evidence(manifest, "deploy") or {"variants": []}
+    figures = {}
+    for variant in deployed["variants"]:
+        figures[f"{variant['precision']} status"] = str(variant["status"])
+        for name, value in (variant.get("metrics") or {}).items():
+            if value is not None:
+                figures[f"{variant['precision']} {name}"] = (
+                    f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+                )
+    return figures

@@ -1,0 +1,108 @@
+"""What a store no longer needs: found, told and removed, beside running deploys."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from infra.process.supervisor import OnProgress
+from infra.storage.inputs import stored_inputs
+from infra.storage.leases import WRITE_LEASE, collecting
+from infra.storage.manifest import Manifest
+from infra.storage.objects import BLOBS, Blob, Entry
+from infra.storage.registry import ModelRegistry, blob_of
+
+REMOVED_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What a collection found: blobs that nothing needs, evidence on deleted versions, and work that broke off.
+
+    `spared_blobs` are those that a running deploy, push or ingestion still relies on.
+    """
+
+    blobs: tuple[Entry, ...]
+    evidence: tuple[Entry, ...]
+    leftovers: tuple[Entry, ...]
+    spared_blobs: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that their removal frees."""
+        return sum(entry.size_bytes for entry in (*self.blobs, *self.evidence, *self.leftovers))
+
+
+def delete_version(registry: ModelRegistry, manifest: Manifest, *, even_in_use: bool = True) -> int | None:
+    """Remove a version, its evidence, the aliases on it and the blobs that nothing else needs; returns the bytes freed.
+
+    It disappears in one step; what a process that is killed after that has not removed, `collect_garbage` does. With
+    `even_in_use` false, a version that a running deploy works with stays, and None is returned. Raises `StageFailed`,
+    and removes nothing, where another version's manifest cannot be read.
+    """
+    own = {blob_of(file) for variant in manifest.variants for file in variant.files}
+    with collecting(registry.objects) as collector:
+        if not even_in_use and any(blob.sha256 in collector.spared for blob in own):
+            return None
+        needed = {blob.sha256 for blob in needed_blobs(registry, without=[manifest])} | collector.spared
+        registry.mark_deleted(manifest)
+        registry.objects.delete([entry.key for entry in registry.evidence_entries(manifest)])
+        orphans = [blob for blob in own if blob.sha256 not in needed]
+        collector.renew()
+        registry.objects.delete([blob.key for blob in orphans])
+    return sum(blob.size_bytes for blob in orphans)
+
+
+def claimed_blobs(registry: ModelRegistry) -> set[str]:
+    """Return the SHA-256 of the blobs that running deploys, pushes and ingestions work with now."""
+    with collecting(registry.objects) as collector:
+        return collector.spared
+
+
+def needed_blobs(registry: ModelRegistry, without: Collection[Manifest] = ()) -> set[Blob]:
+    """Return the blobs that a version or an input needs; raises `StageFailed` for one that cannot be read."""
+    left_out = {one.reference for one in without}
+    versions = (one for name in registry.names() for one in registry.versions(name))
+    kept = (one for one in versions if one.reference not in left_out)
+    files = [file for one in kept for variant in one.variants for file in variant.files]
+    files += [file for one in stored_inputs(registry) for file in one.files]
+    return {blob_of(file) for file in files}
+
+
+def collect_garbage(
+    registry: ModelRegistry,
+    *,
+    dry_run: bool = False,
+    without: Collection[Manifest] = (),
+    on_progress: OnProgress | None = None,
+) -> Garbage:
+    """Remove what nothing needs, or (`dry_run`) only find it; `without` are versions that count as deleted.
+
+    Writers wait while it is at work; what they rely on stays. Raises `StageFailed`, and removes nothing, where a
+    manifest cannot be read: what it needs is not known.
+    """
+    objects = registry.objects
+    with collecting(objects) as collector:
+        _tell(on_progress, 0, 1, "reading the versions")
+        needed = {blob.sha256 for blob in needed_blobs(registry, without)}
+        _tell(on_progress, 0, 1, "listing the store")
+        orphans = [one for one in objects.entries(BLOBS) if one.key.rpartition("/")[2] not in needed]
+        free = [one for one in orphans if one.key.rpartition("/")[2] not in collector.spared]
+        found = Garbage(
+            blobs=tuple(free),
+            evidence=tuple(registry.evidence_of_deleted()),
+            leftovers=tuple(objects.leftovers(collector.now - WRITE_LEASE)),
+            spared_blobs=len(orphans) - len(free),
+        )
+        if dry_run:
+            return found
+        keys = [entry.key for entry in (*found.evidence, *found.blobs)]
+        for start in range(0, len(keys), REMOVED_AT_ONCE):
+            _tell(on_progress, start, len(keys), f"removing {len(keys):,} objects")
+            collector.renew()
+            objects.delete(keys[start : start + REMOVED_AT_ONCE])
+        objects.remove_leftovers(found.leftovers)
+    return found
+
+
+def _tell(on_progress: OnProgress | None, done: float, total: float, what: str) -> None:
+    if on_progress:
+        on_progress(done, total, what)

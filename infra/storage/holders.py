@@ -1,0 +1,38 @@
+"""Which process left something in a store, and whether it has ended since."""
+
+import hashlib
+import os
+import socket
+import uuid
+
+import psutil
+
+# Start times of processes are told to a second or so: they are reckoned from the time of the machine's start.
+START_TOLERANCE_S = 2
+
+
+def this_process() -> str:
+    """Return a name for this process, of hex digits and tildes: `MACHINE~PID~START`."""
+    return f"{_machine()}~{os.getpid()}~{int(psutil.Process().create_time())}"
+
+
+def has_ended(holder: str) -> bool:
+    """Whether a process named by `this_process` surely runs no more: it was on this machine and is gone."""
+    machine, _, process = holder.partition("~")
+    pid, _, started = process.partition("~")
+    if machine != _machine() or not pid.isdecimal() or not started.isdecimal():
+        return False
+    try:
+        found = psutil.Process(int(pid))
+        ended = found.status() == psutil.STATUS_ZOMBIE
+        return ended or abs(found.create_time() - int(started)) > START_TOLERANCE_S
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def _machine() -> str:
+    # A store may be many people's: it learns that it was the same machine, not which.
+    facts = f"{socket.gethostname()} {uuid.getnode():x}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]

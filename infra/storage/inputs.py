@@ -1,0 +1,135 @@
+"""Checkpoints and files that were put into the store, so that any worker can read them: `store://<64 hex>`.
+
+An input is content-addressed like a version's files: `inputs/<64 hex>.json` names its blobs, and its address is the
+digest of their names and contents.
+"""
+
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infra.errors import BadInput, StageFailed
+from infra.process.supervisor import OnProgress
+from infra.storage.folders import place
+from infra.storage.manifest import Sha256, StoredFile, digest_of
+from infra.storage.registry import ModelRegistry
+
+SCHEME = "store://"
+FOLDER = "inputs"
+
+
+class StoredInput(BaseModel):
+    """A folder (a checkpoint) or a single file (an evaluation file) in the store; `name` is what it was called."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["folder", "file"]
+    name: str
+    files: tuple[StoredFile, ...]
+
+    @property
+    def digest(self) -> Sha256:
+        """SHA-256 over the paths and digests of its files."""
+        files = [file.model_dump() for file in sorted(self.files, key=lambda file: file.path)]
+        return digest_of({"kind": self.kind, "files": files})
+
+    @property
+    def address(self) -> str:
+        """`store://<64 hex>`."""
+        return f"{SCHEME}{self.digest}"
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+def is_input_address(text: str) -> bool:
+    """Whether a text is spelled as an input's address."""
+    return text.startswith(SCHEME)
+
+
+def ingest(registry: ModelRegistry, path: Path, on_progress: OnProgress | None = None) -> StoredInput:
+    """Put a folder or a file into the store; the same content is the same input.
+
+    Raises `BadInput` for a path that is neither, and for a folder without files or with a symbolic link out of it.
+    """
+    if path.is_file():
+        files = registry.add_paths({path.name: path}, on_progress)
+        found = StoredInput(kind="file", name=path.name, files=files)
+    elif path.is_dir():
+        root = path.resolve()
+        paths = {one.relative_to(path).as_posix(): one for one in sorted(path.rglob("*")) if one.is_file()}
+        outside = next((name for name, one in paths.items() if not one.resolve().is_relative_to(root)), None)
+        if outside or not paths:
+            fault = f"holds a link out of it: {outside}" if outside else "holds no file"
+            raise BadInput(f"{path} {fault}.", "Give a folder that holds the checkpoint's own files.")
+        found = StoredInput(kind="folder", name=path.resolve().name, files=registry.add_paths(paths, on_progress))
+    else:
+        raise BadInput(f"There is no file or folder {path}.", "Give a checkpoint's folder or an evaluation file.")
+    registry.objects.put_bytes(_key(found.digest), (found.model_dump_json(indent=2) + "\n").encode())
+    registry.release_files()
+    return found
+
+
+def read_input(registry: ModelRegistry, address: str) -> StoredInput:
+    """Return the input at an address; raises `BadInput` for one that is malformed or not there."""
+    digest = address.removeprefix(SCHEME)
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise BadInput(f"{address!r} is not the address of an input.", "Write what slmops ingest printed.")
+    try:
+        return _parse(registry, digest)
+    except KeyError:
+        raise BadInput(
+            f"The store has no input {address}.", "Put it in with slmops ingest, or name the store that has it."
+        ) from None
+
+
+def stored_inputs(registry: ModelRegistry) -> Iterator[StoredInput]:
+    """Yield all inputs of a store."""
+    for entry in list(registry.objects.entries(FOLDER)):
+        yield _parse(registry, entry.key.removeprefix(f"{FOLDER}/").removesuffix(".json"))
+
+
+def fetch_input(registry: ModelRegistry, address: str, directory: Path, on_progress: OnProgress | None = None) -> Path:
+    """Return the local folder or file of an input, below `directory`; what is there already is not fetched again."""
+    found = read_input(registry, address)
+    target = directory / found.digest
+    if not target.is_dir():
+        aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+        try:
+            registry.materialize(found.files, aside, on_progress)
+            place(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return target / found.files[0].path if found.kind == "file" else target
+
+
+def delete_input(registry: ModelRegistry, address: str) -> StoredInput:
+    """Remove an input; its blobs go with the next collection of garbage."""
+    found = read_input(registry, address)
+    registry.objects.delete([_key(found.digest)])
+    return found
+
+
+def _parse(registry: ModelRegistry, digest: str) -> StoredInput:
+    try:
+        found = StoredInput.model_validate_json(registry.objects.read_bytes(_key(digest)))
+        fault = "" if found.digest == digest else "it is of other files"
+    except ValidationError as error:
+        fault = error.errors()[0]["msg"]
+    if fault:
+        raise StageFailed(
+            f"The input {SCHEME}{digest} is not valid: {fault}.",
+            f"It was altered after it was stored: remove {registry.objects.uri(_key(digest))} and ingest it again.",
+        )
+    return found
+
+
+def _key(digest: str) -> str:
+    return f"{FOLDER}/{digest}.json"

@@ -1,0 +1,148 @@
+"""Leases: how deploys, pushes and collections of garbage keep out of each other's way, on any store, without a lock.
+
+A writer names the blobs that it relies on in a lease, and only then looks whether they are there. A collector puts up
+its own lease, and only then reads the writers'. Whichever of the two comes second sees the other: a writer waits for
+the collector's end, a collector spares the named blobs. This needs a store that lists what was written before, as S3
+does since 2020. All times are the store's own, so that no machine's clock matters.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from infra.errors import PassingFault
+from infra.storage.holders import has_ended, this_process
+from infra.storage.objects import Blob, ObjectStore
+
+FOLDER = "leases"
+WRITE = "write"
+COLLECT = "collect"
+
+# A lease that outlived its process is ignored after this time; a writer renews its own whenever it stores something and
+# before it makes a version. Within it, whatever a deploy stores first and commits last must fit.
+WRITE_LEASE = timedelta(hours=24)
+# A collector renews its own between its steps, which are short, and stops when it could not for half of this time.
+COLLECT_LEASE = timedelta(minutes=5)
+TERMS = {WRITE: WRITE_LEASE, COLLECT: COLLECT_LEASE}
+RENEW_AFTER_S = 30.0
+POLL_S = 0.5
+
+
+class WriteLease:
+    """The blobs that this process relies on: what it stored and has not made a version of, and versions in use."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+        self._key = _new_key(WRITE)
+        self._blobs: set[str] = set()
+
+    def claim(self, blobs: Iterable[Blob]) -> None:
+        """Rely on more blobs, and on those claimed before for another while: until `release` none is collected.
+
+        What is there after this call stays; what is not there has to be stored. Waits for a collector that is at work.
+        Raises `PassingFault` when it does not end.
+        """
+        self._blobs.update(blob.sha256 for blob in blobs)
+        deadline = time.monotonic() + 2 * COLLECT_LEASE.total_seconds()
+        while True:
+            self._objects.put_bytes(self._key, json.dumps(sorted(self._blobs)).encode())
+            if not any(kind == COLLECT for kind, _ in _leases(self._objects, self._key).live):
+                return
+            if time.monotonic() > deadline:
+                raise PassingFault("A collection of garbage is at work in the store and does not end.", "Try again.")
+            time.sleep(POLL_S)
+
+    def release(self) -> None:
+        """Rely on nothing any more."""
+        if self._blobs:
+            self._objects.delete([self._key])
+            self._blobs.clear()
+
+
+class Collector:
+    """One collection of garbage: `spared` are the blobs (SHA-256) that writers rely on, `now` is the store's time."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+        self._key = _new_key(COLLECT)
+        self._renewed_at: float | None = None
+        self.spared: set[str] = set()
+        self.now = datetime.now(UTC)
+
+    def begin(self) -> None:
+        """Make writers wait, and learn what they rely on; leases that outlived their processes are removed."""
+        self.renew()
+        leases = _leases(self._objects, self._key)
+        self.now = leases.now
+        for kind, key in leases.live:
+            if kind == WRITE:
+                self.spared |= _blobs_of(self._objects, key)
+        self._objects.delete(leases.stale)
+
+    def renew(self) -> None:
+        """Go on for another while; call it before each step that removes anything.
+
+        Raises `PassingFault` when this process was held up for so long that writers may no longer wait for it.
+        """
+        now = time.monotonic()
+        held_up_s = 0.0 if self._renewed_at is None else now - self._renewed_at
+        if held_up_s > COLLECT_LEASE.total_seconds() / 2:
+            raise PassingFault("The collection of garbage was held up for too long and stopped.", "Run it again.")
+        if self._renewed_at is None or held_up_s > RENEW_AFTER_S:
+            self._objects.put_bytes(self._key, b"{}")
+            self._renewed_at = now
+
+    def end(self) -> None:
+        """Let writers go on."""
+        self._objects.delete([self._key])
+
+
+@contextmanager
+def collecting(objects: ObjectStore) -> Iterator[Collector]:
+    """Hold a collector's lease."""
+    collector = Collector(objects)
+    try:
+        collector.begin()
+        yield collector
+    finally:
+        collector.end()
+
+
+def _new_key(kind: str) -> str:
+    return f"{FOLDER}/{kind}-{this_process()}-{uuid.uuid4().hex}.json"
+
+
+@dataclass(frozen=True)
+class _Leases:
+    now: datetime
+    live: tuple[tuple[str, str], ...]  # (kind, key)
+    stale: tuple[str, ...]
+
+
+def _leases(objects: ObjectStore, own: str) -> _Leases:
+    """Return all leases but one's own, which was just written and so tells the store's time."""
+    entries = list(objects.entries(FOLDER))
+    now = next((entry.modified_at for entry in entries if entry.key == own), None)
+    if now is None:
+        raise PassingFault("The store does not list what was just written to it.", "Try again.")
+    live, stale = [], []
+    for entry in entries:
+        kind, _, rest = entry.key.removeprefix(f"{FOLDER}/").partition("-")
+        if entry.key == own:
+            continue
+        if now - entry.modified_at > TERMS.get(kind, WRITE_LEASE) or has_ended(rest.rpartition("-")[0]):
+            stale.append(entry.key)
+        else:
+            live.append((kind, entry.key))
+    return _Leases(now, tuple(live), tuple(stale))
+
+
+def _blobs_of(objects: ObjectStore, key: str) -> set[str]:
+    try:
+        return set(json.loads(objects.read_bytes(key)))
+    except KeyError:  # its writer has made its version, which is read after this
+        return set()

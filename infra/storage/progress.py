@@ -1,0 +1,43 @@
+"""How far a transfer is, in bytes and at what rate."""
+
+import threading
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+from infra.process.supervisor import OnProgress
+from infra.storage.objects import OnBytes, untold
+
+TOLD_EVERY_S = 0.2  # a transfer moves thousands of pieces a second
+
+
+class _Sized(Protocol):
+    @property
+    def size_bytes(self) -> int: ...
+
+
+def byte_progress(on_progress: OnProgress | None, files: Iterable[_Sized], doing: str) -> OnBytes:
+    """Return an `OnBytes` that tells `on_progress` how much of the files' bytes has moved, and how fast.
+
+    `doing` is a verb such as `storing`.
+    """
+    total = sum(file.size_bytes for file in files)
+    if on_progress is None or not total:
+        return untold
+    lock = threading.Lock()
+    began = time.monotonic()
+    told_at = began
+    done = 0
+
+    def told(moved: int) -> None:
+        nonlocal done, told_at
+        with lock:
+            done = min(done + moved, total)
+            now = time.monotonic()
+            if now - told_at < TOLD_EVERY_S and done < total:
+                return
+            told_at = now
+            rate = done / max(now - began, 1e-3)
+            on_progress(done, total, f"{doing}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s")
+
+    return told

@@ -1,0 +1,107 @@
+"""Whether a version is in a store as it was put there."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from infra.process.supervisor import OnProgress
+from infra.storage.local import LocalObjectStore
+from infra.storage.manifest import Manifest
+from infra.storage.objects import Blob
+from infra.storage.progress import byte_progress
+from infra.storage.registry import ModelRegistry, blob_of
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not as it was stored: `what` is a file (`int4/model.onnx`), a record or the manifest."""
+
+    what: str
+    fault: Literal["missing", "altered", "truncated"]
+    detail: str
+    blob: Blob | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was read and compared: files and bytes, each content once, and everything that was found damaged."""
+
+    reference: str
+    manifest_sha256: str
+    files: int
+    size_bytes: int
+    damage: tuple[Damage, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the version is as it was stored."""
+        return not self.damage
+
+
+def verify_version(registry: ModelRegistry, manifest: Manifest, on_progress: OnProgress | None = None) -> Verification:
+    """Read all of a version's files in the store and compare them with its manifest, and that with its evidence."""
+    paths: dict[Blob, list[str]] = {}
+    for variant in manifest.variants:
+        for file in variant.files:
+            paths.setdefault(blob_of(file), []).append(f"{variant.precision}/{file.path}")
+    on_bytes = byte_progress(on_progress, paths, "reading")
+    damage = _damage_of_manifest(registry, manifest)
+    for blob, sha256, size_bytes in registry.objects.digests(paths, on_bytes):
+        if sha256 != blob.sha256:
+            damage += [_damage_of(what, blob, sha256, size_bytes) for what in paths[blob]]
+    return Verification(
+        reference=manifest.reference,
+        manifest_sha256=manifest.digest,
+        files=sum(len(names) for names in paths.values()),
+        size_bytes=sum(blob.size_bytes for blob in paths),
+        damage=tuple(damage),
+    )
+
+
+def repair_version(
+    registry: ModelRegistry,
+    found: Verification,
+    others: Sequence[LocalObjectStore],
+    on_progress: OnProgress | None = None,
+) -> int:
+    """Put damaged files back from another store that has them whole; returns how many could be."""
+    damaged = {one.blob for one in found.damage if one.blob}
+    whole: dict[Blob, Path] = {}
+    for other in others:
+        for blob, sha256, _ in other.digests(damaged - whole.keys()):
+            if sha256 == blob.sha256:
+                whole[blob] = other.blob_path(blob)
+    registry.objects.put_blobs(list(whole.items()), byte_progress(on_progress, whole, "repairing"))
+    return len(whole)
+
+
+def _damage_of(what: str, blob: Blob, sha256: str | None, size_bytes: int) -> Damage:
+    if sha256 is None:
+        return Damage(what, "missing", f"{blob.key} is not in the store", blob)
+    if size_bytes < blob.size_bytes:
+        return Damage(what, "truncated", f"{size_bytes:,} of {blob.size_bytes:,} bytes are left", blob)
+    return Damage(what, "altered", f"its SHA-256 is {sha256}, the manifest says {blob.sha256}", blob)
+
+
+def _damage_of_manifest(registry: ModelRegistry, manifest: Manifest) -> list[Damage]:
+    damage = []
+    stored = registry.stored_manifest(manifest)
+    if hashlib.sha256(stored).hexdigest() != manifest.digest:
+        damage.append(Damage("manifest.json", "altered", "it is not written as slmops writes manifests"))
+    for entry in registry.evidence_entries(manifest):
+        name = entry.key.rpartition("/")[2]
+        if not name.endswith(".json"):
+            continue
+        try:
+            named = json.loads(registry.objects.read_bytes(entry.key))["manifest"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damage.append(Damage(f"evidence/{name}", "altered", "it is not a record"))
+            continue
+        if named != manifest.digest:
+            detail = f"its SHA-256 is {manifest.digest}, evidence/{name} is of one with {named}"
+            damage.append(Damage("manifest.json", "altered", detail))
+            break
+    return damage

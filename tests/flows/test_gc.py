@@ -1,0 +1,34 @@
+"""The flow `gc`, as the UI and a schedule start it."""
+
+from pathlib import Path
+
+import pytest
+from prefect.client.schemas import State
+
+from flows.gc import gc
+from infra.errors import BadInput
+from infra.settings import Settings
+from infra.storage.opening import open_registry
+from tests.versions import store_version
+
+
+def test_it_removes_old_versions_and_says_so(
+    settings: Settings, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    registry = open_registry(settings)
+    for number in range(3):
+        store_version(registry, tmp_path / str(number), {"model.onnx": b"graph %d" % number})
+    registry.set_alias("home", "champion", 1, "the first")
+    with temporary_settings({PREFECT_API_URL: server}):
+        planned: State = gc(keep=1, dry_run=True, return_state=True)
+        assert planned.result().versions == ("home@2",)
+        assert len(registry.versions("home")) == 3
+        done: State = gc(keep=1, return_state=True)
+        refused: State = gc(keep=0, return_state=True)
+    assert (done.name, done.message) == ("Completed", done.result().summary)
+    assert "Removed home@2, 0 files" in done.result().summary
+    assert [one.version for one in registry.versions("home")] == [1, 3]
+    with pytest.raises(BadInput, match="--keep is 0"):
+        refused.result()

@@ -1,0 +1,155 @@
+"""Push and pull: versions between a machine's own store and every kind of store."""
+
+from pathlib import Path
+
+import pytest
+
+from infra.errors import BadInput, StageFailed
+from infra.storage.copying import copy_version
+from infra.storage.local import LocalObjectStore
+from infra.storage.registry import CHAMPION, ModelRegistry
+from infra.storage.verification import repair_version, verify_version
+from tests.stores import StoreCase
+from tests.versions import FILES, content_of, store_version
+
+OTHER = {**FILES, "model.onnx": b"another graph"}
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> ModelRegistry:
+    """This machine's own store."""
+    return ModelRegistry(LocalObjectStore(tmp_path / "here"))
+
+
+@pytest.fixture
+def team(store: StoreCase, tmp_path: Path) -> ModelRegistry:
+    """The store of each kind that a version is copied to and from."""
+    return store.registry(tmp_path / "team home")
+
+
+def another_machine(tmp_path: Path) -> ModelRegistry:
+    return ModelRegistry(LocalObjectStore(tmp_path / "there"))
+
+
+def test_a_version_goes_there_and_back(
+    here: ModelRegistry, team: ModelRegistry, store: StoreCase, tmp_path: Path
+) -> None:
+    manifest = store_version(here, tmp_path / "built")
+    told: list[tuple[float, float, str]] = []
+    pushed = copy_version(manifest, here, team, on_progress=lambda *step: told.append(step))
+    size = sum(map(len, FILES.values()))
+    assert (pushed.manifest, pushed.is_new, pushed.moved_bytes, pushed.skipped_bytes) == (manifest, True, size, 0)
+    assert told[-1][:2] == (size, size)
+    assert told[-1][2].startswith("copying: 0.0 of 0.0 MB")
+
+    there = another_machine(tmp_path)
+    fresh = store.registry(tmp_path / "another home")  # nothing is in its cache
+    pulled = copy_version(fresh.find("home"), fresh, there)
+    assert (pulled.manifest, pulled.is_new, pulled.moved_bytes) == (manifest, True, size)
+    assert content_of(there, manifest, tmp_path / "out") == FILES
+    assert there.stored_manifest(manifest) == here.stored_manifest(manifest)
+    for registry in (team, there):
+        assert registry.latest_evidence(manifest, "deploy") == here.latest_evidence(manifest, "deploy")
+        assert registry.objects.read_bytes("models/home/1/evidence/report.md") == b"# home@1"
+        assert registry.aliases("home") == {CHAMPION: 1}
+        assert verify_version(registry, manifest).ok
+        assert list(registry.objects.entries("leases")) == []
+
+
+def test_what_is_there_is_not_moved_again(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
+    copy_version(store_version(here, tmp_path / "1"), here, team)
+    again = copy_version(here.version("home", 1), here, team)
+    assert (again.is_new, again.moved_bytes) == (False, 0)
+    second = store_version(here, tmp_path / "2", OTHER)
+    moved = copy_version(second, here, team)
+    assert (moved.manifest.version, moved.moved_bytes) == (2, len(b"another graph"))
+    assert moved.skipped_bytes == sum(map(len, FILES.values())) - len(b"graph")
+    assert team.aliases("home") == {CHAMPION: 1}
+    here.add_evidence(second, "note", {"text": "later"})
+    copy_version(second, here, team)
+    assert team.notes(second)[0][1] == "later"
+
+
+def test_a_number_that_is_taken_is_another_versions(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
+    store_version(team, tmp_path / "theirs")
+    mine = store_version(here, tmp_path / "mine", OTHER)
+    here.objects.put_bytes("models/home/1/evidence/signature-1.json", b'{"kind": "signature", "manifest": "x"}')
+    with pytest.raises(BadInput, match="another home@1") as caught:
+        copy_version(mine, here, team)
+    assert "--renumber" in caught.value.what_to_do
+    assert len(list(team.objects.entries("blobs/sha256"))) == len(FILES)  # refused before anything moved
+    stored = copy_version(mine, here, team, renumber=True).manifest
+    assert (stored.reference, stored.identity) == ("home@2", mine.identity)
+    record = team.latest_evidence(stored, "deploy")
+    assert record
+    assert record["variants"][0]["status"] == "registered"
+    # What names or covers the old number stays behind.
+    names = [entry.key.rpartition("/")[2] for entry in team.evidence_entries(stored)]
+    assert all(name.startswith("deploy-") for name in names), names
+    again = copy_version(mine, here, team, renumber=True)
+    assert (again.manifest.reference, again.is_new) == ("home@2", False)
+    assert copy_version(mine, here, team).manifest.reference == "home@2"
+
+
+def test_an_altered_file_does_not_get_there(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
+    manifest = store_version(here, tmp_path / "built")
+    altered = manifest.variants[0].files[1]
+    path = here.local_file(altered)
+    assert path
+    path.chmod(0o644)
+    path.write_bytes(b"W" + path.read_bytes()[1:])
+    with pytest.raises(StageFailed):
+        copy_version(manifest, here, team)
+    assert team.names() == []
+    assert f"blobs/sha256/{altered.sha256}" not in {entry.key for entry in team.objects.entries("blobs/sha256")}
+    path.write_bytes(b"w" + path.read_bytes()[1:])
+    copy_version(manifest, here, team)
+    assert verify_version(team, manifest).ok
+
+
+def test_a_lost_file_is_named(here: ModelRegistry, team: ModelRegistry, store: StoreCase, tmp_path: Path) -> None:
+    manifest = store_version(here, tmp_path / "built")
+    copy_version(manifest, here, team)
+    file = manifest.variants[0].files[0]
+    team.objects.delete([f"blobs/sha256/{file.sha256}"])
+    there = another_machine(tmp_path)
+    with pytest.raises(StageFailed, match=f"lost .*{file.sha256}"):
+        copy_version(manifest, store.registry(tmp_path / "another home"), there)
+    assert there.names() == []
+    found = verify_version(team, manifest)
+    assert [(one.what, one.fault) for one in found.damage] == [(f"int4/{file.path}", "missing")]
+    assert isinstance(here.objects, LocalObjectStore)
+    assert repair_version(team, found, [here.objects]) == 1
+    assert verify_version(team, manifest).ok
+    copy_version(manifest, team, there)
+
+
+def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
+    manifest = store_version(team, tmp_path / "built")
+    found = verify_version(team, manifest)
+    assert (found.ok, found.files, found.size_bytes) == (True, 3, sum(map(len, FILES.values())))
+    keys = {file.path: f"blobs/sha256/{file.sha256}" for file in manifest.variants[0].files}
+
+    def put(path: str, content: bytes) -> None:
+        team.objects.delete([keys[path]])
+        team.objects.put_bytes(keys[path], content)
+
+    put("model.onnx", b"grapH")
+    put("model.onnx.data", FILES["model.onnx.data"][:-1])
+    team.objects.put_bytes("models/home/1/evidence/verdict-1.json", b"[" * 5000)
+    found = verify_version(team, manifest)
+    assert {one.what: one.fault for one in found.damage} == {
+        "int4/model.onnx": "altered",
+        "int4/model.onnx.data": "truncated",
+        "evidence/verdict-1.json": "altered",
+    }
+    for path in ("model.onnx", "model.onnx.data"):
+        put(path, FILES[path])
+    team.objects.delete(["models/home/1/evidence/verdict-1.json"])
+    data = team.stored_manifest(manifest)
+    team.objects.put_bytes("models/home/1/manifest.json", data.replace(b"/checkpoints/home", b"/checkpoints/away"))
+    found = verify_version(team, team.version("home", 1))
+    assert [one.what for one in found.damage] == ["manifest.json"]
+    assert "evidence/deploy-" in found.damage[0].detail
+    team.objects.put_bytes("models/home/1/manifest.json", data + b"\n")
+    assert [one.what for one in verify_version(team, manifest).damage] == ["manifest.json"]
