@@ -43,10 +43,11 @@ format: setup
 types: setup
 	$(BIN)/mypy
 
-# What tests/benchmarks measures, on an otherwise idle machine; needs 6 GB of memory and 8 GB of disk.
+# What tests/benchmarks measures, on an otherwise idle machine; needs 6 GB of memory and 12 GB of disk.
 bench: setup
 	$(BIN)/python -m tests.benchmarks.measurement_method
 	$(BIN)/python -m tests.benchmarks.build_resources
+	$(BIN)/python -m tests.benchmarks.transfer
 
 # System packages that a few tests use; without them those tests skip and say so.
 apt:
