@@ -43,7 +43,6 @@ MIB = 1 << 20
 PART_BYTES = 16 * MIB
 TRANSFERS = 8
 MOST_PARTS = 10_000  # S3's limit
-VERIFIERS = 2
 DOWNLOAD_ATTEMPTS = 3
 UPLOAD_ATTEMPTS = 2
 DELETED_AT_ONCE = 1000  # S3's limit
@@ -284,16 +283,35 @@ class S3ObjectStore:
         """Download, verify and place files; returns those that came altered."""
         with (
             s3_errors(self._uri),
-            ThreadPoolExecutor(VERIFIERS) as verifiers,
+            ThreadPoolExecutor(TRANSFERS) as pool,
             self._transfers(max(blob.size_bytes for blob, _ in files)) as (manager, _),
         ):
             under_way = {}
             for blob, path in files:
                 part = aside / f"{aside_prefix()}{uuid.uuid4().hex}"
-                told: Any = [_Told(on_bytes, size_bytes=blob.size_bytes)]
-                future = manager.download(self._bucket, self._key(blob.key), str(part), None, told)
-                under_way[verifiers.submit(_await_and_place, future, part, blob, path)] = (blob, path)
+                if blob.size_bytes <= PART_BYTES:
+                    fetched = pool.submit(self._fetch_small, part, blob, path, on_bytes)
+                else:
+                    told: Any = [_Told(on_bytes, size_bytes=blob.size_bytes)]
+                    future = manager.download(self._bucket, self._key(blob.key), str(part), None, told)
+                    fetched = pool.submit(_await_and_place, future, part, blob, path)
+                under_way[fetched] = (blob, path)
             return [file for done in as_completed(under_way) if not self._placed(done, (file := under_way[done])[0])]
+
+    def _fetch_small(self, part: Path, blob: Blob, path: Path, on_bytes: OnBytes) -> bool:
+        """Fetch a file of one part, for which the transfer manager's threads cost more than they save."""
+
+        def fetch() -> None:
+            with part.open("wb") as stream:
+                for chunk in self._chunks(blob.key):
+                    stream.write(chunk)
+
+        try:
+            self._again(fetch)
+            on_bytes(blob.size_bytes)
+            return _place(part, blob, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _placed(self, done: "Future[bool]", blob: Blob) -> bool:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -573,18 +591,22 @@ class _Told:
 def _await_and_place(future: Any, part: Path, blob: Blob, path: Path) -> bool:
     try:
         future.result()
-        with part.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != blob.sha256:
-                return False
-            os.fsync(stream.fileno())
-        # A model folder may be a hard link to this file: whoever writes there must not alter it.
-        part.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.replace(path)
-        return True
+        return _place(part, blob, path)
     finally:
-        with suppress(FileNotFoundError):
-            part.unlink()
+        part.unlink(missing_ok=True)
+
+
+def _place(part: Path, blob: Blob, path: Path) -> bool:
+    """Move a fetched file to its place if it has the blob's digest; False, and nothing done, otherwise."""
+    with part.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != blob.sha256:
+            return False
+        os.fsync(stream.fileno())
+    # A model folder may be a hard link to this file: whoever writes there must not alter it.
+    part.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.replace(path)
+    return True
 
 
 def _part_digests(path: Path, blob: Blob, config: "TransferConfig") -> list[str]:

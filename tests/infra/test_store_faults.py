@@ -838,7 +838,8 @@ def test_a_disk_that_fills_while_pulling(step: str, journey: Journey, monkeypatc
             journey.far("user").materialize(journey.manifest.variants[0].files, journey.tmp_path / "out")
     for root in ("puller/store", "user/cache/store"):
         assert_clean(journey.tmp_path / root)
-        assert list(LocalObjectStore(journey.tmp_path / root).entries(BLOBS)) == []
+        for path in (journey.tmp_path / root / BLOBS).glob("*"):  # what came whole before stays for the next pull
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
     assert journey.puller().versions("home") == []
     journey.pull()
     journey.assert_arrived(journey.puller())
