@@ -43,18 +43,21 @@ class WriteLease:
     def claim(self, blobs: Iterable[Blob]) -> None:
         """Rely on more blobs, and on those claimed before for another while: until `release` none is collected.
 
-        What is there after this call stays; what is not there has to be stored. Waits for a collector that is at work.
-        Raises `PassingFault` when it does not end.
+        What is there after this call stays; what is not there has to be stored. Waits for the collectors that were at
+        work before the claim; one that comes after it reads it. Raises `PassingFault` when one of them does not end.
         """
         self._blobs.update(blob.sha256 for blob in blobs)
+        at_work = self._put_and_see_collectors()
         deadline = time.monotonic() + 2 * COLLECT_LEASE.total_seconds()
-        while True:
-            self._objects.put_bytes(self._key, json.dumps(sorted(self._blobs)).encode())
-            if not any(kind == COLLECT for kind, _ in _leases(self._objects, self._key).live):
-                return
+        while at_work:
             if time.monotonic() > deadline:
                 raise PassingFault("A collection of garbage is at work in the store and does not end.", "Try again.")
             time.sleep(POLL_S)
+            at_work &= self._put_and_see_collectors()
+
+    def _put_and_see_collectors(self) -> set[str]:
+        self._objects.put_bytes(self._key, json.dumps(sorted(self._blobs)).encode())
+        return {key for kind, key in _leases(self._objects, self._key).live if kind == COLLECT}
 
     def release(self) -> None:
         """Rely on nothing any more."""
