@@ -43,7 +43,6 @@ MOST_EVIDENCE_BYTES = 64 << 20  # of one file
 MOST_EVIDENCE_FILES = 10_000
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _EVIDENCE = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][A-Za-z0-9._-]*\.(?:json|md|html)")
 _RECORD_FIELDS = {"kind": str, "manifest": str, "recorded_at": str, "content": dict}
 
@@ -135,17 +134,11 @@ def _named_blobs(manifest: Manifest) -> dict[Blob, tuple[str, StoredFile]]:
 
 
 def _fault_of_manifest(data: bytes, manifest: Manifest) -> str | None:
-    """Return what is wrong with a manifest: its names become folders and files, here and wherever it is used."""
+    """Return what is wrong with a manifest that is valid: its names become folders and files wherever it is used."""
     if len(data) > MOST_MANIFEST_BYTES:
         return f"has {len(data):,} bytes, and at most {MOST_MANIFEST_BYTES:,} are allowed"
     if data != manifest.to_bytes():
         return "is not written as slmops writes manifests"
-    names = [name for variant in manifest.variants for name in (variant.precision, variant.device)]
-    bad = next((name for name in names if not _PLAIN.fullmatch(name)), None)
-    if bad is not None:
-        return f"has a precision or a device called {_shown(bad)}"
-    if len({variant.precision for variant in manifest.variants}) < len(manifest.variants):
-        return "has two variants of one precision"
     for variant in manifest.variants:
         bad = _unplaceable(file.path for file in variant.files)
         if bad is not None:

@@ -220,7 +220,7 @@ class TestRoundTrip:
         export_version(exported.source, exported.manifest, exported.folder / "2.tar", lambda *one: told.append(one))
         exported.run(on_progress=lambda *one: told.append(one))
         verbs = [text.split()[0] for _, _, text in told]
-        assert list(dict.fromkeys(verbs)) == ["exporting", "unpacking", "copying"]
+        assert list(dict.fromkeys(verbs)) == ["exporting:", "unpacking:", "copying:"]
         whole = sum(map(len, {*INT4.values(), *INT8.values()}))
         for verb in set(verbs):
             assert [one[:2] for one in told if one[2].startswith(verb)][-1] == (whole, whole)
@@ -697,21 +697,21 @@ MANIFESTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         ),
         "two sizes",
     ),
-    "two variants of one precision": (first_variant(precision="int8"), "two variants of one precision"),
-    "precision that leads out": (first_variant(precision="../../x"), r"a precision or a device called '\.\./\.\./x'"),
-    "precision that is empty": (first_variant(precision=""), "a precision or a device called ''"),
-    "device that leads out": (first_variant(device="x/../.."), "a precision or a device called"),
+    "two variants of one precision": (first_variant(precision="int8"), "a precision is named twice"),
+    "precision that leads out": (first_variant(precision="../../x"), "'precision': String should match"),
+    "precision that is empty": (first_variant(precision=""), "'precision': String should match"),
+    "device that leads out": (first_variant(device="x/../.."), "'device': String should match"),
     "path that leads out": (first_file(path="../x"), "is not valid"),
     "absolute path": (first_file(path="/x"), "is not valid"),
-    "path with a NUL": (first_file(path="a\0b"), r"a file 'a\\x00b' that cannot be placed"),
-    "path with an escape": (first_file(path="a\x1b[2Jb"), "cannot be placed"),
-    "path with a double slash": (first_file(path="a//b"), "cannot be placed"),
+    "path with a NUL": (first_file(path="a\0b"), "is not valid"),
+    "path with an escape": (first_file(path="a\x1b[2Jb"), "is not valid"),
+    "path with a double slash": (first_file(path="a//b"), "is not valid"),
     "path of many folders": (first_file(path="a/" * 400_000 + "b"), "cannot be placed"),
     "path with a long name": (first_file(path="a" * 256), "cannot be placed"),
     "path that leads out, and is long": (first_file(path="a/" * 1_000_000 + "../b"), "is not valid"),
-    "path with a dot": (first_file(path="a/./b"), "cannot be placed"),
+    "path with a dot": (first_file(path="a/./b"), "is not valid"),
     "path that is another's folder": (first_file(path="model.onnx/x"), "'model.onnx' that cannot be placed"),
-    "path that is another's": (first_file(path="model.onnx"), "'model.onnx' that cannot be placed"),
+    "path that is another's": (first_file(path="model.onnx"), "a file is named twice"),
     "digest in capitals": (first_file(sha256="A" * 64), "is not valid"),
     "digest that leads out": (first_file(sha256="../" * 21 + "x"), "is not valid"),
     "a text altered": (lambda data: data.replace(b"/checkpoints/home", b"/checkpoints/homf"), "is on another manifest"),

@@ -75,7 +75,9 @@ def commit(
     registry: ModelRegistry, tmp_path: Path, files: dict[str, bytes] = FILES, name: str = "home"
 ) -> tuple[Manifest, bool]:
     made = variant(registry, tmp_path / f"built-{next(_folders)}", files)
-    return registry.commit(name, SOURCE, BUILDER, [made])
+    made_version = registry.commit(name, SOURCE, BUILDER, [made])
+    registry.release_files()
+    return made_version
 
 
 def blobs(registry: ModelRegistry) -> dict[str, bytes]:

@@ -66,7 +66,6 @@ SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="x", p
 SEED = 20261126
 BLOB = rf"/{BLOBS}/"
 MANIFEST = r"/manifest\.json$"
-CONDITIONAL = {"moto", "strict"}
 
 
 def content(name: str, size_bytes: int) -> bytes:
@@ -476,8 +475,10 @@ ALWAYS_PUSH = {
     "altered parts": (Fault("PUT", "partNumber=1", AlterRequestBody(9_000)), "altered on its way|read back otherwise"),
     "altered files": (Fault("PUT", BLOB, AlterRequestBody(9_000)), "altered on its way|read back otherwise"),
     "altered manifests": (Fault("PUT", MANIFEST, AlterRequestBody(100)), "BadDigest|read back otherwise"),
+    "altered evidence": (Fault("PUT", "/evidence/", AlterRequestBody(20)), "BadDigest|read back otherwise"),
     "wrong ETags of parts": (Fault("PUT", "partNumber=", WrongEtag()), "InvalidPart"),
 }
+AFTER_THE_VERSION = {"lost answers to the manifest", "altered evidence"}
 
 
 @pytest.mark.parametrize("fault", ALWAYS_PUSH)
@@ -493,12 +494,27 @@ def test_a_push_that_fails_leaves_no_version_and_the_next_one_completes(
     either.proxy.clear()
     beside = either.beside()
     arrived = beside.versions("home")
-    assert arrived == ([either.manifest] if fault == "lost answers to the manifest" else [])
+    assert arrived == ([either.manifest] if fault in AFTER_THE_VERSION else [])
+    assert list(beside.evidence(either.manifest, "deploy")) == []
     for entry in beside.objects.entries(BLOBS):
         assert hashlib.sha256(beside.objects.read_bytes(entry.key)).hexdigest() == entry.key.rpartition("/")[2]
 
     assert either.push().is_new is not bool(arrived)
     either.assert_arrived(beside)
+
+
+@pytest.mark.parametrize("action", [AlterResponseBody(9_000), ShortenBody(9_000)], ids=["altered", "shortened"])
+def test_what_is_read_back_otherwise_is_not_kept(
+    action: AlterResponseBody | ShortenBody, journey: Journey, brief_waits: None
+) -> None:
+    journey.proxy.add(Fault("GET", BLOB, action, times=1))
+    with pytest.raises(PassingFault, match="1 of 3 files were read back otherwise") as caught:
+        journey.push()
+    assert_one_sentence(caught.value)
+    beside = journey.beside()
+    assert (beside.versions("home"), len(list(beside.objects.entries(BLOBS)))) == ([], 2)
+    assert journey.push().is_new
+    journey.assert_arrived(beside)
 
 
 ALWAYS_PULL = {
@@ -548,6 +564,7 @@ def test_a_lost_answer_to_the_manifests_write_makes_no_second_version(strict_jou
     assert strict_journey.beside().versions("away") == [first]
 
 
+@pytest.mark.slow
 def test_a_server_that_drops_the_condition_is_found_out(moto: S3Server, tmp_path: Path) -> None:
     with FaultProxy(moto) as proxy:
         proxy.add(Fault("*", "", DropRequestHeaders("If-None-Match")))
