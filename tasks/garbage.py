@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import task
@@ -104,6 +105,7 @@ def _clean_cache(registry: ModelRegistry, needed: set[str], settings: Settings, 
     freed = 0
     if registry.cache:
         unneeded = [one for one in registry.cache.entries(BLOBS) if one.key.rpartition("/")[2] not in needed]
+        unneeded += registry.cache.leftovers(datetime.now(UTC) - WRITE_LEASE)
         freed += sum(entry.size_bytes for entry in unneeded)
         if not dry_run:
             registry.cache.delete(entry.key for entry in unneeded)

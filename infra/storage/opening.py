@@ -17,13 +17,18 @@ def open_object_store(uri: str, settings: Settings) -> ObjectStore:
 
     Raises `BadInput` for any other scheme, and for a bucket or prefix that is not valid.
     """
-    parts = urlsplit(uri)
+    scheme = uri.partition("://")[0]
+    if scheme == "s3":
+        return S3ObjectStore(uri, settings.store)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # brackets that hold no address
+        parts = urlsplit("")
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return LocalObjectStore(Path(url2pathname(parts.path)))
-    if parts.scheme == "s3":
-        return S3ObjectStore(uri, settings.store)
+    shown = f"of the scheme {scheme!r}" if "@" in uri else repr(uri)  # what stands before an @ may be a password
     raise BadInput(
-        f"The store {uri!r} cannot be opened.", "SLMOPS_STORE__URI takes file:///folder or s3://bucket/prefix."
+        f"The store {shown} cannot be opened.", "SLMOPS_STORE__URI takes file:///folder or s3://bucket/prefix."
     )
 
 

@@ -272,7 +272,15 @@ class TestFilesOfTheStore:
         manifest, _ = commit(registry, tmp_path)
         assert registry.uri(manifest) == (tmp_path / "a home/store/models/home/1/manifest.json").as_uri()
         assert registry.uri(manifest, "int4").endswith("/models/home/1/manifest.json#int4")
-        for uri in ("ftp://server/x", "store", "", "file://server/share", "file:relative"):
+        for uri in (
+            "ftp://server/x",
+            "store",
+            "",
+            "file://server/share",
+            "file:relative",
+            "ftp://[x",
+            "https://a:b@c/x",
+        ):
             settings = Settings.model_validate({"home": tmp_path, "store": {"uri": uri or "x:"}})
             with pytest.raises(BadInput, match="cannot be opened"):
                 open_registry(settings)

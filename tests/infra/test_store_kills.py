@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 20261126
 PART_BYTES = 5 << 20  # so that a file of some MB is sent in parts
-KILLS = {"file": 4, "rclone": 12, "moto": 4, "seaweedfs": 6}  # of each of the three: 78 in all
+KILLS = {"file": 4, "rclone": 12, "moto": 2, "seaweedfs": 3}  # of each of the three: 63 in all
 
 WORK = f"""
 import sys
