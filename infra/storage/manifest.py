@@ -45,7 +45,7 @@ class StoredVariant(_Record):
 
     precision: PlainName
     device: PlainName
-    execution_provider: PlainName
+    execution_provider: str
     recipe: str
     recipe_digest: Sha256
     files: Annotated[tuple[StoredFile, ...], FailFast()]
