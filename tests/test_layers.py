@@ -53,6 +53,13 @@ def test_importing_infra_and_the_command_line_is_cheap_and_has_no_side_effect(tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_grammar_is_built_whenever_prefect_is_imported() -> None:
+    # jsonschema, which Prefect imports, takes up rfc3987-syntax where that is installed, and that one builds its
+    # grammar anew at every import: seconds for each command, if only a dependency of the tests brings it.
+    program = "import sys, jsonschema; assert 'rfc3987_syntax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_top_level_is_the_agreed_one() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     allowed = {*ROOMS, "tests", "docs", ".ci", "pyproject.toml", "docker-compose.yml", "README.md", "LICENSE"}
