@@ -4,6 +4,7 @@ import hashlib
 import os
 import socket
 import uuid
+from functools import cache
 
 import psutil
 
@@ -13,7 +14,7 @@ START_TOLERANCE_S = 2
 
 def this_process() -> str:
     """Return a name for this process, of hex digits and tildes: `MACHINE~PID~START`."""
-    return f"{_machine()}~{os.getpid()}~{int(psutil.Process().create_time())}"
+    return _process(os.getpid())
 
 
 def has_ended(holder: str) -> bool:
@@ -32,6 +33,12 @@ def has_ended(holder: str) -> bool:
         return False
 
 
+@cache  # every file aside is named by it; a forked process has another number
+def _process(pid: int) -> str:
+    return f"{_machine()}~{pid}~{int(psutil.Process(pid).create_time())}"
+
+
+@cache
 def _machine() -> str:
     # A store may be many people's: it learns that it was the same machine, not which.
     facts = f"{socket.gethostname()} {uuid.getnode():x}"

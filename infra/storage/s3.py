@@ -21,7 +21,7 @@ from infra.errors import PassingFault, StageFailed
 from infra.settings import StoreSettings
 from infra.storage.holders import has_ended
 from infra.storage.local import aside_prefix, holder_of
-from infra.storage.objects import Blob, Entry, OnBytes, untold
+from infra.storage.objects import BLOBS, Blob, Entry, OnBytes, untold
 from infra.storage.s3_client import (
     CONNECTIONS,
     NOT_FOUND,
@@ -42,6 +42,8 @@ MIB = 1 << 20
 # Large enough that requests cost little, small enough that all parts under way take little memory.
 PART_BYTES = 16 * MIB
 TRANSFERS = 8
+SMALL_BYTES = 4 * MIB  # TRANSFERS of them are held in memory
+BLOBS_PER_LISTED_PAGE = 50  # to list 1,000 names costs about as much as to ask for so many
 MOST_PARTS = 10_000  # S3's limit
 DOWNLOAD_ATTEMPTS = 3
 UPLOAD_ATTEMPTS = 2
@@ -165,9 +167,22 @@ class S3ObjectStore:
     def missing(self, blobs: Iterable[Blob]) -> list[Blob]:
         """See `ObjectStore.missing`."""
         wanted = list(blobs)
-        with s3_errors(self._uri), ThreadPoolExecutor(CONNECTIONS) as pool:
-            sizes = list(pool.map(lambda blob: self._size_bytes(blob.key), wanted))
-        return [blob for blob, size_bytes in zip(wanted, sizes, strict=True) if size_bytes != blob.size_bytes]
+        with s3_errors(self._uri), _workers(CONNECTIONS) as pool:
+            listed, are_all = self._listed_sizes(f"{BLOBS}/", pages=len(wanted) // BLOBS_PER_LISTED_PAGE)
+            unknown = [] if are_all else [blob.key for blob in wanted if blob.key not in listed]
+            asked = dict(zip(unknown, pool.map(self._size_bytes, unknown), strict=True))
+        sizes = {**listed, **asked}
+        return [blob for blob in wanted if sizes.get(blob.key) != blob.size_bytes]
+
+    def _listed_sizes(self, folder: str, pages: int) -> tuple[dict[str, int], bool]:
+        """List at most so many pages; returns key -> size in bytes, and whether these are all that there are."""
+        sizes: dict[str, int] = {}
+        listing = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._key(folder))
+        for _, page in zip(range(pages), listing, strict=False):
+            sizes |= {self._without_prefix(one["Key"]): one["Size"] for one in page.get("Contents", [])}
+            if not page.get("IsTruncated"):
+                return sizes, True
+        return sizes, False
 
     def _size_bytes(self, key: str) -> int | None:
         from botocore.exceptions import ClientError
@@ -211,13 +226,21 @@ class S3ObjectStore:
         under_way, vanished = [], []
         with s3_errors(self._uri):
             try:
-                with self._transfers(max(blob.size_bytes for blob, _ in files)) as (manager, config):
+                with (
+                    self._transfers(max(blob.size_bytes for blob, _ in files)) as (manager, config),
+                    _workers(TRANSFERS) as pool,
+                ):
+                    future: Any
                     for blob, path in files:
+                        if blob.size_bytes <= config.multipart_chunksize:
+                            future = pool.submit(self._put_small, blob, path, config, on_bytes, with_checksums)
+                            under_way.append((blob, path, future))
+                            continue
                         digests = _part_digests(path, blob, config) if with_checksums else None
                         if digests:
                             self._connected.part_digests[self._key(blob.key)] = digests
                         parts = Parts(path, blob.size_bytes, config.multipart_chunksize, digests)
-                        if parts.count <= 1 or not self._resumed(blob, parts, on_bytes):
+                        if not self._resumed(blob, parts, on_bytes):
                             future = manager.upload(str(path), self._bucket, self._key(blob.key), extra, told)
                             under_way.append((blob, path, future))
                     for blob, path, future in under_way:
@@ -236,6 +259,15 @@ class S3ObjectStore:
             finally:
                 self._connected.part_digests.clear()
         return vanished
+
+    def _put_small(
+        self, blob: Blob, path: Path, config: "TransferConfig", on_bytes: OnBytes, with_checksums: bool
+    ) -> None:
+        """Upload a file of one part, for which the transfer manager's threads cost more than they save."""
+        checksum: Any = {"ChecksumSHA256": _part_digests(path, blob, config)[0]} if with_checksums else {}
+        with path.open("rb") as body:
+            self._client.put_object(Bucket=self._bucket, Key=self._key(blob.key), Body=body, **checksum)
+        on_bytes(blob.size_bytes)
 
     def _resumed(self, blob: Blob, parts: Parts, on_bytes: OnBytes) -> bool:
         from botocore.exceptions import ClientError
@@ -283,13 +315,13 @@ class S3ObjectStore:
         """Download, verify and place files; returns those that came altered."""
         with (
             s3_errors(self._uri),
-            ThreadPoolExecutor(TRANSFERS) as pool,
+            _workers(TRANSFERS) as pool,
             self._transfers(max(blob.size_bytes for blob, _ in files)) as (manager, _),
         ):
             under_way = {}
             for blob, path in files:
                 part = aside / f"{aside_prefix()}{uuid.uuid4().hex}"
-                if blob.size_bytes <= PART_BYTES:
+                if blob.size_bytes <= SMALL_BYTES:
                     fetched = pool.submit(self._fetch_small, part, blob, path, on_bytes)
                 else:
                     told: Any = [_Told(on_bytes, size_bytes=blob.size_bytes)]
@@ -299,19 +331,23 @@ class S3ObjectStore:
             return [file for done in as_completed(under_way) if not self._placed(done, (file := under_way[done])[0])]
 
     def _fetch_small(self, part: Path, blob: Blob, path: Path, on_bytes: OnBytes) -> bool:
-        """Fetch a file of one part, for which the transfer manager's threads cost more than they save."""
-
-        def fetch() -> None:
-            with part.open("wb") as stream:
-                for chunk in self._chunks(blob.key):
-                    stream.write(chunk)
-
+        """Fetch a file that is verified before it is written, and faster than by the transfer manager's threads."""
+        chunks = self._again(lambda: list(self._chunks(blob.key)))
+        on_bytes(blob.size_bytes)
+        found = hashlib.sha256()
+        for chunk in chunks:
+            found.update(chunk)
+        if found.hexdigest() != blob.sha256:
+            return False
         try:
-            self._again(fetch)
-            on_bytes(blob.size_bytes)
-            return _place(part, blob, path)
+            with part.open("wb") as stream:
+                stream.writelines(chunks)
+                stream.flush()
+                os.fsync(stream.fileno())
+            _move_in(part, path)
         finally:
             part.unlink(missing_ok=True)
+        return True
 
     def _placed(self, done: "Future[bool]", blob: Blob) -> bool:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -332,7 +368,7 @@ class S3ObjectStore:
 
     def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:
         """See `ObjectStore.digests`."""
-        with s3_errors(self._uri), ThreadPoolExecutor(TRANSFERS) as pool:
+        with s3_errors(self._uri), _workers(TRANSFERS) as pool:
             yield from pool.map(lambda blob: (blob, *self._digest(blob.key, on_bytes)), list(blobs))
 
     def _digest(self, key: str, on_bytes: OnBytes) -> tuple[str | None, int]:
@@ -602,11 +638,15 @@ def _place(part: Path, blob: Blob, path: Path) -> bool:
         if hashlib.file_digest(stream, "sha256").hexdigest() != blob.sha256:
             return False
         os.fsync(stream.fileno())
+    _move_in(part, path)
+    return True
+
+
+def _move_in(part: Path, path: Path) -> None:
     # A model folder may be a hard link to this file: whoever writes there must not alter it.
     part.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
     path.parent.mkdir(parents=True, exist_ok=True)
     part.replace(path)
-    return True
 
 
 def _part_digests(path: Path, blob: Blob, config: "TransferConfig") -> list[str]:
@@ -631,6 +671,17 @@ def _part_digests(path: Path, blob: Blob, config: "TransferConfig") -> list[str]
 
 def _base64_sha256(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads; after an error, what they have not begun is not begun."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @contextmanager
