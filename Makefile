@@ -5,6 +5,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Tests mostly wait for a process that computes on one core.
+PYTEST_WORKERS ?= 2
 
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
@@ -30,7 +32,7 @@ demo: setup
 	$(BIN)/slmops demo
 
 test: setup
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -37,6 +37,17 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests go to the same worker where several run (`pytest -n 2 --dist loadgroup`).
+
+    Those that share what is dear to make do: the demo, or the fixtures of a module. Whole journeys share nothing else.
+    """
+    for item in items:
+        alone = item.path.parent.name == "e2e"
+        group = "demo" if "demo_home" in getattr(item, "fixturenames", ()) else item.nodeid if alone else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Make a skipped test a failed one where skips are forbidden."""
