@@ -9,6 +9,7 @@ import typer
 
 from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
 from deployments.references import Json, Reference, Version, the_registry, version_of
+from deployments.serve_command import add_serve_command
 from deployments.store_commands import add_store_commands
 from infra.errors import BadInput, SlmopsError
 from infra.settings import Settings, describe_settings, load_settings
@@ -665,6 +666,7 @@ def foundry_dir() -> None:
 
 
 add_store_commands(app)
+add_serve_command(app)
 
 if __name__ == "__main__":
     main()

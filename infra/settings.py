@@ -57,6 +57,26 @@ class FoundrySettings(_Section):
     )
 
 
+class ServeSettings(_Section):
+    """The server of models, `slmops serve`."""
+
+    token: SecretStr | None = Field(
+        None, description="Token that clients send as their API key; needed on any address but loopback."
+    )
+    max_concurrency: int = Field(2, ge=1, le=1024, description="Requests that one model answers at once.")
+    max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for one model; more get a 429.")
+    max_request_bytes: int = Field(16_000_000, ge=1024, description="Largest request body.")
+    max_memory_bytes: int | None = Field(
+        None, ge=1, description="Memory of all loaded models; the least recently used ones are unloaded. Default: none."
+    )
+    load_timeout_s: Seconds = Field(600, description="Longest time for loading a model.")
+    request_timeout_s: Seconds = Field(600, description="Longest wait for a model's next piece of an answer.")
+    drain_s: Seconds = Field(60, description="Longest wait for requests under way at a stop or a hand-over.")
+    follow_s: float = Field(
+        10, ge=0, le=86_400, description="How often the store is asked for a new champion; 0: never."
+    )
+
+
 class GateSettings(_Section):
     """Thresholds of the gate; each overrides the defaults of all precisions."""
 
@@ -166,6 +186,7 @@ class Settings(BaseSettings):
     )
     store: StoreSettings = StoreSettings()
     foundry: FoundrySettings = FoundrySettings()
+    serve: ServeSettings = ServeSettings()
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
@@ -225,7 +246,8 @@ def _found(fault: ErrorDetails) -> str:
     # What a misspelled variable or a whole section holds may be a secret.
     open_keys = ("uri", "endpoint_url", "addressing_style", "require_signature")
     of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:2] not in tuple((key,) for key in open_keys)
-    return "" if of_store else f", found {fault['input']!r}"
+    is_token = fault["loc"][:1] == ("serve",) and fault["loc"][1:2] in ((), ("token",))
+    return "" if of_store or is_token else f", found {fault['input']!r}"
 
 
 def _is_ours(name: str) -> bool:

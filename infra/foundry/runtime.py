@@ -278,9 +278,28 @@ def open_local_catalog(cache_dir: str) -> Any:
 
     Raises `StageFailed` when the runtime does not start.
     """
+    manager = _start(cache_dir, CLOSED_CATALOG_URL)
+    from foundry_local_sdk.catalog import CatalogType
+
+    with _explained("start", "See its log."):
+        return manager.get_catalog(CatalogType.LOCAL)
+
+
+def start_web_service(cache_dir: str, catalog_url: str, model_id: str) -> tuple[str, float]:
+    """Load a model that the catalog names and Foundry's cache holds, and serve it on a free port of loopback.
+
+    Returns the web service's address and how long loading took, in ms; once per process. Raises `StageFailed`.
+    """
+    manager = _start(cache_dir, catalog_url)
+    _, load_ms = load(manager.catalog, model_id)
+    with _explained("start its web service", "Try again."):
+        manager.start_web_service()
+    return str(manager.urls[0]), load_ms
+
+
+def _start(cache_dir: str, catalog_url: str) -> Any:
     os.environ.update(QUIET_ENVIRONMENT)  # before the native libraries load: they look for CI once
     from foundry_local_sdk import Configuration, FoundryLocalManager
-    from foundry_local_sdk.catalog import CatalogType
 
     own = Path(cache_dir) / ".slmops-runtime"
     (own / "logs").mkdir(parents=True, exist_ok=True)
@@ -291,13 +310,14 @@ def open_local_catalog(cache_dir: str) -> Any:
                 app_data_dir=str(own),
                 model_cache_dir=str(cache_dir),
                 logs_dir=str(own / "logs"),
-                catalog_urls=[(CLOSED_CATALOG_URL, None)],
+                catalog_urls=[(catalog_url, None)],
                 disable_nonessential_telemetry=True,
+                web=Configuration.WebService(urls="http://127.0.0.1:0"),
             )
         )
-        manager = FoundryLocalManager.instance
-        assert manager is not None
-        return manager.get_catalog(CatalogType.LOCAL)
+    manager = FoundryLocalManager.instance
+    assert manager is not None
+    return manager
 
 
 @contextmanager

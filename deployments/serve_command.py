@@ -1,0 +1,132 @@
+"""`slmops serve`: the registered models behind OpenAI's API."""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deployments.console import print_line, print_note
+from infra.errors import BadInput
+from infra.settings import Settings, load_settings
+
+DEFAULT_PORT = 5273
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Models to serve; default: all.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; any but loopback takes SLMOPS_SERVE__TOKEN.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: a free one.")]
+
+
+def add_serve_command(app: typer.Typer) -> None:
+    """Add this command to the command line."""
+    app.command()(serve)
+
+
+def serve(names: Names = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -> None:
+    """Serve each model's champion by OpenAI's API, under the model's plain name, until it is stopped."""
+    settings = load_settings()
+    _check_address(host, settings)
+    listener = _listen(host, port)
+    with contextlib.closing(listener):
+        asyncio.run(_serve(names or [], host, listener, settings))
+
+
+def _check_address(host: str, settings: Settings) -> None:
+    if not _is_loopback(host) and not settings.serve.token:
+        raise BadInput(
+            f"Other machines could ask at {host}, and there is no token.",
+            "Set SLMOPS_SERVE__TOKEN, which clients send as their API key, or listen on 127.0.0.1.",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        raise BadInput(
+            f"Nothing can listen at {host}, port {port}: {error.strerror or error}.", "Choose another with --port."
+        ) from None
+    return listener
+
+
+async def _serve(names: list[str], host: str, listener: socket.socket, settings: Settings) -> None:
+    import uvicorn
+
+    from infra.foundry.model_host import ModelHost
+    from infra.foundry.openai_server import openai_server, served
+    from infra.storage.opening import open_registry
+    from tasks.serving import StoredModels
+
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("slmops").setLevel(logging.INFO)
+    source = StoredModels(open_registry(settings), settings)
+    names = names or source.names()
+    if not names:
+        raise BadInput("The store has no champion to serve.", "Deploy a model first: slmops deploy, or slmops demo.")
+    models = ModelHost(source, settings.serve, settings.cache_dir / "serving", settings.cache_dir / "logs")
+    control_token = secrets.token_urlsafe(32)
+    shown = f"[{host}]" if ":" in host else host
+    port = listener.getsockname()[1]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        async with served(models, settings.serve):
+            yield
+
+    try:
+        await models.start(names)
+        for notice in source.notices:
+            print_note(f"note: {notice}")
+        app = openai_server(models, settings.serve, control_token, lifespan)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(settings.serve.drain_s) + 1
+            )
+        )
+        own = "127.0.0.1" if shown in ("0.0.0.0", "[::]") else shown  # noqa: S104  (it is only compared)
+        with _announced(settings.home_dir / "serve", f"http://{own}:{port}", control_token):
+            for name, one in models.champions.items():
+                print_line(f"{name} is {one.model_id} ({one.precision}).")
+            print_line(f"Serving at http://{shown}:{port}/v1")
+            await server.serve(sockets=[listener])
+    finally:
+        await models.close()
+
+
+@contextlib.contextmanager
+def _announced(folder: Path, url: str, control_token: str) -> Iterator[None]:
+    """Let this user's other commands find the server, so that a promotion reaches it."""
+    from infra.storage.holders import this_process
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{os.getpid()}.json"
+    record = {"process": this_process(), "url": url, "control_token": control_token}
+    aside = path.with_suffix(".part")
+    aside.touch(mode=0o600)
+    aside.write_text(json.dumps(record), "utf-8")
+    aside.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,365 @@
+"""Which models run, under which names: loading, memory budget, hand-over from version to version, restart."""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+
+from infra import errors
+from infra.foundry.model_process import ModelProcess
+from infra.settings import ServeSettings
+
+LOG = logging.getLogger("slmops.serve")
+FIRST_BACK_OFF_S = 0.5
+LONGEST_BACK_OFF_S = 30.0
+# Weights and the runtime itself; the KV cache comes on top of it with use.
+MEMORY_PER_SIZE = 1.2
+MEMORY_OF_RUNTIME_BYTES = 100_000_000
+PROBE = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1, "temperature": 0}
+
+
+class NotServed(errors.SlmopsError):
+    """No served model has the name that was asked for."""
+
+
+class Busy(errors.SlmopsError):
+    """Too many wait for the model, or there is no memory for it now."""
+
+
+@dataclass(frozen=True)
+class ServedVersion:
+    """A version's variant that is served, by its Foundry id `NAME:VERSION`."""
+
+    name: str
+    version: int
+    precision: str
+
+    @property
+    def model_id(self) -> str:
+        """The id that the runtime serves it under."""
+        return f"{self.name}:{self.version}"
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model folder that is ready to be loaded: size in bytes, and the texts that its tokenizer takes for control."""
+
+    size_bytes: int
+    control_tokens: tuple[str, ...]
+
+
+class ModelSource(Protocol):
+    """Where versions come from; every call may block."""
+
+    def champion(self, name: str) -> ServedVersion:
+        """Return the champion of a name; raises `BadInput` when there is none, and the store's own errors."""
+
+    def version(self, name: str, version: int) -> ServedVersion:
+        """Return a version's selected variant; raises `BadInput` when there is none that passed the gate."""
+
+    def place(self, served: ServedVersion, folder: Path) -> PlacedModel:
+        """Write the verified model into a folder that is not there yet; raises `StageFailed`."""
+
+
+class RunningModel:
+    """A version that is served: its process, and who uses it."""
+
+    def __init__(self, served: ServedVersion, settings: ServeSettings) -> None:
+        self.served = served
+        self.process: ModelProcess | None = None
+        self.placed = PlacedModel(0, ())
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(settings.request_timeout_s, connect=5), limits=httpx.Limits(max_connections=None)
+        )
+        self.waiting = 0
+        self.active = 0
+        self.used_at = time.monotonic()
+        self.is_retired = False
+        self.failures = 0
+        self.not_before = 0.0
+        self.turns = asyncio.Semaphore(settings.max_concurrency)
+        self.loading = asyncio.Lock()
+        self.unused = asyncio.Event()
+        self.unused.set()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and not self.process.has_ended
+
+    @property
+    def url(self) -> str:
+        """The web service's address."""
+        assert self.process
+        return self.process.url
+
+
+class ModelHost:
+    """Runs one process per served version; all methods belong to one event loop."""
+
+    def __init__(self, source: ModelSource, settings: ServeSettings, work_dir: Path, log_dir: Path) -> None:
+        self.champions: dict[str, ServedVersion] = {}
+        self._source = source
+        self._settings = settings
+        self._work_dir = work_dir
+        self._log_dir = log_dir
+        self._models: dict[ServedVersion, RunningModel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Lock()
+        self._is_closing = False
+
+    @property
+    def models(self) -> list[RunningModel]:
+        """The versions that are or were loaded, and are not given up."""
+        return list(self._models.values())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every name's champion that must stay loaded is."""
+        return bool(self.champions) and not self._is_closing and any(one.is_loaded for one in self.models)
+
+    async def start(self, names: Sequence[str]) -> None:
+        """Learn the champions of these names and load them while there is memory for them.
+
+        Raises what the source raises, and `StageFailed` when none can be loaded.
+        """
+        for name in names:
+            self.champions[name] = await asyncio.to_thread(self._source.champion, name)
+        failures = []
+        for served in self.champions.values():
+            try:
+                await self.ensure_loaded(self._model(served))
+            except Busy:
+                break
+            except errors.SlmopsError as error:
+                LOG.warning("%s cannot be loaded: %s", served.model_id, error.message)
+                failures.append(error)
+        if failures and len(failures) == len(self.champions):
+            raise failures[0]
+
+    async def close(self) -> None:
+        """Wait for the requests that are under way, at most as long as the settings say; then end all processes."""
+        self._is_closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                for model in self.models:
+                    await model.unused.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for model in self.models:
+            await self._unload(model)
+            await model.client.aclose()
+
+    async def resolve(self, model: str) -> ServedVersion:
+        """Return what a request's `model` names: `NAME` (its champion), `NAME:VERSION` or `NAME@VERSION`.
+
+        Raises `NotServed`.
+        """
+        if model in self.champions:
+            return self.champions[model]
+        name, _, number = model.replace("@", ":").rpartition(":")
+        if name in self.champions and number.isdecimal() and len(number) < 10:
+            if self.champions[name].version == int(number):
+                return self.champions[name]
+            known = next((one for one in self._models if one.model_id == f"{name}:{number}"), None)
+            if known:
+                return known
+            with contextlib.suppress(errors.SlmopsError):
+                return await asyncio.to_thread(self._source.version, name, int(number))
+        raise NotServed(
+            f"The model {model[:100]!r} does not exist.", f"Served are: {', '.join(sorted(self.champions))}."
+        )
+
+    @asynccontextmanager
+    async def turn(self, model: str) -> AsyncIterator[RunningModel]:
+        """Wait for one's turn with a model, loaded if need be; the version stays loaded until the turn ends.
+
+        Raises `NotServed`; `Busy` when too many wait; `StageFailed` when it cannot be loaded.
+        """
+        if self._is_closing:
+            raise Busy("The server is stopping.", "Ask again when it has been started.")
+        running = self._model(await self.resolve(model))
+        if running.waiting >= self._settings.max_queue:
+            raise Busy(f"{running.waiting} requests wait for {model} already.", "Try again later.")
+        running.waiting += 1
+        running.unused.clear()
+        try:
+            try:
+                await running.turns.acquire()
+            finally:
+                running.waiting -= 1
+            running.active += 1
+            try:
+                await self.ensure_loaded(running)
+                yield running
+            finally:
+                running.active -= 1
+                running.used_at = time.monotonic()
+                running.turns.release()
+        finally:
+            if not running.active and not running.waiting:
+                running.unused.set()
+
+    async def hand_over(self, name: str, version: int) -> tuple[ServedVersion, ServedVersion | None]:
+        """Let `name` mean another version: it is loaded and has answered before the name goes over to it.
+
+        Requests under way end with the former version, which is unloaded then. Returns the new and the former one;
+        raises `NotServed`, and `StageFailed` or `BadInput` with nothing changed.
+        """
+        former = self.champions.get(name)
+        if former is None:
+            raise NotServed(f"{name} is not served here.", f"Served are: {', '.join(sorted(self.champions))}.")
+        served = await asyncio.to_thread(self._source.version, name, version)
+        if served == former and self._model(served).is_loaded:
+            return served, former
+        running = self._model(served)
+        try:
+            await self.ensure_loaded(running)
+            await self._probe(running)
+        except BaseException:
+            if served != former:
+                self._retire(running)
+            raise
+        self.champions[name] = served
+        running.is_retired = False
+        LOG.info("%s is %s now", name, served.model_id)
+        if former != served and former in self._models:
+            self._retire(self._models[former])
+        return served, former
+
+    async def follow(self, interval_s: float) -> None:
+        """Go over to each name's new champion when somebody, anywhere, promotes one in the store; never ends."""
+        seen = dict(self.champions)
+        while True:
+            await asyncio.sleep(interval_s)
+            for name in list(self.champions):
+                try:
+                    champion = await asyncio.to_thread(self._source.champion, name)
+                    # A promotion on this machine hands over first and writes the alias last: what counts is a change.
+                    if champion != seen.get(name):
+                        await self.hand_over(name, champion.version)
+                    seen[name] = champion
+                except errors.SlmopsError as error:
+                    LOG.warning("the champion of %s cannot be looked up: %s", name, error.message)
+
+    def _model(self, served: ServedVersion) -> RunningModel:
+        if served not in self._models:
+            self._models[served] = RunningModel(served, self._settings)
+        return self._models[served]
+
+    async def ensure_loaded(self, running: RunningModel) -> None:
+        """Load a model that is not, after a back-off if it crashed; raises `StageFailed`, or `Busy` for no memory."""
+        async with running.loading:
+            if running.is_loaded:
+                return
+            delay_s = running.not_before - time.monotonic()
+            if delay_s > 0:
+                await asyncio.sleep(delay_s)
+            try:
+                await self._load(running)
+            except BaseException:
+                self._put_off(running)
+                raise
+
+    def _put_off(self, running: RunningModel) -> None:
+        running.failures += 1
+        back_off_s = min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2 ** (running.failures - 1))
+        running.not_before = time.monotonic() + back_off_s
+
+    async def _load(self, running: RunningModel) -> None:
+        served = running.served
+        folder = self._work_dir / f"{served.name}-{served.version}-{uuid.uuid4().hex[:8]}"
+        try:
+            running.placed = await asyncio.to_thread(self._source.place, served, folder / "model")
+            await self._make_room(running)
+            running.process = await ModelProcess.start(
+                folder,
+                served.model_id,
+                running.placed.size_bytes,
+                deadline_s=self._settings.load_timeout_s,
+                log_path=self._log_dir / f"serve-{served.name}.log",
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        LOG.info("%s is loaded (%.0f ms)", served.model_id, running.process.load_ms)
+        self._keep(self._watch(running, running.process, folder))
+
+    async def _watch(self, running: RunningModel, process: ModelProcess, folder: Path) -> None:
+        """Clean up after a process, and start it again if it crashed."""
+        try:
+            status = await process.ended()
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        if running.process is not process or self._is_closing:
+            return
+        running.process = None
+        self._put_off(running)
+        LOG.error("the process of %s ended with status %d", running.served.model_id, status)
+        if running.served in self.champions.values():
+            with contextlib.suppress(errors.SlmopsError):
+                await self.ensure_loaded(running)
+
+    async def _probe(self, running: RunningModel) -> None:
+        body = {**PROBE, "model": running.served.model_id}
+        try:
+            answer = await running.client.post(f"{running.url}/v1/chat/completions", json=body)
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise errors.StageFailed(
+                f"{running.served.model_id} does not answer: {error}.", "See the server's log; deploy it again."
+            ) from None
+
+    async def _make_room(self, wanted: RunningModel) -> None:
+        budget_bytes = self._settings.max_memory_bytes
+        if budget_bytes is None:
+            return
+        needed_bytes = int(wanted.placed.size_bytes * MEMORY_PER_SIZE) + MEMORY_OF_RUNTIME_BYTES
+        async with self._room:
+            while True:
+                loaded = [one for one in self.models if one.is_loaded]
+                used_bytes = sum(one.process.rss_bytes for one in loaded if one.process)
+                if not loaded or used_bytes + needed_bytes <= budget_bytes:
+                    return
+                idle = [one for one in loaded if one.unused.is_set()]
+                if not idle:
+                    raise Busy(
+                        f"There is no memory for {wanted.served.model_id} while other models answer.",
+                        "Try again later, or raise SLMOPS_SERVE__MAX_MEMORY_BYTES.",
+                    )
+                least_recent = min(idle, key=lambda one: one.used_at)
+                LOG.info("%s is unloaded: it was not used for longest", least_recent.served.model_id)
+                await self._unload(least_recent)
+
+    def _retire(self, running: RunningModel) -> None:
+        running.is_retired = True
+        self._keep(self._unload_when_unused(running))
+
+    async def _unload_when_unused(self, running: RunningModel) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(running.unused.wait(), self._settings.drain_s)
+        if running.is_retired:
+            await self._unload(running)
+            if self._models.get(running.served) is running and running.unused.is_set():
+                del self._models[running.served]
+                await running.client.aclose()
+
+    async def _unload(self, running: RunningModel) -> None:
+        process, running.process = running.process, None
+        if process:
+            await process.stop()
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
