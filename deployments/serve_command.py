@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -109,6 +110,8 @@ async def _serve(names: list[str], host: str, listener: socket.socket, settings:
             for name, one in models.champions.items():
                 print_line(f"{name} is {one.model_id} ({one.precision}).")
             print_line(f"Serving at http://{shown}:{port}/v1")
+            for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what ended it again, when all is done
+                signal.signal(number, lambda *_: None)
             await server.serve(sockets=[listener])
     finally:
         await models.close()

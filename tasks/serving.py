@@ -6,8 +6,8 @@ from typing import Any
 
 from infra.checkpoints.folder import read_json
 from infra.errors import BadInput, SlmopsError, StageFailed
-from infra.foundry.model_host import PlacedModel, ServedVersion
 from infra.foundry.model_folder import INFERENCE_MODEL
+from infra.foundry.model_host import PlacedModel, ServedVersion
 from infra.settings import Settings
 from infra.storage.manifest import Manifest, StoredVariant, digest_of_file
 from infra.storage.registry import CHAMPION, ModelRegistry
