@@ -31,12 +31,46 @@ def push(reference: Version, renumber: Renumber = False, as_json: Json = False) 
     _copy(reference, open_local_registry(settings), _other_registry(settings), renumber=renumber, as_json=as_json)
 
 
-def pull(reference: Version, renumber: Renumber = False, as_json: Json = False) -> None:
-    """Copy a version from the store that SLMOPS_STORE__URI names to this machine's own store."""
+def pull(
+    reference: Reference,
+    renumber: Renumber = False,
+    foundry_cache: Annotated[
+        Path | None,
+        typer.Option(help="Bring the version to a device instead: into this Foundry cache, registered there."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a version from the store that SLMOPS_STORE__URI names to this machine's own store, or into a device."""
     from infra.storage.opening import open_local_registry
 
     settings = load_settings()
+    if foundry_cache is not None:
+        _bring(reference, foundry_cache, settings, as_json=as_json)
+        return
     _copy(reference, _other_registry(settings), open_local_registry(settings), renumber=renumber, as_json=as_json)
+
+
+def _bring(reference: str, foundry_cache: Path, settings: Settings, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from tasks.devices import bring_to_device
+
+    registry, manifest = version_of(reference)
+    if foundry_cache.exists() and not foundry_cache.is_dir():
+        raise BadInput(f"{foundry_cache} is a file.", "Name the folder that Foundry Local keeps its models in.")
+    with stage_display() as display:
+        brought = bring_to_device(
+            registry,
+            manifest,
+            foundry_cache.absolute(),
+            settings,
+            lambda done, total, what: display("pull", done / total if total else 0.0, what),
+        )
+    if as_json:
+        print_json({"name": manifest.name, "version": manifest.version, **asdict(brought)})
+        return
+    instead = f", in place of {', '.join(brought.replaced)}" if brought.replaced else ""
+    print_line(f"{brought.model_id} ({brought.precision}) answers from {brought.folder}{instead}.")
 
 
 def _other_registry(settings: Settings) -> Any:

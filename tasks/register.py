@@ -357,7 +357,7 @@ def register_variant(
             model_card=card,
         )
         request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, description)}
-        changed = _ask_foundry("register", request, settings, on_progress)["changed"]
+        changed = ask_foundry("register", request, settings, on_progress)["changed"]
         on_progress(1, 1, "registered" if changed else "registered before")
     return Registration(model_id=model_id, changed=changed, notes=template.notes)
 
@@ -377,10 +377,10 @@ def register_champion(manifest: Manifest, variant: StoredVariant, settings: Sett
     champion = champion_model_id(manifest.name, manifest.version)
     folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
     request = {"folder": str(folder), "model_id": champion, "metadata": _metadata(manifest, variant, "")}
-    _ask_foundry("register", request, settings)
+    ask_foundry("register", request, settings)
     for model in registered_models(settings):
         if model["name"] == manifest.name and model["model_id"] != champion:
-            _ask_foundry("unregister", {"model_id": model["model_id"]}, settings)
+            ask_foundry("unregister", {"model_id": model["model_id"]}, settings)
     return champion
 
 
@@ -425,7 +425,7 @@ def prove_variant(
     with stage_progress(f"prove {variant.precision}") as on_progress:
         try:
             expected = _expected_answer(variant, asked, evaluated_answer, registry, settings)
-            proven = _ask_foundry("prove", {"model_id": model_id, **asked}, settings, on_progress)
+            proven = ask_foundry("prove", {"model_id": model_id, **asked}, settings, on_progress)
             if proven["answer"].strip() != expected.strip():
                 raise StageFailed(
                     f"Through Foundry Local {model_id} answers {proven['answer']!r}, "
@@ -481,7 +481,7 @@ def unregister_variant(manifest: Manifest, variant: StoredVariant, settings: Set
     folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
     ids = [model["model_id"] for model in registered_models(settings) if model["folder"] == str(folder)]
     for model_id in ids:
-        _ask_foundry("unregister", {"model_id": model_id}, settings)
+        ask_foundry("unregister", {"model_id": model_id}, settings)
     remove_model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
     return ids
 
@@ -493,13 +493,14 @@ def unregister_version(manifest: Manifest, settings: Settings) -> list[str]:
 
 def registered_models(settings: Settings) -> list[dict[str, Any]]:
     """Return Foundry's local catalog; see `infra.foundry.runtime.list_models`."""
-    models: list[dict[str, Any]] = _ask_foundry("list_models", {}, settings)["models"]
+    models: list[dict[str, Any]] = ask_foundry("list_models", {}, settings)["models"]
     return models
 
 
-def _ask_foundry(
+def ask_foundry(
     function: str, request: dict[str, Any], settings: Settings, on_progress: OnProgress | None = None
 ) -> dict[str, Any]:
+    """Call a function of `infra.foundry.runtime` on the settings' Foundry cache, in a process of its own."""
     with work_folder(settings) as work:
         return run_in_child(
             f"infra.foundry.runtime:{function}",

@@ -78,7 +78,7 @@ class StoredModels:
         if self._settings.store.require_signature:
             check_signature(self._registry, manifest, self._settings.store)
         self._registry.materialize(variant.files, folder)
-        _check_unaltered(variant, folder)
+        check_unaltered(variant, folder)
         template, defaults = describe_model(folder)
         described = inference_model(
             champion_model_id(served.name, served.version), served.version, "", template, defaults
@@ -144,7 +144,8 @@ def selected_precision(manifest: Manifest, registry: ModelRegistry) -> str:
     return str(selected)
 
 
-def _check_unaltered(variant: StoredVariant, folder: Path) -> None:
+def check_unaltered(variant: StoredVariant, folder: Path) -> None:
+    """Raise `StageFailed` unless every file in a folder has the SHA-256 that the manifest says."""
     altered = next((file.path for file in variant.files if digest_of_file(folder / file.path) != file.sha256), None)
     if altered:
         raise StageFailed(
