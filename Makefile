@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python -m tests.benchmarks.measurement_method
 	$(BIN)/python -m tests.benchmarks.build_resources
 	$(BIN)/python -m tests.benchmarks.transfer
+	$(BIN)/python -m tests.benchmarks.serving
 
 # System packages that a few tests use; without them those tests skip and say so.
 apt:

@@ -1,4 +1,4 @@
-"""`slmops pull NAME --foundry-cache DIR`: a version on a device, for the SDK and for Foundry's own scan of the cache."""
+"""`slmops pull NAME --foundry-cache DIR`: a version on a device, known to the SDK and to Foundry's cache scan."""
 
 import asyncio
 import shutil
