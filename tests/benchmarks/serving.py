@@ -5,8 +5,8 @@ machine that does nothing else. The model is a random-weight Qwen2 of 0.1 M para
 own path, so that what is measured is the server, not the arithmetic.
 
 Prints errors, requests/s, p50, p95 and the highest latency in ms, generated tokens/s in all and of one client alone
-beside onnxruntime-genai's own in this machine's one process; and how the resident memory of server and runtime grew over
-the second half of the requests, in bytes per request. Ends with status 1 if any request failed.
+beside onnxruntime-genai's own in one process, and how the resident memory of server and runtime grew over the second
+half of the requests, in bytes per request. Ends with status 1 if any request failed.
 """
 
 import argparse
