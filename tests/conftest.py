@@ -30,6 +30,8 @@ PLATFORM_REASONS = ("Windows", "POSIX", "process groups are POSIX's")
 _PREFECT_HOME = tempfile.mkdtemp(prefix="slmops-tests-prefect-")
 for _name in [name for name in os.environ if name.startswith(("SLMOPS_", "PREFECT_")) and name != FORBID_SKIPS]:
     del os.environ[_name]
+if "PYTEST_XDIST_WORKER" in os.environ:  # two models that compute with all cores' threads slow each other down by far
+    os.environ["SLMOPS_MACHINE__THREADS"] = "1"
 os.environ.update(QUIET_ENVIRONMENT | {"PREFECT_HOME": _PREFECT_HOME, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
 
 
@@ -37,7 +39,8 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # xdist reads the marks in the same hook, before any other plugin's turn
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """Say which tests go to the same worker where several run (`pytest -n 2 --dist loadgroup`).
 
     Those that share what is dear to make do: the demo, or the fixtures of a module. Whole journeys share nothing else.
@@ -46,6 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         alone = item.path.parent.name == "e2e"
         group = "demo" if "demo_home" in getattr(item, "fixturenames", ()) else item.nodeid if alone else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+    yield
 
 
 @pytest.hookimpl(wrapper=True)

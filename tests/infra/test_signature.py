@@ -274,6 +274,7 @@ class TestKeys:
             (use_public, public_pem(SECP256K1), "kind secp256k1"),
             (use_public, DAMAGED % (b"PUBLIC", b"PUBLIC"), "damaged"),
         ],
+        ids=lambda value: "content" if isinstance(value, bytes) else None,  # keys are drawn anew by each worker
     )
     def test_a_file_that_is_no_such_key_is_refused(
         self, use: Callable[[Path], None], content: bytes, said: str, tmp_path: Path
