@@ -261,6 +261,23 @@ def hand_over(server: RunningServer, change: Change) -> None:
         server.hand_over(change.name, change.manifest.version, change.variant.precision)
 
 
+@task(name="hand servers over", task_run_name="hand-over-{manifest.name}")
+def hand_servers_over(manifest: Manifest, variant: StoredVariant, settings: Settings) -> tuple[str, ...]:
+    """Let the running servers of a name serve its champion; returns a sentence on each that does not."""
+    told = []
+    try:
+        servers = running_servers(settings.home_dir, settings.timeout.foundry_s)
+    except StageFailed as error:
+        return (str(error),)
+    for server in servers:
+        try:
+            if server.serves(manifest.name) is not None:
+                server.hand_over(manifest.name, manifest.version, variant.precision)
+        except StageFailed as error:
+            told.append(f"{error.message} It goes on as before: slmops promote {manifest.reference} tries again.")
+    return tuple(told)
+
+
 @task(name="set champion", task_run_name="champion-{change.name}")
 def set_champion(change: Change, registry: ModelRegistry) -> None:
     """Point the alias to the new champion, which is in its history from then on; a candidate is none any more.
