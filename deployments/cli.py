@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
+from deployments.promotion_commands import add_promotion_commands
 from deployments.references import Json, Reference, Version, the_registry, version_of
 from deployments.serve_command import add_serve_command
 from deployments.store_commands import add_store_commands
@@ -305,11 +306,16 @@ def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings) ->
     from deployments.prefect_environment import prefect_api
     from flows.benchmark import benchmark
     from flows.deploy import deploy
+    from flows.promote import promote
     from flows.qualify import DeployEnded
     from flows.regate import regate
+    from flows.rollback import rollback
     from tasks.progress import listening
 
-    flows: dict[str, Any] = {"benchmark": benchmark, "deploy": deploy, "regate": regate}
+    flows: dict[str, Any] = {
+        **{"benchmark": benchmark, "deploy": deploy, "promote": promote},
+        **{"regate": regate, "rollback": rollback},
+    }
     with stage_display() as display, listening(display), prefect_api(settings):
         state = flows[flow_name](**parameters, return_state=True)
     result = state.result(raise_on_failure=False)
@@ -667,6 +673,7 @@ def foundry_dir() -> None:
 
 add_store_commands(app)
 add_serve_command(app)
+add_promotion_commands(app, _prepare, _run_flow)
 
 if __name__ == "__main__":
     main()

@@ -315,7 +315,7 @@ def alias(
     if name == "champion":
         raise BadInput(
             "The champion is what Foundry Local serves; an alias alone cannot change that.",
-            "Deploy the version with --promote.",
+            f"Promote it: slmops promote {manifest.reference}.",
         )
     if remove:
         registry.remove_alias(manifest.name, name)

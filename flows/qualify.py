@@ -26,6 +26,7 @@ from tasks.perplexity import (
     needs_text_reference,
     run_text_reference_once,
 )
+from tasks.promotion import hand_servers_over
 from tasks.register import (
     foundry_model_id,
     last_proof,
@@ -113,6 +114,7 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
     champion_id = None
     if choice.selected and choose_champion(registry, manifest, promote=version.promote):
         champion_id = register_champion(manifest, manifest.variant(choice.selected), settings)
+        warnings = (*warnings, *hand_servers_over(manifest, manifest.variant(choice.selected), settings))
     variants = with_reasons(in_order_of_size([*failures, *(one.report for one in outcomes)]), choice)
     report = DeployReport(
         name=manifest.name,

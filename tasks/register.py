@@ -12,11 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.checkpoints.folder import read_chat_template, read_json
 from infra.errors import BadInput, StageFailed
-from infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
+from infra.foundry.model_folder import (
+    INFERENCE_MODEL,
+    MODEL_CARD,
+    model_folder,
+    remove_model_folder,
+    write_model_folder,
+)
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
-from infra.storage.manifest import Manifest, StoredVariant, digest_of_file
+from infra.storage.manifest import Manifest, StoredFile, StoredVariant, digest_of_file
 from infra.storage.registry import ModelRegistry
 from infra.storage.signatures import check_signature
 from tasks.evaluation_set import EvaluationRow
@@ -363,25 +369,43 @@ def register_variant(
 
 
 def _check_unaltered(variant: StoredVariant, folder: Path, settings: Settings) -> None:
-    altered = [file.path for file in variant.files if digest_of_file(folder / file.path) != file.sha256]
-    if altered:
+    if altered := altered_files(variant.files, folder):
         raise StageFailed(
             f"{altered[0]} is not what the version's manifest says it is.",
             f"See with slmops verify whether the store's copy is damaged; else remove {settings.cache_dir / 'store'}.",
         )
 
 
+def altered_files(files: Sequence[StoredFile], folder: Path) -> list[str]:
+    """Return the files that a folder does not hold as the manifest has them, by their digests."""
+    paths = ((file, folder / file.path) for file in files)
+    return [file.path for file, path in paths if not path.is_file() or digest_of_file(path) != file.sha256]
+
+
+def altered_in_foundry(manifest: Manifest, variant: StoredVariant, settings: Settings) -> list[str]:
+    """Return the files of a variant that its folder in Foundry's cache does not hold as the manifest has them."""
+    folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
+    return altered_files([one for one in variant.files if one.path not in (INFERENCE_MODEL, MODEL_CARD)], folder)
+
+
 @task(name="register champion", task_run_name="register-champion", **PASSING_FAULTS)
 def register_champion(manifest: Manifest, variant: StoredVariant, settings: Settings) -> str:
     """Register a version's selected variant as `NAME:VERSION`, in place of the former champion's; returns that id."""
-    champion = champion_model_id(manifest.name, manifest.version)
-    folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
-    request = {"folder": str(folder), "model_id": champion, "metadata": _metadata(manifest, variant, "")}
-    ask_foundry("register", request, settings)
+    set_champion_ids(manifest.name, [(manifest, variant)], settings)
+    return champion_model_id(manifest.name, manifest.version)
+
+
+def set_champion_ids(name: str, champions: Sequence[tuple[Manifest, StoredVariant]], settings: Settings) -> None:
+    """Register these variants as `NAME:VERSION`, and then no other version under the plain name."""
+    for manifest, variant in champions:
+        folder = model_folder(settings.foundry_dir, name, variant.precision, manifest.version)
+        model_id = champion_model_id(name, manifest.version)
+        request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, "")}
+        ask_foundry("register", request, settings)
+    kept = {champion_model_id(name, manifest.version) for manifest, _ in champions}
     for model in registered_models(settings):
-        if model["name"] == manifest.name and model["model_id"] != champion:
+        if model["name"] == name and model["model_id"] not in kept:
             ask_foundry("unregister", {"model_id": model["model_id"]}, settings)
-    return champion
 
 
 def _metadata(manifest: Manifest, variant: StoredVariant, description: str) -> dict[str, str]:
@@ -439,6 +463,30 @@ def prove_variant(
         proof = Proof(model_id=model_id, question=row.messages[-1].content, answer=proven["answer"], **figures)
         registry.add_evidence(manifest, f"proof-{variant.precision}", proof.model_dump())
     return proof
+
+
+@task(name="repeat proof", task_run_name="prove-{variant.precision}", **PASSING_FAULTS)
+def repeat_proof(
+    manifest: Manifest, variant: StoredVariant, row: EvaluationRow, recorded: Proof, settings: Settings
+) -> Proof:
+    """Let a registered variant answer the row of a recorded proof in a fresh process, and compare the answers.
+
+    Raises `StageFailed` when it is not found, does not load or answers otherwise.
+    """
+    model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+    messages = [message.model_dump() for message in row.messages]
+    # As long as the recorded answer was, whatever the limit is today: what it was cut by may have been another one.
+    asked = {"messages": messages, "max_new_tokens": max(recorded.completion_tokens, 1)}
+    with stage_progress(f"prove {variant.precision}") as on_progress:
+        proven = ask_foundry("prove", {"model_id": model_id, **asked}, settings, on_progress)
+    if proven["answer"].strip() != recorded.answer.strip():
+        raise StageFailed(
+            f"Through Foundry Local {model_id} answers {proven['answer']!r}, "
+            f"and when it was proven it answered {recorded.answer!r}.",
+            "See with slmops verify whether its files are whole; slmops regate judges and proves the version anew.",
+        )
+    figures = {name: proven[name] for name in ("load_ms", "e2e_latency_ms", "prompt_tokens", "completion_tokens")}
+    return Proof(model_id=model_id, question=recorded.question, answer=proven["answer"], **figures)
 
 
 def last_proof(manifest: Manifest, variant: StoredVariant, row: EvaluationRow, registry: ModelRegistry) -> Proof | None:

@@ -2,6 +2,7 @@
 
 Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>.json`,
 `models/NAME/3/deleted.json` (beside its manifest: a number is never given out twice), `models/NAME/aliases/<alias>`,
+`models/NAME/history/<number>.json` (see `infra.storage.champions`),
 `inputs/<64 hex>.json` (see `infra.storage.inputs`) and `leases/` (see `infra.storage.leases`).
 """
 
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 
 from infra.errors import BadInput, PassingFault, StageFailed
 from infra.process.supervisor import OnProgress
+from infra.storage.champions import ChampionChange, champion_changes, record_change
 from infra.storage.leases import WriteLease
 from infra.storage.local import LocalObjectStore
 from infra.storage.manifest import (
@@ -281,7 +283,7 @@ class ModelRegistry:
     def mark_deleted(self, manifest: Manifest) -> None:
         """Make a version invisible and its aliases go; its number stays taken, for its manifest stays."""
         for alias in self.aliases_of(manifest):
-            self.remove_alias(manifest.name, alias)
+            self.remove_alias(manifest.name, alias, f"{manifest.reference} was deleted")
         record = {"reference": manifest.reference, "manifest": manifest.digest, "deleted_at": now()}
         self.objects.put_bytes(f"{_version(manifest.name, manifest.version)}/deleted.json", _to_json(record))
 
@@ -390,23 +392,44 @@ class ModelRegistry:
         """Return the aliases that point to a version."""
         return tuple(sorted(one for one, number in self.aliases(manifest.name).items() if number == manifest.version))
 
-    def set_alias(self, name: str, alias: str, version: int, reason: str, *, only_if_free: bool = False) -> bool:
+    def set_alias(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        reason: str,
+        *,
+        only_if_free: bool = False,
+        rolled_back: bool = False,
+    ) -> bool:
         """Point an alias to a version; returns whether it points there now.
 
-        With `only_if_free`, an alias that is there stays as it is, also where two machines set it at once. Raises
-        `BadInput` for an alias that is not spelled like a name, or is all digits.
+        With `only_if_free`, an alias that is there stays as it is, also where two machines set it at once. A change of
+        the champion is in its history, `rolled_back` or promoted. Raises `BadInput` for an alias that is not spelled
+        like a name, or is all digits.
         """
         if not re.fullmatch(ALIAS_PATTERN, alias) or alias.isdecimal():
             raise BadInput(f"The alias {alias!r} is not valid.", "It is spelled like a model name, and is no number.")
+        if alias == CHAMPION:
+            former = self.alias(name, CHAMPION)
+            if former is not None and only_if_free:
+                return False
+            record_change(self.objects, name, version, former, reason, rolled_back=rolled_back)
         record = _to_json({"version": version, "since": now(), "reason": reason})
         if only_if_free:
             return self.objects.put_bytes_if_absent(_alias(name, alias), record)
         self.objects.put_bytes(_alias(name, alias), record)
         return True
 
-    def remove_alias(self, name: str, alias: str) -> None:
+    def remove_alias(self, name: str, alias: str, reason: str = "") -> None:
         """Remove an alias; nothing happens when it is not there."""
+        if alias == CHAMPION and (former := self.alias(name, CHAMPION)) is not None:
+            record_change(self.objects, name, None, former, reason, rolled_back=False)
         self.objects.delete([_alias(name, alias)])
+
+    def champion_history(self, name: str) -> list[ChampionChange]:
+        """Return the changes of a name's champion, newest first."""
+        return champion_changes(self.objects, name, self.alias(name, CHAMPION))
 
     # Tags and notes
 

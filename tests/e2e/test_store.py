@@ -126,7 +126,7 @@ def test_a_version_goes_around(team: StoreCase, tiny: Path, tmp_path: Path, serv
     assert (shown["version"], shown["tags"], shown["notes"][0]["text"]) == (2, {"team": "kitchen"}, "answers faster")
     other.run("alias", "home@2", "staging", "--remove")
     assert "names no version" in other.run("show", "home@staging", status=2).stderr
-    assert "--promote" in other.run("alias", "home@2", "champion", status=2).stderr
+    assert "slmops promote home@2" in other.run("alias", "home@2", "champion", status=2).stderr
 
     # The bill of materials
     bill = json.loads(other.run("sbom", "home@1").stdout)

@@ -8,11 +8,13 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.benchmark import benchmark
 from flows.deploy import deploy
+from flows.promote import promote
 from flows.regate import regate
+from flows.rollback import rollback
 from tasks.request import DeployRequest
 
 
-@pytest.mark.parametrize("flow", [benchmark, deploy, regate], ids=lambda flow: flow.name)
+@pytest.mark.parametrize("flow", [benchmark, deploy, promote, regate, rollback], ids=lambda flow: flow.name)
 def test_every_parameter_is_flat_and_described(flow: Flow[..., Any]) -> None:
     schema = parameter_schema(flow).model_dump()
     assert schema["properties"]

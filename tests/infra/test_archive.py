@@ -95,8 +95,8 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def versions_files(folder: Path) -> dict[str, bytes]:
-    """What of a store is its versions': no aliases, whose time is that of the copy."""
-    return {key: data for key, data in files_below(folder).items() if "/aliases/" not in key}
+    """What of a store is its versions': neither aliases nor their history, whose time is that of the copy."""
+    return {key: data for key, data in files_below(folder).items() if not {"aliases", "history"} & set(key.split("/"))}
 
 
 class Exported:

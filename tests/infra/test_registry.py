@@ -586,7 +586,7 @@ def test_a_crash_in_a_delete_leaves_a_whole_version_or_none(before: bool, store:
             assert registry.has_files(found.variants[0].files)
         if not registry.versions(name):
             collect_garbage(registry)
-            keys = [entry.key for entry in registry.objects.entries(f"models/{name}")]
+            keys = [one.key for one in registry.objects.entries(f"models/{name}") if "/history/" not in one.key]
             assert keys == [f"models/{name}/1/deleted.json", f"models/{name}/1/manifest.json"]
             assert b"own %d" % at not in blobs(registry).values()
         assert registry.has_files(kept.variants[0].files)

@@ -1,0 +1,27 @@
+"""The flow `rollback`: an earlier version becomes the champion again, in the way of any promotion."""
+
+from prefect import State, flow
+
+from flows.promote import change_champion
+from infra.settings import load_settings
+from infra.storage.opening import open_registry
+from tasks.promotion import Promotion, plan_rollback
+
+
+@flow(name="rollback", flow_run_name="rollback-{name}")
+def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promotion]:
+    """Go back to the version that was champion before the present one, or to the one that is named.
+
+    Args:
+        name: Name of the model.
+        to: Number of the version to go back to; default: the champion before the present one. After a rollback that
+            is the one before the version that was gone back to, never the one that was left.
+        reason: Why; kept in the history of the name's champions.
+
+    Returns:
+        What was done, in the states that `promote` ends in.
+    """
+    settings = load_settings()
+    registry = open_registry(settings)
+    registry.objects.check()
+    return change_champion(plan_rollback(name, to, reason, registry), registry, settings)

@@ -1,0 +1,82 @@
+"""The servers of models that run on this machine, and how they are told of a new champion.
+
+A serving process keeps `SLMOPS_HOME/serve/<pid>.json`, which only its user can read:
+`{"process": infra.storage.holders.this_process(), "url": "http://127.0.0.1:PORT", "control_token": "..."}`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.errors import StageFailed
+from infra.storage.holders import has_ended
+
+FOLDER = "serve"
+ASK_TIMEOUT_S = 30.0
+HAND_OVER_TIMEOUT_S = 900.0  # it loads the new version before it lets the old one go
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A serving process of this home; every method raises `StageFailed` when it refuses or does not answer."""
+
+    url: str
+    control_token: str = field(repr=False)
+    hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S
+
+    def serves(self, name: str) -> int | None:
+        """Return the version that it serves under a name, None where it does not serve that name."""
+        models = self._ask("GET", "/slmops/v1/models", ASK_TIMEOUT_S).get("models", [])
+        return next((int(model["version"]) for model in models if model["name"] == name), None)
+
+    def hand_over(self, name: str, version: int, precision: str) -> int | None:
+        """Let it serve a version under a name from now on; returns the one that it served before."""
+        path, asked = f"/slmops/v1/models/{name}/champion", {"version": version, "precision": precision}
+        former = self._ask("POST", path, self.hand_over_timeout_s, asked).get("former")
+        return None if former is None else int(former)
+
+    def _ask(self, method: str, path: str, timeout_s: float, asked: dict[str, Any] | None = None) -> dict[str, Any]:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {self.control_token}"}
+        try:
+            # Without the environment: a proxy of the user's has no business with the token.
+            with httpx.Client(trust_env=False, timeout=httpx.Timeout(timeout_s, connect=ASK_TIMEOUT_S)) as client:
+                answer = client.request(method, self.url + path, json=asked, headers=headers)
+            document = answer.json()
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise StageFailed(
+                f"The server at {self.url} does not answer: {reason}.", "Try again, or end that server first."
+            ) from error
+        except ValueError:
+            document = None
+        if answer.status_code == 200 and isinstance(document, dict):
+            return document
+        told = document.get("error") if isinstance(document, dict) else None
+        if not isinstance(told, dict) or "message" not in told:
+            told = {"message": f"it answered with status {answer.status_code}."}
+        raise StageFailed(f"The server at {self.url} refused: {told['message']}", str(told.get("what_to_do", "")))
+
+
+def running_servers(home: Path, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S) -> list[RunningServer]:
+    """Return the serving processes of a home directory that have not ended.
+
+    Raises `StageFailed` for a file of theirs that cannot be read: that server would go on with the old version.
+    """
+    servers = []
+    for path in sorted((home / FOLDER).glob("*.json")):
+        try:
+            record = json.loads(path.read_text("utf-8"))
+            process, url, token = str(record["process"]), str(record["url"]), str(record["control_token"])
+        except FileNotFoundError:  # it has ended since it was listed
+            continue
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StageFailed(
+                f"{path} does not name a running server: {error!r}.",
+                "Remove the file if no slmops serve of this home is running.",
+            ) from None
+        if not has_ended(process):
+            servers.append(RunningServer(url.rstrip("/"), token, hand_over_timeout_s))
+    return servers

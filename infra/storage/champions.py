@@ -1,0 +1,97 @@
+"""The history of a name's champion: who held the alias, since when, by whom set and why.
+
+One object a change, `models/NAME/history/000007.json`, numbered by conditional writes, so that no machine's clock
+orders them. A change is written down before the alias is: one whose process ended in between never came to pass, and
+is told from the others by the chain. Each change names the version that was champion before it.
+"""
+
+import getpass
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from infra.errors import StageFailed
+from infra.storage.manifest import now
+from infra.storage.objects import ObjectStore
+
+
+@dataclass(frozen=True)
+class ChampionChange:
+    """From `since` (UTC, ISO 8601) on `version` was the champion in place of `former`; None: there was no champion.
+
+    `by` is the operating system's name of the user. `rolled_back` tells a return to an earlier state from a promotion.
+    """
+
+    version: int | None
+    former: int | None
+    since: str
+    by: str
+    reason: str
+    rolled_back: bool
+
+
+def record_change(
+    objects: ObjectStore, name: str, version: int | None, former: int | None, reason: str, *, rolled_back: bool
+) -> None:
+    """Append a change that is about to be made."""
+    record = {
+        **{"version": version, "former": former, "since": now(), "by": _user()},
+        **{"reason": reason, "rolled_back": rolled_back},
+    }
+    data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    taken = [entry.key for entry in objects.entries(_folder(name))]
+    newest = max((_number(key) for key in taken), default=0)
+    for number in itertools.count(newest + 1):
+        if objects.put_bytes_if_absent(f"{_folder(name)}/{number:06}.json", data):
+            return
+
+
+def champion_changes(objects: ObjectStore, name: str, champion: int | None) -> list[ChampionChange]:
+    """Return the changes that led to the present champion, newest first; those that never came to pass are left out."""
+    keys = sorted((entry.key for entry in objects.entries(_folder(name))), key=_number, reverse=True)
+    changes: list[ChampionChange] = []
+    for change in (_read(objects, key) for key in keys):
+        if change.version == champion:
+            changes.append(change)
+            champion = change.former
+    return changes
+
+
+def champion_before(changes: list[ChampionChange]) -> int | None:
+    """Return the version to go back to from the present state, None where there is none.
+
+    A state that was rolled back to is the earlier one again: what is before it is what was before it then, never the
+    version that was rolled back from.
+    """
+    at: int | None = 0 if changes else None
+    while at is not None and changes[at].rolled_back:
+        restored = changes[at].version
+        at = next((index for index in range(at + 1, len(changes)) if changes[index].version == restored), None)
+    return None if at is None else changes[at].former
+
+
+def _folder(name: str) -> str:
+    return f"models/{name}/history"
+
+
+def _number(key: str) -> int:
+    stem = key.rpartition("/")[2].removesuffix(".json")
+    return int(stem) if stem.isdecimal() else 0
+
+
+def _read(objects: ObjectStore, key: str) -> ChampionChange:
+    try:
+        record: dict[str, Any] = json.loads(objects.read_bytes(key))
+        return ChampionChange(**{name: record[name] for name in ChampionChange.__dataclass_fields__})
+    except (ValueError, TypeError, KeyError):
+        raise StageFailed(
+            f"The history's record {objects.uri(key)} is not valid.", "It was altered: put it back, or remove the file."
+        ) from None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, ImportError, OSError):  # a container's user may have no name
+        return "unknown"

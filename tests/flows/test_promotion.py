@@ -1,0 +1,282 @@
+"""Promotions of hand-made versions: what is refused, what is planned, and that failures undo what was changed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas import State
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from deployments import cli
+from flows.promote import promote
+from flows.rollback import rollback
+from infra.errors import BadInput, StageFailed
+from infra.foundry.server_client import running_servers
+from infra.settings import Settings
+from infra.storage.garbage import delete_version
+from infra.storage.manifest import Manifest
+from infra.storage.opening import open_registry
+from infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from tasks.promotion import (
+    Change,
+    Promotion,
+    all_or_nothing,
+    hand_back,
+    plan_promotion,
+    plan_rollback,
+    promotion_markdown,
+    restore_alias,
+    set_champion,
+)
+from tests.model_server import ModelServer
+from tests.versions import FILES, store_version
+
+
+@pytest.fixture
+def registry(settings: Settings) -> ModelRegistry:
+    return open_registry(settings)
+
+
+@pytest.fixture
+def versions(registry: ModelRegistry, tmp_path: Path) -> list[Manifest]:
+    """home@1, the champion, and home@2 and home@3."""
+    made = [passed(registry, tmp_path, number) for number in (1, 2, 3)]
+    registry.set_alias("home", CHAMPION, 1, "the first")
+    return made
+
+
+@pytest.fixture
+def api(server: str) -> Iterator[None]:
+    with temporary_settings({PREFECT_API_URL: server}):
+        yield
+
+
+def passed(registry: ModelRegistry, folder: Path, number: int) -> Manifest:
+    manifest = store_version(registry, folder / str(number), {**FILES, "model.onnx": b"graph %d" % number})
+    registry.add_evidence(manifest, "selection", {"selected": "int4", "reason": "", "budget": []})
+    return manifest
+
+
+class TestPlans:
+    def test_a_version_is_named_by_its_number_or_an_alias(
+        self, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
+        registry.set_alias("home", CANDIDATE, 3, "later")
+        planned = plan_promotion("home@candidate", " it is better ", registry)
+        assert (planned.manifest, planned.former, planned.reason) == (versions[2], 1, "it is better")
+        assert plan_promotion("home@2", "", registry).reason == "promoted by hand"
+
+    @pytest.mark.parametrize(
+        ("reference", "said"),
+        [
+            ("home", "'home' names no version"),
+            ("home@", "'home@' names no version"),
+            ("home@9", "no home@9"),
+            ("home@staging", "'home@staging' names no version"),
+            ("away@1", "no away@1"),
+            ("../home@1", "'../home' is not valid"),
+        ],
+    )
+    def test_what_is_not_there_is_refused(
+        self, registry: ModelRegistry, versions: list[Manifest], reference: str, said: str
+    ) -> None:
+        with pytest.raises(BadInput, match=said):
+            plan_promotion(reference, "", registry)
+
+    @pytest.mark.parametrize(
+        ("selected", "status"), [(None, "registered"), ("int4", "rejected"), ("int4", "failed"), ("int8", "registered")]
+    )
+    def test_a_version_without_a_selected_variant_that_passed_is_refused(
+        self, registry: ModelRegistry, versions: list[Manifest], selected: str | None, status: str
+    ) -> None:
+        registry.add_evidence(versions[1], "selection", {"selected": selected})
+        registry.add_evidence(versions[1], "deploy", {"variants": [{"precision": "int4", "status": status}]})
+        with pytest.raises(BadInput, match=rf"home@2 has no variant that passed and was selected \(int4 {status}\)"):
+            plan_promotion("home@2", "", registry)
+
+    def test_a_version_that_was_never_judged_is_refused(self, registry: ModelRegistry, tmp_path: Path) -> None:
+        store_version(registry, tmp_path / "1")
+        with pytest.raises(BadInput, match="home@1 has no variant that passed") as caught:
+            plan_promotion("home@1", "", registry)
+        assert "slmops regate home@1" in caught.value.what_to_do
+
+    def test_a_rollback_goes_to_the_champion_before(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
+        with pytest.raises(BadInput, match="nothing to go back to: no champion of home before home@1"):
+            plan_rollback("home", None, "", registry)
+        for number in (2, 3):
+            registry.set_alias("home", CHAMPION, number, "better")
+        planned = plan_rollback("home", None, "", registry)
+        assert (planned.manifest, planned.former, planned.reason) == (versions[1], 3, "rolled back from home@3")
+        assert plan_rollback("home", 1, "", registry).manifest == versions[0]
+
+    def test_a_rollback_to_what_is_gone_is_refused(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
+        registry.set_alias("home", CHAMPION, 2, "better")
+        delete_version(registry, versions[0])
+        with pytest.raises(BadInput, match="home@1 is not in the store any more, or never was") as caught:
+            plan_rollback("home", None, "", registry)
+        assert caught.value.what_to_do == "Use --to with one of 2, 3."
+        for number in (0, -1, 9):
+            with pytest.raises(BadInput, match="is not in the store"):
+                plan_rollback("home", number, "", registry)
+        with pytest.raises(BadInput, match="no away"):
+            plan_rollback("away", None, "", registry)
+
+
+class TestUndoing:
+    def test_the_last_change_is_undone_first_and_the_reason_is_said(
+        self, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
+        change = plan_promotion("home@2", "", registry)
+        undone: list[str] = []
+
+        def fail() -> None:
+            raise StageFailed("It is gone.", "Look for it.")
+
+        with pytest.raises(StageFailed) as caught, all_or_nothing(change) as undo:
+            undo.add("Foundry Local", lambda: undone.append("Foundry"))
+            undo.add("the server", fail)
+            undo.add("the alias", lambda: undone.append("alias"))
+            raise StageFailed("No room.", "Make room.")
+        assert undone == ["alias", "Foundry"]
+        assert caught.value.message == (
+            "home@2 was not promoted: No room. home@1 still is the champion. Not put back: the server (It is gone)."
+        )
+        assert caught.value.what_to_do == "Put it in step with slmops promote home@1. Make room."
+
+    def test_an_interrupted_one_is_undone_too(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
+        undone: list[str] = []
+        with (
+            pytest.raises(KeyboardInterrupt),
+            all_or_nothing(plan_promotion("home@2", "", registry)) as undo,
+        ):
+            undo.add("all", lambda: undone.append("all"))
+            raise KeyboardInterrupt
+        assert undone == ["all"]
+
+    def test_the_alias_goes_back_and_that_is_in_the_history(
+        self, api: None, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
+        change = plan_promotion("home@2", "better", registry)
+        restore_alias(change, registry)  # nothing was changed yet
+        set_champion.fn(change, registry)
+        assert registry.alias("home", CHAMPION) == 2
+        restore_alias(change, registry)
+        assert registry.alias("home", CHAMPION) == 1
+        newest, promoted, _ = registry.champion_history("home")
+        assert (promoted.version, promoted.reason) == (2, "better")
+        assert (newest.version, newest.reason) == (1, "the promotion of home@2 did not end")
+
+    def test_a_champion_that_someone_else_changed_meanwhile_stays(
+        self, api: None, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
+        change = plan_promotion("home@2", "", registry)
+        registry.set_alias("home", CHAMPION, 3, "theirs")
+        with pytest.raises(StageFailed, match="Meanwhile home@3 became the champion"):
+            set_champion.fn(change, registry)
+        restore_alias(change, registry)
+        assert registry.alias("home", CHAMPION) == 3
+
+    def test_a_server_gets_back_what_it_served(
+        self, settings: Settings, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
+        change = plan_promotion("home@2", "", registry)
+        with ModelServer({"home": 2}).running(settings.home_dir) as model_server:
+            (running,) = running_servers(settings.home_dir)
+            hand_back(running, change, 1, registry)
+            assert model_server.models == {"home": 1}
+            model_server.refuses |= {1, 3}
+            hand_back(running, change, 1, registry)  # it serves it: that it refuses to load it again is no failure
+            with pytest.raises(StageFailed, match="does not fit"):
+                hand_back(running, change, 3, registry)
+
+
+class TestFlows:
+    def test_a_version_that_cannot_be_registered_leaves_the_champion(
+        self, api: None, settings: Settings, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
+        rows = [{"id": 1, "messages": [{"role": "user", "content": "hello"}]}]
+        registry.add_evidence(versions[1], "evaluation", {"rows": rows, "origin": "a test"})
+        proof = {"model_id": "home-int4-generic-cpu:2", "question": "hello", "answer": "hi", "load_ms": 1.0}
+        counts = {"e2e_latency_ms": 1.0, "prompt_tokens": 1, "completion_tokens": 1}
+        registry.add_evidence(versions[1], "proof-int4", {**proof, **counts})
+        before = registry.champion_history("home")
+        with ModelServer({"home": 1}).running(settings.home_dir) as model_server:
+            state: State[Any] = promote("home@2", "better", return_state=True)
+        assert state.is_failed()
+        with pytest.raises(StageFailed, match=r"home@2 was not promoted: .* home@1 still is the champion"):
+            state.result()
+        assert registry.champion_history("home") == before
+        assert (model_server.models, model_server.asked) == ({"home": 1}, [])
+
+    def test_what_was_never_proven_is_refused(
+        self, api: None, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
+        with pytest.raises(BadInput, match="home@2 int4 has no proof on record"):
+            promote("home@2")
+        registry.set_alias("home", CHAMPION, 3, "better")
+        with pytest.raises(BadInput, match="home@1 int4 has no proof on record"):
+            rollback("home")
+        assert registry.alias("home", CHAMPION) == 3
+
+
+class TestCommands:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["promote", "home@1"], "no home@1"),
+            (["promote", "home"], "names no version"),
+            (["promote", "Home@1"], "is not valid"),
+            (["promote"], "Missing argument"),
+            (["rollback", "home"], "no home"),
+            (["rollback", "home@1"], "is not valid"),
+            (["rollback", "home", "--to", "x"], "--to"),
+            (["history", "home"], "no home"),
+            (["history", "home@1"], "is not valid"),
+        ],
+    )
+    def test_bad_input_ends_with_2_and_writes_nothing(
+        self, environment: None, home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    ) -> None:
+        assert cli.run([*arguments, "--json"]) == 2
+        assert said in json.loads(capsys.readouterr().out)["error"]["message"]
+        assert not home.exists()
+
+    def test_the_history_is_printed(
+        self, environment: None, registry: ModelRegistry, versions: list[Manifest], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        registry.set_alias("home", CHAMPION, 2, "knows the garage")
+        registry.set_alias("home", CHAMPION, 1, "forgot the kitchen", rolled_back=True)
+        assert cli.run(["history", "home", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert (document["name"], document["champion"]) == ("home", 1)
+        assert [(one["version"], one["former"], one["reason"]) for one in document["history"]] == [
+            (1, 2, "forgot the kitchen"),
+            (2, 1, "knows the garage"),
+            (1, None, "the first"),
+        ]
+        assert {"since", "by", "rolled_back"} <= set(document["history"][0])
+        assert cli.run(["history", "home"]) == 0
+        shown = capsys.readouterr().out
+        assert "rolled back" in shown and "knows the garage" in shown
+
+
+def test_the_artifact_says_what_was_done_and_shows_other_peoples_text_as_it_stands(
+    registry: ModelRegistry, versions: list[Manifest]
+) -> None:
+    change: Change = plan_promotion("home@2", "<b>bold</b> | claim", registry)
+    promotion = Promotion(
+        name="home",
+        version=2,
+        former=1,
+        status=change.kind,
+        reason=change.reason,
+        precision="int4",
+        foundry_model_id="home:2",
+        servers=2,
+    )
+    text = promotion_markdown(promotion)
+    assert text.startswith("# home@2: promoted")
+    assert "home@2 is the champion, after home@1, and 2 running servers took it over." in text
+    assert "&#60;b&#62;bold&#60;&#47;b&#62; &#124; claim" in text

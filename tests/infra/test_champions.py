@@ -1,0 +1,129 @@
+"""The history of who was champion: complete, in order, and without what never came to pass."""
+
+import getpass
+from pathlib import Path
+
+import pytest
+
+from infra.errors import BadInput, StageFailed
+from infra.storage.champions import champion_before, record_change
+from infra.storage.copying import copy_version
+from infra.storage.garbage import collect_garbage, delete_version
+from infra.storage.local import LocalObjectStore
+from infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from tests.stores import StoreCase
+from tests.versions import FILES, store_version
+
+
+@pytest.fixture
+def registry(store: StoreCase, tmp_path: Path) -> ModelRegistry:
+    return store.registry(tmp_path / "home")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> ModelRegistry:
+    return ModelRegistry(LocalObjectStore(tmp_path / "local"))
+
+
+def held(registry: ModelRegistry, name: str = "home") -> list[int | None]:
+    return [change.version for change in registry.champion_history(name)]
+
+
+def test_every_change_is_kept_with_who_when_and_why(registry: ModelRegistry) -> None:
+    assert registry.champion_history("home") == []
+    assert registry.set_alias("home", CHAMPION, 1, "the first", only_if_free=True)
+    assert not registry.set_alias("home", CHAMPION, 2, "too late", only_if_free=True)
+    registry.set_alias("home", CANDIDATE, 2, "later")
+    registry.set_alias("home", CHAMPION, 2, "answers faster")
+    registry.set_alias("home", CHAMPION, 1, "it forgot the garage", rolled_back=True)
+    newest, promoted, first = registry.champion_history("home")
+    assert (first.version, first.former, first.reason) == (1, None, "the first")
+    assert (promoted.version, promoted.former, promoted.reason, promoted.rolled_back) == (2, 1, "answers faster", False)
+    assert (newest.version, newest.former, newest.reason, newest.rolled_back) == (1, 2, "it forgot the garage", True)
+    assert newest.by == getpass.getuser()
+    assert first.since < promoted.since < newest.since
+    assert registry.champion_history("away") == []
+
+
+def test_a_change_that_broke_off_before_the_alias_is_in_no_history(local: ModelRegistry) -> None:
+    local.set_alias("home", CHAMPION, 1, "the first")
+    record_change(local.objects, "home", 2, 1, "broke off", rolled_back=False)
+    assert held(local) == [1]
+    local.set_alias("home", CHAMPION, 3, "better")
+    record_change(local.objects, "home", 1, 3, "broke off", rolled_back=True)
+    assert held(local) == [3, 1]
+    assert champion_before(local.champion_history("home")) == 1
+
+
+def test_a_removed_champion_is_a_change_too(local: ModelRegistry, tmp_path: Path) -> None:
+    first = store_version(local, tmp_path / "1")
+    local.set_alias("home", CHAMPION, 1, "the first")
+    delete_version(local, first)
+    removal, _ = local.champion_history("home")
+    assert (removal.version, removal.former, removal.reason) == (None, 1, "home@1 was deleted")
+    store_version(local, tmp_path / "2", {**FILES, "model.onnx": b"another"})
+    local.set_alias("home", CHAMPION, 2, "the next")
+    assert held(local) == [2, None, 1]
+
+
+def test_neither_versions_nor_garbage_are_confused_by_it(local: ModelRegistry, tmp_path: Path) -> None:
+    store_version(local, tmp_path / "1")
+    local.set_alias("home", CHAMPION, 1, "the first")
+    found = collect_garbage(local)
+    assert (found.blobs, found.evidence, found.leftovers) == ((), (), ())
+    assert held(local) == [1]
+    assert local.names() == ["home"]
+    assert local.aliases("home") == {CHAMPION: 1}
+    second = store_version(local, tmp_path / "2", {**FILES, "model.onnx": b"another"})
+    assert [one.version for one in local.versions("home")] == [1, second.version] == [1, 2]
+
+
+def test_a_copied_version_begins_the_history_of_its_new_store(
+    local: ModelRegistry, registry: ModelRegistry, tmp_path: Path
+) -> None:
+    manifest = store_version(local, tmp_path / "1")
+    for _ in range(2):
+        copy_version(manifest, local, registry)
+    (change,) = registry.champion_history("home")
+    assert (change.version, change.reason) == (1, "the first version of its name in this store")
+
+
+@pytest.mark.parametrize(
+    ("changes", "before"),
+    [
+        ([], None),
+        ([1], None),
+        ([1, 2], 1),
+        ([1, 2, 3], 2),
+        ([1, 2, 3, -2], 1),  # what is before the 2 that was rolled back to
+        ([1, 2, -1], None),  # and never the version that was rolled back from
+        ([1, 2, 1], 2),  # unless 1 was promoted again
+        ([1, 2, -1, 3], 1),
+        ([1, 2, 3, -2, -1], None),
+        ([1, 2, -5], None),  # 5 was never champion before: nothing is known to be before it
+        ([1, 2, 3, -1, 4, -1], None),
+    ],
+)
+def test_what_a_rollback_goes_to(local: ModelRegistry, changes: list[int], before: int | None) -> None:
+    for change in changes:
+        local.set_alias("home", CHAMPION, abs(change), "", rolled_back=change < 0)
+    assert champion_before(local.champion_history("home")) == before
+
+
+def test_more_than_nine_changes_stay_in_order(local: ModelRegistry) -> None:
+    for version in range(1, 12):
+        local.set_alias("home", CHAMPION, version, "next")
+    assert held(local) == list(range(11, 0, -1))
+
+
+def test_an_altered_record_is_named(local: ModelRegistry) -> None:
+    local.set_alias("home", CHAMPION, 1, "the first")
+    local.objects.put_bytes("models/home/history/000001.json", b"[]")
+    with pytest.raises(StageFailed, match=r"000001.json is not valid"):
+        local.champion_history("home")
+
+
+def test_a_refused_alias_leaves_no_history(local: ModelRegistry, tmp_path: Path) -> None:
+    with pytest.raises(BadInput):
+        local.set_alias("home", "3", 1, "no")
+    assert not (tmp_path / "local").exists()
