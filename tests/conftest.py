@@ -43,9 +43,12 @@ def pytest_unconfigure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """Say which tests go to the same worker where several run (`pytest -n 2 --dist loadgroup`).
 
-    Those that share what is dear to make do: the demo, or the fixtures of a module. Whole journeys share nothing else.
+    Those that share what is dear to make do: the demo, or the fixtures of a module. Whole journeys share nothing else,
+    unless they say so by the mark itself.
     """
     for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
         alone = item.path.parent.name == "e2e"
         group = "demo" if "demo_home" in getattr(item, "fixturenames", ()) else item.nodeid if alone else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
 from tests.e2e.test_deploy import INT4
 from tests.e2e.test_store import other_content
 from tests.model_server import ModelServer
+from tests.served_models import serving
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("promotion")]
+
+
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,38 @@ def test_there_and_back(slmops: Slmops, model_server: ModelServer, server: str) 
     asked = {"artifacts": {"key": {"any_": ["slmops-promotion-home"]}}, "sort": "CREATED_DESC"}
     artifacts = httpx.post(f"{server}/artifacts/filter", json=asked).raise_for_status().json()
     assert any("knows the garage" in one["data"] for one in artifacts)
+
+
+def test_a_running_servers_clients_see_no_failure(slmops: Slmops) -> None:
+    served: list[str] = []
+    failures: list[Exception] = []
+    ending = threading.Event()
+    with serving(slmops.home, "home", environment=slmops.environment) as running:
+
+        def ask_without_pause() -> None:
+            client = running.client()
+            while not ending.is_set():
+                try:
+                    answered = client.chat.completions.create(model="home", messages=HELLO, max_tokens=4)
+                    served.append(answered.model)
+                except Exception as error:
+                    failures.append(error)
+
+        asking = [threading.Thread(target=ask_without_pause) for _ in range(2)]
+        for thread in asking:
+            thread.start()
+        try:
+            for arguments, model in ((("promote", "home@2"), "home:2"), (("rollback", "home"), "home:1")):
+                assert slmops.json(*arguments)["servers"] == 1
+                assert running.client().chat.completions.create(model="home", messages=HELLO).model == model
+        finally:
+            ending.set()
+            for thread in asking:
+                thread.join()
+    assert failures == []
+    changes = [model for model, before in zip(served, ["", *served], strict=False) if model != before]
+    assert set(served) == {"home:1", "home:2"}
+    assert (served[0], served[-1]) == ("home:1", "home:1"), changes
 
 
 def test_a_version_that_answers_otherwise_than_proven_leaves_the_old_one_serving(

@@ -26,7 +26,7 @@ from tests.s3_servers import rclone_server
 from tests.served_models import ROOT, RunningServer, serving, store_model
 from tests.stores import empty_store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
