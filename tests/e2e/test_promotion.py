@@ -253,3 +253,17 @@ def test_after_a_killed_promotion_the_next_one_ends_right(slmops: Slmops, model_
     history = slmops.json("history", "home")["history"]
     assert [one["version"] for one in history][: then - 1] == [2][: then - 1]
     assert history[then - 1 :] == before
+
+
+def test_a_deploy_that_promotes_hands_servers_over_and_warns_of_one_that_refuses(
+    slmops: Slmops, model_server: ModelServer, tiny: Path
+) -> None:
+    refusing = ModelServer({"home": 1})
+    refusing.refuses.add(2)
+    with refusing.running(slmops.home, "zzz"):
+        report = slmops.json("deploy", tiny, "--name", "home", *INT4, *other_content(2), "--promote")
+    assert (report["aliases"], report["foundry_model_id"]) == (["champion"], "home:2")
+    assert (model_server.models, refusing.models) == ({"home": 2}, {"home": 1})
+    (warning,) = [one for one in report["warnings"] if refusing.url in one]
+    assert "does not fit into memory" in warning
+    assert "slmops promote home@2" in warning
