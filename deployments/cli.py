@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deployments.catalog_command import add_catalog_command
 from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
 from deployments.references import Json, Reference, Version, the_registry, version_of
 from deployments.store_commands import add_store_commands
@@ -665,6 +666,7 @@ def foundry_dir() -> None:
 
 
 add_store_commands(app)
+add_catalog_command(app)
 
 if __name__ == "__main__":
     main()

@@ -57,6 +57,16 @@ class FoundrySettings(_Section):
     )
 
 
+class CatalogSettings(_Section):
+    """The private catalog."""
+
+    token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="What a URL of the catalog must carry as ?token=; serving other machines needs one.",
+    )
+
+
 class GateSettings(_Section):
     """Thresholds of the gate; each overrides the defaults of all precisions."""
 
@@ -166,6 +176,7 @@ class Settings(BaseSettings):
     )
     store: StoreSettings = StoreSettings()
     foundry: FoundrySettings = FoundrySettings()
+    catalog: CatalogSettings = CatalogSettings()
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
@@ -225,7 +236,7 @@ def _found(fault: ErrorDetails) -> str:
     # What a misspelled variable or a whole section holds may be a secret.
     open_keys = ("uri", "endpoint_url", "addressing_style", "require_signature")
     of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:2] not in tuple((key,) for key in open_keys)
-    return "" if of_store else f", found {fault['input']!r}"
+    return "" if of_store or fault["loc"][:1] == ("catalog",) else f", found {fault['input']!r}"
 
 
 def _is_ours(name: str) -> bool:

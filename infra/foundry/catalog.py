@@ -1,6 +1,6 @@
-"""A catalog that Foundry Local's runtime asks as it asks Microsoft's; docs/catalog.md says what the runtime was seen to do.
+"""A catalog that Foundry Local's runtime asks as it asks Microsoft's: the request, and its answer from records.
 
-`find_page` answers a request from records; `catalog_app` serves that over HTTP, and may append another catalog's entries.
+docs/catalog.md says what the runtime was seen to do; `infra.foundry.catalog_server` serves this over HTTP.
 """
 
 import json
@@ -156,7 +156,7 @@ def find_page(models: Sequence[CatalogModel], query: CatalogQuery) -> tuple[list
     there are in all.
 
     Sorted by name and then newest first. A token names the last model before its page, so that models which come or go
-    between two pages make none of the others appear twice or be left out. Raises `BadInput` for a token of another form.
+    between two pages make none of the others appear twice or be left out. Raises `BadInput` for another token.
     """
     after = _position(query.continuation_token) if query.continuation_token else _FIRST_PAGE
     found = sorted(find_models(models, query.filters), key=_order)

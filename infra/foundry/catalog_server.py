@@ -24,8 +24,8 @@ UPSTREAM_TIMEOUT_S = 3.0
 UPSTREAM_REST_S = 30.0  # how long an upstream that failed is left alone: the runtime waits for every page of it
 
 # Tokens of upstream's pages start like this; ours are NAME:VERSION, and no name has a slash.
-_UPSTREAM_TOKEN = "upstream/"  # noqa: S105: no secret
-# As the runtime itself asks: the public catalog refuses other programs, and without the second answers in another form.
+_UPSTREAM_PREFIX = "upstream/"
+# As the runtime itself asks; by its published source the public catalog refuses another User-Agent.
 _UPSTREAM_HEADERS = {
     "User-Agent": "AzureAiStudio",
     "x-ms-use-full-service-contracts": "true",
@@ -92,11 +92,11 @@ def catalog_app(
 
 async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None") -> dict[str, Any]:
     token = query.continuation_token or ""
-    if token.startswith(_UPSTREAM_TOKEN):
-        return await _upstream_page(replace(query, continuation_token=token[len(_UPSTREAM_TOKEN) :]), ours, other)
+    if token.startswith(_UPSTREAM_PREFIX):
+        return await _upstream_page(replace(query, continuation_token=token[len(_UPSTREAM_PREFIX) :]), ours, other)
     page, next_token, count = find_page(ours, query)
     if next_token is None and other and other.may_be_asked and outward_query(query, ours):
-        next_token = _UPSTREAM_TOKEN
+        next_token = _UPSTREAM_PREFIX
     return _page([model.entry() for model in page], next_token, count)
 
 
@@ -110,7 +110,7 @@ async def _upstream_page(
     form, entries, token = answer
     names = {model.name for model in ours}
     foreign = [entry for entry in entries if _name_of(entry) not in names]
-    return _page(foreign, f"{_UPSTREAM_TOKEN}{token}" if token else None, len(ours) + len(foreign), form)
+    return _page(foreign, f"{_UPSTREAM_PREFIX}{token}" if token else None, len(ours) + len(foreign), form)
 
 
 def _page(entries: list[Any], token: str | None, count: int, form: str = "value") -> dict[str, Any]:
