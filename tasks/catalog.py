@@ -59,10 +59,11 @@ class StoreCatalog:
                 found[key] = entries, version_models(self._registry.version(*key), self._registry)
             except PassingFault:
                 raise
-            except SlmopsError as error:
-                if str(error) not in self._faults:
-                    _logger.warning("%s@%s is not in the catalog: %s", *key, error)
-                self._faults.add(str(error))
+            except (SlmopsError, ValueError, KeyError, TypeError) as error:  # a manifest or evidence was altered
+                fault = f"{key[0]}@{key[1]} is not in the catalog: {error}"
+                if fault not in self._faults:
+                    _logger.warning("%s", fault)
+                self._faults.add(fault)
         self._versions = found
 
 
