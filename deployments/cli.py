@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deployments.catalog_command import add_catalog_command
 from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
 from deployments.promotion_commands import add_promotion_commands
 from deployments.references import Json, Reference, Version, the_registry, version_of
@@ -674,6 +675,7 @@ def foundry_dir() -> None:
 add_store_commands(app)
 add_serve_command(app)
 add_promotion_commands(app, _prepare, _run_flow)
+add_catalog_command(app)
 
 if __name__ == "__main__":
     main()

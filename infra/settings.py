@@ -77,6 +77,16 @@ class ServeSettings(_Section):
     )
 
 
+class CatalogSettings(_Section):
+    """The private catalog."""
+
+    token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="What a URL of the catalog must carry as ?token=; serving other machines needs one.",
+    )
+
+
 class GateSettings(_Section):
     """Thresholds of the gate; each overrides the defaults of all precisions."""
 
@@ -187,6 +197,7 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     foundry: FoundrySettings = FoundrySettings()
     serve: ServeSettings = ServeSettings()
+    catalog: CatalogSettings = CatalogSettings()
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
@@ -246,7 +257,7 @@ def _found(fault: ErrorDetails) -> str:
     # What a misspelled variable or a whole section holds may be a secret.
     open_keys = ("uri", "endpoint_url", "addressing_style", "require_signature")
     of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:2] not in tuple((key,) for key in open_keys)
-    is_token = fault["loc"][:1] == ("serve",) and fault["loc"][1:2] in ((), ("token",))
+    is_token = fault["loc"][:1] in (("serve",), ("catalog",)) and fault["loc"][1:2] in ((), ("token",))
     return "" if of_store or is_token else f", found {fault['input']!r}"
 
 

@@ -241,6 +241,19 @@ class ModelRegistry:
         """Names that have at least one version."""
         return sorted({name for (name, _), keys in self._keys("models").items() if _is_version(keys)})
 
+    def version_entries(self) -> dict[tuple[str, int], tuple[Entry, ...]]:
+        """Return (name, number) -> what is stored on each version, from one listing: it changes when that does."""
+        entries: dict[tuple[str, str], list[tuple[str, Entry]]] = {}
+        for entry in self.objects.entries("models"):
+            parts = entry.key.split("/", 3)
+            if len(parts) == 4 and parts[2].isdecimal():
+                entries.setdefault((parts[1], parts[2]), []).append((parts[3], entry))
+        return {
+            (name, int(number)): tuple(entry for _, entry in stored)
+            for (name, number), stored in entries.items()
+            if _is_version({key for key, _ in stored})
+        }
+
     def versions(self, name: str) -> list[Manifest]:
         """All versions of a name, oldest first."""
         index = self._index(name)

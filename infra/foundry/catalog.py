@@ -1,0 +1,231 @@
+"""A catalog that Foundry Local's runtime asks as it asks Microsoft's: the request, and its answer from records.
+
+docs/catalog.md says what the runtime was seen to do; `infra.foundry.catalog_server` serves this over HTTP.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from infra.errors import BadInput
+
+CATALOG_PATH = "/asset-gallery/v1.0/models"
+PAGE_SIZE = 50  # what the runtime asks for
+LARGEST_PAGE_SIZE = 1000
+OPERATORS = ("eq", "NotEquals")
+
+Operator = Literal["eq", "NotEquals"]
+
+_FIRST_PAGE: tuple[str, int] = ("", 0)
+
+
+@dataclass(frozen=True)
+class CatalogModel:
+    """One version of one model as the runtime lists it: `name` with its `version` is the id, `alias` groups names.
+
+    `device` is cpu, gpu or npu; `execution_provider` is onnxruntime's name of it; `created_at` is ISO 8601 in UTC;
+    `context_length` is in tokens, None where it is not known.
+    """
+
+    name: str
+    version: int
+    alias: str
+    device: str
+    execution_provider: str
+    size_bytes: int
+    display_name: str
+    created_at: str
+    context_length: int | None = None
+    publisher: str = "slmops"
+
+    @property
+    def model_id(self) -> str:
+        """`NAME:VERSION`."""
+        return f"{self.name}:{self.version}"
+
+    def entry(self) -> dict[str, Any]:
+        """Return the catalog's JSON of the model: what the runtime reads, and nothing that it was not seen to read."""
+        described: dict[str, Any] = {
+            "displayName": self.display_name,
+            "publisher": self.publisher,
+            "inferenceTasks": ["chat-completion"],  # without it no chat session takes the model
+            "inputModalities": ["text"],
+            "outputModalities": ["text"],
+        }
+        if self.context_length is not None:
+            described["textContextWindow"] = self.context_length
+        return {
+            "assetId": f"slmops:{self.model_id}",  # an entry without one is skipped
+            "annotations": {"tags": {"alias": self.alias}, "systemCatalogData": described},
+            "properties": {
+                "id": self.model_id,
+                "name": self.name,
+                "version": self.version,
+                "creationContext": {"createdTime": self.created_at},
+                "variantInfo": {
+                    "parents": [],
+                    "variantMetadata": {
+                        "modelType": "ONNX",
+                        "device": self.device,
+                        "executionProvider": self.execution_provider,
+                        "fileSizeBytes": self.size_bytes,
+                    },
+                },
+            },
+        }
+
+
+@dataclass(frozen=True)
+class CatalogFilter:
+    """A condition on one field of an entry: it has one of the values (eq), or none of them (NotEquals)."""
+
+    field: str
+    operator: Operator
+    values: tuple[str, ...]
+
+    def holds(self, found: Collection[str]) -> bool:
+        """Whether an entry whose field has the values `found` passes, letter case aside."""
+        wanted = {value.casefold() for value in self.values}
+        return any(value.casefold() in wanted for value in found) == (self.operator == "eq")
+
+
+@dataclass(frozen=True)
+class CatalogQuery:
+    """A request for one page; `continuation_token` is what the page before came with, None for the first."""
+
+    filters: tuple[CatalogFilter, ...] = ()
+    page_size: int = PAGE_SIZE
+    continuation_token: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the request's JSON, as the runtime writes it."""
+        filters = [{"field": one.field, "operator": one.operator, "values": list(one.values)} for one in self.filters]
+        token = {"continuationToken": self.continuation_token} if self.continuation_token else {}
+        return {**token, "filters": filters, "pageSize": self.page_size}
+
+
+def parse_query(body: bytes) -> CatalogQuery:
+    """Read a request's JSON; a page larger than `LARGEST_PAGE_SIZE` becomes one of that size.
+
+    Raises `BadInput` for anything of another shape, naming the key.
+    """
+    try:
+        document = json.loads(body)
+    except ValueError:  # also what is not UTF-8
+        raise BadInput("The request is not JSON.", 'Send {"filters": [...], "pageSize": 50}.') from None
+    except RecursionError:
+        raise BadInput("The request is nested too deeply.", 'Send {"filters": [...], "pageSize": 50}.') from None
+    if not isinstance(document, dict):
+        raise _unfit("The request", "an object", document)
+    filters = document.get("filters", [])
+    if not isinstance(filters, list):
+        raise _unfit("filters", "a list", filters)
+    page_size = document.get("pageSize", PAGE_SIZE)
+    if not isinstance(page_size, int) or isinstance(page_size, bool) or page_size < 1:
+        raise _unfit("pageSize", "a positive integer", page_size)
+    token = document.get("continuationToken")
+    if not isinstance(token, str | None):
+        raise _unfit("continuationToken", "a text", token)
+    return CatalogQuery(tuple(map(_parse_filter, filters)), min(page_size, LARGEST_PAGE_SIZE), token or None)
+
+
+def _parse_filter(document: Any) -> CatalogFilter:
+    if not isinstance(document, dict) or not isinstance(document.get("field"), str):
+        raise _unfit("A filter", "an object with a field", document)
+    operators = {name.casefold(): name for name in OPERATORS}
+    operator = operators.get(str(document.get("operator", "eq")).casefold())
+    if operator is None:
+        raise _unfit(f"The operator of {document['field']}", f"one of {', '.join(OPERATORS)}", document.get("operator"))
+    values = document.get("values")
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise _unfit(f"values of {document['field']}", "a list of texts", values)
+    return CatalogFilter(document["field"], "eq" if operator == "eq" else "NotEquals", tuple(values))
+
+
+def _unfit(what: str, wanted: str, found: Any) -> BadInput:
+    shown = repr(found)
+    return BadInput(
+        f"{what} must be {wanted}, found {shown if len(shown) <= 80 else shown[:80] + '…'}.",
+        "See docs/catalog.md for the request's form.",
+    )
+
+
+def find_page(models: Sequence[CatalogModel], query: CatalogQuery) -> tuple[list[CatalogModel], str | None, int]:
+    """Return a page of the models that a query is for, the token of the next page (None: it is the last), and how many
+    there are in all.
+
+    Sorted by name and then newest first. A token names the last model before its page, so that models which come or go
+    between two pages make none of the others appear twice or be left out. Raises `BadInput` for another token.
+    """
+    after = _position(query.continuation_token) if query.continuation_token else _FIRST_PAGE
+    found = sorted(find_models(models, query.filters), key=_order)
+    rest = [model for model in found if _order(model) > after]
+    page = rest[: query.page_size]
+    return page, page[-1].model_id if len(rest) > len(page) else None, len(found)
+
+
+def find_models(models: Sequence[CatalogModel], filters: Sequence[CatalogFilter]) -> list[CatalogModel]:
+    """Return the models that pass all filters.
+
+    `labels` = latest is the newest version of a name that passes the others: on a machine without a GPU, the newest for
+    its CPU. A filter on a field that is not known here holds nothing back.
+    """
+    labels = [one for one in filters if one.field == "labels"]
+    others = [one for one in filters if one.field != "labels"]
+    found = [model for model in models if _passes(_fields(model), others)]
+    newest: dict[str, int] = {}
+    for model in found:
+        newest[model.name] = max(model.version, newest.get(model.name, 0))
+    labelled = [(model, ("latest",) if newest[model.name] == model.version else ()) for model in found]
+    return [model for model, label in labelled if all(one.holds(label) for one in labels)]
+
+
+def _passes(fields: dict[str, str], filters: Sequence[CatalogFilter]) -> bool:
+    return all(one.holds((fields[one.field],)) for one in filters if one.field in fields)
+
+
+def _fields(model: CatalogModel) -> dict[str, str]:
+    return {
+        "type": "models",
+        "kind": "Versioned",
+        "annotations/archived": "false",
+        "annotations/systemCatalogData/deploymentOptions": "Foundry Local on Devices",
+        "annotations/tags/foundryLocal": "",
+        "annotations/tags/alias": model.alias,
+        "name": model.name,
+        "properties/name": model.name,
+        "properties/id": model.model_id,
+        "properties/variantInfo/variantMetadata/device": model.device,
+        "properties/variantInfo/variantMetadata/executionProvider": model.execution_provider,
+    }
+
+
+def _order(model: CatalogModel) -> tuple[str, int]:
+    return model.name, -model.version
+
+
+def _position(token: str) -> tuple[str, int]:
+    name, colon, version = token.rpartition(":")
+    if not colon or not name or not (version.isascii() and version.isdecimal()) or len(version) > 18:
+        raise _unfit("continuationToken", "one that a page came with", token)
+    return name, -int(version)
+
+
+def outward_query(query: CatalogQuery, ours: Sequence[CatalogModel]) -> CatalogQuery | None:
+    """Return what another catalog is asked: the query without names and aliases of ours, which concern nobody else.
+
+    None when nothing is left to ask for.
+    """
+    own = {
+        "name": {model.name for model in ours},
+        "properties/name": {model.name for model in ours},
+        "properties/id": {model.model_id for model in ours},
+        "annotations/tags/alias": {model.alias for model in ours},
+    }
+    filters = tuple(
+        replace(one, values=tuple(value for value in one.values if value not in own.get(one.field, ())))
+        for one in query.filters
+    )
+    asks_nothing = any(one.operator == "eq" and not one.values for one in filters)
+    return None if asks_nothing else replace(query, filters=filters)

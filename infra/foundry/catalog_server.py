@@ -1,0 +1,196 @@
+"""The catalog over HTTP: what Foundry Local's runtime posts to, and another catalog behind it."""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import BadInput, SlmopsError
+from infra.foundry.catalog import CATALOG_PATH, CatalogModel, CatalogQuery, find_page, outward_query, parse_query
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+HEALTH_PATH = "/health"
+LARGEST_REQUEST_BYTES = 1 << 20
+LARGEST_UPSTREAM_BYTES = 16 << 20
+UPSTREAM_TIMEOUT_S = 3.0
+UPSTREAM_REST_S = 30.0  # how long an upstream that failed is left alone: the runtime waits for every page of it
+
+# Tokens of upstream's pages start like this; ours are NAME:VERSION, and no name has a slash.
+_UPSTREAM_PREFIX = "upstream/"
+# As the runtime itself asks; by its published source the public catalog refuses another User-Agent.
+_UPSTREAM_HEADERS = {
+    "User-Agent": "AzureAiStudio",
+    "x-ms-use-full-service-contracts": "true",
+    "Content-Type": "application/json",
+}
+
+_logger = logging.getLogger(__name__)
+
+
+def catalog_app(
+    models: Callable[[], Sequence[CatalogModel]], upstream: str | None = None, token: str | None = None
+) -> "Starlette":
+    """Return the HTTP service: POST `CATALOG_PATH` is the catalog's request, GET `HEALTH_PATH` says that it serves.
+
+    `models` is called for every request, in a thread of its own. The entries of the catalog at the URL `upstream` come
+    on pages after ours, without those whose name is one of ours; while it cannot be asked, there are just ours. With a
+    `token`, requests of the catalog need `?token=` of it in their URL: of all ways to send one, the runtime has only
+    this.
+
+    A failure is answered as `{"error": {"message", "what_to_do"}}`: 400 for a request of another form, 401 without the
+    token, 413 for one larger than `LARGEST_REQUEST_BYTES`, 503 while `models` raises.
+    """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.routing import Route
+
+    other = _Upstream(upstream) if upstream else None
+
+    async def ask(request: "Request") -> "Response":
+        given = request.query_params.get("token", "")
+        if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
+            return _failed(401, "The request has no valid token.", "Add ?token=... to the catalog's URL.")
+        body = await _bounded_body(request)
+        if body is None:
+            return _failed(413, f"The request is larger than {LARGEST_REQUEST_BYTES:,} bytes.", "Ask for fewer names.")
+        try:
+            query = parse_query(body)
+            ours = await run_in_threadpool(models)
+            return _json(await _answer(query, ours, other))
+        except BadInput as error:
+            return _failed(400, error.message, error.what_to_do)
+        except SlmopsError as error:
+            _logger.warning("The models cannot be listed: %s", error)
+            return _failed(503, error.message, error.what_to_do)
+
+    async def health(request: "Request") -> "Response":
+        try:
+            await run_in_threadpool(models)
+        except SlmopsError as error:
+            return _failed(503, error.message, error.what_to_do)
+        return _json({"status": "ok"})
+
+    async def refuse(request: "Request", error: Exception) -> "Response":
+        assert isinstance(error, HTTPException)
+        return _failed(error.status_code, f"{error.detail}.", f"POST to {CATALOG_PATH}.")
+
+    # The runtime follows no redirect, so that a URL with a slash at its end has a route too.
+    routes = [Route(path, ask, methods=["POST"]) for path in (CATALOG_PATH, f"{CATALOG_PATH}/")]
+    app = Starlette(routes=[*routes, Route(HEALTH_PATH, health)], exception_handlers={HTTPException: refuse})
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None") -> dict[str, Any]:
+    token = query.continuation_token or ""
+    if token.startswith(_UPSTREAM_PREFIX):
+        return await _upstream_page(replace(query, continuation_token=token[len(_UPSTREAM_PREFIX) :]), ours, other)
+    page, next_token, count = find_page(ours, query)
+    if next_token is None and other and other.may_be_asked and outward_query(query, ours):
+        next_token = _UPSTREAM_PREFIX
+    return _page([model.entry() for model in page], next_token, count)
+
+
+async def _upstream_page(
+    query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None"
+) -> dict[str, Any]:
+    outward = outward_query(query, ours)
+    answer = await other.ask(outward) if other and outward else None
+    if answer is None:
+        return _page([], None, len(ours))
+    form, entries, token = answer
+    names = {model.name for model in ours}
+    foreign = [entry for entry in entries if _name_of(entry) not in names]
+    return _page(foreign, f"{_UPSTREAM_PREFIX}{token}" if token else None, len(ours) + len(foreign), form)
+
+
+def _page(entries: list[Any], token: str | None, count: int, form: str = "value") -> dict[str, Any]:
+    return {"totalCount": count, form: entries, **({"continuationToken": token} if token else {})}
+
+
+def _name_of(entry: Any) -> Any:
+    properties = entry.get("properties") if isinstance(entry, dict) else None
+    named = properties if isinstance(properties, dict) else entry
+    return named.get("name") if isinstance(named, dict) else None
+
+
+async def _bounded_body(request: "Request") -> bytes | None:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_REQUEST_BYTES:
+            return None
+    return bytes(body)
+
+
+def _json(document: dict[str, Any], status: int = 200) -> "Response":
+    from starlette.responses import Response
+
+    return Response(json.dumps(document), status, media_type="application/json")
+
+
+def _failed(status: int, message: str, what_to_do: str) -> "Response":
+    return _json({"error": {"message": message, "what_to_do": what_to_do}}, status)
+
+
+class _Upstream:
+    """Another catalog. It is asked with a short patience, and after a failure not for a while."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._rests_until = 0.0
+        self._has_failed = False
+
+    @property
+    def may_be_asked(self) -> bool:
+        return time.monotonic() >= self._rests_until
+
+    async def ask(self, query: CatalogQuery) -> tuple[str, list[Any], str | None] | None:
+        """Return (the key of the entries, the entries, the next page's token), or None while it cannot be asked."""
+        import httpx
+
+        if not self.may_be_asked:
+            return None
+        try:
+            async with asyncio.timeout(UPSTREAM_TIMEOUT_S), httpx.AsyncClient(timeout=UPSTREAM_TIMEOUT_S) as client:
+                content = json.dumps(query.to_json()).encode()
+                async with client.stream("POST", self._url, content=content, headers=_UPSTREAM_HEADERS) as response:
+                    response.raise_for_status()
+                    body = bytearray()
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        if len(body) > LARGEST_UPSTREAM_BYTES:
+                            raise ValueError(f"its answer is larger than {LARGEST_UPSTREAM_BYTES:,} bytes")
+            answer = _read_answer(bytes(body))
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:
+            self._rests_until = time.monotonic() + UPSTREAM_REST_S
+            if not self._has_failed:  # once per outage: the runtime asks often
+                reason = str(error) or type(error).__name__
+                _logger.warning("The catalog %s cannot be asked, and only our models are listed: %s", self._url, reason)
+            self._has_failed = True
+            return None
+        self._has_failed = False
+        return answer
+
+
+def _read_answer(body: bytes) -> tuple[str, list[Any], str | None]:
+    document = json.loads(body, parse_constant=_refuse_constant)
+    for form in ("value", "summaries"):  # the runtime reads either
+        entries = document.get(form) if isinstance(document, dict) else None
+        if isinstance(entries, list):
+            token = document.get("continuationToken")
+            return form, entries, token if isinstance(token, str) and token else None
+    raise ValueError("its answer has no list of models")
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"its answer is not JSON: {text}")
