@@ -1,4 +1,4 @@
-"""`slmops catalog` as a process: on a store with a deployed version, under Foundry's own runtime, and its bad inputs."""
+"""`slmops catalog` as a process: on a store with a deployed version, under Foundry's runtime, and its bad inputs."""
 
 import json
 import os
