@@ -1,9 +1,7 @@
 """`slmops catalog`: the store's registered versions as a catalog that Foundry Local's runtime asks."""
 
 import contextlib
-import ipaddress
 import logging
-import os
 import signal
 import socket
 from typing import Annotated
@@ -12,6 +10,7 @@ from urllib.parse import urlsplit
 import typer
 
 from deployments.console import print_line
+from deployments.listening import check_address, listen
 from infra.errors import BadInput
 from infra.settings import Settings, load_settings
 
@@ -31,26 +30,10 @@ def add_catalog_command(app: typer.Typer) -> None:
 def catalog(host: Host = "127.0.0.1", port: Port = DEFAULT_PORT, upstream: Upstream = None) -> None:
     """Serve the store's registered versions as a Foundry Local catalog, until it is stopped."""
     settings = load_settings()
-    _check_address(host, settings)
+    check_address(host, "SLMOPS_CATALOG__TOKEN", "in the catalog's URL", has_token=bool(settings.catalog.token))
     _check_upstream(upstream)
-    with contextlib.closing(_listen(host, port)) as listener:
+    with contextlib.closing(listen(host, port)) as listener:
         _serve(host, listener, upstream, settings)
-
-
-def _check_address(host: str, settings: Settings) -> None:
-    if not _is_loopback(host) and not settings.catalog.token:
-        raise BadInput(
-            f"Other machines could ask at {host}, and there is no token.",
-            "Set SLMOPS_CATALOG__TOKEN, which the catalog's URL then carries, or listen on 127.0.0.1.",
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def _check_upstream(upstream: str | None) -> None:
@@ -58,23 +41,12 @@ def _check_upstream(upstream: str | None) -> None:
         return
     with contextlib.suppress(ValueError):  # a port that is none, brackets that hold no address
         parts = urlsplit(upstream)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+        # A password would end up in logs.
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
             return
-    raise BadInput("The upstream catalog's address is no http:// or https:// URL.", "Correct --upstream.")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # elsewhere it would let two servers share a port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise BadInput(f"Nothing can listen at {host}, port {port}: {reason}.", "Choose another with --port.") from None
-    return listener
+    raise BadInput(
+        "The upstream catalog's address is no http:// or https:// URL without a user's name.", "Correct --upstream."
+    )
 
 
 def _serve(host: str, listener: socket.socket, upstream: str | None, settings: Settings) -> None:
@@ -88,7 +60,8 @@ def _serve(host: str, listener: socket.socket, upstream: str | None, settings: S
     from infra.storage.opening import open_registry
     from tasks.catalog import StoreCatalog
 
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    # In place of what Prefect's import left there: it shows nothing of ours.
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
     registry = open_registry(settings)
     registry.objects.check()
     token = settings.catalog.token.get_secret_value() if settings.catalog.token else None

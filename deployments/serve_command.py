@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from deployments.console import print_line, print_note
+from deployments.listening import check_address, listen
 from infra.errors import BadInput
 from infra.settings import Settings, load_settings
 
@@ -34,41 +34,10 @@ def add_serve_command(app: typer.Typer) -> None:
 def serve(names: Names = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -> None:
     """Serve each model's champion by OpenAI's API, under the model's plain name, until it is stopped."""
     settings = load_settings()
-    _check_address(host, settings)
-    listener = _listen(host, port)
+    check_address(host, "SLMOPS_SERVE__TOKEN", "as their API key", has_token=bool(settings.serve.token))
+    listener = listen(host, port)
     with contextlib.closing(listener):
         asyncio.run(_serve(names or [], host, listener, settings))
-
-
-def _check_address(host: str, settings: Settings) -> None:
-    if not _is_loopback(host) and not settings.serve.token:
-        raise BadInput(
-            f"Other machines could ask at {host}, and there is no token.",
-            "Set SLMOPS_SERVE__TOKEN, which clients send as their API key, or listen on 127.0.0.1.",
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # elsewhere it would let two servers share a port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        raise BadInput(
-            f"Nothing can listen at {host}, port {port}: {error.strerror or error}.", "Choose another with --port."
-        ) from None
-    return listener
 
 
 async def _serve(names: list[str], host: str, listener: socket.socket, settings: Settings) -> None:

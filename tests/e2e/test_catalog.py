@@ -131,7 +131,7 @@ def test_what_cannot_be_served_is_said_in_one_sentence(slmops: Slmops) -> None:
         "Nothing can listen at nowhere.invalid"
         in slmops.run("catalog", "--host", "nowhere.invalid", status=2, SLMOPS_CATALOG__TOKEN=TOKEN).stderr
     )
-    for url in ("ftp://host/x", "http://", "https://host:port/x", "models"):
+    for url in ("ftp://host/x", "http://", "https://host:port/x", "https://user:pw@host/x", "models"):
         said = slmops.run("catalog", "--upstream", url, status=2).stderr
         assert "The upstream catalog's address is no http:// or https:// URL." in said
     said = slmops.run("catalog", status=2, SLMOPS_STORE__URI="ftp://x").stderr
