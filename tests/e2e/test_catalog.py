@@ -133,7 +133,8 @@ def test_what_cannot_be_served_is_said_in_one_sentence(slmops: Slmops) -> None:
     )
     for url in ("ftp://host/x", "http://", "https://host:port/x", "https://user:pw@host/x", "models"):
         said = slmops.run("catalog", "--upstream", url, status=2).stderr
-        assert "The upstream catalog's address is no http:// or https:// URL." in said
+        assert "The upstream catalog's address is no http:// or https:// URL without a user's name." in said
+        assert "pw" not in said
     said = slmops.run("catalog", status=2, SLMOPS_STORE__URI="ftp://x").stderr
     assert "cannot be opened" in said
     assert not slmops.home.exists()
