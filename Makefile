@@ -7,7 +7,6 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 # Tests mostly wait for a process that computes on one core. The demo's training takes all cores, and has them to itself.
 PYTEST_WORKERS ?= 2
-DEMO_TESTS := $(addprefix tests/,e2e/test_demo.py e2e/test_quality.py e2e/test_report_in_ui.py tasks/test_train.py)
 
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
@@ -33,8 +32,8 @@ demo: setup
 	$(BIN)/slmops demo
 
 test: setup
-	$(BIN)/python -m pytest --cov --cov-report= $(PYTEST_ARGS) $(DEMO_TESTS)
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(addprefix --ignore=,$(DEMO_TESTS)) \
+	$(BIN)/python -m pytest -m demo --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not demo" -n $(PYTEST_WORKERS) --dist loadgroup \
 		--cov --cov-append --cov-report=term $(PYTEST_ARGS)
 
 lint: setup

@@ -39,16 +39,17 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
 
 
-@pytest.hookimpl(wrapper=True)  # xdist reads the marks in the same hook, before any other plugin's turn
+@pytest.hookimpl(wrapper=True)  # before `-m` selects and xdist groups, which read the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Say which tests go to the same worker where several run (`pytest -n 2 --dist loadgroup`).
+    """Mark the tests of the demo, and say which others go to the same worker (`pytest -n 2 --dist loadgroup`).
 
-    Those that share what is dear to make do: the demo, or the fixtures of a module. Whole journeys share nothing else.
+    Those of a module do, which share its fixtures. Whole journeys share nothing that is dear to make.
     """
     for item in items:
+        if "demo_home" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.demo)
         alone = item.path.parent.name == "e2e"
-        group = "demo" if "demo_home" in getattr(item, "fixturenames", ()) else item.nodeid if alone else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else str(item.path)))
     yield
 
 
