@@ -31,7 +31,7 @@ _PREFECT_HOME = tempfile.mkdtemp(prefix="slmops-tests-prefect-")
 for _name in [name for name in os.environ if name.startswith(("SLMOPS_", "PREFECT_")) and name != FORBID_SKIPS]:
     del os.environ[_name]
 if "PYTEST_XDIST_WORKER" in os.environ:  # two models that compute with all cores' threads slow each other down by far
-    os.environ["SLMOPS_MACHINE__THREADS"] = "1"
+    os.environ |= {"SLMOPS_MACHINE__THREADS": "1", "OMP_NUM_THREADS": "1"}
 os.environ.update(QUIET_ENVIRONMENT | {"PREFECT_HOME": _PREFECT_HOME, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
 
 
