@@ -31,7 +31,7 @@ _PREFECT_HOME = tempfile.mkdtemp(prefix="slmops-tests-prefect-")
 for _name in [name for name in os.environ if name.startswith(("SLMOPS_", "PREFECT_")) and name != FORBID_SKIPS]:
     del os.environ[_name]
 if "PYTEST_XDIST_WORKER" in os.environ:  # two models that compute with all cores' threads slow each other down by far
-    os.environ["SLMOPS_MACHINE__THREADS"] = "1"
+    os.environ |= {"SLMOPS_MACHINE__THREADS": "1", "OMP_NUM_THREADS": "1"}
 os.environ.update(QUIET_ENVIRONMENT | {"PREFECT_HOME": _PREFECT_HOME, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
 
 
@@ -39,19 +39,20 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
 
 
-@pytest.hookimpl(wrapper=True)  # xdist reads the marks in the same hook, before any other plugin's turn
+@pytest.hookimpl(wrapper=True)  # before `-m` selects and xdist groups, which read the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Say which tests go to the same worker where several run (`pytest -n 2 --dist loadgroup`).
+    """Mark the tests of the demo, and say which others go to the same worker (`pytest -n 2 --dist loadgroup`).
 
-    Those that share what is dear to make do: the demo, or the fixtures of a module. Whole journeys share nothing else,
-    unless they say so by the mark itself.
+    Those of a module do, which share its fixtures. Whole journeys share nothing that is dear to make, unless they say
+    so by the mark itself.
     """
     for item in items:
+        if "demo_home" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.demo)
         if item.get_closest_marker("xdist_group"):
             continue
         alone = item.path.parent.name == "e2e"
-        group = "demo" if "demo_home" in getattr(item, "fixturenames", ()) else item.nodeid if alone else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else str(item.path)))
     yield
 
 

@@ -75,6 +75,12 @@ class S3Server:
         """Create the bucket `name`. Raises botocore's `ClientError` when it is there already."""
         self.client().create_bucket(Bucket=name)
 
+    def ensure_bucket(self, name: str) -> None:
+        """Create the bucket `name` unless it is there."""
+        client = self.client()
+        with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=name)
+
     def at(self, endpoint_url: str) -> "S3Server":
         """Return the same server as reached through another address, such as a proxy's."""
         return dataclasses.replace(self, endpoint_url=endpoint_url)

@@ -11,7 +11,7 @@ from infra.storage.registry import ModelRegistry
 from tests.s3_servers import S3Server
 
 KINDS = ("file", "rclone", "moto", "seaweedfs")
-PREFIX = "team/models"
+BUCKET = "slmops"  # one for all of a server: SeaweedFS keeps each in volumes of its own, and has only so many
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ class StoreCase:
 
 
 def empty_store(folder: Path, server: S3Server | None) -> StoreCase:
-    """Return a new store: in a folder that does not exist yet, or under a prefix of a new bucket."""
+    """Return a new store: in a folder that does not exist yet, or under a new prefix of the server's bucket."""
     if server is None:
         return StoreCase(folder.as_uri(), None)
-    bucket = f"slmops-{uuid.uuid4().hex[:16]}"
-    server.make_bucket(bucket)
-    return StoreCase(f"s3://{bucket}/{PREFIX}", server)
+    server.ensure_bucket(BUCKET)
+    return StoreCase(f"s3://{BUCKET}/{uuid.uuid4().hex[:16]}/models", server)

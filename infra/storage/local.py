@@ -75,7 +75,7 @@ class LocalObjectStore:
                     f"{source} is not what it was: its SHA-256 is {found.hexdigest()}, not {blob.sha256}.",
                     "It was altered: bring it anew from where it came from.",
                 )
-            _flush_to_disk(target)
+            flush_to_disk(target)
             target.close()
             self.adopt_blob(blob, Path(target.name))
 
@@ -127,7 +127,7 @@ class LocalObjectStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._aside() as aside:
                 aside.write(data)
-                _flush_to_disk(aside)
+                flush_to_disk(aside)
                 aside.close()
                 Path(aside.name).replace(path)
 
@@ -138,7 +138,7 @@ class LocalObjectStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._aside() as aside:
                 aside.write(data)
-                _flush_to_disk(aside)
+                flush_to_disk(aside)
                 try:
                     os.link(aside.name, path)  # unlike a rename, a link never replaces what is there
                 except FileExistsError:
@@ -233,6 +233,7 @@ def holder_of(key: str) -> str:
     return key.rpartition("/")[2].rpartition("-")[0]
 
 
-def _flush_to_disk(stream: IO[bytes]) -> None:
+def flush_to_disk(stream: IO[bytes]) -> None:
+    """Return when what was written to a file is on the disk."""
     stream.flush()
     os.fsync(stream.fileno())

@@ -14,13 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.errors import PassingFault, StageFailed
 from infra.settings import StoreSettings
 from infra.storage.holders import has_ended
-from infra.storage.local import aside_prefix, holder_of
+from infra.storage.local import aside_prefix, flush_to_disk, holder_of
 from infra.storage.objects import BLOBS, Blob, Entry, OnBytes, untold
 from infra.storage.s3_client import (
     CONNECTIONS,
@@ -168,21 +169,11 @@ class S3ObjectStore:
         """See `ObjectStore.missing`."""
         wanted = list(blobs)
         with s3_errors(self._uri), _workers(CONNECTIONS) as pool:
-            listed, are_all = self._listed_sizes(f"{BLOBS}/", pages=len(wanted) // BLOBS_PER_LISTED_PAGE)
-            unknown = [] if are_all else [blob.key for blob in wanted if blob.key not in listed]
-            asked = dict(zip(unknown, pool.map(self._size_bytes, unknown), strict=True))
-        sizes = {**listed, **asked}
+            listed, is_all = self._listed(BLOBS, most_pages=len(wanted) // BLOBS_PER_LISTED_PAGE)
+            sizes: dict[str, int | None] = {entry.key: entry.size_bytes for entry in listed}
+            unknown = [] if is_all else [blob.key for blob in wanted if blob.key not in sizes]
+            sizes.update(zip(unknown, pool.map(self._size_bytes, unknown), strict=True))
         return [blob for blob in wanted if sizes.get(blob.key) != blob.size_bytes]
-
-    def _listed_sizes(self, folder: str, pages: int) -> tuple[dict[str, int], bool]:
-        """List at most so many pages; returns key -> size in bytes, and whether these are all that there are."""
-        sizes: dict[str, int] = {}
-        listing = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._key(folder))
-        for _, page in zip(range(pages), listing, strict=False):
-            sizes |= {self._without_prefix(one["Key"]): one["Size"] for one in page.get("Contents", [])}
-            if not page.get("IsTruncated"):
-                return sizes, True
-        return sizes, False
 
     def _size_bytes(self, key: str) -> int | None:
         from botocore.exceptions import ClientError
@@ -342,8 +333,7 @@ class S3ObjectStore:
         try:
             with part.open("wb") as stream:
                 stream.writelines(chunks)
-                stream.flush()
-                os.fsync(stream.fileno())
+                flush_to_disk(stream)
             _move_in(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -497,12 +487,27 @@ class S3ObjectStore:
     def entries(self, folder: str) -> Iterator[Entry]:
         """See `ObjectStore.entries`."""
         with s3_errors(self._uri):
+            found, _ = self._listed(folder)
+        yield from sorted(found, key=lambda entry: entry.key)
+
+    def _listed(self, folder: str, most_pages: int | None = None) -> tuple[list[Entry], bool]:
+        """List a folder, or its first pages only; returns what was found, and whether that is all there is."""
+
+        def ask() -> tuple[list[Entry], bool]:
+            found: list[Entry] = []
+            is_all = False
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._key(f"{folder}/")
             )
-            found = self._again(lambda: [one for page in pages for one in page.get("Contents", [])])
-        entries = (Entry(self._without_prefix(one["Key"]), one["Size"], one["LastModified"]) for one in found)
-        yield from sorted(entries, key=lambda entry: entry.key)
+            for page in islice(pages, most_pages):
+                found += [
+                    Entry(self._without_prefix(one["Key"]), one["Size"], one["LastModified"])
+                    for one in page.get("Contents", [])
+                ]
+                is_all = not page.get("IsTruncated")
+            return found, is_all
+
+        return self._again(ask)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `ObjectStore.delete`."""

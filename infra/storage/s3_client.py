@@ -1,6 +1,7 @@
 """A client of an S3 server by the store's settings, and S3's errors in a user's words."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from infra.errors import BadInput, PassingFault, StageFailed
 from infra.settings import StoreSettings
 
 if TYPE_CHECKING:
+    from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
 
 CONNECT_TIMEOUT_S = 5
@@ -76,6 +78,7 @@ def make_client(settings: StoreSettings) -> "S3Client":
     that make no client.
     """
     import boto3
+    import botocore.session
     from botocore.config import Config
 
     endpoint_url = settings.endpoint_url
@@ -95,7 +98,11 @@ def make_client(settings: StoreSettings) -> "S3Client":
     )
     secret = settings.secret_access_key
     with s3_errors(endpoint_url or "S3"):
-        session = boto3.session.Session(profile_name=settings.profile, region_name=settings.region)
+        core = botocore.session.get_session()
+        core.register_component("data_loader", _service_descriptions())
+        session = boto3.session.Session(
+            botocore_session=core, profile_name=settings.profile, region_name=settings.region
+        )
         return session.client(
             "s3",
             endpoint_url=endpoint_url,
@@ -105,6 +112,14 @@ def make_client(settings: StoreSettings) -> "S3Client":
             region_name=session.region_name or ("us-east-1" if endpoint_url else None),
             config=config,
         )
+
+
+@functools.cache
+def _service_descriptions() -> "Loader":
+    """Return what reads botocore's descriptions of services; kept, because reading them is most of making a client."""
+    from botocore.loaders import Loader
+
+    return Loader()
 
 
 def _check_endpoint(url: str) -> None:

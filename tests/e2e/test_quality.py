@@ -38,10 +38,10 @@ def test_the_demos_scores_come_with_intervals_and_int8_is_within_noise_of_the_re
         interval = variant["intervals"]["score"]
         assert interval["low"] <= variant["metrics"]["score"] == interval["value"] <= interval["high"]
         assert interval["high"] - interval["low"] > 0
-        assert variant["metrics"]["output_conformity"] >= 0.95
-    # The training's outcome depends on the machine's arithmetic, so that a row or two may be lost for certain.
+        # The checkpoint itself misses the format in one answer of 200 or in none, by the arithmetic that trained it.
+        assert max(0.95, variant["metrics"]["score"]) <= variant["metrics"]["output_conformity"] <= 1.0
     loss = variant_of(report, "int8")["intervals"]["quality_loss"]
-    assert loss["low"] <= 0.02 <= loss["high"] + 0.02
+    assert loss["low"] <= 0 <= loss["high"]
 
 
 @pytest.mark.slow

@@ -90,6 +90,24 @@ def alter(registry: ModelRegistry, key: str, data: bytes) -> None:
     registry.objects.put_bytes(key, data)
 
 
+@pytest.mark.parametrize("asked", [50, 60, 110])  # a listing of its one, first or two pages, and what it does not show
+def test_which_of_many_blobs_are_missing(asked: int, store: StoreCase, tmp_path: Path) -> None:
+    kept = 40 if asked == 50 else 1_010
+    files = []
+    for number in range(kept):
+        path = tmp_path / f"files/{number}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(str(number).encode())
+        files.append((Blob(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size), path))
+    objects = store.open(tmp_path / "home")
+    objects.put_blobs(files)
+    there = sorted((blob for blob, _ in files), key=lambda blob: blob.key)[-asked // 2 :]  # the end of the listing
+    other_size = Blob(there[0].sha256, there[0].size_bytes + 1)
+    absent = [Blob(hashlib.sha256(f"no {number}".encode()).hexdigest(), 3) for number in range(asked - len(there) - 1)]
+    assert objects.missing([*there, other_size, *absent]) == [other_size, *absent]
+    assert objects.missing(there) == []
+
+
 class TestVersions:
     def test_the_bytes_are_read_back(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, is_new = commit(registry, tmp_path)

@@ -31,7 +31,7 @@ from infra.settings import Settings, StoreSettings
 from infra.storage.copying import CopiedVersion, copy_version
 from infra.storage.local import LocalObjectStore
 from infra.storage.manifest import Manifest, Source, StoredVariant
-from infra.storage.objects import BLOBS
+from infra.storage.objects import BLOBS, Blob
 from infra.storage.opening import open_local_registry, open_registry
 from infra.storage.registry import CHAMPION, ModelRegistry, blob_of
 from infra.storage.s3_client import ATTEMPTS, make_client, parse_s3_uri
@@ -418,6 +418,15 @@ def test_a_push_gets_over(fault: str, either: Journey, brief_waits: None) -> Non
     assert bool(either.proxy.hits(SOMETIMES[fault])) == (either.store.kind == "rclone" or fault not in READ_BACK)
     either.assert_arrived(either.beside())
     assert not either.push().is_new
+
+
+@pytest.mark.parametrize("fault", ["truncated lists", "resets in lists"])
+def test_a_listing_of_many_blobs_gets_over(fault: str, journey: Journey, brief_waits: None) -> None:
+    journey.pushed().proxy.add(SOMETIMES[fault])
+    there = [blob_of(file) for file in journey.manifest.variants[0].files]
+    absent = [Blob(f"{number:064x}", 1) for number in range(100)]
+    assert journey.far().objects.missing([*there, *absent]) == absent
+    assert journey.proxy.hits(SOMETIMES[fault])
 
 
 @pytest.mark.parametrize("fault", [one for one in SOMETIMES if one not in ONLY_PUSH])
