@@ -176,7 +176,7 @@ class TestRefusals:
             (b'{"model":"home","messages":[{"role":"user","content":"x"}],"temperature":-1}', "temperature"),
             (b'{"model":"home","messages":[{"role":"user","content":"x"}],"max_tokens":-1}', "max_output_tokens"),
             (b'{"model":"home","messages":[{"role":"user","content":"x"}],"stream_options":1}', "stream_options"),
-            (b"[" * 100_000, "JSON"),
+            pytest.param(b"[" * 100_000, "JSON", id="nested"),
         ],
     )
     def test_a_bad_request(self, server: RunningServer, body: bytes, said: str) -> None:
