@@ -234,7 +234,7 @@ def _qualify_variant(version: Qualification, variant: StoredVariant) -> _Outcome
     update = {
         "status": "registered",
         "answer": proof.answer,
-        "notes": (*verdict.notes, *registration.notes),
+        "notes": (*verdict.notes, *registration.notes, *proof.notes),
     }
     return _Outcome(report.model_copy(update=update), is_new)
 

@@ -15,6 +15,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import BadInput, SlmopsError, StageFailed
+from infra.foundry.command import CommandFailed, installed_command
 from infra.process.supervisor import run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
@@ -293,7 +294,7 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
     """
     inspection = inspect_checkpoint(Path(checkpoint).expanduser()) if checkpoint else None
     checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
-    checks.append(check_store(settings))
+    checks += [*check_foundry_command(settings), check_store(settings)]
     if inspection:
         stages = estimate_stages(
             inspection, tuple(BUILD_RAM_BYTES_PER_BODY_PARAMETER), rows=settings.evaluation.max_rows
@@ -368,6 +369,22 @@ def check_foundry_runtime(settings: Settings) -> Check:
         return Check(name="Foundry Local", required="runtime loads", found=error.message, ok=False, what_to_do=advice)
     found = f"runtime {child.value['native']}"
     return Check(name="Foundry Local", required="runtime loads", found=found, ok=True)
+
+
+def check_foundry_command(settings: Settings) -> list[Check]:
+    """Say which `foundry` command is on the PATH and whether it serves slmops's models; no row where there is none."""
+    command = installed_command()
+    if command is None:
+        return []
+    optional = "none, or one that runs"
+    try:
+        version, serves = command.version(), command.serves(settings.foundry_dir)
+    except CommandFailed as error:
+        advice = "Repair Foundry Local's installation, or take it off the PATH."
+        return [Check(name="foundry command", required=optional, found=str(error), ok=False, what_to_do=advice)]
+    cache = "it serves slmops's models" if serves else "it serves another cache"
+    advice = "" if serves else f"To use the models there: foundry cache cd {settings.foundry_dir}"
+    return [Check(name="foundry command", required=optional, found=f"{version}, {cache}", ok=True, what_to_do=advice)]
 
 
 @task(name="check environment", task_run_name="check-environment")

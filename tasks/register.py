@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.checkpoints.folder import read_chat_template, read_json
 from infra.errors import BadInput, StageFailed
+from infra.foundry.command import seen_by_command
 from infra.foundry.model_folder import (
     INFERENCE_MODEL,
     MODEL_CARD,
@@ -331,6 +332,7 @@ class Proof(BaseModel):
     e2e_latency_ms: float
     prompt_tokens: int
     completion_tokens: int
+    notes: tuple[str, ...] = ()
 
 
 @task(name="register variant", task_run_name="register-{variant.precision}", **PASSING_FAULTS)
@@ -441,7 +443,9 @@ def prove_variant(
 ) -> Proof:
     """Let a registered variant answer in a fresh process, and compare with onnxruntime-genai's own answer.
 
-    A variant that is not found, does not load or answers otherwise is unregistered again. Raises `StageFailed`.
+    A variant that is not found, does not load or answers otherwise is unregistered again. Raises `StageFailed`. Where
+    the `foundry` command serves this cache, it is asked too; it renders prompts in its own way, so that what it makes
+    of the model is a note.
     """
     model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
     messages = [message.model_dump() for message in row.messages]
@@ -460,7 +464,10 @@ def prove_variant(
             unregister_variant(manifest, variant, settings)
             raise type(error)(f"{error.message} It was unregistered again.", error.what_to_do) from error
         figures = {name: proven[name] for name in ("load_ms", "e2e_latency_ms", "prompt_tokens", "completion_tokens")}
-        proof = Proof(model_id=model_id, question=row.messages[-1].content, answer=proven["answer"], **figures)
+        question = row.messages[-1].content
+        note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
+        notes = (note,) if note else ()
+        proof = Proof(model_id=model_id, question=question, answer=proven["answer"], notes=notes, **figures)
         registry.add_evidence(manifest, f"proof-{variant.precision}", proof.model_dump())
     return proof
 
@@ -494,7 +501,7 @@ def last_proof(manifest: Manifest, variant: StoredVariant, row: EvaluationRow, r
     record = registry.latest_evidence(manifest, f"proof-{variant.precision}")
     if record is None or record["question"] != row.messages[-1].content:
         return None
-    return Proof(**{name: record[name] for name in Proof.model_fields})
+    return Proof(**{name: record[name] for name in Proof.model_fields if name in record})
 
 
 def _expected_answer(

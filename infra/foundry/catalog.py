@@ -165,6 +165,11 @@ def find_page(models: Sequence[CatalogModel], query: CatalogQuery) -> tuple[list
     return page, page[-1].model_id if len(rest) > len(page) else None, len(found)
 
 
+def page_document(entries: Sequence[Any], token: str | None, count: int, form: str = "value") -> dict[str, Any]:
+    """Return a page's JSON: its entries, the next page's token (None: it is the last), how many there are in all."""
+    return {"totalCount": count, form: list(entries), **({"continuationToken": token} if token else {})}
+
+
 def find_models(models: Sequence[CatalogModel], filters: Sequence[CatalogFilter]) -> list[CatalogModel]:
     """Return the models that pass all filters.
 

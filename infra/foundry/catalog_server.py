@@ -10,7 +10,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import BadInput, SlmopsError
-from infra.foundry.catalog import CATALOG_PATH, CatalogModel, CatalogQuery, find_page, outward_query, parse_query
+from infra.foundry.catalog import (
+    CATALOG_PATH,
+    CatalogModel,
+    CatalogQuery,
+    find_page,
+    outward_query,
+    page_document,
+    parse_query,
+)
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -97,7 +105,7 @@ async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Up
     page, next_token, count = find_page(ours, query)
     if next_token is None and other and other.may_be_asked and outward_query(query, ours):
         next_token = _UPSTREAM_PREFIX
-    return _page([model.entry() for model in page], next_token, count)
+    return page_document([model.entry() for model in page], next_token, count)
 
 
 async def _upstream_page(
@@ -106,15 +114,11 @@ async def _upstream_page(
     outward = outward_query(query, ours)
     answer = await other.ask(outward) if other and outward else None
     if answer is None:
-        return _page([], None, len(ours))
+        return page_document([], None, len(ours))
     form, entries, token = answer
     names = {model.name for model in ours}
     foreign = [entry for entry in entries if _name_of(entry) not in names]
-    return _page(foreign, f"{_UPSTREAM_PREFIX}{token}" if token else None, len(ours) + len(foreign), form)
-
-
-def _page(entries: list[Any], token: str | None, count: int, form: str = "value") -> dict[str, Any]:
-    return {"totalCount": count, form: entries, **({"continuationToken": token} if token else {})}
+    return page_document(foreign, f"{_UPSTREAM_PREFIX}{token}" if token else None, len(ours) + len(foreign), form)
 
 
 def _name_of(entry: Any) -> Any:

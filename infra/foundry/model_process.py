@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,9 +20,9 @@ from typing import Any
 import psutil
 
 from infra import errors
+from infra.foundry.catalog import CATALOG_PATH, CatalogModel, page_document
 from infra.process.supervisor import LOG_TAIL_LINES, child_environment
 
-CATALOG_PATH = "/asset-gallery/v1.0/models"
 LOOPBACK = "127.0.0.1"
 STOP_TIMEOUT_S = 10.0
 
@@ -118,33 +119,19 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 # The child's side
 
 
-def catalog_answer(model_id: str, size_bytes: int) -> dict[str, Any]:
-    """Return what the runtime's catalog client takes for a catalog of one model."""
+def _catalog_answer(model_id: str, size_bytes: int) -> dict[str, Any]:
     name, _, version = model_id.rpartition(":")
-    return {
-        "totalCount": 1,
-        "value": [
-            {
-                "assetId": f"azureml://registries/slmops/models/{name}/versions/{version}",
-                "entityId": model_id,
-                "annotations": {"tags": {"alias": name, "task": "chat-completion"}, "systemCatalogData": {}},
-                "properties": {
-                    "id": model_id,
-                    "name": name,
-                    "version": int(version),
-                    "variantInfo": {
-                        "parents": [],
-                        "variantMetadata": {
-                            "modelType": "ONNX",
-                            "device": "cpu",
-                            "executionProvider": "CPUExecutionProvider",
-                            "fileSizeBytes": size_bytes,
-                        },
-                    },
-                },
-            }
-        ],
-    }
+    model = CatalogModel(
+        name=name,
+        version=int(version),
+        alias=name,
+        device="cpu",
+        execution_provider="CPUExecutionProvider",
+        size_bytes=size_bytes,
+        display_name=name,
+        created_at=datetime.now(UTC).isoformat(),
+    )
+    return page_document([model.entry()], None, 1)
 
 
 def _serve_catalog(answer: dict[str, Any]) -> str:
@@ -175,7 +162,7 @@ def main() -> int:
     from infra.foundry import runtime
 
     request = json.loads(sys.stdin.readline())
-    catalog_url = _serve_catalog(catalog_answer(request["model_id"], request["size_bytes"]))
+    catalog_url = _serve_catalog(_catalog_answer(request["model_id"], request["size_bytes"]))
     try:
         url, load_ms = runtime.start_web_service(request["cache_dir"], catalog_url, request["model_id"])
     except errors.SlmopsError as error:

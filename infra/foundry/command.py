@@ -1,0 +1,91 @@
+"""Foundry Local's `foundry` command, where a machine has it: what it sees of slmops's models, and what one answers.
+
+It is installed for its own sake (winget, brew) and serves one cache per user, which `foundry cache cd` sets. That is
+the user's to set: it is read here and never changed.
+https://learn.microsoft.com/azure/ai-foundry/foundry-local/reference/reference-cli
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.process.supervisor import QUIET_ENVIRONMENT
+
+ASKING_DEADLINE_S = 60  # its service may have to start first
+
+
+class CommandFailed(Exception):
+    """The command did not do what it was asked; the text is one sentence."""
+
+
+@dataclass(frozen=True)
+class FoundryCommand:
+    """The command's path."""
+
+    path: str
+
+    def version(self) -> str:
+        """Return its version. Raises `CommandFailed`."""
+        return self._run("--version").strip()
+
+    def serves(self, cache_dir: Path) -> bool:
+        """Whether this directory is the cache that it serves. Raises `CommandFailed`."""
+        wanted = re.escape(os.path.normcase(cache_dir))
+        return bool(re.search(rf"{wanted}[\\/]?\s*$", os.path.normcase(self._run("cache", "location")), re.MULTILINE))
+
+    def lists(self, model_id: str) -> bool:
+        """Whether its cache has the model. Raises `CommandFailed`."""
+        return model_id in self._run("cache", "ls").split()
+
+    def answer(self, model_id: str, question: str, deadline_s: float) -> str:
+        """Return what it prints when the model is asked; more than the answer. Raises `CommandFailed`."""
+        return self._run("model", "run", model_id, "--prompt", question, deadline_s=deadline_s).strip()
+
+    def _run(self, *arguments: str, deadline_s: float = ASKING_DEADLINE_S) -> str:
+        shown = " ".join(("foundry", *arguments[:2]))
+        try:
+            done = subprocess.run(
+                [self.path, *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                env={**os.environ, **QUIET_ENVIRONMENT},
+                encoding="utf-8",
+                errors="replace",
+                timeout=deadline_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise CommandFailed(f"`{shown}` did not end within {deadline_s:.0f} s.") from None
+        except OSError as error:
+            raise CommandFailed(f"`{shown}` cannot be run: {error.strerror}.") from None
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise CommandFailed(f"`{shown}` ended with {done.returncode}{': ' if said else '.'}{''.join(said)[:200]}")
+        return done.stdout
+
+
+def installed_command() -> FoundryCommand | None:
+    """Return the command if it is on the PATH."""
+    path = shutil.which("foundry")
+    return FoundryCommand(path) if path else None
+
+
+def seen_by_command(cache_dir: Path, model_id: str, question: str, deadline_s: float) -> str:
+    """Return one sentence on what the command makes of a model in this cache; empty where nothing stands against it.
+
+    That it serves another cache, or is not installed, is no fault of the model's.
+    """
+    command = installed_command()
+    try:
+        if command is None or not command.serves(cache_dir):
+            return ""
+        if not command.lists(model_id):
+            return f"The foundry command does not list {model_id} in its cache."
+        if not command.answer(model_id, question, deadline_s):
+            return f"Through the foundry command {model_id} answers nothing."
+    except CommandFailed as error:
+        return f"The foundry command does not answer through {model_id}: {error}"
+    return ""
