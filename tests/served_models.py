@@ -58,8 +58,12 @@ class RunningServer:
         """Numbers of the processes that hold a model."""
         import psutil
 
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child.pid for child in children if "infra.foundry.model_process" in child.cmdline()]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # one that ended meanwhile
+                if "infra.foundry.model_process" in child.cmdline():
+                    found.append(child.pid)
+        return found
 
     def stop(self) -> int:
         """Ask the server to end, and return its exit status."""
