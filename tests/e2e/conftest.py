@@ -1,7 +1,6 @@
 """Whole journeys through the command line, on the demo checkpoint and on tiny ones, each in a home of its own."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import make_tiny_checkpoint
+from tests.conftest import unmeasured_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 OPEN_GATE = {"SLMOPS_GATE__MIN_TOP1_AGREEMENT": "0", "SLMOPS_GATE__MAX_KL_DIVERGENCE": "1000"}
@@ -31,7 +31,7 @@ class Slmops:
 
     def variables(self, **extra: str) -> dict[str, str]:
         """The process environment of a command."""
-        return {**os.environ, "SLMOPS_HOME": str(self.home), **self.environment, **extra}
+        return {**unmeasured_environment(), "SLMOPS_HOME": str(self.home), **self.environment, **extra}
 
     def run(
         self, *arguments: str | Path, status: int = 0, text: str = "", **extra: str
