@@ -99,7 +99,7 @@ def make_client(settings: StoreSettings) -> "S3Client":
     secret = settings.secret_access_key
     with s3_errors(endpoint_url or "S3"):
         core = botocore.session.get_session()
-        core.register_component("data_loader", _service_descriptions())
+        core.lazy_register_component("data_loader", lambda: _kept_loader(core.get_config_variable("data_path")))
         session = boto3.session.Session(
             botocore_session=core, profile_name=settings.profile, region_name=settings.region
         )
@@ -115,11 +115,11 @@ def make_client(settings: StoreSettings) -> "S3Client":
 
 
 @functools.cache
-def _service_descriptions() -> "Loader":
+def _kept_loader(data_path: str | None) -> "Loader":
     """Return what reads botocore's descriptions of services; kept, because reading them is most of making a client."""
-    from botocore.loaders import Loader
+    from botocore.loaders import create_loader
 
-    return Loader()
+    return create_loader(data_path)
 
 
 def _check_endpoint(url: str) -> None:
