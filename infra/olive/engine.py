@@ -11,6 +11,7 @@ from typing import Any
 
 from infra.errors import StageFailed
 from infra.olive.architectures import check_architecture
+from infra.olive.lean_import import import_olive_workflows
 from infra.olive.options import read_olive_package_config
 from infra.process.child import Progress
 
@@ -62,8 +63,7 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -> Path:
     """Run Olive's engine and return the folder that holds the finished model."""
-    from olive.workflows import run
-
+    workflows = import_olive_workflows()
     package_config = read_olive_package_config()
     package_config["passes"][MODEL_BUILDER] |= {"module_path": f"infra.olive.model_builder.{MODEL_BUILDER}"}
     result_dir = work / "result"
@@ -80,7 +80,7 @@ def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -
     failure = _LastFailure()
     logging.getLogger("olive").addHandler(failure)
     try:
-        output = run(run_config, package_config=package_config, tempdir=str(temporary))
+        output = workflows.run(run_config, package_config=package_config, tempdir=str(temporary))
         reason = failure.exception
         produced = output is not None and output.has_output_model()
     except Exception as error:

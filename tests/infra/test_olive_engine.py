@@ -1,6 +1,11 @@
 """Builds through the real Olive engine, on tiny checkpoints: correct, small, reproducible, tidy."""
 
+import ast
+import importlib.util
 import json
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from infra.olive.engine import build
 from infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
 from tests.checkpoints import make_tiny_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 LONGER_THAN_ANY_WINDOW = [(7 * i * i + 13 * i) % 470 for i in range(200)]
 PROMPTS = [LONGER_THAN_ANY_WINDOW, [3, 1, 4, 1, 5, 9, 2, 6], [480]]
 
@@ -235,3 +241,33 @@ def test_an_unsupported_architecture_is_refused(family: str, tmp_path: Path) -> 
     with pytest.raises(BadInput, match=r"The architecture \w+ is not supported"):
         _build(checkpoint, tmp_path / "built", precision="int4")
     assert not (tmp_path / "built").exists()
+
+
+IMPORTS_NOTHING_NEEDLESS = """
+import sys
+from infra.olive.lean_import import import_olive_workflows
+
+run = import_olive_workflows().run
+needless = [name for name in ("olive.cli", "scipy.signal", "matplotlib", "torchmetrics") if name in sys.modules]
+import olive, torchmetrics
+print(run.__module__, needless, olive.__version__, torchmetrics.Accuracy.__name__)
+"""
+
+
+def test_what_no_build_uses_is_not_imported() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS_NOTHING_NEEDLESS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["olive.workflows.run.run", "[]", version("olive-ai"), "Accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"), [("__init__.py", "olive.cli.api"), ("evaluator/accuracy.py", "torchmetrics")]
+)
+def test_olive_itself_imports_it_still(module: str, imported: str) -> None:
+    """When this fails, infra/olive/lean_import.py has less to do."""
+    spec = importlib.util.find_spec("olive")
+    assert spec and spec.origin
+    tree = ast.parse((Path(spec.origin).parent / module).read_text("utf-8"))
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert imported in names | {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}

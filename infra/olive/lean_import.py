@@ -1,0 +1,50 @@
+"""Import Olive's engine without what no build of ours uses: every build waits for it.
+
+`import olive` also imports all commands of Olive's command line, and Olive's evaluators import torchmetrics, which
+brings scipy.signal and matplotlib: together half of that import's time. No evaluator runs in a build, for
+tasks/build.py accepts none in an Olive configuration. tests/infra/test_olive_engine.py tells when Olive imports them
+no more.
+"""
+
+import importlib
+import importlib.util
+import logging
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _NeverUsed(ModuleType):
+    """Stands for a library whose names Olive puts into a table when it is imported."""
+
+    def __getattr__(self, name: str) -> "_NeverUsed":
+        if name.startswith("__"):  # what Python itself asks of a module
+            raise AttributeError(name)
+        return _NeverUsed(f"{self.__name__}.{name}")
+
+
+def import_olive_workflows() -> Any:
+    """Return the module `olive.workflows`. In this process `import olive` gives a package without its Python API."""
+    if "olive" in sys.modules:
+        return importlib.import_module("olive.workflows")
+    spec = importlib.util.find_spec("olive")
+    assert spec
+    olive: Any = importlib.util.module_from_spec(spec)
+    sys.modules["olive"] = olive
+    olive.__version__ = importlib.import_module("olive.version").__version__  # Olive writes it into models
+    _log_as_olive_does()
+    stand_in = sys.modules.setdefault("torchmetrics", _NeverUsed("torchmetrics"))
+    try:
+        return importlib.import_module("olive.workflows")
+    finally:
+        if isinstance(stand_in, _NeverUsed):
+            del sys.modules["torchmetrics"]
+
+
+def _log_as_olive_does() -> None:
+    logger = logging.getLogger("olive")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [%(filename)s:%(lineno)d] %(message)s"))
+    logger.addHandler(handler)
