@@ -10,7 +10,13 @@ import psutil
 from platformdirs import user_data_path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from infra.errors import BadInput
 
@@ -194,6 +200,10 @@ class Settings(BaseSettings):
         default_factory=lambda: user_data_path("slmops", appauthor=False),
         description="Everything that slmops writes lives under this directory.",
     )
+    secrets_dir: Path | None = Field(
+        None,
+        description="Folder of files that are named like these variables and hold their values; a variable goes first.",
+    )
     store: StoreSettings = StoreSettings()
     foundry: FoundrySettings = FoundrySettings()
     serve: ServeSettings = ServeSettings()
@@ -205,6 +215,22 @@ class Settings(BaseSettings):
     soak: SoakSettings = SoakSettings()
     timeout: TimeoutSettings = TimeoutSettings()
     machine: MachineSettings = MachineSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the environment, then the files of `secrets_dir`; nothing else, above all no `.env`."""
+        folder = _secrets_dir()
+        if folder is None:
+            return init_settings, env_settings
+        files = NestedSecretsSettingsSource(file_secret_settings, secrets_dir=folder, secrets_dir_missing="error")
+        return init_settings, env_settings, files
 
     @property
     def home_dir(self) -> Path:
@@ -247,9 +273,12 @@ def load_settings() -> Settings:
         faults = "; ".join(f"{_variable(fault['loc'])}: {fault['msg']}{_found(fault)}" for fault in error.errors())
     except SettingsError as error:
         cause = error.__cause__
-        text = cause.doc if isinstance(cause, json.JSONDecodeError) else None
-        named = [name for name, value in os.environ.items() if value == text and _is_ours(name)]
-        faults = f"{', '.join(named) or error}: Input should be JSON, such as [128, 512]"
+        faults = str(error)
+        if isinstance(cause, json.JSONDecodeError):
+            named = [name for name, value in os.environ.items() if value == cause.doc and _is_ours(name)]
+            faults = f"{', '.join(named) or error}: Input should be JSON, such as [128, 512]"
+    except (OSError, UnicodeDecodeError) as error:
+        faults = f"{_variable(('secrets_dir',))}: a file in it cannot be read: {error}"
     raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.")
 
 
@@ -278,9 +307,24 @@ def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]
 
 def _described(location: tuple[str, ...], value: Any, description: str | None) -> tuple[str, Any, str, str]:
     variable = _variable(location)
-    is_set = any(found and _sets(name, found, variable) for name, found in os.environ.items())
     shown = str(value) if isinstance(value, Path | SecretStr) else value
-    return variable, shown, "environment" if is_set else "default", description or ""
+    source = "default"
+    if any(found and _sets(name, found, variable) for name, found in os.environ.items()):
+        source = "environment"
+    elif any(_sets(name, found, variable) for name, found in _secret_files().items()):
+        source = "file"
+    return variable, shown, source, description or ""
+
+
+def _secrets_dir() -> Path | None:
+    variable = _variable(("secrets_dir",))
+    found = next((value for name, value in os.environ.items() if name.upper() == variable), "")
+    return Path(found).expanduser() if found else None
+
+
+def _secret_files() -> dict[str, str]:
+    folder = _secrets_dir()
+    return NestedSecretsSettingsSource.load_secrets(folder.resolve()) if folder else {}
 
 
 def _sets(name: str, found: str, variable: str) -> bool:

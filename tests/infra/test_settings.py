@@ -165,3 +165,43 @@ def test_threads_are_the_physical_cores_unless_set(monkeypatch: pytest.MonkeyPat
     assert load_settings().threads >= 1
     monkeypatch.setenv("SLMOPS_MACHINE__THREADS", "5")
     assert load_settings().threads == 5
+
+
+def test_files_are_read_where_a_folder_of_them_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "SLMOPS_SERVE__TOKEN").write_text(f"{SECRET}\n")
+    (tmp_path / "slmops_store__secret_access_key").write_text(SECRET)
+    (tmp_path / "SLMOPS_STORE__URI").write_text("s3://of-the-file/models")
+    (tmp_path / "another-programs-key").write_text("not ours")
+    monkeypatch.setenv("SLMOPS_STORE__URI", "s3://of-the-variable/models")
+    monkeypatch.setenv("SLMOPS_SECRETS_DIR", str(tmp_path))
+    settings = load_settings()
+    assert settings.serve.token
+    assert settings.serve.token.get_secret_value() == SECRET
+    assert settings.store.secret_access_key
+    assert settings.store.secret_access_key.get_secret_value() == SECRET
+    assert settings.store_uri == "s3://of-the-variable/models"
+    shown = described()
+    assert shown["SLMOPS_SERVE__TOKEN"] == ("**********", "file")
+    assert shown["SLMOPS_STORE__URI"][1] == "environment"
+    assert shown["SLMOPS_CATALOG__TOKEN"] == (None, "default")
+
+
+def test_files_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLMOPS_SECRETS_DIR", str(tmp_path / "missing"))
+    with pytest.raises(BadInput, match=r"missing\" does not exist\."):
+        load_settings()
+    (tmp_path / "SLMOPS_SERVE__TOKEN").write_bytes(b"\xff")
+    monkeypatch.setenv("SLMOPS_SECRETS_DIR", str(tmp_path))
+    with pytest.raises(BadInput, match="SLMOPS_SECRETS_DIR: a file in it cannot be read"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["SLMOPS_STORE__SECRET_KEY", "SLMOPS_CATALOG__TOKEN"])
+def test_a_file_that_is_not_valid_is_named_and_not_shown(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("short-secret")
+    monkeypatch.setenv("SLMOPS_SECRETS_DIR", str(tmp_path))
+    with pytest.raises(BadInput, match=name) as caught:
+        load_settings()
+    assert "short-secret" not in str(caught.value)
