@@ -21,7 +21,9 @@ from infra.settings import Settings, load_settings
 
 DEFAULT_PORT = 5273
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Models to serve; default: all.")]
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Models to serve; default: all, those to come too.")
+]
 Host = Annotated[str, typer.Option(help="Address to listen on; any but loopback takes SLMOPS_SERVE__TOKEN.")]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: a free one.")]
 
@@ -51,9 +53,6 @@ async def _serve(names: list[str], host: str, listener: socket.socket, settings:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("slmops").setLevel(logging.INFO)
     source = StoredModels(open_registry(settings), settings)
-    names = names or source.names()
-    if not names:
-        raise BadInput("The store has no champion to serve.", "Deploy a model first: slmops deploy, or slmops demo.")
     models = ModelHost(source, settings.serve, settings.cache_dir / "serving", settings.cache_dir / "logs")
     control_token = secrets.token_urlsafe(32)
     shown = f"[{host}]" if ":" in host else host
@@ -66,6 +65,8 @@ async def _serve(names: list[str], host: str, listener: socket.socket, settings:
 
     try:
         await models.start(names)
+        if not models.champions:
+            _wait_for_the_first(settings)
         for notice in source.notices:
             print_note(f"note: {notice}")
         app = openai_server(models, settings.serve, control_token, lifespan)
@@ -84,6 +85,12 @@ async def _serve(names: list[str], host: str, listener: socket.socket, settings:
             await server.serve(sockets=[listener])
     finally:
         await models.close()
+
+
+def _wait_for_the_first(settings: Settings) -> None:
+    if not settings.serve.follow_s:
+        raise BadInput("The store has no champion to serve.", "Deploy a model first: slmops deploy, or slmops demo.")
+    print_note(f"note: {settings.store_uri} has no champion yet; the first one will be served as soon as it is there.")
 
 
 @contextlib.contextmanager

@@ -60,6 +60,9 @@ class PlacedModel:
 class ModelSource(Protocol):
     """Where versions come from; every call may block."""
 
+    def names(self) -> list[str]:
+        """Return the names that have a champion; raises the store's own errors."""
+
     def champion(self, name: str) -> ServedVersion:
         """Return the champion of a name; raises `BadInput` when there is none, and the store's own errors."""
 
@@ -116,6 +119,7 @@ class ModelHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Lock()
         self._is_closing = False
+        self._takes_new_names = False
 
     @property
     def models(self) -> list[RunningModel]:
@@ -127,12 +131,14 @@ class ModelHost:
         """Whether every name's champion that must stay loaded is."""
         return bool(self.champions) and not self._is_closing and any(one.is_loaded for one in self.models)
 
-    async def start(self, names: Sequence[str]) -> None:
+    async def start(self, names: Sequence[str] = ()) -> None:
         """Learn the champions of these names and load them while there is memory for them.
 
-        Raises what the source raises, and `StageFailed` when none can be loaded.
+        Without names it is every name's, also of those that come later. Raises what the source raises, and
+        `StageFailed` when none can be loaded.
         """
-        for name in names:
+        self._takes_new_names = not names
+        for name in names or await asyncio.to_thread(self._source.names):
             self.champions[name] = await asyncio.to_thread(self._source.champion, name)
         failures = []
         for served in self.champions.values():
@@ -242,6 +248,8 @@ class ModelHost:
         seen = dict(self.champions)
         while True:
             await asyncio.sleep(interval_s)
+            if self._takes_new_names:
+                await self._take_new_names(seen)
             for name in list(self.champions):
                 try:
                     champion = await asyncio.to_thread(self._source.champion, name)
@@ -251,6 +259,23 @@ class ModelHost:
                     seen[name] = champion
                 except errors.SlmopsError as error:
                     LOG.warning("the champion of %s cannot be looked up: %s", name, error.message)
+
+    async def _take_new_names(self, seen: dict[str, ServedVersion]) -> None:
+        """Serve names that have got their first champion; one that cannot be loaded is tried again when it changes."""
+        try:
+            names = await asyncio.to_thread(self._source.names)
+            for name in names:
+                if name in self.champions:
+                    continue
+                champion = await asyncio.to_thread(self._source.champion, name)
+                if champion == seen.get(name):
+                    continue
+                seen[name] = champion
+                await self.ensure_loaded(self._model(champion))
+                self.champions[name] = champion
+                LOG.info("%s is %s now", name, champion.model_id)
+        except errors.SlmopsError as error:
+            LOG.warning("new names cannot be served: %s", error.message)
 
     def _model(self, served: ServedVersion) -> RunningModel:
         if served not in self._models:

@@ -344,7 +344,20 @@ class TestFaults:
             assert done.returncode == 2
             assert said in done.stderr
             assert "Traceback" not in done.stderr
-        assert "no champion to serve" in run_serve(tmp_path / "empty").stderr
+        assert "no champion to serve" in run_serve(tmp_path / "empty", SLMOPS_SERVE__FOLLOW_S="0").stderr
+
+    def test_a_first_champion_is_served_when_it_comes(self, model_dir: Path, tmp_path: Path) -> None:
+        home = tmp_path / "home"
+        with serving(home, environment={"SLMOPS_SERVE__FOLLOW_S": "0.1"}) as server:
+            assert "has no champion yet" in server.log.read_text()
+            assert httpx.get(f"{server.url}/ready").status_code == 503
+            with pytest.raises(openai.NotFoundError):
+                ask(server)
+            for name in ("home", "other"):
+                store_model(registry_of(home), model_dir, tmp_path / "in" / name, name=name)
+                eventually(lambda name=name: f"{name} is {name}:1 now" in server.log.read_text())
+                assert ask(server, name).model == f"{name}:1"
+            assert httpx.get(f"{server.url}/ready").status_code == 200
 
 
 class TestToken:
