@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -29,6 +30,7 @@ from infra.settings import StoreSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docker-compose.yml"
+DOCKERFILE = ROOT / "infra" / "Dockerfile"
 GUIDE = ROOT / "docs" / "store-server.md"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 SECRETIVE = re.compile(r"password|passwd|secret|token|credential|key\b", re.IGNORECASE)
@@ -60,6 +62,31 @@ def options(service: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for word in [*(service.get("entrypoint") or []), *(service.get("command") or [])]:
         if option := re.fullmatch(r"(-[\w.-]+)=(.*)", word):
             yield option[1], option[2]
+
+
+class TestTheImage:
+    def test_hadolint_has_nothing_to_say(self, tmp_path: Path) -> None:
+        def judged(file: Path) -> "subprocess.CompletedProcess[str]":
+            return subprocess.run([SCRIPTS / "hadolint", file], capture_output=True, text=True, check=False)
+
+        done = judged(DOCKERFILE)
+        assert done.returncode == 0, done.stdout
+        (tmp_path / "Dockerfile").write_text("FROM python:latest\n", "utf-8")
+        assert "DL3007" in judged(tmp_path / "Dockerfile").stdout
+
+    def test_it_runs_as_the_composed_services_do_and_from_locked_versions(self, composed: dict[str, Any]) -> None:
+        text = DOCKERFILE.read_text("utf-8")
+        assert re.findall(r"^USER (.*)$", text, re.MULTILINE)[-1] == composed["services"]["serve"]["user"]
+        installs = re.findall(r"pip install\b[^&\n]*", text)
+        assert installs
+        assert all("--constraint constraints.txt" in install for install in installs)
+
+    def test_all_that_it_copies_is_sent_to_the_build(self) -> None:
+        sent = (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text("utf-8")
+        copied = re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE.read_text("utf-8"), re.MULTILINE)
+        for path in " ".join(copied).split():
+            assert (ROOT / path).exists(), path
+            assert f"!{path}\n" in sent, path
 
 
 class TestTheFile:
@@ -376,3 +403,42 @@ class TestTheStoreServer:
         server.start()
         assert s3.get_object(Bucket="slmops", Key="blobs/kept")["Body"].read() == b"kept"
         assert answer(s3.put_object, Key="blobs/kept", Body=b"other", IfNoneMatch="*") == "PreconditionFailed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Windows and macOS have no second loopback address")
+def test_serve_waits_for_the_first_model_of_the_store_and_wants_its_token(
+    server: Server, secrets: Path, tmp_path: Path
+) -> None:
+    composed = read_by_compose(FILE, SLMOPS_SECRETS=str(secrets))
+    service = composed["services"]["serve"]
+    (tmp_path / "secrets").mkdir()
+    for secret in service["secrets"]:
+        shutil.copy(composed["secrets"][secret["source"]]["file"], tmp_path / "secrets" / secret["target"])
+    environment = service["environment"] | {
+        "SLMOPS_HOME": str(tmp_path / "home"),
+        "SLMOPS_SECRETS_DIR": str(tmp_path / "secrets"),
+        "SLMOPS_STORE__ENDPOINT_URL": f"http://127.0.0.2:{server.ports['s3.port']}",
+    }
+    (published,) = service["ports"]
+    port = str(free_ports(["serve"])["serve"])
+    command = [sys.executable, "-m", "deployments.cli", *service["command"], "--port", port]
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=stream, stderr=stream)
+    try:
+        script = service["healthcheck"]["test"][-1]
+        assert f":{published['target']}/" in script
+        check = [sys.executable, "-c", script.replace(str(published["target"]), port)]
+        deadline = time.monotonic() + 60
+        while subprocess.run(check, capture_output=True, check=False).returncode:
+            assert process.poll() is None, log.read_text("utf-8")
+            assert time.monotonic() < deadline, log.read_text("utf-8")
+        assert "s3://slmops/models has no champion yet" in log.read_text("utf-8")
+        models = f"http://127.0.0.1:{port}/v1/models"
+        assert httpx.get(models).status_code == httpx.codes.UNAUTHORIZED
+        token = (secrets / "serve-token").read_text("utf-8").strip()
+        assert httpx.get(models, headers={"Authorization": f"Bearer {token}"}).json()["data"] == []
+        assert token not in log.read_text("utf-8")
+    finally:
+        process.terminate()
+        assert process.wait(60) is not None
