@@ -50,7 +50,8 @@ async def _serve(names: list[str], host: str, listener: socket.socket, settings:
     from infra.storage.opening import open_registry
     from tasks.serving import StoredModels
 
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    # Prefect, which the imports above bring, has set up logging for its own commands.
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
     logging.getLogger("slmops").setLevel(logging.INFO)
     source = StoredModels(open_registry(settings), settings)
     models = ModelHost(source, settings.serve, settings.cache_dir / "serving", settings.cache_dir / "logs")
