@@ -15,11 +15,12 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
+from deployments.embedded_database import make_database
 from infra.errors import StageFailed
 from infra.process.supervisor import child_environment
 
 LOOPBACK = "127.0.0.1"
-# The first start migrates a new database: 10 s on two idle cores.
+# Where the database is not made ready (another version of Prefect), the first start migrates it.
 STARTUP_TIMEOUT_S = 300
 SHUTDOWN_TIMEOUT_S = 10
 POLL_INTERVAL_S = 0.05
@@ -81,7 +82,13 @@ def main() -> None:
     """Serve until standard input closes."""
     import uvicorn
     from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
 
+    prefect = get_current_settings()
+    database = prefect.home / "prefect.db"
+    connection_url = prefect.server.database.connection_url
+    if connection_url and connection_url.get_secret_value() == f"sqlite+aiosqlite:///{database}":
+        make_database(database)
     listener = socket.socket()
     listener.bind((LOOPBACK, 0))
     port = listener.getsockname()[1]
