@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from deployments.embedded_database import make_database
 from infra.process.supervisor import QUIET_ENVIRONMENT
 from infra.settings import Settings
 from tests.checkpoints import make_tiny_checkpoint
@@ -106,6 +107,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prefect server on loopback; yields its API's URL."""
     home = tmp_path_factory.mktemp("prefect")
+    make_database(home / "prefect.db")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
