@@ -10,7 +10,7 @@ from infra.errors import StageFailed
 from infra.settings import Settings, load_settings
 from infra.storage.opening import open_registry
 from infra.storage.registry import ModelRegistry
-from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, plan_recipes, take_model
+from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, olive_process, plan_recipes, take_model
 from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
 from tasks.environment import check_environment, check_room
 from tasks.evaluate import forget_reference
@@ -174,9 +174,10 @@ def build_variants(
         return [take_model(prepared, request, registry, settings)], []
     built: list[BuiltVariant] = []
     failures: list[VariantReport] = []
-    for recipe in recipes:
-        try:
-            built.append(build_variant(recipe, prepared, request, registry, settings))
-        except StageFailed as error:
-            failures.append(VariantReport(precision=recipe.precision, status="failed", error=str(error)))
+    with olive_process(settings) as olive:
+        for recipe in recipes:
+            try:
+                built.append(build_variant(recipe, prepared, request, registry, settings, olive))
+            except StageFailed as error:
+                failures.append(VariantReport(precision=recipe.precision, status="failed", error=str(error)))
     return built, failures

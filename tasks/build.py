@@ -16,7 +16,7 @@ from infra.errors import BadInput
 from infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from infra.genai.model_files import detect_precision
 from infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
-from infra.process.supervisor import run_in_child
+from infra.process.supervisor import ChildProcess
 from infra.settings import Settings
 from infra.storage.folders import link_or_copy, place, work_folder
 from infra.storage.manifest import StoredVariant, digest_of
@@ -434,13 +434,24 @@ def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
     return named
 
 
+def olive_process(settings: Settings) -> ChildProcess:
+    """Return Olive's process, as a context manager: all builds of a run wait for its imports once."""
+    # matplotlib, which some of Olive's passes import, keeps a cache of fonts in the user's home otherwise.
+    return ChildProcess("infra.olive.engine:build", {"MPLCONFIGDIR": str(settings.cache_dir / "matplotlib")})
+
+
 # A tag is what Prefect can limit, and it costs each run a question to the server: only builds take so much memory that
 # a machine may want a limit.
 @task(name="build variant", task_run_name="build-{recipe.name}", tags=["slmops-build"], **PASSING_FAULTS)
 def build_variant(
-    recipe: Recipe, prepared: PreparedCheckpoint, request: DeployRequest, registry: ModelRegistry, settings: Settings
+    recipe: Recipe,
+    prepared: PreparedCheckpoint,
+    request: DeployRequest,
+    registry: ModelRegistry,
+    settings: Settings,
+    olive: ChildProcess,
 ) -> BuiltVariant:
-    """Build one variant with Olive in a child process and store its files; a build that is stored already is reused.
+    """Build one variant in Olive's process and store its files; a build that is stored already is reused.
 
     Raises `StageFailed` and its kinds as `run_in_child` does.
     """
@@ -463,8 +474,7 @@ def build_variant(
         log = settings.cache_dir / "logs" / f"build-{request.name}-{recipe.name}-{key[:12]}.log"
         log.unlink(missing_ok=True)
         with work_folder(settings) as work:
-            child = run_in_child(
-                "infra.olive.engine:build",
+            child = olive.call(
                 {
                     "olive_config": olive_run_config(recipe),
                     "checkpoint_dir": str(prepared.folder),
@@ -476,8 +486,6 @@ def build_variant(
                 log_path=log,
                 work_dir=work,
                 on_progress=on_progress,
-                # Olive's torchmetrics imports matplotlib, which keeps a cache of fonts in the user's home otherwise.
-                environment={"MPLCONFIGDIR": str(work / "matplotlib")},
             )
             set_generation_defaults(work / "model", request.generation_defaults)
             variant = StoredVariant(

@@ -16,7 +16,7 @@ from infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, 
 from infra.storage.objects import Blob
 from infra.storage.registry import ModelRegistry
 from tasks.budget import Budget, parse_budget
-from tasks.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
+from tasks.build import BuiltVariant, Recipe, build_variant, olive_process, plan_search, refuse_recipes
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.choose import Candidate, pareto_front
 from tasks.evaluate import Evaluation, evaluate_stored_variant, known_evaluation, run_reference_once
@@ -162,11 +162,12 @@ def search_recipes(
         refuse_recipes(request)
     trials = open_trials(registry, settings)
     found = [_Tried(recipe) for recipe in plan_search(request)]
-    for one in found:
-        try:
-            one.built = build_variant(one.recipe, prepared, request, trials, settings)
-        except StageFailed as error:
-            one.error = str(error)
+    with olive_process(settings) as olive:
+        for one in found:
+            try:
+                one.built = build_variant(one.recipe, prepared, request, trials, settings, olive)
+            except StageFailed as error:
+                one.error = str(error)
     manifests = {
         one.recipe.name: trial_manifest(one.recipe.name, one.built.variant, prepared) for one in found if one.built
     }

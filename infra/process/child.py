@@ -1,20 +1,25 @@
-"""The child's side: run one function of `infra` and report to the supervisor.
+"""The child's side: run one function of `infra` as often as the supervisor asks, and report to it.
 
-Started as `python -m infra.process.child MODULE:FUNCTION`. The first line of standard input is the
-request (a JSON object); the rest of it is a lifeline: when it closes, the supervisor is gone and the
-child ends itself. Standard output carries one JSON message a line; whatever libraries print goes to
-standard error, which is the stage's log.
+Started as `python -m infra.process.child MODULE:FUNCTION`. Each line of standard input is a call, a JSON object
+`{"request": {...}, "log_path": str, "work_dir": str, "is_last": bool}`; after the last one the child ends. The input is
+a lifeline too: when it closes, the supervisor is gone and the child ends itself. Standard output carries one JSON
+message a line; whatever libraries print goes to standard error, which is the log of the call.
 """
 
+import contextlib
+import ctypes
+import gc
 import importlib
 import json
 import os
+import queue
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 from infra.errors import SlmopsError
 
@@ -28,11 +33,30 @@ class Progress(Protocol):
 ChildFunction = Callable[[dict[str, Any], Progress], dict[str, Any]]
 
 
-def _end_with_the_supervisor(lifeline: Any) -> None:
-    lifeline.read()
-    if os.name == "posix":
-        os.killpg(os.getpgrp(), signal.SIGKILL)  # the supervisor started us as the leader of our own group
-    os._exit(1)
+class _Calls:
+    """What the supervisor asks for; when it is gone, this process and all its descendants end."""
+
+    def __init__(self, lines: BinaryIO) -> None:
+        self._lines = lines
+        self._waiting: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._is_idle = True
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._lines:
+            self._waiting.put(json.loads(line))
+        if self._is_idle:
+            os._exit(0)
+        if os.name == "posix":
+            os.killpg(os.getpgrp(), signal.SIGKILL)  # the supervisor started us as the leader of our own group
+        os._exit(1)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            call = self._waiting.get()
+            self._is_idle = False
+            yield call
+            self._is_idle = True
 
 
 def _load(target: str) -> ChildFunction:
@@ -41,8 +65,8 @@ def _load(target: str) -> ChildFunction:
     return function
 
 
-def main() -> int:
-    """Run the function named on the command line; 0 if it returned, 1 if it raised."""
+def main() -> None:
+    """Run the function named on the command line for each call; the exit status is 0 if the last one returned."""
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # native libraries print to descriptor 1 as well: keep the message channel clean
     sys.stdout = sys.stderr
@@ -51,28 +75,46 @@ def main() -> int:
         messages.write(json.dumps(message) + "\n")
         messages.flush()
 
-    request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_the_supervisor, args=(sys.stdin.buffer,), daemon=True).start()
+    def progress(done: float, total: float, what: str) -> None:
+        send({"progress": {"done": done, "total": total, "what": what}})
+
+    for call in _Calls(sys.stdin.buffer):
+        _log_to(call["log_path"])
+        os.chdir(call["work_dir"])
+        answer = _answer(call["request"], progress)
+        sys.stderr.flush()
+        if not call["is_last"]:
+            _give_memory_back()
+        os.chdir(Path(call["log_path"]).parent)  # the call's folder is removed now
+        send(answer)
+        if call["is_last"]:
+            # Native runtimes may hang or abort in their static destructors; every result is already sent.
+            os._exit(0 if "result" in answer else 1)
+
+
+def _log_to(path: str) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def _give_memory_back() -> None:
+    gc.collect()
+    with contextlib.suppress(AttributeError, TypeError):  # only glibc keeps what was freed, and has this
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _answer(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     try:
-        result = _load(sys.argv[1])(
-            request, lambda done, total, what: send({"progress": {"done": done, "total": total, "what": what}})
-        )
+        return {"result": _load(sys.argv[1])(request, progress)}
     except SlmopsError as error:
         traceback.print_exc()
-        kind = type(error).__name__
-        send({"error": {"kind": kind, "message": error.message, "what_to_do": error.what_to_do}})
-        code = 1
+        return {"error": {"kind": type(error).__name__, "message": error.message, "what_to_do": error.what_to_do}}
     except BaseException as error:
         traceback.print_exc()
         text = str(error).strip() or type(error).__name__
-        send({"error": {"kind": "", "message": text.splitlines()[-1], "what_to_do": ""}})
-        code = 1
-    else:
-        send({"result": result})
-        code = 0
-    sys.stderr.flush()
-    # Native runtimes may hang or abort in their static destructors; every result is already sent.
-    os._exit(code)
+        return {"error": {"kind": "", "message": text.splitlines()[-1], "what_to_do": ""}}
 
 
 if __name__ == "__main__":

@@ -70,32 +70,102 @@ def run_in_child(
     Raises `DeadlineExceeded`; the child's own `SlmopsError`; `PassingFault` when it was killed from
     outside; `StageFailed` with the end of the log for anything else.
     """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "infra.process.child", function],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=work_dir,
-            env=child_environment(environment),
-            start_new_session=os.name == "posix",
-        )
+    child = ChildProcess(function, environment)
     try:
-        message, peak_rss_bytes = _follow(process, request, started + deadline_s, on_progress)
-    except TimeoutError:
-        raise errors.DeadlineExceeded(
-            f"{function} was stopped at its deadline of {deadline_s:.0f} s.",
-            f"Raise the stage's timeout (slmops config lists them) or see its log: {log_path}",
-        ) from None
+        return child.call(
+            request, deadline_s=deadline_s, log_path=log_path, work_dir=work_dir, on_progress=on_progress, is_last=True
+        )
     finally:
-        _end_tree(process)
-    wall_s = time.monotonic() - started
-    if "result" in message:
-        return ChildResult(message["result"], wall_s, peak_rss_bytes)
-    raise _error_of(function, message, process.returncode, log_path)
+        child.close()
+
+
+class ChildProcess:
+    """A process for several calls of one function, whose imports are waited for only once.
+
+    It is started by the first call, and by the next one after a call that failed. Leave it as a context manager.
+    """
+
+    def __init__(self, function: str, environment: Mapping[str, str] | None = None) -> None:
+        self._function = function
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def __enter__(self) -> "ChildProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def call(
+        self,
+        request: dict[str, Any],
+        *,
+        deadline_s: float,
+        log_path: Path,
+        work_dir: Path,
+        on_progress: OnProgress | None = None,
+        is_last: bool = False,
+    ) -> ChildResult:
+        """Run the function once, as `run_in_child` does; `is_last` lets the process end with it.
+
+        The peak of the memory counts what earlier calls left.
+        """
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        log_path.touch()
+        started = time.monotonic()
+        if self._process and self._process.poll() is not None:  # it was killed since the last call
+            self._end()
+        process = self._process or self._start(log_path, work_dir)
+        call = {"request": request, "log_path": str(log_path.absolute()), "work_dir": str(work_dir.absolute())}
+        message: dict[str, Any] = {}
+        try:
+            assert process.stdin
+            with contextlib.suppress(BrokenPipeError):  # a child that died at once is reported by its exit status
+                process.stdin.write(json.dumps(call | {"is_last": is_last}).encode() + b"\n")
+                process.stdin.flush()
+            message, peak_rss_bytes = _follow(process, self._messages, started + deadline_s, on_progress)
+        except TimeoutError:
+            raise errors.DeadlineExceeded(
+                f"{self._function} was stopped at its deadline of {deadline_s:.0f} s.",
+                f"Raise the stage's timeout (slmops config lists them) or see its log: {log_path}",
+            ) from None
+        finally:
+            if is_last or "result" not in message:
+                self._end()
+        wall_s = time.monotonic() - started
+        if "result" in message:
+            return ChildResult(message["result"], wall_s, peak_rss_bytes)
+        raise _error_of(self._function, message, process.returncode, log_path)
+
+    def close(self) -> None:
+        """End the process, which waits for a call, with all its descendants."""
+        if self._process and self._process.stdin:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process:
+            _end_tree(process)
+
+    def _start(self, log_path: Path, work_dir: Path) -> "subprocess.Popen[bytes]":
+        with log_path.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "infra.process.child", self._function],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=work_dir,
+                env=child_environment(self._environment),
+                start_new_session=os.name == "posix",
+            )
+        self._process = process
+        self._messages = queue.Queue()
+        threading.Thread(target=_read_messages, args=(process.stdout, self._messages), daemon=True).start()
+        return process
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -107,14 +177,11 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def _follow(
-    process: subprocess.Popen[bytes], request: dict[str, Any], deadline: float, on_progress: OnProgress | None
+    process: subprocess.Popen[bytes],
+    messages: "queue.Queue[dict[str, Any] | None]",
+    deadline: float,
+    on_progress: OnProgress | None,
 ) -> tuple[dict[str, Any], int]:
-    assert process.stdin and process.stdout
-    with contextlib.suppress(BrokenPipeError):  # a child that died at once is reported by its exit status
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
-    messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    threading.Thread(target=_read_messages, args=(process.stdout, messages), daemon=True).start()
     tree = _TreeMemory(process.pid)
     while True:
         tree.sample()

@@ -23,6 +23,19 @@ def double(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return {"value": 2 * request["value"], "directory": str(Path.cwd()), "ci": os.environ["CI"]}
 
 
+CALLS: list[int] = []
+
+
+def count_calls(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    CALLS.append(request["value"])
+    print(f"called with {CALLS[-1]}")
+    if CALLS[-1] < 0:
+        raise RuntimeError("negative")
+    if CALLS[-1] == 0:
+        time.sleep(300)
+    return {"pid": os.getpid(), "calls": len(CALLS), "directory": str(Path.cwd())}
+
+
 def refuse(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     raise BadInput("The input is odd.", "Make it even.")
 

@@ -306,7 +306,8 @@ def test_nothing_leaves_the_machine_or_the_cache_directory(foundry, tmp_path):
         start_new_session=True,
     )
     assert process.stdin and process.stdout
-    process.stdin.write(json.dumps(request).encode() + b"\n")
+    call = {"request": request, "log_path": os.devnull, "work_dir": str(home), "is_last": True}
+    process.stdin.write(json.dumps(call).encode() + b"\n")
     process.stdin.flush()
     messages = [json.loads(line) for line in process.stdout]
     process.stdin.close()

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -347,7 +348,8 @@ def test_nothing_leaves_the_machine(pair, tmp_path, data):
         cwd=tmp_path,
         env=environment | {"CI": "1"},
     )
-    child.stdin.write(json.dumps(request).encode() + b"\n")
+    call = {"request": request, "log_path": os.devnull, "work_dir": str(tmp_path), "is_last": True}
+    child.stdin.write(json.dumps(call).encode() + b"\n")
     child.stdin.flush()
     last = json.loads(child.stdout.readlines()[-1])
     child.stdin.close()

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from infra.errors import BadInput, DeadlineExceeded, PassingFault, StageFailed
-from infra.process.supervisor import ChildResult, run_in_child
+from infra.process.supervisor import ChildProcess, ChildResult, run_in_child
 
 CHILDREN = "tests.infra.child_functions"
 
@@ -113,6 +114,52 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     wait_until_gone(pids)
+
+
+def call(child: ChildProcess, tmp_path: Path, name: str, value: int, **options: Any) -> ChildResult:
+    options = {"deadline_s": 60, **options}
+    return child.call({"value": value}, log_path=tmp_path / f"{name}.log", work_dir=tmp_path / name, **options)
+
+
+def test_one_process_answers_several_calls_each_with_its_own_log_and_folder(tmp_path: Path) -> None:
+    with ChildProcess(f"{CHILDREN}:count_calls") as child:
+        first, second = (call(child, tmp_path, name, value) for name, value in (("first", 1), ("second", 2)))
+        assert second.value["pid"] == first.value["pid"]
+        assert (first.value["calls"], second.value["calls"]) == (1, 2)
+        assert second.value["directory"] == str(tmp_path / "second")
+        assert (tmp_path / "first.log").read_text() == "called with 1\n"
+        assert (tmp_path / "second.log").read_text() == "called with 2\n"
+        assert psutil.pid_exists(first.value["pid"])
+    wait_until_gone([first.value["pid"]])
+
+
+def test_after_a_failed_call_another_process_takes_over(tmp_path: Path) -> None:
+    with ChildProcess(f"{CHILDREN}:count_calls") as child:
+        first = call(child, tmp_path, "first", 1)
+        with pytest.raises(StageFailed, match="negative"):
+            call(child, tmp_path, "second", -1)
+        wait_until_gone([first.value["pid"]])
+        with pytest.raises(DeadlineExceeded, match="deadline of 1 s"):
+            call(child, tmp_path, "third", 0, deadline_s=1)
+        assert call(child, tmp_path, "fourth", 4).value["calls"] == 1
+
+
+def test_a_process_that_was_killed_between_calls_is_started_again(tmp_path: Path) -> None:
+    with ChildProcess(f"{CHILDREN}:count_calls") as child:
+        pid = call(child, tmp_path, "first", 1).value["pid"]
+        psutil.Process(pid).kill()
+        wait_until_gone([pid])
+        with contextlib.suppress(PassingFault):  # while its last thread still ends
+            call(child, tmp_path, "second", 2)
+        assert call(child, tmp_path, "third", 3).value["pid"] != pid
+
+
+def test_memory_that_a_call_used_is_given_back(tmp_path: Path) -> None:
+    size_bytes = 200_000_000
+    with ChildProcess(f"{CHILDREN}:use_memory") as child:
+        options: dict[str, Any] = {"deadline_s": 60, "log_path": tmp_path / "log", "work_dir": tmp_path}
+        child.call({"size_bytes": size_bytes}, **options)
+        assert child.call({"size_bytes": 0}, **options).peak_rss_bytes < size_bytes
 
 
 def test_peak_memory_is_that_of_the_child(tmp_path: Path) -> None:
