@@ -12,6 +12,7 @@ from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
 
 from infra.errors import BadInput, StageFailed
+from infra.process.supervisor import ChildProcess
 from infra.settings import BenchmarkSettings, EvaluationSettings, GateSettings, MachineSettings, Settings
 from infra.storage.opening import open_registry
 from tasks.build import BuiltVariant, Recipe
@@ -205,11 +206,10 @@ class TestSearch:
         forget_reference(prepared.digest, evaluation, settings)
 
         # Again: no child process is started, for the search or for the version that comes of it.
-        def no_child(*arguments: Any, **options: Any) -> None:
-            raise AssertionError(f"{arguments[0]} was run again")
+        def no_child(child: ChildProcess, request: dict[str, Any], **options: Any) -> None:
+            raise AssertionError(f"a child process was run again, for {request}")
 
-        for module in ("build", "measure", "evaluate"):
-            monkeypatch.setattr(f"tasks.{module}.run_in_child", no_child)
+        monkeypatch.setattr(ChildProcess, "call", no_child)
         steps: list[tuple[str, str]] = []
         with listening(lambda stage, share, what: steps.append((stage, what))):
             again = search()
