@@ -11,6 +11,7 @@ from deployments.catalog_command import add_catalog_command
 from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
 from deployments.promotion_commands import add_promotion_commands
 from deployments.references import Json, Reference, Version, the_registry, version_of
+from deployments.retrain_command import add_retrain_command
 from deployments.serve_command import add_serve_command
 from deployments.store_commands import add_store_commands
 from infra.errors import BadInput, SlmopsError
@@ -310,17 +311,18 @@ def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings) ->
     from flows.promote import promote
     from flows.qualify import DeployEnded
     from flows.regate import regate
+    from flows.retrain import RetrainEnded, retrain
     from flows.rollback import rollback
     from tasks.progress import listening
 
     flows: dict[str, Any] = {
         **{"benchmark": benchmark, "deploy": deploy, "promote": promote},
-        **{"regate": regate, "rollback": rollback},
+        **{"regate": regate, "retrain": retrain, "rollback": rollback},
     }
     with stage_display() as display, listening(display), prefect_api(settings):
         state = flows[flow_name](**parameters, return_state=True)
     result = state.result(raise_on_failure=False)
-    if isinstance(result, DeployEnded):
+    if isinstance(result, DeployEnded | RetrainEnded):
         return result.report
     if isinstance(result, BaseException):
         raise _as_slmops_error(result, settings)
@@ -675,6 +677,7 @@ def foundry_dir() -> None:
 add_store_commands(app)
 add_serve_command(app)
 add_promotion_commands(app, _prepare, _run_flow)
+add_retrain_command(app, _prepare, _run_flow)
 add_catalog_command(app)
 
 if __name__ == "__main__":

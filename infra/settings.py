@@ -166,6 +166,7 @@ class TimeoutSettings(_Section):
     """Deadlines of the child processes, in seconds."""
 
     train_s: Seconds = Field(3600, description="Training of the demo checkpoint.")
+    fine_tune_s: Seconds = Field(24 * 3600, description="A fine-tuning, and the fetching of its dataset.")
     merge_s: Seconds = Field(3600, description="Merging a LoRA adapter into its base.")
     build_s: Seconds = Field(4 * 3600, description="One variant's build.")
     reference_s: Seconds = Field(4 * 3600, description="The reference's answers and distributions.")

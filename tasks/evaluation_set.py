@@ -108,7 +108,7 @@ def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, Eval
     first_line_of: dict[str, int] = {}
     try:
         with path.open("rb") as file:
-            for number, line in _lines(path, file):
+            for number, line in numbered_lines(path, file):
                 row = _parse_row(path, number, line, scorer)
                 first = first_line_of.setdefault(str(row.id), number)
                 if first != number:
@@ -123,7 +123,8 @@ def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, Eval
     return rows
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Yield (number, text) of the lines that are not blank; raises `BadInput` for one too long or not UTF-8."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1

@@ -73,9 +73,9 @@ def to_markdown(report: DeployReport, images: Mapping[str, str] | None = None) -
     return "\n\n".join(_rendered(document(report), images)) + "\n"
 
 
-def blocks_to_markdown(blocks: Sequence[Block]) -> str:
-    """Return blocks as Markdown that reads as plain text."""
-    return "\n\n".join(_rendered(blocks, None)) + "\n"
+def blocks_to_markdown(blocks: Sequence[Block], images: Mapping[str, str] | None = None) -> str:
+    """Return blocks as Markdown that reads as plain text; with `images`, as Prefect's page shows them."""
+    return "\n\n".join(_rendered(blocks, images)) + "\n"
 
 
 def _rendered(blocks: Sequence[Block], images: Mapping[str, str] | None) -> list[str]:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Formatter
 
-PlotName = Literal["quality", "throughput", "latency", "memory"]
+    from tasks.fine_tune import Loss
+
+PlotName = Literal["quality", "throughput", "latency", "memory", "losses"]
 
 # Okabe and Ito (2008), Color Universal Design, without its yellow, which is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -244,6 +246,24 @@ def _memory(report: DeployReport) -> Plot | None:
     columns = 2 if len(soaks) > 3 else 1
     axes.legend(frameon=False, labelcolor=_INK, ncols=columns, fontsize=7.5)
     return _plot("memory", f"Growth of resident memory: {'; '.join(told)}.", figure)
+
+
+def draw_losses(losses: "Sequence[Loss]") -> Plot:
+    """Draw a fine-tuning's losses over its steps, in nats per token."""
+    figure, (axes,) = _canvas()
+    told = []
+    for index, (title, attribute) in enumerate((("training", "train_loss"), ("held out", "held_out_loss"))):
+        points = [(one.step, getattr(one, attribute)) for one in losses if getattr(one, attribute) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            marker = MARKERS[index] if len(points) < 20 else None
+            axes.plot(steps, values, color=COLOURS[index], marker=marker, markersize=4, linewidth=1.2, label=title)
+            told.append(f"{title} from {decimal(values[0])} to {decimal(values[-1])}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=7.5)
+    return _plot("losses", f"Loss in nats per token: {'; '.join(told)}.", figure)
 
 
 def _canvas(panels: int = 1, *, height: float = HEIGHT_IN) -> "tuple[Figure, list[Axes]]":

@@ -57,8 +57,12 @@ def publish_report(
 
 def artifact_markdown(report: DeployReport, plots: Mapping[str, Plot]) -> str:
     """Return the report for Prefect's page, with the plots in it as data: below 200 kB for three variants."""
-    images = {name: f"data:image/png;base64,{base64.b64encode(plot.png).decode()}" for name, plot in plots.items()}
-    return to_markdown(report, images)
+    return to_markdown(report, {name: image_data(plot) for name, plot in plots.items()})
+
+
+def image_data(plot: Plot) -> str:
+    """Return a plot as the address of an image that holds its data."""
+    return f"data:image/png;base64,{base64.b64encode(plot.png).decode()}"
 
 
 def _artifact_rows(report: DeployReport) -> list[dict[str, Any]]:

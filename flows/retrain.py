@@ -1,0 +1,173 @@
+"""The flow `retrain`: from a dataset to a version that takes the champion's place if it is better."""
+
+from typing import Any, Literal
+
+from prefect import State, flow
+from prefect.states import Completed, Failed
+
+from flows.deploy import deploy
+from flows.promote import promote
+from flows.qualify import DeployEnded
+from infra.errors import BadInput, SlmopsError
+from infra.settings import Settings, load_settings
+from infra.storage.manifest import check_name
+from infra.storage.opening import open_registry
+from infra.storage.registry import ModelRegistry
+from tasks.challenge import (
+    RetrainReport,
+    challenge_champion,
+    champion_of,
+    last_retrain,
+    publish_retrain,
+)
+from tasks.dataset import read_dataset_once
+from tasks.evaluation_set import EvaluationSet, read_evaluation
+from tasks.fine_tune import FineTuning, Hyperparameters, fine_tune_once, key_of, only_retrain_of, prepare_base
+from tasks.inputs import local_file
+from tasks.report.records import DeployReport
+
+
+class RetrainEnded(SlmopsError):
+    """A retrain whose candidate was rejected or could not be built; `report` says what there is."""
+
+    def __init__(self, report: RetrainReport) -> None:
+        super().__init__(report.summary, "The candidate's own report names its figures and failures.")
+        self.report = report
+        self.exit_code = 3 if report.status == "rejected" else 1
+
+
+@flow(name="retrain", flow_run_name="retrain-{name}")
+def retrain(
+    dataset: str,
+    base: str,
+    name: str,
+    evaluation_file: str | None = None,
+    method: Literal["lora", "full"] = "lora",
+    epochs: int = 3,
+    learning_rate: float = 2e-4,
+    batch_size: int = 8,
+    lora_rank: int = 16,
+    early_stopping_patience: int = 2,
+    max_length: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    precisions: list[Literal["fp16", "int8", "int4"]] | None = None,
+    promotion: Literal["if better", "never"] = "if better",
+    force: bool = False,
+) -> State[RetrainReport]:
+    """Fine-tune a base, deploy the result as a candidate, and promote it if it is better than the champion.
+
+    Nothing is done when the newest retrain of this name had the same dataset, base and hyperparameters.
+
+    Args:
+        dataset: Chats to learn from: JSONL file, s3:// object, or Hugging Face dataset (Hub id or folder). A row is
+            {messages} with the answer as its last turn, or {messages, expected}.
+        base: Checkpoint to fine-tune: folder, Hub id (owner/name), s3:// folder, or store:// address.
+        name: Name of the model.
+        evaluation_file: JSONL rows {id, messages, expected} that champion and candidate are compared on; default:
+            eval.jsonl in the base's folder.
+        method: Train a LoRA adapter, which is merged into the base, or all weights.
+        epochs: Passes over the dataset, at most.
+        learning_rate: Highest learning rate; full fine-tuning wants a smaller one than LoRA.
+        batch_size: Chats per step.
+        lora_rank: Rank of the adapter's matrices.
+        early_stopping_patience: Epochs without improvement on held-out chats after which training stops.
+        max_length: Longest chat, in tokens; default: the base's context.
+        seed: Seed of all that is random.
+        revision: Revision of a base from the Hub: branch, tag or commit.
+        precisions: Precisions to build; default: all.
+        promotion: Promote a candidate that is better than the champion, or never.
+        force: Train and deploy although nothing has changed.
+
+    Returns:
+        The report, as a completed state (promoted, kept, skipped); a failed one named `Rejected` when the gate rejected
+        every variant, and a failed one when none could be built.
+    """
+    settings = load_settings()
+    check_name(name)
+    hyperparameters = Hyperparameters.checked(
+        method=method,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        lora_rank=lora_rank,
+        early_stopping_patience=early_stopping_patience,
+        max_length=max_length,
+        seed=seed,
+    )
+    registry = open_registry(settings)
+    registry.objects.check()
+    with only_retrain_of(name, settings):
+        chats = read_dataset_once(dataset, settings)
+        prepared = prepare_base(base, revision, settings)
+        rows_file = local_file(evaluation_file, settings) if evaluation_file else None
+        evaluation = read_evaluation(rows_file, prepared.folder, settings)
+        if any(row.expected is None for row in evaluation.rows):
+            raise BadInput(
+                "There is no evaluation file to compare champion and candidate on.",
+                "Name one with --eval, or put an eval.jsonl into the base's folder.",
+            )
+        earlier = None if force else last_retrain(name, key_of(chats, prepared, hyperparameters), registry)
+        if earlier:
+            summary = f"Nothing has changed since {name}@{earlier.version} ({earlier.status}): skipped."
+            return Completed(message=summary, data=earlier.model_copy(update={"status": "skipped", "summary": summary}))
+
+        checkpoint, tuned = fine_tune_once(chats, prepared, hyperparameters, settings)
+        candidate: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "name": name,
+            "base": prepared.uri if method == "lora" else None,
+            "evaluation_file": rows_file or str(prepared.folder / "eval.jsonl"),
+            "training_run": f"dataset sha256:{tuned.dataset_fingerprint[:16]}, fine-tuning {tuned.key[:16]}",
+        }
+        if precisions:
+            candidate["precisions"] = precisions
+        before = champion_of(name, registry)
+        state = deploy(**candidate, return_state=True)
+        result = state.result(raise_on_failure=False)
+        if isinstance(result, BaseException) and not isinstance(result, DeployEnded):
+            raise result
+        deployed = result.report if isinstance(result, DeployEnded) else result
+        report = judged(
+            deployed, tuned, before.reference if before else None, evaluation, promotion, registry, settings
+        )
+        return _ended(publish_retrain(report, registry))
+
+
+def judged(
+    deployed: DeployReport,
+    tuned: FineTuning,
+    champion: str | None,
+    evaluation: EvaluationSet,
+    promotion: str,
+    registry: ModelRegistry,
+    settings: Settings,
+) -> RetrainReport:
+    """Compare a candidate with the champion before it, and promote it if it is better."""
+    report = RetrainReport(
+        name=deployed.name, status="kept", summary=deployed.summary, version=deployed.version, fine_tuning=tuned
+    )
+    if deployed.status in ("rejected", "failed"):
+        return report.model_copy(
+            update={"status": deployed.status, "summary": f"The candidate was kept out: {deployed.summary}"}
+        )
+    challenger = registry.version(deployed.name, deployed.version)
+    if champion is None:
+        summary = f"{challenger.reference} is the first champion of {deployed.name}."
+        return report.model_copy(update={"status": "promoted", "summary": summary})
+    if champion == challenger.reference:
+        return report.model_copy(update={"summary": f"The result is {champion}, which is the champion already."})
+    challenge = challenge_champion(challenger, registry.find(champion), evaluation, registry, settings)
+    report = report.model_copy(update={"challenge": challenge, "summary": challenge.verdict})
+    if not challenge.is_won or promotion == "never":
+        kept = f"{challenge.verdict} {champion} stays the champion."
+        return report.model_copy(update={"summary": kept})
+    promote(challenger.reference, challenge.verdict)
+    return report.model_copy(update={"status": "promoted"})
+
+
+def _ended(report: RetrainReport) -> State[RetrainReport]:
+    if report.status in ("rejected", "failed"):
+        name = "Rejected" if report.status == "rejected" else "Failed"
+        return Failed(name=name, message=report.summary, data=RetrainEnded(report))
+    return Completed(message=report.summary, data=report)

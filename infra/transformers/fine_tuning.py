@@ -1,0 +1,259 @@
+"""Fine-tune a checkpoint on chats with transformers' Trainer; a child function of `infra.process`."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from infra.errors import BadInput, StageFailed
+from infra.process.child import Progress
+
+IGNORED_LABEL = -100  # what torch's cross entropy skips
+# Attention and MLP projections, by the names they have in Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite; then Phi-3's.
+LORA_TARGETS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("qkv_proj", "gate_up_proj"),
+)
+WARM_UP_SHARE = 0.03
+# The loss of what was saved may differ from that in memory by the rounding of its weights, and by no more.
+LOADED_LOSS_TOLERANCE = 0.05
+LOGS_PER_RUN = 100
+MAX_NAMED_ROWS = 3
+
+
+def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Fine-tune a checkpoint and write the result: a LoRA adapter, or a whole checkpoint of the base's dtype.
+
+    Request: `base_dir`, `train` and `held_out` [[{role, content}]] (chats that end with an assistant's turn; without
+    held-out ones nothing is stopped early), `method` (lora or full), `lora_rank`, `epochs`, `learning_rate`,
+    `batch_size`, `max_length` (tokens; None: the base's context), `patience` (evaluations without improvement), `seed`,
+    `threads`, `state_dir` (keeps the state of each epoch; a run that broke off goes on from there), `output_dir` (must
+    not exist).
+
+    Only the assistant's turns are learned. Trained in float32 on a CPU, in bfloat16 where a GPU can.
+
+    Result: `losses` [{step, train_loss?, held_out_loss?}] (nats per token), `steps`, `best_step`, `held_out_loss` and
+    `loaded_held_out_loss` (of the best state, in memory and as saved and loaded back; None without held-out chats),
+    `resumed_at_step`, `trained_tokens` (per epoch), `seconds`, `device`, `versions`.
+
+    Raises `BadInput` for chats longer than the context, or a chat template under which a turn's text depends on what
+    follows it; `StageFailed` for a base that cannot be loaded, a loss that is not finite, or a result that does not load
+    back to the same loss.
+    """
+    import torch
+    import transformers
+
+    from infra.transformers.reference import load_checkpoint
+
+    torch.set_num_threads(request["threads"])
+    transformers.set_seed(request["seed"])
+    output_dir, state_dir = Path(request["output_dir"]), Path(request["state_dir"])
+    gpu = torch.cuda.is_available()
+    progress(0, 1, "loading the base")
+    tokenizer, model = load_checkpoint(request["base_dir"], "bfloat16" if gpu else "float32")
+    context = _context(model, request["max_length"])
+    train = _encode(tokenizer, request["train"], context, "training")
+    held_out = _encode(tokenizer, request["held_out"], context, "held-out")
+    if request["method"] == "lora":
+        model = _with_lora(model, request["lora_rank"], request["seed"])
+    else:
+        model.requires_grad_(True)
+    trainer = _trainer(model, train, held_out, request, progress)
+    last = _last_state(state_dir)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    seconds = time.monotonic() - started
+    losses = _losses(trainer.state.log_history)
+    if not all(math.isfinite(value) for entry in losses for value in entry.values()):
+        raise StageFailed("The loss is not finite: the training diverged.", "Lower the learning rate.")
+    in_memory = trainer.evaluate()["eval_loss"] if held_out else None
+
+    progress(trainer.state.max_steps, trainer.state.max_steps, "saving")
+    _save(trainer.model, tokenizer, Path(request["base_dir"]), request["method"], output_dir)
+    loaded = None
+    if held_out:
+        loaded = _loss_of_saved(request, output_dir, held_out, trainer)
+        assert in_memory is not None
+        if abs(loaded - in_memory) > LOADED_LOSS_TOLERANCE * max(1.0, in_memory):
+            raise StageFailed(
+                f"What was saved has a loss of {loaded:.3f} on the held-out chats, in memory it was {in_memory:.3f}.",
+                "Train with the other method (lora or full); see the log.",
+            )
+    return {
+        "losses": losses,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step or trainer.state.global_step,
+        "held_out_loss": in_memory,
+        "loaded_held_out_loss": loaded,
+        "resumed_at_step": None if last is None else int(last.name.rpartition("-")[2]),
+        "trained_tokens": sum(label != IGNORED_LABEL for one in train for label in one["labels"]),
+        "seconds": seconds,
+        "device": "cuda" if gpu else "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _context(model: Any, max_length: int | None) -> int:
+    context = int(getattr(model.config, "max_position_embeddings", 0)) or 2**31
+    return min(context, max_length or context)
+
+
+def _encode(tokenizer: Any, chats: Sequence[Any], context: int, kind: str) -> list[dict[str, list[int]]]:
+    """Return input_ids and labels of each chat; only the assistant's turns have labels."""
+    encoded = [_encode_chat(tokenizer, chat) for chat in chats]
+    long = [(number, len(one["input_ids"])) for number, one in enumerate(encoded, 1) if len(one["input_ids"]) > context]
+    if long:
+        named = ", ".join(f"number {number} of {tokens} tokens" for number, tokens in long[:MAX_NAMED_ROWS])
+        raise BadInput(
+            f"{len(long)} of {len(chats)} {kind} chats are longer than the context of {context} tokens: {named}.",
+            "Shorten or leave them out; what is cut off would not be learned.",
+        )
+    return encoded
+
+
+def _encode_chat(tokenizer: Any, chat: Sequence[dict[str, str]]) -> dict[str, list[int]]:
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    answers: list[tuple[int, int]] = []
+    for index, turn in enumerate(chat):
+        if turn["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(chat[:index], tokenize=False, add_generation_prompt=True)
+        until = text if index == len(chat) - 1 else tokenizer.apply_chat_template(chat[: index + 1], tokenize=False)
+        if text.startswith(before) and text.startswith(until):
+            answers.append((len(before), len(until)))
+        elif index == len(chat) - 1:
+            raise BadInput(
+                "The base's chat template writes a conversation otherwise when an answer follows it.",
+                "Such a model is asked differently than it would be trained; give a chat template without that.",
+            )
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(start <= at < end for start, end in answers) else IGNORED_LABEL
+        for token, (at, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    ]
+    return {"input_ids": list(tokens["input_ids"]), "labels": labels}
+
+
+def _with_lora(model: Any, rank: int, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in LORA_TARGETS if name in names]
+    if not targets:
+        raise BadInput(
+            f"LoRA knows none of the layers of {type(model).__name__}.", "Train it with the method full, or by hand."
+        )
+    # alpha = 2 * rank: the scale at which a learning rate means the same for every rank (Hu et al. 2021, section 4.1).
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def _trainer(
+    model: Any,
+    train: list[dict[str, list[int]]],
+    held_out: list[dict[str, list[int]]],
+    request: dict[str, Any],
+    progress: Progress,
+) -> Any:
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        loss = math.nan
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            self.loss = logs.get("loss", self.loss)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            loss = "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
+            progress(
+                state.global_step, state.max_steps, f"training: step {state.global_step} of {state.max_steps}{loss}"
+            )
+
+    steps = request["epochs"] * math.ceil(len(train) / request["batch_size"])
+    by_epoch = "epoch" if held_out else "no"
+    arguments = TrainingArguments(
+        output_dir=request["state_dir"],
+        num_train_epochs=request["epochs"],
+        per_device_train_batch_size=request["batch_size"],
+        per_device_eval_batch_size=request["batch_size"],
+        learning_rate=request["learning_rate"],
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(WARM_UP_SHARE * steps)),
+        logging_steps=max(1, steps // LOGS_PER_RUN),
+        eval_strategy=by_epoch,
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=bool(held_out),
+        metric_for_best_model="eval_loss" if held_out else None,
+        greater_is_better=False if held_out else None,
+        seed=request["seed"],
+        data_seed=request["seed"],
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+    callbacks = [Told(), *([EarlyStoppingCallback(request["patience"])] if held_out else [])]
+    return Trainer(model, arguments, _padded, train, held_out or None, callbacks=callbacks)
+
+
+def _padded(batch: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """Return tensors of a batch [chats, tokens], filled up at the end; a tokenizer need not have a token for that."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    def filled(rows: list[list[int]], value: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+    return {
+        "input_ids": filled([one["input_ids"] for one in batch], 0),
+        "attention_mask": filled([[1] * len(one["input_ids"]) for one in batch], 0),
+        "labels": filled([one["labels"] for one in batch], IGNORED_LABEL),
+    }
+
+
+def _last_state(state_dir: Path) -> Path | None:
+    """Return the newest state that was written whole: the trainer writes trainer_state.json last."""
+    states = [path for path in state_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(states, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _losses(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    names = {"loss": "train_loss", "eval_loss": "held_out_loss"}
+    by_step: dict[int, dict[str, float]] = {}
+    for entry in log:
+        found = {new: float(entry[old]) for old, new in names.items() if old in entry}
+        if found:
+            by_step.setdefault(int(entry["step"]), {}).update(found)
+    return [{"step": step, **found} for step, found in sorted(by_step.items())]
+
+
+def _save(model: Any, tokenizer: Any, base_dir: Path, method: str, output_dir: Path) -> None:
+    import torch
+
+    if method == "full":
+        declared = json.loads((base_dir / "config.json").read_text("utf-8"))
+        dtype = declared.get("dtype") or declared.get("torch_dtype") or "float32"
+        model.to(getattr(torch, str(dtype)))
+    model.save_pretrained(output_dir, safe_serialization=True) if method == "lora" else model.save_pretrained(
+        output_dir
+    )
+    tokenizer.save_pretrained(output_dir)
+
+
+def _loss_of_saved(request: dict[str, Any], output_dir: Path, held_out: list[Any], trainer: Any) -> float:
+    from infra.transformers.reference import load_checkpoint
+
+    dtype = str(trainer.model.dtype).removeprefix("torch.")
+    if request["method"] == "lora":
+        from peft import PeftModel
+
+        _, base = load_checkpoint(request["base_dir"], dtype)
+        model = PeftModel.from_pretrained(base, output_dir, local_files_only=True, use_safetensors=True)
+    else:
+        _, model = load_checkpoint(str(output_dir), dtype)
+    trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
+    return float(trainer.evaluate()["eval_loss"])
