@@ -123,8 +123,7 @@ def retrain(
         if precisions:
             candidate["precisions"] = precisions
         before = champion_of(name, registry)
-        state = deploy(**candidate, return_state=True)
-        result = state.result(raise_on_failure=False)
+        result: Any = deploy(**candidate, return_state=True).result(raise_on_failure=False)
         if isinstance(result, BaseException) and not isinstance(result, DeployEnded):
             raise result
         deployed = result.report if isinstance(result, DeployEnded) else result

@@ -34,8 +34,8 @@ class Turn(_Record):
 class TrainingRow(_Record):
     """A chat that ends with the answer to be learned.
 
-    A system message may come first; then user and assistant alternate. A row in the form of an evaluation file, with the
-    user's turn last and the answer in `expected`, is taken as well; what else a row holds is not looked at.
+    A system message may come first; then user and assistant alternate. A row in the form of an evaluation file, with
+    the user's turn last and the answer in `expected`, is taken as well; what else a row holds is not looked at.
     """
 
     messages: tuple[Turn, ...] = Field(min_length=2)

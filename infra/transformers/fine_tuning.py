@@ -39,8 +39,8 @@ def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     `resumed_at_step`, `trained_tokens` (per epoch), `seconds`, `device`, `versions`.
 
     Raises `BadInput` for chats longer than the context, or a chat template under which a turn's text depends on what
-    follows it; `StageFailed` for a base that cannot be loaded, a loss that is not finite, or a result that does not load
-    back to the same loss.
+    follows it; `StageFailed` for a base that cannot be loaded, a loss that is not finite, or a result that does not
+    load back to the same loss.
     """
     import torch
     import transformers
