@@ -13,6 +13,7 @@ from deployments.promotion_commands import add_promotion_commands
 from deployments.references import Json, Reference, Version, the_registry, version_of
 from deployments.serve_command import add_serve_command
 from deployments.store_commands import add_store_commands
+from deployments.up_command import add_up_command
 from infra.errors import BadInput, SlmopsError
 from infra.settings import Settings, describe_settings, load_settings
 
@@ -676,6 +677,7 @@ add_store_commands(app)
 add_serve_command(app)
 add_promotion_commands(app, _prepare, _run_flow)
 add_catalog_command(app)
+add_up_command(app, _prepare)
 
 if __name__ == "__main__":
     main()
