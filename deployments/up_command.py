@@ -31,6 +31,12 @@ POLL_INTERVAL_S = 0.5
 
 Pool = Annotated[str, typer.Option(help="Work pool that this machine's worker takes runs from.")]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port of the server where one is started; 0: a free one.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help=f"Runs at once; default: no limit in the pool {DEFAULT_POOL}, SLMOPS_WORKER__BUILDS in any other."
+    ),
+]
 Check = Annotated[bool, typer.Option("--check", help="Say what is running, and end.")]
 
 # Prefect's server and worker as this command starts them.
@@ -51,14 +57,20 @@ def add_up_command(app: typer.Typer, prepare: Callable[..., None]) -> None:
     """Add this command to the command line; `prepare` sets Prefect's environment."""
 
     @app.command()
-    def up(pool: Pool = DEFAULT_POOL, port: Port = DEFAULT_PORT, check: Check = False, as_json: Json = False) -> None:
+    def up(
+        pool: Pool = DEFAULT_POOL,
+        port: Port = DEFAULT_PORT,
+        limit: Limit = None,
+        check: Check = False,
+        as_json: Json = False,
+    ) -> None:
         """Start what runs flows, until it is stopped: a Prefect server if none is set, deployments, a worker."""
         settings = load_settings()
         prepare(settings)
         if not check:
             if as_json:
                 raise BadInput("--json goes with --check.", "Leave it out, or add --check.")
-            _up(settings, pool, port)
+            _up(settings, pool, port, limit)
             return
         checked = check_running(os.environ.get("PREFECT_API_URL"), pool, read_deployments())
         if as_json:
@@ -69,7 +81,7 @@ def add_up_command(app: typer.Typer, prepare: Callable[..., None]) -> None:
             raise typer.Exit(1)
 
 
-def _up(settings: Settings, pool: str, port: int) -> None:
+def _up(settings: Settings, pool: str, port: int, limit: int | None) -> None:
     stopping = threading.Event()
     with _stopped_by_signals(stopping), contextlib.ExitStack() as started:
         children: list[Supervised] = []
@@ -81,9 +93,15 @@ def _up(settings: Settings, pool: str, port: int) -> None:
         if stopping.is_set():
             return
         _register(settings, pool)
+        # A worker takes all that it finds: without a limit, the first of several machines would take every variant of
+        # a deploy. In the default pool deploys wait for their variants, and would hold the places that these need.
+        at_once = limit or (None if pool == DEFAULT_POOL else settings.worker.builds)
         worker = Supervised(
             "The worker",
-            ["worker", "start", "--pool", pool, "--type", "process", "--name", _worker_name(settings)],
+            [
+                *("worker", "start", "--pool", pool, "--type", "process", "--name", _worker_name(settings)),
+                *(("--limit", str(at_once)) if at_once else ()),
+            ],
             _environment(**WORKER_ENVIRONMENT, PREFECT_API_URL=url),
             settings.cache_dir / "logs" / "prefect-worker.log",
         )
