@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 from deployments.events import CHECKPOINT_READY
+from deployments.registration import HEARTBEAT_S
 from infra.settings import Settings
 
 REGRESSION = "slmops.benchmark.regression"
@@ -15,8 +16,7 @@ LOST_RUNS = "slmops: a run without a sign of life has crashed"
 FAILURE_NOTICE = "slmops: notice of a failed run"
 REGRESSION_NOTICE = "slmops: notice of a regression"
 
-# The shortest that Prefect takes; a run that misses three in a row is lost.
-HEARTBEAT_S = 30
+# A run that misses three signs of life in a row is lost.
 LOST_AFTER_S = 3 * HEARTBEAT_S
 
 FAILED = ("Failed", "Crashed", "Rejected", "TimedOut")

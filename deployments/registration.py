@@ -15,6 +15,10 @@ PREFECT_FILE = Path(__file__).with_name("prefect.yaml")
 DEFAULT_POOL = "slmops"
 POOL_TYPE = "process"
 
+# The shortest interval that Prefect takes. It goes with the deployments, so that every worker's runs keep it.
+HEARTBEAT_VARIABLE = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+HEARTBEAT_S = 30
+
 
 @dataclass(frozen=True)
 class Registered:
@@ -51,7 +55,7 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
             "description": f"{what.capitalize()} one variant of a deploy. Started by deploys, not by hand.",
             "version": package_version(),
             "tags": ["slmops"],
-            "work_pool": {"name": pool},
+            "work_pool": {"name": pool, "job_variables": {"env": {HEARTBEAT_VARIABLE: str(HEARTBEAT_S)}}},
         }
         for what in ("build", "measure")
     ]
@@ -98,6 +102,7 @@ def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> Any:
         tags=list(entry["tags"]),
         version=entry["version"],
         work_pool_name=entry["work_pool"]["name"],
+        job_variables=dict(entry["work_pool"]["job_variables"]),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.automations import HEARTBEAT_S, register_automations
+from deployments.automations import register_automations
 from deployments.console import print_json, print_line, print_note, print_table
 from deployments.listening import listen
 from deployments.prefect_environment import QUIET, announced_server, prefect_home
@@ -48,7 +48,6 @@ SERVER_ENVIRONMENT = {
 WORKER_ENVIRONMENT = {
     "PREFECT_WORKER_QUERY_SECONDS": "2",
     "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
 }
 

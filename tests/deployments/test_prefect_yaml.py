@@ -9,6 +9,8 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
 from deployments.registration import (
+    HEARTBEAT_S,
+    HEARTBEAT_VARIABLE,
     deployment_of,
     full_name,
     read_deployments,
@@ -33,6 +35,8 @@ def test_an_entry_is_complete_and_its_flow_can_be_imported(entry: dict[str, Any]
     assert made.version == metadata.version("slmops")
     assert made.description
     assert "slmops" in made.tags
+    # The automation that finds lost runs counts on it.
+    assert made.job_variables["env"] == {HEARTBEAT_VARIABLE: str(HEARTBEAT_S)}
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=full_name)

@@ -81,12 +81,7 @@ def slmops(up: Up) -> Slmops:
 def ended_runs(api: str, **parameters: str) -> list[dict[str, Any]]:
     """Runs of `deploy` with these parameters that have ended."""
     runs = query(api, "flow_runs", flows={"name": {"any_": ["deploy"]}})
-    return [
-        run
-        for run in runs
-        if parameters.items() <= run["parameters"].items()
-        and run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")
-    ]
+    return [run for run in runs if parameters.items() <= run["parameters"].items() and run["state"]["type"] in ENDED]
 
 
 def test_check_finds_what_up_started_without_being_told_where(slmops: Slmops, api: str) -> None:
