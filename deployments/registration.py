@@ -78,7 +78,8 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
                 known = client.read_deployment_by_name(name)
             except ObjectNotFound:
                 known = None
-            if known and known.version == entry["version"] and known.entrypoint == entry["entrypoint"]:
+            wanted = (entry["version"], entry["entrypoint"], entry["work_pool"]["job_variables"])
+            if known and (known.version, known.entrypoint, known.job_variables) == wanted:
                 done.append(Registered(name, "unchanged"))
                 continue
             deployment_of(entry, with_schedules=known is None).apply()
