@@ -20,7 +20,7 @@ REGRESSION_NOTICE = "slmops: notice of a regression"
 LOST_AFTER_S = 3 * HEARTBEAT_S
 
 FAILED = ("Failed", "Crashed", "Rejected", "TimedOut")
-ENDED = (*FAILED, "Completed", "Cancelled", "Cancelling", "Paused", "Suspended", "Unchanged")
+ENDED = (*FAILED, "Completed", "Cancelled", "Paused", "Suspended")
 
 
 def automations(deploy_id: Any, webhook_block_id: Any | None) -> list[Any]:

@@ -152,6 +152,29 @@ def test_an_event_without_a_checkpoint_is_refused_clearly(up: Up, api: str, slmo
     assert {model["name"] for model in slmops.json("list")["models"]} <= {"by-api"}
 
 
+def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> None:
+    deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
+    # With a temperature of its own it is another build than those before.
+    parameters = {"checkpoint": str(tiny), "name": "cancelled", "precisions": ["fp16"], "temperature": 0.4}
+    run = call("POST", f"{api}/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
+
+    def builds() -> list[psutil.Process]:
+        return [one for one in up.tree if "infra.olive.engine:build" in command_line(one)]
+
+    (child,) = wait_for(builds)
+    call("POST", f"{api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_for(lambda: call("GET", f"{api}/flow_runs/{run}")["state"]["type"] == "CANCELLED")
+    assert not child.is_running()
+    assert list((up.home / "cache" / "work").glob("*")) == []
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended
+        return []
+
+
 def test_a_schedule_starts_a_real_run(api: str) -> None:
     deployment = call("GET", f"{api}/deployments/name/gc/gc")
     assert query(api, "flow_runs", deployments={"id": {"any_": [deployment["id"]]}}) == []
