@@ -14,6 +14,7 @@ from deployments.references import Json, Reference, Version, the_registry, versi
 from deployments.retrain_command import add_retrain_command
 from deployments.serve_command import add_serve_command
 from deployments.store_commands import add_store_commands
+from deployments.up_command import add_up_command
 from infra.errors import BadInput, SlmopsError
 from infra.settings import Settings, describe_settings, load_settings
 
@@ -679,6 +680,7 @@ add_serve_command(app)
 add_promotion_commands(app, _prepare, _run_flow)
 add_retrain_command(app, _prepare, _run_flow)
 add_catalog_command(app)
+add_up_command(app, _prepare)
 
 if __name__ == "__main__":
     main()

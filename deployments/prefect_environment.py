@@ -1,5 +1,6 @@
 """The process environment in which Prefect is imported: which API, where its files go, nothing sent home."""
 
+import json
 import os
 import tomllib
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from deployments.embedded_server import start_embedded_api
 from infra.errors import BadInput
 from infra.settings import Settings
+from infra.storage.holders import has_ended, this_process
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -24,11 +26,14 @@ QUIET = {
 def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None:
     """Set Prefect's environment variables; call it before Prefect is imported.
 
-    The API is the one of `PREFECT_API_URL` or of the user's active profile; without one, `prefect_api` starts one on
-    loopback whose database lives under the home directory.
+    The API is the one of `PREFECT_API_URL` or of the user's active profile, else that of a running `slmops up` of this
+    home directory; without one, `prefect_api` starts one on loopback whose database lives under the home directory.
     """
     for variable, value in _profile().items():
         os.environ.setdefault(variable, value)
+    if not os.environ.get("PREFECT_API_URL") and (url := running_server(settings)):
+        os.environ["PREFECT_API_URL"] = url
+        _reach_loopback_directly()
     # Prefect makes its home at its import. Where ours is not there yet that fails, and bad input must not make it.
     warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
     os.environ["PREFECT_HOME"] = str(prefect_home(settings))
@@ -38,9 +43,39 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
     # Without --log-level, what a run logs goes to its API; the terminal shows the stages' progress instead.
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = (log_level or "CRITICAL").upper()
     if not os.environ.get("PREFECT_API_URL"):
-        bypass = (os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "").split(",")
-        hosts = dict.fromkeys(host for host in (*bypass, *LOOPBACK) if host)
-        os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(hosts)
+        _reach_loopback_directly()
+
+
+def _reach_loopback_directly() -> None:
+    bypass = (os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "").split(",")
+    hosts = dict.fromkeys(host for host in (*bypass, *LOOPBACK) if host)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(hosts)
+
+
+def running_server(settings: Settings) -> str | None:
+    """Return the API's URL of the server that a running `slmops up` of this home directory started, if there is one."""
+    try:
+        record = json.loads(_server_record(settings).read_bytes())
+        return None if has_ended(record["process"]) else str(record["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def announced_server(settings: Settings, url: str) -> Iterator[None]:
+    """Let other commands of this home directory find the server that this process started."""
+    path = _server_record(settings)
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps({"process": this_process(), "url": url}), "utf-8")
+    aside.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _server_record(settings: Settings) -> Path:
+    return prefect_home(settings) / "server.json"
 
 
 def prefect_home(settings: Settings) -> Path:

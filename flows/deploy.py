@@ -6,6 +6,7 @@ from typing import Literal
 from prefect import State, flow
 
 from flows.qualify import Gate, Qualification, ended, qualify
+from flows.variants import build_on_workers, check_workers
 from infra.errors import StageFailed
 from infra.settings import Settings, load_settings
 from infra.storage.opening import open_registry
@@ -16,6 +17,7 @@ from tasks.environment import check_environment, check_room
 from tasks.evaluate import forget_reference
 from tasks.evaluation_set import read_evaluation
 from tasks.inputs import with_local_files
+from tasks.limits import one_at_a_time
 from tasks.perplexity import read_text
 from tasks.plan import parse_request
 from tasks.report.assemble import failed_report
@@ -103,7 +105,13 @@ def deploy(
     request = parse_request(with_local_files(parameters, settings))
     registry = open_registry(settings)
     registry.objects.check()
+    check_workers(settings)
+    with one_at_a_time(f"deploy-{request.name}"):
+        return ship(request, registry, settings)
 
+
+def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) -> State[DeployReport]:
+    """Take the journey that is asked for: the stages, in order."""
     check_environment(request.execution_provider, settings)
     planned = plan_recipes(request)
     prepared = prepare_checkpoint(request, settings)
@@ -172,7 +180,10 @@ def build_variants(
     """Build every variant; one that fails is reported and the others go on."""
     if prepared.inspection.kind == "genai":
         return [take_model(prepared, request, registry, settings)], []
-    built: list[BuiltVariant] = []
+    if settings.worker.pool:
+        built, errors = build_on_workers(request, recipes, prepared, registry, settings)
+        return built, [VariantReport(precision=one, status="failed", error=text) for one, text in errors.items()]
+    built = []
     failures: list[VariantReport] = []
     with olive_process(settings) as olive:
         for recipe in recipes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from prefect import State
 from prefect.states import Completed, Failed
 
+from flows.variants import Examined, measure_on_workers
 from infra.errors import SlmopsError, StageFailed
 from infra.settings import Settings
 from infra.storage.manifest import Manifest, StoredVariant
@@ -105,7 +106,8 @@ def qualify(version: Qualification, failures: Sequence[VariantReport], warnings:
 def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings: tuple[str, ...]) -> DeployReport:
     manifest, registry, settings = version.manifest, version.registry, version.settings
     run_references(version)
-    outcomes = [_qualify_variant(version, variant) for variant in manifest.variants]
+    elsewhere = measure_on_workers(manifest, version.evaluation.rows, registry, settings)
+    outcomes = [_qualify_variant(version, variant, elsewhere.get(variant.precision)) for variant in manifest.variants]
     forget_references(version)
 
     passed = [judged(one.report) for one in outcomes if one.report.status == "registered"]
@@ -181,7 +183,7 @@ class _Outcome:
     changed: bool
 
 
-def _qualify_variant(version: Qualification, variant: StoredVariant) -> _Outcome:
+def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: Examined | None) -> _Outcome:
     manifest, registry, settings = version.manifest, version.registry, version.settings
     report = VariantReport(
         precision=variant.precision,
@@ -195,7 +197,7 @@ def _qualify_variant(version: Qualification, variant: StoredVariant) -> _Outcome
         evaluated = evaluate_stored_variant(
             manifest, variant, version.evaluation, registry, settings, has_reference=version.has_reference
         )
-        details = examine(version, variant, evaluated)
+        details = examine(version, variant, evaluated, elsewhere)
         figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
         report = report.model_copy(update={"details": details, **figures})
         thresholds = thresholds_for(variant.precision, settings.gate, **vars(version.gate))
@@ -239,8 +241,12 @@ def _qualify_variant(version: Qualification, variant: StoredVariant) -> _Outcome
     return _Outcome(report.model_copy(update=update), is_new)
 
 
-def examine(version: Qualification, variant: StoredVariant, evaluated: Evaluation) -> VariantDetails:
+def examine(
+    version: Qualification, variant: StoredVariant, evaluated: Evaluation, elsewhere: Examined | None = None
+) -> VariantDetails:
     """Measure a variant in every way that the gate judges; what is on record is not measured again.
+
+    What a worker has measured `elsewhere` is taken as it is. Raises `StageFailed` where that failed.
 
     A variant with another vocabulary is not its checkpoint's, and nothing else of it matters.
     """
@@ -248,7 +254,15 @@ def examine(version: Qualification, variant: StoredVariant, evaluated: Evaluatio
         return VariantDetails(evaluation=evaluated)
     manifest, registry, settings = version.manifest, version.registry, version.settings
     rows = version.evaluation.rows
-    measured = measure_stored_variant(manifest, variant, registry, settings)
+    measured = elsewhere.measured if elsewhere else measure_stored_variant(manifest, variant, registry, settings)
+    exercises = (
+        elsewhere.exercises
+        if elsewhere
+        else (
+            exercise_stored_variant(manifest, variant, rows, "genai", registry, settings),
+            exercise_stored_variant(manifest, variant, rows, "foundry", registry, settings),
+        )
+    )
     checkpoint = version.prepared.folder if version.has_reference and version.prepared else None
     return VariantDetails(
         measurement=measured,
@@ -260,10 +274,7 @@ def examine(version: Qualification, variant: StoredVariant, evaluated: Evaluatio
         )
         if version.text
         else None,
-        exercises=(
-            exercise_stored_variant(manifest, variant, rows, "genai", registry, settings),
-            exercise_stored_variant(manifest, variant, rows, "foundry", registry, settings),
-        ),
+        exercises=exercises,
     )
 
 

@@ -177,6 +177,31 @@ class TimeoutSettings(_Section):
     foundry_s: Seconds = Field(900, description="One session with Foundry Local's runtime.")
 
 
+class WorkerSettings(_Section):
+    """Flow runs on the workers of a Prefect server."""
+
+    pool: str | None = Field(
+        None,
+        min_length=1,
+        description="Work pool on whose workers deploys build variants; default: in their own process.",
+    )
+    measure_pool: str | None = Field(
+        None, min_length=1, description="Work pool on whose workers variants are measured; default: the one of `pool`."
+    )
+    builds: int = Field(1, ge=1, le=64, description="Builds at once under one home directory; others wait.")
+    pending_s: Seconds = Field(
+        120, description="A variant's run that a worker took and did not start in this time is given to another."
+    )
+
+
+class NoticeSettings(_Section):
+    """Notices of failed runs and of regressions."""
+
+    webhook_url: SecretStr | None = Field(
+        None, description="URL that `slmops up` has Prefect post notices to, as JSON; default: none are sent."
+    )
+
+
 class MachineSettings(_Section):
     """What the machine may use; the sizes can be set to simulate another machine."""
 
@@ -216,6 +241,8 @@ class Settings(BaseSettings):
     soak: SoakSettings = SoakSettings()
     timeout: TimeoutSettings = TimeoutSettings()
     machine: MachineSettings = MachineSettings()
+    worker: WorkerSettings = WorkerSettings()
+    notices: NoticeSettings = NoticeSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -288,7 +315,8 @@ def _found(fault: ErrorDetails) -> str:
     open_keys = ("uri", "endpoint_url", "addressing_style", "require_signature")
     of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:2] not in tuple((key,) for key in open_keys)
     is_token = fault["loc"][:1] in (("serve",), ("catalog",)) and fault["loc"][1:2] in ((), ("token",))
-    return "" if of_store or is_token else f", found {fault['input']!r}"
+    of_notices = fault["loc"][:1] == ("notices",)
+    return "" if of_store or is_token or of_notices else f", found {fault['input']!r}"
 
 
 def _is_ours(name: str) -> bool:

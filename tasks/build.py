@@ -16,6 +16,7 @@ from infra.errors import BadInput
 from infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from infra.genai.model_files import detect_precision
 from infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
+from infra.process.slots import slot
 from infra.process.supervisor import ChildProcess
 from infra.settings import Settings
 from infra.storage.folders import link_or_copy, place, work_folder
@@ -367,7 +368,8 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 class BuiltVariant(BaseModel):
     """A variant whose files are in the store, and what its build took: wall time in s, peak memory in bytes.
 
-    `passes` are the recipe's, as Olive was told them: the manifest has only their digest.
+    `passes` are the recipe's, as Olive was told them: the manifest has only their digest. `host` is the machine, where
+    another one built it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -378,6 +380,7 @@ class BuiltVariant(BaseModel):
     log: str
     warnings: tuple[str, ...] = ()
     passes: dict[str, dict[str, Any]] = {}
+    host: dict[str, Any] | None = None
 
 
 def plan_recipes(request: DeployRequest) -> list[Recipe]:
@@ -473,7 +476,8 @@ def build_variant(
                 return built
         log = settings.cache_dir / "logs" / f"build-{request.name}-{recipe.name}-{key[:12]}.log"
         log.unlink(missing_ok=True)
-        with work_folder(settings) as work:
+        slots = settings.cache_dir / "build-slots"
+        with slot(slots, settings.worker.builds, on_progress), work_folder(settings) as work:
             child = olive.call(
                 {
                     "olive_config": olive_run_config(recipe),

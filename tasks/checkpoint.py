@@ -14,14 +14,15 @@ from infra.checkpoints.folder import TOKENIZER_FILES, TensorHeader, read_chat_te
 from infra.checkpoints.hub import fetch_from_hub
 from infra.checkpoints.s3 import FETCHED, fetch_from_s3
 from infra.checkpoints.source import SourceKind, parse_checkpoint
-from infra.errors import BadInput
+from infra.errors import BadInput, StageFailed
 from infra.olive.architectures import check_architecture
 from infra.process.supervisor import OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import link_or_copy, place, work_folder
-from infra.storage.inputs import fetch_input, is_input_address
+from infra.storage.inputs import fetch_input, ingest, is_input_address
 from infra.storage.manifest import Manifest, digest_of, digest_of_file
 from infra.storage.opening import open_registry
+from infra.storage.registry import ModelRegistry
 from infra.transformers.adapters import read_adapter_config
 from tasks.inputs import inputs_dir
 from tasks.progress import stage_progress
@@ -279,6 +280,28 @@ def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCh
     return PreparedCheckpoint(
         uri=folder.absolute().as_uri(), origin=request.checkpoint, digest=digest, inspection=inspection
     )
+
+
+@task(name="share checkpoint", task_run_name="share-checkpoint")
+def put_into_store(prepared: PreparedCheckpoint, registry: ModelRegistry) -> str:
+    """Put a prepared checkpoint into the store, where every worker can read it, and return its address."""
+    with stage_progress("share") as on_progress:
+        return ingest(registry, prepared.folder, on_progress).address
+
+
+@task(name="fetch checkpoint", task_run_name="fetch-checkpoint")
+def fetched_from_store(address: str, digest: str, settings: Settings) -> PreparedCheckpoint:
+    """Return a checkpoint that another machine has prepared and shared; its content must have the digest.
+
+    Raises `StageFailed` where it has another one.
+    """
+    with stage_progress("fetch") as on_progress:
+        folder = fetch_input(open_registry(settings), address, inputs_dir(settings), on_progress)
+        found = content_digest(folder)
+    if found != digest:
+        raise StageFailed(f"{address} has the digest {found}, not {digest}.", "Deploy its checkpoint again.")
+    inspection = inspect_checkpoint(folder, chat_template_given=True)
+    return PreparedCheckpoint(uri=folder.absolute().as_uri(), origin=address, digest=digest, inspection=inspection)
 
 
 def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint:

@@ -61,6 +61,10 @@ class DeployRequest(BaseModel):
 
     def checked(self) -> "DeployRequest":
         """Return the request with duplicates removed; raises `BadInput` for what no deploy can do."""
+        if not self.checkpoint.strip():
+            raise BadInput(
+                "No checkpoint is named.", "Name a folder, a Hub id, or an s3:// or store:// address; so does an event."
+            )
         check_name(self.name)
         if not self.precisions:
             raise BadInput("No precision is named.", f"Name at least one of {', '.join(PRECISIONS)}.")

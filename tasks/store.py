@@ -36,7 +36,7 @@ def commit_version(
     )
     manifest, is_new = registry.commit(request.name, source, builder_versions(), [one.variant for one in built])
     for one in built if is_new else ():
-        record = {**one.model_dump(mode="json", exclude={"variant"}), "host": host_facts()}
+        record = {**one.model_dump(mode="json", exclude={"variant"}), "host": one.host or host_facts()}
         registry.add_evidence(manifest, "build", {"precision": one.variant.precision, **record})
     return manifest
 

@@ -33,12 +33,16 @@ class Slmops:
         """The process environment of a command."""
         return {**unmeasured_environment(), "SLMOPS_HOME": str(self.home), **self.environment, **extra}
 
+    def command(self, *arguments: str | Path) -> list[str]:
+        """The command line of a command."""
+        return [sys.executable, "-m", "deployments.cli", *map(str, arguments)]
+
     def run(
         self, *arguments: str | Path, status: int = 0, text: str = "", **extra: str
     ) -> "subprocess.CompletedProcess[str]":
         """Run a command and check its exit status."""
         done = subprocess.run(
-            [sys.executable, "-m", "deployments.cli", *map(str, arguments)],
+            self.command(*arguments),
             cwd=ROOT,
             env=self.variables(**extra),
             capture_output=True,

@@ -1,0 +1,57 @@
+"""Work that one machine asks of another by way of the store: an order, and what each attempt at it hands back.
+
+Keys: `work/<32 hex>/order.json` and `work/<32 hex>/<attempt>.json`. Who gave the order removes them.
+"""
+
+import json
+import re
+import uuid
+from typing import Any
+
+from infra.errors import BadInput
+from infra.storage.registry import ModelRegistry
+
+FOLDER = "work"
+ORDER = "order"
+
+
+def give_order(registry: ModelRegistry, order: dict[str, Any]) -> str:
+    """Put an order (a JSON object) into the store and return its id, 32 hex digits."""
+    order_id = uuid.uuid4().hex
+    registry.objects.put_bytes(_key(order_id, ORDER), json.dumps(order).encode())
+    return order_id
+
+
+def read_order(registry: ModelRegistry, order_id: str) -> dict[str, Any]:
+    """Return an order; raises `BadInput` where this machine's store does not have it."""
+    if not re.fullmatch(r"[0-9a-f]{32}", order_id):
+        raise BadInput(f"{order_id!r} is not the id of an order.", "Only a deploy gives orders.")
+    try:
+        return dict(json.loads(registry.objects.read_bytes(_key(order_id, ORDER))))
+    except KeyError:
+        raise BadInput(
+            f"The store {registry.objects.uri('')} has no order {order_id}.",
+            "All workers and what starts the deploy need the same SLMOPS_STORE__URI.",
+        ) from None
+
+
+def hand_back(registry: ModelRegistry, order_id: str, attempt: str, result: dict[str, Any]) -> None:
+    """Put an attempt's result into the store."""
+    registry.objects.put_bytes(_key(order_id, attempt), json.dumps(result).encode())
+
+
+def take_back(registry: ModelRegistry, order_id: str, attempt: str) -> dict[str, Any] | None:
+    """Return what an attempt handed back, or None."""
+    try:
+        return dict(json.loads(registry.objects.read_bytes(_key(order_id, attempt))))
+    except KeyError:
+        return None
+
+
+def forget_order(registry: ModelRegistry, order_id: str) -> None:
+    """Remove an order and all that was handed back."""
+    registry.objects.delete([entry.key for entry in registry.objects.entries(f"{FOLDER}/{order_id}")])
+
+
+def _key(order_id: str, name: str) -> str:
+    return f"{FOLDER}/{order_id}/{name}.json"

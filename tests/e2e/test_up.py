@@ -1,0 +1,213 @@
+"""`slmops up`: everything on one machine, started over the API as the documentation says, by event and by schedule."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import unmeasured_environment
+from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
+from tests.e2e.test_prefect_server import call, query
+from tests.e2e.up_process import Up
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("up")]
+
+API_DOCS = (ROOT / "docs" / "api.md").read_text("utf-8")
+ENDED = ("COMPLETED", "FAILED", "CRASHED")
+DEADLINE_S = 300  # a hang, not a slow machine, fails here
+
+
+def example(language: str, after: str) -> str:
+    """The first example in a language after a heading of docs/api.md."""
+    found = re.search(rf"^## {after}\n.*?^```{language}\n(.*?)^```$", API_DOCS, re.MULTILINE | re.DOTALL)
+    assert found, f"docs/api.md has no {language} under {after!r}"
+    return found[1]
+
+
+def run_example(command: list[str], variables: dict[str, str]) -> str:
+    """Run an example and return what it prints."""
+    done = subprocess.run(command, env=variables, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    """Return the first true value."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return found
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A running `slmops up` that started its own server; tests follow each other on it, the last one stops it."""
+    home = tmp_path_factory.mktemp("up") / "home"
+    environment = unmeasured_environment() | OPEN_GATE | SMALL | {"SLMOPS_SOAK__REQUESTS": "0"}
+    environment.pop("PREFECT_API_URL", None)
+    started = Up(home, environment)
+    try:
+        started.start("--port", "0")
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.end()
+
+
+@pytest.fixture(scope="module")
+def api(up: Up) -> str:
+    """The API's address, as it was printed."""
+    found = re.search(r"^API: (\S+)$", up.log.read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+@pytest.fixture
+def slmops(up: Up) -> Slmops:
+    """Other commands with the same home directory."""
+    return Slmops(up.home, {**OPEN_GATE, **SMALL, "SLMOPS_SOAK__REQUESTS": "0"})
+
+
+def ended_runs(api: str, **parameters: str) -> list[dict[str, Any]]:
+    """Runs of `deploy` with these parameters that have ended."""
+    runs = query(api, "flow_runs", flows={"name": {"any_": ["deploy"]}})
+    return [run for run in runs if parameters.items() <= run["parameters"].items() and run["state"]["type"] in ENDED]
+
+
+def test_check_finds_what_up_started_without_being_told_where(slmops: Slmops, api: str) -> None:
+    wait_for(lambda: slmops.run("up", "--check", status=0) if workers_online(api) else None)
+    found = slmops.json("up", "--check")
+    assert found["ok"]
+    assert found["api_url"] == api
+    whats = {one["what"] for one in found["checks"]}
+    names = ("deploy", "benchmark", "promote", "rollback", "gc")
+    assert {"server", "workers", "work pool slmops", *(f"deployment {name}/{name}" for name in names)} <= whats
+
+
+def workers_online(api: str) -> bool:
+    found = call("POST", f"{api}/work_pools/slmops/workers/filter", {})
+    return any(one["status"] == "ONLINE" for one in found)
+
+
+def test_check_says_what_is_missing(slmops: Slmops, tmp_path: Path) -> None:
+    found = slmops.json("up", "--check", "--pool", "nobody", status=1)
+    (missing,) = [one for one in found["checks"] if not one["ok"]]
+    assert (missing["what"], missing["what_to_do"]) == ("work pool nobody", "slmops up --pool nobody")
+    nothing = Slmops(tmp_path / "elsewhere").json("up", "--check", status=1)
+    assert [one["what"] for one in nothing["checks"]] == ["server"]
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_documented_calls_deploy_once_and_fetch_the_report(up: Up, api: str, tiny: Path) -> None:
+    variables = {**up.environment, "PREFECT_API_URL": api, "CHECKPOINT": str(tiny), "NAME": "by-api"}
+    with_curl = run_example(["sh", "-c", example("sh", "curl")], variables)
+    assert "by-api@1 int4 registered." in with_curl
+    assert "# by-api@1" in with_curl
+    with_python = run_example([sys.executable, "-c", example("python", "Python")], variables)
+    # The same idempotency key: the same run and its report, and no other.
+    assert with_curl.splitlines()[0] == with_python.splitlines()[0]
+    assert "# by-api@1" in with_python
+    assert len(ended_runs(api, name="by-api")) == 1
+
+
+def test_a_parameter_of_the_wrong_type_is_refused_by_name(api: str) -> None:
+    deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
+    body = {"parameters": {"checkpoint": "here", "name": 7}}
+    answer = httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json=body)
+    assert answer.status_code == 409
+    assert "field 'name'" in answer.json()["detail"]
+
+
+def test_an_event_deploys_its_checkpoint(up: Up, api: str, tiny: Path) -> None:
+    program = f"from deployments.events import checkpoint_ready; checkpoint_ready({str(tiny)!r}, 'by-api', 'run-7')"
+    environment = {**up.environment, "PREFECT_API_URL": api}
+    before = len(ended_runs(api, name="by-api"))
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    wait_for(lambda: len(ended_runs(api, name="by-api")) > before)
+    (run,) = [one for one in ended_runs(api, name="by-api") if one["parameters"].get("training_run") == "run-7"]
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    assert run["created_by"]["type"] == "AUTOMATION"
+
+
+def test_an_event_without_a_checkpoint_is_refused_clearly(up: Up, api: str, slmops: Slmops) -> None:
+    script = re.search(r"^curl [^\n]*/events\".*?^\}\]'$", API_DOCS, re.MULTILINE | re.DOTALL)
+    assert script
+    without = script[0].replace('"checkpoint": "\'"$CHECKPOINT"\'", ', "")
+    assert without != script[0]
+    variables = {**up.environment, "PREFECT_API_URL": api, "NAME": "by-event"}
+    subprocess.run(["sh", "-c", without], env=variables, check=True)
+    (run,) = wait_for(lambda: ended_runs(api, name="by-event"))
+    assert run["state"]["type"] == "FAILED"
+    assert "No checkpoint is named." in run["state"]["message"]
+    assert {model["name"] for model in slmops.json("list")["models"]} <= {"by-api"}
+
+
+def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> None:
+    deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
+    # With a temperature of its own it is another build than those before.
+    parameters = {"checkpoint": str(tiny), "name": "cancelled", "precisions": ["fp16"], "temperature": 0.4}
+    run = call("POST", f"{api}/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
+
+    def builds() -> list[psutil.Process]:
+        return [one for one in up.tree if "infra.olive.engine:build" in command_line(one)]
+
+    (child,) = wait_for(builds)
+    call("POST", f"{api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_for(lambda: call("GET", f"{api}/flow_runs/{run}")["state"]["type"] == "CANCELLED")
+    assert not child.is_running()
+    assert list((up.home / "cache" / "work").glob("*")) == []
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended
+        return []
+
+
+def test_a_schedule_starts_a_real_run(api: str) -> None:
+    deployment = call("GET", f"{api}/deployments/name/gc/gc")
+    assert query(api, "flow_runs", deployments={"id": {"any_": [deployment["id"]]}}) == []
+    schedules = f"{api}/deployments/{deployment['id']}/schedules"
+    every_minute = {"cron": "* * * * *", "timezone": "Europe/Berlin"}
+    body = [{"schedule": every_minute, "active": True, "parameters": {"dry_run": True}}]
+    (made,) = call("POST", schedules, body)  # type: ignore[arg-type]
+
+    def completed() -> list[dict[str, Any]]:
+        runs = query(api, "flow_runs", deployments={"id": {"any_": [deployment["id"]]}})
+        return [run for run in runs if run["state"]["type"] == "COMPLETED"]
+
+    run = wait_for(completed)[0]
+    assert run["auto_scheduled"]
+    assert run["parameters"]["dry_run"] is True
+    httpx.delete(f"{schedules}/{made['id']}").raise_for_status()
+
+
+def test_a_schedule_that_never_comes_again_is_told(slmops: Slmops, api: str) -> None:
+    deployment = call("GET", f"{api}/deployments/name/gc/gc")["id"]
+    past = {"rrule": "DTSTART:20200101T000000\nRRULE:FREQ=DAILY;COUNT=1", "timezone": "UTC"}
+    call("POST", f"{api}/deployments/{deployment}/schedules", [{"schedule": past, "active": True}])  # type: ignore[arg-type]
+    found = slmops.json("up", "--check", status=1)
+    (missing,) = [one for one in found["checks"] if not one["ok"]]
+    assert missing["what"] == "schedule of gc/gc"
+    assert "never" in missing["found"]
+
+
+def test_a_signal_ends_all_that_was_started(up: Up, slmops: Slmops) -> None:
+    tree = up.tree
+    assert len(tree) > 2
+    up.process.terminate()
+    assert up.process.wait(60) == 0
+    assert psutil.wait_procs(tree, timeout=10)[1] == []
+    assert slmops.json("up", "--check", status=1)["api_url"] is None
+    assert json.loads(slmops.run("list", "--json").stdout)["models"]
+    assert (up.home / "prefect" / "prefect.db").is_file()  # its database is kept, with all runs

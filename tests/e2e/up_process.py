@@ -1,0 +1,65 @@
+"""`slmops up` as a user's service manager runs it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.e2e.conftest import ROOT
+
+READY = "slmops up --check says what is running"
+START_DEADLINE_S = 240  # a hang, not a slow machine, fails here
+
+
+class Up:
+    """One `slmops up` with a home directory of its own."""
+
+    def __init__(self, home: Path, environment: dict[str, str]) -> None:
+        self.home = home
+        self.environment = {**environment, "SLMOPS_HOME": str(home)}
+        self.log = home.with_name(f"{home.name}.log")
+
+    def start(self, *arguments: str) -> None:
+        """Start it; `wait_until_ready` waits for it."""
+        command = [sys.executable, "-m", "deployments.cli", "up", *arguments]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait_until_ready(self) -> None:
+        """Wait until the worker was started."""
+        deadline = time.monotonic() + START_DEADLINE_S
+        while READY not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
+    @property
+    def tree(self) -> list[psutil.Process]:
+        """It and all that it started."""
+        try:
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.Error:
+            return []
+
+    def kill(self) -> None:
+        """End it as a power cut does."""
+        for process in self.tree:
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+        self.process.wait()
+
+    def end(self) -> None:
+        """Stop it after a test."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.kill()
