@@ -1,4 +1,4 @@
-"""The Prefect server of docker-compose.yml, run on this machine: PostgreSQL, Redis, API and background services apart."""
+"""The Prefect server of docker-compose.yml, run on this machine, its parts in processes of their own."""
 
 import os
 import shutil
@@ -118,19 +118,50 @@ def running_stack(services: dict[str, Any], folder: Path) -> Iterator[Stack]:
     try:
         as_postgres: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
         subprocess.run(
-            [POSTGRES[0] / "initdb", "-D", data / "data", "-U", "prefect", "-A", "scram-sha-256", f"--pwfile={password}"],
+            [
+                POSTGRES[0] / "initdb",
+                "-D",
+                data / "data",
+                "-U",
+                "prefect",
+                "-A",
+                "scram-sha-256",
+                f"--pwfile={password}",
+            ],
             cwd=data,
             check=True,
             capture_output=True,
             **as_postgres,
         )
         port = str(stack.ports["postgres"])
-        words = [str(POSTGRES[0] / "postgres"), "-D", str(data / "data"), "-p", port, "-k", str(data), "-h", "127.0.0.1"]
+        words = [
+            str(POSTGRES[0] / "postgres"),
+            "-D",
+            str(data / "data"),
+            "-p",
+            port,
+            "-k",
+            str(data),
+            "-h",
+            "127.0.0.1",
+        ]
         stack.run("postgres", words, **as_postgres)
         redis = ["redis-server", "--port", str(stack.ports["redis"]), "--bind", "127.0.0.1", "--save", ""]
         stack.run("redis", [*redis, "--requirepass", secrets["redis-password"]])
         login = {"PGPASSWORD": secrets["postgres-password"], "PATH": os.defpath}
-        psql = ["psql", "-h", "127.0.0.1", "-p", port, "-U", "prefect", "-d", "postgres", "-c", "create database prefect"]
+        psql = [
+            "psql",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            port,
+            "-U",
+            "prefect",
+            "-d",
+            "postgres",
+            "-c",
+            "create database prefect",
+        ]
         deadline = time.monotonic() + 60
         while subprocess.run(psql, env=login, capture_output=True, check=False).returncode:
             assert time.monotonic() < deadline, stack.said("postgres")
