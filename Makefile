@@ -57,7 +57,7 @@ bench: setup
 # System packages that a few tests use; without them those tests skip and say so.
 apt:
 	apt-get update -qq
-	apt-get install -qq --yes strace chromium chromium-driver
+	apt-get install -qq --yes strace chromium chromium-driver postgresql redis-server
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
