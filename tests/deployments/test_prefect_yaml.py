@@ -21,7 +21,7 @@ from infra.errors import BadInput
 
 ENTRIES = read_deployments()
 EVERY = [*ENTRIES, *variant_entries("slmops")]
-NAMES = {"deploy", "benchmark", "promote", "rollback", "gc"}
+NAMES = {"deploy", "retrain", "benchmark", "promote", "rollback", "gc"}
 
 
 def test_it_has_the_agreed_deployments() -> None:

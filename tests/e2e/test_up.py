@@ -89,7 +89,7 @@ def test_check_finds_what_up_started_without_being_told_where(slmops: Slmops, ap
     assert found["ok"]
     assert found["api_url"] == api
     whats = {one["what"] for one in found["checks"]}
-    names = ("deploy", "benchmark", "promote", "rollback", "gc")
+    names = ("deploy", "retrain", "benchmark", "promote", "rollback", "gc")
     assert {"server", "workers", "work pool slmops", *(f"deployment {name}/{name}" for name in names)} <= whats
 
 
