@@ -146,9 +146,10 @@ def judged(
     report = RetrainReport(
         name=deployed.name, status="kept", summary=deployed.summary, version=deployed.version, fine_tuning=tuned
     )
-    if deployed.status in ("rejected", "failed"):
+    if deployed.selected is None:
+        status = "rejected" if deployed.status == "rejected" else "failed"
         return report.model_copy(
-            update={"status": deployed.status, "summary": f"The candidate was kept out: {deployed.summary}"}
+            update={"status": status, "summary": f"The candidate was kept out: {deployed.summary}"}
         )
     challenger = registry.version(deployed.name, deployed.version)
     if champion is None:

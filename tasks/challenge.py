@@ -71,14 +71,18 @@ class RetrainReport(_Record):
 
 
 def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport | None:
-    """Return the report of the retrain that asked the same question, if the newest version that came of one did."""
+    """Return the report of the newest retrain of a name, if it asked the same question and its candidate was compared.
+
+    One whose candidate was rejected or could not be built is done again: the cause may have passed.
+    """
     if name not in registry.names():
         return None
     for manifest in sorted(registry.versions(name), key=lambda one: one.version, reverse=True):
         record = registry.latest_evidence(manifest, RETRAIN)
         if record is not None:
             report = RetrainReport.model_validate({field: record[field] for field in RetrainReport.model_fields})
-            return report if report.fine_tuning and report.fine_tuning.key == key else None
+            same = report.fine_tuning is not None and report.fine_tuning.key == key
+            return report if same and report.status in ("promoted", "kept") else None
     return None
 
 

@@ -136,13 +136,18 @@ def _parsed(text: str, unit: str, found: Any) -> list[TrainingRow]:
     return rows
 
 
-def split(rows: Sequence[TrainingRow], held_out_share: float) -> tuple[list[TrainingRow], list[TrainingRow]]:
+NumberedRow = tuple[int, TrainingRow]
+
+
+def split(rows: Sequence[TrainingRow], held_out_share: float) -> tuple[list[NumberedRow], list[NumberedRow]]:
     """Return the rows to train on, and those that tell when to stop: every so-manieth, or the last one of a few.
+
+    Each comes with its number in the dataset, from 1 on.
 
     What is held out and trained on as well would tell nothing: such rows are only trained on.
     """
     every = min(len(rows), round(1 / held_out_share))
-    train = [row for index, row in enumerate(rows, 1) if index % every]
-    held_out = [row for index, row in enumerate(rows, 1) if not index % every]
-    known = {row.model_dump_json() for row in train}
-    return train, [row for row in held_out if row.model_dump_json() not in known]
+    train = [(number, row) for number, row in enumerate(rows, 1) if number % every]
+    held_out = [(number, row) for number, row in enumerate(rows, 1) if not number % every]
+    known = {row.model_dump_json() for _, row in train}
+    return train, [(number, row) for number, row in held_out if row.model_dump_json() not in known]

@@ -1,13 +1,12 @@
 """Stage "fine-tune": a base and a dataset become an adapter or a checkpoint, once for the same question."""
 
-import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -16,7 +15,6 @@ from infra.errors import BadInput
 from infra.process.supervisor import run_in_child
 from infra.settings import Settings
 from infra.storage.folders import place, work_folder
-from infra.storage.holders import has_ended, this_process
 from infra.storage.manifest import check_name, digest_of
 from tasks.checkpoint import content_digest, fetch_checkpoint, inspect_checkpoint
 from tasks.dataset import Dataset, read_dataset, split
@@ -141,8 +139,8 @@ def fine_tune_once(
         train, held_out = split(dataset.rows, HELD_OUT_SHARE)
         request = {
             "base_dir": base.uri,
-            "train": [row.model_dump(mode="json")["messages"] for row in train],
-            "held_out": [row.model_dump(mode="json")["messages"] for row in held_out],
+            "train": [{"number": number, **row.model_dump(mode="json")} for number, row in train],
+            "held_out": [{"number": number, **row.model_dump(mode="json")} for number, row in held_out],
             **hyperparameters.model_dump(mode="json", exclude={"early_stopping_patience"}),
             "patience": hyperparameters.early_stopping_patience,
             "threads": settings.threads,
@@ -195,30 +193,13 @@ def check_retrain(parameters: Mapping[str, Any], settings: Settings) -> None:
 @contextmanager
 def only_retrain_of(name: str, settings: Settings) -> Iterator[None]:
     """Keep a second retrain of a name away on this machine; raises `BadInput` while one runs."""
-    lock = settings.cache_dir / "retrains" / f"{name}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    own = json.dumps({"process": this_process(), "pid": os.getpid()})
-    while True:
-        try:
-            with lock.open("x", encoding="utf-8") as file:
-                file.write(own)
-            break
-        except FileExistsError:
-            holder = _holder(lock)
-            if holder and not has_ended(holder["process"]):
-                raise BadInput(
-                    f"A retrain of {name} is running (process {holder['pid']}).", "Wait for it, or cancel it first."
-                ) from None
-            lock.unlink(missing_ok=True)
+    lock = FileLock(settings.cache_dir / "retrains" / f"{name}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(blocking=False)  # the operating system takes it back when this process ends
+    except Timeout:
+        raise BadInput(f"A retrain of {name} is running on this machine.", "Wait for it, or cancel it first.") from None
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-
-
-def _holder(lock: Path) -> dict[str, Any] | None:
-    try:
-        holder: dict[str, Any] = json.loads(lock.read_text("utf-8"))
-    except (OSError, ValueError):  # just released, or its writer was killed while writing
-        return None
-    return holder
+        lock.release()

@@ -26,11 +26,11 @@ MAX_NAMED_ROWS = 3
 def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Fine-tune a checkpoint and write the result: a LoRA adapter, or a whole checkpoint of the base's dtype.
 
-    Request: `base_dir`, `train` and `held_out` [[{role, content}]] (chats that end with an assistant's turn; without
-    held-out ones nothing is stopped early), `method` (lora or full), `lora_rank`, `epochs`, `learning_rate`,
-    `batch_size`, `max_length` (tokens; None: the base's context), `patience` (evaluations without improvement), `seed`,
-    `threads`, `state_dir` (keeps the state of each epoch; a run that broke off goes on from there), `output_dir` (must
-    not exist).
+    Request: `base_dir`, `train` and `held_out` [{number, messages: [{role, content}]}] (chats that end with an
+    assistant's turn, and their rows in the dataset, from 1 on; without held-out ones nothing is stopped early), `method`
+    (lora or full), `lora_rank`, `epochs`, `learning_rate`, `batch_size`, `max_length` (tokens; None: the base's context),
+    `patience` (epochs without improvement), `seed`, `threads`, `state_dir` (keeps the state of each epoch; a run that
+    broke off goes on from there), `output_dir` (must not exist).
 
     Only the assistant's turns are learned. Trained in float32 on a CPU, in bfloat16 where a GPU can.
 
@@ -54,8 +54,8 @@ def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     progress(0, 1, "loading the base")
     tokenizer, model = load_checkpoint(request["base_dir"], "bfloat16" if gpu else "float32")
     context = _context(model, request["max_length"])
-    train = _encode(tokenizer, request["train"], context, "training")
-    held_out = _encode(tokenizer, request["held_out"], context, "held-out")
+    train = _encode(tokenizer, request["train"], context)
+    held_out = _encode(tokenizer, request["held_out"], context)
     if request["method"] == "lora":
         model = _with_lora(model, request["lora_rank"], request["seed"])
     else:
@@ -100,14 +100,15 @@ def _context(model: Any, max_length: int | None) -> int:
     return min(context, max_length or context)
 
 
-def _encode(tokenizer: Any, chats: Sequence[Any], context: int, kind: str) -> list[dict[str, list[int]]]:
+def _encode(tokenizer: Any, chats: Sequence[Any], context: int) -> list[dict[str, list[int]]]:
     """Return input_ids and labels of each chat; only the assistant's turns have labels."""
-    encoded = [_encode_chat(tokenizer, chat) for chat in chats]
-    long = [(number, len(one["input_ids"])) for number, one in enumerate(encoded, 1) if len(one["input_ids"]) > context]
+    encoded = [_encode_chat(tokenizer, chat["messages"]) for chat in chats]
+    lengths = [(chat["number"], len(one["input_ids"])) for chat, one in zip(chats, encoded, strict=True)]
+    long = [(number, tokens) for number, tokens in lengths if tokens > context]
     if long:
-        named = ", ".join(f"number {number} of {tokens} tokens" for number, tokens in long[:MAX_NAMED_ROWS])
+        named = ", ".join(f"row {number} has {tokens} tokens" for number, tokens in long[:MAX_NAMED_ROWS])
         raise BadInput(
-            f"{len(long)} of {len(chats)} {kind} chats are longer than the context of {context} tokens: {named}.",
+            f"{len(long)} of {len(chats)} chats are longer than the context of {context} tokens: {named}.",
             "Shorten or leave them out; what is cut off would not be learned.",
         )
     return encoded
@@ -123,10 +124,11 @@ def _encode_chat(tokenizer: Any, chat: Sequence[dict[str, str]]) -> dict[str, li
         until = text if index == len(chat) - 1 else tokenizer.apply_chat_template(chat[: index + 1], tokenize=False)
         if text.startswith(before) and text.startswith(until):
             answers.append((len(before), len(until)))
-        elif index == len(chat) - 1:
+        else:
             raise BadInput(
                 "The base's chat template writes a conversation otherwise when an answer follows it.",
-                "Such a model is asked differently than it would be trained; give a chat template without that.",
+                "The model would be asked otherwise than it was trained: give a template without that, or chats of one "
+                "answer each.",
             )
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [

@@ -23,14 +23,18 @@ def chat(number: int, answer: str | None = None) -> list[dict[str, str]]:
     ]
 
 
-TRAIN = [chat(number) for number in range(42)]
+def numbered(chats: list[list[dict[str, str]]]) -> list[dict[str, Any]]:
+    return [{"number": number, "messages": messages} for number, messages in enumerate(chats, 1)]
+
+
+TRAIN = numbered([chat(number) for number in range(42)])
 
 
 def asked(base: Path, folder: Path, **options: Any) -> dict[str, Any]:
     return {
         "base_dir": str(base),
         "train": TRAIN,
-        "held_out": [chat(number) for number in range(7)],
+        "held_out": numbered([chat(number) for number in range(7)]),
         "method": "lora",
         "lora_rank": 8,
         "epochs": 3,
@@ -113,15 +117,15 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tiny_checkpoint: Path, tmp_pat
 
 
 def test_it_stops_when_the_held_out_loss_does_not_fall(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    contrary = [chat(number, "no") for number in range(7)]
+    contrary = numbered([chat(number, "no") for number in range(7)])
     found = tune(tiny_checkpoint, tmp_path, held_out=contrary, epochs=12, patience=1).value
     assert found["steps"] < 12 * 6
     assert found["best_step"] < found["steps"]
 
 
 def test_a_chat_longer_than_the_context_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"1 of 3 training chats are longer than the context of 64 tokens: number 2 of"):
-        tune(tiny_checkpoint, tmp_path, train=[chat(1), chat(2, "word " * 200), chat(3)], max_length=64)
+    with pytest.raises(BadInput, match=r"1 of 3 chats are longer than the context of 64 tokens: row 2 has"):
+        tune(tiny_checkpoint, tmp_path, train=numbered([chat(1), chat(2, "word " * 200), chat(3)]), max_length=64)
     assert not (tmp_path / "tuned").exists()
 
 

@@ -78,5 +78,6 @@ def test_no_row_is_lost_and_none_held_out_is_trained_on(numbers: list[int]) -> N
     rows = tuple(TrainingRow.model_validate({"messages": [USER], "expected": str(number)}) for number in numbers)
     train, held_out = split(Dataset(origin="", rows=rows).rows, 0.1)
     assert train
-    assert {*train, *held_out} == {*rows}
-    assert not {*train} & {*held_out}
+    assert {row for _, row in (*train, *held_out)} == {*rows}
+    assert not {row for _, row in train} & {row for _, row in held_out}
+    assert all(rows[number - 1] == row for number, row in (*train, *held_out))
