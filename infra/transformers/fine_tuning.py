@@ -27,10 +27,10 @@ def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Fine-tune a checkpoint and write the result: a LoRA adapter, or a whole checkpoint of the base's dtype.
 
     Request: `base_dir`, `train` and `held_out` [{number, messages: [{role, content}]}] (chats that end with an
-    assistant's turn, and their rows in the dataset, from 1 on; without held-out ones nothing is stopped early), `method`
-    (lora or full), `lora_rank`, `epochs`, `learning_rate`, `batch_size`, `max_length` (tokens; None: the base's context),
-    `patience` (epochs without improvement), `seed`, `threads`, `state_dir` (keeps the state of each epoch; a run that
-    broke off goes on from there), `output_dir` (must not exist).
+    assistant's turn, and their rows in the dataset, from 1 on; without held-out ones nothing is stopped early),
+    `method` (lora or full), `lora_rank`, `epochs`, `learning_rate`, `batch_size`, `max_length` (tokens; None: the
+    base's context), `patience` (epochs without improvement), `seed`, `threads`, `state_dir` (keeps the state of each
+    epoch; a run that broke off goes on from there), `output_dir` (must not exist).
 
     Only the assistant's turns are learned. Trained in float32 on a CPU, in bfloat16 where a GPU can.
 
