@@ -17,8 +17,10 @@ from pathlib import Path
 
 def make_database(path: Path) -> bool:
     """Write an empty database for the installed Prefect, unless there is one; returns whether it was written."""
+    if path.exists():
+        return False
     schema = files("deployments").joinpath("prefect_schema.sql").read_text("utf-8")
-    if path.exists() or not schema.startswith(first_line(version("prefect"))):
+    if not schema.startswith(first_line(version("prefect"))):
         return False
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:

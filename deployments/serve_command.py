@@ -43,6 +43,9 @@ def serve(names: Names = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PO
 
 
 async def _serve(names: list[str], host: str, listener: socket.socket, settings: Settings) -> None:
+    from deployments.prefect_environment import prepare_prefect
+
+    prepare_prefect(settings)  # before `tasks` is imported
     import uvicorn
 
     from infra.foundry.model_host import ModelHost

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -325,22 +325,25 @@ def _is_ours(name: str) -> bool:
 
 def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]:
     """Yield (variable, value, source, description) of each setting; secrets come masked."""
+    files = _secret_files()
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
         if not isinstance(value, _Section):
-            yield _described((name,), value, field.description)
+            yield _described((name,), value, field.description, files)
             continue
         for key, nested in type(value).model_fields.items():
-            yield _described((name, key), getattr(value, key), nested.description)
+            yield _described((name, key), getattr(value, key), nested.description, files)
 
 
-def _described(location: tuple[str, ...], value: Any, description: str | None) -> tuple[str, Any, str, str]:
+def _described(
+    location: tuple[str, ...], value: Any, description: str | None, files: Mapping[str, str]
+) -> tuple[str, Any, str, str]:
     variable = _variable(location)
     shown = str(value) if isinstance(value, Path | SecretStr) else value
     source = "default"
     if any(found and _sets(name, found, variable) for name, found in os.environ.items()):
         source = "environment"
-    elif any(_sets(name, found, variable) for name, found in _secret_files().items()):
+    elif any(_sets(name, found, variable) for name, found in files.items()):
         source = "file"
     return variable, shown, source, description or ""
 
