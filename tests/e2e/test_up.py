@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -174,22 +175,33 @@ def command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_a_schedule_starts_a_real_run(api: str) -> None:
-    deployment = call("GET", f"{api}/deployments/name/gc/gc")
-    assert query(api, "flow_runs", deployments={"id": {"any_": [deployment["id"]]}}) == []
-    schedules = f"{api}/deployments/{deployment['id']}/schedules"
-    every_minute = {"cron": "* * * * *", "timezone": "Europe/Berlin"}
-    body = [{"schedule": every_minute, "active": True, "parameters": {"dry_run": True}}]
-    (made,) = call("POST", schedules, body)  # type: ignore[arg-type]
+def test_a_schedule_starts_a_real_retrain(slmops: Slmops, api: str, tiny: Path, tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": f"say {word}"}], "expected": f"{word} {word}"}
+        for word in ("add", "print", "def", "return", "hello", "world", "good")
+    ]
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text("".join(json.dumps({"id": index, **chat}) + "\n" for index, chat in enumerate(chats)), "utf-8")
+    parameters = {
+        **{"dataset": str(rows), "base": str(tiny), "name": "nightly", "evaluation_file": str(rows)},
+        **{"epochs": 1, "precisions": ["int4"]},
+    }
+    deployment = call("GET", f"{api}/deployments/name/retrain/retrain")["id"]
+    seconds_away = datetime.now(UTC) + timedelta(seconds=10)
+    daily = {"interval": 86_400, "anchor_date": seconds_away.isoformat(), "timezone": "Europe/Berlin"}
+    body = [{"schedule": daily, "active": True, "parameters": parameters}]
+    (made,) = call("POST", f"{api}/deployments/{deployment}/schedules", body)  # type: ignore[arg-type]
 
-    def completed() -> list[dict[str, Any]]:
-        runs = query(api, "flow_runs", deployments={"id": {"any_": [deployment["id"]]}})
-        return [run for run in runs if run["state"]["type"] == "COMPLETED"]
+    def ended() -> list[dict[str, Any]]:
+        runs = query(api, "flow_runs", deployments={"id": {"any_": [deployment]}})
+        return [run for run in runs if run["state"]["type"] in ENDED]
 
-    run = wait_for(completed)[0]
+    (run,) = wait_for(ended)
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     assert run["auto_scheduled"]
-    assert run["parameters"]["dry_run"] is True
-    httpx.delete(f"{schedules}/{made['id']}").raise_for_status()
+    assert "nightly@1 is the first champion" in run["state"]["message"]
+    assert slmops.json("show", "nightly@champion")["version"] == 1
+    httpx.delete(f"{api}/deployments/{deployment}/schedules/{made['id']}").raise_for_status()
 
 
 def test_a_schedule_that_never_comes_again_is_told(slmops: Slmops, api: str) -> None:
