@@ -42,6 +42,7 @@ Check = Annotated[bool, typer.Option("--check", help="Say what is running, and e
 # Prefect's server and worker as this command starts them.
 SERVER_ENVIRONMENT = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     # In memory, as is the default, a restart would leave each held limit held for ever.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }

@@ -8,10 +8,11 @@ from prefect import State, flow
 from flows.qualify import Gate, Qualification, ended, qualify
 from flows.variants import build_on_workers, check_workers
 from infra.errors import StageFailed
+from infra.process.supervisor import ChildProcess
 from infra.settings import Settings, load_settings
 from infra.storage.opening import open_registry
 from infra.storage.registry import ModelRegistry
-from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, olive_process, plan_recipes, take_model
+from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, plan_recipes, take_model, torch_process
 from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
 from tasks.environment import check_environment, check_room
 from tasks.evaluate import forget_reference
@@ -126,48 +127,56 @@ def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) ->
     text = read_text(request.text_file, settings) if request.text_file else None
     check_room(prepared.inspection, [recipe.precision for recipe in planned], len(evaluation.rows), settings)
 
-    outcome = None
-    if request.search:
-        built, outcome = search_recipes(
-            request, prepared, evaluation, registry, settings, reference_available=prepared.inspection.parameters > 0
+    with torch_process(settings) as torch_child:
+        outcome = None
+        if request.search:
+            built, outcome = search_recipes(
+                request,
+                prepared,
+                evaluation,
+                registry,
+                settings,
+                torch_child,
+                reference_available=prepared.inspection.parameters > 0,
+            )
+            failures = [
+                VariantReport(precision=precision, status="failed", error=error)
+                for precision, error in outcome.failures.items()
+            ]
+        else:
+            built, failures = build_variants(request, planned, prepared, registry, settings, torch_child)
+        if not built:
+            forget_reference(prepared.digest, evaluation, settings)
+            report = failed_report(request, prepared, evaluation.summary, failures, settings)
+            return ended(publish_report(report, registry, None, settings))
+        if request.output:
+            copy_out([one.variant for one in built], request.output, registry)
+        manifest = commit_version(request, prepared, built, registry)
+        record_provenance(manifest, registry, settings)
+        if outcome:
+            record_trials(manifest, outcome, registry, settings)
+        version = Qualification(
+            manifest=manifest,
+            prepared=prepared,
+            evaluation=evaluation,
+            text=text,
+            gate=Gate(request.min_top1_agreement, request.max_kl_divergence, request.max_quality_loss),
+            budget=request.budget,
+            description=request.description,
+            promote=request.promote,
+            registry=registry,
+            settings=settings,
+            torch_child=torch_child,
         )
-        failures = [
-            VariantReport(precision=precision, status="failed", error=error)
-            for precision, error in outcome.failures.items()
-        ]
-    else:
-        built, failures = build_variants(request, planned, prepared, registry, settings)
-    if not built:
-        forget_reference(prepared.digest, evaluation, settings)
-        report = failed_report(request, prepared, evaluation.summary, failures, settings)
-        return ended(publish_report(report, registry, None, settings))
-    if request.output:
-        copy_out([one.variant for one in built], request.output, registry)
-    manifest = commit_version(request, prepared, built, registry)
-    record_provenance(manifest, registry, settings)
-    if outcome:
-        record_trials(manifest, outcome, registry, settings)
-    version = Qualification(
-        manifest=manifest,
-        prepared=prepared,
-        evaluation=evaluation,
-        text=text,
-        gate=Gate(request.min_top1_agreement, request.max_kl_divergence, request.max_quality_loss),
-        budget=request.budget,
-        description=request.description,
-        promote=request.promote,
-        registry=registry,
-        settings=settings,
-    )
-    warnings = (
-        *prepared.inspection.warnings,
-        *(text for one in built for text in one.warnings),
-        *registry.objects.notices(),
-    )
-    report = qualify(version, failures, warnings)
-    if request.output:
-        write_model_cards(report, manifest, request.output)
-    return ended(report)
+        warnings = (
+            *prepared.inspection.warnings,
+            *(text for one in built for text in one.warnings),
+            *registry.objects.notices(),
+        )
+        report = qualify(version, failures, warnings)
+        if request.output:
+            write_model_cards(report, manifest, request.output)
+        return ended(report)
 
 
 def build_variants(
@@ -176,6 +185,7 @@ def build_variants(
     prepared: PreparedCheckpoint,
     registry: ModelRegistry,
     settings: Settings,
+    torch_child: ChildProcess,
 ) -> tuple[list[BuiltVariant], list[VariantReport]]:
     """Build every variant; one that fails is reported and the others go on."""
     if prepared.inspection.kind == "genai":
@@ -185,10 +195,9 @@ def build_variants(
         return built, [VariantReport(precision=one, status="failed", error=text) for one, text in errors.items()]
     built = []
     failures: list[VariantReport] = []
-    with olive_process(settings) as olive:
-        for recipe in recipes:
-            try:
-                built.append(build_variant(recipe, prepared, request, registry, settings, olive))
-            except StageFailed as error:
-                failures.append(VariantReport(precision=recipe.precision, status="failed", error=str(error)))
+    for recipe in recipes:
+        try:
+            built.append(build_variant(recipe, prepared, request, registry, settings, torch_child))
+        except StageFailed as error:
+            failures.append(VariantReport(precision=recipe.precision, status="failed", error=str(error)))
     return built, failures

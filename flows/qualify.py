@@ -8,6 +8,7 @@ from prefect.states import Completed, Failed
 
 from flows.variants import Examined, measure_on_workers
 from infra.errors import SlmopsError, StageFailed
+from infra.process.supervisor import ChildProcess
 from infra.settings import Settings
 from infra.storage.manifest import Manifest, StoredVariant
 from infra.storage.registry import ModelRegistry
@@ -78,6 +79,7 @@ class Qualification:
     """One version on its way through measure, gate, register, prove and choice.
 
     `prepared` is the source checkpoint; None where there is none (a model that came as ONNX) or none is needed.
+    `torch_child` is where the checkpoint and its tokenizer are run (`tasks.build.torch_process`).
     """
 
     manifest: Manifest
@@ -90,6 +92,7 @@ class Qualification:
     promote: bool
     registry: ModelRegistry
     settings: Settings
+    torch_child: ChildProcess
 
     @property
     def has_reference(self) -> bool:
@@ -165,9 +168,9 @@ def run_references(version: Qualification) -> None:
     if prepared is None:
         return
     if needs_reference(manifest, version.evaluation, registry, settings):
-        run_reference_once(prepared, version.evaluation, settings)
+        run_reference_once(prepared, version.evaluation, settings, version.torch_child)
     if version.text and needs_text_reference(manifest, version.text, registry, settings):
-        run_text_reference_once(prepared, version.text, settings)
+        run_text_reference_once(prepared, version.text, settings, version.torch_child)
 
 
 def forget_references(version: Qualification) -> None:
@@ -268,7 +271,7 @@ def examine(
         measurement=measured,
         evaluation=evaluated,
         steadiness=steadiness_of(measured),
-        parity=check_template_parity(manifest, variant, checkpoint, registry, settings),
+        parity=check_template_parity(manifest, variant, checkpoint, registry, settings, version.torch_child),
         text=compare_stored_variant_on_text(
             manifest, variant, version.text, registry, settings, has_reference=version.has_reference
         )

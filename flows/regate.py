@@ -9,6 +9,7 @@ from infra.errors import BadInput
 from infra.settings import load_settings
 from infra.storage.opening import open_registry
 from tasks.budget import parse_budget
+from tasks.build import torch_process
 from tasks.checkpoint import prepare_source
 from tasks.evaluate import last_evaluation_set
 from tasks.evaluation_set import read_evaluation
@@ -63,18 +64,20 @@ def regate(
     if evaluation is None:
         evaluation = read_evaluation(evaluation_file, None, settings, **asked)
     text = read_text(text_file, settings) if text_file else None
-    version = Qualification(
-        manifest=manifest,
-        prepared=prepare_source(manifest, settings)
-        if needs_source(manifest, evaluation, text, registry, settings)
-        else None,
-        evaluation=evaluation,
-        text=text,
-        gate=Gate(min_top1_agreement, max_kl_divergence, max_quality_loss),
-        budget=limits,
-        description=str((registry.latest_evidence(manifest, "deploy") or {}).get("description", "")),
-        promote=False,
-        registry=registry,
-        settings=settings,
-    )
-    return ended(qualify(version, [], ()))
+    with torch_process(settings) as torch_child:
+        version = Qualification(
+            manifest=manifest,
+            prepared=prepare_source(manifest, settings)
+            if needs_source(manifest, evaluation, text, registry, settings)
+            else None,
+            evaluation=evaluation,
+            text=text,
+            gate=Gate(min_top1_agreement, max_kl_divergence, max_quality_loss),
+            budget=limits,
+            description=str((registry.latest_evidence(manifest, "deploy") or {}).get("description", "")),
+            promote=False,
+            registry=registry,
+            settings=settings,
+            torch_child=torch_child,
+        )
+        return ended(qualify(version, [], ()))

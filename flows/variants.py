@@ -18,7 +18,7 @@ from infra.storage.manifest import Manifest
 from infra.storage.opening import open_registry
 from infra.storage.orders import forget_order, give_order, hand_back, read_order, take_back
 from infra.storage.registry import ModelRegistry
-from tasks.build import BuiltVariant, Recipe, build_variant, olive_process
+from tasks.build import BuiltVariant, Recipe, build_variant, torch_process
 from tasks.checkpoint import PreparedCheckpoint, fetched_from_store, put_into_store
 from tasks.dispatch import Job, check_pool, run_on_pool
 from tasks.environment import builder_versions, check_room, host_facts
@@ -65,8 +65,8 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
     wanted = Recipe.model_validate(asked["recipe"])
     check_room(prepared.inspection, [wanted.precision], 0, settings)
     request = DeployRequest.model_validate(asked["request"])
-    with olive_process(settings) as olive:
-        built = build_variant(wanted, prepared, request, registry, settings, olive)
+    with torch_process(settings) as torch_child:
+        built = build_variant(wanted, prepared, request, registry, settings, torch_child)
     done = built.model_copy(update={"host": host_facts()})
     hand_back(registry, order, flow_run.id, done.model_dump(mode="json"))
 

@@ -437,10 +437,10 @@ def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
     return named
 
 
-def olive_process(settings: Settings) -> ChildProcess:
-    """Return Olive's process, as a context manager: all builds of a run wait for its imports once."""
+def torch_process(settings: Settings) -> ChildProcess:
+    """Return a process, as a context manager, for all of a run that imports torch: builds, references, templates."""
     # matplotlib, which some of Olive's passes import, keeps a cache of fonts in the user's home otherwise.
-    return ChildProcess("infra.olive.engine:build", {"MPLCONFIGDIR": str(settings.cache_dir / "matplotlib")})
+    return ChildProcess({"MPLCONFIGDIR": str(settings.cache_dir / "matplotlib")})
 
 
 # A tag is what Prefect can limit, and it costs each run a question to the server: only builds take so much memory that
@@ -452,9 +452,9 @@ def build_variant(
     request: DeployRequest,
     registry: ModelRegistry,
     settings: Settings,
-    olive: ChildProcess,
+    torch_child: ChildProcess,
 ) -> BuiltVariant:
-    """Build one variant in Olive's process and store its files; a build that is stored already is reused.
+    """Build one variant within a `torch_process` and store its files; a build that is stored already is reused.
 
     Raises `StageFailed` and its kinds as `run_in_child` does.
     """
@@ -478,7 +478,8 @@ def build_variant(
         log.unlink(missing_ok=True)
         slots = settings.cache_dir / "build-slots"
         with slot(slots, settings.worker.builds, on_progress), work_folder(settings) as work:
-            child = olive.call(
+            child = torch_child.call(
+                "infra.olive.engine:build",
                 {
                     "olive_config": olive_run_config(recipe),
                     "checkpoint_dir": str(prepared.folder),

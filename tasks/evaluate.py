@@ -10,7 +10,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from infra.errors import BadInput
-from infra.process.supervisor import OnProgress, run_in_child
+from infra.process.supervisor import ChildProcess, OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import place, work_folder
 from infra.storage.manifest import Manifest, StoredVariant
@@ -176,8 +176,11 @@ def run_reference(
     rows: Sequence[EvaluationRow],
     work_dir: Path,
     on_progress: OnProgress | None = None,
+    torch_child: ChildProcess | None = None,
 ) -> Reference:
     """Run the source checkpoint on the rows in a child process; `work_dir` keeps what `evaluate_variant` compares with.
+
+    It is run within `torch_child`, if that is given; the peak memory then counts what earlier calls left there.
 
     Raises `BadInput` for a row that the model cannot take, `StageFailed` and its kinds as `run_in_child` does.
     """
@@ -199,6 +202,7 @@ def run_reference(
         log_path=work_dir / "reference.log",
         work_dir=work_dir,
         on_progress=on_progress,
+        within=torch_child,
     )
     return Reference(
         **child.value, rows_sha256=digest_of(used), wall_s=child.wall_s, peak_rss_bytes=child.peak_rss_bytes
@@ -449,14 +453,16 @@ def needs_reference(manifest: Manifest, evaluation: EvaluationSet, registry: Mod
 
 
 @task(name="run reference", task_run_name="reference", **PASSING_FAULTS)
-def run_reference_once(prepared: PreparedCheckpoint, evaluation: EvaluationSet, settings: Settings) -> None:
+def run_reference_once(
+    prepared: PreparedCheckpoint, evaluation: EvaluationSet, settings: Settings, torch_child: ChildProcess | None = None
+) -> None:
     """Run the source checkpoint in transformers on the rows, unless its answers wait already."""
     folder = reference_folder(prepared.digest, evaluation, settings)
     with stage_progress("reference") as on_progress:
         if folder.is_dir():
             return
         with work_folder(settings) as work:
-            run_reference(settings, prepared.folder, evaluation.rows, work / "reference", on_progress)
+            run_reference(settings, prepared.folder, evaluation.rows, work / "reference", on_progress, torch_child)
             place(work / "reference", folder)
 
 

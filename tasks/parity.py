@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.checkpoints.folder import read_chat_template, read_json
 from infra.errors import BadInput, SlmopsError, StageFailed
-from infra.process.supervisor import OnProgress, run_in_child
+from infra.process.supervisor import ChildProcess, OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import work_folder
 from infra.storage.manifest import Manifest, StoredVariant, digest_of
@@ -126,6 +126,7 @@ def check_template_parity(
     checkpoint_folder: Path | None,
     registry: ModelRegistry,
     settings: Settings,
+    torch_child: ChildProcess | None = None,
 ) -> TemplateParity:
     """Compare a variant of the store in all runtimes and keep the result as evidence.
 
@@ -139,7 +140,7 @@ def check_template_parity(
             return known
         with work_folder(settings) as work:
             registry.materialize(variant.files, work / "model", on_progress)
-            parity = check_parity(settings, work / "model", checkpoint_folder, work, on_progress)
+            parity = check_parity(settings, work / "model", checkpoint_folder, work, on_progress, torch_child)
         reference: Reference = "checkpoint" if checkpoint_folder else "variant"
         record = {
             "precision": variant.precision,
@@ -195,8 +196,11 @@ def check_parity(
     checkpoint_dir: Path | None,
     work_dir: Path,
     on_progress: OnProgress | None = None,
+    torch_child: ChildProcess | None = None,
 ) -> TemplateParity:
     """Render `CONVERSATIONS` in the three runtimes, each in a process of its own, and compare the tokens.
+
+    transformers runs within `torch_child`, if that is given.
 
     The reference is transformers with the tokenizer of `checkpoint_dir`, or with the genai folder's own where there is
     none. Conversations that the template refuses there are left out. A template or tokenizer that genai or Foundry
@@ -206,7 +210,7 @@ def check_parity(
     conversations there, a model that Foundry Local cannot load.
     """
     runtimes = _Runtimes(
-        settings, model_dir.absolute(), (checkpoint_dir or model_dir).absolute(), work_dir, on_progress
+        settings, model_dir.absolute(), (checkpoint_dir or model_dir).absolute(), work_dir, on_progress, torch_child
     )
     expected = runtimes.transformers()
     refused = {name: one["refusal"] for name, one in expected["conversations"].items() if "refusal" in one}
@@ -244,15 +248,22 @@ class _Runtimes:
     """The three child processes."""
 
     def __init__(
-        self, settings: Settings, model_dir: Path, reference_dir: Path, work_dir: Path, on_progress: OnProgress | None
+        self,
+        settings: Settings,
+        model_dir: Path,
+        reference_dir: Path,
+        work_dir: Path,
+        on_progress: OnProgress | None,
+        torch_child: ChildProcess | None,
     ) -> None:
         self.settings, self.model_dir, self.reference_dir, self.work_dir = settings, model_dir, reference_dir, work_dir
-        self._on_progress = on_progress
+        self._on_progress, self._torch_child = on_progress, torch_child
         self._done = 0
 
     def transformers(self, moments: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
         return self._run(
             "infra.transformers.templates:render",
+            within=self._torch_child,
             tokenizer_dir=str(self.reference_dir),
             conversations=CONVERSATIONS,
             moments=moments or {},
@@ -275,13 +286,15 @@ class _Runtimes:
     def foundry(self, conversations: Mapping[str, Sequence[Message]]) -> dict[str, Any]:
         return self._run(
             "infra.foundry.templates:count",
-            self.settings.timeout.foundry_s,
+            deadline_s=self.settings.timeout.foundry_s,
             model_dir=str(self.model_dir),
             cache_dir=str(self.work_dir.absolute() / "foundry"),
             conversations=conversations,
         )
 
-    def _run(self, function: str, deadline_s: float | None = None, **request: Any) -> dict[str, Any]:
+    def _run(
+        self, function: str, *, deadline_s: float | None = None, within: ChildProcess | None = None, **request: Any
+    ) -> dict[str, Any]:
         def follow(done: float, total: float, what: str) -> None:
             if self._on_progress:
                 self._on_progress(min(self._done, 3), 3, what)
@@ -293,6 +306,7 @@ class _Runtimes:
             log_path=self.work_dir / "parity.log",
             work_dir=self.work_dir,
             on_progress=follow,
+            within=within,
         )
         self._done += 1
         return child.value

@@ -12,7 +12,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from infra.errors import BadInput
-from infra.process.supervisor import OnProgress, run_in_child
+from infra.process.supervisor import ChildProcess, OnProgress, run_in_child
 from infra.settings import Settings
 from infra.storage.folders import place, work_folder
 from infra.storage.manifest import Manifest, StoredVariant, digest_of
@@ -98,9 +98,16 @@ def read_text_file(path: Path, max_tokens: int) -> TextSample:
 
 
 def run_text_reference(
-    settings: Settings, checkpoint_dir: Path, text: TextSample, work_dir: Path, on_progress: OnProgress | None = None
+    settings: Settings,
+    checkpoint_dir: Path,
+    text: TextSample,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    torch_child: ChildProcess | None = None,
 ) -> None:
     """Score the text with the source checkpoint in a child process; `work_dir` keeps what variants are compared with.
+
+    It is run within `torch_child`, if that is given.
 
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` and its kinds as `run_in_child` does.
     """
@@ -120,6 +127,7 @@ def run_text_reference(
         log_path=work_dir / "text.log",
         work_dir=work_dir,
         on_progress=on_progress,
+        within=torch_child,
     )
 
 
@@ -269,14 +277,16 @@ def read_text(path: str, settings: Settings) -> TextSample:
 
 
 @task(name="run reference on text", task_run_name="reference-on-text", **PASSING_FAULTS)
-def run_text_reference_once(prepared: PreparedCheckpoint, text: TextSample, settings: Settings) -> None:
+def run_text_reference_once(
+    prepared: PreparedCheckpoint, text: TextSample, settings: Settings, torch_child: ChildProcess | None = None
+) -> None:
     """Run the source checkpoint in transformers on the text, unless its figures wait already."""
     folder = text_reference_folder(prepared.digest, text, settings)
     with stage_progress("reference on text") as on_progress:
         if folder.is_dir():
             return
         with work_folder(settings) as work:
-            run_text_reference(settings, prepared.folder, text, work / "reference", on_progress)
+            run_text_reference(settings, prepared.folder, text, work / "reference", on_progress, torch_child)
             place(work / "reference", folder)
 
 

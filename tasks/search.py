@@ -8,7 +8,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from infra.errors import StageFailed
-from infra.process.supervisor import OnProgress
+from infra.process.supervisor import ChildProcess, OnProgress
 from infra.settings import Settings
 from infra.storage.folders import work_folder
 from infra.storage.local import LocalObjectStore
@@ -16,7 +16,7 @@ from infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, 
 from infra.storage.objects import Blob
 from infra.storage.registry import ModelRegistry
 from tasks.budget import Budget, parse_budget
-from tasks.build import BuiltVariant, Recipe, build_variant, olive_process, plan_search, refuse_recipes
+from tasks.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
 from tasks.checkpoint import PreparedCheckpoint
 from tasks.choose import Candidate, pareto_front
 from tasks.evaluate import Evaluation, evaluate_stored_variant, known_evaluation, run_reference_once
@@ -148,6 +148,7 @@ def search_recipes(
     evaluation: EvaluationSet,
     registry: ModelRegistry,
     settings: Settings,
+    torch_child: ChildProcess,
     *,
     reference_available: bool,
 ) -> tuple[list[BuiltVariant], SearchOutcome]:
@@ -162,18 +163,17 @@ def search_recipes(
         refuse_recipes(request)
     trials = open_trials(registry, settings)
     found = [_Tried(recipe) for recipe in plan_search(request)]
-    with olive_process(settings) as olive:
-        for one in found:
-            try:
-                one.built = build_variant(one.recipe, prepared, request, trials, settings, olive)
-            except StageFailed as error:
-                one.error = str(error)
+    for one in found:
+        try:
+            one.built = build_variant(one.recipe, prepared, request, trials, settings, torch_child)
+        except StageFailed as error:
+            one.error = str(error)
     manifests = {
         one.recipe.name: trial_manifest(one.recipe.name, one.built.variant, prepared) for one in found if one.built
     }
     known = (known_evaluation(each, each.variants[0], evaluation, trials, settings) for each in manifests.values())
     if reference_available and not all(known):
-        run_reference_once(prepared, evaluation, settings)
+        run_reference_once(prepared, evaluation, settings, torch_child)
     for one in found:
         if one.built:
             _examine(one, manifests[one.recipe.name], evaluation, trials, settings, reference_available)

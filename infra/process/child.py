@@ -1,9 +1,10 @@
-"""The child's side: run one function of `infra` as often as the supervisor asks, and report to it.
+"""The child's side: run functions of `infra` as often as the supervisor asks, and report to it.
 
-Started as `python -m infra.process.child MODULE:FUNCTION`. Each line of standard input is a call, a JSON object
-`{"request": {...}, "log_path": str, "work_dir": str, "is_last": bool}`; after the last one the child ends. The input is
-a lifeline too: when it closes, the supervisor is gone and the child ends itself. Standard output carries one JSON
-message a line; whatever libraries print goes to standard error, which is the log of the call.
+Started as `python -m infra.process.child MODULE:FUNCTION`, which names the first call to whoever lists processes. Each
+line of standard input is a call, a JSON object `{"function": "MODULE:FUNCTION", "request": {...}, "log_path": str,
+"work_dir": str, "is_last": bool}`; after the last one the child ends. The input is a lifeline too: when it closes, the
+supervisor is gone and the child ends itself. Standard output carries one JSON message a line; whatever libraries print
+goes to standard error, which is the log of the call.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ def _load(target: str) -> ChildFunction:
 
 
 def main() -> None:
-    """Run the function named on the command line for each call; the exit status is 0 if the last one returned."""
+    """Run the function of each call; the exit status is 0 if the last one returned."""
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # native libraries print to descriptor 1 as well: keep the message channel clean
     sys.stdout = sys.stderr
@@ -81,7 +82,7 @@ def main() -> None:
     for call in _Calls(sys.stdin.buffer):
         _log_to(call["log_path"])
         os.chdir(call["work_dir"])
-        answer = _answer(call["request"], progress)
+        answer = _answer(call["function"], call["request"], progress)
         sys.stderr.flush()
         if not call["is_last"]:
             _give_memory_back()
@@ -105,9 +106,9 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _answer(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _answer(function: str, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     try:
-        return {"result": _load(sys.argv[1])(request, progress)}
+        return {"result": _load(function)(request, progress)}
     except SlmopsError as error:
         traceback.print_exc()
         return {"error": {"kind": type(error).__name__, "message": error.message, "what_to_do": error.what_to_do}}

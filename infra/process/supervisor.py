@@ -62,8 +62,9 @@ def run_in_child(
     work_dir: Path,
     on_progress: OnProgress | None = None,
     environment: Mapping[str, str] | None = None,
+    within: "ChildProcess | None" = None,
 ) -> ChildResult:
-    """Run `MODULE:FUNCTION` of infra in a process of its own and return its result.
+    """Run `MODULE:FUNCTION` of infra in a process of its own, or `within` one that there is, and return its result.
 
     `request` and the result are JSON objects. The child runs in `work_dir`, writes its log to `log_path`,
     and is killed with all its descendants when `deadline_s` is over or when this call is left by any
@@ -72,23 +73,25 @@ def run_in_child(
     Raises `DeadlineExceeded`; the child's own `SlmopsError`; `PassingFault` when it was killed from
     outside; `StageFailed` with the end of the log for anything else.
     """
-    child = ChildProcess(function, environment)
-    try:
+    with contextlib.nullcontext(within) if within else ChildProcess(environment) as child:
         return child.call(
-            request, deadline_s=deadline_s, log_path=log_path, work_dir=work_dir, on_progress=on_progress, is_last=True
+            function,
+            request,
+            deadline_s=deadline_s,
+            log_path=log_path,
+            work_dir=work_dir,
+            on_progress=on_progress,
+            is_last=within is None,
         )
-    finally:
-        child.close()
 
 
 class ChildProcess:
-    """A process for several calls of one function, whose imports are waited for only once.
+    """A process for several calls, which wait for the imports that they share only once.
 
     It is started by the first call, and by the next one after a call that failed. Leave it as a context manager.
     """
 
-    def __init__(self, function: str, environment: Mapping[str, str] | None = None) -> None:
-        self._function = function
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -101,6 +104,7 @@ class ChildProcess:
 
     def call(
         self,
+        function: str,
         request: dict[str, Any],
         *,
         deadline_s: float,
@@ -109,7 +113,7 @@ class ChildProcess:
         on_progress: OnProgress | None = None,
         is_last: bool = False,
     ) -> ChildResult:
-        """Run the function once, as `run_in_child` does; `is_last` lets the process end with it.
+        """Run `MODULE:FUNCTION` once, as `run_in_child` does; `is_last` lets the process end with it.
 
         The peak of the memory counts what earlier calls left.
         """
@@ -119,18 +123,24 @@ class ChildProcess:
         started = time.monotonic()
         if self._process and self._process.poll() is not None:  # it was killed since the last call
             self._end()
-        process = self._process or self._start(log_path, work_dir)
-        call = {"request": request, "log_path": str(log_path.absolute()), "work_dir": str(work_dir.absolute())}
+        process = self._process or self._start(function, log_path, work_dir)
+        call = {
+            "function": function,
+            "request": request,
+            "log_path": str(log_path.absolute()),
+            "work_dir": str(work_dir.absolute()),
+            "is_last": is_last,
+        }
         message: dict[str, Any] = {}
         try:
             assert process.stdin
             with contextlib.suppress(BrokenPipeError):  # a child that died at once is reported by its exit status
-                process.stdin.write(json.dumps(call | {"is_last": is_last}).encode() + b"\n")
+                process.stdin.write(json.dumps(call).encode() + b"\n")
                 process.stdin.flush()
             message, peak_rss_bytes = _follow(process, self._messages, started + deadline_s, on_progress)
         except TimeoutError:
             raise errors.DeadlineExceeded(
-                f"{self._function} was stopped at its deadline of {deadline_s:.0f} s.",
+                f"{function} was stopped at its deadline of {deadline_s:.0f} s.",
                 f"Raise the stage's timeout (slmops config lists them) or see its log: {log_path}",
             ) from None
         finally:
@@ -139,7 +149,7 @@ class ChildProcess:
         wall_s = time.monotonic() - started
         if "result" in message:
             return ChildResult(message["result"], wall_s, peak_rss_bytes)
-        raise _error_of(self._function, message, process.returncode, log_path)
+        raise _error_of(function, message, process.returncode, log_path)
 
     def close(self) -> None:
         """End the process, which waits for a call, with all its descendants."""
@@ -153,10 +163,10 @@ class ChildProcess:
         if process:
             _end_tree(process)
 
-    def _start(self, log_path: Path, work_dir: Path) -> "subprocess.Popen[bytes]":
+    def _start(self, function: str, log_path: Path, work_dir: Path) -> "subprocess.Popen[bytes]":
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "infra.process.child", self._function],
+                [sys.executable, "-m", "infra.process.child", function],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

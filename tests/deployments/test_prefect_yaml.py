@@ -4,6 +4,7 @@ from importlib import metadata
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
@@ -82,3 +83,8 @@ def test_a_schedule_that_is_not_valid_is_refused_by_name(schedule: dict[str, Any
     with pytest.raises(BadInput, match="of the deployment 'gc' is not valid") as refused:
         schedule_of(schedule, "gc")
     assert fault in str(refused.value)
+
+
+def test_prefect_still_admits_a_sqlalchemy_under_which_it_schedules_nothing() -> None:
+    (wanted,) = [one for one in map(Requirement, metadata.requires("prefect") or ()) if one.name == "sqlalchemy"]
+    assert "2.1.9" in wanted.specifier, "Prefect has a bound of its own now: remove ours from pyproject.toml."

@@ -117,12 +117,12 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
 
 
 def call(child: ChildProcess, tmp_path: Path, name: str, value: int, **options: Any) -> ChildResult:
-    options = {"deadline_s": 60, **options}
-    return child.call({"value": value}, log_path=tmp_path / f"{name}.log", work_dir=tmp_path / name, **options)
+    options = {"log_path": tmp_path / f"{name}.log", "work_dir": tmp_path / name, "deadline_s": 60, **options}
+    return child.call(f"{CHILDREN}:count_calls", {"value": value}, **options)
 
 
 def test_one_process_answers_several_calls_each_with_its_own_log_and_folder(tmp_path: Path) -> None:
-    with ChildProcess(f"{CHILDREN}:count_calls") as child:
+    with ChildProcess() as child:
         first, second = (call(child, tmp_path, name, value) for name, value in (("first", 1), ("second", 2)))
         assert second.value["pid"] == first.value["pid"]
         assert (first.value["calls"], second.value["calls"]) == (1, 2)
@@ -130,11 +130,16 @@ def test_one_process_answers_several_calls_each_with_its_own_log_and_folder(tmp_
         assert (tmp_path / "first.log").read_text() == "called with 1\n"
         assert (tmp_path / "second.log").read_text() == "called with 2\n"
         assert psutil.pid_exists(first.value["pid"])
+        other = child.call(
+            f"{CHILDREN}:double", {"value": 3}, log_path=tmp_path / "log", work_dir=tmp_path, deadline_s=60
+        )
+        assert other.value["value"] == 6
+        assert call(child, tmp_path, "third", 3).value["calls"] == 3  # still the same process
     wait_until_gone([first.value["pid"]])
 
 
 def test_after_a_failed_call_another_process_takes_over(tmp_path: Path) -> None:
-    with ChildProcess(f"{CHILDREN}:count_calls") as child:
+    with ChildProcess() as child:
         first = call(child, tmp_path, "first", 1)
         with pytest.raises(StageFailed, match="negative"):
             call(child, tmp_path, "second", -1)
@@ -145,7 +150,7 @@ def test_after_a_failed_call_another_process_takes_over(tmp_path: Path) -> None:
 
 
 def test_a_process_that_was_killed_between_calls_is_started_again(tmp_path: Path) -> None:
-    with ChildProcess(f"{CHILDREN}:count_calls") as child:
+    with ChildProcess() as child:
         pid = call(child, tmp_path, "first", 1).value["pid"]
         psutil.Process(pid).kill()
         wait_until_gone([pid])
@@ -156,10 +161,10 @@ def test_a_process_that_was_killed_between_calls_is_started_again(tmp_path: Path
 
 def test_memory_that_a_call_used_is_given_back(tmp_path: Path) -> None:
     size_bytes = 200_000_000
-    with ChildProcess(f"{CHILDREN}:use_memory") as child:
+    with ChildProcess() as child:
         options: dict[str, Any] = {"deadline_s": 60, "log_path": tmp_path / "log", "work_dir": tmp_path}
-        child.call({"size_bytes": size_bytes}, **options)
-        assert child.call({"size_bytes": 0}, **options).peak_rss_bytes < size_bytes
+        child.call(f"{CHILDREN}:use_memory", {"size_bytes": size_bytes}, **options)
+        assert child.call(f"{CHILDREN}:use_memory", {"size_bytes": 0}, **options).peak_rss_bytes < size_bytes
 
 
 def test_peak_memory_is_that_of_the_child(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from infra.errors import BadInput, StageFailed
 from infra.process.supervisor import ChildProcess
 from infra.settings import BenchmarkSettings, EvaluationSettings, GateSettings, MachineSettings, Settings
 from infra.storage.opening import open_registry
-from tasks.build import BuiltVariant, Recipe
+from tasks.build import BuiltVariant, Recipe, torch_process
 from tasks.checkpoint import PreparedCheckpoint, content_digest, inspect_checkpoint
 from tasks.choose import Candidate
 from tasks.evaluate import evaluate_stored_variant, forget_reference
@@ -192,7 +192,10 @@ class TestSearch:
 
         @flow
         def search() -> tuple[list[BuiltVariant], SearchOutcome]:
-            return search_recipes(request, prepared, evaluation, registry, settings, reference_available=True)
+            with torch_process(settings) as torch_child:
+                return search_recipes(
+                    request, prepared, evaluation, registry, settings, torch_child, reference_available=True
+                )
 
         built, outcome = search()
         assert [trial.recipe for trial in outcome.trials] == ["int8", "int8-block128"]
@@ -206,8 +209,8 @@ class TestSearch:
         forget_reference(prepared.digest, evaluation, settings)
 
         # Again: no child process is started, for the search or for the version that comes of it.
-        def no_child(child: ChildProcess, request: dict[str, Any], **options: Any) -> None:
-            raise AssertionError(f"a child process was run again, for {request}")
+        def no_child(child: ChildProcess, function: str, *request: Any, **options: Any) -> None:
+            raise AssertionError(f"{function} was run again")
 
         monkeypatch.setattr(ChildProcess, "call", no_child)
         steps: list[tuple[str, str]] = []
@@ -251,7 +254,10 @@ class TestSearch:
         @flow
         def search() -> tuple[list[BuiltVariant], SearchOutcome]:
             request = _request(precisions=["int4"])
-            return search_recipes(request, prepared, evaluation, registry, small_settings, reference_available=False)
+            with torch_process(small_settings) as torch_child:
+                return search_recipes(
+                    request, prepared, evaluation, registry, small_settings, torch_child, reference_available=False
+                )
 
         built, outcome = search()
         assert outcome.chosen == {"int4": "int4-fine"}
@@ -277,5 +283,11 @@ class TestSearch:
         evaluation = EvaluationSet(rows=chat_prompts()[:1], origin="a prompt")
         with pytest.raises(BadInput, match="built already"):
             search_recipes(
-                _request(), taken, evaluation, open_registry(small_settings), small_settings, reference_available=False
+                _request(),
+                taken,
+                evaluation,
+                open_registry(small_settings),
+                small_settings,
+                ChildProcess(),
+                reference_available=False,
             )
