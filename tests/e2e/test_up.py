@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -187,21 +186,21 @@ def test_a_schedule_starts_a_real_retrain(slmops: Slmops, api: str, tiny: Path, 
         **{"epochs": 1, "precisions": ["int4"]},
     }
     deployment = call("GET", f"{api}/deployments/name/retrain/retrain")["id"]
-    seconds_away = datetime.now(UTC) + timedelta(seconds=10)
-    daily = {"interval": 86_400, "anchor_date": seconds_away.isoformat(), "timezone": "Europe/Berlin"}
-    body = [{"schedule": daily, "active": True, "parameters": parameters}]
+    every_minute = {"cron": "* * * * *", "timezone": "Europe/Berlin"}
+    body = [{"schedule": every_minute, "active": True, "parameters": parameters}]
     (made,) = call("POST", f"{api}/deployments/{deployment}/schedules", body)  # type: ignore[arg-type]
 
-    def ended() -> list[dict[str, Any]]:
-        runs = query(api, "flow_runs", deployments={"id": {"any_": [deployment]}})
-        return [run for run in runs if run["state"]["type"] in ENDED]
+    def runs(*states: str) -> list[dict[str, Any]]:
+        found = query(api, "flow_runs", deployments={"id": {"any_": [deployment]}})
+        return [run for run in found if run["state"]["type"] in states]
 
-    (run,) = wait_for(ended)
+    wait_for(lambda: runs("RUNNING", *ENDED))
+    httpx.delete(f"{api}/deployments/{deployment}/schedules/{made['id']}").raise_for_status()
+    (run,) = wait_for(lambda: runs(*ENDED))
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     assert run["auto_scheduled"]
     assert "nightly@1 is the first champion" in run["state"]["message"]
     assert slmops.json("show", "nightly@champion")["version"] == 1
-    httpx.delete(f"{api}/deployments/{deployment}/schedules/{made['id']}").raise_for_status()
 
 
 def test_a_schedule_that_never_comes_again_is_told(slmops: Slmops, api: str) -> None:
