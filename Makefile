@@ -16,7 +16,7 @@ endif
 
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test lint format types bench apt clean
+.PHONY: setup demo test coverage lint format types bench apt clean
 
 setup: $(INSTALLED)
 
@@ -32,6 +32,11 @@ demo: setup
 	$(BIN)/slmops demo
 
 test: setup
+	$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not demo" -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+# The same with every line counted, which takes longer.
+coverage: setup
 	$(BIN)/python -m pytest -m demo --cov --cov-report= $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "not demo" -n $(PYTEST_WORKERS) --dist loadgroup \
 		--cov --cov-append --cov-report=term $(PYTEST_ARGS)
