@@ -100,6 +100,8 @@ def _up(settings: Settings, pool: str, port: int, limit: int | None) -> None:
             [
                 *("worker", "start", "--pool", pool, "--type", "process", "--name", _worker_name(settings)),
                 *(("--limit", str(at_once)) if at_once else ()),
+                # Whoever names a port wants to be told there whether the worker lives, such as docker-compose.yml.
+                *(("--with-healthcheck",) if os.environ.get("PREFECT_WORKER_WEBSERVER_PORT") else ()),
             ],
             _environment(**WORKER_ENVIRONMENT, PREFECT_API_URL=url),
             settings.cache_dir / "logs" / "prefect-worker.log",
