@@ -170,8 +170,12 @@ def _wait_until_healthy(url: str, children: list[Supervised], stopping: threadin
     told_at = time.monotonic()
     while (fault := server_fault(url)) is not None and not stopping.wait(POLL_INTERVAL_S):
         if time.monotonic() > deadline or any(not child.is_running for child in children):
-            advice = f"See its log: {children[0].log_path}" if children else "Start it, or correct PREFECT_API_URL."
-            raise StageFailed(f"Prefect's API at {url} does not answer: {fault}.", advice)
+            advice = (
+                f"See its log: {children[0].log_path}"
+                if children
+                else "Start it, or correct PREFECT_API_URL or PREFECT_API_AUTH_STRING."
+            )
+            raise StageFailed(f"Prefect's API at {url} cannot be used: {fault}.", advice)
         if time.monotonic() - told_at > 2:
             print_note("Waiting for Prefect's server.")
             told_at = time.monotonic() + 8
@@ -180,7 +184,11 @@ def _wait_until_healthy(url: str, children: list[Supervised], stopping: threadin
 def _register(settings: Settings, pool: str) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+    from tasks.limits import only_holder
+
+    api = temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]})
+    # Of machines that start together each would find no automation, and make one.
+    with api, only_holder("slmops-registration"):
         for name in dict.fromkeys((DEFAULT_POOL, pool)):
             ensure_pool(name)
         variants = [entry for name in dict.fromkeys((DEFAULT_POOL, pool)) for entry in variant_entries(name)]

@@ -1,14 +1,13 @@
 """docker-compose.yml's Prefect server and workers on this machine: processes in place of containers.
 
-PostgreSQL and Redis are Debian's, the store is rclone's S3 server. All else is what the file says: entry points, commands,
-environment, secrets and health checks, with hosts, ports and folders moved.
+PostgreSQL and Redis are Debian's, the store is rclone's S3 server. All else is what the file says: entry points,
+commands, environment, secrets and health checks, with hosts, ports and folders moved.
 """
 
 import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -152,7 +151,9 @@ class Stack:
         make = ["psql", "-h", "127.0.0.1", "-p", str(self.ports["postgres"]), "-U", user, "-d", "postgres"]
         make += ["-c", f"create database {own['POSTGRES_DB']}"]
         login = {"PGPASSWORD": password.read_text("utf-8").strip(), "PATH": os.defpath}
-        self._wait("postgres", lambda: subprocess.run(make, env=login, capture_output=True, check=False).returncode == 0)
+        self._wait(
+            "postgres", lambda: subprocess.run(make, env=login, capture_output=True, check=False).returncode == 0
+        )
         return folder
 
     def is_healthy(self, service: str, name: str | None = None) -> bool:
