@@ -186,16 +186,17 @@ def _register(settings: Settings, pool: str) -> None:
 
     from tasks.limits import only_holder
 
-    api = temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]})
-    # Of machines that start together each would find no automation, and make one.
-    with api, only_holder("slmops-registration"):
-        for name in dict.fromkeys((DEFAULT_POOL, pool)):
+    pools = dict.fromkeys((DEFAULT_POOL, pool))
+    variants = [entry for name in pools for entry in variant_entries(name)]
+    with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+        for name in pools:
             ensure_pool(name)
-        variants = [entry for name in dict.fromkeys((DEFAULT_POOL, pool)) for entry in variant_entries(name)]
-        for one in register_deployments([*read_deployments(), *variants]):
-            print_line(f"Deployment {one.name}: {one.outcome}.")
-        for automation in register_automations(settings):
-            print_line(f"Automation {automation!r} is set up.")
+        # Of machines that start together each would find no automation, and make one.
+        with only_holder("slmops-registration"):
+            for one in register_deployments([*read_deployments(), *variants]):
+                print_line(f"Deployment {one.name}: {one.outcome}.")
+            for automation in register_automations(settings):
+                print_line(f"Automation {automation!r} is set up.")
 
 
 def _worker_name(settings: Settings) -> str:

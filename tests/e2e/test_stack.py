@@ -15,15 +15,19 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+from infra.errors import BadInput
 from infra.process.supervisor import QUIET_ENVIRONMENT
+from tasks.dispatch import check_pool
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
 from tests.e2e.test_report_in_ui import Browser, browser, screenshot  # noqa: F401
-from tests.e2e.test_up import DEADLINE_S, example, wait_for
+from tests.e2e.test_up import ENDED, example, wait_for
 from tests.stack import IS_INSTALLED, MISSING, Stack, running_stack
 
 pytestmark = [
@@ -35,6 +39,7 @@ pytestmark = [
 VARIABLES = {**QUIET_ENVIRONMENT, **OPEN_GATE, **SMALL, "SLMOPS_SOAK__REQUESTS": "0", "SLMOPS_MACHINE__THREADS": "1"}
 WORKERS = ("worker-1", "worker-2")
 POOL = "builders"
+DEADLINE_S = 900  # a hang, not a slow machine, fails here
 
 
 @pytest.fixture(scope="module")
@@ -112,74 +117,6 @@ def query(stack: Stack, path: str, **body: Any) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_api_refuses_who_does_not_say_the_password(stack: Stack, slmops: Slmops) -> None:
-    flows = f"{stack.api_url}/flows/filter"
-    assert httpx.post(flows, json={}).status_code == httpx.codes.UNAUTHORIZED
-    assert httpx.post(flows, json={}, auth=("slmops", "guessed")).status_code == httpx.codes.UNAUTHORIZED
-    assert httpx.get(f"{stack.api_url}/health").status_code == httpx.codes.OK
-    (refused,) = slmops.json("up", "--check", status=1, PREFECT_API_AUTH_STRING="slmops:guessed")["checks"]
-    assert "PREFECT_API_AUTH_STRING is not the user and password" in refused["found"]
-
-
-def test_machines_that_start_at_once_register_each_automation_once(stack: Stack) -> None:
-    names = [one["name"] for one in query(stack, "automations")]
-    assert len(names) == len(set(names)) == 2
-
-
-def test_the_check_of_the_services_tells_when_they_are_gone(stack: Stack) -> None:
-    assert stack.is_healthy("prefect-services")
-    services, stack.processes["prefect-services"] = stack.processes["prefect-services"], stack.processes["prefect-api"]
-    try:  # whose timers are others
-        assert not stack.is_healthy("prefect-services")
-    finally:
-        stack.processes["prefect-services"] = services
-
-
-def test_an_unknown_pool_is_refused(slmops: Slmops, tiny: Path) -> None:
-    nobody = slmops.run("deploy", tiny, "--name", "nobody", status=2, SLMOPS_WORKER__POOL="nobody")
-    assert "There is no work pool 'nobody'" in nobody.stderr
-    assert "slmops up --pool nobody" in nobody.stderr
-
-
-def test_the_form_of_the_ui_starts_a_deploy(
-    browser: Browser,  # noqa: F811
-    stack: Stack,
-    killed: "subprocess.Popen[str]",
-    checkpoint: str,
-    tmp_path: Path,
-) -> None:
-    page = Page(browser(1280, "light"), tmp_path)
-    page.open(stack.api_url.removesuffix("/api"))
-    page.wait_for("input[type=password]").send_keys(stack.authentication)
-    page.click("button", "Login")
-    page.click("a", "Deployments")
-    page.click("a", "deploy")
-    page.click("button", "Run")
-    page.click("[role=menuitem]", "Custom run")
-    page.field("checkpoint").send_keys(checkpoint)
-    page.field("name").send_keys("by-form")
-    page.shot("form")
-    assert page.texts("label")[:4] == ["Run Name", "checkpoint", "name", "precisions (Optional)"]
-    for unwanted in ("fp16", "int8"):
-        page.remove(unwanted)
-    page.shot("filled")
-    page.click("button", "Submit")
-
-    def run() -> dict[str, Any] | None:
-        found = query(stack, "flow_runs", flows={"name": {"any_": ["deploy"]}})
-        return next((one for one in found if one["parameters"]["name"] == "by-form"), None)
-
-    started = wait_for(run)
-    assert started["parameters"]["precisions"] == ["int4"]
-    page.open(f"{stack.api_url.removesuffix('/api')}/v2/runs/flow-run/{started['id']}")
-    page.wait_for("span", "Completed", seconds=DEADLINE_S)
-    page.shot("run")
-    page.click("button", "Artifacts")
-    page.click("a", "slmops-by-form")
-    assert page.wait_for(".prose h1").text == "by-form@1: registered"
-    page.shot("report")
-
-
 class Page:
     """A person's way through a page: what is seen is waited for, and clicked by its text."""
 
@@ -202,8 +139,6 @@ class Page:
         return self._until(found, seconds, f"{selector} {text or ''}")
 
     def _until(self, what: Callable[[object], Any], seconds: float, told: str) -> Any:
-        from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
-
         try:
             waiting = WebDriverWait(self.driver, seconds, ignored_exceptions=[StaleElementReferenceException])
             return waiting.until(what)
@@ -230,7 +165,81 @@ class Page:
         screenshot(self.driver, self.folder / f"{name}.png")
 
 
-def test_a_killed_worker_s_variant_is_built_by_the_other(
+def test_the_api_refuses_who_does_not_say_the_password(stack: Stack, slmops: Slmops) -> None:
+    flows = f"{stack.api_url}/flows/filter"
+    assert httpx.post(flows, json={}).status_code == httpx.codes.UNAUTHORIZED
+    assert httpx.post(flows, json={}, auth=("slmops", "guessed")).status_code == httpx.codes.UNAUTHORIZED
+    assert httpx.get(f"{stack.api_url}/health").status_code == httpx.codes.OK
+    (refused,) = slmops.json("up", "--check", status=1, PREFECT_API_AUTH_STRING="slmops:guessed")["checks"]
+    assert "PREFECT_API_AUTH_STRING is not the user and password" in refused["found"]
+
+
+def test_machines_that_start_at_once_register_each_automation_once(stack: Stack) -> None:
+    names = [one["name"] for one in query(stack, "automations")]
+    assert len(names) == len(set(names)) == 2
+
+
+def test_the_check_of_the_services_tells_when_they_are_gone(stack: Stack) -> None:
+    assert stack.is_healthy("prefect-services")
+    services, stack.processes["prefect-services"] = stack.processes["prefect-services"], stack.processes["prefect-api"]
+    try:  # whose timers are others
+        assert not stack.is_healthy("prefect-services")
+    finally:
+        stack.processes["prefect-services"] = services
+
+
+def test_an_unknown_pool_is_refused(stack: Stack) -> None:
+    here = {PREFECT_API_URL: stack.api_url, PREFECT_API_AUTH_STRING: stack.authentication}
+    with temporary_settings(here), pytest.raises(BadInput, match="There is no work pool 'nobody'") as refused:
+        check_pool("nobody", ["build-variant"])
+    assert "slmops up --pool nobody" in refused.value.what_to_do
+
+
+def test_the_form_of_the_ui_starts_a_deploy(
+    browser: Browser,  # noqa: F811
+    stack: Stack,
+    killed: "subprocess.Popen[str]",
+    checkpoint: str,
+    tmp_path: Path,
+) -> None:
+    page = Page(browser(1280, "light"), tmp_path)
+    page.open(stack.api_url.removesuffix("/api"))
+    page.wait_for("input[type=password]").send_keys(stack.authentication)
+    page.click("button", "Login")
+    page.click("a", "Deployments")
+    page.click("a", "deploy")
+    page.click("button", "Run")
+    page.click("[role=menuitem]", "Custom run")
+    page.field("checkpoint").send_keys(checkpoint)
+    page.field("name").send_keys("by-form")
+    page.shot("form")
+    assert page.texts("label")[:4] == ["Run Name", "checkpoint", "name", "precisions (Optional)"]
+    for unwanted in ("fp16", "int8"):
+        page.remove(unwanted)
+    page.shot("filled")
+    page.click("button", "Submit")
+
+    page.wait_for("button", "View run")
+    page.open("about:blank")  # the page of a run under way takes a third of a core
+
+    def ended() -> dict[str, Any] | None:
+        runs = query(stack, "flow_runs", flows={"name": {"any_": ["deploy"]}})
+        mine = (one for one in runs if one["parameters"]["name"] == "by-form")
+        return next((one for one in mine if one["state"]["type"] in ENDED), None)
+
+    run = wait_for(ended, DEADLINE_S)
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    assert run["parameters"]["precisions"] == ["int4"]
+    page.open(f"{stack.api_url.removesuffix('/api')}/v2/runs/flow-run/{run['id']}")
+    page.wait_for("span", "Completed")
+    page.shot("run")
+    page.click("button", "Artifacts")
+    page.click("a", "slmops-by-form")
+    assert page.wait_for(".prose h1").text == "by-form@1: registered"
+    page.shot("report")
+
+
+def test_what_the_killed_worker_built_another_builds(
     stack: Stack, slmops: Slmops, killed: "subprocess.Popen[str]"
 ) -> None:
     output = killed.communicate(timeout=DEADLINE_S)[0]
