@@ -19,6 +19,10 @@ POOL_TYPE = "process"
 HEARTBEAT_VARIABLE = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 HEARTBEAT_S = 30
 
+# A deployment without a pull step has each of its runs copy the folder in which it was registered, or the worker's own.
+# This one has runs stay in the worker's folder: what they import is installed.
+PULL_STEPS = [{"prefect.deployments.steps.set_working_directory": {"directory": "."}}]
+
 
 @dataclass(frozen=True)
 class Registered:
@@ -78,8 +82,8 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
                 known = client.read_deployment_by_name(name)
             except ObjectNotFound:
                 known = None
-            wanted = (entry["version"], entry["entrypoint"], entry["work_pool"]["job_variables"])
-            if known and (known.version, known.entrypoint, known.job_variables) == wanted:
+            wanted = (entry["version"], entry["entrypoint"], entry["work_pool"]["job_variables"], PULL_STEPS)
+            if known and (known.version, known.entrypoint, known.job_variables, known.pull_steps) == wanted:
                 done.append(Registered(name, "unchanged"))
                 continue
             deployment_of(entry, with_schedules=known is None).apply()
@@ -91,9 +95,14 @@ def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> Any:
     """Return Prefect's deployment of an entry of prefect.yaml; raises `BadInput` for a schedule that is not valid."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig
     from prefect.deployments.runner import RunnerDeployment
+    from prefect.runner.storage import LocalStorage
+
+    class Installed(LocalStorage):
+        def to_pull_step(self) -> list[dict[str, Any]]:
+            return PULL_STEPS
 
     limit = entry.get("concurrency_limit")
-    return RunnerDeployment.from_entrypoint(
+    deployment = RunnerDeployment.from_entrypoint(
         entrypoint=entry["entrypoint"],
         name=entry["name"],
         schedules=[schedule_of(one, entry["name"]) for one in entry.get("schedules", ())] if with_schedules else None,
@@ -105,6 +114,8 @@ def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> Any:
         work_pool_name=entry["work_pool"]["name"],
         job_variables=dict(entry["work_pool"]["job_variables"]),
     )
+    deployment.storage = Installed(".")
+    return deployment
 
 
 def schedule_of(schedule: dict[str, Any], name: str) -> Any:

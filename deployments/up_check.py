@@ -1,5 +1,6 @@
 """What `slmops up --check` says: server, work pool, workers, deployments, schedules."""
 
+import os
 from typing import Any
 
 import httpx
@@ -45,10 +46,15 @@ class Running(BaseModel):
 
 def server_fault(url: str) -> str | None:
     """Return why the API at a URL does not answer that it is healthy, or None when it does."""
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     try:
         answer = httpx.get(f"{url}/health", timeout=TIMEOUT_S)
+        # That call is open to all.
+        called = httpx.get(f"{url}/version", timeout=TIMEOUT_S, auth=(user, password) if user else None)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__
+    if called.status_code == httpx.codes.UNAUTHORIZED and not os.environ.get("PREFECT_API_KEY"):
+        return "PREFECT_API_AUTH_STRING is not the user and password that it wants"
     return None if answer.status_code == 200 else f"it answers with status {answer.status_code}"
 
 

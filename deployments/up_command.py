@@ -101,6 +101,8 @@ def _up(settings: Settings, pool: str, port: int, limit: int | None) -> None:
             [
                 *("worker", "start", "--pool", pool, "--type", "process", "--name", _worker_name(settings)),
                 *(("--limit", str(at_once)) if at_once else ()),
+                # Whoever names a port wants to be told there whether the worker lives, such as docker-compose.yml.
+                *(("--with-healthcheck",) if os.environ.get("PREFECT_WORKER_WEBSERVER_PORT") else ()),
             ],
             _environment(**WORKER_ENVIRONMENT, PREFECT_API_URL=url),
             settings.cache_dir / "logs" / "prefect-worker.log",
@@ -169,8 +171,12 @@ def _wait_until_healthy(url: str, children: list[Supervised], stopping: threadin
     told_at = time.monotonic()
     while (fault := server_fault(url)) is not None and not stopping.wait(POLL_INTERVAL_S):
         if time.monotonic() > deadline or any(not child.is_running for child in children):
-            advice = f"See its log: {children[0].log_path}" if children else "Start it, or correct PREFECT_API_URL."
-            raise StageFailed(f"Prefect's API at {url} does not answer: {fault}.", advice)
+            advice = (
+                f"See its log: {children[0].log_path}"
+                if children
+                else "Start it, or correct PREFECT_API_URL or PREFECT_API_AUTH_STRING."
+            )
+            raise StageFailed(f"Prefect's API at {url} cannot be used: {fault}.", advice)
         if time.monotonic() - told_at > 2:
             print_note("Waiting for Prefect's server.")
             told_at = time.monotonic() + 8
@@ -179,14 +185,19 @@ def _wait_until_healthy(url: str, children: list[Supervised], stopping: threadin
 def _register(settings: Settings, pool: str) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from tasks.limits import only_holder
+
+    pools = dict.fromkeys((DEFAULT_POOL, pool))
+    variants = [entry for name in pools for entry in variant_entries(name)]
     with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
-        for name in dict.fromkeys((DEFAULT_POOL, pool)):
+        for name in pools:
             ensure_pool(name)
-        variants = [entry for name in dict.fromkeys((DEFAULT_POOL, pool)) for entry in variant_entries(name)]
-        for one in register_deployments([*read_deployments(), *variants]):
-            print_line(f"Deployment {one.name}: {one.outcome}.")
-        for automation in register_automations(settings):
-            print_line(f"Automation {automation!r} is set up.")
+        # Of machines that start together each would find no automation, and make one.
+        with only_holder("slmops-registration"):
+            for one in register_deployments([*read_deployments(), *variants]):
+                print_line(f"Deployment {one.name}: {one.outcome}.")
+            for automation in register_automations(settings):
+                print_line(f"Automation {automation!r} is set up.")
 
 
 def _worker_name(settings: Settings) -> str:

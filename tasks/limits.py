@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.logging import get_run_logger
 
 # A worker that died holds its place for as long as this: the shortest that Prefect takes.
@@ -23,8 +24,16 @@ def one_at_a_time(name: str) -> Iterator[None]:
         yield
         return
     limit = f"slmops-{name}"
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(limit, 1)
     get_run_logger().info("Waiting for other runs that hold %r, if there are any.", limit)
+    with only_holder(limit):
+        yield
+
+
+@contextmanager
+def only_holder(limit: str) -> Iterator[None]:
+    """Wait until no other process holds this limit of the server, and hold it."""
+    # The server knows no way to make one unless it is there: of several that find none, one makes it.
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.upsert_global_concurrency_limit_by_name(limit, 1)
     with concurrency(limit, lease_duration=LEASE_S):
         yield

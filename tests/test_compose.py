@@ -25,8 +25,12 @@ import pytest
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from prefect.settings.legacy import _get_valid_setting_names
+from prefect.settings.models.root import Settings as PrefectSettings
+from prefect_redis.cleanup_queue import RedisWorkerCleanupQueueSettings
+from prefect_redis.client import RedisMessagingSettings
 
-from infra.settings import StoreSettings
+from infra.settings import Settings, StoreSettings, describe_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docker-compose.yml"
@@ -137,6 +141,35 @@ class TestTheFile:
             assert service["cap_drop"] == ["ALL"], name
             assert not service.get("privileged"), name
             assert service["user"].split(":")[0] not in {"0", "root"}, name
+
+    def test_prefect_and_slmops_know_every_variable_that_they_are_given(self, composed: dict[str, Any]) -> None:
+        known = {variable for variable, *_ in describe_settings(Settings())} | {"SLMOPS_SECRETS_DIR"}
+        for section in (PrefectSettings, RedisMessagingSettings, RedisWorkerCleanupQueueSettings):
+            known |= _get_valid_setting_names(section)
+        for name, service in composed["services"].items():
+            script = " ".join(map(str, service.get("entrypoint") or []))
+            given = {*(service.get("environment") or {}), *re.findall(r"(?<!\w)PREFECT_\w+(?==)", script)}
+            unknown = {variable for variable in given if variable.startswith(("PREFECT_", "SLMOPS_"))} - known
+            assert not unknown, name
+
+    def test_any_number_of_workers_runs_beside_each_other(self, composed: dict[str, Any]) -> None:
+        worker = composed["services"]["worker"]
+        assert not {"container_name", "hostname", "ports", "network_mode"} & set(worker)
+        # Its home is the image's volume, of which each container has its own.
+        assert not worker.get("volumes")
+        assert re.search(r"^VOLUME /var/lib/slmops$", DOCKERFILE.read_text("utf-8"), re.MULTILINE)
+        assert worker["environment"]["SLMOPS_WORKER__POOL"] == worker["command"][-1]
+
+    def test_workers_reach_the_api_and_not_what_is_behind_it(self, composed: dict[str, Any]) -> None:
+        services = composed["services"]
+        for name in ("worker", "deployer"):
+            near = {
+                other
+                for other, one in services.items()
+                if set(one.get("networks") or ()) & set(services[name]["networks"])
+            }
+            assert "prefect-api" in near
+            assert not near & {"postgres", "redis", "prefect-services"}
 
 
 @dataclass

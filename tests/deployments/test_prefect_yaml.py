@@ -4,6 +4,7 @@ from importlib import metadata
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 from prefect.flows import load_flow_from_entrypoint
@@ -12,6 +13,8 @@ from prefect.utilities.callables import parameter_schema
 from deployments.registration import (
     HEARTBEAT_S,
     HEARTBEAT_VARIABLE,
+    PREFECT_FILE,
+    PULL_STEPS,
     deployment_of,
     full_name,
     read_deployments,
@@ -38,6 +41,12 @@ def test_an_entry_is_complete_and_its_flow_can_be_imported(entry: dict[str, Any]
     assert "slmops" in made.tags
     # The automation that finds lost runs counts on it.
     assert made.job_variables["env"] == {HEARTBEAT_VARIABLE: str(HEARTBEAT_S)}
+    # Without a step, each run would copy the folder that `slmops up` was started in.
+    assert made.storage and made.storage.to_pull_step() == PULL_STEPS
+
+
+def test_prefects_own_tools_register_the_same_pull_step() -> None:
+    assert yaml.safe_load(PREFECT_FILE.read_text("utf-8"))["pull"] == PULL_STEPS
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=full_name)

@@ -39,9 +39,9 @@ def run_example(command: list[str], variables: dict[str, str]) -> str:
     return done.stdout
 
 
-def wait_for(what: Callable[[], Any]) -> Any:
+def wait_for(what: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
     """Return the first true value."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + deadline_s
     while not (found := what()):
         assert time.monotonic() < deadline
         time.sleep(0.5)
