@@ -98,7 +98,7 @@ def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> Any:
     from prefect.runner.storage import LocalStorage
 
     class Installed(LocalStorage):
-        def to_pull_step(self) -> list[dict[str, Any]]:
+        def to_pull_step(self) -> list[dict[str, Any]]:  # type: ignore[override]  # which Prefect takes too
             return PULL_STEPS
 
     limit = entry.get("concurrency_limit")
