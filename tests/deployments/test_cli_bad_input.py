@@ -374,3 +374,44 @@ def test_a_home_that_is_a_file_is_refused(tiny_checkpoint: Path, box: Box, capfd
     assert "SLMOPS_HOME" in err
     assert "Traceback" not in err
     assert box.home.read_text() == "not a folder"
+
+
+CHAT = '{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "%s"}]}\n'
+GOOD_CHATS = CHAT % "good morning" + CHAT % "good evening"
+
+
+@pytest.mark.parametrize(
+    ("chats", "base", "options", "said"),
+    [
+        ("", "{checkpoint}", (), "has no rows"),
+        (GOOD_CHATS + "{\n", "{checkpoint}", (), "line 3"),
+        (GOOD_CHATS.replace('"assistant"', '"user"'), "{checkpoint}", (), "must alternate"),
+        (2 * (CHAT % "hi"), "{checkpoint}", (), "only one distinct example"),
+        (GOOD_CHATS, "/gone/for/good", (), "no such folder"),
+        (GOOD_CHATS, "{checkpoint}", ("--epochs", "0"), "epochs"),
+        (GOOD_CHATS, "{checkpoint}", ("--method", "magic"), "method"),
+        (GOOD_CHATS, "{checkpoint}", ("--precision", "int2"), "'int2' is unknown"),
+        (GOOD_CHATS, "{checkpoint}", ("--name", "../home"), "not valid"),
+    ],
+    ids=["no rows", "broken line", "roles", "one example", "no base", "epochs", "method", "precision", "name"],
+)
+def test_a_retrain_is_refused_before_anything_is_written(
+    chats: str,
+    base: str,
+    options: tuple[str, ...],
+    said: str,
+    tiny_checkpoint: Path,
+    box: Box,
+    no_network: None,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    dataset = tmp_path / "chats.jsonl"
+    dataset.write_text(chats, "utf-8")
+    base = base.replace("{checkpoint}", str(tiny_checkpoint))
+    assert cli.run(["retrain", str(dataset), "--base", base, "--name", "home", *options]) == 2
+    out, err = capfd.readouterr()
+    assert said in err
+    assert "Traceback" not in err
+    assert out == ""
+    box.assert_untouched()

@@ -10,11 +10,12 @@ from flows.benchmark import benchmark
 from flows.deploy import deploy
 from flows.promote import promote
 from flows.regate import regate
+from flows.retrain import retrain
 from flows.rollback import rollback
 from tasks.request import DeployRequest
 
 
-@pytest.mark.parametrize("flow", [benchmark, deploy, promote, regate, rollback], ids=lambda flow: flow.name)
+@pytest.mark.parametrize("flow", [benchmark, deploy, promote, regate, retrain, rollback], ids=lambda flow: flow.name)
 def test_every_parameter_is_flat_and_described(flow: Flow[..., Any]) -> None:
     schema = parameter_schema(flow).model_dump()
     assert schema["properties"]
@@ -30,6 +31,7 @@ def test_choices_are_enumerated_and_defaults_are_given() -> None:
     assert properties["precisions"]["items"]["enum"] == ["fp16", "int8", "int4"]
     assert list(properties["precisions"]["default"]) == ["fp16", "int8", "int4"]
     assert properties["execution_provider"]["enum"] == ["cpu", "cuda", "dml", "webgpu"]
+    assert parameter_schema(retrain).model_dump()["properties"]["method"]["enum"] == ["lora", "full"]
 
 
 def test_the_form_has_what_a_request_has() -> None:
