@@ -234,7 +234,7 @@ def test_the_form_of_the_ui_starts_a_deploy(
     page.wait_for("span", "Completed")
     page.shot("run")
     page.click("button", "Artifacts")
-    page.click("a", "slmops-by-form")
+    page.click("a *", "slmops-by-form")  # one of the cards, each a link
     assert page.wait_for(".prose h1").text == "by-form@1: registered"
     page.shot("report")
 
