@@ -4,8 +4,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,36 @@ def wait_for(what: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
     return found
 
 
+class Webhook(ThreadingHTTPServer):
+    """What somebody's chat is: it takes notices by HTTP."""
+
+    def __init__(self) -> None:
+        notices: list[dict[str, str]] = []
+        self.notices = notices
+
+        class Taking(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                notices.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(204)
+                self.end_headers()
+
+        super().__init__(("127.0.0.1", 0), Taking)
+
+
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def webhook() -> Iterator[Webhook]:
+    with Webhook() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterator[Up]:
     """A running `slmops up` that started its own server; tests follow each other on it, the last one stops it."""
     home = tmp_path_factory.mktemp("up") / "home"
     environment = unmeasured_environment() | OPEN_GATE | SMALL | {"SLMOPS_SOAK__REQUESTS": "0"}
+    environment["SLMOPS_NOTICES__WEBHOOK_URL"] = f"http://127.0.0.1:{webhook.server_port}/secret-path"
     environment.pop("PREFECT_API_URL", None)
     started = Up(home, environment)
     try:
@@ -138,7 +165,9 @@ def test_an_event_deploys_its_checkpoint(up: Up, api: str, tiny: Path) -> None:
     assert run["created_by"]["type"] == "AUTOMATION"
 
 
-def test_an_event_without_a_checkpoint_is_refused_clearly(up: Up, api: str, slmops: Slmops) -> None:
+def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
+    up: Up, api: str, slmops: Slmops, webhook: Webhook
+) -> None:
     script = re.search(r"^curl [^\n]*/events\".*?^\}\]'$", API_DOCS, re.MULTILINE | re.DOTALL)
     assert script
     without = script[0].replace('"checkpoint": "\'"$CHECKPOINT"\'", ', "")
@@ -149,6 +178,10 @@ def test_an_event_without_a_checkpoint_is_refused_clearly(up: Up, api: str, slmo
     assert run["state"]["type"] == "FAILED"
     assert "No checkpoint is named." in run["state"]["message"]
     assert {model["name"] for model in slmops.json("list")["models"]} <= {"by-api"}
+    (notice,) = wait_for(lambda: [one for one in webhook.notices if one["subject"] == "deploy-by-event"])
+    assert notice["event"] == "prefect.flow-run.Failed"
+    assert "No checkpoint is named." in notice["message"]
+    assert "secret-path" not in up.log.read_text()
 
 
 def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> None:
