@@ -306,7 +306,13 @@ def test_nothing_leaves_the_machine_or_the_cache_directory(foundry, tmp_path):
         start_new_session=True,
     )
     assert process.stdin and process.stdout
-    call = {"request": request, "log_path": os.devnull, "work_dir": str(home), "is_last": True}
+    call = {
+        "function": "infra.foundry.runtime:prove",
+        "request": request,
+        "log_path": os.devnull,
+        "work_dir": str(home),
+        "is_last": True,
+    }
     process.stdin.write(json.dumps(call).encode() + b"\n")
     process.stdin.flush()
     messages = [json.loads(line) for line in process.stdout]

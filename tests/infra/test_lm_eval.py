@@ -348,7 +348,13 @@ def test_nothing_leaves_the_machine(pair, tmp_path, data):
         cwd=tmp_path,
         env=environment | {"CI": "1"},
     )
-    call = {"request": request, "log_path": os.devnull, "work_dir": str(tmp_path), "is_last": True}
+    call = {
+        "function": "infra.lm_eval.run:evaluate",
+        "request": request,
+        "log_path": os.devnull,
+        "work_dir": str(tmp_path),
+        "is_last": True,
+    }
     child.stdin.write(json.dumps(call).encode() + b"\n")
     child.stdin.flush()
     last = json.loads(child.stdout.readlines()[-1])
