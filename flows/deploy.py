@@ -15,7 +15,7 @@ from infra.storage.registry import ModelRegistry
 from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, plan_recipes, take_model, torch_process
 from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
 from tasks.environment import check_environment, check_room
-from tasks.evaluate import forget_reference
+from tasks.evaluate import reference_in_use
 from tasks.evaluation_set import read_evaluation
 from tasks.inputs import with_local_files
 from tasks.limits import one_at_a_time
@@ -127,7 +127,7 @@ def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) ->
     text = read_text(request.text_file, settings) if request.text_file else None
     check_room(prepared.inspection, [recipe.precision for recipe in planned], len(evaluation.rows), settings)
 
-    with torch_process(settings) as torch_child:
+    with torch_process(settings) as torch_child, reference_in_use(prepared.digest, evaluation, settings):
         outcome = None
         if request.search:
             built, outcome = search_recipes(
@@ -146,7 +146,6 @@ def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) ->
         else:
             built, failures = build_variants(request, planned, prepared, registry, settings, torch_child)
         if not built:
-            forget_reference(prepared.digest, evaluation, settings)
             report = failed_report(request, prepared, evaluation.summary, failures, settings)
             return ended(publish_report(report, registry, None, settings))
         if request.output:

@@ -1,6 +1,7 @@
 """What `deploy` and `regate` share: from a stored version to variants that are judged, registered, proven, chosen."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prefect import State
@@ -14,7 +15,7 @@ from infra.storage.manifest import Manifest, StoredVariant
 from infra.storage.registry import ModelRegistry
 from tasks.budget import parse_budget
 from tasks.checkpoint import PreparedCheckpoint
-from tasks.evaluate import Evaluation, evaluate_stored_variant, forget_reference, needs_reference, run_reference_once
+from tasks.evaluate import Evaluation, evaluate_stored_variant, needs_reference, reference_in_use, run_reference_once
 from tasks.evaluation_set import EvaluationSet
 from tasks.exercise import exercise_stored_variant
 from tasks.gate import GateVerdict, judge_stored_variant, thresholds_for
@@ -24,9 +25,9 @@ from tasks.parity import check_template_parity, needs_parity
 from tasks.perplexity import (
     TextSample,
     compare_stored_variant_on_text,
-    forget_text_reference,
     needs_text_reference,
     run_text_reference_once,
+    text_reference_in_use,
 )
 from tasks.promotion import hand_servers_over
 from tasks.register import (
@@ -102,7 +103,7 @@ class Qualification:
 
 def qualify(version: Qualification, failures: Sequence[VariantReport], warnings: tuple[str, ...]) -> DeployReport:
     """Qualify every variant of a version, choose the one that serves, point the aliases, and publish the report."""
-    with version.registry.in_use(version.manifest):
+    with version.registry.in_use(version.manifest), references_in_use(version):
         return _qualify(version, failures, warnings)
 
 
@@ -111,7 +112,6 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
     run_references(version)
     elsewhere = measure_on_workers(manifest, version.evaluation.rows, registry, settings)
     outcomes = [_qualify_variant(version, variant, elsewhere.get(variant.precision)) for variant in manifest.variants]
-    forget_references(version)
 
     passed = [judged(one.report) for one in outcomes if one.report.status == "registered"]
     choice = choose_variant(passed, parse_budget(version.budget))
@@ -173,11 +173,15 @@ def run_references(version: Qualification) -> None:
         run_text_reference_once(prepared, version.text, settings, version.torch_child)
 
 
-def forget_references(version: Qualification) -> None:
-    """Remove the reference's logits: they are large."""
-    forget_reference(version.manifest.source.digest, version.evaluation, version.settings)
-    if version.text:
-        forget_text_reference(version.manifest.source.digest, version.text, version.settings)
+@contextlib.contextmanager
+def references_in_use(version: Qualification) -> Iterator[None]:
+    """Keep the reference's logits, which other deploys of the checkpoint share; they are large, and go at the end."""
+    digest = version.manifest.source.digest
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reference_in_use(digest, version.evaluation, version.settings))
+        if version.text:
+            stack.enter_context(text_reference_in_use(digest, version.text, version.settings))
+        yield
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Evaluation: a variant's answers and distributions beside those of its source checkpoint."""
 
 import math
-import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from infra.errors import BadInput
 from infra.process.supervisor import ChildProcess, OnProgress, run_in_child
 from infra.settings import Settings
-from infra.storage.folders import place, work_folder
+from infra.storage.folders import place, shared_folder, work_folder
 from infra.storage.manifest import Manifest, StoredVariant
 from infra.storage.manifest import digest_of as digest_of_json
 from infra.storage.registry import ModelRegistry
@@ -421,9 +421,9 @@ def reference_folder(source_digest: str, evaluation: EvaluationSet, settings: Se
     return settings.cache_dir / "references" / digest_of_json(question)
 
 
-def forget_reference(source_digest: str, evaluation: EvaluationSet, settings: Settings) -> None:
-    """Remove the reference's logits once every variant was compared with them: they are large."""
-    shutil.rmtree(reference_folder(source_digest, evaluation, settings), ignore_errors=True)
+def reference_in_use(source_digest: str, evaluation: EvaluationSet, settings: Settings) -> AbstractContextManager[None]:
+    """Keep the reference's logits while variants are compared with them: see `infra.storage.folders.shared_folder`."""
+    return shared_folder(reference_folder(source_digest, evaluation, settings))
 
 
 def last_evaluation_set(manifest: Manifest, registry: ModelRegistry) -> EvaluationSet | None:

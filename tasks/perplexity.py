@@ -3,8 +3,8 @@
 import codecs
 import hashlib
 import math
-import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from infra.errors import BadInput
 from infra.process.supervisor import ChildProcess, OnProgress, run_in_child
 from infra.settings import Settings
-from infra.storage.folders import place, work_folder
+from infra.storage.folders import place, shared_folder, work_folder
 from infra.storage.manifest import Manifest, StoredVariant, digest_of
 from infra.storage.registry import ModelRegistry
 from tasks.checkpoint import PreparedCheckpoint
@@ -257,9 +257,9 @@ def text_reference_folder(source_digest: str, text: TextSample, settings: Settin
     return settings.cache_dir / "references" / digest_of(_question(source_digest, text, settings))
 
 
-def forget_text_reference(source_digest: str, text: TextSample, settings: Settings) -> None:
-    """Remove the reference's logits once every variant was compared with them: they are large."""
-    shutil.rmtree(text_reference_folder(source_digest, text, settings), ignore_errors=True)
+def text_reference_in_use(source_digest: str, text: TextSample, settings: Settings) -> AbstractContextManager[None]:
+    """Keep the reference's logits while variants are compared with them: see `infra.storage.folders.shared_folder`."""
+    return shared_folder(text_reference_folder(source_digest, text, settings))
 
 
 def needs_text_reference(manifest: Manifest, text: TextSample, registry: ModelRegistry, settings: Settings) -> bool:

@@ -157,7 +157,7 @@ def search_recipes(
     What an earlier search built, measured or evaluated for the same question is reused. A recipe that fails is told in
     the outcome and the others go on; a precision of which none is left is missing from the variants. Raises `BadInput`
     for a checkpoint that already is an ONNX model, and as `plan_search` does. The reference's answers are left in place
-    for the version (see `tasks.evaluate.forget_reference`).
+    for the version (see `tasks.evaluate.reference_in_use`).
     """
     if prepared.inspection.kind == "genai":
         refuse_recipes(request)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from filelock import ReadWriteLock, Timeout
+
 from infra.settings import Settings
 
 
@@ -28,6 +30,24 @@ def place(folder: Path, target: Path) -> None:
     except OSError:
         if not target.is_dir():
             raise
+
+
+@contextmanager
+def shared_folder(folder: Path) -> Iterator[None]:
+    """Keep a folder, there or yet to be made, for its users in all processes; the last to leave removes it.
+
+    A user that leaves by an exception removes nothing: what took long to make waits for its next try. The locks of a
+    process that dies are given back by the operating system. An empty file beside the folder holds them.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = ReadWriteLock(folder.with_name(f"{folder.name}.users"), is_singleton=False)
+    try:
+        with lock.read_lock():
+            yield
+        with contextlib.suppress(Timeout), lock.write_lock(blocking=False):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        lock.close()
 
 
 def link_or_copy(source: Path, target: Path, *, symbolic: bool = True) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import psutil
@@ -39,6 +39,7 @@ pytestmark = [
 VARIABLES = {**QUIET_ENVIRONMENT, **OPEN_GATE, **SMALL, "SLMOPS_SOAK__REQUESTS": "0", "SLMOPS_MACHINE__THREADS": "1"}
 WORKERS = ("worker-1", "worker-2")
 POOL = "builders"
+T = TypeVar("T")
 DEADLINE_S = 900  # a hang, not a slow machine, fails here
 
 
@@ -127,39 +128,43 @@ class Page:
     def open(self, address: str) -> None:
         self.driver.get(address)
 
-    def wait_for(self, selector: str, text: str | None = None, seconds: float = 60) -> WebElement:
-        """Return the first visible element of a CSS selector, with exactly this text if one is given."""
+    def on(self, selector: str, text: str | None, act: Callable[[WebElement], T]) -> T:
+        """Act on the first visible element of a CSS selector, with exactly this text if one is given.
 
-        def found(_: object) -> WebElement | None:
+        The page may draw the element anew between the look and the act: then it is looked for again.
+        """
+
+        def done(_: object) -> tuple[T] | None:
             for one in self.driver.find_elements(By.CSS_SELECTOR, selector):
                 if one.is_displayed() and (text is None or one.text.strip() == text):
-                    return one
+                    return (act(one),)
             return None
 
-        return self._until(found, seconds, f"{selector} {text or ''}")
-
-    def _until(self, what: Callable[[object], Any], seconds: float, told: str) -> Any:
         try:
-            waiting = WebDriverWait(self.driver, seconds, ignored_exceptions=[StaleElementReferenceException])
-            return waiting.until(what)
+            waiting = WebDriverWait(self.driver, 60, ignored_exceptions=[StaleElementReferenceException])
+            return waiting.until(done)[0]
         except TimeoutException:
             self.shot("failed")
-            raise AssertionError(f"{told}: {self.driver.find_element(By.TAG_NAME, 'body').text}") from None
+            body = self.driver.find_element(By.TAG_NAME, "body").text
+            raise AssertionError(f"{selector} {text or ''}: {body}") from None
+
+    def wait_for(self, selector: str, text: str | None = None) -> None:
+        self.on(selector, text, lambda _: None)
 
     def click(self, selector: str, text: str | None = None) -> None:
-        self.wait_for(selector, text).click()
+        self.on(selector, text, WebElement.click)
 
     def texts(self, selector: str) -> list[str]:
         return [one.text for one in self.driver.find_elements(By.CSS_SELECTOR, selector)]
 
-    def field(self, label: str) -> WebElement:
-        """Return the field that a label names."""
-        name = self.wait_for("label", label).get_attribute("for")
-        return self.driver.find_element(By.ID, str(name))
+    def fill(self, label: str, value: str) -> None:
+        """Type into the field that a label names."""
+        field = self.on("label", label, lambda one: one.get_attribute("for"))
+        self.on(f"[id='{field}']", None, lambda one: one.send_keys(value))
 
     def remove(self, chosen: str) -> None:
         """Take one of several chosen values away."""
-        self.wait_for(f"button[aria-label='Remove {chosen} tag']").click()
+        self.click(f"button[aria-label='Remove {chosen} tag']")
 
     def shot(self, name: str) -> None:
         screenshot(self.driver, self.folder / f"{name}.png")
@@ -204,14 +209,14 @@ def test_the_form_of_the_ui_starts_a_deploy(
 ) -> None:
     page = Page(browser(1280, "light"), tmp_path)
     page.open(stack.api_url.removesuffix("/api"))
-    page.wait_for("input[type=password]").send_keys(stack.authentication)
+    page.on("input[type=password]", None, lambda one: one.send_keys(stack.authentication))
     page.click("button", "Login")
     page.click("a", "Deployments")
     page.click("a", "deploy")
     page.click("button", "Run")
     page.click("[role=menuitem]", "Custom run")
-    page.field("checkpoint").send_keys(checkpoint)
-    page.field("name").send_keys("by-form")
+    page.fill("checkpoint", checkpoint)
+    page.fill("name", "by-form")
     page.shot("form")
     assert page.texts("label")[:4] == ["Run Name", "checkpoint", "name", "precisions (Optional)"]
     for unwanted in ("fp16", "int8"):
@@ -245,7 +250,7 @@ def test_what_the_killed_worker_built_another_builds(
 ) -> None:
     output = killed.communicate(timeout=DEADLINE_S)[0]
     assert killed.returncode == 0, output
-    assert "# scaled@1: registered" in output
+    assert "# scaled@1: registered" in output, output
     runs = [run for run in query(stack, "flow_runs") if run["parameters"].get("name") == "scaled"]
     builds = [run for run in runs if run["name"].startswith("build-scaled-")]
     assert sorted(run["state"]["type"] for run in builds) == ["COMPLETED", "COMPLETED", "COMPLETED", "CRASHED"]

@@ -17,7 +17,6 @@ from tasks.perplexity import (
     TextSample,
     compare_on_text,
     compare_stored_variant_on_text,
-    forget_text_reference,
     known_text_comparison,
     needs_text_reference,
     read_text,
@@ -26,6 +25,7 @@ from tasks.perplexity import (
     summarize,
     text_comparison_key,
     text_reference_folder,
+    text_reference_in_use,
 )
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
@@ -202,15 +202,15 @@ def test_variants_are_compared_once_and_the_reference_is_kept_until_then(checkpo
     folder = text_reference_folder(prepared.digest, text, settings)
 
     assert needs_text_reference(manifest, text, registry, settings)
-    run_text_reference_once.fn(prepared, text, settings)
-    written = (folder / "logits.npy").stat()
-    run_text_reference_once.fn(prepared, text, settings)
-    assert (folder / "logits.npy").stat().st_mtime_ns == written.st_mtime_ns
-    compared = compare_stored_variant_on_text.fn(manifest, exact, text, registry, settings, has_reference=True)
-    assert needs_text_reference(manifest, text, registry, settings)
-    other = compare_stored_variant_on_text.fn(manifest, worse, text, registry, settings, has_reference=True)
-    assert not needs_text_reference(manifest, text, registry, settings)
-    forget_text_reference(prepared.digest, text, settings)
+    with text_reference_in_use(prepared.digest, text, settings):
+        run_text_reference_once.fn(prepared, text, settings)
+        written = (folder / "logits.npy").stat()
+        run_text_reference_once.fn(prepared, text, settings)
+        assert (folder / "logits.npy").stat().st_mtime_ns == written.st_mtime_ns
+        compared = compare_stored_variant_on_text.fn(manifest, exact, text, registry, settings, has_reference=True)
+        assert needs_text_reference(manifest, text, registry, settings)
+        other = compare_stored_variant_on_text.fn(manifest, worse, text, registry, settings, has_reference=True)
+        assert not needs_text_reference(manifest, text, registry, settings)
     assert not folder.exists()
 
     assert compared.tokens == 400

@@ -18,7 +18,7 @@ from infra.storage.opening import open_registry
 from tasks.build import BuiltVariant, Recipe, torch_process
 from tasks.checkpoint import PreparedCheckpoint, content_digest, inspect_checkpoint
 from tasks.choose import Candidate
-from tasks.evaluate import evaluate_stored_variant, forget_reference
+from tasks.evaluate import evaluate_stored_variant, reference_in_use
 from tasks.evaluation_set import EvaluationSet, chat_prompts
 from tasks.measure import measure_stored_variant
 from tasks.plan import parse_request
@@ -197,7 +197,8 @@ class TestSearch:
                     request, prepared, evaluation, registry, settings, torch_child, reference_available=True
                 )
 
-        built, outcome = search()
+        with reference_in_use(prepared.digest, evaluation, settings):
+            built, outcome = search()
         assert [trial.recipe for trial in outcome.trials] == ["int8", "int8-block128"]
         assert all(trial.candidate and trial.candidate.kl_divergence is not None for trial in outcome.trials)
         (variant,) = [one.variant for one in built]
@@ -206,7 +207,6 @@ class TestSearch:
         assert registry.has_files(variant.files)
         blobs = {entry.key for entry in registry.objects.entries("blobs")}
         assert blobs == {f"blobs/sha256/{file.sha256}" for file in variant.files}
-        forget_reference(prepared.digest, evaluation, settings)
 
         # Again: no child process is started, for the search or for the version that comes of it.
         def no_child(child: ChildProcess, function: str, *request: Any, **options: Any) -> None:
