@@ -1,4 +1,4 @@
-"""Quantize the embedding of a finished ONNX model, which onnxruntime-genai's builder leaves in floating point.
+"""Quantize the embedding of an ONNX model, which onnxruntime-genai's builder leaves in floating point.
 
 The builder (0.18) quantizes or shares an embedding only in four bits and only when it is tied to lm_head, on the ground
 that `GatherBlockQuantized` had no other width. The operator of ONNX Runtime 1.31 has: eight bits, and lm_head's rows as
@@ -6,12 +6,10 @@ that `GatherBlockQuantized` had no other width. The operator of ONNX Runtime 1.3
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SMALLEST_EXTERNAL_BYTES = (
-    256  # ONNX Runtime infers shapes from small constants and reads those only inside the model file
-)
+from infra.olive.lazy_tensors import computed_together
+
 ROWS_PER_STEP = 8192  # of the embedding, quantized at a time, so that the work's memory stays small
 
 
@@ -27,15 +25,12 @@ class _Blocks:
     width: int  # values a row, whole blocks
 
 
-def quantize_embedding(model_path: Path, *, bits: int, block_size: int, tied: bool) -> bool:
-    """Replace the float embedding of the model at `model_path` by a quantized one; True if there was one to replace.
+def replace_embedding(model: Any, *, bits: int, block_size: int, tied: bool) -> bool:
+    """Replace the float embedding of an onnx-ir model by a quantized one; True if there was one to replace.
 
     Where the embedding is `tied` to lm_head and lm_head is quantized, lm_head's weights serve both; otherwise the
-    embedding is rounded to `bits` symmetrically in blocks of `block_size`. Rewrites the model and its external data.
+    embedding is rounded to `bits` symmetrically in blocks of `block_size`, when the model is written.
     """
-    import onnx_ir as ir
-
-    model = ir.load(model_path)
     graph = model.graph
     lookup = _float_lookup(graph)
     if lookup is None:
@@ -46,7 +41,6 @@ def quantize_embedding(model_path: Path, *, bits: int, block_size: int, tied: bo
     del graph.initializers[embedding.name]
     graph.sort()
     model.opset_imports.setdefault("com.microsoft", 1)
-    _save_in_place(model, model_path)
     return True
 
 
@@ -79,17 +73,31 @@ def _lm_head_blocks(graph: Any) -> _Blocks | None:
 
 
 def _rounded_blocks(graph: Any, embedding: Any, bits: int, block_size: int) -> _Blocks:
-    """Round the embedding symmetrically: weight = round(x / scale) + 2^(bits-1), scale = max|x| / (2^(bits-1) - 1)."""
     import numpy as np
-    import onnx_ir as ir
 
     table = embedding.const_value
     rows, hidden_size = table.shape
     blocks = -(-hidden_size // block_size)
     width = blocks * block_size
+    weight, scales = computed_together(
+        lambda: _rounded(table.numpy(), bits, block_size),
+        [
+            (f"{embedding.name}_Q{bits}", np.uint8, (rows, width * bits // 8)),
+            (f"{embedding.name}_scales", table.dtype.numpy(), (rows, blocks)),
+        ],
+    )
+    return _Blocks(_initializer(graph, weight), _initializer(graph, scales), None, bits, block_size, width)
+
+
+def _rounded(values: Any, bits: int, block_size: int) -> tuple[Any, Any]:
+    """Round a table's rows symmetrically: weight = round(x / scale) + 2^(bits-1), scale = max|x| / (2^(bits-1) - 1)."""
+    import numpy as np
+
+    rows, hidden_size = values.shape
+    blocks = -(-hidden_size // block_size)
+    width = blocks * block_size
     weight = np.empty((rows, width * bits // 8), np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
-    values = table.numpy()
+    scales = np.empty((rows, blocks), values.dtype)
     highest = 2 ** (bits - 1) - 1
     for start in range(0, rows, ROWS_PER_STEP):
         part = values[start : start + ROWS_PER_STEP].astype(np.float32)
@@ -100,14 +108,7 @@ def _rounded_blocks(graph: Any, embedding: Any, bits: int, block_size: int) -> _
         # Two four-bit values a byte, the first in the lower half: GatherBlockQuantized's layout.
         weight[start : start + len(part)] = unsigned if bits == 8 else unsigned[:, ::2] | unsigned[:, 1::2] << 4
         scales[start : start + len(part)] = scale
-    return _Blocks(
-        _initializer(graph, f"{embedding.name}_Q{bits}", ir.tensor(weight)),
-        _initializer(graph, f"{embedding.name}_scales", ir.tensor(scales.astype(values.dtype))),
-        None,
-        bits,
-        block_size,
-        width,
-    )
+    return weight, scales
 
 
 def _replace_lookup(graph: Any, lookup: Any, blocks: _Blocks) -> None:
@@ -126,11 +127,13 @@ def _replace_lookup(graph: Any, lookup: Any, blocks: _Blocks) -> None:
     last, nodes = gather, [gather]
     if blocks.width != hidden_size:
         bounds = [
-            _initializer(graph, f"/model/embed_tokens/{name}", ir.tensor([value], dtype=ir.DataType.INT64))
+            _constant(f"/model/embed_tokens/{name}", [value])
             for name, value in (("start", 0), ("end", hidden_size), ("axis", -1))
         ]
-        last = ir.node("Slice", [gather.outputs[0], *bounds], name="/model/embed_tokens/Slice")
-        nodes.append(last)
+        last = ir.node(
+            "Slice", [gather.outputs[0], *(one.outputs[0] for one in bounds)], name="/model/embed_tokens/Slice"
+        )
+        nodes.extend([*bounds, last])
     graph.insert_before(lookup, nodes)
     name = looked_up.name
     looked_up.replace_all_uses_with(last.outputs[0])
@@ -147,31 +150,27 @@ def _reshaped(graph: Any, value: Any, shape: list[int]) -> Any:
 
     if list(value.shape) == shape:
         return value
-    target = _initializer(graph, f"{value.name}/embedding_shape", ir.tensor(shape, dtype=ir.DataType.INT64))
-    node = ir.node("Reshape", [value, target], name=f"{value.name}/embedding_view")
+    target = _constant(f"{value.name}/embedding_shape", shape)
+    node = ir.node("Reshape", [value, target.outputs[0]], name=f"{value.name}/embedding_view")
     node.outputs[0].name = f"{value.name}/embedding_view/output_0"
     node.outputs[0].dtype = value.dtype
     node.outputs[0].shape = ir.Shape(shape)
-    graph.append(node)
+    graph.extend([target, node])
     return node.outputs[0]
 
 
-def _initializer(graph: Any, name: str, tensor: Any) -> Any:
+def _constant(name: str, values: list[int]) -> Any:
+    """Return a Constant node: ONNX Runtime infers shapes from it, and not from a tensor in the external data."""
     import onnx_ir as ir
 
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    node = ir.node("Constant", [], {"value": ir.tensor(values, dtype=ir.DataType.INT64)}, name=name)
+    node.outputs[0].name = f"{name}/output_0"
+    return node
+
+
+def _initializer(graph: Any, tensor: Any) -> Any:
+    import onnx_ir as ir
+
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
-
-
-def _save_in_place(model: Any, model_path: Path) -> None:
-    """Write the model aside, then over itself: tensors are read from the old data file while it is written."""
-    import onnx_ir as ir
-
-    data_name = f"{model_path.name}.data"
-    aside = model_path.with_name("rewritten")
-    aside.mkdir()
-    ir.save(model, aside / model_path.name, external_data=data_name, size_threshold_bytes=SMALLEST_EXTERNAL_BYTES)
-    for name in (model_path.name, data_name):
-        (aside / name).replace(model_path.with_name(name))
-    aside.rmdir()

@@ -16,8 +16,9 @@ from olive.passes import Pass
 from olive.passes.olive_pass import PassConfigParam
 from olive.passes.pass_config import BasePassConfig
 
-from infra.olive.embedding import quantize_embedding
+from infra.olive.embedding import replace_embedding
 from infra.olive.options import BITS, BUILDER_OPTIONS, BUILDER_QUANTIZATION_OPTIONS
+from infra.olive.streamed_quantization import streamed_quantization
 
 MODEL_FILE = "model.onnx"
 DEFAULT_BLOCK_SIZE = 32
@@ -55,18 +56,14 @@ class ModelBuilder(Pass):  # type: ignore[misc]
         options = {name: value for name, value in config.model_dump().items() if value is not None}
         folder = Path(output_model_path)
         folder.mkdir(parents=True, exist_ok=True)
-        tied = _create_model(Path(model.model_name_or_path), folder, options)
-        bits = BITS.get(options["precision"])
-        if bits and options.get("quantize_embedding", True):
-            block_size = options.get("block_size", DEFAULT_BLOCK_SIZE)
-            quantize_embedding(folder / MODEL_FILE, bits=bits, block_size=block_size, tied=tied)
+        _create_model(Path(model.model_name_or_path), folder, options)
         _finish_genai_config(folder / "genai_config.json", options)
         files = sorted(str(path) for path in folder.iterdir() if not path.name.startswith(MODEL_FILE))
         return ONNXModelHandler(folder, onnx_file_name=MODEL_FILE, model_attributes={"additional_files": files})
 
 
-def _create_model(checkpoint: Path, folder: Path, options: dict[str, Any]) -> bool:
-    """Run onnxruntime-genai's builder; return whether the checkpoint ties its embedding to lm_head."""
+def _create_model(checkpoint: Path, folder: Path, options: dict[str, Any]) -> None:
+    """Run onnxruntime-genai's builder."""
     from onnxruntime_genai.models import builder
     from transformers import AutoConfig
 
@@ -85,10 +82,16 @@ def _create_model(checkpoint: Path, folder: Path, options: dict[str, Any]) -> bo
     builder.check_extra_options(*arguments, extra_options)
     _name_sliding_layers(extra_options["hf_details"]["hf_config"])
     builder.SmolLM3Model = _smollm3_with_layers_without_rope(builder.SmolLM3Model)
-    builder.create_model(*arguments, **extra_options)
+
+    def finish(model: Any) -> None:
+        if options.get("quantize_embedding", True):
+            block_size = options.get("block_size", DEFAULT_BLOCK_SIZE)
+            replace_embedding(model, bits=BITS[precision], block_size=block_size, tied=tied)
+
+    with streamed_quantization(builder, finish):
+        builder.create_model(*arguments, **extra_options)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(cache)
-    return tied
 
 
 def _name_sliding_layers(config: Any) -> None:

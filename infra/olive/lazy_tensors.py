@@ -1,0 +1,32 @@
+"""Tensors of an ONNX model that are computed when the model is written, so that no more than one is in memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+TensorType = tuple[str, Any, Sequence[int]]  # name, numpy dtype, shape
+
+
+def computed_together(compute: Callable[[], Sequence[Any]], types: Sequence[TensorType]) -> list[Any]:
+    """Return an onnx-ir tensor per type; `compute` gives all their arrays when the first of them is written.
+
+    Each array is let go when it is written. A tensor that is asked for again is computed again.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    waiting: dict[int, Any] = {}
+
+    def take(index: int) -> Any:
+        if index not in waiting:
+            waiting.update(enumerate(compute()))
+        return ir.tensor(waiting.pop(index))
+
+    return [
+        ir.LazyTensor(
+            lambda index=index: take(index),
+            dtype=ir.DataType.from_numpy(np.dtype(dtype)),
+            shape=ir.Shape(shape),
+            name=name,
+        )
+        for index, (name, dtype, shape) in enumerate(types)
+    ]

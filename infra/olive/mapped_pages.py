@@ -1,0 +1,46 @@
+"""Give back the memory of checkpoint files that are mapped and were read: their pages can be read again.
+
+transformers maps safetensors files into memory. What a build has read of them stays resident, and counts as the
+process's memory, until the system needs it: with a model as large as memory, after everything else has been driven out.
+"""
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+MADV_DONTNEED = 4
+SMAPS = Path("/proc/self/smaps")
+SUFFIX = ".safetensors"
+
+
+def release_mapped_pages() -> None:
+    """Let go of the resident pages of all mapped safetensors files that this process did not change. Linux only."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    for start, size in _unchanged_mappings():
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
+
+
+def _unchanged_mappings() -> Iterator[tuple[int, int]]:
+    """Yield address and size in bytes.
+
+    A page that this process wrote to is its own, no file's, and would be lost: then the mapping is left alone.
+    """
+    with contextlib.suppress(OSError), SMAPS.open(encoding="utf-8", errors="replace") as lines:
+        found: tuple[int, int] | None = None
+        for line in lines:
+            name, _, rest = line.partition(" ")
+            if not name.endswith(":"):
+                start, _, end = name.partition("-")
+                is_checkpoint = rest.rstrip("\n").removesuffix(" (deleted)").endswith(SUFFIX)
+                found = (int(start, 16), int(end, 16) - int(start, 16)) if is_checkpoint else None
+                is_changed = False
+            elif found and name in ("Anonymous:", "Swap:"):
+                is_changed |= int(rest.split()[0]) > 0
+            elif found and name == "VmFlags:":  # the last line of a mapping
+                if not is_changed:
+                    yield found
+                found = None
