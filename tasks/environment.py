@@ -21,6 +21,7 @@ from infra.settings import Settings
 from infra.storage.folders import work_folder
 from infra.storage.opening import open_object_store
 from tasks.checkpoint import Inspection, inspect_checkpoint
+from tasks.request import PRECISIONS
 
 DISTRIBUTION = "slmops"
 LOCK_FILE = Path(__file__).resolve().parents[1] / "constraints.txt"
@@ -60,13 +61,13 @@ class StageEstimate(BaseModel):
     disk_bytes: int
 
 
-# Peak resident memory of a build, in bytes: a floor for Python, torch, Olive and the builder; the checkpoint, which
-# the builder holds whole; and per parameter what it adds, apart for the embedding, which is the largest tensor and is
-# held several times over while it is quantized. tests/benchmarks/build_resources.py prints the error of this estimate.
-BUILD_RAM_FLOOR_BYTES = 478_000_000
-BUILD_RAM_BYTES_PER_BODY_PARAMETER = {"fp16": 0.25, "int8": 5.3, "int4": 4.2}
-BUILD_RAM_BYTES_PER_EMBEDDING_ELEMENT = {"fp16": 4.0, "int8": 16.7, "int4": 12.1}
-BUILD_RAM_BYTES_PER_UNTIED_INT4_ELEMENT = 16.1
+# Peak resident memory of a build, in bytes: a floor for Python, torch, Olive and the builder; per parameter what is
+# fused before it is written (Q, K and V); and the largest tensor, as it is read, in fp32, and quantized.
+# tests/benchmarks/build_resources.py prints the error of this estimate. It holds for ONNX Runtime's default quantizer:
+# k-quant takes the whole model in fp32 and several times the largest tensor (infra/olive/streamed_quantization.py).
+BUILD_RAM_FLOOR_BYTES = 560_000_000
+BUILD_RAM_BYTES_PER_PARAMETER = 0.2
+BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR = {"fp16": 6.0, "int8": 7.5, "int4": 7.7}
 BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 18.0, "int8": 48.0, "int4": 48.0}
 BUILD_FLOOR_S = 8.0
 # Bytes per parameter on disk: weights, plus one fp32 scale per block of 32 for int8 and int4.
@@ -232,13 +233,10 @@ def estimate_stages(
 
 def estimate_build_ram(inspection: Inspection, precision: str) -> int:
     """Estimate the peak resident memory of a build, in bytes."""
-    embedding = inspection.vocabulary_size * inspection.hidden_size
-    body = inspection.parameters - embedding * (1 if inspection.tied_embeddings else 2)
-    per_element = BUILD_RAM_BYTES_PER_EMBEDDING_ELEMENT[precision]
-    if precision == "int4" and not inspection.tied_embeddings:
-        per_element = BUILD_RAM_BYTES_PER_UNTIED_INT4_ELEMENT
-    per_parameter = BUILD_RAM_BYTES_PER_BODY_PARAMETER[precision]
-    return int(BUILD_RAM_FLOOR_BYTES + inspection.size_bytes + per_parameter * max(body, 0) + per_element * embedding)
+    # An adapter's own tensors say nothing of its base's: the embedding is the largest of nearly every small model.
+    largest = max(inspection.largest_tensor_elements, inspection.vocabulary_size * inspection.hidden_size)
+    fused = BUILD_RAM_BYTES_PER_PARAMETER * inspection.parameters
+    return int(BUILD_RAM_FLOOR_BYTES + fused + BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR[precision] * largest)
 
 
 def check_resources(estimates: Sequence[StageEstimate], settings: Settings) -> list[Check]:
@@ -296,9 +294,7 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
     checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
     checks += [*check_foundry_command(settings), check_store(settings)]
     if inspection:
-        stages = estimate_stages(
-            inspection, tuple(BUILD_RAM_BYTES_PER_BODY_PARAMETER), rows=settings.evaluation.max_rows
-        )
+        stages = estimate_stages(inspection, PRECISIONS, rows=settings.evaluation.max_rows)
         checks += check_resources(stages, settings)
     return checks
 

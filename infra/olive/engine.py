@@ -104,7 +104,7 @@ def _link_in_place_of_copying() -> None:
 
     The cache is removed right after, and the copy would be written only for that (Olive 0.13 means to do so itself).
     """
-    resource_path = importlib.import_module("olive.resource_path")
+    resource_path: Any = importlib.import_module("olive.resource_path")
     hardlink_copy_dir = importlib.import_module("olive.common.utils").hardlink_copy_dir
     resource_path.copy_dir = lambda source, target, **options: hardlink_copy_dir(source, target)
 

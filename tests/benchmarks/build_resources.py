@@ -14,7 +14,8 @@ from typing import Any
 from infra.process.supervisor import run_in_child
 from tasks.build import load_recipe, olive_run_config
 from tasks.checkpoint import inspect_checkpoint
-from tasks.environment import BUILD_RAM_BYTES_PER_BODY_PARAMETER, estimate_build_ram
+from tasks.environment import estimate_build_ram
+from tasks.request import PRECISIONS
 from tests.checkpoints import make_tiny_checkpoint
 
 QWEN2_5_0_5B: dict[str, Any] = {
@@ -71,7 +72,7 @@ def main() -> None:
             if precision == "fp32":
                 fp32_bytes = figures["size_bytes"]
             figures["ratio_to_fp32"] = round(figures["size_bytes"] / fp32_bytes, 4)
-            if precision in BUILD_RAM_BYTES_PER_BODY_PARAMETER:
+            if precision in PRECISIONS:
                 estimated = estimate_build_ram(inspect_checkpoint(checkpoint), precision)
                 figures["estimated_rss_bytes"] = estimated
                 figures["estimate_error"] = round(estimated / figures["peak_rss_bytes"] - 1, 3)
