@@ -1,7 +1,6 @@
 """Run Olive: the child function that turns a checkpoint into an onnxruntime-genai folder."""
 
 import copy
-import importlib
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 from infra.errors import StageFailed
 from infra.olive.architectures import check_architecture
+from infra.olive.lean_files import spare_reads_and_writes
 from infra.olive.lean_import import import_olive_workflows
 from infra.olive.options import read_olive_package_config
 from infra.process.child import Progress
@@ -65,7 +65,7 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -> Path:
     """Run Olive's engine and return the folder that holds the finished model."""
     workflows = import_olive_workflows()
-    _link_in_place_of_copying()
+    spare_reads_and_writes()
     package_config = read_olive_package_config()
     package_config["passes"][MODEL_BUILDER] |= {"module_path": f"infra.olive.model_builder.{MODEL_BUILDER}"}
     result_dir = work / "result"
@@ -97,16 +97,6 @@ def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -
             f"Olive could not build the model: {' '.join(text.split())[:500]}", "The build's log has the details."
         ) from reason
     return result_dir
-
-
-def _link_in_place_of_copying() -> None:
-    """Let Olive take its result out of its own cache by hard links, where the file system has them.
-
-    The cache is removed right after, and the copy would be written only for that (Olive 0.13 means to do so itself).
-    """
-    resource_path: Any = importlib.import_module("olive.resource_path")
-    hardlink_copy_dir = importlib.import_module("olive.common.utils").hardlink_copy_dir
-    resource_path.copy_dir = lambda source, target, **options: hardlink_copy_dir(source, target)
 
 
 def _move_model(built: Path, output_dir: Path) -> list[str]:

@@ -1,5 +1,6 @@
-"""Tensors of an ONNX model that are computed when the model is written, so that no more than one is in memory."""
+"""Tensors of an ONNX model that are computed when the model is written, so that not all are in memory."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,17 +10,19 @@ TensorType = tuple[str, Any, Sequence[int]]  # name, numpy dtype, shape
 def computed_together(compute: Callable[[], Sequence[Any]], types: Sequence[TensorType]) -> list[Any]:
     """Return an onnx-ir tensor per type; `compute` gives all their arrays when the first of them is written.
 
-    Each array is let go when it is written. A tensor that is asked for again is computed again.
+    Each array is let go when it is written, by whichever thread. A tensor that is asked for again is computed again.
     """
     import numpy as np
     import onnx_ir as ir
 
     waiting: dict[int, Any] = {}
+    lock = threading.Lock()
 
     def take(index: int) -> Any:
-        if index not in waiting:
-            waiting.update(enumerate(compute()))
-        return ir.tensor(waiting.pop(index))
+        with lock:
+            if index not in waiting:
+                waiting.update(enumerate(compute()))
+            return ir.tensor(waiting.pop(index))
 
     return [
         ir.LazyTensor(

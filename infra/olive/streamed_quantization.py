@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from infra.olive.lazy_tensors import TensorType, computed_together
-from infra.olive.mapped_pages import release_mapped_pages
+from infra.olive.memory import mapped_bytes, release_mapped_pages
 
 FLOATS = ("float16", "float32", "bfloat16")
 OF_FOUR_BIT_TYPES = (21, 10)  # operator set and IR version, to which the quantizer would raise a model
 VALUES_PER_STEP = 4 * 2**20
-RELEASE_EVERY_BYTES = 128 * 2**20
+MAX_BYTES_READ_AND_HELD = 64 * 2**20
+WRITERS = 4  # a weight's values and its scales wait for each other: two weights are under way
+MAX_BYTES_WRITTEN_AT_ONCE = 32 * 2**20  # a larger tensor is written alone
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def streamed_quantization(builder: Any, finish: Callable[[Any], None]) -> Iterat
 
     base.to_nbits = to_nbits_when_written
     try:
-        with _memory_given_back():
+        with _written_side_by_side():
             yield
     finally:
         base.to_nbits = to_nbits
@@ -146,25 +148,31 @@ def _quantized_tensors(weight: Any, quant: dict[str, Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _memory_given_back() -> Iterator[None]:
-    """While a model is written, let go of what was read of the checkpoint."""
+def _written_side_by_side() -> Iterator[None]:
+    """Write a model by several threads, in the same bytes, and let go of what was read of the checkpoint.
+
+    The quantizer holds Python's lock; beside it, the next weights are read and converted, and the last ones written.
+    """
     import onnx_ir as ir
 
     save = ir.save
 
     def save_and_release(*arguments: Any, callback: Any = None, **options: Any) -> None:
-        unreleased = 0
+        before = mapped_bytes()
 
         def before_tensor(tensor: Any, info: Any) -> None:
-            nonlocal unreleased
-            unreleased += tensor.nbytes
-            if unreleased > RELEASE_EVERY_BYTES:
+            if mapped_bytes() - before > MAX_BYTES_READ_AND_HELD:
                 release_mapped_pages()
-                unreleased = 0
             if callback:
                 callback(tensor, info)
 
-        save(*arguments, callback=before_tensor, **options)
+        save(
+            *arguments,
+            callback=before_tensor,
+            max_workers=WRITERS,
+            max_in_flight_bytes=MAX_BYTES_WRITTEN_AT_ONCE,
+            **options,
+        )
 
     ir.save = save_and_release
     try:

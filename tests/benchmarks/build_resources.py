@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from infra.process.supervisor import run_in_child
-from tasks.build import load_recipe, olive_run_config
+from infra.settings import Settings
+from tasks.build import load_recipe, olive_run_config, torch_process
 from tasks.checkpoint import inspect_checkpoint
 from tasks.environment import estimate_build_ram
 from tasks.request import PRECISIONS
@@ -33,19 +33,20 @@ def measure(checkpoint: Path, precision: str, folder: Path) -> dict[str, Any]:
     """Build one variant in a child process and return its figures."""
     config = olive_run_config(load_recipe("fp16" if precision == "fp32" else precision, "cpu"))
     config["passes"]["builder"]["precision"] = precision
-    result = run_in_child(
-        "infra.olive.engine:build",
-        {
-            "olive_config": config,
-            "checkpoint_dir": str(checkpoint),
-            "output_dir": str(folder / precision),
-            "cache_dir": str(folder / "cache"),
-            "threads": 2,
-        },
-        deadline_s=1800,
-        log_path=folder / f"{precision}.log",
-        work_dir=folder / "work",
-    )
+    with torch_process(Settings(home_dir=folder)) as child:
+        result = child.call(
+            "infra.olive.engine:build",
+            {
+                "olive_config": config,
+                "checkpoint_dir": str(checkpoint),
+                "output_dir": str(folder / precision),
+                "cache_dir": str(folder / "cache"),
+                "threads": 2,
+            },
+            deadline_s=1800,
+            log_path=folder / f"{precision}.log",
+            work_dir=folder / "work",
+        )
     size_bytes = sum(path.stat().st_size for path in (folder / precision).iterdir())
     return {"wall_s": round(result.wall_s, 1), "peak_rss_bytes": result.peak_rss_bytes, "size_bytes": size_bytes}
 

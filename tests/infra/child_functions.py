@@ -116,3 +116,22 @@ def exercise_fake(request: dict[str, Any], progress: Progress) -> dict[str, Any]
         raise StageFailed("The model does not open.")
     exercise(FakeModel(fault), request, progress)
     return {"journal": request["journal"]}
+
+
+def counted_build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Build with Olive; return what it read and wrote by system calls and held in memory at most, in bytes."""
+    from infra.olive import engine
+
+    if request.pop("as_olive_does"):
+        engine.spare_reads_and_writes = lambda: None
+    Path("/proc/self/clear_refs").write_text("5")
+    read, written = _bytes_moved()
+    engine.build(request, progress)
+    read, written = (now - before for now, before in zip(_bytes_moved(), (read, written), strict=True))
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {"read": read, "written": written, "peak": int(peak.split()[1]) * 1024}
+
+
+def _bytes_moved() -> tuple[int, int]:
+    counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counted["rchar"]), int(counted["wchar"])

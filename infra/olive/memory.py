@@ -6,13 +6,19 @@ process's memory, until the system needs it: with a model as large as memory, af
 
 import contextlib
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 MADV_DONTNEED = 4
-SMAPS = Path("/proc/self/smaps")
+SMAPS, STATM = Path("/proc/self/smaps"), Path("/proc/self/statm")
 SUFFIX = ".safetensors"
+
+
+def mapped_bytes() -> int:
+    """Return how much of this process's resident memory is files, in bytes; 0 where that is not known."""
+    return int(STATM.read_text("ascii").split()[2]) * mmap.PAGESIZE if sys.platform == "linux" else 0
 
 
 def release_mapped_pages() -> None:
