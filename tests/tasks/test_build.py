@@ -438,6 +438,7 @@ class TestBuiltRecipes:
             ("int4-asymmetric", {4}, 4, 32, True),
             ("int4-block128-asymmetric", {4}, 4, 128, True),
             ("int4-pruned-head", {4}, 4, 32, False),
+            ("int4-fast", {4}, 4, 64, False),
             ("int4-k-quant", {4}, 4, 32, True),
             ("int4-k-quant-mixed", {4, 8}, 8, 32, True),
             ("int4-int8-head", {4, 8}, 8, 32, False),
