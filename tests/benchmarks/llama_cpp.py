@@ -92,19 +92,19 @@ class LlamaCpp:
         )
         script = self.folder / "convert.py"
         script.write_text(text, "utf-8")
-        command = [sys.executable, script, checkpoint, "--outfile", out, "--outtype", "f16"]
+        command: list[str | Path] = [sys.executable, script, checkpoint, "--outfile", out, "--outtype", "f16"]
         return run_watched(command, log=out.with_suffix(".log"), environment=_offline())
 
     def quantize(self, source: Path, out: Path, type_name: str, threads: int = 2) -> Watched:
         """Quantize an f16 GGUF file to a type such as `Q4_0`."""
-        command = [self._tool("llama-quantize"), source, out, type_name, str(threads)]
+        command: list[str | Path] = [self._tool("llama-quantize"), source, out, type_name, str(threads)]
         return run_watched(command, log=out.with_suffix(".log"))
 
-    def bench(self, gguf: Path, prompt: int = 128, new: int = 64, threads: int = 2, repetitions: int = 5) -> BenchResult:
+    def bench(self, gguf: Path, *, prompt: int = 128, new: int = 64, threads: int = 2, rounds: int = 5) -> BenchResult:
         """Measure as llama-bench does: after a warm-up, `new` tokens after a prompt of `prompt`, timed apart."""
         fixed = ["-m", str(gguf), "-t", str(threads), "-ngl", "0", "-o", "json"]
         log = gguf.with_suffix(".log")
-        several = ["-r", str(repetitions)]
+        several = ["-r", str(rounds)]
         prompts = self._bench([*fixed, *several, "-p", str(prompt), "-n", "0"], log)
         tokens = self._bench([*fixed, *several, "-p", "0", "-n", str(new), "-d", str(prompt)], log)
         start = self._bench([*fixed, "-r", "1", "--no-warmup", "-p", "0", "-n", "1"], log)
