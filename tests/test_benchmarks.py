@@ -37,6 +37,7 @@ def test_the_runner_measures_each_row_of_builds_and_serving(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(report.read_text("utf-8"))
     assert {row["key"] for row in document["rows"]} == set(CHEAP) == set(document["seconds"])
+    assert all(0 <= share <= 1 for share in document["others_cpu_share"].values())
     assert document["cores"] == os.cpu_count()
     assert document["versions"]["onnxruntime-genai"]
     assert document["peer"] is None
@@ -58,7 +59,7 @@ def test_a_row_that_is_unknown_is_refused(tmp_path: Path) -> None:
 
 def test_a_target_is_judged_in_its_direction() -> None:
     def beside(measured: float, peer: float | None, **target: float) -> bool | None:
-        return row_beside("key", "what", measured, "s", peer=peer, peer_name="peer", **target).met  # type: ignore[arg-type]
+        return row_beside("key", "what", measured, "s", peer=peer, peer_name="peer", **target).met
 
     assert beside(20, 10, at_most=2) is True
     assert beside(21, 10, at_most=2) is False

@@ -123,12 +123,14 @@ class PeerFiles:
 class Bench:
     """One run of the benchmarks: its folder, its size, its peer, and what rows have made for each other."""
 
-    def __init__(self, folder: Path, *, tiny: bool, peer: LlamaCpp | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, *, tiny: bool, peer: LlamaCpp | None, say: Callable[[str], None], with_stock: bool = False
+    ) -> None:
         self.folder = folder
         self.tiny = tiny
         self.peer = peer
+        self.with_stock = with_stock
         self.say = say
-        self.shared: dict[str, Any] = {}  # figures that a later row refers to
 
     @property
     def settings(self) -> Settings:

@@ -97,7 +97,6 @@ def _deploy_twice(
     fixed_s, share = overhead
     limit = fixed_s + share * stages_s[0]
     in_words = f"at most {fixed_s:g} s" + (f" + {share:.0%} of {stages_s[0]:.1f} s" if share else "")
-    bench.shared[f"{key}_deploy_s"] = walls[0]
     yield row_below(
         key,
         f"a deploy beyond its stages, {key}",
