@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import psutil
+
+from tasks.checkpoint import inspect_checkpoint
+from tasks.environment import estimate_build_ram
 from tests.benchmarks.bench import PRECISIONS, Bench, Row, row_below, row_beside, torch_pid
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.benchmarks.stock_olive import build_by_stock_olive
@@ -144,6 +148,9 @@ def build_3b(bench: Bench) -> Iterator[Row]:
     name, shard_bytes = ("tiny", 100_000) if bench.tiny else ("qwen2.5-3b", 2_000_000_000)
     checkpoint = write_random_checkpoint(bench.folder / "sharded", SHAPES[name], shard_bytes=shard_bytes)
     shards = sorted(checkpoint.glob("*.safetensors"))
+    needed, available = estimate_build_ram(inspect_checkpoint(checkpoint), "int4"), psutil.virtual_memory().available
+    if needed > available:  # the system would end other processes for it
+        raise RuntimeError(f"It needs {needed / GB:.1f} GB by slmops' estimate; {available / GB:.1f} GB are free.")
     with bench.torch_process() as child:
         build = bench.build(child, checkpoint, "int4", bench.folder / "sharded-builds")
     for path in shards:  # 6 GB that nothing else needs

@@ -12,7 +12,7 @@ The rows, by the names that `--only` takes:
 - build-memory: peak resident memory of each build.
 - bytes: what builds fetch from the disk, write, and lay down for a time (tests/benchmarks/watching.py says how it is
   counted); Linux only.
-- build-3b: peak memory of int4 of a sharded model of 3 B parameters.
+- build-3b: peak memory of int4 of a sharded model of 3 B parameters; not where slmops' estimate says it has no room.
 - serving: int4's throughput, load time and memory at 128 + 64 tokens on 2 threads, beside Q4_0 in llama-bench.
 - startup: `slmops --help` and `slmops list`.
 - embedded, server: what a deploy takes beyond its stages (wall of the command, less the time in which any task ran, by
