@@ -48,8 +48,8 @@ def run_watched(
             peak.ended.set()
             peak.join()
     if process.returncode:
-        tail = log.read_text("utf-8", "replace")[-2000:]
-        raise RuntimeError(f"{command[0]} ended with status {process.returncode}: {tail}")
+        said = f"{log.read_text('utf-8', 'replace')}\n{output}"  # slmops --json tells errors on standard output
+        raise RuntimeError(f"{Path(command[0]).name} ended with status {process.returncode}: {said[-2000:].strip()}")
     return Watched(seconds, peak.rss_bytes, output)
 
 
