@@ -149,7 +149,7 @@ def build_3b(bench: Bench) -> Iterator[Row]:
     checkpoint = write_random_checkpoint(bench.folder / "sharded", SHAPES[name], shard_bytes=shard_bytes)
     shards = sorted(checkpoint.glob("*.safetensors"))
     needed, available = estimate_build_ram(inspect_checkpoint(checkpoint), "int4"), psutil.virtual_memory().available
-    if needed > available:  # the system would end other processes for it
+    if needed > available and not bench.tiny:  # the system would end other processes for it
         raise RuntimeError(f"It needs {needed / GB:.1f} GB by slmops' estimate; {available / GB:.1f} GB are free.")
     with bench.torch_process() as child:
         build = bench.build(child, checkpoint, "int4", bench.folder / "sharded-builds")
