@@ -26,6 +26,9 @@ from tests.versions import store_version
 SHORT_STAGES = {
     "SLMOPS_GATE__MIN_TOP1_AGREEMENT": "0",
     "SLMOPS_GATE__MAX_KL_DIVERGENCE": "1000",
+    "SLMOPS_GATE__MAX_QUALITY_LOSS": "1",
+    "SLMOPS_GATE__MAX_CLIFF_RATIO": "1000",
+    "SLMOPS_GATE__MAX_MEMORY_GROWTH_BYTES_PER_REQUEST": "1000000000",
     "SLMOPS_EVALUATION__MAX_ROWS": "4",
     "SLMOPS_EVALUATION__MAX_NEW_TOKENS": "12",
     "SLMOPS_BENCHMARK__REPETITIONS": "2",
@@ -224,5 +227,5 @@ def many(bench: Bench) -> Iterator[Row]:
         peer=stages_s,
         peer_name="the sum of the stages",
         ratio=wall_s / stages_s,
-        details={"wall_s": [line["wall_s"] for line in lines]},
+        details={"wall_s": [line["wall_s"] for line in lines], "states": [line["state"] for line in lines]},
     )
