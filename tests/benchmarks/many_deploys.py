@@ -1,8 +1,8 @@
 """Deploy several checkpoints one after the other from one process, as a Python program that calls the flow does.
 
 Started by tests/benchmarks/rows_orchestration.py as `python -m tests.benchmarks.many_deploys CHECKPOINT...`, with
-slmops' settings in the environment. Prints a JSON line after each deploy: its name, how it ended, its wall time in s, and
-this process's resident memory then, in bytes.
+slmops' settings in the environment. Prints a JSON line after each deploy: its name, how it ended, its wall time in s,
+and this process's resident memory then, in bytes.
 """
 
 import json
