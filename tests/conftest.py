@@ -3,22 +3,16 @@
 import dataclasses
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-import httpx
-import psutil
 import pytest
 
-from deployments.embedded_database import make_database
 from infra.process.supervisor import QUIET_ENVIRONMENT
 from infra.settings import Settings
 from tests.checkpoints import make_tiny_checkpoint
+from tests.prefect_server import prefect_server
 from tests.s3_proxy import FaultProxy
 from tests.s3_servers import S3Server, moto_server, rclone_server, seaweedfs_server
 from tests.stores import KINDS, StoreCase, empty_store
@@ -106,35 +100,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prefect server on loopback; yields its API's URL."""
-    home = tmp_path_factory.mktemp("prefect")
-    make_database(home / "prefect.db")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    # The page asks the API at this address; its default is port 4200.
-    interface = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
-    environment = {**unmeasured_environment(), **quiet, **interface, "PREFECT_HOME": str(home)}
-    environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert time.monotonic() < deadline, (home / "log").read_text()
-                time.sleep(0.2)
+    with prefect_server(tmp_path_factory.mktemp("prefect"), unmeasured_environment()) as url:
         yield url
-    finally:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,55 @@
+"""A Prefect server on loopback, for tests and benchmarks."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from deployments.embedded_database import make_database
+
+START_DEADLINE_S = 120
+
+
+@contextmanager
+def prefect_server(home: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """Run a server whose files lie in `home`, a folder that is there; yields its API's URL."""
+    make_database(home / "prefect.db")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    # The page asks the API at this address; its default is port 4200.
+    interface = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
+    variables = {**environment, **quiet, **interface, "PREFECT_HOME": str(home)}
+    variables.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        _wait_until_healthy(url, home / "log")
+        yield url
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        process.kill()
+        process.wait()
+
+
+def _wait_until_healthy(url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    while True:
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
