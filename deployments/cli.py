@@ -3,20 +3,22 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deployments.catalog_command import add_catalog_command
 from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
 from deployments.promotion_commands import add_promotion_commands
-from deployments.references import Json, Reference, Version, the_registry, version_of
+from deployments.references import Json, Reference, Version, load_settings, the_registry, version_of
 from deployments.retrain_command import add_retrain_command
 from deployments.serve_command import add_serve_command
 from deployments.store_commands import add_store_commands
 from deployments.up_command import add_up_command
 from infra.errors import BadInput, SlmopsError
-from infra.settings import Settings, describe_settings, load_settings
+
+if TYPE_CHECKING:
+    from infra.settings import Settings
 
 # Typer carries a copy of click of its own, whose names it keeps to itself: the root of its usage errors.
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -96,6 +98,8 @@ def options(
 @app.command()
 def config(as_json: Json = False) -> None:
     """Print every setting with its value and where it comes from."""
+    from infra.settings import describe_settings
+
     rows = list(describe_settings(load_settings()))
     if as_json:
         settings = [
@@ -157,7 +161,7 @@ def make_demo(
     print_line(f"{directory}: {made['parameters']:,} parameters, {made['exact_match']:.1%} of held-out commands exact.")
 
 
-def _make_demo(settings: Settings, directory: Path, seed: int, *, replace: bool = False) -> dict[str, Any]:
+def _make_demo(settings: "Settings", directory: Path, seed: int, *, replace: bool = False) -> dict[str, Any]:
     _prepare(settings)
     from tasks.train import make_demo_checkpoint
 
@@ -286,7 +290,7 @@ def _parse_model_config(pairs: Sequence[str]) -> dict[str, float]:
     return values
 
 
-def _deploy(settings: Settings, parameters: dict[str, Any], log_level: str | None, as_json: bool) -> None:
+def _deploy(settings: "Settings", parameters: dict[str, Any], log_level: str | None, as_json: bool) -> None:
     _prepare(settings, log_level)
     from tasks.plan import plan_deploy
 
@@ -304,7 +308,7 @@ def _end_with(report: Any, as_json: bool) -> None:
         raise typer.Exit(3 if report.status == "rejected" else 1)
 
 
-def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings) -> Any:
+def _run_flow(flow_name: str, parameters: dict[str, Any], settings: "Settings") -> Any:
     """Run a flow in this process, show its stages, and return its report also where it ended as failed."""
     from deployments.prefect_environment import prefect_api
     from flows.benchmark import benchmark
@@ -330,7 +334,7 @@ def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings) ->
     return result
 
 
-def _as_slmops_error(error: BaseException, settings: Settings) -> BaseException:
+def _as_slmops_error(error: BaseException, settings: "Settings") -> BaseException:
     if isinstance(error, SlmopsError | KeyboardInterrupt):
         return error
     import traceback
@@ -344,7 +348,7 @@ def _as_slmops_error(error: BaseException, settings: Settings) -> BaseException:
     )
 
 
-def _prepare(settings: Settings, log_level: str | None = None) -> None:
+def _prepare(settings: "Settings", log_level: str | None = None) -> None:
     """Set Prefect's environment; every command that imports `tasks` or `flows` calls it first."""
     from deployments.prefect_environment import prepare_prefect
 
@@ -385,7 +389,7 @@ def _show_report(report: Any) -> None:
         print_line(f"Report: {report.html_file}")
 
 
-def _show_plan(settings: Settings, parameters: dict[str, Any], as_json: bool) -> None:
+def _show_plan(settings: "Settings", parameters: dict[str, Any], as_json: bool) -> None:
     _prepare(settings)
     from tasks.plan import plan_deploy
 
