@@ -20,6 +20,7 @@ from deployments.up_command import add_up_command
 from infra.errors import BadInput, SlmopsError
 
 if TYPE_CHECKING:
+    from deployments.embedded_server import EmbeddedServer
     from infra.settings import Settings
 
 # Typer carries a copy of click of its own, whose names it keeps to itself: the root of its usage errors.
@@ -296,10 +297,13 @@ def _parse_model_config(pairs: Sequence[str]) -> dict[str, float]:
 
 def _deploy(settings: "Settings", parameters: dict[str, Any], log_level: str | None, as_json: bool) -> None:
     _prepare(settings, log_level)
+    from deployments.prefect_environment import begin_embedded_server
+
+    server = begin_embedded_server()  # its imports and those of the plan take as long
     from tasks.plan import plan_deploy
 
     plan_deploy(settings, parameters)  # refuses bad input before anything is written
-    report = _run_flow("deploy", parameters, settings)
+    report = _run_flow("deploy", parameters, settings, server)
     _end_with(report, as_json)
 
 
@@ -312,14 +316,21 @@ def _end_with(report: Any, as_json: bool) -> None:
         raise typer.Exit(3 if report.status == "rejected" else 1)
 
 
-def _run_flow(flow_name: str, parameters: dict[str, Any], settings: "Settings") -> Any:
-    """Run a flow in this process, show its stages, and return its report also where it ended as failed."""
-    from deployments.prefect_environment import prefect_api
+def _run_flow(
+    flow_name: str, parameters: dict[str, Any], settings: "Settings", server: "EmbeddedServer | None" = None
+) -> Any:
+    """Run a flow in this process, show its stages, and return its report also where it ended as failed.
+
+    `server` is one that has begun its start already.
+    """
+    from deployments.prefect_environment import begin_embedded_server, prefect_api
+
+    server = server or begin_embedded_server()
     from flows.endings import RunEnded
     from tasks.progress import listening
 
     flow = getattr(import_module(f"flows.{flow_name}"), flow_name)
-    with stage_display() as display, listening(display), prefect_api(settings):
+    with stage_display() as display, listening(display), prefect_api(settings, server):
         state = flow(**parameters, return_state=True)
     result = state.result(raise_on_failure=False)
     if isinstance(result, RunEnded):
