@@ -6,6 +6,7 @@ parent, however that comes about: its standard input is a lifeline, as in `infra
 
 import atexit
 import contextlib
+import gc
 import os
 import queue
 import socket
@@ -130,6 +131,8 @@ def main() -> None:
         import uvicorn
         from prefect.server.api.server import create_app
         from prefect.settings import get_current_settings
+
+        app = create_app(ephemeral=True, final=True)
     finally:
         lifeline.write_to_the_log()  # where an import that fails is told too
     prefect = get_current_settings()
@@ -140,12 +143,12 @@ def main() -> None:
     listener = socket.socket()
     listener.bind((LOOPBACK, 0))
     port = listener.getsockname()[1]
-    app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=2))
     lifeline.server = server
     sys.stdout.write(f"{port}\n")
     sys.stdout.flush()
     server.run(sockets=[listener])
+    gc.freeze()  # the command waits for the end, at which the interpreter would look through all that is loaded
 
 
 if __name__ == "__main__":
