@@ -4,15 +4,18 @@ import contextlib
 import logging
 import signal
 import socket
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
 
 from deployments.console import print_line
 from deployments.listening import check_address, listen
+from deployments.references import load_settings
 from infra.errors import BadInput
-from infra.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from infra.settings import Settings
 
 DEFAULT_PORT = 5274
 SHUTDOWN_S = 5
@@ -49,7 +52,7 @@ def _check_upstream(upstream: str | None) -> None:
     )
 
 
-def _serve(host: str, listener: socket.socket, upstream: str | None, settings: Settings) -> None:
+def _serve(host: str, listener: socket.socket, upstream: str | None, settings: "Settings") -> None:
     from deployments.prefect_environment import prepare_prefect
 
     prepare_prefect(settings)  # before `tasks` is imported

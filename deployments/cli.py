@@ -1,22 +1,27 @@
 """The command line `slmops`. Heavy imports happen inside the commands that need them."""
 
+import gc
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deployments.catalog_command import add_catalog_command
 from deployments.console import print_error, print_json, print_line, print_plots, print_table, stage_display
 from deployments.promotion_commands import add_promotion_commands
-from deployments.references import Json, Reference, Version, the_registry, version_of
+from deployments.references import Json, Reference, Version, load_settings, the_registry, version_of
 from deployments.retrain_command import add_retrain_command
 from deployments.serve_command import add_serve_command
 from deployments.store_commands import add_store_commands
 from deployments.up_command import add_up_command
 from infra.errors import BadInput, SlmopsError
-from infra.settings import Settings, describe_settings, load_settings
+
+if TYPE_CHECKING:
+    from deployments.embedded_server import EmbeddedServer
+    from infra.settings import Settings
 
 # Typer carries a copy of click of its own, whose names it keeps to itself: the root of its usage errors.
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -57,7 +62,10 @@ LogLevel = Annotated[str | None, typer.Option(help="Show the run's log: debug, i
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command and end with its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(arguments))
+    gc.set_threshold(10_000)  # imports make much and drop little: looking for garbage was a tenth of their time
+    status = run(arguments)
+    gc.freeze()  # at its end the interpreter would look through all that Prefect brought: half a second
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -96,6 +104,8 @@ def options(
 @app.command()
 def config(as_json: Json = False) -> None:
     """Print every setting with its value and where it comes from."""
+    from infra.settings import describe_settings
+
     rows = list(describe_settings(load_settings()))
     if as_json:
         settings = [
@@ -157,7 +167,7 @@ def make_demo(
     print_line(f"{directory}: {made['parameters']:,} parameters, {made['exact_match']:.1%} of held-out commands exact.")
 
 
-def _make_demo(settings: Settings, directory: Path, seed: int, *, replace: bool = False) -> dict[str, Any]:
+def _make_demo(settings: "Settings", directory: Path, seed: int, *, replace: bool = False) -> dict[str, Any]:
     _prepare(settings)
     from tasks.train import make_demo_checkpoint
 
@@ -286,12 +296,15 @@ def _parse_model_config(pairs: Sequence[str]) -> dict[str, float]:
     return values
 
 
-def _deploy(settings: Settings, parameters: dict[str, Any], log_level: str | None, as_json: bool) -> None:
+def _deploy(settings: "Settings", parameters: dict[str, Any], log_level: str | None, as_json: bool) -> None:
     _prepare(settings, log_level)
+    from deployments.prefect_environment import begin_embedded_server
+
+    server = begin_embedded_server()  # its imports and those of the plan take as long
     from tasks.plan import plan_deploy
 
     plan_deploy(settings, parameters)  # refuses bad input before anything is written
-    report = _run_flow("deploy", parameters, settings)
+    report = _run_flow("deploy", parameters, settings, server)
     _end_with(report, as_json)
 
 
@@ -304,33 +317,31 @@ def _end_with(report: Any, as_json: bool) -> None:
         raise typer.Exit(3 if report.status == "rejected" else 1)
 
 
-def _run_flow(flow_name: str, parameters: dict[str, Any], settings: Settings) -> Any:
-    """Run a flow in this process, show its stages, and return its report also where it ended as failed."""
-    from deployments.prefect_environment import prefect_api
-    from flows.benchmark import benchmark
-    from flows.deploy import deploy
-    from flows.promote import promote
-    from flows.qualify import DeployEnded
-    from flows.regate import regate
-    from flows.retrain import RetrainEnded, retrain
-    from flows.rollback import rollback
+def _run_flow(
+    flow_name: str, parameters: dict[str, Any], settings: "Settings", server: "EmbeddedServer | None" = None
+) -> Any:
+    """Run a flow in this process, show its stages, and return its report also where it ended as failed.
+
+    `server` is one that has begun its start already.
+    """
+    from deployments.prefect_environment import begin_embedded_server, prefect_api
+
+    server = server or begin_embedded_server()
+    from flows.endings import RunEnded
     from tasks.progress import listening
 
-    flows: dict[str, Any] = {
-        **{"benchmark": benchmark, "deploy": deploy, "promote": promote},
-        **{"regate": regate, "retrain": retrain, "rollback": rollback},
-    }
-    with stage_display() as display, listening(display), prefect_api(settings):
-        state = flows[flow_name](**parameters, return_state=True)
+    flow = getattr(import_module(f"flows.{flow_name}"), flow_name)
+    with stage_display() as display, listening(display), prefect_api(settings, server):
+        state = flow(**parameters, return_state=True)
     result = state.result(raise_on_failure=False)
-    if isinstance(result, DeployEnded | RetrainEnded):
+    if isinstance(result, RunEnded):
         return result.report
     if isinstance(result, BaseException):
         raise _as_slmops_error(result, settings)
     return result
 
 
-def _as_slmops_error(error: BaseException, settings: Settings) -> BaseException:
+def _as_slmops_error(error: BaseException, settings: "Settings") -> BaseException:
     if isinstance(error, SlmopsError | KeyboardInterrupt):
         return error
     import traceback
@@ -344,7 +355,7 @@ def _as_slmops_error(error: BaseException, settings: Settings) -> BaseException:
     )
 
 
-def _prepare(settings: Settings, log_level: str | None = None) -> None:
+def _prepare(settings: "Settings", log_level: str | None = None) -> None:
     """Set Prefect's environment; every command that imports `tasks` or `flows` calls it first."""
     from deployments.prefect_environment import prepare_prefect
 
@@ -385,7 +396,7 @@ def _show_report(report: Any) -> None:
         print_line(f"Report: {report.html_file}")
 
 
-def _show_plan(settings: Settings, parameters: dict[str, Any], as_json: bool) -> None:
+def _show_plan(settings: "Settings", parameters: dict[str, Any], as_json: bool) -> None:
     _prepare(settings)
     from tasks.plan import plan_deploy
 

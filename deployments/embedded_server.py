@@ -5,19 +5,26 @@ parent, however that comes about: its standard input is a lifeline, as in `infra
 """
 
 import atexit
+import contextlib
+import gc
 import os
+import queue
 import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 from deployments.embedded_database import make_database
 from infra.errors import StageFailed
 from infra.process.supervisor import child_environment
+
+if TYPE_CHECKING:
+    import uvicorn
 
 LOOPBACK = "127.0.0.1"
 # Where the database is not made ready (another version of Prefect), the first start migrates it.
@@ -32,24 +39,36 @@ SERVER_ENVIRONMENT = {
 }
 
 
-def start_embedded_api(log_path: Path) -> str:
-    """Start Prefect's API server on a free port of the loopback interface and return its URL.
+class EmbeddedServer:
+    """Prefect's API server as a child of this process, which it serves until this one ends.
 
-    It serves until this process ends: Prefect's client sends its last logs and events while the interpreter exits.
-    Raises `StageFailed` when it does not come up.
+    It begins at once with what takes it seconds, its imports, so that a command's own go on meanwhile. Nothing is
+    written before `serve`. It stays for the client's last logs and events, which are sent while the interpreter exits.
     """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "deployments.embedded_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=subprocess.DEVNULL,
             env=child_environment(SERVER_ENVIRONMENT),
             start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle; the server ends after it
         )
-    atexit.register(_end, process)
-    return _wait_until_healthy(process, log_path)
+        atexit.register(_end, self._process)
+
+    def serve(self, log_path: Path) -> str:
+        """Have it serve on a free port of the loopback interface, with its log in a file, and return its URL.
+
+        Raises `StageFailed` when it does not come up.
+        """
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log_path.touch()
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen next
+            self._process.stdin.write(f"{log_path.absolute()}\n".encode())
+            self._process.stdin.flush()
+        return _wait_until_healthy(self._process, log_path)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -78,12 +97,47 @@ def _wait_until_healthy(process: "subprocess.Popen[bytes]", log_path: Path) -> s
     raise StageFailed("Prefect's embedded API server did not start.", f"See its log: {log_path}")
 
 
-def main() -> None:
-    """Serve until standard input closes."""
-    import uvicorn
-    from prefect.server.api.server import create_app
-    from prefect.settings import get_current_settings
+# The child's side
 
+
+class _Lifeline:
+    """Standard input: its only line names the log and lets the server begin, its end is the command's."""
+
+    def __init__(self) -> None:
+        self._named: queue.Queue[str] = queue.Queue()
+        self.server: uvicorn.Server | None = None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in sys.stdin.buffer:
+            self._named.put(line.decode().rstrip("\n"))
+        if self.server is None:
+            os._exit(0)
+        self.server.should_exit = True
+        time.sleep(SHUTDOWN_TIMEOUT_S / 2)
+        os._exit(1)
+
+    def write_to_the_log(self) -> None:
+        """Wait for the log's path, and let standard error be that file."""
+        log = os.open(self._named.get(), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(log, 2)
+        os.close(log)
+
+
+def main() -> None:
+    """Serve as soon as standard input names a log, until it closes."""
+    lifeline = _Lifeline()
+    gc.disable()  # what the imports make stays: looking for garbage among it takes a tenth of their time
+    try:
+        import uvicorn
+        from prefect.server.api.server import create_app
+        from prefect.settings import get_current_settings
+
+        app = create_app(ephemeral=True, final=True)
+    finally:
+        lifeline.write_to_the_log()  # where an import that fails is told too
+    gc.freeze()
+    gc.enable()
     prefect = get_current_settings()
     database = prefect.home / "prefect.db"
     connection_url = prefect.server.database.connection_url
@@ -92,19 +146,12 @@ def main() -> None:
     listener = socket.socket()
     listener.bind((LOOPBACK, 0))
     port = listener.getsockname()[1]
-    app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=2))
-
-    def end_with_the_command() -> None:
-        sys.stdin.buffer.read()
-        server.should_exit = True
-        time.sleep(SHUTDOWN_TIMEOUT_S / 2)
-        os._exit(1)
-
-    threading.Thread(target=end_with_the_command, daemon=True).start()
+    lifeline.server = server
     sys.stdout.write(f"{port}\n")
     sys.stdout.flush()
     server.run(sockets=[listener])
+    gc.freeze()  # the command waits for the end, at which the interpreter would look through all that is loaded
 
 
 if __name__ == "__main__":

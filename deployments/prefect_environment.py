@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deployments.embedded_server import start_embedded_api
+from deployments.embedded_server import EmbeddedServer
 from infra.errors import BadInput
 from infra.settings import Settings
 from infra.storage.holders import has_ended, this_process
@@ -83,17 +83,24 @@ def prefect_home(settings: Settings) -> Path:
     return settings.home_dir / "prefect"
 
 
+def begin_embedded_server() -> EmbeddedServer | None:
+    """Begin the start of an embedded server, for `prefect_api`, where no API is configured."""
+    return None if os.environ.get("PREFECT_API_URL") else EmbeddedServer()
+
+
 @contextmanager
-def prefect_api(settings: Settings) -> Iterator[None]:
-    """Have an API for flow runs: the configured one, or an embedded one."""
+def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iterator[None]:
+    """Have an API for flow runs: the configured one, or an embedded one, which may have `begun` its start."""
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    server = begun or EmbeddedServer()
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     prefect_home(settings).mkdir(parents=True, exist_ok=True)  # the server makes its database there, but no folder
     log = settings.cache_dir / "logs" / "prefect-server.log"
-    with temporary_settings({PREFECT_API_URL: start_embedded_api(log)}):
+    # Nobody waits for a sign of life there, and the end of a run waits up to a second for who gives them.
+    with temporary_settings({PREFECT_API_URL: server.serve(log), PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield
 
 

@@ -1,17 +1,19 @@
 """The commands on the champion: promote a version, roll back, and see who held the name and why."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deployments.console import print_json, print_line, print_table
-from deployments.references import Json, Version, the_registry
+from deployments.references import Json, Version, load_settings, the_registry
 from infra.errors import BadInput
-from infra.settings import Settings, load_settings
 
-RunFlow = Callable[[str, dict[str, Any], Settings], Any]
-Prepare = Callable[[Settings, str | None], None]
+if TYPE_CHECKING:
+    from infra.settings import Settings
+
+RunFlow = Callable[[str, dict[str, Any], "Settings"], Any]
+Prepare = Callable[["Settings", str | None], None]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 LogLevel = Annotated[str | None, typer.Option(help="Show the run's log: debug, info, warning or error.")]

@@ -12,7 +12,6 @@ import yaml
 from infra.errors import BadInput
 
 PREFECT_FILE = Path(__file__).with_name("prefect.yaml")
-DEFAULT_POOL = "slmops"
 POOL_TYPE = "process"
 
 # The shortest interval that Prefect takes. It goes with the deployments, so that every worker's runs keep it.

@@ -1,16 +1,18 @@
 """`slmops retrain`: from a dataset to a version that takes the champion's place if it is better."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deployments.console import print_json, print_line
-from deployments.references import Json
-from infra.settings import Settings, load_settings
+from deployments.references import Json, load_settings
 
-RunFlow = Callable[[str, dict[str, Any], Settings], Any]
-Prepare = Callable[[Settings, str | None], None]
+if TYPE_CHECKING:
+    from infra.settings import Settings
+
+RunFlow = Callable[[str, dict[str, Any], "Settings"], Any]
+Prepare = Callable[["Settings", str | None], None]
 
 
 def add_retrain_command(app: typer.Typer, prepare: Prepare, run_flow: RunFlow) -> None:

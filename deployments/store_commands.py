@@ -1,14 +1,16 @@
 """The commands on the store: copy, verify, collect, pack, ingest, compare, sign, and the registry's own notes."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deployments.console import print_json, print_line, print_note, print_table, stage_display
-from deployments.references import Json, Reference, Version, the_registry, version_of
+from deployments.references import Json, Reference, Version, load_settings, the_registry, version_of
 from infra.errors import BadInput
-from infra.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from infra.settings import Settings
 
 Renumber = Annotated[
     bool, typer.Option("--renumber", help="Take the next free number there if its own is another version's.")
@@ -50,7 +52,7 @@ def pull(
     _copy(reference, _other_registry(settings), open_local_registry(settings), renumber=renumber, as_json=as_json)
 
 
-def _bring(reference: str, foundry_cache: Path, settings: Settings, *, as_json: bool) -> None:
+def _bring(reference: str, foundry_cache: Path, settings: "Settings", *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from tasks.devices import bring_to_device
@@ -73,7 +75,7 @@ def _bring(reference: str, foundry_cache: Path, settings: Settings, *, as_json: 
     print_line(f"{brought.model_id} ({brought.precision}) answers from {brought.folder}{instead}.")
 
 
-def _other_registry(settings: Settings) -> Any:
+def _other_registry(settings: "Settings") -> Any:
     from infra.storage.opening import open_local_registry, open_registry
 
     registry = open_registry(settings)
@@ -149,7 +151,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _repaired(registry: Any, manifest: Any, found: Any, settings: Settings, display: Any) -> Any:
+def _repaired(registry: Any, manifest: Any, found: Any, settings: "Settings", display: Any) -> Any:
     from infra.storage.local import LocalObjectStore
     from infra.storage.verification import repair_version, verify_version
 
@@ -159,7 +161,7 @@ def _repaired(registry: Any, manifest: Any, found: Any, settings: Settings, disp
     return verify_version(registry, manifest, lambda done, total, what: display("verify again", done / total, what))
 
 
-def _signature_state(registry: Any, manifest: Any, settings: Settings) -> str:
+def _signature_state(registry: Any, manifest: Any, settings: "Settings") -> str:
     from infra.errors import StageFailed
     from infra.storage.signatures import check_signature, is_signed
 
@@ -350,7 +352,7 @@ def note(reference: Reference, text: Annotated[str, typer.Argument(help="What is
     print_line(f"Noted on {manifest.reference}.")
 
 
-def _prepare(settings: Settings) -> None:
+def _prepare(settings: "Settings") -> None:
     from deployments.prefect_environment import prepare_prefect
 
     prepare_prefect(settings)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from prefect import State
 from prefect.states import Completed, Failed
 
+from flows.endings import RunEnded
 from flows.variants import Examined, measure_on_workers
-from infra.errors import SlmopsError, StageFailed
+from infra.errors import StageFailed
 from infra.process.supervisor import ChildProcess
 from infra.settings import Settings
 from infra.storage.manifest import Manifest, StoredVariant
@@ -57,7 +58,7 @@ from tasks.steadiness import steadiness_of
 from tasks.store import choose_champion, record_choice
 
 
-class DeployEnded(SlmopsError):
+class DeployEnded(RunEnded):
     """A run that ended with a failed variant, or without one to serve; `report` says what there is."""
 
     def __init__(self, report: DeployReport) -> None:

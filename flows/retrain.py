@@ -6,9 +6,10 @@ from prefect import State, flow
 from prefect.states import Completed, Failed
 
 from flows.deploy import deploy
+from flows.endings import RunEnded
 from flows.promote import promote
 from flows.qualify import DeployEnded
-from infra.errors import BadInput, SlmopsError
+from infra.errors import BadInput
 from infra.settings import Settings, load_settings
 from infra.storage.manifest import check_name
 from infra.storage.opening import open_registry
@@ -27,7 +28,7 @@ from tasks.inputs import local_file
 from tasks.report.records import DeployReport
 
 
-class RetrainEnded(SlmopsError):
+class RetrainEnded(RunEnded):
     """A retrain whose candidate was rejected or could not be built; `report` says what there is."""
 
     def __init__(self, report: RetrainReport) -> None:

@@ -399,13 +399,17 @@ def register_champion(manifest: Manifest, variant: StoredVariant, settings: Sett
 
 def set_champion_ids(name: str, champions: Sequence[tuple[Manifest, StoredVariant]], settings: Settings) -> None:
     """Register these variants as `NAME:VERSION`, and then no other version under the plain name."""
+    registered = registered_models(settings)
+    folders = {model["model_id"]: model["folder"] for model in registered if model["folder_exists"]}
     for manifest, variant in champions:
         folder = model_folder(settings.foundry_dir, name, variant.precision, manifest.version)
         model_id = champion_model_id(name, manifest.version)
+        if folders.get(model_id) == str(folder.absolute()):
+            continue
         request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, "")}
         ask_foundry("register", request, settings)
     kept = {champion_model_id(name, manifest.version) for manifest, _ in champions}
-    for model in registered_models(settings):
+    for model in registered:
         if model["name"] == name and model["model_id"] not in kept:
             ask_foundry("unregister", {"model_id": model["model_id"]}, settings)
 

@@ -1,12 +1,15 @@
-"""Uncertainty: intervals of means, of paired differences and of ratios, each by a named method."""
+"""Uncertainty: intervals of means, of paired differences and of ratios, each by a named method.
+
+Every deploy computes some of these: scipy, which takes a second to load, is asked for one quantile, where it is needed.
+"""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat
-from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -37,9 +40,11 @@ def mean_score(scores: Sequence[float]) -> Estimate:
     values = np.asarray(scores, np.float64)
     if values.min() < values.max():
         return weighted_mean(scores, [1.0] * len(scores))
+    from scipy import special
+
     mean, right, wrong = float(values[0]), float(values.sum()), float((1 - values).sum())
-    low = float(stats.beta.ppf((1 - CONFIDENCE) / 2, right, wrong + 1)) if right > 0 else 0.0
-    high = float(stats.beta.ppf((1 + CONFIDENCE) / 2, right + 1, wrong)) if wrong > 0 else 1.0
+    low = float(special.betaincinv(right, wrong + 1, (1 - CONFIDENCE) / 2)) if right > 0 else 0.0
+    high = float(special.betaincinv(right + 1, wrong, (1 + CONFIDENCE) / 2)) if wrong > 0 else 1.0
     return Estimate(value=mean, low=min(mean, low), high=max(mean, high))
 
 
@@ -76,7 +81,7 @@ def paired_loss(reference: Sequence[float], variant: Sequence[float]) -> Estimat
     count = len(differences) + 2
     centre = float(differences.sum()) / count
     spread = (float((differences**2).sum()) + 1) / count - centre**2
-    reach = float(stats.norm.ppf(CONFIDENCE)) * math.sqrt(spread / count)
+    reach = statistics.NormalDist().inv_cdf(CONFIDENCE) * math.sqrt(spread / count)
     value = float(differences.mean())
     return Estimate(value=value, low=min(value, max(-1.0, centre - reach)), high=max(value, min(1.0, centre + reach)))
 
@@ -96,9 +101,13 @@ def ratio_of_medians(before: Sequence[float], after: Sequence[float]) -> Estimat
 
 def slope(positions: Sequence[float], values: Sequence[float]) -> Estimate:
     """Slope of the least-squares line through at least three points, with its t interval."""
-    fit = stats.linregress(positions, values)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(positions) - 2)) * float(fit.stderr)
-    return Estimate(value=float(fit.slope), low=float(fit.slope) - reach, high=float(fit.slope) + reach)
+    across = np.asarray(positions, np.float64) - np.mean(positions)
+    up = np.asarray(values, np.float64) - np.mean(values)
+    freedom = len(across) - 2
+    value = float(across @ up / (across @ across))
+    error = math.sqrt(float(((up - value * across) ** 2).sum() / freedom / (across @ across)))
+    reach = _student_reach(freedom) * error
+    return Estimate(value=value, low=value - reach, high=value + reach)
 
 
 def drift(values: Sequence[float]) -> Estimate:
@@ -120,5 +129,24 @@ def drift(values: Sequence[float]) -> Estimate:
     value = float(changes.mean())
     doubled = 2 * WANDERING_CORRELATION / count
     widening = math.sqrt((1 + doubled * (count - 1)) / (1 - doubled))
-    reach = widening * float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(stats.sem(changes))
+    reach = widening * _student_reach(count - 1) * float(changes.std(ddof=1)) / math.sqrt(count)
     return Estimate(value=value, low=value - reach, high=value + reach)
+
+
+def _student_reach(freedom: int) -> float:
+    """Return the t within which `CONFIDENCE` of Student's distribution lies, to either side of 0.
+
+    Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, solved for the angle by halving.
+    """
+    is_odd = freedom % 2
+    low, high = 0.0, math.pi / 2
+    while (angle := (low + high) / 2) not in (low, high):
+        term, total = math.cos(angle) ** is_odd, 0.0
+        for power in range(is_odd, freedom - 1, 2):
+            total += term
+            term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
+        share = math.sin(angle) * total
+        if is_odd:
+            share = 2 / math.pi * (angle + share)
+        low, high = (angle, high) if share < CONFIDENCE else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)

@@ -53,6 +53,29 @@ def test_importing_infra_and_the_command_line_is_cheap_and_has_no_side_effect(tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "most", "left_out"),
+    [
+        ("--help", 300, {*HEAVY, "httpx", "yaml", "pydantic", "asyncio"}),
+        ("list", 500, {*HEAVY, "httpx", "yaml"}),
+    ],
+)
+def test_a_command_that_only_tells_imports_little(tmp_path: Path, command: str, most: int, left_out: set[str]) -> None:
+    program = f"""
+import sys
+from deployments.cli import run
+assert run([{command!r}]) == 0
+print(len(sys.modules), sorted(set(sys.modules) & {left_out!r}))
+"""
+    environment = {"HOME": str(tmp_path), "PATH": "", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    count, _, found = done.stdout.splitlines()[-1].partition(" ")
+    assert found == "[]"
+    assert int(count) < most
+
+
 def test_no_grammar_is_built_whenever_prefect_is_imported() -> None:
     # jsonschema, which Prefect imports, takes up rfc3987-syntax where that is installed, and that one builds its
     # grammar anew at every import: seconds for each command, if only a dependency of the tests brings it.

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from filelock import ReadWriteLock, Timeout
 
-from infra.settings import Settings
+if TYPE_CHECKING:  # child processes move folders too, and need no settings
+    from infra.settings import Settings
 
 
 @contextmanager
-def work_folder(settings: Settings) -> Iterator[Path]:
+def work_folder(settings: "Settings") -> Iterator[Path]:
     """Yield an empty folder under the cache; it is removed at the end, however that comes about."""
     root = settings.cache_dir / "work"
     root.mkdir(parents=True, exist_ok=True)

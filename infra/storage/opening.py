@@ -9,7 +9,6 @@ from infra.settings import Settings
 from infra.storage.local import LocalObjectStore
 from infra.storage.objects import ObjectStore
 from infra.storage.registry import ModelRegistry
-from infra.storage.s3 import S3ObjectStore
 
 
 def open_object_store(uri: str, settings: Settings) -> ObjectStore:
@@ -19,6 +18,8 @@ def open_object_store(uri: str, settings: Settings) -> ObjectStore:
     """
     scheme = uri.partition("://")[0]
     if scheme == "s3":
+        from infra.storage.s3 import S3ObjectStore  # a local store needs none of it
+
         return S3ObjectStore(uri, settings.store)
     try:
         parts = urlsplit(uri)

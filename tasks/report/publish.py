@@ -13,10 +13,11 @@ from infra.foundry.model_folder import MODEL_CARD
 from infra.settings import Settings
 from infra.storage.manifest import Manifest
 from infra.storage.registry import ModelRegistry
+from tasks.report.drawn import draw_once
 from tasks.report.html import to_html
 from tasks.report.markdown import to_markdown, variant_rows
 from tasks.report.model_card import base_model_of, model_card
-from tasks.report.plots import Plot, draw_plots
+from tasks.report.plots import Plot
 from tasks.report.records import DeployReport
 
 
@@ -30,7 +31,7 @@ def publish_report(
     """
     # matplotlib keeps a cache of fonts; everything that slmops writes is under its home directory.
     os.environ.setdefault("MPLCONFIGDIR", str(settings.cache_dir / "matplotlib"))
-    plots = draw_plots(report)
+    plots = draw_once(report, settings.cache_dir / "plots")
     key = f"slmops-{report.name}"
     create_markdown_artifact(markdown=artifact_markdown(report, plots), key=key, description=report.summary)
     create_table_artifact(

@@ -114,6 +114,17 @@ def test_a_ratio_of_medians_has_an_interval_around_it() -> None:
     assert ratio_of_medians([2.0], [3.0]) == Estimate(value=1.5, low=1.5, high=1.5)
 
 
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 7, 8, 21, 60])
+def test_a_slope_and_its_interval_are_those_of_scipys_regression_and_t(count: int) -> None:
+    positions = list(range(count))
+    values = list(np.random.default_rng(count).normal(size=count))
+    fit = stats.linregress(positions, values)
+    reach = float(stats.t.ppf(0.975, count - 2)) * float(fit.stderr)
+    found = slope(positions, values)
+    expected = (fit.slope, fit.slope - reach, fit.slope + reach)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_slope_has_its_t_interval() -> None:
     positions = [0.0, 1.0, 2.0, 3.0, 4.0]
     exact = slope(positions, [5 + 3 * one for one in positions])

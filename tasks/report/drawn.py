@@ -1,0 +1,47 @@
+"""Plots that were drawn before: equal figures have equal plots, and drawing takes a second or two."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from tasks.report import plots
+from tasks.report.plots import Plot, draw_plots
+from tasks.report.records import DeployReport
+
+
+def draw_once(report: DeployReport, folder: Path) -> dict[str, Plot]:
+    """Return the report's plots: those in `folder`, where this code drew them of the same figures, or new ones.
+
+    The folder keeps the last plots of each version; what is in it may be removed at any time.
+    """
+    path, figures = folder / f"{report.reference}.json", _digest_of_figures(report)
+    try:
+        kept = json.loads(path.read_bytes())
+        if kept["figures"] == figures:
+            found = [Plot(one["name"], one["alt"], one["svg"], base64.b64decode(one["png"])) for one in kept["plots"]]
+            return {plot.name: plot for plot in found}
+    except (OSError, ValueError, KeyError, TypeError):  # none were kept, or not by this version
+        pass
+    drawn = draw_plots(report)
+    _keep(path, figures, drawn)
+    return drawn
+
+
+def _digest_of_figures(report: DeployReport) -> str:
+    drawn = {"precision", "size_bytes", "metrics", "details"}
+    figures = report.model_dump_json(
+        include={"selected": True, "reference_exact_match": True, "variants": {"__all__": drawn}}
+    )
+    code = Path(plots.__file__).read_bytes()
+    return hashlib.sha256(b"\0".join([figures.encode(), code, metadata.version("matplotlib").encode()])).hexdigest()
+
+
+def _keep(path: Path, figures: str, drawn: Mapping[str, Plot]) -> None:
+    rows = [{**vars(plot), "png": base64.b64encode(plot.png).decode()} for plot in drawn.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".aside")
+    aside.write_text(json.dumps({"figures": figures, "plots": rows}), "utf-8")
+    aside.replace(path)
