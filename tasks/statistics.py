@@ -1,6 +1,6 @@
 """Uncertainty: intervals of means, of paired differences and of ratios, each by a named method.
 
-Every deploy computes some of these: scipy, which takes a second to load, is asked for one quantile, where it is needed.
+scipy gives the quantiles, from `scipy.special` and where they are needed: `scipy.stats` takes a second to load.
 """
 
 import math
@@ -134,19 +134,7 @@ def drift(values: Sequence[float]) -> Estimate:
 
 
 def _student_reach(freedom: int) -> float:
-    """Return the t within which `CONFIDENCE` of Student's distribution lies, to either side of 0.
+    """Return the t within which `CONFIDENCE` of Student's distribution lies, to either side of 0."""
+    from scipy import special
 
-    Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, solved for the angle by halving.
-    """
-    is_odd = freedom % 2
-    low, high = 0.0, math.pi / 2
-    while (angle := (low + high) / 2) not in (low, high):
-        term, total = math.cos(angle) ** is_odd, 0.0
-        for power in range(is_odd, freedom - 1, 2):
-            total += term
-            term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
-        share = math.sin(angle) * total
-        if is_odd:
-            share = 2 / math.pi * (angle + share)
-        low, high = (angle, high) if share < CONFIDENCE else (low, angle)
-    return math.sqrt(freedom) * math.tan(low)
+    return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
