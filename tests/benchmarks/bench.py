@@ -178,17 +178,25 @@ class Bench:
             steps[name] = self.peer.quantize(files["f16"], files[name], name, THREADS)
         return PeerFiles(files, steps)
 
+    @cached_property
+    def fast_build(self) -> Build:
+        """The reference model by the recipe int4-fast."""
+        with self.torch_process() as child:
+            return self.build(child, self.checkpoint, "int4", self.folder / "fast", recipe="int4-fast")
+
     def torch_process(self) -> ChildProcess:
         """Return the kind of process in which slmops builds all variants of a deploy."""
         return torch_process(self.settings)
 
-    def build(self, child: ChildProcess, checkpoint: Path, precision: str, into: Path) -> Build:
-        """Build a variant by its default recipe into a folder of `into`, as `tasks.build.build_variant` does."""
+    def build(
+        self, child: ChildProcess, checkpoint: Path, precision: str, into: Path, *, recipe: str | None = None
+    ) -> Build:
+        """Build a variant, by its default recipe or another, into a folder of `into`, as `build_variant` does."""
         self.say(f"building {precision} of {checkpoint.name}")
         result = child.call(
             "infra.olive.engine:build",
             {
-                "olive_config": olive_run_config(load_recipe(precision)),
+                "olive_config": olive_run_config(load_recipe(recipe or precision)),
                 "checkpoint_dir": str(checkpoint),
                 "output_dir": str(into / precision / "model"),
                 "cache_dir": str(into / precision / "cache"),
