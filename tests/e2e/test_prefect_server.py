@@ -17,12 +17,19 @@ from tests.e2e.test_deploy import INT4, children_of
 pytestmark = pytest.mark.slow
 
 
-def call(method: str, url: str, body: dict[str, Any] | None = None) -> Any:
+def answer_of(method: str, url: str, body: Any = None) -> httpx.Response:
     """Call the API; it answers 503 while its SQLite database is locked, and Prefect's own client tries again too."""
-    deadline = time.monotonic() + 60
-    while (answer := httpx.request(method, url, json=body)).status_code == 503 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while (answer := httpx.request(method, url, json=body, timeout=60)).status_code == 503:
+        assert time.monotonic() < deadline, answer.text
         time.sleep(0.5)
-    return answer.raise_for_status().json()
+    return answer
+
+
+def call(method: str, url: str, body: Any = None) -> Any:
+    """Return what the API answers to a call that it takes; None where that is nothing."""
+    answer = answer_of(method, url, body).raise_for_status()
+    return answer.json() if answer.content else None
 
 
 def query(server: str, path: str, **body: Any) -> list[dict[str, Any]]:

@@ -11,13 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
-from tests.e2e.test_prefect_server import call, query
+from tests.e2e.test_prefect_server import answer_of, call, query
 from tests.e2e.up_process import Up
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("up")]
@@ -149,7 +148,7 @@ def test_the_documented_calls_deploy_once_and_fetch_the_report(up: Up, api: str,
 def test_a_parameter_of_the_wrong_type_is_refused_by_name(api: str) -> None:
     deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
     body = {"parameters": {"checkpoint": "here", "name": 7}}
-    answer = httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json=body)
+    answer = answer_of("POST", f"{api}/deployments/{deployment}/create_flow_run", body)
     assert answer.status_code == 409
     assert "field 'name'" in answer.json()["detail"]
 
@@ -221,14 +220,14 @@ def test_a_schedule_starts_a_real_retrain(slmops: Slmops, api: str, tiny: Path, 
     deployment = call("GET", f"{api}/deployments/name/retrain/retrain")["id"]
     every_minute = {"cron": "* * * * *", "timezone": "Europe/Berlin"}
     body = [{"schedule": every_minute, "active": True, "parameters": parameters}]
-    (made,) = call("POST", f"{api}/deployments/{deployment}/schedules", body)  # type: ignore[arg-type]
+    (made,) = call("POST", f"{api}/deployments/{deployment}/schedules", body)
 
     def runs(*states: str) -> list[dict[str, Any]]:
         found = query(api, "flow_runs", deployments={"id": {"any_": [deployment]}})
         return [run for run in found if run["state"]["type"] in states]
 
     wait_for(lambda: runs("RUNNING", *ENDED))
-    httpx.delete(f"{api}/deployments/{deployment}/schedules/{made['id']}").raise_for_status()
+    call("DELETE", f"{api}/deployments/{deployment}/schedules/{made['id']}")
     run = wait_for(lambda: runs(*ENDED))[0]  # where it started late, another minute's may wait for it
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     assert run["auto_scheduled"]
@@ -239,7 +238,7 @@ def test_a_schedule_starts_a_real_retrain(slmops: Slmops, api: str, tiny: Path, 
 def test_a_schedule_that_never_comes_again_is_told(slmops: Slmops, api: str) -> None:
     deployment = call("GET", f"{api}/deployments/name/gc/gc")["id"]
     past = {"rrule": "DTSTART:20200101T000000\nRRULE:FREQ=DAILY;COUNT=1", "timezone": "UTC"}
-    call("POST", f"{api}/deployments/{deployment}/schedules", [{"schedule": past, "active": True}])  # type: ignore[arg-type]
+    call("POST", f"{api}/deployments/{deployment}/schedules", [{"schedule": past, "active": True}])
     found = slmops.json("up", "--check", status=1)
     (missing,) = [one for one in found["checks"] if not one["ok"]]
     assert missing["what"] == "schedule of gc/gc"
