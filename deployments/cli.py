@@ -301,9 +301,14 @@ def _deploy(settings: "Settings", parameters: dict[str, Any], log_level: str | N
     from deployments.prefect_environment import begin_embedded_server
 
     server = begin_embedded_server()  # its imports and those of the plan take as long
-    from tasks.plan import plan_deploy
+    try:
+        from tasks.plan import plan_deploy
 
-    plan_deploy(settings, parameters)  # refuses bad input before anything is written
+        plan_deploy(settings, parameters)  # refuses bad input before anything is written
+    except BaseException:
+        if server:
+            server.end()
+        raise
     report = _run_flow("deploy", parameters, settings, server)
     _end_with(report, as_json)
 

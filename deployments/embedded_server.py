@@ -55,7 +55,7 @@ class EmbeddedServer:
             env=child_environment(SERVER_ENVIRONMENT),
             start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle; the server ends after it
         )
-        atexit.register(_end, self._process)
+        atexit.register(self.end)
 
     def serve(self, log_path: Path) -> str:
         """Have it serve on a free port of the loopback interface, with its log in a file, and return its URL.
@@ -70,15 +70,16 @@ class EmbeddedServer:
             self._process.stdin.flush()
         return _wait_until_healthy(self._process, log_path)
 
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    assert process.stdin
-    process.stdin.close()
-    try:
-        process.wait(SHUTDOWN_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    def end(self) -> None:
+        """End it, at once where it does not serve yet; without this call it ends with this process."""
+        atexit.unregister(self.end)
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            self._process.wait(SHUTDOWN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def _wait_until_healthy(process: "subprocess.Popen[bytes]", log_path: Path) -> str:

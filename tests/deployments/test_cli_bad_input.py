@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from deployments import cli
@@ -207,6 +208,8 @@ class Box:
         assert not self.home.exists(), list(self.home.rglob("*"))
         assert list(self.user_home.rglob("*")) == []
         assert list(self.work.iterdir()) == []
+        running = [child.cmdline() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+        assert not any("deployments.embedded_server" in command for command in running)
 
 
 @pytest.fixture
