@@ -225,7 +225,7 @@ class TestResources:
 
     def test_the_estimate_covers_what_was_measured_of_a_half_billion_parameters(self) -> None:
         # docs: peaks of the builds of a Qwen2.5-0.5B-shaped checkpoint, in GB.
-        measured = {"fp16": 1.69, "int8": 1.78, "int4": 1.78}
+        measured = {"fp16": 1.63, "int8": 1.89, "int4": 1.89}
         for precision, peak in measured.items():
             assert estimate_build_ram(inspection(), precision) / 1e9 == pytest.approx(peak, rel=0.15)
 
