@@ -125,7 +125,13 @@ def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) ->
         output_regex=request.output_regex,
     )
     text = read_text(request.text_file, settings) if request.text_file else None
-    check_room(prepared.inspection, [recipe.precision for recipe in planned], len(evaluation.rows), settings)
+    check_room(
+        prepared.inspection,
+        [recipe.precision for recipe in planned],
+        len(evaluation.rows),
+        settings,
+        whole_model=[recipe.precision for recipe in planned if recipe.quantizes_at_once],
+    )
 
     with torch_process(settings) as torch_child, reference_in_use(prepared.digest, evaluation, settings):
         outcome = None

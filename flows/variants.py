@@ -63,7 +63,8 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
     _check_builder(asked["builder"])
     prepared = fetched_from_store(asked["checkpoint"], asked["digest"], settings)
     wanted = Recipe.model_validate(asked["recipe"])
-    check_room(prepared.inspection, [wanted.precision], 0, settings)
+    whole_model = [wanted.precision] if wanted.quantizes_at_once else []
+    check_room(prepared.inspection, [wanted.precision], 0, settings, whole_model=whole_model)
     request = DeployRequest.model_validate(asked["request"])
     with torch_process(settings) as torch_child:
         built = build_variant(wanted, prepared, request, registry, settings, torch_child)

@@ -15,7 +15,7 @@ from infra.checkpoints.folder import read_json
 from infra.errors import BadInput
 from infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from infra.genai.model_files import detect_precision
-from infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
+from infra.olive.options import BITS, BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
 from infra.process.slots import slot
 from infra.process.supervisor import ChildProcess
 from infra.settings import Settings
@@ -98,6 +98,16 @@ class Recipe(BaseModel):
     def name(self) -> str:
         """The id without the provider, as users name it; the precision for a user's own configuration."""
         return self.precision if self.id == OLIVE_CONFIG else self.id.partition("-")[2]
+
+    @property
+    def quantizes_at_once(self) -> bool:
+        """Whether all weights are quantized at once, in memory: see infra/olive/streamed_quantization.py."""
+        builder = next(iter(self.passes.values()))
+        has_own_widths = "matmul_mixed_precision" in builder.get("extra_options", {})
+        is_plain = (
+            builder.get("algo_config", "default") == "default" and not builder.get("use_qdq") and not has_own_widths
+        )
+        return self.precision in BITS and not is_plain
 
     @property
     def digest(self) -> str:

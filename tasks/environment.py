@@ -4,7 +4,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -63,11 +63,13 @@ class StageEstimate(BaseModel):
 
 # Peak resident memory of a build, in bytes: a floor for Python, torch, Olive and the builder; per parameter what is
 # fused before it is written (Q, K and V); and the largest tensor as it is read, in fp32, and quantized.
-# tests/benchmarks/build_resources.py prints the error of this estimate. It holds for ONNX Runtime's default quantizer:
-# k-quant takes the whole model in fp32 and several times the largest tensor (infra/olive/streamed_quantization.py).
+# tests/benchmarks/build_resources.py prints the error of this estimate.
 BUILD_RAM_FLOOR_BYTES = 780_000_000
 BUILD_RAM_BYTES_PER_PARAMETER = 0.2
 BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR = {"fp16": 6.0, "int8": 7.3, "int4": 6.7}
+# Where weights are quantized all at once (infra/olive/streamed_quantization.py): per parameter, and per element of the
+# largest tensor on top.
+BUILD_RAM_BYTES_AT_ONCE = {"int8": (7.3, 11.4), "int4": (6.2, 7.9)}
 BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 18.0, "int8": 48.0, "int4": 48.0}
 BUILD_FLOOR_S = 8.0
 # Bytes per parameter on disk: weights, plus one fp32 scale per block of 32 for int8 and int4.
@@ -189,8 +191,12 @@ def estimate_stages(
     *,
     rows: int,
     positions: int = 1024,
+    whole_model: Collection[str] = (),
 ) -> list[StageEstimate]:
-    """Estimate what each stage of a deploy takes on two cores; the memory of a stage is that of its child process."""
+    """Estimate what each stage of a deploy takes on two cores; the memory of a stage is that of its child process.
+
+    `whole_model` are the precisions whose weights are quantized all at once (`tasks.build.Recipe`).
+    """
     parameters = inspection.parameters
     billions = parameters / 1e9
     builds = [] if inspection.kind == "genai" else list(precisions)
@@ -198,7 +204,7 @@ def estimate_stages(
         StageEstimate(
             stage=f"build {precision}",
             time_s=BUILD_FLOOR_S + BUILD_S_PER_BILLION_PARAMETERS[precision] * billions,
-            ram_bytes=estimate_build_ram(inspection, precision),
+            ram_bytes=estimate_build_ram(inspection, precision, whole_model=precision in whole_model),
             disk_bytes=int(DISK_BYTES_PER_PARAMETER[precision] * parameters) + TOKENIZER_BYTES,
         )
         for precision in builds
@@ -231,12 +237,17 @@ def estimate_stages(
     return estimates
 
 
-def estimate_build_ram(inspection: Inspection, precision: str) -> int:
+def estimate_build_ram(inspection: Inspection, precision: str, *, whole_model: bool = False) -> int:
     """Estimate the peak resident memory of a build, in bytes."""
     # An adapter's own tensors say nothing of its base's: the embedding is the largest of nearly every small model.
     largest = max(inspection.largest_tensor_elements, inspection.vocabulary_size * inspection.hidden_size)
-    fused = BUILD_RAM_BYTES_PER_PARAMETER * inspection.parameters
-    return int(BUILD_RAM_FLOOR_BYTES + fused + BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR[precision] * largest)
+    per_parameter, per_element = (
+        BUILD_RAM_BYTES_PER_PARAMETER,
+        BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR[precision],
+    )
+    if whole_model:
+        per_parameter, per_element = BUILD_RAM_BYTES_AT_ONCE[precision]
+    return int(BUILD_RAM_FLOOR_BYTES + per_parameter * inspection.parameters + per_element * largest)
 
 
 def check_resources(estimates: Sequence[StageEstimate], settings: Settings) -> list[Check]:
@@ -401,7 +412,15 @@ def check_environment(execution_provider: str, settings: Settings) -> None:
 
 
 @task(name="check room", task_run_name="check-room")
-def check_room(inspection: Inspection, precisions: Sequence[str], rows: int, settings: Settings) -> None:
-    """Check memory and disk against this checkpoint's need; raises `BadInput` when there is too little."""
-    stages = estimate_stages(inspection, precisions, rows=rows, positions=settings.evaluation.max_positions)
+def check_room(
+    inspection: Inspection,
+    precisions: Sequence[str],
+    rows: int,
+    settings: Settings,
+    *,
+    whole_model: Collection[str] = (),
+) -> None:
+    """Check memory and disk against this checkpoint's need (`estimate_stages`); raises `BadInput` for too little."""
+    positions = settings.evaluation.max_positions
+    stages = estimate_stages(inspection, precisions, rows=rows, positions=positions, whole_model=whole_model)
     require_resources(check_resources(stages, settings))

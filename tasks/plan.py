@@ -102,7 +102,11 @@ def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
         inspection = _inspect_base(folder, request)
     used = min(len(rows), settings.evaluation.max_rows)
     stages = estimate_stages(
-        inspection, [recipe.precision for recipe in recipes], rows=used, positions=settings.evaluation.max_positions
+        inspection,
+        [recipe.precision for recipe in recipes],
+        rows=used,
+        positions=settings.evaluation.max_positions,
+        whole_model=[recipe.precision for recipe in recipes if recipe.quantizes_at_once],
     )
     require_resources(check_resources(stages, settings))
     return DeployPlan(

@@ -429,6 +429,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
     return cache(lambda name: Built(name, checkpoint, root / name))
 
 
+def test_recipes_that_need_the_whole_model_in_memory_say_so() -> None:
+    at_once = {name for precision in ("int4", "int8", "fp16") for name in known_recipes(precision)}
+    at_once = {name for name in at_once if load_recipe(name).quantizes_at_once}
+    assert at_once == {"int4-k-quant", "int4-k-quant-mixed", "int4-int8-head"}
+
+
 class TestBuiltRecipes:
     @pytest.mark.parametrize(
         ("name", "bits", "head_bits", "block_size", "asymmetric"),

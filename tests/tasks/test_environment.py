@@ -229,6 +229,18 @@ class TestResources:
         for precision, peak in measured.items():
             assert estimate_build_ram(inspection(), precision) / 1e9 == pytest.approx(peak, rel=0.15)
 
+    def test_weights_that_are_quantized_at_once_need_room_for_the_whole_model(self) -> None:
+        # Peaks of the same checkpoint, and of a 3 B one, built the builder's own way, in GB.
+        for precision, made, peak in (
+            ("int4", inspection(), 4.6),
+            ("int8", inspection(), 5.6),
+            ("int4", inspection(3_086_000_000, hidden=2048), 20.6),
+        ):
+            assert estimate_build_ram(made, precision, whole_model=True) / 1e9 == pytest.approx(peak, rel=0.15)
+        stages = estimate_stages(inspection(), ["int8", "int4"], rows=1, whole_model=["int4"])
+        needed = {one.stage: one.ram_bytes for one in stages}
+        assert needed["build int4"] > 2 * needed["build int8"]
+
     def test_a_model_that_is_built_already_needs_no_build_and_no_reference(self) -> None:
         built = inspection(0, kind="genai", size_bytes=300_000_000)
         stages = [one.stage for one in estimate_stages(built, ["int4"], rows=10)]
