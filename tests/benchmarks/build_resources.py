@@ -33,7 +33,7 @@ def measure(checkpoint: Path, precision: str, folder: Path) -> dict[str, Any]:
     """Build one variant in a child process and return its figures."""
     config = olive_run_config(load_recipe("fp16" if precision == "fp32" else precision, "cpu"))
     config["passes"]["builder"]["precision"] = precision
-    with torch_process(Settings(home_dir=folder)) as child:
+    with torch_process(Settings(home=folder)) as child:
         result = child.call(
             "infra.olive.engine:build",
             {

@@ -12,6 +12,7 @@ import pytest
 from infra.settings import Settings
 from tasks.build import torch_process
 from tests.checkpoints import make_tiny_checkpoint
+from tests.olive_builds import build_request
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux counts what a process reads and writes.")
 
@@ -30,19 +31,12 @@ class Figures(NamedTuple):
 
 def measured(folder: Path, builds: list[tuple[Path, str]], *, as_olive_does: bool = False) -> list[Figures]:
     """Build, each after the one before, and return what each but the first took."""
-    with torch_process(Settings(home_dir=folder)) as child:
+    with torch_process(Settings(home=folder)) as child:
         done = [
             child.call(
                 "tests.infra.child_functions:counted_build",
                 {
-                    "olive_config": {
-                        "input_model": {"type": "HfModel", "task": "text-generation"},
-                        "passes": {"builder": {"type": "ModelBuilder", "precision": precision}},
-                    },
-                    "checkpoint_dir": str(checkpoint),
-                    "output_dir": str(folder / str(number)),
-                    "cache_dir": str(folder / "cache"),
-                    "threads": 2,
+                    **build_request(checkpoint, folder / str(number), precision=precision),
                     "as_olive_does": as_olive_does,
                 },
                 deadline_s=600,

@@ -16,6 +16,7 @@ from infra.errors import BadInput, StageFailed
 from infra.olive.engine import build
 from infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
 from tests.checkpoints import make_tiny_checkpoint
+from tests.olive_builds import build_request
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGER_THAN_ANY_WINDOW = [(7 * i * i + 13 * i) % 470 for i in range(200)]
@@ -61,21 +62,8 @@ def _quiet():
         yield
 
 
-def _request(checkpoint: Path, output: Path, **options: Any) -> dict[str, Any]:
-    return {
-        "olive_config": {
-            "input_model": {"type": "HfModel", "task": "text-generation"},
-            "passes": {"builder": {"type": "ModelBuilder", **options}},
-        },
-        "checkpoint_dir": str(checkpoint),
-        "output_dir": str(output),
-        "cache_dir": str(output.parent / "cache"),
-        "threads": 2,
-    }
-
-
 def _build(checkpoint: Path, output: Path, **options: Any) -> Path:
-    build(_request(checkpoint, output, **options), lambda done, total, what: None)
+    build(build_request(checkpoint, output, **options), lambda done, total, what: None)
     return output
 
 
@@ -191,7 +179,7 @@ def test_a_child_builds_and_leaves_nothing_but_the_folder(tmp_path: Path) -> Non
     steps: list[str] = []
     result = run_in_child(
         "infra.olive.engine:build",
-        _request(checkpoint, tmp_path / "built", precision="int4", search={"temperature": 0.5}),
+        build_request(checkpoint, tmp_path / "built", precision="int4", search={"temperature": 0.5}),
         deadline_s=300,
         log_path=tmp_path / "log",
         work_dir=tmp_path / "work",
@@ -210,7 +198,7 @@ def test_a_child_builds_and_leaves_nothing_but_the_folder(tmp_path: Path) -> Non
 
 def test_a_further_olive_pass_runs_after_the_builder(tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "qwen2")
-    request = _request(checkpoint, tmp_path / "built", precision="int4")
+    request = build_request(checkpoint, tmp_path / "built", precision="int4")
     request["olive_config"]["passes"]["peephole"] = {"type": "OnnxPeepholeOptimizer"}
     given = json.dumps(request)
     result = build(request, lambda done, total, what: None)

@@ -11,6 +11,7 @@ from infra.olive import streamed_quantization
 from infra.olive.engine import build
 from infra.process.supervisor import QUIET_ENVIRONMENT
 from tests.checkpoints import make_tiny_checkpoint
+from tests.olive_builds import build_request
 
 # Those of tests/infra/test_olive_engine.py whose answers are compared with transformers'.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
@@ -35,17 +36,7 @@ def built(checkpoint: Path, output: Path, options: dict[str, Any]) -> tuple[list
     """Build, and return the graph's nodes with all that they say, and the initializers."""
     import onnx_ir as ir
 
-    request = {
-        "olive_config": {
-            "input_model": {"type": "HfModel", "task": "text-generation"},
-            "passes": {"builder": {"type": "ModelBuilder", **options}},
-        },
-        "checkpoint_dir": str(checkpoint),
-        "output_dir": str(output),
-        "cache_dir": str(output.parent / "cache"),
-        "threads": 2,
-    }
-    build(request, lambda done, total, what: None)
+    build(build_request(checkpoint, output, **options), lambda done, total, what: None)
     model = ir.load(output / "model.onnx")
     nodes = [str(ir.to_proto(node)) for node in model.graph]
     arrays = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
