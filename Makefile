@@ -49,7 +49,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# mypy does not follow the finder of an editable install: it reads the package as a folder of links.
 types: setup
+	mkdir -p build/package/slmops
+	ln -sfn ../../../deployments ../../../flows ../../../infra ../../../tasks build/package/slmops/
+	cd build/package/slmops && ln -sf ../../../deployments/slmops/*.py .
 	$(BIN)/mypy
 
 # What tests/benchmarks measures, on an otherwise idle machine; needs 6 GB of memory and 20 GB of disk. First what is

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 
 from prefect import State, flow
 from prefect.states import Completed
-
-from infra.errors import StageFailed
-from infra.settings import Settings, load_settings
-from infra.storage.manifest import Manifest, StoredVariant
-from infra.storage.opening import open_registry
-from infra.storage.registry import ModelRegistry
-from tasks.benchmarks import LmEvalTasks, check_lm_eval, run_lm_eval, run_lm_eval_on_checkpoint
-from tasks.checkpoint import prepare_source
-from tasks.history import Figures, compare_versions
-from tasks.measure import measure_stored_variant, measurements_of
-from tasks.report.benchmark import BenchmarkReport, VariantBenchmark, publish_benchmark
+from slmops.infra.errors import StageFailed
+from slmops.infra.settings import Settings, load_settings
+from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.checkpoint.preparation import prepare_source
+from slmops.tasks.exams.lm_eval import LmEvalTasks, check_lm_eval, run_lm_eval, run_lm_eval_on_checkpoint
+from slmops.tasks.exams.measurement import measure_stored_variant, measurements_of
+from slmops.tasks.report.benchmark import BenchmarkReport, VariantBenchmark, publish_benchmark
+from slmops.tasks.verdict.history import Figures, compare_versions
 
 
 @flow(name="benchmark", flow_run_name="benchmark-{reference}")

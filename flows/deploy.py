@@ -4,29 +4,36 @@ from collections.abc import Sequence
 from typing import Literal
 
 from prefect import State, flow
-
-from flows.qualify import Gate, Qualification, ended, qualify
-from flows.variants import build_on_workers, check_workers
-from infra.errors import StageFailed
-from infra.process.supervisor import ChildProcess
-from infra.settings import Settings, load_settings
-from infra.storage.opening import open_registry
-from infra.storage.registry import ModelRegistry
-from tasks.build import BuiltVariant, Recipe, build_variant, copy_out, plan_recipes, take_model, torch_process
-from tasks.checkpoint import PreparedCheckpoint, prepare_checkpoint
-from tasks.environment import check_environment, check_room
-from tasks.evaluate import reference_in_use
-from tasks.evaluation_set import read_evaluation
-from tasks.inputs import with_local_files
-from tasks.limits import one_at_a_time
-from tasks.perplexity import read_text
-from tasks.plan import parse_request
-from tasks.report.assemble import failed_report
-from tasks.report.publish import publish_report, write_model_cards
-from tasks.report.records import DeployReport, VariantReport
-from tasks.request import DeployRequest
-from tasks.search import record_trials, search_recipes
-from tasks.store import commit_version, record_provenance
+from slmops.flows.qualify import Gate, Qualification, ended, qualify
+from slmops.flows.variants import build_on_workers, check_workers
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.settings import Settings, load_settings
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.build.build import (
+    BuiltVariant,
+    Recipe,
+    build_variant,
+    copy_out,
+    plan_recipes,
+    take_model,
+    torch_process,
+)
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, prepare_checkpoint
+from slmops.tasks.environment.checks import check_environment, check_room
+from slmops.tasks.exams.answers import reference_in_use
+from slmops.tasks.exams.text import read_text
+from slmops.tasks.questions.evaluation_set import read_evaluation
+from slmops.tasks.report.assemble import failed_report
+from slmops.tasks.report.publish import publish_report, write_model_cards
+from slmops.tasks.report.records import DeployReport, VariantReport
+from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.request.inputs import with_local_files
+from slmops.tasks.request.plan import parse_request
+from slmops.tasks.runs.limits import one_at_a_time
+from slmops.tasks.verdict.search import record_trials, search_recipes
+from slmops.tasks.versions.commit import commit_version, record_provenance
 
 
 @flow(name="deploy", flow_run_name="deploy-{name}")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from infra.errors import SlmopsError
+from slmops.infra.errors import SlmopsError
 
 
 class RunEnded(SlmopsError):

@@ -2,10 +2,9 @@
 
 from prefect import State, flow
 from prefect.states import Completed
-
-from infra.settings import load_settings
-from infra.storage.opening import open_registry
-from tasks.garbage import Collection, collect_in_store, publish_collection
+from slmops.infra.settings import load_settings
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection
 
 
 @flow(name="gc", flow_run_name="gc")

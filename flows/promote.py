@@ -4,11 +4,11 @@ from functools import partial
 
 from prefect import State, flow
 from prefect.states import Completed
-
-from infra.settings import Settings, load_settings
-from infra.storage.opening import open_registry
-from infra.storage.registry import ModelRegistry
-from tasks.promotion import (
+from slmops.infra.settings import Settings, load_settings
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.foundry.registration import register_champion, register_variant, repeat_proof, unregister_variant
+from slmops.tasks.versions.champion import (
     Change,
     Promotion,
     all_or_nothing,
@@ -25,7 +25,6 @@ from tasks.promotion import (
     restore_foundry,
     set_champion,
 )
-from tasks.register import register_champion, register_variant, repeat_proof, unregister_variant
 
 
 @flow(name="promote", flow_run_name="promote-{reference}")

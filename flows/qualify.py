@@ -6,32 +6,33 @@ from dataclasses import dataclass
 
 from prefect import State
 from prefect.states import Completed, Failed
-
-from flows.endings import RunEnded
-from flows.variants import Examined, measure_on_workers
-from infra.errors import StageFailed
-from infra.process.supervisor import ChildProcess
-from infra.settings import Settings
-from infra.storage.manifest import Manifest, StoredVariant
-from infra.storage.registry import ModelRegistry
-from tasks.budget import parse_budget
-from tasks.checkpoint import PreparedCheckpoint
-from tasks.evaluate import Evaluation, evaluate_stored_variant, needs_reference, reference_in_use, run_reference_once
-from tasks.evaluation_set import EvaluationSet
-from tasks.exercise import exercise_stored_variant
-from tasks.gate import GateVerdict, judge_stored_variant, thresholds_for
-from tasks.history import history_of
-from tasks.measure import measure_stored_variant
-from tasks.parity import check_template_parity, needs_parity
-from tasks.perplexity import (
+from slmops.flows.endings import RunEnded
+from slmops.flows.variants import Examined, measure_on_workers
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.answers import (
+    Evaluation,
+    evaluate_stored_variant,
+    needs_reference,
+    reference_in_use,
+    run_reference_once,
+)
+from slmops.tasks.exams.endurance import exercise_stored_variant
+from slmops.tasks.exams.length_sweep import steadiness_of
+from slmops.tasks.exams.measurement import measure_stored_variant
+from slmops.tasks.exams.template_parity import check_template_parity, needs_parity
+from slmops.tasks.exams.text import (
     TextSample,
     compare_stored_variant_on_text,
     needs_text_reference,
     run_text_reference_once,
     text_reference_in_use,
 )
-from tasks.promotion import hand_servers_over
-from tasks.register import (
+from slmops.tasks.foundry.registration import (
     foundry_model_id,
     last_proof,
     prove_variant,
@@ -39,7 +40,8 @@ from tasks.register import (
     register_variant,
     unregister_variant,
 )
-from tasks.report.assemble import (
+from slmops.tasks.questions.evaluation_set import EvaluationSet
+from slmops.tasks.report.assemble import (
     in_order_of_size,
     judged,
     overall_status,
@@ -49,13 +51,16 @@ from tasks.report.assemble import (
     variant_metrics,
     with_reasons,
 )
-from tasks.report.model_card import base_model_of, model_card
-from tasks.report.publish import publish_report
-from tasks.report.records import DeployReport, VariantDetails, VariantReport
-from tasks.search import last_search
-from tasks.selection import choose_variant
-from tasks.steadiness import steadiness_of
-from tasks.store import choose_champion, record_choice
+from slmops.tasks.report.model_card import base_model_of, model_card
+from slmops.tasks.report.publish import publish_report
+from slmops.tasks.report.records import DeployReport, VariantDetails, VariantReport
+from slmops.tasks.request.budget import parse_budget
+from slmops.tasks.verdict.choice import choose_variant
+from slmops.tasks.verdict.gate import GateVerdict, judge_stored_variant, thresholds_for
+from slmops.tasks.verdict.history import history_of
+from slmops.tasks.verdict.search import last_search
+from slmops.tasks.versions.champion import hand_servers_over
+from slmops.tasks.versions.commit import choose_champion, record_choice
 
 
 class DeployEnded(RunEnded):
@@ -81,7 +86,7 @@ class Qualification:
     """One version on its way through measure, gate, register, prove and choice.
 
     `prepared` is the source checkpoint; None where there is none (a model that came as ONNX) or none is needed.
-    `torch_child` is where the checkpoint and its tokenizer are run (`tasks.build.torch_process`).
+    `torch_child` is where the checkpoint and its tokenizer are run (`slmops.tasks.build.build.torch_process`).
     """
 
     manifest: Manifest

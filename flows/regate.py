@@ -3,20 +3,19 @@
 from collections.abc import Sequence
 
 from prefect import State, flow
-
-from flows.qualify import Gate, Qualification, ended, needs_source, qualify
-from infra.errors import BadInput
-from infra.settings import load_settings
-from infra.storage.opening import open_registry
-from tasks.budget import parse_budget
-from tasks.build import torch_process
-from tasks.checkpoint import prepare_source
-from tasks.evaluate import last_evaluation_set
-from tasks.evaluation_set import read_evaluation
-from tasks.inputs import local_file
-from tasks.perplexity import read_text
-from tasks.report.records import DeployReport
-from tasks.store import last_budget
+from slmops.flows.qualify import Gate, Qualification, ended, needs_source, qualify
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import load_settings
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.build.build import torch_process
+from slmops.tasks.checkpoint.preparation import prepare_source
+from slmops.tasks.exams.answers import last_evaluation_set
+from slmops.tasks.exams.text import read_text
+from slmops.tasks.questions.evaluation_set import read_evaluation
+from slmops.tasks.report.records import DeployReport
+from slmops.tasks.request.budget import parse_budget
+from slmops.tasks.request.inputs import local_file
+from slmops.tasks.versions.commit import last_budget
 
 
 @flow(name="regate", flow_run_name="regate-{reference}")

@@ -4,28 +4,34 @@ from typing import Any, Literal
 
 from prefect import State, flow
 from prefect.states import Completed, Failed
-
-from flows.deploy import deploy
-from flows.endings import RunEnded
-from flows.promote import promote
-from flows.qualify import DeployEnded
-from infra.errors import BadInput
-from infra.settings import Settings, load_settings
-from infra.storage.manifest import check_name
-from infra.storage.opening import open_registry
-from infra.storage.registry import ModelRegistry
-from tasks.challenge import (
+from slmops.flows.deploy import deploy
+from slmops.flows.endings import RunEnded
+from slmops.flows.promote import promote
+from slmops.flows.qualify import DeployEnded
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings, load_settings
+from slmops.infra.storage.manifest import check_name
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
+from slmops.tasks.report.records import DeployReport
+from slmops.tasks.request.inputs import local_file
+from slmops.tasks.training.comparison import (
     RetrainReport,
     challenge_champion,
     champion_of,
     last_retrain,
     publish_retrain,
 )
-from tasks.dataset import read_dataset_once
-from tasks.evaluation_set import EvaluationSet, read_evaluation
-from tasks.fine_tune import FineTuning, Hyperparameters, fine_tune_once, key_of, only_retrain_of, prepare_base
-from tasks.inputs import local_file
-from tasks.report.records import DeployReport
+from slmops.tasks.training.dataset import read_dataset_once
+from slmops.tasks.training.fine_tune import (
+    FineTuning,
+    Hyperparameters,
+    fine_tune_once,
+    key_of,
+    only_retrain_of,
+    prepare_base,
+)
 
 
 class RetrainEnded(RunEnded):

@@ -1,11 +1,10 @@
 """The flow `rollback`: an earlier version becomes the champion again, in the way of any promotion."""
 
 from prefect import State, flow
-
-from flows.promote import change_champion
-from infra.settings import load_settings
-from infra.storage.opening import open_registry
-from tasks.promotion import Promotion, plan_rollback
+from slmops.flows.promote import change_champion
+from slmops.infra.settings import load_settings
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.versions.champion import Promotion, plan_rollback
 
 
 @flow(name="rollback", flow_run_name="rollback-{name}")

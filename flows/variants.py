@@ -1,7 +1,7 @@
 """The flows `build-variant` and `measure-variant`: a deploy's heavy stages, on any worker of a pool.
 
 All that moves goes through the store: the checkpoint as an input, variants as blobs, figures as evidence, and what is
-asked and handed back as an order (`infra.storage.orders`).
+asked and handed back as an order (`slmops.infra.storage.orders`).
 """
 
 import contextlib
@@ -11,21 +11,20 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
-
-from infra.errors import StageFailed
-from infra.settings import Settings, load_settings
-from infra.storage.manifest import Manifest
-from infra.storage.opening import open_registry
-from infra.storage.orders import forget_order, give_order, hand_back, read_order, take_back
-from infra.storage.registry import ModelRegistry
-from tasks.build import BuiltVariant, Recipe, build_variant, torch_process
-from tasks.checkpoint import PreparedCheckpoint, fetched_from_store, put_into_store
-from tasks.dispatch import Job, check_pool, run_on_pool
-from tasks.environment import builder_versions, check_room, host_facts
-from tasks.evaluation_set import EvaluationRow
-from tasks.exercise import Exercise, exercise_stored_variant
-from tasks.measure import Measurement, measure_stored_variant
-from tasks.request import DeployRequest
+from slmops.infra.errors import StageFailed
+from slmops.infra.settings import Settings, load_settings
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.orders import forget_order, give_order, hand_back, read_order, take_back
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.build.build import BuiltVariant, Recipe, build_variant, torch_process
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetched_from_store, put_into_store
+from slmops.tasks.environment.checks import builder_versions, check_room, host_facts
+from slmops.tasks.exams.endurance import Exercise, exercise_stored_variant
+from slmops.tasks.exams.measurement import Measurement, measure_stored_variant
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.runs.dispatch import Job, check_pool, run_on_pool
 
 BUILD = "build-variant"
 MEASURE = "measure-variant"

@@ -17,8 +17,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
-
-from infra.errors import BadInput
+from slmops.infra.errors import BadInput
 
 ENVIRONMENT_PREFIX = "SLMOPS_"
 NESTED_DELIMITER = "__"

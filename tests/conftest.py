@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.settings import Settings
 
-from infra.process.supervisor import QUIET_ENVIRONMENT
-from infra.settings import Settings
 from tests.checkpoints import make_tiny_checkpoint
 from tests.prefect_server import prefect_server
 from tests.s3_proxy import FaultProxy
@@ -27,6 +27,7 @@ for _name in [name for name in os.environ if name.startswith(("SLMOPS_", "PREFEC
     del os.environ[_name]
 if "PYTEST_XDIST_WORKER" in os.environ:  # two models that compute with all cores' threads slow each other down by far
     os.environ |= {"SLMOPS_MACHINE__THREADS": "1", "OMP_NUM_THREADS": "1"}
+QUIET_ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # children find the tests' own functions
 os.environ.update(QUIET_ENVIRONMENT | {"PREFECT_HOME": _PREFECT_HOME, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import numpy_helper
-
-from infra.process.supervisor import run_in_child
+from slmops.infra.process.supervisor import run_in_child
 
 
 def build_genai_model(checkpoint_dir: Path, directory: Path, precision: str = "fp32", **extra_options: Any) -> Path:
@@ -18,7 +17,7 @@ def build_genai_model(checkpoint_dir: Path, directory: Path, precision: str = "f
         builder["extra_options"] = extra_options
     accelerators = [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}]
     run_in_child(
-        "infra.olive.engine:build",
+        "slmops.infra.olive.engine:build",
         {
             "olive_config": {
                 "input_model": {"type": "HfModel", "task": "text-generation"},

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.measure import Measurement, summarize
+from slmops.tasks.exams.measurement import Measurement, summarize
 
 HARDWARE: dict[str, Any] = {
     "cpu": "x",

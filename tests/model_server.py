@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from infra.storage.holders import this_process
+from slmops.infra.storage.holders import this_process
 
 TOKEN = "s3cret"
 

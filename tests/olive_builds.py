@@ -1,4 +1,4 @@
-"""What `infra.olive.engine:build` is asked for in tests."""
+"""What `slmops.infra.olive.engine:build` is asked for in tests."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Write `deployments/prefect_schema.sql` for the installed Prefect: `python -m tests.prefect_schema`."""
+"""Write `deployments/server/prefect_schema.sql` for the installed Prefect: `python -m tests.prefect_schema`."""
 
 import os
 import sqlite3
@@ -9,9 +9,9 @@ from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
-from deployments.embedded_database import first_line
+from slmops.deployments.server.embedded_database import first_line
 
-SCHEMA_FILE = Path(__file__).resolve().parents[1] / "deployments" / "prefect_schema.sql"
+SCHEMA_FILE = Path(__file__).resolve().parents[1] / "deployments" / "server" / "prefect_schema.sql"
 
 
 def migrated_schema(folder: Path) -> str:

@@ -3,18 +3,18 @@
 import random
 from typing import Any
 
-from tasks.evaluate import Evaluation
-from tasks.evaluation_set import EvaluationRow
-from tasks.exercise import EdgeInputOutcome, Exercise, MemoryGrowth
-from tasks.gate import GateVerdict
-from tasks.history import Change, History
-from tasks.measure import Measurement, summarize
-from tasks.parity import ParityMismatch, TemplateParity
-from tasks.perplexity import TextComparison
-from tasks.report.assemble import variant_intervals, variant_metrics
-from tasks.report.records import DeployReport, Provenance, VariantDetails, VariantReport
-from tasks.statistics import Estimate, mean_score, paired_loss, slope
-from tasks.steadiness import LengthFigures, Steadiness
+from slmops.tasks.exams.answers import Evaluation
+from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise, MemoryGrowth
+from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, slope
+from slmops.tasks.exams.length_sweep import LengthFigures, Steadiness
+from slmops.tasks.exams.measurement import Measurement, summarize
+from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
+from slmops.tasks.exams.text import TextComparison
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.report.assemble import variant_intervals, variant_metrics
+from slmops.tasks.report.records import DeployReport, Provenance, VariantDetails, VariantReport
+from slmops.tasks.verdict.gate import GateVerdict
+from slmops.tasks.verdict.history import Change, History
 
 PARAMETERS = 19_600_000
 HARDWARE = {

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 import openai
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.registry import ModelRegistry
 
-from infra.storage.manifest import Manifest
-from infra.storage.registry import ModelRegistry
 from tests.versions import store_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ class RunningServer:
         found = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # one that ended meanwhile
-                if "infra.foundry.model_process" in child.cmdline():
+                if "slmops.infra.foundry.model_process" in child.cmdline():
                     found.append(child.pid)
         return found
 
@@ -79,7 +79,7 @@ def serving(home: Path, *arguments: str, environment: Mapping[str, str] | None =
     variables = {**os.environ, "SLMOPS_HOME": str(home), "SLMOPS_SERVE__FOLLOW_S": "0", **(environment or {})}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.cli", "serve", "--port", "0", *arguments],
+            [sys.executable, "-m", "slmops", "serve", "--port", "0", *arguments],
             cwd=ROOT,
             env=variables,
             stdout=stream,

@@ -224,7 +224,7 @@ def running_stack(folder: Path, variables: Mapping[str, str]) -> Iterator[Stack]
         stack = Stack(composed, folder, store, variables)
         (folder / "bin").mkdir()
         slmops = folder / "bin" / "slmops"
-        slmops.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m deployments.cli "$@"\n', "utf-8")
+        slmops.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m slmops "$@"\n', "utf-8")
         slmops.chmod(0o755)
         data = None
         try:

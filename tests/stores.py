@@ -4,10 +4,11 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.settings import Settings, StoreSettings
-from infra.storage.objects import ObjectStore
-from infra.storage.opening import open_object_store, open_registry
-from infra.storage.registry import ModelRegistry
+from slmops.infra.settings import Settings, StoreSettings
+from slmops.infra.storage.objects import ObjectStore
+from slmops.infra.storage.opening import open_object_store, open_registry
+from slmops.infra.storage.registry import ModelRegistry
+
 from tests.s3_servers import S3Server
 
 KINDS = ("file", "rclone", "moto", "seaweedfs")

@@ -29,8 +29,7 @@ from prefect.settings.legacy import _get_valid_setting_names
 from prefect.settings.models.root import Settings as PrefectSettings
 from prefect_redis.cleanup_queue import RedisWorkerCleanupQueueSettings
 from prefect_redis.client import RedisMessagingSettings
-
-from infra.settings import Settings, StoreSettings, describe_settings
+from slmops.infra.settings import Settings, StoreSettings, describe_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docker-compose.yml"
@@ -454,7 +453,7 @@ def test_serve_waits_for_the_first_model_of_the_store_and_wants_its_token(
     }
     (published,) = service["ports"]
     port = str(free_ports(["serve"])["serve"])
-    command = [sys.executable, "-m", "deployments.cli", *service["command"], "--port", port]
+    command = [sys.executable, "-m", "slmops", *service["command"], "--port", port]
     log = tmp_path / "log"
     with log.open("wb") as stream:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=stream, stderr=stream)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from infra.storage.manifest import Manifest, Source, StoredVariant
-from infra.storage.registry import ModelRegistry
+from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.registry import ModelRegistry
 
 SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="Qwen2ForCausalLM", parameters=494_000_000)
 BUILDER = {"olive-ai": "0.13.0", "onnxruntime-genai": "0.18.0"}

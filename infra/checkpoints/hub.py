@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
-
-from infra.checkpoints.source import check_hub_id
-from infra.errors import BadInput, PassingFault
-from infra.process.child import Progress
-from infra.process.supervisor import OnProgress, run_in_child
-from infra.settings import Settings
+from slmops.infra.checkpoints.source import check_hub_id
+from slmops.infra.errors import BadInput, PassingFault
+from slmops.infra.process.child import Progress
+from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.settings import Settings
 
 DEADLINE_S = 4 * 3600
 # Weights as safetensors only, and what describes them: neither pickles nor Python code are ever fetched.
@@ -40,7 +39,7 @@ def fetch_from_hub(
     check_hub_id(repo_id, revision)
     work_dir = settings.cache_dir / "hub"
     result = run_in_child(
-        "infra.checkpoints.hub:download_snapshot",
+        "slmops.infra.checkpoints.hub:download_snapshot",
         {
             "repo_id": repo_id,
             "revision": revision,

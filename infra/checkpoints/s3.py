@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from infra.checkpoints.source import split_s3_uri
-from infra.errors import BadInput, StageFailed
-from infra.process.supervisor import OnProgress
-from infra.settings import Settings
-from infra.storage.objects import OnBytes
-from infra.storage.progress import byte_progress
-from infra.storage.s3_client import make_client, s3_errors
+from slmops.infra.checkpoints.source import split_s3_uri
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.settings import Settings
+from slmops.infra.storage.objects import OnBytes
+from slmops.infra.storage.progress import byte_progress
+from slmops.infra.storage.s3.client import make_client, s3_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

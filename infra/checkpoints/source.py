@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from infra.errors import BadInput
+from slmops.infra.errors import BadInput
 
 # One name of a Hub id and a revision (branch, tag or commit); nothing that could change a URL or a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")

@@ -10,8 +10,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 
 if TYPE_CHECKING:
     from cyclonedx.model import HashType, Property

@@ -1,6 +1,6 @@
 """A catalog that Foundry Local's runtime asks as it asks Microsoft's: the request, and its answer from records.
 
-docs/catalog.md says what the runtime was seen to do; `infra.foundry.catalog_server` serves this over HTTP.
+docs/catalog.md says what the runtime was seen to do; `slmops.infra.foundry.catalog_server` serves this over HTTP.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from infra.errors import BadInput
+from slmops.infra.errors import BadInput
 
 CATALOG_PATH = "/asset-gallery/v1.0/models"
 PAGE_SIZE = 50  # what the runtime asks for

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import BadInput, SlmopsError
-from infra.foundry.catalog import (
+from slmops.infra.errors import BadInput, SlmopsError
+from slmops.infra.foundry.catalog import (
     CATALOG_PATH,
     CatalogModel,
     CatalogQuery,

@@ -2,7 +2,7 @@
 
 To the child's standard input go requests (`{"messages": [...], "max_new_tokens": int, "search": {...} or null}`); from
 its standard output come `{"ready": {"load_ms": float}}` once, then per request `{"text": str}` for each piece and
-`{"done": {...}}` with `infra.foundry.runtime.answer`'s result, or `{"error": {...}}`. It ends with its input.
+`{"done": {...}}` with `slmops.infra.foundry.runtime.answer`'s result, or `{"error": {...}}`. It ends with its input.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from infra import errors
-from infra.foundry import runtime
-from infra.process.supervisor import LOG_TAIL_LINES, child_environment
+from slmops.infra import errors
+from slmops.infra.foundry import runtime
+from slmops.infra.process.supervisor import LOG_TAIL_LINES, PYTHON, child_environment
 
 CLOSE_TIMEOUT_S = 2
 
@@ -36,7 +36,7 @@ class FoundryChat:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "infra.foundry.chat", str(cache_dir), model_id],
+                [*PYTHON, "-m", "slmops.infra.foundry.chat", str(cache_dir), model_id],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -103,7 +103,7 @@ class FoundryChat:
 
 
 def main() -> int:
-    """Serve one conversation: `python -m infra.foundry.chat CACHE_DIR MODEL_ID`."""
+    """Serve one conversation: `python -m slmops.infra.foundry.chat CACHE_DIR MODEL_ID`."""
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # native libraries print to descriptor 1 as well
     sys.stdout = sys.stderr

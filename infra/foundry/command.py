@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 
 ASKING_DEADLINE_S = 60  # its service may have to start first
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from infra.errors import StageFailed
-from infra.storage.folders import link_or_copy
+from slmops.infra.errors import StageFailed
+from slmops.infra.storage.folders import link_or_copy
 
 GENAI_CONFIG = "genai_config.json"
 INFERENCE_MODEL = "inference_model.json"

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
-
-from infra import errors
-from infra.foundry.model_process import ModelProcess
-from infra.settings import ServeSettings
+from slmops.infra import errors
+from slmops.infra.foundry.model_process import ModelProcess
+from slmops.infra.settings import ServeSettings
 
 LOG = logging.getLogger("slmops.serve")
 FIRST_BACK_OFF_S = 0.5

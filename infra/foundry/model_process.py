@@ -18,10 +18,9 @@ from threading import Thread
 from typing import Any
 
 import psutil
-
-from infra import errors
-from infra.foundry.catalog import CATALOG_PATH, CatalogModel, page_document
-from infra.process.supervisor import LOG_TAIL_LINES, child_environment
+from slmops.infra import errors
+from slmops.infra.foundry.catalog import CATALOG_PATH, CatalogModel, page_document
+from slmops.infra.process.supervisor import LOG_TAIL_LINES, PYTHON, child_environment
 
 LOOPBACK = "127.0.0.1"
 STOP_TIMEOUT_S = 10.0
@@ -46,9 +45,9 @@ class ModelProcess:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
+                *PYTHON,
                 "-m",
-                "infra.foundry.model_process",
+                "slmops.infra.foundry.model_process",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -159,7 +158,7 @@ def main() -> int:
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # native libraries print to descriptor 1 as well
     sys.stdout = sys.stderr
-    from infra.foundry import runtime
+    from slmops.infra.foundry import runtime
 
     request = json.loads(sys.stdin.readline())
     catalog_url = _serve_catalog(_catalog_answer(request["model_id"], request["size_bytes"]))

@@ -14,10 +14,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
-
-from infra import errors
-from infra.foundry.model_host import Busy, ModelHost, NotServed, RunningModel
-from infra.settings import ServeSettings
+from slmops.infra import errors
+from slmops.infra.foundry.model_host import Busy, ModelHost, NotServed, RunningModel
+from slmops.infra.settings import ServeSettings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

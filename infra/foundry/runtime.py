@@ -14,10 +14,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, StageFailed
-from infra.foundry.model_folder import GENAI_CONFIG
-from infra.process.child import Progress
-from infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.model_folder import GENAI_CONFIG
+from slmops.infra.process.child import Progress
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 
 APP_NAME = "slmops"
 SDK = "foundry-local-sdk"

@@ -1,7 +1,7 @@
 """The servers of models that run on this machine, and how they are told of a new champion.
 
 A serving process keeps `SLMOPS_HOME/serve/<pid>.json`, which only its user can read:
-`{"process": infra.storage.holders.this_process(), "url": "http://127.0.0.1:PORT", "control_token": "..."}`.
+`{"process": slmops.infra.storage.holders.this_process(), "url": "http://127.0.0.1:PORT", "control_token": "..."}`.
 """
 
 import json
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.errors import StageFailed
-from infra.storage.holders import has_ended
+from slmops.infra.errors import StageFailed
+from slmops.infra.storage.holders import has_ended
 
 FOLDER = "serve"
 ASK_TIMEOUT_S = 30.0

@@ -6,9 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from infra.errors import StageFailed
-from infra.foundry.runtime import SDK, count_prompt_tokens, open_folder
-from infra.process.child import Progress
+from slmops.infra.errors import StageFailed
+from slmops.infra.foundry.runtime import SDK, count_prompt_tokens, open_folder
+from slmops.infra.process.child import Progress
 
 
 def count(request: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import psutil
 from numpy.typing import NDArray
-
-from infra.errors import StageFailed
-from infra.genai.runtime import GenaiModel, package_versions
-from infra.genai.sweep import SweepPlan, sweep, sweep_lengths
-from infra.genai.timing import ChatPrompt, benchmark_prompt, chat_prompt, time_request
-from infra.process.child import Progress
+from slmops.infra.errors import StageFailed
+from slmops.infra.genai.runtime import GenaiModel, package_versions
+from slmops.infra.genai.sweep import SweepPlan, sweep, sweep_lengths
+from slmops.infra.genai.timing import ChatPrompt, benchmark_prompt, chat_prompt, time_request
+from slmops.infra.process.child import Progress
 
 SAMPLE_INTERVAL_S = 0.02
 

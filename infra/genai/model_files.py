@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from infra.errors import BadInput
+from slmops.infra.errors import BadInput
 
 QUANTIZED = {4: "int4", 8: "int8"}
 

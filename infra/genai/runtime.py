@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from infra.errors import StageFailed
-from infra.genai.distributions import PositionComparison, are_comparable, compare_position
-from infra.process.child import Progress
-from infra.transformers.reference import LOGITS_FILE, REFERENCE_FILE, choose_positions, matches, share_of
+from slmops.infra.errors import StageFailed
+from slmops.infra.genai.distributions import PositionComparison, are_comparable, compare_position
+from slmops.infra.process.child import Progress
+from slmops.infra.transformers.reference import LOGITS_FILE, REFERENCE_FILE, choose_positions, matches, share_of
 
 # Bound on one chunk's float32 logits: 220 positions of a vocabulary of 152 k.
 LOGITS_CHUNK_BYTES = 128 * 2**20
@@ -268,7 +267,7 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Answer the rows greedily and compare the next-token distributions with the reference's.
 
     Request: `model_dir`, `rows` [{id, messages, expected?}], `reference_dir` (written by
-    `infra.transformers.reference:reference` for the same rows, or null), `max_new_tokens`, `max_positions` (used
+    `slmops.infra.transformers.reference:reference` for the same rows, or null), `max_new_tokens`, `max_positions` (used
     without a reference), `threads`, `execution_provider` (or null), `chunk_bytes` (optional).
 
     Prompts for the answers are rendered by the runtime itself; the distributions are teacher-forced over the

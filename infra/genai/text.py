@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from infra.errors import StageFailed
-from infra.genai.distributions import PositionComparison, are_comparable, compare_position
-from infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
-from infra.process.child import Progress
-from infra.transformers.reference import LOGITS_FILE
-from infra.transformers.text import (
+from slmops.infra.errors import StageFailed
+from slmops.infra.genai.distributions import PositionComparison, are_comparable, compare_position
+from slmops.infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
+from slmops.infra.process.child import Progress
+from slmops.infra.transformers.reference import LOGITS_FILE
+from slmops.infra.transformers.text import (
     TEXT_REFERENCE_FILE,
     begin_token_ids,
     cut_windows,

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from infra.errors import StageFailed
-from infra.genai.runtime import GenaiModel
+from slmops.infra.errors import StageFailed
+from slmops.infra.genai.runtime import GenaiModel
 
 BENCHMARK_TEXT = "The quick brown fox jumps over the lazy dog, and then it rests in the warm sun for a while. "
 

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput
-from infra.process.child import Progress
-from infra.process.supervisor import run_in_child
-from infra.settings import Settings
-from infra.storage.folders import work_folder
+from slmops.infra.errors import BadInput
+from slmops.infra.process.child import Progress
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
 
 SPLIT = "train"
 ONLINE = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
@@ -19,7 +19,7 @@ def read_hf_dataset(name: str, settings: Settings) -> list[dict[str, Any]]:
     local = Path(name).expanduser().is_dir()
     with work_folder(settings) as work:
         run_in_child(
-            "infra.hf_datasets.dataset:export_rows",
+            "slmops.infra.hf_datasets.dataset:export_rows",
             {"name": str(Path(name).expanduser().absolute()) if local else name, "output": str(work / "rows.jsonl")},
             deadline_s=settings.timeout.fine_tune_s,
             log_path=settings.cache_dir / "logs" / "dataset.log",

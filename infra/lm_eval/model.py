@@ -10,12 +10,11 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-from infra.errors import BadInput, StageFailed
-from infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
-from infra.genai.text import COPIES_OF_A_CHUNK, begin_tokens_of
-from infra.process.child import Progress
-from infra.transformers.text import log_probability
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
+from slmops.infra.genai.text import COPIES_OF_A_CHUNK, begin_tokens_of
+from slmops.infra.process.child import Progress
+from slmops.infra.transformers.text import log_probability
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default for a task that names none
 

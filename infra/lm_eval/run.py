@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, SlmopsError, StageFailed
-from infra.lm_eval.task_files import check_task_folder
-from infra.process.child import Progress
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.lm_eval.task_files import check_task_folder
+from slmops.infra.process.child import Progress
 
 # lm-eval's own are 100,000, which take minutes of every core for metrics without a closed form.
 BOOTSTRAP_ITERATIONS = 1000
@@ -169,8 +169,8 @@ def _sandboxed(environment: Any) -> Any:
 
 def _open(request: dict[str, Any], progress: Progress) -> Any:
     if request["model_dir"]:
-        from infra.genai.runtime import GenaiModel
-        from infra.lm_eval.model import GenaiLM
+        from slmops.infra.genai.runtime import GenaiModel
+        from slmops.infra.lm_eval.model import GenaiLM
 
         model = GenaiModel(
             Path(request["model_dir"]),
@@ -180,8 +180,7 @@ def _open(request: dict[str, Any], progress: Progress) -> Any:
         return GenaiLM(model, progress)
     import torch
     from lm_eval.models.huggingface import HFLM
-
-    from infra.transformers.reference import load_checkpoint
+    from slmops.infra.transformers.reference import load_checkpoint
 
     torch.set_num_threads(request["threads"])
     tokenizer, checkpoint = load_checkpoint(request["checkpoint_dir"], "float32")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from infra.errors import BadInput
+from slmops.infra.errors import BadInput
 
 # Formats that hold data only; "pandas", for one, unpickles its files, which runs what they say.
 DATA_FORMATS = {"json", "csv", "parquet", "arrow", "text"}

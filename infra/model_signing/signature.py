@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, StageFailed
+from slmops.infra.errors import BadInput, StageFailed
 
 SIGNED_FILE = "manifest.json"
 SIGNED_FOLDER = "version"  # the library writes the folder's name into the signature

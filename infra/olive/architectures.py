@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from infra.errors import BadInput
+from slmops.infra.errors import BadInput
 
 # Proven: a build in fp32 agrees with transformers at every position (tests/infra/test_olive_engine.py).
 # Of the others that onnxruntime-genai 0.18's builder knows, Gemma 2 is off by about 1 % of the logits' spread, and

@@ -8,7 +8,7 @@ that `GatherBlockQuantized` had no other width. The operator of ONNX Runtime 1.3
 from dataclasses import dataclass
 from typing import Any
 
-from infra.olive.lazy_tensors import computed_together
+from slmops.infra.olive.lazy_tensors import computed_together
 
 ROWS_PER_STEP = 8192  # of the embedding, quantized at a time, so that the work's memory stays small
 

@@ -9,12 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from infra.errors import StageFailed
-from infra.olive.architectures import check_architecture
-from infra.olive.lean_files import spare_reads_and_writes
-from infra.olive.lean_import import import_olive_workflows
-from infra.olive.options import read_olive_package_config
-from infra.process.child import Progress
+from slmops.infra.errors import StageFailed
+from slmops.infra.olive.architectures import check_architecture
+from slmops.infra.olive.lean_files import spare_reads_and_writes
+from slmops.infra.olive.lean_import import import_olive_workflows
+from slmops.infra.olive.options import read_olive_package_config
+from slmops.infra.process.child import Progress
 
 MODEL_BUILDER = "ModelBuilder"
 
@@ -67,7 +67,7 @@ def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -
     workflows = import_olive_workflows()
     spare_reads_and_writes()
     package_config = read_olive_package_config()
-    package_config["passes"][MODEL_BUILDER] |= {"module_path": f"infra.olive.model_builder.{MODEL_BUILDER}"}
+    package_config["passes"][MODEL_BUILDER] |= {"module_path": f"slmops.infra.olive.model_builder.{MODEL_BUILDER}"}
     result_dir = work / "result"
     run_config = {
         **copy.deepcopy(olive_config),  # Olive writes into what it is given

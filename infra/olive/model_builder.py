@@ -1,7 +1,7 @@
 """The Olive pass that builds an onnxruntime-genai model; Olive's engine imports this module, nothing else does.
 
 Olive 0.13's own `ModelBuilder` pass does not work with onnxruntime-genai 0.18 (it imports a module that is gone and
-skips `check_extra_options`). This one takes its place under the same name; `infra.olive.engine` tells Olive so.
+skips `check_extra_options`). This one takes its place under the same name; `slmops.infra.olive.engine` tells Olive so.
 """
 
 import contextlib
@@ -15,10 +15,9 @@ from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.olive_pass import PassConfigParam
 from olive.passes.pass_config import BasePassConfig
-
-from infra.olive.embedding import replace_embedding
-from infra.olive.options import BITS, BUILDER_OPTIONS, BUILDER_QUANTIZATION_OPTIONS
-from infra.olive.streamed_quantization import streamed_quantization
+from slmops.infra.olive.embedding import replace_embedding
+from slmops.infra.olive.options import BITS, BUILDER_OPTIONS, BUILDER_QUANTIZATION_OPTIONS
+from slmops.infra.olive.streamed_quantization import streamed_quantization
 
 MODEL_FILE = "model.onnx"
 DEFAULT_BLOCK_SIZE = 32

@@ -9,8 +9,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from infra.olive.lazy_tensors import TensorType, computed_together
-from infra.olive.memory import mapped_bytes, release_mapped_pages
+from slmops.infra.olive.lazy_tensors import TensorType, computed_together
+from slmops.infra.olive.memory import mapped_bytes, release_mapped_pages
 
 FLOATS = ("float16", "float32", "bfloat16")
 OF_FOUR_BIT_TYPES = (21, 10)  # operator set and IR version, to which the quantizer would raise a model

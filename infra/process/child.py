@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from infra.errors import SlmopsError
+from slmops.infra.errors import SlmopsError
 
 
 class Progress(Protocol):

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-from infra import errors
+from slmops.infra import errors
 
 SAMPLE_INTERVAL_S = 0.05
 # Finding descendants looks at every process of the machine: at each sample it would take a tenth of a core.
@@ -40,6 +39,11 @@ QUIET_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONUTF8": "1",
 }
+
+# With these Python looks for modules elsewhere before it looks where slmops and its dependencies are installed. Without
+# them, and without the current directory (-P), no folder of the user's stands in for a module of a child.
+SHADOWING = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
+PYTHON = (sys.executable, "-P")
 
 OnProgress = Callable[[float, float, str], None]
 
@@ -166,7 +170,7 @@ class ChildProcess:
     def _start(self, function: str, log_path: Path, work_dir: Path) -> "subprocess.Popen[bytes]":
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "infra.process.child", function],
+                [*PYTHON, "-m", "slmops.infra.process.child", function],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -181,11 +185,9 @@ class ChildProcess:
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a child: this process's own, quiet, with slmops importable."""
-    root = str(Path(__file__).resolve().parents[2])
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return {**inherited, "PYTHONPATH": path, **QUIET_ENVIRONMENT, **(extra or {})}
+    """Return the environment of a child: this process's own, quiet, without what could stand in for its modules."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SHADOWING}
+    return {**inherited, **QUIET_ENVIRONMENT, **(extra or {})}
 
 
 def _follow(

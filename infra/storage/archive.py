@@ -25,15 +25,14 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 from pydantic_core import from_json
-
-from infra.errors import BadInput, StageFailed
-from infra.process.supervisor import OnProgress
-from infra.storage.copying import CopiedVersion, copy_version
-from infra.storage.local import CHUNK_BYTES, LocalObjectStore
-from infra.storage.manifest import Manifest, StoredFile, StoredVariant
-from infra.storage.objects import Blob, OnBytes
-from infra.storage.progress import byte_progress
-from infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.storage.copying import CopiedVersion, copy_version
+from slmops.infra.storage.local import CHUNK_BYTES, LocalObjectStore
+from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant
+from slmops.infra.storage.objects import Blob, OnBytes
+from slmops.infra.storage.progress import byte_progress
+from slmops.infra.storage.registry import ModelRegistry, blob_of
 
 MOST_MANIFEST_BYTES = 16 << 20
 MOST_KEYS = 200  # of one object in a manifest

@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import StageFailed
-from infra.storage.manifest import now
-from infra.storage.objects import ObjectStore
+from slmops.infra.errors import StageFailed
+from slmops.infra.storage.manifest import now
+from slmops.infra.storage.objects import ObjectStore
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-
-from infra.storage.manifest import Manifest, StoredVariant
-from infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.registry import ModelRegistry, blob_of
 
 
 class Difference(BaseModel):

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from infra.errors import StageFailed
-from infra.process.supervisor import OnProgress
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import Manifest, StoredFile
-from infra.storage.progress import byte_progress
-from infra.storage.registry import CHAMPION, SIGNATURE, ModelRegistry, blob_of
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest, StoredFile
+from slmops.infra.storage.progress import byte_progress
+from slmops.infra.storage.registry import CHAMPION, SIGNATURE, ModelRegistry, blob_of
 
 AT_ONCE = 8
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from filelock import ReadWriteLock, Timeout
 
 if TYPE_CHECKING:  # child processes move folders too, and need no settings
-    from infra.settings import Settings
+    from slmops.infra.settings import Settings
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from infra.process.supervisor import OnProgress
-from infra.storage.inputs import stored_inputs
-from infra.storage.leases import WRITE_LEASE, collecting
-from infra.storage.manifest import Manifest
-from infra.storage.objects import BLOBS, Blob, Entry
-from infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.storage.inputs import stored_inputs
+from slmops.infra.storage.leases import WRITE_LEASE, collecting
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.objects import BLOBS, Blob, Entry
+from slmops.infra.storage.registry import ModelRegistry, blob_of
 
 REMOVED_AT_ONCE = 500
 

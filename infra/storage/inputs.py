@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-from infra.errors import BadInput, StageFailed
-from infra.process.supervisor import OnProgress
-from infra.storage.folders import place
-from infra.storage.manifest import Sha256, StoredFile, digest_of
-from infra.storage.registry import ModelRegistry
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.storage.folders import place
+from slmops.infra.storage.manifest import Sha256, StoredFile, digest_of
+from slmops.infra.storage.registry import ModelRegistry
 
 SCHEME = "store://"
 FOLDER = "inputs"

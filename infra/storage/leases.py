@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from infra.errors import PassingFault
-from infra.storage.holders import has_ended, this_process
-from infra.storage.objects import Blob, ObjectStore
+from slmops.infra.errors import PassingFault
+from slmops.infra.storage.holders import has_ended, this_process
+from slmops.infra.storage.objects import Blob, ObjectStore
 
 FOLDER = "leases"
 WRITE = "write"

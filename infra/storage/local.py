@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO
 
-from infra.errors import StageFailed
-from infra.storage.folders import link_or_copy
-from infra.storage.holders import has_ended, this_process
-from infra.storage.objects import Blob, Entry, OnBytes, untold
+from slmops.infra.errors import StageFailed
+from slmops.infra.storage.folders import link_or_copy
+from slmops.infra.storage.holders import has_ended, this_process
+from slmops.infra.storage.objects import Blob, Entry, OnBytes, untold
 
 ASIDE = "aside"  # objects under way; on the store's own file system, so that a rename is atomic
 CHUNK_BYTES = 1 << 20
@@ -229,7 +229,7 @@ def aside_prefix() -> str:
 
 
 def holder_of(key: str) -> str:
-    """Return the process (see `infra.storage.holders`) whose `aside_prefix` a key's last part begins with."""
+    """Return the process (see `slmops.infra.storage.holders`) whose `aside_prefix` a key's last part begins with."""
     return key.rpartition("/")[2].rpartition("-")[0]
 
 

@@ -1,4 +1,4 @@
-"""What slmops asks of a store of objects; a local folder is one (`infra.storage.local`), S3 another."""
+"""What slmops asks of a store of objects; a local folder is one (`slmops.infra.storage.local`), S3 another."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -4,11 +4,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from infra.errors import BadInput
-from infra.settings import Settings
-from infra.storage.local import LocalObjectStore
-from infra.storage.objects import ObjectStore
-from infra.storage.registry import ModelRegistry
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.objects import ObjectStore
+from slmops.infra.storage.registry import ModelRegistry
 
 
 def open_object_store(uri: str, settings: Settings) -> ObjectStore:
@@ -18,7 +18,7 @@ def open_object_store(uri: str, settings: Settings) -> ObjectStore:
     """
     scheme = uri.partition("://")[0]
     if scheme == "s3":
-        from infra.storage.s3 import S3ObjectStore  # a local store needs none of it
+        from slmops.infra.storage.s3.store import S3ObjectStore  # a local store needs none of it
 
         return S3ObjectStore(uri, settings.store)
     try:

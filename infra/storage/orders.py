@@ -8,8 +8,8 @@ import re
 import uuid
 from typing import Any
 
-from infra.errors import BadInput
-from infra.storage.registry import ModelRegistry
+from slmops.infra.errors import BadInput
+from slmops.infra.storage.registry import ModelRegistry
 
 FOLDER = "work"
 ORDER = "order"

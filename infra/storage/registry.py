@@ -2,8 +2,8 @@
 
 Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>.json`,
 `models/NAME/3/deleted.json` (beside its manifest: a number is never given out twice), `models/NAME/aliases/<alias>`,
-`models/NAME/history/<number>.json` (see `infra.storage.champions`),
-`inputs/<64 hex>.json` (see `infra.storage.inputs`) and `leases/` (see `infra.storage.leases`).
+`models/NAME/history/<number>.json` (see `slmops.infra.storage.champions`),
+`inputs/<64 hex>.json` (see `slmops.infra.storage.inputs`) and `leases/` (see `slmops.infra.storage.leases`).
 """
 
 import itertools
@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-
-from infra.errors import BadInput, PassingFault, StageFailed
-from infra.process.supervisor import OnProgress
-from infra.storage.champions import ChampionChange, champion_changes, record_change
-from infra.storage.leases import WriteLease
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import (
+from slmops.infra.errors import BadInput, PassingFault, StageFailed
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.storage.champions import ChampionChange, champion_changes, record_change
+from slmops.infra.storage.leases import WriteLease
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import (
     NAME_PATTERN,
     Manifest,
     Source,
@@ -34,8 +33,8 @@ from infra.storage.manifest import (
     digest_of_file,
     now,
 )
-from infra.storage.objects import Blob, Entry, ObjectStore
-from infra.storage.progress import byte_progress
+from slmops.infra.storage.objects import Blob, Entry, ObjectStore
+from slmops.infra.storage.progress import byte_progress
 
 ALIAS_PATTERN = NAME_PATTERN
 CHAMPION = "champion"
@@ -93,7 +92,7 @@ class ModelRegistry:
 
     def _claim(self, blobs: Iterable[Blob]) -> list[Blob]:
         wanted = list(dict.fromkeys(blobs))
-        self._lease.claim(wanted)  # first, and only then looked for: see infra.storage.leases
+        self._lease.claim(wanted)  # first, and only then looked for: see slmops.infra.storage.leases
         return self.objects.missing(wanted)
 
     def release_files(self) -> None:

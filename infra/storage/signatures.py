@@ -3,10 +3,10 @@
 import hashlib
 from pathlib import Path
 
-from infra.errors import BadInput, StageFailed
-from infra.settings import StoreSettings
-from infra.storage.manifest import Manifest
-from infra.storage.registry import SIGNATURE, ModelRegistry
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.settings import StoreSettings
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.registry import SIGNATURE, ModelRegistry
 
 
 def sign_version(registry: ModelRegistry, manifest: Manifest, settings: StoreSettings) -> None:
@@ -14,7 +14,7 @@ def sign_version(registry: ModelRegistry, manifest: Manifest, settings: StoreSet
 
     Raises `BadInput` without a usable key, `StageFailed` for a manifest that was altered after it was stored.
     """
-    from infra.model_signing.signature import sign_manifest
+    from slmops.infra.model_signing.signature import sign_manifest
 
     if settings.signing_key is None:
         raise BadInput("No key to sign with is named.", "Set SLMOPS_STORE__SIGNING_KEY to a private key (PEM).")
@@ -32,7 +32,7 @@ def check_signature(registry: ModelRegistry, manifest: Manifest, settings: Store
 
     The manifest is what is signed: whether the files are those that it names has to be looked at besides.
     """
-    from infra.model_signing.signature import verify_manifest
+    from slmops.infra.model_signing.signature import verify_manifest
 
     key = verification_key(settings)
     stored = _intact(registry, manifest)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from infra.process.supervisor import OnProgress
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import Manifest
-from infra.storage.objects import Blob
-from infra.storage.progress import byte_progress
-from infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.objects import Blob
+from slmops.infra.storage.progress import byte_progress
+from slmops.infra.storage.registry import ModelRegistry, blob_of
 
 
 @dataclass(frozen=True)

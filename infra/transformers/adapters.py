@@ -1,12 +1,12 @@
-"""Merge a LoRA adapter into its base with peft; a child function of `infra.process`."""
+"""Merge a LoRA adapter into its base with peft; a child function of `slmops.infra.process`."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput
-from infra.process.child import Progress
+from slmops.infra.errors import BadInput
+from slmops.infra.process.child import Progress
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Fine-tune a checkpoint on chats with transformers' Trainer; a child function of `infra.process`."""
+"""Fine-tune a checkpoint on chats with transformers' Trainer; a child function of `slmops.infra.process`."""
 
 import json
 import math
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, StageFailed
-from infra.process.child import Progress
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.child import Progress
 
 IGNORED_LABEL = -100  # what torch's cross entropy skips
 # Attention and MLP projections, by the names they have in Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite; then Phi-3's.
@@ -44,8 +44,7 @@ def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """
     import torch
     import transformers
-
-    from infra.transformers.reference import load_checkpoint
+    from slmops.infra.transformers.reference import load_checkpoint
 
     torch.set_num_threads(request["threads"])
     transformers.set_seed(request["seed"])
@@ -247,7 +246,7 @@ def _save(model: Any, tokenizer: Any, base_dir: Path, method: str, output_dir: P
 
 
 def _loss_of_saved(request: dict[str, Any], output_dir: Path, held_out: list[Any], trainer: Any) -> float:
-    from infra.transformers.reference import load_checkpoint
+    from slmops.infra.transformers.reference import load_checkpoint
 
     dtype = str(trainer.model.dtype).removeprefix("torch.")
     if request["method"] == "lora":

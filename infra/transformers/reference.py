@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, StageFailed
-from infra.process.child import Progress
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.child import Progress
 
 REFERENCE_FILE = "reference.json"
 LOGITS_FILE = "logits.npy"

@@ -7,8 +7,8 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
-from infra.errors import StageFailed
-from infra.process.child import Progress
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.child import Progress
 
 
 def render(request: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from infra.errors import BadInput, StageFailed
-from infra.process.child import Progress
-from infra.transformers.reference import LOGITS_FILE, choose_positions, load_checkpoint
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.child import Progress
+from slmops.infra.transformers.reference import LOGITS_FILE, choose_positions, load_checkpoint
 
 TEXT_REFERENCE_FILE = "text.json"
 # Bound on the float32 logits that are held at once: 220 positions of a vocabulary of 152 k.

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, StageFailed
-from infra.process.child import Progress
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.child import Progress
 
 END_OF_TURN = "<|im_end|>"
 TURN_MARKERS = (END_OF_TURN, "<|im_start|>")

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from infra.settings import Settings
-from infra.storage.manifest import Manifest
-from tasks.checkpoint import PreparedCheckpoint
-from tasks.choose import Candidate
-from tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport
-from tasks.request import DeployRequest
-from tasks.selection import Choice, Judged
-from tasks.statistics import Estimate
+from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import Manifest
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport
+from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.verdict.choice import Choice, Judged
+from slmops.tasks.verdict.pareto import Candidate
 
 
 def variant_metrics(details: VariantDetails) -> dict[str, float]:

@@ -7,13 +7,12 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict, FiniteFloat
-
-from tasks.benchmarks import LmEvalResult
-from tasks.history import Change
-from tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, bullets, joined, quoted, table
-from tasks.report.document import METRIC_TITLES
-from tasks.report.markdown import blocks_to_markdown
-from tasks.report.wording import INTERVALS, decimal, estimated, factor, megabytes
+from slmops.tasks.exams.lm_eval import LmEvalResult
+from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, bullets, joined, quoted, table
+from slmops.tasks.report.document import METRIC_TITLES
+from slmops.tasks.report.markdown import blocks_to_markdown
+from slmops.tasks.report.wording import INTERVALS, decimal, estimated, factor, megabytes
+from slmops.tasks.verdict.history import Change
 
 REGRESSION_EVENT = "slmops.benchmark.regression"
 

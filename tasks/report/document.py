@@ -4,9 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from tasks.history import Change
-from tasks.measure import MetricName
-from tasks.report.blocks import (
+from slmops.tasks.exams.measurement import MetricName
+from slmops.tasks.report.blocks import (
     Block,
     Bullets,
     Code,
@@ -25,9 +24,9 @@ from tasks.report.blocks import (
     table,
     visible,
 )
-from tasks.report.quality import quality_blocks
-from tasks.report.records import DeployReport, VariantReport
-from tasks.report.wording import (
+from slmops.tasks.report.quality import quality_blocks
+from slmops.tasks.report.records import DeployReport, VariantReport
+from slmops.tasks.report.wording import (
     INTERVALS,
     NOTHING,
     check_threshold,
@@ -41,7 +40,8 @@ from tasks.report.wording import (
     signed_percent,
     told,
 )
-from tasks.search import Trial
+from slmops.tasks.verdict.history import Change
+from slmops.tasks.verdict.search import Trial
 
 # What Microsoft's tutorial promises of each precision, as a share of the fp32 size.
 PROMISED_SHARE_OF_FP32 = {"fp16": 0.5, "int8": 0.25, "int4": 0.125}

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from tasks.report import plots
-from tasks.report.plots import Plot, draw_plots
-from tasks.report.records import DeployReport
+from slmops.tasks.report import plots
+from slmops.tasks.report.plots import Plot, draw_plots
+from slmops.tasks.report.records import DeployReport
 
 
 def draw_once(report: DeployReport, folder: Path) -> dict[str, Plot]:

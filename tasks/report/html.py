@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks.report.blocks import spans
-from tasks.report.document import document
-from tasks.report.plots import Plot
-from tasks.report.records import DeployReport
+from slmops.tasks.report.blocks import spans
+from slmops.tasks.report.document import document
+from slmops.tasks.report.plots import Plot
+from slmops.tasks.report.records import DeployReport
 
 TEMPLATES = Path(__file__).parent / "templates"
 

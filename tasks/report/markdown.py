@@ -4,7 +4,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 
-from tasks.report.blocks import (
+from slmops.tasks.report.blocks import (
     Block,
     Bullets,
     Code,
@@ -19,9 +19,9 @@ from tasks.report.blocks import (
     Text,
     spans,
 )
-from tasks.report.document import PROMISED_SHARE_OF_FP32, document, size_share
-from tasks.report.records import DeployReport, VariantReport
-from tasks.report.wording import decimal, estimated, megabytes, percent
+from slmops.tasks.report.document import PROMISED_SHARE_OF_FP32, document, size_share
+from slmops.tasks.report.records import DeployReport, VariantReport
+from slmops.tasks.report.wording import decimal, estimated, megabytes, percent
 
 SHOWN_METRICS = {
     "load_ms": "load ms",

@@ -4,14 +4,26 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from infra.checkpoints.source import SourceKind, parse_checkpoint
-from infra.errors import BadInput
-from infra.storage.manifest import Manifest
-from tasks.report.blocks import Block, Code, Details, Heading, Listing, Paragraph, Strong, Text, bullets, table, visible
-from tasks.report.document import METRIC_TITLES, sdk_example
-from tasks.report.markdown import blocks_to_markdown
-from tasks.report.records import VariantReport
-from tasks.report.wording import (
+from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
+from slmops.infra.errors import BadInput
+from slmops.infra.storage.manifest import Manifest
+from slmops.tasks.report.blocks import (
+    Block,
+    Code,
+    Details,
+    Heading,
+    Listing,
+    Paragraph,
+    Strong,
+    Text,
+    bullets,
+    table,
+    visible,
+)
+from slmops.tasks.report.document import METRIC_TITLES, sdk_example
+from slmops.tasks.report.markdown import blocks_to_markdown
+from slmops.tasks.report.records import VariantReport
+from slmops.tasks.report.wording import (
     INTERVALS,
     check_threshold,
     check_value,

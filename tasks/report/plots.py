@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from tasks.report.records import DeployReport, VariantReport
-from tasks.report.wording import decimal
-from tasks.statistics import Estimate
+from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.report.records import DeployReport, VariantReport
+from slmops.tasks.report.wording import decimal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import Formatter
-
-    from tasks.fine_tune import Loss
+    from slmops.tasks.training.fine_tune import Loss
 
 PlotName = Literal["quality", "throughput", "latency", "memory", "losses"]
 

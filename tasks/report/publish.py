@@ -8,17 +8,16 @@ from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
-
-from infra.foundry.model_folder import MODEL_CARD
-from infra.settings import Settings
-from infra.storage.manifest import Manifest
-from infra.storage.registry import ModelRegistry
-from tasks.report.drawn import draw_once
-from tasks.report.html import to_html
-from tasks.report.markdown import to_markdown, variant_rows
-from tasks.report.model_card import base_model_of, model_card
-from tasks.report.plots import Plot
-from tasks.report.records import DeployReport
+from slmops.infra.foundry.model_folder import MODEL_CARD
+from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.report.drawn import draw_once
+from slmops.tasks.report.html import to_html
+from slmops.tasks.report.markdown import to_markdown, variant_rows
+from slmops.tasks.report.model_card import base_model_of, model_card
+from slmops.tasks.report.plots import Plot
+from slmops.tasks.report.records import DeployReport
 
 
 @task(name="publish report", task_run_name="report-{report.name}")

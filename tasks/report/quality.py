@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 
-from tasks.evaluate import EvaluatedRow, Evaluation
-from tasks.evaluation_set import EvaluationRow
-from tasks.exercise import EdgeInputOutcome, Exercise
-from tasks.gate import GateCheck
-from tasks.parity import ParityMismatch
-from tasks.perplexity import TextComparison
-from tasks.report.blocks import (
+from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
+from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise
+from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.template_parity import ParityMismatch
+from slmops.tasks.exams.text import TextComparison
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.report.blocks import (
     MAX_CHARACTERS,
     Block,
     Comparison,
@@ -25,8 +25,8 @@ from tasks.report.blocks import (
     table,
     visible,
 )
-from tasks.report.records import DeployReport, VariantReport
-from tasks.report.wording import (
+from slmops.tasks.report.records import DeployReport, VariantReport
+from slmops.tasks.report.wording import (
     INTERVALS,
     NOTHING,
     bytes_per_request,
@@ -40,7 +40,7 @@ from tasks.report.wording import (
     ratio,
     told,
 )
-from tasks.statistics import Estimate
+from slmops.tasks.verdict.gate import GateCheck
 
 # Microsoft's tutorial lists these five, and the gate's checks that answer each.
 QUALITY_LIST = {

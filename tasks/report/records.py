@@ -3,18 +3,17 @@
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from tasks.evaluate import Evaluation
-from tasks.evaluation_set import EvaluationRow
-from tasks.exercise import Exercise
-from tasks.gate import GateVerdict
-from tasks.history import History
-from tasks.measure import Measurement
-from tasks.parity import TemplateParity
-from tasks.perplexity import TextComparison
-from tasks.search import SearchOutcome
-from tasks.statistics import Estimate
-from tasks.steadiness import Steadiness
+from slmops.tasks.exams.answers import Evaluation
+from slmops.tasks.exams.endurance import Exercise
+from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.length_sweep import Steadiness
+from slmops.tasks.exams.measurement import Measurement
+from slmops.tasks.exams.template_parity import TemplateParity
+from slmops.tasks.exams.text import TextComparison
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.verdict.gate import GateVerdict
+from slmops.tasks.verdict.history import History
+from slmops.tasks.verdict.search import SearchOutcome
 
 VariantStatus = Literal["registered", "rejected", "failed"]
 DeployStatus = Literal["registered", "unchanged", "rejected", "failed"]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tasks.report.plots import quality_points
-from tasks.report.records import DeployReport
+from slmops.tasks.report.plots import quality_points
+from slmops.tasks.report.records import DeployReport
 
 NARROWEST = 60  # columns
 WIDEST = 100

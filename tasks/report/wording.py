@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable
 
-from tasks.gate import GateCheck
-from tasks.statistics import CONFIDENCE, Estimate
+from slmops.tasks.exams.estimates import CONFIDENCE, Estimate
+from slmops.tasks.verdict.gate import GateCheck
 
 NOTHING = "-"
 INTERVALS = f"In brackets: {CONFIDENCE:.0%} intervals."

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.settings import BenchmarkSettings, MachineSettings, Settings
+from slmops.tasks.build.build import load_recipe, olive_run_config, torch_process
 
-from infra.process.supervisor import ChildProcess
-from infra.settings import BenchmarkSettings, MachineSettings, Settings
-from tasks.build import load_recipe, olive_run_config, torch_process
 from tests.benchmarks.llama_cpp import LlamaCpp
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.benchmarks.watching import Watched, folder_bytes
@@ -194,7 +194,7 @@ class Bench:
         """Build a variant, by its default recipe or another, into a folder of `into`, as `build_variant` does."""
         self.say(f"building {precision} of {checkpoint.name}")
         result = child.call(
-            "infra.olive.engine:build",
+            "slmops.infra.olive.engine:build",
             {
                 "olive_config": olive_run_config(load_recipe(recipe or precision)),
                 "checkpoint_dir": str(checkpoint),
@@ -212,7 +212,7 @@ class Bench:
 def torch_pid() -> int:
     """Return the process that builds now."""
     for process in psutil.Process().children():
-        if "infra.process.child" in process.cmdline():
+        if "slmops.infra.process.child" in process.cmdline():
             return process.pid
     raise RuntimeError("No process builds now.")
 

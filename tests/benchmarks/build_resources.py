@@ -11,11 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from infra.settings import Settings
-from tasks.build import load_recipe, olive_run_config, torch_process
-from tasks.checkpoint import inspect_checkpoint
-from tasks.environment import estimate_build_ram
-from tasks.request import PRECISIONS
+from slmops.infra.settings import Settings
+from slmops.tasks.build.build import load_recipe, olive_run_config, torch_process
+from slmops.tasks.checkpoint.preparation import inspect_checkpoint
+from slmops.tasks.environment.checks import estimate_build_ram
+from slmops.tasks.request.deploy_request import PRECISIONS
+
 from tests.checkpoints import make_tiny_checkpoint
 
 QWEN2_5_0_5B: dict[str, Any] = {
@@ -35,7 +36,7 @@ def measure(checkpoint: Path, precision: str, folder: Path) -> dict[str, Any]:
     config["passes"]["builder"]["precision"] = precision
     with torch_process(Settings(home=folder)) as child:
         result = child.call(
-            "infra.olive.engine:build",
+            "slmops.infra.olive.engine:build",
             {
                 "olive_config": config,
                 "checkpoint_dir": str(checkpoint),

@@ -10,16 +10,15 @@ import sys
 import time
 
 import psutil
-
-from deployments.prefect_environment import prefect_api, prepare_prefect
-from infra.settings import load_settings
+from slmops.deployments.server.environment import prefect_api, prepare_prefect
+from slmops.infra.settings import load_settings
 
 
 def main() -> None:
     """Deploy each argument under a name of its own, int4 alone."""
     settings = load_settings()
     prepare_prefect(settings)
-    from flows.deploy import deploy  # Prefect reads its environment when it is imported
+    from slmops.flows.deploy import deploy  # Prefect reads its environment when it is imported
 
     with prefect_api(settings):
         for number, checkpoint in enumerate(sys.argv[1:]):

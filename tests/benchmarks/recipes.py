@@ -14,13 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from infra.process.supervisor import run_in_child
-from infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
-from tasks.build import Recipe, known_recipes, load_recipe, olive_run_config
-from tasks.environment import builder_versions
-from tasks.evaluate import Evaluation, evaluate_variant, run_reference
-from tasks.evaluation_set import chat_prompts
-from tasks.measure import Measurement, measure_variant
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
+from slmops.tasks.build.build import Recipe, known_recipes, load_recipe, olive_run_config
+from slmops.tasks.environment.checks import builder_versions
+from slmops.tasks.exams.answers import Evaluation, evaluate_variant, run_reference
+from slmops.tasks.exams.measurement import Measurement, measure_variant
+from slmops.tasks.questions.evaluation_set import chat_prompts
+
 from tests.checkpoints import make_tiny_checkpoint
 
 SHAPE: dict[str, Any] = {
@@ -39,7 +40,7 @@ EVALUATIONS = 3
 def build(recipe: Recipe, checkpoint: Path, folder: Path, threads: int) -> float:
     """Build a recipe into `folder`/model; return the wall time in s."""
     child = run_in_child(
-        "infra.olive.engine:build",
+        "slmops.infra.olive.engine:build",
         {
             "olive_config": olive_run_config(recipe),
             "checkpoint_dir": str(checkpoint),

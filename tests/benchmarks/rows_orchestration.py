@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.registry import ModelRegistry
 
-from infra.storage.local import LocalObjectStore
-from infra.storage.registry import ModelRegistry
 from tests.benchmarks.bench import ROOT, Bench, Row, command_environment, row_below
 from tests.benchmarks.watching import run_watched
 from tests.checkpoints import make_tiny_checkpoint
@@ -126,7 +126,7 @@ def _command(
     bench: Bench, home: Path, arguments: Sequence[str], variables: Mapping[str, str] | None = None
 ) -> tuple[float, str]:
     """Run slmops in a fresh process; returns its wall time in s and its standard output."""
-    command = [sys.executable, "-m", "deployments.cli", *arguments]
+    command = [sys.executable, "-m", "slmops", *arguments]
     environment = command_environment(SLMOPS_HOME=str(home), **SHORT_STAGES, **(variables or {}))
     done = run_watched(command, log=bench.folder / f"{home.name}.log", cwd=ROOT, environment=environment)
     return done.seconds, done.output

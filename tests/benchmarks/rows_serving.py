@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.process.supervisor import run_in_child
+from slmops.infra.process.supervisor import run_in_child
+
 from tests.benchmarks.bench import DEADLINE_S, NEW_TOKENS, PROMPT_TOKENS, THREADS, Bench, Row, row_below, row_beside
 from tests.benchmarks.llama_cpp import BenchResult
 
@@ -81,7 +82,7 @@ def _rows_of(recipe: str, ours: list[dict[str, Any]], theirs: list[BenchResult])
 def _measure(bench: Bench, folder: Path, name: str) -> dict[str, Any]:
     """Measure as a deploy does, without the sweep over prompt lengths, which is no part of these figures."""
     child = run_in_child(
-        "infra.genai.measurement:measure",
+        "slmops.infra.genai.measurement:measure",
         {
             "model_dir": str(folder),
             "prompt_tokens": [PROMPT_TOKENS],

@@ -25,10 +25,10 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.registry import ModelRegistry
 
-from infra.process.supervisor import run_in_child
-from infra.storage.local import LocalObjectStore
-from infra.storage.registry import ModelRegistry
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.served_models import RunningServer, serving, store_model
@@ -143,7 +143,7 @@ def in_process(model_dir: Path, folder: Path, prompt_tokens: int, new_tokens: in
         "sweep": None,
     }
     child = run_in_child(
-        "infra.genai.measurement:measure",
+        "slmops.infra.genai.measurement:measure",
         request,
         deadline_s=600,
         log_path=folder / "measure.log",

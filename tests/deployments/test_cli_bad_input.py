@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+from slmops.deployments.cli import app as cli
 
-from deployments import cli
 from tests.checkpoints import make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,7 +209,7 @@ class Box:
         assert list(self.user_home.rglob("*")) == []
         assert list(self.work.iterdir()) == []
         running = [child.cmdline() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-        assert not any("deployments.embedded_server" in command for command in running)
+        assert not any("slmops.deployments.server.embedded" in command for command in running)
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_the_same_from_a_shell(
 ) -> None:
     arguments = prepared(CASES[case], tiny_checkpoint, tmp_path, monkeypatch)
     done = subprocess.run(
-        [sys.executable, "-m", "deployments.cli", *arguments, "--json"],
+        [sys.executable, "-m", "slmops", *arguments, "--json"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
         cwd=box.work,
         capture_output=True,

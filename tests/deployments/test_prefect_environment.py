@@ -7,17 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from deployments.prefect_environment import prepare_prefect
-from infra.errors import BadInput
-from infra.settings import Settings
+from slmops.deployments.server.environment import prepare_prefect
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 URL = "http://127.0.0.1:4999/api"
 PROGRAM = """
 import json, os, sys
-from deployments.prefect_environment import prepare_prefect
-from infra.settings import load_settings
+from slmops.deployments.server.environment import prepare_prefect
+from slmops.infra.settings import load_settings
 
 prepare_prefect(load_settings(), log_level=(sys.argv[1:] or [None])[0])
 assert "prefect" not in sys.modules

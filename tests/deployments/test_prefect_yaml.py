@@ -9,8 +9,7 @@ from packaging.requirements import Requirement
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
-
-from deployments.registration import (
+from slmops.deployments.server.registration import (
     HEARTBEAT_S,
     HEARTBEAT_VARIABLE,
     PREFECT_FILE,
@@ -21,7 +20,7 @@ from deployments.registration import (
     schedule_of,
     variant_entries,
 )
-from infra.errors import BadInput
+from slmops.infra.errors import BadInput
 
 ENTRIES = read_deployments()
 EVERY = [*ENTRIES, *variant_entries("slmops")]
@@ -60,7 +59,7 @@ def test_every_field_of_the_form_is_described(entry: dict[str, Any]) -> None:
 
 
 def test_choices_are_enumerations_in_the_form() -> None:
-    fields = parameter_schema(load_flow_from_entrypoint("flows.deploy.deploy")).properties
+    fields = parameter_schema(load_flow_from_entrypoint("slmops.flows.deploy.deploy")).properties
     assert fields["precisions"]["items"]["enum"] == ["fp16", "int8", "int4"]
     assert fields["device"]["enum"] == ["cpu", "gpu", "npu"]
     assert fields["execution_provider"]["enum"] == ["cpu", "cuda", "dml", "webgpu"]

@@ -35,7 +35,7 @@ class Slmops:
 
     def command(self, *arguments: str | Path) -> list[str]:
         """The command line of a command."""
-        return [sys.executable, "-m", "deployments.cli", *map(str, arguments)]
+        return [sys.executable, "-m", "slmops", *map(str, arguments)]
 
     def run(
         self, *arguments: str | Path, status: int = 0, text: str = "", **extra: str

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 
-from infra.process.supervisor import QUIET_ENVIRONMENT
 from tests.e2e.conftest import ROOT, Slmops
 
 CATALOG_PATH = "/asset-gallery/v1.0/models"
@@ -49,7 +49,7 @@ sys.stdout.write(json.dumps(found) + "\\n")
 def catalog(slmops: Slmops, *options: str, **environment: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """Serve the catalog at a free port; yields the URL that it prints."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "deployments.cli", "catalog", "--port", "0", *options],
+        [sys.executable, "-m", "slmops", "catalog", "--port", "0", *options],
         cwd=ROOT,
         env=slmops.variables(**environment),
         stdout=subprocess.PIPE,

@@ -180,7 +180,9 @@ def test_a_users_olive_file_is_accepted(slmops: Slmops, tiny: Path, tmp_path: Pa
 
 def children_of(pid: int) -> list[psutil.Process]:
     try:
-        return [one for one in psutil.Process(pid).children(recursive=True) if "infra.process.child" in one.cmdline()]
+        return [
+            one for one in psutil.Process(pid).children(recursive=True) if "slmops.infra.process.child" in one.cmdline()
+        ]
     except psutil.Error:
         return []
 
@@ -191,7 +193,7 @@ def test_a_deploy_that_is_ended_leaves_no_orphan_and_goes_on_later(
     embedded: Slmops, tiny: Path, number: signal.Signals
 ) -> None:
     log = embedded.home.parent / "deploy.log"
-    command = [sys.executable, "-m", "deployments.cli", "deploy", str(tiny), "--name", "home", *INT8, *INT4]
+    command = [sys.executable, "-m", "slmops", "deploy", str(tiny), "--name", "home", *INT8, *INT4]
     # What a shell runs in the background inherits that Ctrl-C is ignored, as these tests may be.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as output:
@@ -203,7 +205,7 @@ def test_a_deploy_that_is_ended_leaves_no_orphan_and_goes_on_later(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     descendants = psutil.Process(deploy.pid).children(recursive=True)
-    assert any("deployments.embedded_server" in one.cmdline() for one in descendants)
+    assert any("slmops.deployments.server.embedded" in one.cmdline() for one in descendants)
     deploy.send_signal(number)
     assert deploy.wait(timeout=60) != 0
     assert "Traceback" not in log.read_text()
@@ -226,7 +228,7 @@ def test_nothing_leaves_the_machine(embedded: Slmops, tiny: Path, tmp_path: Path
     home.mkdir()
     trace = tmp_path / "trace"
     command = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(trace), sys.executable]
-    command += ["-m", "deployments.cli", "deploy", str(tiny), "--name", "home", *INT8]
+    command += ["-m", "slmops", "deploy", str(tiny), "--name", "home", *INT8]
     hostile = {
         **{"CI": "false", "DO_NOT_TRACK": "0", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "0"},
         **{"OLIVE_DISABLE_TELEMETRY": "0", "PREFECT_SERVER_ANALYTICS_ENABLED": "true", "ORT_TELEMETRY_DISABLED": "0"},

@@ -68,7 +68,7 @@ def test_a_rejected_deploy_is_a_failed_run_named_rejected(slmops: Slmops, tiny: 
 
 
 def test_cancelling_a_served_run_ends_its_children(slmops: Slmops, tiny: Path, server: str, tmp_path: Path) -> None:
-    program = "from flows.deploy import deploy; deploy.serve(name='deploy', pause_on_shutdown=False)"
+    program = "from slmops.flows.deploy import deploy; deploy.serve(name='deploy', pause_on_shutdown=False)"
     environment = slmops.variables(PREFECT_RUNNER_POLL_FREQUENCY="1")
     environment["PREFECT_HOME"] = str(tmp_path / "prefect")
     with (tmp_path / "serve.log").open("w") as log:

@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+from slmops.infra.settings import Settings
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.foundry.registration import registered_models
 
-from infra.settings import Settings
-from infra.storage.opening import open_registry
-from infra.storage.registry import ModelRegistry
-from tasks.register import registered_models
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
 from tests.e2e.test_deploy import INT4
 from tests.e2e.test_store import other_content
@@ -215,7 +215,7 @@ def end_in_a_hand_over(slmops: Slmops, model_server: ModelServer, number: signal
     model_server.waits.clear()
     model_server.reached.clear()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run where it is ignored
-    command = [sys.executable, "-m", "deployments.cli", "promote", "home@2"]
+    command = [sys.executable, "-m", "slmops", "promote", "home@2"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=slmops.variables(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

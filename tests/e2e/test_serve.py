@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.registry import ModelRegistry
 
-from infra.storage.local import LocalObjectStore
-from infra.storage.registry import ModelRegistry
 from tests.genai_models import build_genai_model
 from tests.s3_servers import rclone_server
 from tests.served_models import ROOT, RunningServer, serving, store_model
@@ -464,7 +464,7 @@ def is_alive(pid: int) -> bool:
 def run_serve(home: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     port = () if "--port" in arguments else ("--port", "0")
     return subprocess.run(
-        [sys.executable, "-m", "deployments.cli", "serve", *port, *arguments],
+        [sys.executable, "-m", "slmops", "serve", *port, *arguments],
         cwd=ROOT,
         env={**os.environ, "SLMOPS_HOME": str(home), **variables},
         capture_output=True,

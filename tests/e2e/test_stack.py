@@ -21,10 +21,10 @@ from selenium.common.exceptions import StaleElementReferenceException, TimeoutEx
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
+from slmops.infra.errors import BadInput
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.tasks.runs.dispatch import check_pool
 
-from infra.errors import BadInput
-from infra.process.supervisor import QUIET_ENVIRONMENT
-from tasks.dispatch import check_pool
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
 from tests.e2e.test_report_in_ui import Browser, browser, screenshot  # noqa: F401
 from tests.e2e.test_up import ENDED, example, wait_for
@@ -103,7 +103,7 @@ def builds_of(stack: Stack, name: str) -> list[psutil.Process]:
     found = []
     for process in stack.tree(name):
         try:
-            if "infra.olive.engine:build" in process.cmdline():
+            if "slmops.infra.olive.engine:build" in process.cmdline():
                 found.append(process)
         except psutil.Error:  # it has ended
             continue

@@ -42,7 +42,7 @@ def test_two_machines_deploy_at_once_to_one_store(team: StoreCase, tiny: Path, t
     for number in range(2):
         running = []
         for index, slmops in enumerate(machines):
-            command = [sys.executable, "-m", "deployments.cli", "deploy", str(tiny), "--name", "home", *INT4]
+            command = [sys.executable, "-m", "slmops", "deploy", str(tiny), "--name", "home", *INT4]
             command += other_content(2 * number + index)
             running.append(
                 subprocess.Popen(

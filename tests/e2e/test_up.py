@@ -154,7 +154,7 @@ def test_a_parameter_of_the_wrong_type_is_refused_by_name(api: str) -> None:
 
 
 def test_an_event_deploys_its_checkpoint(up: Up, api: str, tiny: Path) -> None:
-    program = f"from deployments.events import checkpoint_ready; checkpoint_ready({str(tiny)!r}, 'by-api', 'run-7')"
+    program = f"from slmops.events import checkpoint_ready; checkpoint_ready({str(tiny)!r}, 'by-api', 'run-7')"
     environment = {**up.environment, "PREFECT_API_URL": api}
     before = len(ended_runs(api, name="by-api"))
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
@@ -190,7 +190,7 @@ def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> Non
     run = call("POST", f"{api}/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
 
     def builds() -> list[psutil.Process]:
-        return [one for one in up.tree if "infra.olive.engine:build" in command_line(one)]
+        return [one for one in up.tree if "slmops.infra.olive.engine:build" in command_line(one)]
 
     (child,) = wait_for(builds)
     call("POST", f"{api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})

@@ -23,7 +23,7 @@ class Up:
 
     def start(self, *arguments: str) -> None:
         """Start it; `wait_until_ready` waits for it."""
-        command = [sys.executable, "-m", "deployments.cli", "up", *arguments]
+        command = [sys.executable, "-m", "slmops", "up", *arguments]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True

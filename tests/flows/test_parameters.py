@@ -5,14 +5,13 @@ from typing import Any
 import pytest
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
-
-from flows.benchmark import benchmark
-from flows.deploy import deploy
-from flows.promote import promote
-from flows.regate import regate
-from flows.retrain import retrain
-from flows.rollback import rollback
-from tasks.request import DeployRequest
+from slmops.flows.benchmark import benchmark
+from slmops.flows.deploy import deploy
+from slmops.flows.promote import promote
+from slmops.flows.regate import regate
+from slmops.flows.retrain import retrain
+from slmops.flows.rollback import rollback
+from slmops.tasks.request.deploy_request import DeployRequest
 
 
 @pytest.mark.parametrize("flow", [benchmark, deploy, promote, regate, retrain, rollback], ids=lambda flow: flow.name)

@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 from prefect.client.schemas import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
-
-from deployments import cli
-from flows.promote import promote
-from flows.rollback import rollback
-from infra.errors import BadInput, StageFailed
-from infra.foundry.server_client import running_servers
-from infra.settings import Settings
-from infra.storage.garbage import delete_version
-from infra.storage.manifest import Manifest
-from infra.storage.opening import open_registry
-from infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
-from tasks.promotion import (
+from slmops.deployments.cli import app as cli
+from slmops.flows.promote import promote
+from slmops.flows.rollback import rollback
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.server_client import running_servers
+from slmops.infra.settings import Settings
+from slmops.infra.storage.garbage import delete_version
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.tasks.versions.champion import (
     Change,
     Promotion,
     all_or_nothing,
@@ -30,6 +29,7 @@ from tasks.promotion import (
     restore_alias,
     set_champion,
 )
+
 from tests.model_server import ModelServer
 from tests.versions import FILES, store_version
 

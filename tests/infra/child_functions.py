@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, StageFailed
-from infra.process.child import Progress
-from infra.process.exercise import Messages, exercise
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.child import Progress
+from slmops.infra.process.endurance import Messages, exercise
 
 
 def double(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def exercise_fake(request: dict[str, Any], progress: Progress) -> dict[str, Any]
 
 def counted_build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Build with Olive; return what it read and wrote by system calls and held in memory at most, in bytes."""
-    from infra.olive import engine
+    from slmops.infra.olive import engine
 
     if request.pop("as_olive_does"):
         engine.spare_reads_and_writes = lambda: None

@@ -19,15 +19,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from infra.errors import BadInput, StageFailed
-from infra.storage import archive
-from infra.storage.archive import export_version, import_version
-from infra.storage.garbage import delete_version
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import Manifest, Source, StoredVariant
-from infra.storage.registry import CHAMPION, ModelRegistry
-from infra.storage.verification import verify_version
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.storage import archive
+from slmops.infra.storage.archive import export_version, import_version
+from slmops.infra.storage.garbage import delete_version
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.infra.storage.verification import verify_version
 
 SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="Qwen2ForCausalLM", parameters=494_000_000)
 INT4 = {"model.onnx": b"graph", "model.onnx.data": bytes(range(256)) * 40, "sub/tokenizer.json": b"{}", "empty": b""}

@@ -14,13 +14,9 @@ import pytest
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-
-from infra.errors import BadInput, StageFailed
-from infra.foundry import catalog_server
-from infra.foundry.catalog import (
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry import catalog_server
+from slmops.infra.foundry.catalog import (
     CATALOG_PATH,
     LARGEST_PAGE_SIZE,
     CatalogFilter,
@@ -31,8 +27,11 @@ from infra.foundry.catalog import (
     outward_query,
     parse_query,
 )
-from infra.foundry.catalog_server import LARGEST_REQUEST_BYTES, catalog_app
-from infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.foundry.catalog_server import LARGEST_REQUEST_BYTES, catalog_app
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 DEVICE = "properties/variantInfo/variantMetadata/device"
 PROVIDER = "properties/variantInfo/variantMetadata/executionProvider"

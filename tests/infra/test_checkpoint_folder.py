@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-
-from infra.checkpoints.folder import (
+from slmops.infra.checkpoints.folder import (
     WEIGHTS,
     WEIGHTS_INDEX,
     TensorHeader,
@@ -21,7 +20,7 @@ from infra.checkpoints.folder import (
     read_json,
     read_tensor_headers,
 )
-from infra.errors import BadInput
+from slmops.infra.errors import BadInput
 
 
 @pytest.fixture

@@ -16,12 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from pydantic import SecretStr
-
-from infra.checkpoints.hub import fetch_from_hub
-from infra.checkpoints.s3 import fetch_from_s3
-from infra.checkpoints.source import CheckpointSource, SourceKind, parse_checkpoint, split_s3_uri
-from infra.errors import BadInput, SlmopsError, StageFailed
-from infra.settings import Settings, StoreSettings
+from slmops.infra.checkpoints.hub import fetch_from_hub
+from slmops.infra.checkpoints.s3 import fetch_from_s3
+from slmops.infra.checkpoints.source import CheckpointSource, SourceKind, parse_checkpoint, split_s3_uri
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.settings import Settings, StoreSettings
 
 SECRET = "very-secret-key-of-the-store"
 

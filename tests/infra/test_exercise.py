@@ -1,9 +1,8 @@
 import json
 
 import pytest
-
-from infra.errors import StageFailed
-from infra.process.supervisor import run_in_child
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import run_in_child
 
 FAKE = "tests.infra.child_functions:exercise_fake"
 ORDINARY = [{"role": "user", "content": "Hello."}]

@@ -6,9 +6,9 @@ from typing import Any
 
 import psutil
 import pytest
+from slmops.infra.errors import BadInput, PassingFault
+from slmops.infra.process.supervisor import ChildResult, run_in_child
 
-from infra.errors import BadInput, PassingFault
-from infra.process.supervisor import ChildResult, run_in_child
 from tests.checkpoints import make_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def asked(base: Path, folder: Path, **options: Any) -> dict[str, Any]:
 
 def tune(base: Path, folder: Path, *, on_progress: Any = None, **options: Any) -> ChildResult:
     return run_in_child(
-        "infra.transformers.fine_tuning:fine_tune",
+        "slmops.infra.transformers.fine_tuning:fine_tune",
         asked(base, folder, **options),
         deadline_s=300,
         log_path=folder / "log",
@@ -80,8 +80,8 @@ def test_it_learns_and_loads_back_to_the_same_loss(tiny_checkpoint: Path, tmp_pa
 
 
 def test_only_answers_are_learned(tiny_checkpoint: Path) -> None:
-    from infra.transformers.fine_tuning import IGNORED_LABEL, _encode_chat
-    from infra.transformers.reference import load_checkpoint
+    from slmops.infra.transformers.fine_tuning import IGNORED_LABEL, _encode_chat
+    from slmops.infra.transformers.reference import load_checkpoint
 
     tokenizer, _ = load_checkpoint(str(tiny_checkpoint), "float32")
     encoded = _encode_chat(tokenizer, [*chat(1, "first"), *chat(2, "second")])

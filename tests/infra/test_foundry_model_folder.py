@@ -2,9 +2,8 @@ import json
 import os
 
 import pytest
-
-from infra.errors import StageFailed
-from infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
+from slmops.infra.errors import StageFailed
+from slmops.infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
 
 DESCRIPTION = {"Name": "home-int4-generic-cpu:1", "Description": "Übung"}
 CARD = "# home\n\nÜbung\n"

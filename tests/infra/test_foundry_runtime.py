@@ -6,17 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.chat import FoundryChat
+from slmops.infra.foundry.model_folder import write_model_folder
+from slmops.infra.foundry.runtime import check_model_id
+from slmops.infra.genai.runtime import GenaiModel
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
 
-from infra.errors import BadInput, StageFailed
-from infra.foundry.chat import FoundryChat
-from infra.foundry.model_folder import write_model_folder
-from infra.foundry.runtime import check_model_id
-from infra.genai.runtime import GenaiModel
-from infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
 from tests.checkpoints import BEGIN_AND_END_TOKENS, make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.tasks.chat_templates import FAMILIES, TEMPLATES
 
+RUNTIME = "slmops.infra.foundry.runtime"
 HERE = "tests.infra.test_foundry_runtime"
 ROOT = Path(__file__).parents[2]
 STRACE = ["strace", "-f", "-e", "trace=network,openat,mkdir,mkdirat", "-o"]
@@ -80,7 +81,7 @@ class Foundry:
         self.directory, self.cache_dir, self.model_dir = directory, directory / "foundry", model_dir
 
     def run(self, function, **request):
-        target = function if ":" in function else f"infra.foundry.runtime:{function}"
+        target = function if ":" in function else f"slmops.infra.foundry.runtime:{function}"
         return run_in_child(
             target,
             {"cache_dir": str(self.cache_dir), **request},
@@ -297,7 +298,15 @@ def test_nothing_leaves_the_machine_or_the_cache_directory(foundry, tmp_path):
     # The user's environment asks for as much telemetry as it can.
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT), "CI": "false"}
     process = subprocess.Popen(
-        [*STRACE, str(trace), sys.executable, "-B", "-m", "infra.process.child", "infra.foundry.runtime:prove"],
+        [
+            *STRACE,
+            str(trace),
+            sys.executable,
+            "-B",
+            "-m",
+            "slmops.infra.process.child",
+            f"{RUNTIME}:prove",
+        ],
         env=environment,
         cwd=home,
         stdin=subprocess.PIPE,
@@ -307,7 +316,7 @@ def test_nothing_leaves_the_machine_or_the_cache_directory(foundry, tmp_path):
     )
     assert process.stdin and process.stdout
     call = {
-        "function": "infra.foundry.runtime:prove",
+        "function": f"{RUNTIME}:prove",
         "request": request,
         "log_path": os.devnull,
         "work_dir": str(home),

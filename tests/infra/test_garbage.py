@@ -9,16 +9,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from slmops.infra.errors import BadInput, PassingFault, StageFailed
+from slmops.infra.storage import leases
+from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
+from slmops.infra.storage.holders import has_ended, this_process
+from slmops.infra.storage.inputs import delete_input, fetch_input, ingest, read_input
+from slmops.infra.storage.leases import Collector, WriteLease, collecting
+from slmops.infra.storage.objects import Blob
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.verification import verify_version
 
-from infra.errors import BadInput, PassingFault, StageFailed
-from infra.storage import leases
-from infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
-from infra.storage.holders import has_ended, this_process
-from infra.storage.inputs import delete_input, fetch_input, ingest, read_input
-from infra.storage.leases import Collector, WriteLease, collecting
-from infra.storage.objects import Blob
-from infra.storage.registry import ModelRegistry
-from infra.storage.verification import verify_version
 from tests.stores import StoreCase
 from tests.versions import FILES, store_version
 

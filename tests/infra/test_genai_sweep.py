@@ -3,8 +3,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from infra.genai.sweep import (
+from slmops.infra.genai.sweep import (
     LengthSpeed,
     SweepPlan,
     speed_by_length,

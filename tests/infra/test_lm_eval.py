@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.genai.runtime import GenaiModel
+from slmops.infra.lm_eval import run
+from slmops.infra.lm_eval.model import GenaiLM
+from slmops.infra.lm_eval.task_files import check_task_folder, digest_of_task_folder
+from slmops.infra.process.supervisor import child_environment
 
-from infra.errors import BadInput, StageFailed
-from infra.genai.runtime import GenaiModel
-from infra.lm_eval import run
-from infra.lm_eval.model import GenaiLM
-from infra.lm_eval.task_files import check_task_folder, digest_of_task_folder
-from infra.process.supervisor import child_environment
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 from tests.lm_eval_tasks import GENERATION, MULTIPLE_CHOICE, QUESTIONS, add_begin_token, write_tasks
@@ -341,7 +341,7 @@ def test_nothing_leaves_the_machine(pair, tmp_path, data):
     trace = tmp_path / "trace.txt"
     environment = child_environment({**run.OFFLINE, "HOME": str(tmp_path / "empty-home")})
     child = subprocess.Popen(
-        [*STRACE, str(trace), sys.executable, "-m", "infra.process.child", "infra.lm_eval.run:evaluate"],
+        [*STRACE, str(trace), sys.executable, "-m", "slmops.infra.process.child", "slmops.infra.lm_eval.run:evaluate"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -349,7 +349,7 @@ def test_nothing_leaves_the_machine(pair, tmp_path, data):
         env=environment | {"CI": "1"},
     )
     call = {
-        "function": "infra.lm_eval.run:evaluate",
+        "function": "slmops.infra.lm_eval.run:evaluate",
         "request": request,
         "log_path": os.devnull,
         "work_dir": str(tmp_path),

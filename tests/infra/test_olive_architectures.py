@@ -3,9 +3,8 @@
 from typing import Any
 
 import pytest
-
-from infra.errors import BadInput
-from infra.olive.architectures import SUPPORTED_ARCHITECTURES, check_architecture
+from slmops.infra.errors import BadInput
+from slmops.infra.olive.architectures import SUPPORTED_ARCHITECTURES, check_architecture
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no architectures": ({}, "names no architecture"),

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.olive.engine import build
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
 
-from infra.errors import BadInput, StageFailed
-from infra.olive.engine import build
-from infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
 from tests.checkpoints import make_tiny_checkpoint
 from tests.olive_builds import build_request
 
@@ -178,7 +178,7 @@ def test_a_child_builds_and_leaves_nothing_but_the_folder(tmp_path: Path) -> Non
     home = tmp_path / "home"
     steps: list[str] = []
     result = run_in_child(
-        "infra.olive.engine:build",
+        "slmops.infra.olive.engine:build",
         build_request(checkpoint, tmp_path / "built", precision="int4", search={"temperature": 0.5}),
         deadline_s=300,
         log_path=tmp_path / "log",
@@ -233,7 +233,7 @@ def test_an_unsupported_architecture_is_refused(family: str, tmp_path: Path) -> 
 
 IMPORTS_NOTHING_NEEDLESS = """
 import sys
-from infra.olive.lean_import import import_olive_workflows
+from slmops.infra.olive.lean_import import import_olive_workflows
 
 run = import_olive_workflows().run
 needless = [name for name in ("olive.cli", "scipy.signal", "matplotlib", "torchmetrics") if name in sys.modules]

@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
+from slmops.infra.errors import BadInput, DeadlineExceeded, PassingFault, StageFailed
+from slmops.infra.process.supervisor import ChildProcess, ChildResult, run_in_child
 
-from infra.errors import BadInput, DeadlineExceeded, PassingFault, StageFailed
-from infra.process.supervisor import ChildProcess, ChildResult, run_in_child
-
+ROOT = Path(__file__).resolve().parents[2]
 CHILDREN = "tests.infra.child_functions"
 
 
@@ -96,18 +96,12 @@ def test_an_exception_in_the_parent_ends_the_whole_tree(tmp_path: Path) -> None:
 def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
     program = textwrap.dedent(f"""
         from pathlib import Path
-        from infra.process.supervisor import run_in_child
+        from slmops.infra.process.supervisor import run_in_child
         run_in_child("{CHILDREN}:sleep_with_a_grandchild", {{}}, deadline_s=60, log_path=Path("log"),
-                     work_dir=Path("work"), on_progress=lambda done, total, what: print(what, flush=True))
+                     work_dir=Path("work"), environment={{"PYTHONPATH": {str(ROOT)!r}}},
+                     on_progress=lambda done, total, what: print(what, flush=True))
     """)
-    root = str(Path(__file__).resolve().parents[2])
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": root},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2

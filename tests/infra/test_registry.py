@@ -20,16 +20,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from slmops.infra.errors import BadInput, PassingFault, StageFailed
+from slmops.infra.settings import Settings
+from slmops.infra.storage.garbage import collect_garbage, delete_version
+from slmops.infra.storage.holders import has_ended, this_process
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name, parse_reference
+from slmops.infra.storage.objects import Blob, ObjectStore, OnBytes, untold
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 
-from infra.errors import BadInput, PassingFault, StageFailed
-from infra.settings import Settings
-from infra.storage.garbage import collect_garbage, delete_version
-from infra.storage.holders import has_ended, this_process
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name, parse_reference
-from infra.storage.objects import Blob, ObjectStore, OnBytes, untold
-from infra.storage.opening import open_registry
-from infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from tests.stores import StoreCase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -528,7 +528,7 @@ def a_process_that_ends() -> Iterator[None]:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         ended = re.sub("~.*", f"~{process.pid}~1", this_process())
     assert has_ended(ended)
-    with mock.patch("infra.storage.leases.this_process", lambda: ended):
+    with mock.patch("slmops.infra.storage.leases.this_process", lambda: ended):
         yield
 
 
@@ -614,9 +614,9 @@ def test_a_crash_in_a_delete_leaves_a_whole_version_or_none(before: bool, store:
 COMMITTER = """
 import sys
 from pathlib import Path
-from infra.settings import load_settings
-from infra.storage.manifest import Source, StoredVariant
-from infra.storage.opening import open_registry
+from slmops.infra.settings import load_settings
+from slmops.infra.storage.manifest import Source, StoredVariant
+from slmops.infra.storage.opening import open_registry
 
 root, mine = Path(sys.argv[1]), sys.argv[2]
 registry = open_registry(load_settings())

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from slmops.infra.errors import StageFailed
+from slmops.infra.foundry.server_client import RunningServer, running_servers
+from slmops.infra.storage.holders import this_process
 
-from infra.errors import StageFailed
-from infra.foundry.server_client import RunningServer, running_servers
-from infra.storage.holders import this_process
 from tests.model_server import TOKEN, ModelServer
 
-HOLDER = "from infra.storage.holders import this_process; print(this_process())"
+HOLDER = "from slmops.infra.storage.holders import this_process; print(this_process())"
 
 
 def describe(home: Path, file: str, **changes: str) -> Path:

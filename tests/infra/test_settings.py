@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from infra.errors import BadInput
-from infra.settings import Settings, describe_settings, load_settings
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings, describe_settings, load_settings
 
 SECRET = "hunter2-of-the-store"
 

@@ -5,14 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from infra.storage.folders import shared_folder
+from slmops.infra.storage.folders import shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 USER = """
 import sys
 from pathlib import Path
-from infra.storage.folders import shared_folder
+from slmops.infra.storage.folders import shared_folder
 with shared_folder(Path(sys.argv[1])):
     print("in use", flush=True)
     sys.stdin.read()

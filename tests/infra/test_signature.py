@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-
-from infra.errors import BadInput, SlmopsError, StageFailed
-from infra.model_signing.signature import sign_manifest, verify_manifest
-from infra.storage.manifest import Manifest, Source
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.model_signing.signature import sign_manifest, verify_manifest
+from slmops.infra.storage.manifest import Manifest, Source
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = Manifest(
@@ -384,7 +383,7 @@ WATCHED = ("connect", "sendto", "sendmsg", "getaddrinfo", "gethostbyname", "geth
 WATCHED = {*(f"socket.{name}" for name in WATCHED), "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
 seen = []
 sys.addaudithook(lambda event, arguments: seen.append(event) if event in WATCHED else None)
-from infra.model_signing.signature import sign_manifest, verify_manifest
+from slmops.infra.model_signing.signature import sign_manifest, verify_manifest
 
 folder = Path(sys.argv[1])
 manifest = b"{}"

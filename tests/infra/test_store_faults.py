@@ -24,18 +24,18 @@ import pytest
 from botocore.retries.standard import ExponentialBackoff
 from hypothesis import given
 from hypothesis import strategies as st
+from slmops.deployments.cli import app as cli
+from slmops.infra.errors import BadInput, PassingFault, SlmopsError, StageFailed
+from slmops.infra.settings import Settings, StoreSettings
+from slmops.infra.storage.copying import CopiedVersion, copy_version
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.objects import BLOBS, Blob
+from slmops.infra.storage.opening import open_local_registry, open_registry
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry, blob_of
+from slmops.infra.storage.s3.client import ATTEMPTS, make_client, parse_s3_uri
+from slmops.infra.storage.verification import verify_version
 
-from deployments import cli
-from infra.errors import BadInput, PassingFault, SlmopsError, StageFailed
-from infra.settings import Settings, StoreSettings
-from infra.storage.copying import CopiedVersion, copy_version
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import Manifest, Source, StoredVariant
-from infra.storage.objects import BLOBS, Blob
-from infra.storage.opening import open_local_registry, open_registry
-from infra.storage.registry import CHAMPION, ModelRegistry, blob_of
-from infra.storage.s3_client import ATTEMPTS, make_client, parse_s3_uri
-from infra.storage.verification import verify_version
 from tests.infra.test_registry import COMMITTER
 from tests.s3_proxy import (
     ACCESS_DENIED,
@@ -95,7 +95,7 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: None) -
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr("infra.storage.s3.PART_BYTES", PART_BYTES)
+    monkeypatch.setattr("slmops.infra.storage.s3.store.PART_BYTES", PART_BYTES)
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_the_same_from_a_shell(case: str, shared_journey: Journey) -> None:
     shared_journey.proxy.clear()
     variables = {**shared_journey.store.environment(), **wanted.environment, "SLMOPS_HOME": str(shared_journey.home)}
     done = subprocess.run(
-        [sys.executable, "-m", "deployments.cli", "push", "home@1"],
+        [sys.executable, "-m", "slmops", "push", "home@1"],
         env={**os.environ, **{name: value for name, value in variables.items() if value is not None}},
         cwd=ROOT,
         capture_output=True,
@@ -463,7 +463,7 @@ def test_a_deploys_own_steps_get_over(fault: str, either: Journey, brief_waits: 
 
 
 def test_a_stall_longer_than_the_time_out(journey: Journey, monkeypatch: pytest.MonkeyPatch, brief_waits: None) -> None:
-    monkeypatch.setattr("infra.storage.s3_client.READ_TIMEOUT_S", 1)
+    monkeypatch.setattr("slmops.infra.storage.s3.client.READ_TIMEOUT_S", 1)
     stall = Fault("GET", BLOB, Trickle(0, seconds=5), times=2)
     journey.pushed().proxy.add(stall)
     assert journey.pull().is_new

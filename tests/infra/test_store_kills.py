@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from slmops.infra.storage.copying import copy_version
+from slmops.infra.storage.garbage import collect_garbage, needed_blobs
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.verification import verify_version
 
-from infra.storage.copying import copy_version
-from infra.storage.garbage import collect_garbage, needed_blobs
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import Manifest
-from infra.storage.registry import ModelRegistry
-from infra.storage.verification import verify_version
 from tests.stores import StoreCase
 from tests.versions import content_of, store_version
 
@@ -30,15 +30,15 @@ WORK = f"""
 import sys
 from pathlib import Path
 
-import infra.storage.s3
-from infra.settings import load_settings
-from infra.storage.copying import copy_version
-from infra.storage.garbage import collect_garbage
-from infra.storage.local import LocalObjectStore
-from infra.storage.opening import open_registry
-from infra.storage.registry import ModelRegistry
+import slmops.infra.storage.s3.store
+from slmops.infra.settings import load_settings
+from slmops.infra.storage.copying import copy_version
+from slmops.infra.storage.garbage import collect_garbage
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import ModelRegistry
 
-infra.storage.s3.PART_BYTES = {PART_BYTES}
+slmops.infra.storage.s3.store.PART_BYTES = {PART_BYTES}
 doing, reference, folder = sys.argv[1:]
 here, team = ModelRegistry(LocalObjectStore(Path(folder))), open_registry(load_settings())
 list(team.objects.entries("leases"))  # what is imported at the first use is imported now
@@ -177,10 +177,10 @@ def test_gc(bench: Bench) -> None:
 
 COLLECTING = """
 import sys, threading
-from infra.errors import PassingFault
-from infra.settings import load_settings
-from infra.storage.garbage import collect_garbage
-from infra.storage.opening import open_registry
+from slmops.infra.errors import PassingFault
+from slmops.infra.settings import load_settings
+from slmops.infra.storage.garbage import collect_garbage
+from slmops.infra.storage.opening import open_registry
 
 team = open_registry(load_settings())
 ended = threading.Event()

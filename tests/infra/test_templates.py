@@ -4,9 +4,9 @@ import shutil
 from datetime import datetime
 
 import pytest
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import run_in_child
 
-from infra.errors import StageFailed
-from infra.process.supervisor import run_in_child
 from tests.family_tokenizers import FAMILIES, save_tokenizer
 
 ASKING = [{"role": "user", "content": "What is the capital of France?"}]
@@ -27,7 +27,7 @@ def tokenizer_dir(tmp_path):
 def run(tmp_path):
     def ask(function, environment=None, **request):
         return run_in_child(
-            f"infra.{function}",
+            f"slmops.infra.{function}",
             request,
             deadline_s=120,
             log_path=tmp_path / "child.log",

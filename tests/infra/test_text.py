@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.genai.text import begin_tokens_of, compare_text
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.transformers import text as reference_text
+from slmops.infra.transformers.text import compared_positions, cut_windows, scored_positions, text_reference
 
-from infra.errors import BadInput, StageFailed
-from infra.genai.text import begin_tokens_of, compare_text
-from infra.process.supervisor import run_in_child
-from infra.transformers import text as reference_text
-from infra.transformers.text import compared_positions, cut_windows, scored_positions, text_reference
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 from tests.lm_eval_tasks import add_begin_token
@@ -284,8 +284,8 @@ def test_memory_does_not_grow_with_the_text_for_a_vocabulary_of_152_k(tmp_path):
                 target, shared | own, deadline_s=600, log_path=folder / "child.log", work_dir=folder
             ).peak_rss_bytes
             for target, own in (
-                ("infra.transformers.text:text_reference", reference),
-                ("infra.genai.text:compare_text", variant),
+                ("slmops.infra.transformers.text:text_reference", reference),
+                ("slmops.infra.genai.text:compare_text", variant),
             )
         ]
     for short, long in zip(peaks[256], peaks[1856], strict=True):

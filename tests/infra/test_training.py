@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.supervisor import run_in_child
+from slmops.tasks.training.demo import TRAINING
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-from infra.errors import BadInput, StageFailed
-from infra.process.supervisor import run_in_child
-from tasks.train import TRAINING
 
 COLORS = ("red", "green", "blue", "white")
 ROWS = [
@@ -48,7 +47,7 @@ def _request(directory: Path, **changes: Any) -> dict[str, Any]:
 def _train(directory: Path, progress: Any = None, **changes: Any) -> dict[str, Any]:
     request = _request(directory, **changes)
     return run_in_child(
-        "infra.transformers.training:train_chat_model",
+        "slmops.infra.transformers.training:train_chat_model",
         request,
         deadline_s=300,
         log_path=directory / "log",

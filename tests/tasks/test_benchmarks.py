@@ -3,17 +3,17 @@ import math
 import numpy as np
 import pytest
 from scipy import special
-
-from infra.errors import BadInput
-from infra.storage.opening import open_registry
-from tasks import benchmarks
-from tasks.benchmarks import (
+from slmops.infra.errors import BadInput
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.exams import lm_eval as benchmarks
+from slmops.tasks.exams.lm_eval import (
     LmEvalTasks,
     lm_eval_key,
     run_lm_eval,
     run_lm_eval_on_checkpoint,
     run_lm_eval_tasks,
 )
+
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.lm_eval_tasks import QUESTIONS, write_tasks

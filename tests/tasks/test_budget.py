@@ -3,10 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from infra.errors import BadInput
-from tasks.budget import Budget, parse_budget
-from tasks.choose import Candidate
+from slmops.infra.errors import BadInput
+from slmops.tasks.request.budget import Budget, parse_budget
+from slmops.tasks.verdict.pareto import Candidate
 
 CANDIDATE = Candidate(
     name="int4",

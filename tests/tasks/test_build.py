@@ -13,11 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
-
-from infra.errors import BadInput
-from infra.olive.engine import build
-from infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
-from tasks.build import (
+from slmops.infra.errors import BadInput
+from slmops.infra.olive.engine import build
+from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
+from slmops.tasks.build.build import (
     KNOWN_KEYS,
     RECIPES_DIR,
     Recipe,
@@ -28,8 +27,9 @@ from tasks.build import (
     plan_search,
     read_olive_config,
 )
-from tasks.plan import parse_request
-from tasks.request import DeployRequest
+from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.request.plan import parse_request
+
 from tests.checkpoints import make_tiny_checkpoint
 
 OLD_FORM: dict[str, Any] = {

@@ -13,11 +13,17 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from slmops.infra.checkpoints.folder import read_chat_template
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.tasks.checkpoint.preparation import (
+    content_digest,
+    folder_of,
+    inspect_checkpoint,
+    merge_into_base,
+    with_chat_template,
+)
 
-from infra.checkpoints.folder import read_chat_template
-from infra.errors import BadInput
-from infra.settings import Settings
-from tasks.checkpoint import content_digest, folder_of, inspect_checkpoint, merge_into_base, with_chat_template
 from tests.checkpoints import make_tiny_checkpoint, read_config
 
 
@@ -206,7 +212,7 @@ class TestBadInput:
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    from infra.checkpoints.folder import read_tensor_headers
+    from slmops.infra.checkpoints.folder import read_tensor_headers
 
     return {name: header.shape for name, header in read_tensor_headers(folder).items()}
 

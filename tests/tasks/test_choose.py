@@ -5,8 +5,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tasks.choose import NOISE, Candidate, dominates, pareto_front
+from slmops.tasks.verdict.pareto import NOISE, Candidate, dominates, pareto_front
 
 
 def _candidate(name: str, **figures: float | None) -> Candidate:

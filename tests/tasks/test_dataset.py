@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from infra.errors import BadInput
-from infra.settings import Settings
-from tasks.dataset import Dataset, TrainingRow, read_dataset, split
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.tasks.training.dataset import Dataset, TrainingRow, read_dataset, split
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "good morning"}
 CHAT = {"messages": [USER, ANSWER]}

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from infra.errors import BadInput, StageFailed
-from infra.settings import MachineSettings, Settings
-from tasks import environment
-from tasks.checkpoint import Inspection
-from tasks.environment import (
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.settings import MachineSettings, Settings
+from slmops.tasks.checkpoint.preparation import Inspection
+from slmops.tasks.environment import checks as environment
+from slmops.tasks.environment.checks import (
     Check,
     builder_versions,
     check_execution_provider,
@@ -26,7 +25,7 @@ from tasks.environment import (
     require_packages,
     require_resources,
 )
-from tasks.request import PRECISIONS
+from slmops.tasks.request.deploy_request import PRECISIONS
 
 STACK = {"olive-ai", "onnxruntime-genai", "onnxruntime", "foundry-local-sdk", "transformers", "torch", "prefect"}
 

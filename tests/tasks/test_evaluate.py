@@ -10,14 +10,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-
-from infra.errors import BadInput
-from infra.settings import EvaluationSettings, MachineSettings, Settings
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import Manifest, Source, StoredVariant
-from infra.storage.manifest import digest_of as digest_of_json
-from infra.storage.registry import ModelRegistry
-from tasks.evaluate import (
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import EvaluationSettings, MachineSettings, Settings
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.manifest import digest_of as digest_of_json
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams.answers import (
     Evaluation,
     Reference,
     evaluate_variant,
@@ -27,10 +26,11 @@ from tasks.evaluate import (
     run_reference,
     score_evaluation,
 )
-from tasks.evaluation_set import EvaluationRow, EvaluationSet, chat_prompts, digest_of
-from tasks.gate import judge, thresholds_for
-from tasks.output_format import OutputFormat
-from tasks.statistics import mean_score, paired_loss, weighted_mean
+from slmops.tasks.exams.estimates import mean_score, paired_loss, weighted_mean
+from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, chat_prompts, digest_of
+from slmops.tasks.questions.output_format import OutputFormat
+from slmops.tasks.verdict.gate import judge, thresholds_for
+
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from infra.errors import BadInput
-from infra.settings import EvaluationSettings, Settings
-from tasks.evaluation_set import (
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import EvaluationSettings, Settings
+from slmops.tasks.questions.evaluation_set import (
     EvaluationRow,
     EvaluationSet,
     chat_prompts,
@@ -22,8 +21,8 @@ from tasks.evaluation_set import (
     read_evaluation_set,
     read_rows,
 )
-from tasks.output_format import read_output_schema
-from tasks.scoring import SCORERS, parse_scorer
+from slmops.tasks.questions.output_format import read_output_schema
+from slmops.tasks.questions.scoring import SCORERS, parse_scorer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
 

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from infra.errors import StageFailed
-from infra.process.supervisor import run_in_child
-from infra.settings import GateSettings, Settings, SoakSettings, TimeoutSettings
-from infra.storage.local import LocalObjectStore
-from infra.storage.manifest import Source, StoredVariant
-from infra.storage.registry import ModelRegistry
-from tasks.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, edge_inputs
-from tasks.evaluation_set import EvaluationRow, chat_prompts
-from tasks.exercise import (
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.settings import GateSettings, Settings, SoakSettings, TimeoutSettings
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Source, StoredVariant
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams.endurance import (
     CHILD_FUNCTIONS,
     Exercise,
     control_tokens,
@@ -24,7 +21,10 @@ from tasks.exercise import (
     memory_growth,
     soak_conversations,
 )
-from tasks.statistics import drift
+from slmops.tasks.exams.estimates import drift
+from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, edge_inputs
+from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts
+
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 

@@ -7,16 +7,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from infra.errors import BadInput
-from infra.settings import GateSettings
-from tasks.evaluate import Evaluation
-from tasks.exercise import EdgeInputOutcome, Exercise, MemoryGrowth
-from tasks.gate import GateCheck, GateVerdict, judge, thresholds_for
-from tasks.parity import ParityMismatch, TemplateParity
-from tasks.perplexity import TextComparison
-from tasks.statistics import Estimate, paired_loss
-from tasks.steadiness import LengthFigures, Steadiness
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import GateSettings
+from slmops.tasks.exams.answers import Evaluation
+from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise, MemoryGrowth
+from slmops.tasks.exams.estimates import Estimate, paired_loss
+from slmops.tasks.exams.length_sweep import LengthFigures, Steadiness
+from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
+from slmops.tasks.exams.text import TextComparison
+from slmops.tasks.verdict.gate import GateCheck, GateVerdict, judge, thresholds_for
 
 INT8 = thresholds_for("int8", GateSettings())
 SHARE = st.floats(0, 1)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, metadata_load
+from slmops.infra.foundry.model_folder import write_model_folder
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.storage.manifest import Manifest, Source
+from slmops.tasks.report.model_card import base_model_of, model_card
+from slmops.tasks.report.records import VariantDetails, VariantReport
 
-from infra.foundry.model_folder import write_model_folder
-from infra.process.supervisor import run_in_child
-from infra.storage.manifest import Manifest, Source
-from tasks.report.model_card import base_model_of, model_card
-from tasks.report.records import VariantDetails, VariantReport
 from tests.genai_models import build_genai_model
 from tests.reports import full_variant
 from tests.tasks.test_report import HOSTILE, PARSER, markup_of
@@ -122,7 +122,7 @@ def test_its_examples_run_as_they_stand(tiny_checkpoint: Path, tmp_path: Path) -
     assert read_back((folder / "README.md").read_text("utf-8"), tmp_path)
     request = {"cache_dir": str(cache), "model_id": name["Name"], "folder": str(folder)}
     run_in_child(
-        "infra.foundry.runtime:register",
+        "slmops.infra.foundry.runtime:register",
         request,
         deadline_s=120,
         log_path=tmp_path / "child.log",

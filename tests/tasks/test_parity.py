@@ -6,11 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from slmops.infra.errors import StageFailed
+from slmops.infra.storage.manifest import Source, StoredVariant
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.exams.template_parity import (
+    CONVERSATIONS,
+    MARKS,
+    TOLD_ONLY,
+    TemplateParity,
+    check_parity,
+    check_template_parity,
+)
 
-from infra.errors import StageFailed
-from infra.storage.manifest import Source, StoredVariant
-from infra.storage.opening import open_registry
-from tasks.parity import CONVERSATIONS, MARKS, TOLD_ONLY, TemplateParity, check_parity, check_template_parity
 from tests.checkpoints import make_tiny_checkpoint
 from tests.family_tokenizers import FAMILIES, save_tokenizer, save_variant
 from tests.genai_models import build_genai_model

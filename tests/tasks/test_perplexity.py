@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from infra.errors import BadInput
-from infra.settings import EvaluationSettings, Settings
-from infra.storage.manifest import Source, StoredVariant, digest_of
-from infra.storage.opening import open_registry
-from tasks.checkpoint import PreparedCheckpoint, inspect_checkpoint
-from tasks.perplexity import (
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import EvaluationSettings, Settings
+from slmops.infra.storage.manifest import Source, StoredVariant, digest_of
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, inspect_checkpoint
+from slmops.tasks.exams.text import (
     BYTES_PER_TOKEN,
     TextSample,
     compare_on_text,
@@ -27,6 +26,7 @@ from tasks.perplexity import (
     text_reference_folder,
     text_reference_in_use,
 )
+
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 

@@ -1,8 +1,7 @@
 import pytest
 from jinja2.sandbox import SecurityError
-
-from infra.errors import BadInput
-from tasks.register import (
+from slmops.infra.errors import BadInput
+from slmops.tasks.foundry.registration import (
     champion_model_id,
     chat_template_renderer,
     derive_prompt_template,
@@ -10,6 +9,7 @@ from tasks.register import (
     generation_defaults,
     inference_model,
 )
+
 from tests.checkpoints import BEGIN_AND_END_TOKENS
 from tests.tasks.chat_templates import FAMILIES, TEMPLATES
 

@@ -6,10 +6,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from slmops.infra.errors import BadInput
+from slmops.tasks.request.deploy_request import (
+    PRECISIONS,
+    DeployRequest,
+    check_output,
+    check_precisions,
+    read_chat_template_file,
+)
+from slmops.tasks.request.plan import parse_request
 
-from infra.errors import BadInput
-from tasks.plan import parse_request
-from tasks.request import PRECISIONS, DeployRequest, check_output, check_precisions, read_chat_template_file
 from tests.checkpoints import CHAT_TEMPLATES
 
 ALLOWED = "abcdefghijklmnopqrstuvwxyz0123456789-"

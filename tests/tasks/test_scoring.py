@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-
-from infra.errors import BadInput
-from tasks.evaluation_set import EvaluationRow
-from tasks.patterns import MATCH_TIMEOUT_S, PROBE_TIMEOUT_S, compile_pattern, is_found
-from tasks.scoring import MAX_ROUGE_WORDS, SCORERS, parse_scorer, parse_scorer_text
-from tasks.strict_json import parse_json
+from slmops.infra.errors import BadInput
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S, PROBE_TIMEOUT_S, compile_pattern, is_found
+from slmops.tasks.questions.scoring import MAX_ROUGE_WORDS, SCORERS, parse_scorer, parse_scorer_text
+from slmops.tasks.questions.strict_json import parse_json
 
 MESSAGES = [{"role": "user", "content": "x"}]
 

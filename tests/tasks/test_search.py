@@ -10,22 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, GateSettings, MachineSettings, Settings
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.build.build import BuiltVariant, Recipe, torch_process
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, content_digest, inspect_checkpoint
+from slmops.tasks.exams.answers import evaluate_stored_variant, reference_in_use
+from slmops.tasks.exams.measurement import measure_stored_variant
+from slmops.tasks.questions.evaluation_set import EvaluationSet, chat_prompts
+from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.request.plan import parse_request
+from slmops.tasks.runs.progress import listening
+from slmops.tasks.verdict.pareto import Candidate
+from slmops.tasks.verdict.search import SearchOutcome, Trial, choose_recipes, last_search, record_trials, search_recipes
+from slmops.tasks.versions.commit import commit_version
 
-from infra.errors import BadInput, StageFailed
-from infra.process.supervisor import ChildProcess
-from infra.settings import BenchmarkSettings, EvaluationSettings, GateSettings, MachineSettings, Settings
-from infra.storage.opening import open_registry
-from tasks.build import BuiltVariant, Recipe, torch_process
-from tasks.checkpoint import PreparedCheckpoint, content_digest, inspect_checkpoint
-from tasks.choose import Candidate
-from tasks.evaluate import evaluate_stored_variant, reference_in_use
-from tasks.evaluation_set import EvaluationSet, chat_prompts
-from tasks.measure import measure_stored_variant
-from tasks.plan import parse_request
-from tasks.progress import listening
-from tasks.request import DeployRequest
-from tasks.search import SearchOutcome, Trial, choose_recipes, last_search, record_trials, search_recipes
-from tasks.store import commit_version
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 
@@ -247,7 +247,7 @@ class TestSearch:
             return Recipe(id=f"cpu-{name}", precision="int4", execution_provider="cpu", passes={"builder": builder})
 
         recipes = [recipe("int4", nodes_to_exclude=7), recipe("int4-fine", block_size=64)]
-        monkeypatch.setattr("tasks.search.plan_search", lambda request: recipes)
+        monkeypatch.setattr("slmops.tasks.verdict.search.plan_search", lambda request: recipes)
         registry = open_registry(small_settings)
         evaluation = EvaluationSet(rows=chat_prompts()[:1], origin="a prompt")
 
@@ -269,7 +269,7 @@ class TestSearch:
         def no_measure(*arguments: Any, **options: Any) -> None:
             raise StageFailed("It does not run.")
 
-        monkeypatch.setattr("tasks.search.measure_stored_variant", no_measure)
+        monkeypatch.setattr("slmops.tasks.verdict.search.measure_stored_variant", no_measure)
         built, outcome = search()
         assert built == []
         assert set(outcome.failures) == {"int4"}

@@ -1,8 +1,8 @@
 """Which variant serves under the model's name, and what is said of the others."""
 
-from tasks.budget import Budget
-from tasks.choose import Candidate
-from tasks.selection import Choice, Judged, choose_variant
+from slmops.tasks.request.budget import Budget
+from slmops.tasks.verdict.choice import Choice, Judged, choose_variant
+from slmops.tasks.verdict.pareto import Candidate
 
 RIGHT, WRONG = 1.0, 0.0
 

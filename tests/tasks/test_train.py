@@ -10,11 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-
-from infra.errors import BadInput
-from infra.settings import Settings
-from tasks import train
-from tasks.train import HELD_OUT_ROWS, TRAIN_ROWS, make_demo_checkpoint, output_schema, smart_home_dataset
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.tasks.training import demo as train
+from slmops.tasks.training.demo import (
+    HELD_OUT_ROWS,
+    TRAIN_ROWS,
+    make_demo_checkpoint,
+    output_schema,
+    smart_home_dataset,
+)
 
 
 def _command(row: train.Row) -> str:

@@ -1,0 +1,78 @@
+"""`slmops catalog`: the store's registered versions as a catalog that Foundry Local's runtime asks."""
+
+import contextlib
+import logging
+import signal
+import socket
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+import typer
+from slmops.deployments.cli.listening import check_address, listen
+from slmops.deployments.cli.output import print_line
+from slmops.deployments.cli.references import load_settings
+from slmops.infra.errors import BadInput
+
+if TYPE_CHECKING:
+    from slmops.infra.settings import Settings
+
+DEFAULT_PORT = 5274
+SHUTDOWN_S = 5
+
+Host = Annotated[str, typer.Option(help="Address to listen on; any but loopback takes SLMOPS_CATALOG__TOKEN.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: a free one.")]
+Upstream = Annotated[str | None, typer.Option(help="URL of a catalog whose models are listed after ours.")]
+
+
+def add_catalog_command(app: typer.Typer) -> None:
+    """Add this command to the command line."""
+    app.command()(catalog)
+
+
+def catalog(host: Host = "127.0.0.1", port: Port = DEFAULT_PORT, upstream: Upstream = None) -> None:
+    """Serve the store's registered versions as a Foundry Local catalog, until it is stopped."""
+    settings = load_settings()
+    check_address(host, "SLMOPS_CATALOG__TOKEN", "in the catalog's URL", has_token=bool(settings.catalog.token))
+    _check_upstream(upstream)
+    with contextlib.closing(listen(host, port)) as listener:
+        _serve(host, listener, upstream, settings)
+
+
+def _check_upstream(upstream: str | None) -> None:
+    if upstream is None:
+        return
+    with contextlib.suppress(ValueError):  # a port that is none, brackets that hold no address
+        parts = urlsplit(upstream)
+        # A password would end up in logs.
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
+            return
+    raise BadInput(
+        "The upstream catalog's address is no http:// or https:// URL without a user's name.", "Correct --upstream."
+    )
+
+
+def _serve(host: str, listener: socket.socket, upstream: str | None, settings: "Settings") -> None:
+    from slmops.deployments.server.environment import prepare_prefect
+
+    prepare_prefect(settings)  # before `tasks` is imported
+    import uvicorn
+    from slmops.infra.foundry.catalog import CATALOG_PATH
+    from slmops.infra.foundry.catalog_server import catalog_app
+    from slmops.infra.storage.opening import open_registry
+    from slmops.tasks.versions.catalog import StoreCatalog
+
+    # In place of what Prefect's import left there: it shows nothing of ours.
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
+    registry = open_registry(settings)
+    registry.objects.check()
+    token = settings.catalog.token.get_secret_value() if settings.catalog.token else None
+    app = catalog_app(StoreCatalog(registry).models, upstream, token)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
+    )
+    shown = f"[{host}]" if ":" in host else host
+    query = "?token=$SLMOPS_CATALOG__TOKEN" if token else ""
+    print_line(f"Catalog at http://{shown}:{listener.getsockname()[1]}{CATALOG_PATH}{query}")
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what ended it again, when all is done
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listener])

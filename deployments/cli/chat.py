@@ -1,0 +1,48 @@
+"""`slmops chat`: talk to a registered model through Foundry Local."""
+
+import sys
+
+from slmops.deployments.cli.output import print_line, print_note
+from slmops.infra.errors import BadInput
+from slmops.infra.foundry.chat import FoundryChat
+from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.registry import ModelRegistry
+
+MAX_NEW_TOKENS = 512
+
+
+def chat_with(registry: ModelRegistry, manifest: Manifest, settings: Settings) -> None:
+    """Read the user's turns from standard input and print the answers as they come; an empty line ends it.
+
+    Raises `BadInput` when no variant of the version is registered.
+    """
+    model_id = _registered_id(registry, manifest)
+    messages: list[dict[str, str]] = []
+    with FoundryChat(settings.foundry_dir, model_id, log_path=settings.cache_dir / "logs" / "chat.log") as chat:
+        print_note(f"{model_id} is loaded ({chat.load_ms:.0f} ms). An empty line ends the chat.")
+        while text := _next_turn():
+            messages.append({"role": "user", "content": text})
+            answer = ""
+            for piece in chat.answer(messages, MAX_NEW_TOKENS):
+                answer += piece
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            print_line("")
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _next_turn() -> str:
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    return sys.stdin.readline().strip()
+
+
+def _registered_id(registry: ModelRegistry, manifest: Manifest) -> str:
+    deployed = registry.latest_evidence(manifest, "deploy") or {"variants": []}
+    ids = {one["precision"]: one["foundry_model_id"] for one in deployed["variants"] if one["foundry_model_id"]}
+    for precision in ("int4", "int8", "fp16", "fp32"):
+        if precision in ids:
+            return str(ids[precision])
+    raise BadInput(f"No variant of {manifest.reference} is registered.", "Deploy it again; slmops show tells why.")

@@ -1,0 +1,124 @@
+"""What the command line shows: tables on standard output, progress and errors on standard error, or one JSON."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from slmops.infra.errors import SlmopsError
+
+SIDE_BY_SIDE = 4  # columns of figures that an 80-column terminal has room for
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document on standard output."""
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def print_line(text: str) -> None:
+    """Print a line of plain text on standard output."""
+    Console(highlight=False, soft_wrap=True).print(escape(text))
+
+
+def print_note(text: str) -> None:
+    """Print a line of plain text on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Print rows of the same columns as a table; a few rows too wide for the terminal stand side by side as columns."""
+    if not rows:
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(f"[bold]{escape(title)}[/bold]")
+    if not _fits(rows, console.width) and len(rows) <= SIDE_BY_SIDE:
+        first, *others = rows[0]
+        rows = [{first: key, **{row[first]: row[key] for row in rows}} for key in others]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in rows[0]:
+        table.add_column(escape(column), overflow="fold")
+    for row in rows:
+        table.add_row(*(_styled(value) for value in row.values()))
+    console.print(table)
+
+
+def print_plots(draw: Callable[[int], str]) -> None:
+    """Print plots of plain characters where standard output is a terminal that can show them.
+
+    `draw` takes the terminal's width in columns and returns the text, empty where it is too narrow.
+    """
+    if not sys.stdout.isatty():
+        return
+    text = draw(Console().width)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:  # a terminal of an older code page has no box characters
+        return
+    if text:
+        sys.stdout.write(f"\n{text}\n")
+
+
+def _fits(rows: Sequence[Mapping[str, str]], width: int) -> bool:
+    columns = [max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]]
+    return sum(columns) + 2 * len(columns) <= width
+
+
+def _styled(value: str) -> str:
+    colours = {"registered": "green", "unchanged": "green", "ok": "green", "passed": "green"}
+    colours |= {"rejected": "yellow", "failed": "red", "missing": "red"}
+    colour = colours.get(value)
+    return f"[{colour}]{value}[/{colour}]" if colour else escape(value)
+
+
+def print_error(error: SlmopsError, *, as_json: bool) -> None:
+    """Print what was wrong and what to do."""
+    if as_json:
+        print_json({"error": {"message": error.message, "what_to_do": error.what_to_do}})
+        return
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/bold red] {escape(error.message)}")
+    if error.what_to_do:
+        console.print(escape(error.what_to_do))
+
+
+class StageDisplay:
+    """One progress line per stage on standard error; plain lines where it is not a terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lines: dict[str, TaskID] = {}
+        self._told: dict[str, str] = {}
+
+    def __call__(self, stage: str, share: float, what: str) -> None:
+        """Show that a stage is at `share` (0 to 1), doing `what`."""
+        if not self._progress.console.is_terminal:
+            self._tell(stage, share, what)
+            return
+        if stage not in self._lines:
+            self._lines[stage] = self._progress.add_task(stage, total=1.0, what="")
+        self._progress.update(self._lines[stage], completed=share, what=escape(what))
+
+    def _tell(self, stage: str, share: float, what: str) -> None:
+        # A log wants few lines: one when a stage begins, one per quarter and one when it ends.
+        mark = f"{int(share * 4)}" if share < 1 else "end"
+        if self._told.get(stage) != mark:
+            self._told[stage] = mark
+            self._progress.console.print(f"{stage}: {share:4.0%} {what}".rstrip(), highlight=False, markup=False)
+
+
+@contextmanager
+def stage_display() -> Iterator[StageDisplay]:
+    """Yield the display of the stages' progress."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[what]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield StageDisplay(progress)

@@ -1,0 +1,33 @@
+"""`slmops serve`: the registered models behind OpenAI's API."""
+
+import contextlib
+from typing import Annotated
+
+import typer
+from slmops.deployments.cli.listening import check_address, listen
+from slmops.deployments.cli.references import load_settings
+
+DEFAULT_PORT = 5273
+
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Models to serve; default: all, those to come too.")
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; any but loopback takes SLMOPS_SERVE__TOKEN.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: a free one.")]
+
+
+def add_serve_command(app: typer.Typer) -> None:
+    """Add this command to the command line."""
+    app.command()(serve)
+
+
+def serve(names: Names = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -> None:
+    """Serve each model's champion by OpenAI's API, under the model's plain name, until it is stopped."""
+    settings = load_settings()
+    check_address(host, "SLMOPS_SERVE__TOKEN", "as their API key", has_token=bool(settings.serve.token))
+    with contextlib.closing(listen(host, port)) as listener:
+        import asyncio
+
+        from slmops.deployments.cli.model_server import serve_models
+
+        asyncio.run(serve_models(names or [], host, listener, settings))

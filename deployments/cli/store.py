@@ -1,0 +1,357 @@
+"""The commands on the store: copy, verify, collect, pack, ingest, compare, sign, and the registry's own notes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from slmops.deployments.cli.output import print_json, print_line, print_note, print_table, stage_display
+from slmops.deployments.cli.references import Json, Reference, Version, load_settings, the_registry, version_of
+from slmops.infra.errors import BadInput
+
+if TYPE_CHECKING:
+    from slmops.infra.settings import Settings
+
+Renumber = Annotated[
+    bool, typer.Option("--renumber", help="Take the next free number there if its own is another version's.")
+]
+
+
+def add_store_commands(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    for command in (push, pull, verify, ingest, diff, sign, sbom, alias, tag, note, gc):
+        app.command()(command)
+    app.command("export")(export_version)
+    app.command("import")(import_version)
+
+
+def push(reference: Version, renumber: Renumber = False, as_json: Json = False) -> None:
+    """Copy a version from this machine's own store to the one that SLMOPS_STORE__URI names."""
+    from slmops.infra.storage.opening import open_local_registry
+
+    settings = load_settings()
+    _copy(reference, open_local_registry(settings), _other_registry(settings), renumber=renumber, as_json=as_json)
+
+
+def pull(
+    reference: Reference,
+    renumber: Renumber = False,
+    foundry_cache: Annotated[
+        Path | None,
+        typer.Option(help="Bring the version to a device instead: into this Foundry cache, registered there."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a version from the store that SLMOPS_STORE__URI names to this machine's own store, or into a device."""
+    from slmops.infra.storage.opening import open_local_registry
+
+    settings = load_settings()
+    if foundry_cache is not None:
+        _bring(reference, foundry_cache, settings, as_json=as_json)
+        return
+    _copy(reference, _other_registry(settings), open_local_registry(settings), renumber=renumber, as_json=as_json)
+
+
+def _bring(reference: str, foundry_cache: Path, settings: "Settings", *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from slmops.tasks.versions.devices import bring_to_device
+
+    registry, manifest = version_of(reference)
+    if foundry_cache.exists() and not foundry_cache.is_dir():
+        raise BadInput(f"{foundry_cache} is a file.", "Name the folder that Foundry Local keeps its models in.")
+    with stage_display() as display:
+        brought = bring_to_device(
+            registry,
+            manifest,
+            foundry_cache.absolute(),
+            settings,
+            lambda done, total, what: display("pull", done / total if total else 0.0, what),
+        )
+    if as_json:
+        print_json({"name": manifest.name, "version": manifest.version, **asdict(brought)})
+        return
+    instead = f", in place of {', '.join(brought.replaced)}" if brought.replaced else ""
+    print_line(f"{brought.model_id} ({brought.precision}) answers from {brought.folder}{instead}.")
+
+
+def _other_registry(settings: "Settings") -> Any:
+    from slmops.infra.storage.opening import open_local_registry, open_registry
+
+    registry = open_registry(settings)
+    if registry.objects.uri("models") == open_local_registry(settings).objects.uri("models"):
+        raise BadInput(
+            "SLMOPS_STORE__URI names no store besides this machine's own.",
+            "Set it to s3://bucket/prefix, or to file:///folder of a shared folder.",
+        )
+    registry.objects.check()
+    return registry
+
+
+def _copy(reference: str, source: Any, target: Any, *, renumber: bool, as_json: bool) -> None:
+    from slmops.infra.storage.copying import copy_version
+
+    manifest = source.find(reference)
+    with stage_display() as display:
+        copied = copy_version(
+            manifest,
+            source,
+            target,
+            renumber=renumber,
+            on_progress=lambda done, total, what: display("copy", done / total, what),
+        )
+    _show_copied(copied, target, as_json=as_json)
+
+
+def _show_copied(copied: Any, target: Any, *, as_json: bool) -> None:
+    for text in target.objects.notices():
+        print_note(f"note: {text}")
+    if as_json:
+        stored = {"name": copied.manifest.name, "version": copied.manifest.version, "is_new": copied.is_new}
+        moved = {"moved_bytes": copied.moved_bytes, "skipped_bytes": copied.skipped_bytes}
+        print_json({**stored, **moved, "uri": target.uri(copied.manifest), "notes": list(target.objects.notices())})
+        return
+    state = "stored" if copied.is_new else "there already"
+    print_line(
+        f"{copied.manifest.reference} {state}: {target.uri(copied.manifest)} "
+        f"({copied.moved_bytes / 1e6:,.1f} MB moved, {copied.skipped_bytes / 1e6:,.1f} MB were there)"
+    )
+
+
+def verify(
+    reference: Reference,
+    repair: Annotated[bool, typer.Option("--repair", help="Put damaged files back from another copy here.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read every file of a version in the store, and name what is missing or altered."""
+    from dataclasses import asdict
+
+    from slmops.infra.storage.verification import verify_version
+
+    settings = load_settings()
+    registry, manifest = version_of(reference)
+    with stage_display() as display:
+        found = verify_version(registry, manifest, lambda done, total, what: display("verify", done / total, what))
+        if repair and not found.ok:
+            found = _repaired(registry, manifest, found, settings, display)
+    signature = _signature_state(registry, manifest, settings)
+    ok = found.ok and not signature.startswith("not valid")
+    if as_json:
+        damage = [{name: value for name, value in asdict(one).items() if name != "blob"} for one in found.damage]
+        counted = {"files": found.files, "size_bytes": found.size_bytes, "digest": found.manifest_sha256}
+        print_json({"reference": manifest.reference, "ok": ok, **counted, "damage": damage, "signature": signature})
+    else:
+        print_table("Damage", [{"what": one.what, "fault": one.fault, "detail": one.detail} for one in found.damage])
+        state = "whole" if found.ok else "damaged"
+        print_line(
+            f"{manifest.reference} is {state}: {found.files} files, {found.size_bytes / 1e6:,.1f} MB read, "
+            f"{len(found.damage)} damaged; signature: {signature}."
+        )
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _repaired(registry: Any, manifest: Any, found: Any, settings: "Settings", display: Any) -> Any:
+    from slmops.infra.storage.local import LocalObjectStore
+    from slmops.infra.storage.verification import repair_version, verify_version
+
+    local = LocalObjectStore(settings.home_dir / "store")
+    others = [one for one in (local, registry.cache) if one and one.uri("models") != registry.objects.uri("models")]
+    repair_version(registry, found, others, lambda done, total, what: display("repair", done / total, what))
+    return verify_version(registry, manifest, lambda done, total, what: display("verify again", done / total, what))
+
+
+def _signature_state(registry: Any, manifest: Any, settings: "Settings") -> str:
+    from slmops.infra.errors import StageFailed
+    from slmops.infra.storage.signatures import check_signature, is_signed
+
+    if not is_signed(registry, manifest):
+        return "none" if not settings.store.require_signature else "not valid: the version is not signed"
+    if settings.store.verification_key is None:
+        return "not looked at (SLMOPS_STORE__VERIFICATION_KEY is not set)"
+    try:
+        check_signature(registry, manifest, settings.store)
+    except StageFailed as error:
+        return f"not valid: {error.message}"
+    return "valid"
+
+
+def gc(
+    keep: Annotated[
+        int | None, typer.Option(help="Delete all but the newest versions, and those with an alias.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what nothing needs from the store and from this machine, beside running deploys."""
+    settings = load_settings()
+    _prepare(settings)
+    from slmops.tasks.versions.garbage import collect
+
+    registry = the_registry()
+    registry.objects.check()
+    with stage_display() as display:
+        found = collect(
+            registry,
+            settings,
+            keep=keep,
+            dry_run=dry_run,
+            on_progress=lambda done, total, what: display("collect", done / total if total else 0, what),
+        )
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    print_line(found.summary)
+    if found.in_use:
+        print_line(f"Kept, for a deploy works with them: {', '.join(found.in_use)}.")
+    if found.spared_blobs:
+        print_line(f"Kept {found.spared_blobs:,} files that work under way relies on.")
+
+
+def export_version(
+    reference: Reference, file: Annotated[Path, typer.Argument(help="New .tar file.")], as_json: Json = False
+) -> None:
+    """Pack a version with its evidence into one file, for machines without network."""
+    from slmops.infra.storage.archive import export_version as export
+
+    registry, manifest = version_of(reference)
+    with stage_display() as display:
+        packed = export(registry, manifest, file, lambda done, total, what: display("export", done / total, what))
+    if as_json:
+        document = {"reference": manifest.reference, "file": str(packed.file), "size_bytes": packed.size_bytes}
+        print_json({**document, "sha256": packed.sha256})
+        return
+    print_line(f"{manifest.reference} -> {packed.file} ({packed.size_bytes / 1e6:,.1f} MB, sha256 {packed.sha256})")
+
+
+def import_version(
+    file: Annotated[Path, typer.Argument(help="File that slmops export wrote.")],
+    sha256: Annotated[str | None, typer.Option(help="Digest that export printed: refuse any other file.")] = None,
+    renumber: Renumber = False,
+    as_json: Json = False,
+) -> None:
+    """Unpack an exported version into the store, once all of it is verified."""
+    from slmops.infra.storage.archive import import_version as unpack
+    from slmops.infra.storage.manifest import digest_of_file
+
+    settings = load_settings()
+    registry = the_registry()
+    registry.objects.check()
+    if sha256 and file.is_file() and (found := digest_of_file(file)) != sha256.lower():
+        raise BadInput(f"{file} has the SHA-256 {found}, not {sha256}.", "Copy it again from where it was exported.")
+    with stage_display() as display:
+        copied = unpack(
+            file,
+            registry,
+            settings.cache_dir / "work",
+            renumber=renumber,
+            on_progress=lambda done, total, what: display("import", done / total, what),
+        )
+    _show_copied(copied, registry, as_json=as_json)
+
+
+def ingest(
+    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or an evaluation file.")], as_json: Json = False
+) -> None:
+    """Put a checkpoint or a file into the store, so that any worker can read it by the address that is printed."""
+    from slmops.infra.storage.inputs import ingest as put_in
+
+    registry = the_registry()
+    registry.objects.check()
+    with stage_display() as display:
+        found = put_in(registry, path.expanduser(), lambda done, total, what: display("ingest", done / total, what))
+    if as_json:
+        print_json({"address": found.address, "kind": found.kind, "name": found.name, "size_bytes": found.size_bytes})
+        return
+    print_line(found.address)
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="NAME@VERSION")],
+    second: Annotated[str, typer.Argument(metavar="NAME@VERSION")],
+    as_json: Json = False,
+) -> None:
+    """Tell what sets two versions apart: source, builder, recipes, files and figures."""
+    from slmops.infra.storage.comparing import compare_versions
+
+    registry = the_registry()
+    found = compare_versions(registry.find(first), registry.find(second), registry)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    rows = [{"what": one.what, found.first: one.first, found.second: one.second} for one in found.differences]
+    print_table(f"{found.first} and {found.second}", rows)
+    print_line(
+        f"{'The same content' if found.same_content else 'Other content'}: {found.shared_bytes / 1e6:,.1f} of "
+        f"{found.size_bytes / 1e6:,.1f} MB of {found.second} are in {found.first} too."
+    )
+
+
+def sign(reference: Version) -> None:
+    """Sign a version with the key of SLMOPS_STORE__SIGNING_KEY; its signature is kept beside it."""
+    from slmops.infra.storage.signatures import sign_version
+
+    registry, manifest = version_of(reference)
+    sign_version(registry, manifest, load_settings().store)
+    print_line(f"{manifest.reference} is signed (sha256 {manifest.digest}).")
+
+
+def sbom(reference: Reference) -> None:
+    """Print the bill of materials of a version and what it was built with (CycloneDX, JSON)."""
+    registry, manifest = version_of(reference)
+    recorded = registry.latest_evidence(manifest, "sbom")
+    if recorded is None:
+        raise BadInput(f"{manifest.reference} has no bill of materials.", "Deploy its checkpoint again: it gets one.")
+    recorded.pop("recorded_at")
+    print_json(recorded)
+
+
+def alias(
+    reference: Reference,
+    name: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as `staging`; spelled like a model name.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away.")] = False,
+    reason: Annotated[str, typer.Option(help="Why; kept with the alias.")] = "set by hand",
+) -> None:
+    """Point an alias of your own to a version: NAME@ALIAS names it from then on."""
+    registry, manifest = version_of(reference)
+    if name == "champion":
+        raise BadInput(
+            "The champion is what Foundry Local serves; an alias alone cannot change that.",
+            f"Promote it: slmops promote {manifest.reference}.",
+        )
+    if remove:
+        registry.remove_alias(manifest.name, name)
+        print_line(f"{manifest.name} has no alias {name} now.")
+        return
+    registry.set_alias(manifest.name, name, manifest.version, reason)
+    print_line(f"{manifest.name}@{name} is {manifest.reference}.")
+
+
+def tag(
+    reference: Reference,
+    tags: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="KEY= takes a tag away.")],
+) -> None:
+    """Give a version tags, change them or take them away."""
+    registry, manifest = version_of(reference)
+    pairs = [text.partition("=") for text in tags]
+    bad = next((text for text, (key, mark, _) in zip(tags, pairs, strict=True) if not key or not mark), None)
+    if bad is not None:
+        raise BadInput(f"The tag {bad!r} is not KEY=VALUE.", "Write, for example, team=kitchen.")
+    for key, _, value in pairs:
+        registry.set_tag(manifest, key, value or None)
+    shown = ", ".join(f"{key}={value}" for key, value in registry.tags(manifest).items())
+    print_line(f"{manifest.reference}: {shown or 'no tags'}")
+
+
+def note(reference: Reference, text: Annotated[str, typer.Argument(help="What is to be remembered of it.")]) -> None:
+    """Write a note on a version; slmops show prints them."""
+    registry, manifest = version_of(reference)
+    if not text.strip():
+        raise BadInput("The note is empty.", "Write what is to be remembered.")
+    registry.add_note(manifest, text)
+    print_line(f"Noted on {manifest.reference}.")
+
+
+def _prepare(settings: "Settings") -> None:
+    from slmops.deployments.server.environment import prepare_prefect
+
+    prepare_prefect(settings)

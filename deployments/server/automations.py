@@ -1,0 +1,150 @@
+"""What `slmops up` has a Prefect server do by itself: deploy on an event, send notices, find lost runs."""
+
+from datetime import timedelta
+from typing import Any
+
+from slmops.deployments.server.registration import HEARTBEAT_S
+from slmops.events import CHECKPOINT_READY
+from slmops.infra.settings import Settings
+
+REGRESSION = "slmops.benchmark.regression"
+TAG = "prefect.tag.slmops"
+NOTICES_BLOCK = "slmops-notices"
+
+DEPLOY_ON_EVENT = "slmops: deploy a checkpoint that is ready"
+LOST_RUNS = "slmops: a run without a sign of life has crashed"
+FAILURE_NOTICE = "slmops: notice of a failed run"
+REGRESSION_NOTICE = "slmops: notice of a regression"
+
+# A run that misses three signs of life in a row is lost.
+LOST_AFTER_S = 3 * HEARTBEAT_S
+
+FAILED = ("Failed", "Crashed", "Rejected", "TimedOut")
+ENDED = (*FAILED, "Completed", "Cancelled", "Paused", "Suspended")
+
+
+def automations(deploy_id: Any, webhook_block_id: Any | None) -> list[Any]:
+    """Return the automations, ready to be created; those that post notices only where there is a webhook."""
+    from prefect.automations import Automation, CallWebhook, ChangeFlowRunState, EventTrigger, Posture, RunDeployment
+    from prefect.client.schemas.objects import StateType
+
+    found = [
+        Automation(
+            name=DEPLOY_ON_EVENT,
+            description="A training emits slmops.checkpoint.ready; its checkpoint is deployed.",
+            trigger=EventTrigger(
+                expect={CHECKPOINT_READY},
+                match={"prefect.resource.id": "slmops.model.*"},
+                posture=Posture.Reactive,
+                threshold=1,
+                within=timedelta(0),
+            ),
+            actions=[
+                RunDeployment(
+                    source="selected",
+                    deployment_id=deploy_id,
+                    parameters={
+                        # What is missing comes as an empty text, which the flow refuses by name.
+                        "checkpoint": _template("{{ event.payload.checkpoint }}"),
+                        "name": _template("{{ event.payload.name }}"),
+                        "training_run": {
+                            "__prefect_kind": "json",
+                            "value": _template("{{ event.payload.get('training_run') | tojson }}"),
+                        },
+                    },
+                )
+            ],
+        ),
+        Automation(
+            name=LOST_RUNS,
+            description="A worker was killed or lost its network: its run is marked as crashed.",
+            trigger=EventTrigger(
+                match={"prefect.resource.id": "prefect.flow-run.*"},
+                match_related={"prefect.resource.id": TAG, "prefect.resource.role": "tag"},
+                after={"prefect.flow-run.heartbeat"},
+                expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
+                for_each={"prefect.resource.id"},
+                posture=Posture.Proactive,
+                threshold=1,
+                within=timedelta(seconds=LOST_AFTER_S),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.CRASHED, name="Crashed", message=f"No sign of life for {LOST_AFTER_S} s."
+                )
+            ],
+        ),
+    ]
+    if webhook_block_id is None:
+        return found
+    failure = _notice("event.event", "flow_run.name", "flow_run.state.message")
+    regression = _notice("event.event", "event.payload.reference", "event.payload.summary")
+    return [
+        *found,
+        Automation(
+            name=FAILURE_NOTICE,
+            description="Posts to the webhook of SLMOPS_NOTICES__WEBHOOK_URL.",
+            trigger=EventTrigger(
+                expect={f"prefect.flow-run.{state}" for state in FAILED},
+                match={"prefect.resource.id": "prefect.flow-run.*"},
+                match_related={"prefect.resource.id": TAG, "prefect.resource.role": "tag"},
+                posture=Posture.Reactive,
+                threshold=1,
+                within=timedelta(0),
+            ),
+            actions=[CallWebhook(block_document_id=webhook_block_id, payload=failure)],
+        ),
+        Automation(
+            name=REGRESSION_NOTICE,
+            description="Posts to the webhook of SLMOPS_NOTICES__WEBHOOK_URL.",
+            trigger=EventTrigger(
+                expect={REGRESSION},
+                match={"prefect.resource.id": "slmops.model.*"},
+                posture=Posture.Reactive,
+                threshold=1,
+                within=timedelta(0),
+            ),
+            actions=[CallWebhook(block_document_id=webhook_block_id, payload=regression)],
+        ),
+    ]
+
+
+def _notice(event: str, subject: str, message: str) -> str:
+    fields = {"event": event, "subject": subject, "message": message}
+    return "{" + ", ".join(f'"{name}": {{{{ {source} | tojson }}}}' for name, source in fields.items()) + "}"
+
+
+def _template(text: str) -> dict[str, str]:
+    return {"__prefect_kind": "jinja", "template": text}
+
+
+def register_automations(settings: Settings) -> list[str]:
+    """Create the automations, or bring those of the same names up to date; returns their names.
+
+    One that was switched off stays off. Without a webhook the notices' automations are removed.
+    """
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        deploy_id = client.read_deployment_by_name("deploy/deploy").id
+        wanted = automations(deploy_id, _webhook_block(settings))
+        for name in {FAILURE_NOTICE, REGRESSION_NOTICE} - {one.name for one in wanted}:
+            for unwanted in client.read_automations_by_name(name):
+                client.delete_automation(unwanted.id)
+        for one in wanted:
+            known = next(iter(client.read_automations_by_name(one.name)), None)
+            if known:
+                one.id, one.enabled = known.id, known.enabled
+                one.update()
+            else:
+                one.create()
+    return [one.name for one in wanted]
+
+
+def _webhook_block(settings: Settings) -> Any | None:
+    from prefect.blocks.webhook import Webhook
+
+    url = settings.notices.webhook_url
+    if url is None:
+        return None
+    return Webhook(url=url, headers={"Content-Type": "application/json"}).save(NOTICES_BLOCK, overwrite=True)

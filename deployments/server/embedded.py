@@ -1,0 +1,159 @@
+"""Prefect's API for one command, where no server is configured.
+
+Prefect's own temporary server outlives a command that is killed. This one is a child process that ends with its
+parent, however that comes about: its standard input is a lifeline, as in `slmops.infra.process.child`.
+"""
+
+import atexit
+import contextlib
+import gc
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
+
+from slmops.deployments.server.embedded_database import make_database
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import PYTHON, child_environment
+
+if TYPE_CHECKING:
+    import uvicorn
+
+LOOPBACK = "127.0.0.1"
+# Where the database is not made ready (another version of Prefect), the first start migrates it.
+STARTUP_TIMEOUT_S = 300
+SHUTDOWN_TIMEOUT_S = 10
+POLL_INTERVAL_S = 0.05
+
+SERVER_ENVIRONMENT = {
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+}
+
+
+class EmbeddedServer:
+    """Prefect's API server as a child of this process, which it serves until this one ends.
+
+    It begins at once with what takes it seconds, its imports, so that a command's own go on meanwhile. Nothing is
+    written before `serve`. It stays for the client's last logs and events, which are sent while the interpreter exits.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [*PYTHON, "-m", "slmops.deployments.server.embedded"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=child_environment(SERVER_ENVIRONMENT),
+            start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle; the server ends after it
+        )
+        atexit.register(self.end)
+
+    def serve(self, log_path: Path) -> str:
+        """Have it serve on a free port of the loopback interface, with its log in a file, and return its URL.
+
+        Raises `StageFailed` when it does not come up.
+        """
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log_path.touch()
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen next
+            self._process.stdin.write(f"{log_path.absolute()}\n".encode())
+            self._process.stdin.flush()
+        return _wait_until_healthy(self._process, log_path)
+
+    def end(self) -> None:
+        """End it, at once where it does not serve yet; without this call it ends with this process."""
+        atexit.unregister(self.end)
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            self._process.wait(SHUTDOWN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _wait_until_healthy(process: "subprocess.Popen[bytes]", log_path: Path) -> str:
+    assert process.stdout
+    port = process.stdout.readline().decode().strip()
+    url = f"http://{LOOPBACK}:{port}/api"
+    direct = build_opener(ProxyHandler({}))
+    deadline = time.monotonic() + STARTUP_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with direct.open(f"{url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return url
+        except (URLError, OSError):
+            time.sleep(POLL_INTERVAL_S)
+    raise StageFailed("Prefect's embedded API server did not start.", f"See its log: {log_path}")
+
+
+# The child's side
+
+
+class _Lifeline:
+    """Standard input: its only line names the log and lets the server begin, its end is the command's."""
+
+    def __init__(self) -> None:
+        self._named: queue.Queue[str] = queue.Queue()
+        self.server: uvicorn.Server | None = None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in sys.stdin.buffer:
+            self._named.put(line.decode().rstrip("\n"))
+        if self.server is None:
+            os._exit(0)
+        self.server.should_exit = True
+        time.sleep(SHUTDOWN_TIMEOUT_S / 2)
+        os._exit(1)
+
+    def write_to_the_log(self) -> None:
+        """Wait for the log's path, and let standard error be that file."""
+        log = os.open(self._named.get(), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(log, 2)
+        os.close(log)
+
+
+def main() -> None:
+    """Serve as soon as standard input names a log, until it closes."""
+    lifeline = _Lifeline()
+    gc.disable()  # what the imports make stays: looking for garbage among it takes a tenth of their time
+    try:
+        import uvicorn
+        from prefect.server.api.server import create_app
+        from prefect.settings import get_current_settings
+
+        app = create_app(ephemeral=True, final=True)
+    finally:
+        lifeline.write_to_the_log()  # where an import that fails is told too
+    gc.freeze()
+    gc.enable()
+    prefect = get_current_settings()
+    database = prefect.home / "prefect.db"
+    connection_url = prefect.server.database.connection_url
+    if connection_url and connection_url.get_secret_value() == f"sqlite+aiosqlite:///{database}":
+        make_database(database)
+    listener = socket.socket()
+    listener.bind((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=2))
+    lifeline.server = server
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
+    server.run(sockets=[listener])
+    gc.freeze()  # the command waits for the end, at which the interpreter would look through all that is loaded
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The process environment in which Prefect is imported: which API, where its files go, nothing sent home."""
+
+import json
+import os
+import tomllib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slmops.deployments.server.embedded import EmbeddedServer
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.infra.storage.holders import has_ended, this_process
+
+LOOPBACK = ("127.0.0.1", "localhost")
+
+# Prefect's server and its SDK report usage by two channels; these two silence them.
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLI_PROMPT": "false",
+}
+
+
+def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None:
+    """Set Prefect's environment variables; call it before Prefect is imported.
+
+    The API is the one of `PREFECT_API_URL` or of the user's active profile, else that of a running `slmops up` of this
+    home directory; without one, `prefect_api` starts one on loopback whose database lives under the home directory.
+    """
+    for variable, value in _profile().items():
+        os.environ.setdefault(variable, value)
+    if not os.environ.get("PREFECT_API_URL") and (url := running_server(settings)):
+        os.environ["PREFECT_API_URL"] = url
+        _reach_loopback_directly()
+    # Prefect makes its home at its import. Where ours is not there yet that fails, and bad input must not make it.
+    warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
+    os.environ["PREFECT_HOME"] = str(prefect_home(settings))
+    os.environ.pop("PREFECT_PROFILE", None)  # its settings are in the environment now; our home has no profiles
+    os.environ.update(QUIET)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", (log_level or "INFO").upper())
+    # Without --log-level, what a run logs goes to its API; the terminal shows the stages' progress instead.
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = (log_level or "CRITICAL").upper()
+    if not os.environ.get("PREFECT_API_URL"):
+        _reach_loopback_directly()
+
+
+def _reach_loopback_directly() -> None:
+    bypass = (os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "").split(",")
+    hosts = dict.fromkeys(host for host in (*bypass, *LOOPBACK) if host)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(hosts)
+
+
+def running_server(settings: Settings) -> str | None:
+    """Return the API's URL of the server that a running `slmops up` of this home directory started, if there is one."""
+    try:
+        record = json.loads(_server_record(settings).read_bytes())
+        return None if has_ended(record["process"]) else str(record["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def announced_server(settings: Settings, url: str) -> Iterator[None]:
+    """Let other commands of this home directory find the server that this process started."""
+    path = _server_record(settings)
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps({"process": this_process(), "url": url}), "utf-8")
+    aside.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _server_record(settings: Settings) -> Path:
+    return prefect_home(settings) / "server.json"
+
+
+def prefect_home(settings: Settings) -> Path:
+    """Return the folder of Prefect's own files."""
+    return settings.home_dir / "prefect"
+
+
+def begin_embedded_server() -> EmbeddedServer | None:
+    """Begin the start of an embedded server, for `prefect_api`, where no API is configured."""
+    return None if os.environ.get("PREFECT_API_URL") else EmbeddedServer()
+
+
+@contextmanager
+def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iterator[None]:
+    """Have an API for flow runs: the configured one, or an embedded one, which may have `begun` its start."""
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    server = begun or EmbeddedServer()
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    prefect_home(settings).mkdir(parents=True, exist_ok=True)  # the server makes its database there, but no folder
+    log = settings.cache_dir / "logs" / "prefect-server.log"
+    # Nobody waits for a sign of life there, and the end of a run waits up to a second for who gives them.
+    with temporary_settings({PREFECT_API_URL: server.serve(log), PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
+def _profile() -> dict[str, str]:
+    """Return the settings of the user's active Prefect profile, or nothing; raises `BadInput` if it cannot be read."""
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser()
+    if not path.is_file():
+        return {}
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"Prefect's profiles in {path} cannot be read: {error}.", "Correct them, or set PREFECT_API_URL."
+        ) from None
+    active = os.environ.get("PREFECT_PROFILE") or document.get("active")
+    profile = document.get("profiles", {}).get(active, {})
+    return {name: str(value) for name, value in profile.items()}

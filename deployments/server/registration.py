@@ -1,0 +1,162 @@
+"""What `slmops up` makes known to a Prefect server: the work pools, and the deployments of `prefect.yaml`."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from slmops.infra.errors import BadInput
+
+PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
+POOL_TYPE = "process"
+
+# The shortest interval that Prefect takes. It goes with the deployments, so that every worker's runs keep it.
+HEARTBEAT_VARIABLE = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+HEARTBEAT_S = 30
+
+# A deployment without a pull step has each of its runs copy the folder in which it was registered, or the worker's own.
+# This one has runs stay in the worker's folder: what they import is installed.
+PULL_STEPS = [{"prefect.deployments.steps.set_working_directory": {"directory": "."}}]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A deployment by its full name, `FLOW/DEPLOYMENT`, and whether it was made, changed or left as it was."""
+
+    name: str
+    outcome: str
+
+
+def read_deployments(path: Path = PREFECT_FILE) -> list[dict[str, Any]]:
+    """Return the entries of a prefect.yaml; raises `BadInput` when it cannot be read."""
+    try:
+        entries = yaml.safe_load(path.read_text("utf-8"))["deployments"]
+        return [dict(entry) for entry in entries]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read: {error}.", "Correct it, or install slmops again.") from None
+
+
+def full_name(entry: dict[str, Any]) -> str:
+    """Return the name that Prefect's API knows a deployment by: flows and their deployments share their names."""
+    return f"{entry.get('flow', entry['name'])}/{entry['name']}"
+
+
+def variant_entries(pool: str) -> list[dict[str, Any]]:
+    """Return the deployments by which a pool's workers build and measure variants of deploys that run elsewhere.
+
+    They are named like their pool, which is what `SLMOPS_WORKER__POOL` and `__MEASURE_POOL` name.
+    """
+    return [
+        {
+            "flow": f"{what}-variant",
+            "name": pool,
+            "entrypoint": f"slmops.flows.variants.{what}_variant_on_worker",
+            "description": f"{what.capitalize()} one variant of a deploy. Started by deploys, not by hand.",
+            "version": package_version(),
+            "tags": ["slmops"],
+            "work_pool": {"name": pool, "job_variables": {"env": {HEARTBEAT_VARIABLE: str(HEARTBEAT_S)}}},
+        }
+        for what in ("build", "measure")
+    ]
+
+
+def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
+    """Register deployments; one that the server has in this version stays as it is.
+
+    One of another version gets its new form, and keeps its schedules: they are the user's to change.
+    Raises `BadInput` for a schedule that Prefect refuses.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    done = []
+    with get_client(sync_client=True) as client:
+        for entry in entries:
+            name = full_name(entry)
+            try:
+                known = client.read_deployment_by_name(name)
+            except ObjectNotFound:
+                known = None
+            wanted = (entry["version"], entry["entrypoint"], entry["work_pool"]["job_variables"], PULL_STEPS)
+            if known and (known.version, known.entrypoint, known.job_variables, known.pull_steps) == wanted:
+                done.append(Registered(name, "unchanged"))
+                continue
+            deployment_of(entry, with_schedules=known is None).apply()
+            done.append(Registered(name, "updated" if known else "created"))
+    return done
+
+
+def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> Any:
+    """Return Prefect's deployment of an entry of prefect.yaml; raises `BadInput` for a schedule that is not valid."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.runner.storage import LocalStorage
+
+    class Installed(LocalStorage):
+        def to_pull_step(self) -> list[dict[str, Any]]:  # type: ignore[override]  # which Prefect takes too
+            return PULL_STEPS
+
+    limit = entry.get("concurrency_limit")
+    deployment = RunnerDeployment.from_entrypoint(
+        entrypoint=entry["entrypoint"],
+        name=entry["name"],
+        schedules=[schedule_of(one, entry["name"]) for one in entry.get("schedules", ())] if with_schedules else None,
+        concurrency_limit=ConcurrencyLimitConfig.model_validate(limit) if limit else None,
+        parameters=dict(entry.get("parameters", {})),
+        description=entry.get("description"),
+        tags=list(entry["tags"]),
+        version=entry["version"],
+        work_pool_name=entry["work_pool"]["name"],
+        job_variables=dict(entry["work_pool"]["job_variables"]),
+    )
+    deployment.storage = Installed(".")
+    return deployment
+
+
+def schedule_of(schedule: dict[str, Any], name: str) -> Any:
+    """Return Prefect's schedule; raises `BadInput` for a cron or a time zone that is not valid."""
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.schedules import Cron
+    from pydantic import ValidationError
+
+    options = {key: value for key, value in schedule.items() if key != "cron"}
+    try:
+        made = Cron(schedule["cron"], **options)
+        CronSchedule(cron=schedule["cron"], timezone=schedule.get("timezone"))  # checks the time zone too
+    except (ValidationError, ValueError) as error:
+        fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise BadInput(
+            f"The schedule {schedule.get('cron')!r} of the deployment {name!r} is not valid: {fault}.",
+            "Write five fields and a time zone, such as 0 3 * * 0 and Europe/Berlin.",
+        ) from None
+    return made
+
+
+def ensure_pool(name: str) -> None:
+    """Make a work pool of processes unless there is one; raises `BadInput` for one of another type."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    with get_client(sync_client=True) as client:
+        try:
+            pool = client.read_work_pool(name)
+        except ObjectNotFound:
+            template = ProcessWorker.get_default_base_job_template()
+            with contextlib.suppress(ObjectAlreadyExists):  # another machine's `slmops up` was first
+                client.create_work_pool(WorkPoolCreate(name=name, type=POOL_TYPE, base_job_template=template))
+            return
+    if pool.type != POOL_TYPE:
+        raise BadInput(
+            f"The work pool {name!r} is of the type {pool.type!r}; slmops runs in pools of the type {POOL_TYPE!r}.",
+            "Choose another with --pool.",
+        )
+
+
+def package_version() -> str:
+    """Return the version of slmops, which is that of its deployments."""
+    return metadata.version("slmops")

@@ -1,0 +1,132 @@
+"""Prefect's own long-running commands as children: restarted when they end, and ended with whoever started them.
+
+Started as `python -m slmops.deployments.server.supervised ARGUMENT...`, it runs Prefect's command line. Standard
+input is the lifeline, as in `slmops.infra.process.child`: when it closes, the command is asked to stop, and after a
+while ended.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+from slmops.infra.process.supervisor import PYTHON
+
+STOP_GRACE_S = 20.0
+FIRST_DELAY_S = 1.0
+LONGEST_DELAY_S = 60.0
+STEADY_S = 60.0  # what ran for so long had started well
+
+
+class Supervised:
+    """One command of Prefect's; `name` is what it is called in messages."""
+
+    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._arguments = list(arguments)
+        self._environment = dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._delay_s = FIRST_DELAY_S
+        self._started_at = 0.0
+        self._start_at = 0.0
+
+    def start(self) -> None:
+        """Start the command."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*PYTHON, "-m", "slmops.deployments.server.supervised", *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle
+            )
+        self._started_at = time.monotonic()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it runs now."""
+        return self._process is not None and self._process.poll() is None
+
+    def look_after(self) -> str | None:
+        """Start it again where it ended, after a delay that grows with each time; returns what to tell, if anything."""
+        now = time.monotonic()
+        if self.is_running:
+            if now - self._started_at > STEADY_S:
+                self._delay_s = FIRST_DELAY_S
+            return None
+        if self._process is not None:
+            status = self._process.returncode
+            self._process, self._start_at = None, now + self._delay_s
+            told = (
+                f"{self.name} ended with status {status}; it starts again in {self._delay_s:.0f} s ({self.log_path})."
+            )
+            self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
+            return told
+        if now >= self._start_at:
+            self.start()
+        return None
+
+    def stop(self) -> None:
+        """Ask it to stop, and end it and all its descendants when it does not."""
+        process = self._process
+        if process is None:
+            return
+        assert process.stdin
+        descendants = _descendants(process.pid)
+        process.stdin.close()
+        try:
+            process.wait(STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            descendants += _descendants(process.pid)
+        for one in descendants:
+            try:
+                one.kill()
+            except psutil.Error:  # it has ended
+                continue
+        process.kill()
+        process.wait()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _stop_with_the_starter() -> None:
+    sys.stdin.buffer.read()
+    here = psutil.Process()
+    for one in here.children(recursive=True):  # flow runs: they end their own children
+        try:
+            one.send_signal(signal.SIGTERM)
+        except psutil.Error:
+            continue
+    os.kill(os.getpid(), signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+    time.sleep(STOP_GRACE_S / 2)
+    for one in here.children(recursive=True):
+        try:
+            one.kill()
+        except psutil.Error:
+            continue
+    os._exit(1)
+
+
+def main() -> None:
+    """Run Prefect's command line until standard input closes."""
+    from prefect.cli import app
+
+    threading.Thread(target=_stop_with_the_starter, daemon=True).start()
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What `slmops up --check` says: server, work pool, workers, deployments, schedules."""
+
+import os
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ConfigDict
+from slmops.deployments.server.registration import full_name
+
+TIMEOUT_S = 10.0
+
+
+class Check(BaseModel):
+    """One thing that must be there: what it is, what was found, and what to do where it is not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    what: str
+    ok: bool
+    found: str
+    what_to_do: str = ""
+
+
+class Running(BaseModel):
+    """All of them; `ok` when nothing is missing."""
+
+    model_config = ConfigDict(frozen=True)
+
+    ok: bool
+    api_url: str | None
+    checks: tuple[Check, ...]
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return the rows of a table for people."""
+        return [
+            {
+                "what": one.what,
+                "verdict": "ok" if one.ok else "missing",
+                "found": one.found,
+                "what to do": one.what_to_do,
+            }
+            for one in self.checks
+        ]
+
+
+def server_fault(url: str) -> str | None:
+    """Return why the API at a URL does not answer that it is healthy, or None when it does."""
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+    try:
+        answer = httpx.get(f"{url}/health", timeout=TIMEOUT_S)
+        # That call is open to all.
+        called = httpx.get(f"{url}/version", timeout=TIMEOUT_S, auth=(user, password) if user else None)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return str(error) or type(error).__name__
+    if called.status_code == httpx.codes.UNAUTHORIZED and not os.environ.get("PREFECT_API_KEY"):
+        return "PREFECT_API_AUTH_STRING is not the user and password that it wants"
+    return None if answer.status_code == 200 else f"it answers with status {answer.status_code}"
+
+
+def check_running(url: str | None, pool: str, entries: list[dict[str, Any]]) -> Running:
+    """Ask the server of Prefect's settings, at `url`, for all that `slmops up` starts; nothing is changed."""
+    from prefect.client.orchestration import get_client
+
+    if not url or (fault := server_fault(url)):
+        found = fault if url else "none: no PREFECT_API_URL, and no slmops up runs with this home directory"
+        advice = "Start it: slmops up" if not url else "Start it, or correct PREFECT_API_URL."
+        return Running(ok=False, api_url=url, checks=(Check(what="server", ok=False, found=found, what_to_do=advice),))
+    with get_client(sync_client=True) as client:
+        checks = [Check(what="server", ok=True, found=f"Prefect {client.api_version()} at {url}")]
+        checks += [*_check_pool(client, pool), *(one for entry in entries for one in _check_deployment(client, entry))]
+    return Running(ok=all(one.ok for one in checks), api_url=url, checks=tuple(checks))
+
+
+def _check_pool(client: Any, pool: str) -> list[Check]:
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        found = client.read_work_pool(pool)
+    except ObjectNotFound:
+        return [Check(what=f"work pool {pool}", ok=False, found="none", what_to_do=f"slmops up --pool {pool}")]
+    online = [one.name for one in client.read_workers_for_work_pool(pool) if one.status == "ONLINE"]
+    return [
+        Check(
+            what=f"work pool {pool}",
+            ok=not found.is_paused,
+            found="paused" if found.is_paused else "open",
+            what_to_do="Resume it in the UI." if found.is_paused else "",
+        ),
+        Check(
+            what="workers",
+            ok=bool(online),
+            found=", ".join(online) or "none online",
+            what_to_do="" if online else f"slmops up --pool {pool}",
+        ),
+    ]
+
+
+def _check_deployment(client: Any, entry: dict[str, Any]) -> list[Check]:
+    from prefect.exceptions import ObjectNotFound
+
+    name = full_name(entry)
+    try:
+        found = client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return [Check(what=f"deployment {name}", ok=False, found="none", what_to_do="slmops up registers it.")]
+    checks = [Check(what=f"deployment {name}", ok=True, found=f"version {found.version}")]
+    for one in found.schedules:
+        if not one.active or found.paused:
+            checks.append(Check(what=f"schedule of {name}", ok=True, found=f"{_shown(one.schedule)}, switched off"))
+            continue
+        due = _next_run(client, found.id)
+        checks.append(
+            Check(
+                what=f"schedule of {name}",
+                ok=due is not None,
+                found=f"{_shown(one.schedule)}, next run {due or 'never'}",
+                what_to_do="" if due else "Its times are past, or never come: change it.",
+            )
+        )
+    return checks
+
+
+def _shown(schedule: Any) -> str:
+    rule = getattr(schedule, "cron", None) or getattr(schedule, "rrule", None) or f"every {schedule.interval}"
+    return f"{rule} ({schedule.timezone or 'UTC'})"
+
+
+def _next_run(client: Any, deployment_id: Any) -> str | None:
+    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    runs = client.read_flow_runs(
+        deployment_filter=DeploymentFilter.model_validate({"id": {"any_": [deployment_id]}}),
+        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}}),
+        sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+        limit=1,
+    )
+    return runs[0].expected_start_time.isoformat(timespec="seconds") if runs else None

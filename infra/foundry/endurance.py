@@ -1,0 +1,46 @@
+"""Long use and difficult input in Foundry Local."""
+
+from pathlib import Path
+from typing import Any
+
+from slmops.infra.foundry import runtime
+from slmops.infra.process import endurance as exercises
+from slmops.infra.process.child import Progress
+
+REPEATS = 9
+
+
+def exercise(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Load a model folder that is registered nowhere, and soak and try it; see `infra.process.endurance.exercise`.
+
+    Request, besides that function's: `model_dir`, `cache_dir` (empty, to be thrown away afterwards: the runtime
+    writes there).
+
+    Result: `{"journal": str}`. Raises `StageFailed` for a model that does not load.
+    """
+    progress(0, 1, "loading the model")
+    model = runtime.open_folder(Path(request["model_dir"]), Path(request["cache_dir"]))
+    exercises.exercise(_Opened(model), request, progress)
+    return {"journal": request["journal"]}
+
+
+class _Opened:
+    """The runtime as another program uses it, without the checks of `slmops.infra.foundry.runtime.answer`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.context_length = int(model.info.context_length)
+
+    def count_prompt_tokens(self, messages: exercises.Messages) -> int:
+        return runtime.count_prompt_tokens(self._model, messages)
+
+    def answer(self, messages: exercises.Messages, max_new_tokens: int) -> str:
+        return runtime.answer_unchecked(self._model, messages, max_new_tokens)
+
+    def takes_for_control_token(self, text: str, token_id: int) -> bool:
+        # Foundry shows no token ids, only how many. A control token's text is several tokens when it is ordinary text
+        # (a vocabulary does not have it twice), so that one more token per repetition is the control token.
+        once, repeated = (
+            self.count_prompt_tokens([{"role": "user", "content": "a" + text * times}]) for times in (1, REPEATS)
+        )
+        return repeated - once == REPEATS - 1

@@ -1,0 +1,61 @@
+"""Long use and difficult input in onnxruntime-genai."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from slmops.infra.genai.runtime import GenaiModel
+from slmops.infra.process import endurance as exercises
+from slmops.infra.process.child import Progress
+
+
+def exercise(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Open a model folder once, and soak and try it; see `slmops.infra.process.endurance.exercise`.
+
+    Request, besides that function's: `model_dir`, `threads`, `execution_provider` (or null).
+
+    Result: `{"journal": str}`. Raises `StageFailed` for a model that cannot be opened.
+    """
+    progress(0, 1, "loading the model")
+    opened = GenaiModel(
+        Path(request["model_dir"]),
+        threads=request["threads"],
+        execution_provider=request.get("execution_provider"),
+    )
+    exercises.exercise(_Opened(opened), request, progress)
+    return {"journal": request["journal"]}
+
+
+class _Opened:
+    """The runtime as another program uses it, without the checks of `GenaiModel` before a request."""
+
+    def __init__(self, model: GenaiModel) -> None:
+        self._model = model
+        self.context_length = model.context_length
+
+    def count_prompt_tokens(self, messages: exercises.Messages) -> int:
+        return len(self._prompt_ids(messages))
+
+    def answer(self, messages: exercises.Messages, max_new_tokens: int) -> str:
+        prompt_ids = self._prompt_ids(messages)
+        max_length = len(prompt_ids) + max_new_tokens
+        if len(prompt_ids) < self.context_length:
+            max_length = min(max_length, self.context_length)
+        generator = self._model.start(max_length)  # refuses a longer one before it takes any memory
+        generator.append_tokens(np.asarray(prompt_ids, np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        answer_ids = [int(token) for token in generator.get_sequence(0)[len(prompt_ids) :]]
+        return self._model.decode(self._model.without_end(answer_ids))
+
+    def takes_for_control_token(self, text: str, token_id: int) -> bool:
+        plain, typed = (
+            self._prompt_ids([{"role": "user", "content": content}]).count(token_id) for content in ("a", f"a{text}")
+        )
+        return typed > plain
+
+    def _prompt_ids(self, messages: exercises.Messages) -> list[int]:
+        tokenizer = self._model.tokenizer
+        prompt = tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
+        return [int(token) for token in tokenizer.encode(prompt)]

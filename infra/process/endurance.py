@@ -1,0 +1,218 @@
+"""The child's side of an exercise: long use and difficult input, for any runtime that answers conversations.
+
+The child may die at any step. So every step is written to a journal before it begins and when it has ended; the
+supervisor's side reads there what was under way.
+"""
+
+import faulthandler
+import gc
+import itertools
+import json
+import time
+import traceback
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+from slmops.infra.errors import SlmopsError, StageFailed
+from slmops.infra.process.child import Progress
+
+Messages = Sequence[dict[str, str]]
+
+# Half a minute's work on two cores, where a model of 0.5 B parameters processes 80 tokens a second.
+MAX_PROMPT_TOKENS = 2048
+DETAIL_CHARACTERS = 200
+LONG_USE = "long use"  # the soak's name among the steps
+
+
+class OpenedModel(Protocol):
+    """A model that a runtime has loaded; its methods raise whatever the runtime raises."""
+
+    context_length: int
+
+    def count_prompt_tokens(self, messages: Messages) -> int:
+        """Length of the prompt that the runtime makes of a conversation."""
+
+    def answer(self, messages: Messages, max_new_tokens: int) -> str:
+        """Text of the greedy answer; what does not fit the context is refused by the runtime itself."""
+
+    def takes_for_control_token(self, text: str, token_id: int) -> bool:
+        """Whether the text of a control token inside a user's message becomes that token."""
+
+
+def exercise(model: OpenedModel, request: dict[str, Any], progress: Progress) -> None:
+    """Soak an opened model, then give it the edge inputs; what happened is in the journal.
+
+    Request: `conversations` (at least one; they are cycled over, and the first is the ordinary request), `requests`
+    (0: no soak), `new_tokens` (at most, per answer), `edge_inputs` [{name, messages, control_tokens: [[text, id]]}],
+    `step_deadline_s` (the process ends itself when one step takes longer), `journal` (path of a file to append to).
+
+    The journal is JSON Lines: `{"begun": name, "request": int or null, "at": time.time()}` before each step;
+    `{"rss_bytes": [int]}` after a soak that ended; `{"outcome": {...}}`, the fields of
+    `EdgeInputOutcome` of tasks/exams/endurance.py, per input, and for a soak in which a request was refused;
+    `{"note": text}`.
+
+    Raises `StageFailed` when the model does not answer an ordinary request before the first edge input.
+    """
+    requests, new_tokens = request["requests"], request["new_tokens"]
+    conversations: list[Messages] = request["conversations"]
+    edge_inputs: list[dict[str, Any]] = request["edge_inputs"]
+    total = requests + len(edge_inputs)
+    with Path(request["journal"]).open("a", encoding="utf-8") as file:
+        journal = _Journal(file, request["step_deadline_s"])
+        if requests:
+            turns = itertools.islice(itertools.cycle(conversations), requests)
+            _soak(model, list(turns), new_tokens, journal, lambda done: progress(done, total, LONG_USE))
+        if edge_inputs:
+            ordinary = _OrdinaryRequest(model, conversations[0], new_tokens, journal)
+            for done, edge_input in enumerate(edge_inputs, requests):
+                progress(done, total, f"edge input: {edge_input['name']}")
+                journal.write({"outcome": _try_edge_input(model, edge_input, new_tokens, ordinary, journal)})
+    progress(total, total, "exercised")
+
+
+class _Journal:
+    def __init__(self, file: Any, step_deadline_s: float) -> None:
+        self._file = file
+        self._step_deadline_s = step_deadline_s
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()  # to the operating system, which keeps it when this process dies
+
+    @contextmanager
+    def step(self, name: str, request: int | None = None) -> Iterator[None]:
+        self.write({"begun": name, "request": request, "at": time.time()})
+        # A watchdog in C: native code that hangs may keep Python's lock for ever.
+        faulthandler.dump_traceback_later(self._step_deadline_s, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _soak(
+    model: OpenedModel,
+    turns: Sequence[Messages],
+    new_tokens: int,
+    journal: _Journal,
+    on_request: Callable[[int], None],
+) -> None:
+    process = psutil.Process()
+    rss_bytes = array("q", [0] * len(turns))  # its memory is taken before the first request
+    for index, messages in enumerate(turns):
+        on_request(index)
+        with journal.step(LONG_USE, index + 1):
+            try:
+                model.answer(messages, new_tokens)
+            except Exception as error:  # whatever a runtime raises; its process lives
+                detail = f"request {index + 1} of {len(turns)}: {_shown(_reason(error))}"
+                journal.write({"outcome": _outcome(LONG_USE, "refused", detail, alive=False)})
+                return
+        gc.collect()  # Python's own garbage is not the runtime's leak
+        rss_bytes[index] = process.memory_info().rss
+    journal.write({"rss_bytes": rss_bytes.tolist()})
+
+
+def _outcome(name: str, outcome: str, detail: str, **further: Any) -> dict[str, Any]:
+    return {"name": name, "outcome": outcome, "detail": detail, **further}
+
+
+class _OrdinaryRequest:
+    """An ordinary conversation, whose greedy answer stays the same as long as the runtime is well."""
+
+    def __init__(self, model: OpenedModel, messages: Messages, new_tokens: int, journal: _Journal) -> None:
+        self._model, self._messages, self._new_tokens = model, messages, new_tokens
+        try:
+            self._expected = {self._ask(), self._ask()}
+        except Exception as error:
+            raise StageFailed(
+                f"The model does not answer an ordinary request: {_reason(error)}.", "See the stage's log."
+            ) from error
+        if len(self._expected) > 1:
+            journal.write({"note": "Greedy answers to the same request differ here; any answer counts as alive."})
+
+    def _ask(self) -> str:
+        return self._model.answer(self._messages, self._new_tokens)
+
+    def is_answered_as_before(self) -> bool:
+        try:
+            answer = self._ask()
+        except Exception:
+            traceback.print_exc()  # to the stage's log
+            return False
+        return len(self._expected) > 1 or answer in self._expected
+
+
+def _try_edge_input(
+    model: OpenedModel, edge_input: dict[str, Any], new_tokens: int, ordinary: _OrdinaryRequest, journal: _Journal
+) -> dict[str, Any]:
+    with journal.step(edge_input["name"]):
+        messages, prompt_tokens = _fitting(model, edge_input["name"], edge_input["messages"], journal)
+        started = time.perf_counter()
+        try:
+            outcome, detail = "answered", model.answer(messages, new_tokens)
+        except Exception as error:  # whatever a runtime raises: it refused, and its process lives
+            outcome, detail = "refused", _reason(error)
+        wall_ms = 1000 * (time.perf_counter() - started)
+        return _outcome(
+            edge_input["name"],
+            outcome,
+            _shown(detail),
+            prompt_tokens=prompt_tokens,
+            alive=ordinary.is_answered_as_before(),
+            control_tokens=_control_tokens(model, edge_input["control_tokens"], journal),
+            wall_ms=wall_ms,
+        )
+
+
+def _fitting(model: OpenedModel, name: str, messages: Messages, journal: _Journal) -> tuple[Messages, int | None]:
+    """Return the conversation and its prompt's length, the last message cut where that takes too long to process.
+
+    What is longer than the context stays whole: it is the runtime's to refuse. None for a prompt that the runtime
+    does not render.
+    """
+    text = messages[-1]["content"] if messages else ""
+    try:
+        prompt_tokens = model.count_prompt_tokens(messages)
+        if "\0" in text and prompt_tokens < model.count_prompt_tokens(_ending(messages, text.replace("\0", ""))):
+            journal.write({"note": "A NUL character in a message drops what follows it, without an error."})
+        if prompt_tokens <= model.context_length:
+            kept = text
+            while prompt_tokens > MAX_PROMPT_TOKENS and kept:
+                kept = kept[: len(kept) * MAX_PROMPT_TOKENS // prompt_tokens]
+                prompt_tokens = model.count_prompt_tokens(_ending(messages, kept))
+            if kept != text:
+                journal.write({"note": f"{name}: cut to {len(kept):,} of {len(text):,} characters to save time."})
+                messages = _ending(messages, kept)
+    except Exception:
+        traceback.print_exc()  # to the stage's log; the runtime is asked all the same
+        return messages, None
+    return messages, prompt_tokens
+
+
+def _ending(messages: Messages, text: str) -> Messages:
+    return [*messages[:-1], {**messages[-1], "content": text}]
+
+
+def _control_tokens(model: OpenedModel, typed: Sequence[tuple[str, int]], journal: _Journal) -> bool | None:
+    if not typed:
+        return None
+    taken = [text for text, token_id in typed if model.takes_for_control_token(text, token_id)]
+    if taken:
+        journal.write({"note": f"Typed by a user, these become control tokens: {' '.join(taken)}."})
+    return bool(taken)
+
+
+def _reason(error: Exception) -> str:
+    text = error.message if isinstance(error, SlmopsError) else str(error)
+    return text.strip().rstrip(".") or type(error).__name__
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text on one line, what is not printable escaped as in Python."""
+    beginning = text[:DETAIL_CHARACTERS]
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in beginning)

@@ -1,0 +1,85 @@
+"""Go on with a multipart upload that a killed process left behind; boto3's transfer manager starts each anew."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slmops.infra.storage.objects import OnBytes
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a file is cut: bytes per part, and (for servers that verify them) the SHA-256 of each part in base 64."""
+
+    path: Path
+    size_bytes: int
+    part_bytes: int
+    sha256: Sequence[str] | None
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return -(-self.size_bytes // self.part_bytes)
+
+    def read(self, number: int) -> bytes:
+        """Return the bytes of a part; numbers begin at 1."""
+        with self.path.open("rb") as stream:
+            stream.seek((number - 1) * self.part_bytes)
+            return stream.read(self.part_bytes)
+
+    def checksum(self, number: int) -> dict[str, str]:
+        """Return the checksum of a part as boto3 takes it."""
+        return {"ChecksumSHA256": self.sha256[number - 1]} if self.sha256 else {}
+
+
+def resume_upload(client: "S3Client", bucket: str, key: str, parts: Parts, at_once: int, on_bytes: OnBytes) -> bool:
+    """Complete the newest unfinished upload of a key, if its parts are this file's; False, and nothing done, otherwise.
+
+    A part that is there counts only if its size and MD5 (its ETag) are the file's. Somebody else may be at work on the
+    same upload: both then send the same bytes, one completes it, and the other finds the object there. Raises
+    botocore's errors.
+    """
+    pending = client.list_multipart_uploads(Bucket=bucket, Prefix=key).get("Uploads", [])
+    own = sorted((one for one in pending if one["Key"] == key), key=lambda one: one["Initiated"])
+    if not own:
+        return False
+    upload = {"Bucket": bucket, "Key": key, "UploadId": own[-1]["UploadId"]}
+    done = _parts_there(client, upload, parts)
+    if not done:
+        return False
+    for number in done:
+        on_bytes(len(parts.read(number)) if number == parts.count else parts.part_bytes)
+
+    def send(number: int) -> None:
+        body = parts.read(number)
+        sent: Any = {**upload, "PartNumber": number, "Body": body, **parts.checksum(number)}
+        done[number] = client.upload_part(**sent)["ETag"]
+        on_bytes(len(body))
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(send, [number for number in range(1, parts.count + 1) if number not in done]))
+    completed: Any = [{"PartNumber": number, "ETag": done[number], **parts.checksum(number)} for number in sorted(done)]
+    finished: Any = {**upload, "MultipartUpload": {"Parts": completed}}
+    client.complete_multipart_upload(**finished)
+    return True
+
+
+def _parts_there(client: "S3Client", upload: dict[str, str], parts: Parts) -> dict[int, str]:
+    """Return number -> ETag of the parts that are there; none where one is not this file's."""
+    there: dict[int, str] = {}
+    target: Any = upload
+    for page in client.get_paginator("list_parts").paginate(**target):
+        for one in page.get("Parts", []):
+            number = one["PartNumber"]
+            body = parts.read(number) if number <= parts.count else b""
+            md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
+            if one["Size"] != len(body) or one["ETag"].strip('"') != md5:
+                return {}
+            there[number] = one["ETag"]
+    return there

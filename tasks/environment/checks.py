@@ -1,0 +1,425 @@
+"""Stage "environment": does this machine have the stack that was proven, and room for this checkpoint."""
+
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.version import Version
+from prefect import task
+from pydantic import BaseModel, ConfigDict
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.foundry.command import CommandFailed, installed_command
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.opening import open_object_store
+from slmops.tasks.checkpoint.preparation import Inspection, inspect_checkpoint
+from slmops.tasks.request.deploy_request import PRECISIONS
+
+DISTRIBUTION = "slmops"
+LOCK_FILE = Path(__file__).resolve().parents[2] / "constraints.txt"
+PYTHON_MIN, PYTHON_BELOW = (3, 11), (3, 14)
+SYSTEMS = ("Linux", "Darwin", "Windows")
+STACK = (
+    "olive-ai", "onnxruntime-genai", "onnxruntime", "foundry-local-sdk", "transformers", "tokenizers",
+    "safetensors", "torch", "onnx", "onnx-ir", "numpy", "peft", "prefect", "fastapi", "pydantic",
+)  # fmt: skip
+# What the builder writes must be what the serving runtime reads: Foundry Local loads these two packages.
+BUNDLED_BY_FOUNDRY = {"onnxruntime": "onnxruntime", "onnxruntime-genai-core": "onnxruntime-genai"}
+CMAKE_MIN = Version("3.31")
+
+GB = 1_000_000_000
+
+
+class Check(BaseModel):
+    """One row of the environment table."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    required: str
+    found: str
+    ok: bool
+    what_to_do: str = ""
+
+
+class StageEstimate(BaseModel):
+    """What a stage is expected to take: wall time in s, peak memory and lasting disk space in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    time_s: float
+    ram_bytes: int
+    disk_bytes: int
+
+
+# Peak resident memory of a build, in bytes: a floor for Python, torch, Olive and the builder; per parameter what is
+# fused before it is written (Q, K and V); and the largest tensor as it is read, in fp32, and quantized.
+# tests/benchmarks/build_resources.py prints the error of this estimate.
+BUILD_RAM_FLOOR_BYTES = 780_000_000
+BUILD_RAM_BYTES_PER_PARAMETER = 0.2
+BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR = {"fp16": 6.0, "int8": 7.3, "int4": 6.7}
+# Where weights are quantized all at once (infra/olive/streamed_quantization.py): per parameter, and per element of the
+# largest tensor on top.
+BUILD_RAM_BYTES_AT_ONCE = {"int8": (7.3, 11.4), "int4": (6.2, 7.9)}
+BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 18.0, "int8": 48.0, "int4": 48.0}
+BUILD_FLOOR_S = 8.0
+# Bytes per parameter on disk: weights, plus one fp32 scale per block of 32 for int8 and int4.
+DISK_BYTES_PER_PARAMETER = {"fp16": 2.0, "int8": 1.13, "int4": 0.66}
+TOKENIZER_BYTES = 20_000_000
+RUNTIME_RAM_FLOOR_BYTES = 600_000_000
+REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint is in
+REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
+VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
+EXERCISE_S_PER_BILLION_PARAMETERS = 600.0  # long use and difficult input, in two runtimes
+
+
+def locked_versions() -> dict[str, str]:
+    """Return the proven version of each package of the stack.
+
+    They come from the lock file of a checkout; an installed package has none and gets its requirements' ranges.
+    """
+    if LOCK_FILE.is_file():
+        lines = (line.split("#")[0].strip() for line in LOCK_FILE.read_text("utf-8").splitlines())
+        pins = dict(line.split("==", 1) for line in lines if "==" in line)
+        return {name: f"=={pins[name]}" for name in STACK if name in pins}
+    requirements = (Requirement(text) for text in metadata.requires(DISTRIBUTION) or [])
+    return {one.name: str(one.specifier) for one in requirements if one.name in STACK and not one.marker}
+
+
+def check_packages() -> list[Check]:
+    """Compare every installed package of the stack with the lock, and Foundry's runtime with the builder's."""
+    checks = []
+    for name, wanted in locked_versions().items():
+        found = _installed(name)
+        proven = found is not None and Requirement(f"{name}{wanted}").specifier.contains(found, prereleases=True)
+        checks.append(
+            Check(
+                name=name,
+                required=wanted.removeprefix("=="),
+                found=found or "not installed",
+                ok=proven,
+                what_to_do="" if proven else f"pip install '{name}{wanted}'",
+            )
+        )
+    return [*checks, *_check_bundled_runtime()]
+
+
+def _check_bundled_runtime() -> list[Check]:
+    pins: dict[str, str] = {}
+    for text in _requires("foundry-local-sdk"):
+        requirement = Requirement(text)
+        if requirement.name in BUNDLED_BY_FOUNDRY and (not requirement.marker or requirement.marker.evaluate()):
+            pins[requirement.name] = str(requirement.specifier).removeprefix("==")
+    checks = []
+    for runtime, builder in BUNDLED_BY_FOUNDRY.items():
+        bundled, installed = pins.get(runtime, "unknown"), _installed(builder) or "not installed"
+        # A Windows build of the SDK may bring another patch release; the model format follows major.minor.
+        same = bundled.split(".")[:2] == installed.split(".")[:2]
+        checks.append(
+            Check(
+                name=f"Foundry Local's {runtime}",
+                required=f"{installed} (the builder's)",
+                found=bundled,
+                ok=same,
+                what_to_do="" if same else f"Install the {builder} that foundry-local-sdk asks for: {bundled}",
+            )
+        )
+    return checks
+
+
+def check_system(*, source_build: bool = False) -> list[Check]:
+    """Check Python and the operating system, and with `source_build` the CMake that genai's own build needs."""
+    python = platform.python_version()
+    checks = [
+        Check(
+            name="Python",
+            required=f"{'.'.join(map(str, PYTHON_MIN))} to {PYTHON_BELOW[0]}.{PYTHON_BELOW[1] - 1}",
+            found=python,
+            ok=PYTHON_MIN <= sys.version_info[:2] < PYTHON_BELOW,
+            what_to_do="" if PYTHON_MIN <= sys.version_info[:2] < PYTHON_BELOW else "Install Python 3.11",
+        ),
+        Check(
+            name="Operating system",
+            required="Linux, macOS or Windows, 64 bit",
+            found=f"{platform.system()} {platform.machine()}",
+            ok=platform.system() in SYSTEMS and sys.maxsize > 2**32,
+            what_to_do="",
+        ),
+    ]
+    if source_build:
+        checks.append(_check_cmake())
+    return checks
+
+
+def _check_cmake() -> Check:
+    import subprocess
+
+    path = shutil.which("cmake")
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout if path else ""
+    match = re.search(r"(\d+\.\d+(\.\d+)?)", output)
+    found = match.group(1) if match else "not found"
+    ok = bool(match) and Version(found) >= CMAKE_MIN
+    advice = "" if ok else "pip install 'cmake>=3.31'"
+    return Check(name="CMake", required=f">={CMAKE_MIN}", found=found, ok=ok, what_to_do=advice)
+
+
+def check_execution_provider(execution_provider: str, available: Iterable[str]) -> Check:
+    """Check that onnxruntime can run on an execution provider (`cpu`, `cuda`, `dml`, `webgpu`)."""
+    names = [name.removesuffix("ExecutionProvider").lower() for name in available]
+    ok = execution_provider in names
+    return Check(
+        name="Execution provider",
+        required=execution_provider,
+        found=", ".join(names),
+        ok=ok,
+        what_to_do="" if ok else f"Install the onnxruntime-genai package for {execution_provider}, or use cpu.",
+    )
+
+
+def estimate_stages(
+    inspection: Inspection,
+    precisions: Sequence[str],
+    *,
+    rows: int,
+    positions: int = 1024,
+    whole_model: Collection[str] = (),
+) -> list[StageEstimate]:
+    """Estimate what each stage of a deploy takes on two cores; the memory of a stage is that of its child process.
+
+    `whole_model` are the precisions whose weights are quantized all at once (`slmops.tasks.build.build.Recipe`).
+    """
+    parameters = inspection.parameters
+    billions = parameters / 1e9
+    builds = [] if inspection.kind == "genai" else list(precisions)
+    estimates = [
+        StageEstimate(
+            stage=f"build {precision}",
+            time_s=BUILD_FLOOR_S + BUILD_S_PER_BILLION_PARAMETERS[precision] * billions,
+            ram_bytes=estimate_build_ram(inspection, precision, whole_model=precision in whole_model),
+            disk_bytes=int(DISK_BYTES_PER_PARAMETER[precision] * parameters) + TOKENIZER_BYTES,
+        )
+        for precision in builds
+    ]
+    if inspection.kind != "genai":
+        estimates.append(
+            StageEstimate(
+                stage="reference",
+                time_s=10 + REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows,
+                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + REFERENCE_BYTES_PER_PARAMETER * parameters,
+                disk_bytes=4 * positions * inspection.vocabulary_size,
+            )
+        )
+    for precision in precisions:
+        size = inspection.size_bytes if not builds else int(DISK_BYTES_PER_PARAMETER[precision] * parameters)
+        estimates += [
+            StageEstimate(
+                stage=f"{work} {precision}",
+                time_s=time_s,
+                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + 2 * size,
+                disk_bytes=0,
+            )
+            for work, time_s in (
+                ("measure", 5 + 80 * billions),
+                ("evaluate", 5 + VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows),
+                ("exercise", 6 + EXERCISE_S_PER_BILLION_PARAMETERS * billions),
+                ("register and prove", 5 + 5 * billions),
+            )
+        ]
+    return estimates
+
+
+def estimate_build_ram(inspection: Inspection, precision: str, *, whole_model: bool = False) -> int:
+    """Estimate the peak resident memory of a build, in bytes."""
+    # An adapter's own tensors say nothing of its base's: the embedding is the largest of nearly every small model.
+    largest = max(inspection.largest_tensor_elements, inspection.vocabulary_size * inspection.hidden_size)
+    per_parameter, per_element = (
+        BUILD_RAM_BYTES_PER_PARAMETER,
+        BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR[precision],
+    )
+    if whole_model:
+        per_parameter, per_element = BUILD_RAM_BYTES_AT_ONCE[precision]
+    return int(BUILD_RAM_FLOOR_BYTES + per_parameter * inspection.parameters + per_element * largest)
+
+
+def check_resources(estimates: Sequence[StageEstimate], settings: Settings) -> list[Check]:
+    """Compare the estimates with the memory that is available and the disk that is free under the home directory."""
+    available = _given(settings.machine.ram_bytes, psutil.virtual_memory().available)
+    free = _given(settings.machine.disk_bytes, shutil.disk_usage(_existing_parent(settings.home_dir)).free)
+    disk_bytes = sum(estimate.disk_bytes for estimate in estimates)
+    peak = max(estimates, key=lambda estimate: estimate.ram_bytes)
+    enough_ram = peak.ram_bytes <= available or not settings.machine.ram_check
+    return [
+        Check(
+            name="Memory",
+            required=f"{peak.ram_bytes / GB:.1f} GB ({peak.stage})",
+            found=f"{available / GB:.1f} GB available",
+            ok=enough_ram,
+            what_to_do=""
+            if enough_ram
+            else "Close other programs, leave that precision out, use a larger machine, "
+            "or try all the same with SLMOPS_MACHINE__RAM_CHECK=false.",
+        ),
+        Check(
+            name="Disk",
+            required=f"{disk_bytes / GB:.1f} GB",
+            found=f"{free / GB:.1f} GB free for {settings.home_dir}",
+            ok=disk_bytes <= free,
+            what_to_do="" if disk_bytes <= free else "Free some space or point SLMOPS_HOME to another disk.",
+        ),
+    ]
+
+
+def require_packages(checks: Sequence[Check]) -> None:
+    """Raise `StageFailed` naming every row that is not ok."""
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        faults = "; ".join(f"{check.name} is {check.found}, needed {check.required}" for check in failed)
+        raise StageFailed(f"The environment does not fit: {faults}.", "; ".join(check.what_to_do for check in failed))
+
+
+def require_resources(checks: Sequence[Check]) -> None:
+    """Raise `BadInput` for the first row that is not ok: this checkpoint is too large for this machine."""
+    for check in checks:
+        if not check.ok:
+            raise BadInput(
+                f"Too little {check.name.lower()}: this needs {check.required}, there is {check.found}.",
+                check.what_to_do,
+            )
+
+
+def check_machine(settings: Settings, checkpoint: str | None, *, source_build: bool = False) -> list[Check]:
+    """Return every row of `slmops check`; with a checkpoint also whether there is room for it.
+
+    Raises `BadInput` when the checkpoint cannot be deployed anywhere.
+    """
+    inspection = inspect_checkpoint(Path(checkpoint).expanduser()) if checkpoint else None
+    checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
+    checks += [*check_foundry_command(settings), check_store(settings)]
+    if inspection:
+        stages = estimate_stages(inspection, PRECISIONS, rows=settings.evaluation.max_rows)
+        checks += check_resources(stages, settings)
+    return checks
+
+
+def check_store(settings: Settings) -> Check:
+    """Reach the store that the settings name, and say what its server cannot do."""
+    needed = "reached, writable"
+    try:
+        objects = open_object_store(settings.store_uri, settings)
+        objects.check(by_writing=True)
+    except SlmopsError as error:
+        return Check(name="store", required=needed, found=error.message, ok=False, what_to_do=error.what_to_do)
+    found = " ".join((f"{settings.store_uri}.", *objects.notices()))
+    return Check(name="store", required=needed, found=found, ok=True)
+
+
+def builder_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide what a build writes; part of a version's identity."""
+    return {name: _installed(name) or "" for name in ("olive-ai", "onnxruntime-genai", "onnx-ir", "transformers")}
+
+
+def host_facts() -> dict[str, str | int]:
+    """Return what evidence records of this machine; no host name, no user name."""
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": psutil.cpu_count(logical=False) or 0,
+        "ram_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requires(name: str) -> list[str]:
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _given(simulated: int | None, measured: int) -> int:
+    return measured if simulated is None else simulated
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def check_foundry_runtime(settings: Settings) -> Check:
+    """Load Foundry Local's native runtime in a child process and say which it is."""
+    try:
+        with work_folder(settings) as work:
+            child = run_in_child(
+                "slmops.infra.foundry.runtime:runtime_versions",
+                {},
+                deadline_s=settings.timeout.foundry_s,
+                log_path=settings.cache_dir / "logs" / "foundry-runtime.log",
+                work_dir=work,
+            )
+    except StageFailed as error:
+        advice = error.what_to_do.splitlines()[0]
+        return Check(name="Foundry Local", required="runtime loads", found=error.message, ok=False, what_to_do=advice)
+    found = f"runtime {child.value['native']}"
+    return Check(name="Foundry Local", required="runtime loads", found=found, ok=True)
+
+
+def check_foundry_command(settings: Settings) -> list[Check]:
+    """Say which `foundry` command is on the PATH and whether it serves slmops's models; no row where there is none."""
+    command = installed_command()
+    if command is None:
+        return []
+    optional = "none, or one that runs"
+    try:
+        version, serves = command.version(), command.serves(settings.foundry_dir)
+    except CommandFailed as error:
+        advice = "Repair Foundry Local's installation, or take it off the PATH."
+        return [Check(name="foundry command", required=optional, found=str(error), ok=False, what_to_do=advice)]
+    cache = "it serves slmops's models" if serves else "it serves another cache"
+    advice = "" if serves else f"To use the models there: foundry cache cd {settings.foundry_dir}"
+    return [Check(name="foundry command", required=optional, found=f"{version}, {cache}", ok=True, what_to_do=advice)]
+
+
+@task(name="check environment", task_run_name="check-environment")
+def check_environment(execution_provider: str, settings: Settings) -> None:
+    """Check Python, the system and the stack; raises `StageFailed` naming what does not fit."""
+    checks = [*check_system(), *check_packages()]
+    if execution_provider != "cpu":
+        with work_folder(settings) as work:
+            child = run_in_child(
+                "slmops.infra.genai.runtime:execution_providers",
+                {},
+                deadline_s=settings.timeout.measure_s,
+                log_path=settings.cache_dir / "logs" / "execution-providers.log",
+                work_dir=work,
+            )
+        checks.append(check_execution_provider(execution_provider, child.value["available"]))
+    require_packages(checks)
+
+
+@task(name="check room", task_run_name="check-room")
+def check_room(
+    inspection: Inspection,
+    precisions: Sequence[str],
+    rows: int,
+    settings: Settings,
+    *,
+    whole_model: Collection[str] = (),
+) -> None:
+    """Check memory and disk against this checkpoint's need (`estimate_stages`); raises `BadInput` for too little."""
+    positions = settings.evaluation.max_positions
+    stages = estimate_stages(inspection, precisions, rows=rows, positions=positions, whole_model=whole_model)
+    require_resources(check_resources(stages, settings))

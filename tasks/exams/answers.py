@@ -1,0 +1,503 @@
+"""Evaluation: a variant's answers and distributions beside those of its source checkpoint."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from slmops.infra.errors import BadInput
+from slmops.infra.process.supervisor import ChildProcess, OnProgress, run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import place, shared_folder, work_folder
+from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.manifest import digest_of as digest_of_json
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, weighted_mean
+from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, RowId, digest_of
+from slmops.tasks.questions.output_format import OutputFormat, output_faults
+from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+
+# Raised whenever a record of an evaluation says more, or something else: records of another number are not reused.
+EVALUATION_SCHEMA = 2
+MAX_WORST_EXAMPLES = 5
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Result(BaseModel):
+    """A child's result: keys that are not evidence (token ids, rendered prompts) are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ReferenceRow(_Result):
+    """The source checkpoint's answer to one row."""
+
+    id: RowId
+    answer: str
+    exact_match: bool | None
+
+
+class Reference(_Result):
+    """What variants are held to: the source checkpoint's greedy answers and the digest of its logits."""
+
+    rows: tuple[ReferenceRow, ...]
+    exact_match: Share | None
+    positions: int
+    vocabulary_size: int
+    logits_sha256: str
+    answers_sha256: str
+    rows_sha256: str
+    dtype: str
+    versions: dict[str, str]
+    wall_s: FiniteFloat
+    peak_rss_bytes: int
+
+
+class EvaluatedRow(_Result):
+    """A variant's answer to one row and how its distributions compare there (None: no reference, or not finite).
+
+    `exact_match` is None for rows of other scorers, the scores are None for rows without an expected answer, and the
+    output faults, what is wrong with an answer's form, are None where nothing is or no format was asked for.
+    """
+
+    id: RowId
+    answer: str
+    exact_match: bool | None
+    identical_to_reference: bool | None
+    prompt_tokens: int
+    template_matches: bool | None
+    positions: int
+    finite_positions: int
+    top1_agreement: Share | None
+    kl_divergence: FiniteFloat | None
+    category: str | None = None
+    reference_answer: str | None = None
+    score: Share | None = None
+    reference_score: Share | None = None
+    output_fault: str | None = None
+    reference_output_fault: str | None = None
+
+
+class CategoryScore(_Result):
+    """Mean scores of the rows of one category."""
+
+    category: str
+    rows: int
+    score: Estimate
+    reference_score: Estimate | None
+
+
+class TemplateMismatch(_Result):
+    """A prompt that the serving runtime renders or tokenizes otherwise than transformers does."""
+
+    id: RowId
+    reference: str
+    variant: str
+    reference_ids: tuple[int, ...]
+    variant_ids: tuple[int, ...]
+
+
+class TemplateMismatches(_Result):
+    """How many rows' prompts differ, and the first of them."""
+
+    count: int
+    example: TemplateMismatch | None
+
+
+class Vocabulary(_Result):
+    """Lengths of the logits, and of the part that was compared.
+
+    Not `comparable` are vocabularies that differ in tokens of the reference's tokenizer: nothing was compared then.
+    """
+
+    variant: int
+    reference: int | None
+    compared: int
+    comparable: bool = True
+
+
+class Evaluation(_Result):
+    """A variant's answers and its distance from the reference; see `infra.genai.runtime.evaluate` for each figure.
+
+    `score` and `reference_score` are the means over the rows with expected answers, `quality_loss` is the reference's
+    score minus the variant's over the same rows; all are None without such rows or without a reference. The output
+    conformities are shares of all answers. The intervals of agreement and divergence come from resampling rows; they
+    are None for fewer than two rows with positions, or where a figure is not finite. `worst_examples` are rows whose
+    reference scores higher than the variant, the largest loss first.
+    """
+
+    rows: tuple[EvaluatedRow, ...]
+    template_mismatches: TemplateMismatches
+    positions: int
+    finite_logits: Share
+    top1_agreement: Share | None
+    kl_divergence: FiniteFloat | None
+    kl_divergence_p99: FiniteFloat | None
+    perplexity: FiniteFloat | None
+    reference_perplexity: FiniteFloat | None
+    exact_match: Share | None
+    reference_exact_match: Share | None
+    identical_answers: Share | None
+    empty_answers: int
+    vocabulary: Vocabulary
+    score: Estimate | None = None
+    reference_score: Estimate | None = None
+    quality_loss: Estimate | None = None
+    categories: tuple[CategoryScore, ...] = ()
+    output_conformity: Estimate | None = None
+    reference_output_conformity: Estimate | None = None
+    top1_agreement_interval: Estimate | None = None
+    kl_divergence_interval: Estimate | None = None
+    worst_examples: tuple[RowId, ...] = ()
+    notes: tuple[str, ...] = ()
+    rows_sha256: str
+    threads: int
+    versions: dict[str, str]
+    wall_s: FiniteFloat
+    peak_rss_bytes: int
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the variant was compared with a source checkpoint."""
+        return self.vocabulary.reference is not None
+
+
+def run_reference(
+    settings: Settings,
+    checkpoint_dir: Path,
+    rows: Sequence[EvaluationRow],
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    torch_child: ChildProcess | None = None,
+) -> Reference:
+    """Run the source checkpoint on the rows in a child process; `work_dir` keeps what `evaluate_variant` compares with.
+
+    It is run within `torch_child`, if that is given; the peak memory then counts what earlier calls left there.
+
+    Raises `BadInput` for a row that the model cannot take, `StageFailed` and its kinds as `run_in_child` does.
+    """
+    used = rows[: settings.evaluation.max_rows]
+    request = {
+        "checkpoint_dir": str(checkpoint_dir.absolute()),
+        "rows": _asked(used),
+        "max_new_tokens": settings.evaluation.max_new_tokens,
+        "max_positions": settings.evaluation.max_positions,
+        "batch_size": settings.evaluation.batch_size,
+        "threads": settings.threads,
+        "dtype": "float32",
+        "output_dir": str(work_dir.absolute()),
+    }
+    child = run_in_child(
+        "slmops.infra.transformers.reference:reference",
+        request,
+        deadline_s=settings.timeout.reference_s,
+        log_path=work_dir / "reference.log",
+        work_dir=work_dir,
+        on_progress=on_progress,
+        within=torch_child,
+    )
+    return Reference(
+        **child.value, rows_sha256=digest_of(used), wall_s=child.wall_s, peak_rss_bytes=child.peak_rss_bytes
+    )
+
+
+def evaluate_variant(
+    settings: Settings,
+    model_dir: Path,
+    rows: Sequence[EvaluationRow],
+    *,
+    reference_dir: Path | None,
+    work_dir: Path,
+    output_format: OutputFormat | None = None,
+    on_progress: OnProgress | None = None,
+    execution_provider: str | None = None,
+) -> Evaluation:
+    """Run a genai model folder on the rows in a child process, and score its answers.
+
+    `reference_dir` is the `work_dir` that `run_reference` was given for the same rows, or None for a model without a
+    source checkpoint. `execution_provider` None runs on what the folder's own configuration says.
+
+    Raises `StageFailed` and its kinds: a model that cannot be opened or run.
+    """
+    used = rows[: settings.evaluation.max_rows]
+    request = {
+        "model_dir": str(model_dir.absolute()),
+        "rows": _asked(used),
+        "reference_dir": None if reference_dir is None else str(reference_dir.absolute()),
+        "max_new_tokens": settings.evaluation.max_new_tokens,
+        "max_positions": settings.evaluation.max_positions,
+        "threads": settings.threads,
+        "execution_provider": execution_provider,
+    }
+    child = run_in_child(
+        "slmops.infra.genai.runtime:evaluate",
+        request,
+        deadline_s=settings.timeout.evaluate_s,
+        log_path=work_dir / "evaluate.log",
+        work_dir=work_dir,
+        on_progress=on_progress,
+    )
+    found = Evaluation(
+        **child.value, rows_sha256=digest_of(used), wall_s=child.wall_s, peak_rss_bytes=child.peak_rss_bytes
+    )
+    return score_evaluation(found, used, output_format)
+
+
+def _asked(rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
+    """What the children are asked; they know no scorer but exact_match."""
+    asked = [row.model_dump(mode="json", include={"id", "messages", "expected"}) for row in rows]
+    exact = [row.scorer.name == "exact_match" for row in rows]
+    return [one if is_exact else {**one, "expected": None} for one, is_exact in zip(asked, exact, strict=True)]
+
+
+def score_evaluation(
+    evaluation: Evaluation, rows: Sequence[EvaluationRow], output_format: OutputFormat | None
+) -> Evaluation:
+    """Fill in all that follows from the answers and the rows' own figures: scores, conformity, intervals, examples.
+
+    `rows` are those that were evaluated, in the same order. A pattern that is not done with an answer in time has not
+    matched it: that answer scores 0, and a note says so.
+    """
+    slow: list[str] = []
+    answers = [row.answer for row in evaluation.rows]
+    references = [row.reference_answer for row in evaluation.rows]
+    scores, faults = _scores(rows, answers, "variant", slow), _faults(output_format, answers)
+    reference_scores = _scores(rows, references, "reference", slow)
+    reference_faults = _faults(output_format, references)
+    scored = [
+        found.model_copy(
+            update={
+                "category": row.category,
+                "score": score,
+                "reference_score": reference_score,
+                "output_fault": fault,
+                "reference_output_fault": reference_fault,
+            }
+        )
+        for found, row, score, reference_score, fault, reference_fault in zip(
+            evaluation.rows, rows, scores, reference_scores, faults, reference_faults, strict=True
+        )
+    ]
+    notes = []
+    if slow:
+        places = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
+        notes = [f"A pattern was not done after {MATCH_TIMEOUT_S:g} s and so scored 0: {places}."]
+    agreements = [row.top1_agreement for row in scored if row.positions]
+    divergences = [row.kl_divergence for row in scored if row.positions]
+    weights = [row.positions for row in scored if row.positions]
+    return evaluation.model_copy(
+        update={
+            "rows": tuple(scored),
+            "score": _mean(scores),
+            "reference_score": _mean(reference_scores),
+            "quality_loss": _loss(scored),
+            "categories": _categories(scored),
+            "output_conformity": _conformity(output_format, answers, faults),
+            "reference_output_conformity": _conformity(output_format, references, reference_faults),
+            "top1_agreement_interval": _over_rows(agreements, weights),
+            "kl_divergence_interval": _over_rows(divergences, weights),
+            "worst_examples": _worst_examples(scored),
+            "notes": (*evaluation.notes, *notes),
+        }
+    )
+
+
+def _scores(
+    rows: Sequence[EvaluationRow], answers: Sequence[str | None], side: str, slow: list[str]
+) -> list[float | None]:
+    scores: list[float | None] = []
+    for row, answer in zip(rows, answers, strict=True):
+        if row.expected is None or answer is None:
+            scores.append(None)
+            continue
+        try:
+            scores.append(row.scorer.score(answer, row.expected))
+        except TimeoutError:
+            scores.append(0.0)
+            slow.append(f"row {row.id!r} with the {side}'s answer")
+    return scores
+
+
+def _faults(output_format: OutputFormat | None, answers: Sequence[str | None]) -> list[str | None]:
+    if output_format is None:
+        return [None] * len(answers)
+    found = iter(output_faults(output_format, [answer for answer in answers if answer is not None]))
+    return [None if answer is None else next(found) for answer in answers]
+
+
+def _conformity(
+    output_format: OutputFormat | None, answers: Sequence[str | None], faults: Sequence[str | None]
+) -> Estimate | None:
+    if output_format is None:
+        return None
+    return _mean(
+        [None if answer is None else float(fault is None) for answer, fault in zip(answers, faults, strict=True)]
+    )
+
+
+def _mean(scores: Sequence[float | None]) -> Estimate | None:
+    known = [score for score in scores if score is not None]
+    return mean_score(known) if known else None
+
+
+def _loss(rows: Sequence[EvaluatedRow]) -> Estimate | None:
+    pairs = [
+        (row.reference_score, row.score) for row in rows if row.reference_score is not None and row.score is not None
+    ]
+    return paired_loss(*zip(*pairs, strict=True)) if pairs else None
+
+
+def _categories(rows: Sequence[EvaluatedRow]) -> tuple[CategoryScore, ...]:
+    """Mean scores by category, in the order of their first rows; rows without a category or a score are left out."""
+    members: dict[str, list[EvaluatedRow]] = {}
+    for row in rows:
+        if row.category is not None and row.score is not None:
+            members.setdefault(row.category, []).append(row)
+    return tuple(
+        CategoryScore(
+            category=category,
+            rows=len(of_category),
+            score=mean_score([row.score for row in of_category if row.score is not None]),
+            reference_score=_mean([row.reference_score for row in of_category]),
+        )
+        for category, of_category in members.items()
+    )
+
+
+def _over_rows(values: Sequence[float | None], weights: Sequence[int]) -> Estimate | None:
+    known = [value for value in values if value is not None]
+    return weighted_mean(known, weights) if len(known) == len(values) and len(known) > 1 else None
+
+
+def _worst_examples(rows: Sequence[EvaluatedRow]) -> tuple[RowId, ...]:
+    """Ids of the rows that lost most, of equal losses those whose distributions are farther from the reference's."""
+    losses = [
+        (row.reference_score - row.score, math.inf if row.kl_divergence is None else row.kl_divergence, row.id)
+        for row in rows
+        if row.reference_score is not None and row.score is not None and row.reference_score > row.score
+    ]
+    losses.sort(key=lambda loss: loss[:2], reverse=True)
+    return tuple(row_id for _, _, row_id in losses[:MAX_WORST_EXAMPLES])
+
+
+def evaluation_key(variant: StoredVariant, source_digest: str, evaluation: EvaluationSet, settings: Settings) -> str:
+    """Return the key of a variant's evaluation: the same question has the same key."""
+    output_format = evaluation.output_format
+    question = {
+        "schema": EVALUATION_SCHEMA,
+        "variant": variant.digest,
+        "source": source_digest,
+        "rows": digest_of(evaluation.rows),
+        "output_format": output_format and output_format.model_dump(mode="json"),
+        "settings": settings.evaluation.model_dump(mode="json"),
+    }
+    return digest_of_json(question)[:16]
+
+
+def known_evaluation(
+    manifest: Manifest, variant: StoredVariant, evaluation: EvaluationSet, registry: ModelRegistry, settings: Settings
+) -> Evaluation | None:
+    """Return a variant's evaluation on these rows if it is on record."""
+    key = evaluation_key(variant, manifest.source.digest, evaluation, settings)
+    known = registry.latest_evidence(manifest, "evaluation", key)
+    return Evaluation.model_validate(known["evaluation"]) if known else None
+
+
+def reference_folder(source_digest: str, evaluation: EvaluationSet, settings: Settings) -> Path:
+    """Return where the reference's answers and logits wait for the variants."""
+    question = {
+        "source": source_digest,
+        "rows": digest_of(evaluation.rows),
+        "settings": settings.evaluation.model_dump(mode="json"),
+    }
+    return settings.cache_dir / "references" / digest_of_json(question)
+
+
+def reference_in_use(source_digest: str, evaluation: EvaluationSet, settings: Settings) -> AbstractContextManager[None]:
+    """Keep the reference's logits while variants are compared with them: see `infra.storage.folders.shared_folder`."""
+    return shared_folder(reference_folder(source_digest, evaluation, settings))
+
+
+def last_evaluation_set(manifest: Manifest, registry: ModelRegistry) -> EvaluationSet | None:
+    """Return the rows and output format of a version's last evaluation, or None when it was never evaluated.
+
+    Raises `BadInput` when they cannot be read: then another version of slmops has recorded them.
+    """
+    record = registry.latest_evidence(manifest, "evaluation")
+    if record is None:
+        return None
+    fields = {name: record[name] for name in EvaluationSet.model_fields if name in record}
+    try:
+        return EvaluationSet.model_validate(fields)
+    except ValidationError as error:
+        raise BadInput(
+            f"The rows of {manifest.reference}'s last evaluation cannot be read: {error.errors()[0]['msg']}.",
+            "Another version of slmops has recorded them: name the evaluation file (--eval).",
+        ) from error
+
+
+def needs_reference(manifest: Manifest, evaluation: EvaluationSet, registry: ModelRegistry, settings: Settings) -> bool:
+    """Whether some variant has yet to be compared with its source checkpoint on these rows."""
+    if manifest.source.parameters == 0:
+        return False
+    known = (known_evaluation(manifest, one, evaluation, registry, settings) for one in manifest.variants)
+    return any(one is None for one in known)
+
+
+@task(name="run reference", task_run_name="reference", **PASSING_FAULTS)
+def run_reference_once(
+    prepared: PreparedCheckpoint, evaluation: EvaluationSet, settings: Settings, torch_child: ChildProcess | None = None
+) -> None:
+    """Run the source checkpoint in transformers on the rows, unless its answers wait already."""
+    folder = reference_folder(prepared.digest, evaluation, settings)
+    with stage_progress("reference") as on_progress:
+        if folder.is_dir():
+            return
+        with work_folder(settings) as work:
+            run_reference(settings, prepared.folder, evaluation.rows, work / "reference", on_progress, torch_child)
+            place(work / "reference", folder)
+
+
+@task(name="evaluate variant", task_run_name="evaluate-{variant.precision}", **PASSING_FAULTS)
+def evaluate_stored_variant(
+    manifest: Manifest,
+    variant: StoredVariant,
+    evaluation: EvaluationSet,
+    registry: ModelRegistry,
+    settings: Settings,
+    *,
+    has_reference: bool,
+) -> Evaluation:
+    """Evaluate a variant of the store and keep the figures as evidence; an evaluation on record is reused."""
+    with stage_progress(f"evaluate {variant.precision}") as on_progress:
+        known = known_evaluation(manifest, variant, evaluation, registry, settings)
+        if known:
+            on_progress(1, 1, "evaluated before")
+            return known
+        reference = reference_folder(manifest.source.digest, evaluation, settings) if has_reference else None
+        with work_folder(settings) as work:
+            registry.materialize(variant.files, work / "model", on_progress)
+            evaluated = evaluate_variant(
+                settings,
+                work / "model",
+                evaluation.rows,
+                reference_dir=reference,
+                work_dir=work,
+                output_format=evaluation.output_format,
+                on_progress=on_progress,
+            )
+        record = {
+            "precision": variant.precision,
+            **evaluation.model_dump(mode="json"),
+            "evaluation": evaluated.model_dump(mode="json"),
+        }
+        key = evaluation_key(variant, manifest.source.digest, evaluation, settings)
+        registry.add_evidence(manifest, "evaluation", record, key)
+    return evaluated

@@ -1,0 +1,351 @@
+"""Exercise: a variant in long use and on difficult input, in each runtime that may serve it."""
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.endurance import LONG_USE
+from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.manifest import digest_of as digest_of_json
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams.estimates import DRIFT_BLOCKS, Estimate, drift
+from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, EdgeInput, edge_inputs
+from slmops.tasks.questions.evaluation_set import EvaluationRow, digest_of
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+
+Runtime = Literal["genai", "foundry"]
+
+CHILD_FUNCTIONS: dict[Runtime, str] = {
+    "genai": "slmops.infra.genai.endurance:exercise",
+    "foundry": "slmops.infra.foundry.endurance:exercise",
+}
+PACKAGES: dict[Runtime, tuple[str, ...]] = {
+    "genai": ("onnxruntime", "onnxruntime-genai"),
+    "foundry": ("foundry-local-sdk", "onnxruntime", "onnxruntime-genai-core"),
+}
+MIN_WARMUP_REQUESTS = 8
+MAX_RESTARTS = 3
+# One step's share of the stage's deadline, so that several inputs that hang leave time for the others.
+STEP_DEADLINE_SHARE = 1 / 6
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MemoryGrowth(_Record):
+    """Resident memory after each request of a soak, in bytes, and the growth fitted behind the warm-up."""
+
+    rss_bytes: tuple[int, ...]
+    warmup_requests: int
+    bytes_per_request: Estimate
+
+
+class EdgeInputOutcome(_Record):
+    """What became of one difficult input: an answer, a clean error, or a dead process.
+
+    `detail` is the beginning of the answer or the error. `alive` says whether the runtime answered an ordinary request
+    afterwards as it did before. `control_tokens` says whether control tokens that a user typed reached the model as
+    such; None for other inputs. `wall_ms` is how long the answer or the error took.
+    """
+
+    name: str
+    outcome: Literal["answered", "refused", "crashed"]
+    detail: str
+    prompt_tokens: int | None
+    alive: bool
+    control_tokens: bool | None = None
+    wall_ms: FiniteFloat | None = None
+
+    @property
+    def handled(self) -> bool:
+        """Whether the input ended as it should."""
+        return self.outcome != "crashed" and self.alive
+
+
+class Exercise(_Record):
+    """A variant's soak and edge inputs in one runtime; `memory` is None when the soak did not end.
+
+    A soak that did not end is among `edge_inputs` as well, under the name of `infra.process.endurance.LONG_USE`: its
+    input is ordinary, and is not handled.
+    """
+
+    runtime: Runtime
+    memory: MemoryGrowth | None
+    edge_inputs: tuple[EdgeInputOutcome, ...]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    wall_s: FiniteFloat
+
+
+def memory_growth(rss_bytes: Sequence[int]) -> MemoryGrowth | None:
+    """Fit the growth of resident memory over the requests of a soak; None for fewer than 16.
+
+    The first third, at least 8 requests, is warm-up: the runtime's buffers grow to the longest request.
+    """
+    if _block_requests(len(rss_bytes)) == 0:
+        return None
+    warmup = _warmup_requests(len(rss_bytes))
+    return MemoryGrowth(rss_bytes=tuple(rss_bytes), warmup_requests=warmup, bytes_per_request=drift(rss_bytes[warmup:]))
+
+
+def _warmup_requests(requests: int) -> int:
+    return max(MIN_WARMUP_REQUESTS, requests // 3)
+
+
+def _block_requests(requests: int) -> int:
+    """How many requests of a soak are one block of `slmops.tasks.exams.estimates.drift`."""
+    return max(0, requests - _warmup_requests(requests)) // DRIFT_BLOCKS
+
+
+def soak_conversations(requests: int, conversations: int) -> int:
+    """How many of the conversations, at least one, a soak cycles over.
+
+    Longer prompts take more memory. So every block of requests has each conversation equally often: what they differ
+    in is no growth.
+    """
+    block = _block_requests(requests)
+    return max((count for count in range(1, min(block, conversations) + 1) if block % count == 0), default=1)
+
+
+def control_tokens(model_dir: Path) -> tuple[ControlToken, ...]:
+    """Special tokens of a model folder's tokenizer, at most 8: those that its chat template writes come first."""
+    path = model_dir / "tokenizer.json"
+    added = read_json(path).get("added_tokens", []) if path.is_file() else []
+    special = [ControlToken(token["content"], token["id"]) for token in added if token.get("special")]
+    template = read_chat_template(model_dir) or ""
+    written = sorted((one for one in special if one.text in template), key=lambda one: template.index(one.text))
+    others = [one for one in special if one not in written]
+    return tuple([*written, *others][:MAX_CONTROL_TOKENS])
+
+
+class _Course:
+    """What is still to be done, and what has been found."""
+
+    def __init__(self, requests: int, inputs: Sequence[EdgeInput]) -> None:
+        self.requests, self.edge_inputs = requests, list(inputs)
+        self.total = self.steps
+        self.rss_bytes: tuple[int, ...] = ()
+        self.outcomes: list[EdgeInputOutcome] = []
+        self.notes: list[str] = []
+
+    @property
+    def steps(self) -> int:
+        return self.requests + len(self.edge_inputs)
+
+    @property
+    def names(self) -> list[str]:
+        """What is still to be done."""
+        return [LONG_USE] * bool(self.requests) + [one.name for one in self.edge_inputs]
+
+    def read(self, journal: Path) -> dict[str, Any] | None:
+        """Take over what a child wrote; returns the step that it began and did not end."""
+        under_way: dict[str, Any] | None = None
+        text = journal.read_text("utf-8") if journal.is_file() else ""
+        whole_lines = text.rpartition("\n")[0].splitlines()  # the child may have died while it wrote
+        for line in map(json.loads, whole_lines):
+            if "begun" in line:
+                under_way = line
+            elif "rss_bytes" in line:
+                self.rss_bytes, self.requests, under_way = tuple(line["rss_bytes"]), 0, None
+            elif "outcome" in line:
+                self._ended(EdgeInputOutcome(**line["outcome"]))
+                under_way = None
+            else:
+                self._note(line["note"])
+        return under_way
+
+    def crashed(self, step: dict[str, Any], reason: str) -> None:
+        """Record that a child died in a step."""
+        where = f"request {step['request']} of {self.requests}: " if step["request"] else ""
+        self._ended(
+            EdgeInputOutcome(
+                name=step["begun"], outcome="crashed", detail=where + reason, prompt_tokens=None, alive=False
+            )
+        )
+
+    def _ended(self, outcome: EdgeInputOutcome) -> None:
+        self.outcomes.append(outcome)
+        if outcome.name == LONG_USE:
+            self.requests = 0
+        self.edge_inputs = [one for one in self.edge_inputs if one.name != outcome.name]
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def exercise_variant(
+    settings: Settings,
+    model_dir: Path,
+    conversations: Sequence[EvaluationRow],
+    runtime: Runtime,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    child_function: str | None = None,
+) -> Exercise:
+    """Soak a genai model folder in a runtime and give it the edge inputs, in a child process of its own.
+
+    A child that dies at an input is replaced, at most three times, and the remaining inputs go on. The first of the
+    conversations is the ordinary request, and the soak cycles over the first few (`soak_conversations`).
+    `child_function` names another function than the runtime's own (see `slmops.infra.process.endurance`).
+
+    Raises `StageFailed` and its kinds: a model that does not load or does not answer an ordinary request.
+    """
+    started = time.monotonic()
+    soak, deadline_s = settings.soak, settings.timeout.exercise_s
+    typed = control_tokens(model_dir)
+    context_length = int(read_json(model_dir / "genai_config.json")["model"]["context_length"])
+    course = _Course(soak.requests, edge_inputs(context_length, typed))
+    if not typed:
+        course.notes.append("The tokenizer names no control token: none was typed.")
+    rows = conversations[: soak_conversations(soak.requests, len(conversations))]
+    request = {
+        "model_dir": str(model_dir.absolute()),
+        "conversations": [[message.model_dump() for message in row.messages] for row in rows],
+        "new_tokens": soak.new_tokens,
+        "threads": settings.threads,
+        "step_deadline_s": deadline_s * STEP_DEADLINE_SHARE,
+    }
+    restarts = 0
+    while course.steps:
+        left_s = deadline_s - (time.monotonic() - started)
+        if restarts > MAX_RESTARTS or left_s <= 0:
+            course.notes.append(f"Not tried after {restarts} crashes: {', '.join(course.names)}.")
+            break
+        done = course.total - course.steps
+        restarts += _crashed(
+            child_function or CHILD_FUNCTIONS[runtime],
+            request,
+            course,
+            deadline_s=left_s,
+            work_dir=work_dir,
+            on_progress=on_progress and _shifted(on_progress, done, course.total),
+        )
+    memory = memory_growth(course.rss_bytes)
+    if memory is None and course.rss_bytes:
+        course.notes.append(f"{len(course.rss_bytes)} requests are too few to fit the growth of memory.")
+    elif not soak.requests:
+        course.notes.append("No soak was asked for: the growth of memory is not known.")
+    return Exercise(
+        runtime=runtime,
+        memory=memory,
+        edge_inputs=tuple(course.outcomes),
+        notes=tuple(course.notes),
+        versions=runtime_versions(runtime),
+        wall_s=time.monotonic() - started,
+    )
+
+
+def runtime_versions(runtime: Runtime) -> dict[str, str]:
+    """Versions of the packages that a runtime consists of, as far as they are installed."""
+    found = {}
+    for package in PACKAGES[runtime]:
+        with contextlib.suppress(PackageNotFoundError):  # on some platforms their names differ
+            found[package] = version(package)
+    return found
+
+
+def _crashed(
+    function: str,
+    request: dict[str, Any],
+    course: _Course,
+    *,
+    deadline_s: float,
+    work_dir: Path,
+    on_progress: OnProgress | None,
+) -> bool:
+    """Run a child for the rest of the course; whether it died on the way."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work_dir, ignore_cleanup_errors=True) as folder:
+        journal = Path(folder) / "journal.jsonl"
+        asked = {
+            **request,
+            "requests": course.requests,
+            "edge_inputs": [
+                {
+                    "name": one.name,
+                    "messages": one.messages,
+                    "control_tokens": [(token.text, token.id) for token in one.control_tokens],
+                }
+                for one in course.edge_inputs
+            ],
+            "cache_dir": str(Path(folder) / "foundry"),
+            "journal": str(journal),
+        }
+        try:
+            run_in_child(
+                function,
+                asked,
+                deadline_s=deadline_s,
+                log_path=work_dir / "exercise.log",
+                work_dir=work_dir,
+                on_progress=on_progress,
+            )
+        except StageFailed as error:
+            step = course.read(journal)
+            if step is None:  # no step's fault: the model did not load, or answers nothing at all
+                raise
+            hung = time.time() - step["at"] >= request["step_deadline_s"]
+            course.crashed(step, f"no answer in {request['step_deadline_s']:.0f} s" if hung else error.message)
+            return True
+        course.read(journal)
+        return False
+
+
+def _shifted(on_progress: OnProgress, done_before: int, total: int) -> OnProgress:
+    return lambda done, _, what: on_progress(done_before + done, total, what)
+
+
+@task(
+    name="exercise variant",
+    task_run_name="exercise-{variant.precision}-{runtime}",
+    **PASSING_FAULTS,
+)
+def exercise_stored_variant(
+    manifest: Manifest,
+    variant: StoredVariant,
+    conversations: Sequence[EvaluationRow],
+    runtime: Runtime,
+    registry: ModelRegistry,
+    settings: Settings,
+) -> Exercise:
+    """Exercise a variant of the store in a runtime and keep the outcome; that of the same question is reused.
+
+    An exercise in which the process died is not: the machine may have been short of memory.
+    """
+    question = {
+        "variant": variant.digest,
+        "runtime": runtime,
+        "versions": runtime_versions(runtime),
+        "soak": settings.soak.model_dump(mode="json"),
+        "conversations": digest_of(conversations),
+        "edge_inputs": digest_of_json(json.dumps([asdict(one) for one in edge_inputs(0, [])])),
+    }
+    key = digest_of_json(question)[:16]
+    with stage_progress(f"exercise {variant.precision} in {runtime}") as on_progress:
+        known = registry.latest_evidence(manifest, "exercise", key)
+        before = Exercise.model_validate(known["exercise"]) if known else None
+        if before and not any(one.outcome == "crashed" for one in before.edge_inputs):
+            on_progress(1, 1, "exercised before")
+            return before
+        with work_folder(settings) as work:
+            registry.materialize(variant.files, work / "model", on_progress)
+            exercised = exercise_variant(settings, work / "model", conversations, runtime, work, on_progress)
+        registry.add_evidence(manifest, "exercise", {**question, "exercise": exercised.model_dump(mode="json")}, key)
+    return exercised

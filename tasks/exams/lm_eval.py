@@ -1,0 +1,201 @@
+"""Standard benchmarks: lm-eval's tasks, or the user's own in its format, on a variant and on its checkpoint."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+from slmops.infra.errors import BadInput
+from slmops.infra.lm_eval.run import OFFLINE, ONLINE
+from slmops.infra.lm_eval.task_files import digest_of_task_folder
+from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LmEvalResult(_Record):
+    """One metric of one lm-eval task (or group of tasks) after one filter.
+
+    `stderr` is lm-eval's standard error of `value`, None where it has none (a single document, a metric without one);
+    `n_samples` counts documents. `task_digest` is the SHA-256 of the task's configuration.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: FiniteFloat
+    stderr: FiniteFloat | None
+    n_samples: int
+    higher_is_better: bool | None
+    num_fewshot: int | None
+    task_version: str | None
+    task_digest: str
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+class LmEvalTasks(_Record):
+    """What is run: names of lm-eval's tasks, groups or tags, and how.
+
+    `include_path` is a folder with the user's own tasks, `limit` the documents of each task. Prompts are plain text
+    unless `chat_template`. `allow_network` lets the Hugging Face Hub be asked for the tasks' data; `allow_code` lets
+    the folder's task files run Python code, which they then do with the user's own rights.
+    """
+
+    names: tuple[str, ...]
+    include_path: str | None = None
+    limit: int | None = None
+    chat_template: bool = False
+    allow_network: bool = False
+    allow_code: bool = False
+
+
+def run_lm_eval_tasks(
+    settings: Settings,
+    tasks: LmEvalTasks,
+    *,
+    model_dir: Path | None = None,
+    checkpoint_dir: Path | None = None,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    execution_provider: str | None = None,
+) -> tuple[LmEvalResult, ...]:
+    """Run lm-eval tasks in a child process, on a genai model folder or on a checkpoint: one of the two.
+
+    Raises `BadInput` where lm-eval is not installed, and for tasks that are unknown, cannot be loaded, ask for code, or
+    have no data at hand; `StageFailed` and its kinds for a model that cannot be run.
+    """
+    _check(tasks)
+    child = run_in_child(
+        "slmops.infra.lm_eval.run:evaluate",
+        {
+            "model_dir": None if model_dir is None else str(model_dir.absolute()),
+            "checkpoint_dir": None if checkpoint_dir is None else str(checkpoint_dir.absolute()),
+            "tasks": list(tasks.names),
+            "include_path": None if tasks.include_path is None else str(_folder(tasks.include_path)),
+            "limit": tasks.limit,
+            "chat_template": tasks.chat_template,
+            "allow_code": tasks.allow_code,
+            "allow_network": tasks.allow_network,
+            "threads": settings.threads,
+            "execution_provider": execution_provider,
+        },
+        deadline_s=settings.timeout.lm_eval_s,
+        log_path=work_dir / "lm-eval.log",
+        work_dir=work_dir,
+        on_progress=on_progress,
+        environment=ONLINE if tasks.allow_network else OFFLINE,
+    )
+    shared = {"versions": child.value["versions"], "notes": child.value["notes"]}
+    return tuple(LmEvalResult(**result, **shared) for result in child.value["results"])
+
+
+def _check(tasks: LmEvalTasks) -> None:
+    if not tasks.names or not all(tasks.names):
+        raise BadInput("No lm-eval task is named.", "Name at least one task; lm-eval ls tasks lists them.")
+    if tasks.limit is not None and tasks.limit < 1:
+        raise BadInput(f"The limit is {tasks.limit} documents.", "Set at least 1, or none for all documents.")
+
+
+def _folder(include_path: str) -> Path:
+    return Path(include_path).expanduser().absolute()
+
+
+def lm_eval_key(subject_digest: str, tasks: LmEvalTasks) -> str:
+    """Return the key of a run of lm-eval: the same question has the same key.
+
+    The question is the subject (a variant's or a checkpoint's digest), the tasks, the content of the user's task folder
+    with the data it names, and lm-eval's version. What is allowed does not change an answer and is left out.
+
+    Raises `BadInput` where lm-eval is not installed or the folder cannot be read.
+    """
+    try:
+        lm_eval_version = version("lm-eval")
+    except PackageNotFoundError:
+        raise BadInput("lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.") from None
+    question = {
+        "subject": subject_digest,
+        "tasks": list(tasks.names),
+        "limit": tasks.limit,
+        "chat_template": tasks.chat_template,
+        "folder": None if tasks.include_path is None else digest_of_task_folder(_folder(tasks.include_path)),
+        "lm-eval": lm_eval_version,
+    }
+    return digest_of(question)[:16]
+
+
+def check_lm_eval(tasks: LmEvalTasks) -> None:
+    """Raise `BadInput` for what no run of lm-eval can do, before anything else is done."""
+    _check(tasks)
+    lm_eval_key("", tasks)  # lm-eval is there, and so is the folder
+
+
+def known_lm_eval(
+    manifest: Manifest, subject_digest: str, tasks: LmEvalTasks, registry: ModelRegistry
+) -> tuple[LmEvalResult, ...] | None:
+    """Return the results on record for a variant's or a checkpoint's digest; raises `BadInput` for a bad question."""
+    _check(tasks)
+    known = registry.latest_evidence(manifest, "lm-eval", lm_eval_key(subject_digest, tasks))
+    return tuple(LmEvalResult.model_validate(result) for result in known["results"]) if known else None
+
+
+def _record(
+    manifest: Manifest,
+    subject: str,
+    subject_digest: str,
+    tasks: LmEvalTasks,
+    results: tuple[LmEvalResult, ...],
+    registry: ModelRegistry,
+) -> None:
+    record = {
+        "subject": subject,
+        "tasks": tasks.model_dump(mode="json"),
+        "results": [result.model_dump(mode="json") for result in results],
+    }
+    registry.add_evidence(manifest, "lm-eval", record, lm_eval_key(subject_digest, tasks))
+
+
+@task(name="run lm-eval", task_run_name="lm-eval-{variant.precision}", **PASSING_FAULTS)
+def run_lm_eval(
+    manifest: Manifest, variant: StoredVariant, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
+) -> tuple[LmEvalResult, ...]:
+    """Run lm-eval tasks on a variant of the store and keep the results as evidence; those on record are reused."""
+    with stage_progress(f"lm-eval {variant.precision}") as on_progress:
+        known = known_lm_eval(manifest, variant.digest, asked, registry)
+        if known:
+            on_progress(1, 1, "run before")
+            return known
+        with work_folder(settings) as work:
+            registry.materialize(variant.files, work / "model", on_progress)
+            results = run_lm_eval_tasks(
+                settings, asked, model_dir=work / "model", work_dir=work, on_progress=on_progress
+            )
+        _record(manifest, variant.precision, variant.digest, asked, results, registry)
+    return results
+
+
+@task(name="run lm-eval on checkpoint", task_run_name="lm-eval-checkpoint", **PASSING_FAULTS)
+def run_lm_eval_on_checkpoint(
+    manifest: Manifest, prepared: PreparedCheckpoint, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
+) -> tuple[LmEvalResult, ...]:
+    """Run the same tasks on a version's source checkpoint, by lm-eval's own runner, to stand beside its variants."""
+    with stage_progress("lm-eval checkpoint") as on_progress:
+        known = known_lm_eval(manifest, prepared.digest, asked, registry)
+        if known:
+            on_progress(1, 1, "run before")
+            return known
+        with work_folder(settings) as work:
+            results = run_lm_eval_tasks(
+                settings, asked, checkpoint_dir=prepared.folder, work_dir=work, on_progress=on_progress
+            )
+        _record(manifest, "checkpoint", prepared.digest, asked, results, registry)
+    return results

@@ -1,0 +1,259 @@
+"""Measurement: a variant's speed, memory and size on the serving runtime."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.environment.checks import host_facts
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+
+MetricName = Literal[
+    "load_ms",
+    "ttft_ms",
+    "prompt_processing_throughput_tps",
+    "token_generation_throughput_tps",
+    "inter_token_latency_ms",
+    "e2e_latency_ms",
+    "peak_rss_bytes",
+    "cpu_percent",
+    "size_bytes",
+]
+PER_REQUEST: tuple[MetricName, ...] = (
+    "ttft_ms",
+    "prompt_processing_throughput_tps",
+    "token_generation_throughput_tps",
+    "inter_token_latency_ms",
+    "e2e_latency_ms",
+)
+PER_PROCESS: tuple[MetricName, ...] = ("load_ms", "peak_rss_bytes", "cpu_percent", "size_bytes")
+# Raised whenever a figure comes to mean something else, so that older evidence is neither reused nor compared.
+# 2: TTFT without the making of the generator, memory of the measured process alone, and the sweep.
+MEASUREMENT_SCHEMA = 2
+QUANTILE_METHOD = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Statistics(_Record):
+    """Median, 95th percentile and sample standard deviation of `count` values; `stdev` is None for a single one."""
+
+    p50: FiniteFloat
+    p95: FiniteFloat
+    stdev: FiniteFloat | None
+    count: int
+
+
+class RequestFigures(_Record):
+    """The raw figures of one measured request; see `slmops.infra.genai.timing.time_request`."""
+
+    prompt_tokens: int
+    new_tokens: int
+    repetition: int
+    ttft_ms: FiniteFloat
+    prompt_processing_throughput_tps: FiniteFloat
+    token_generation_throughput_tps: FiniteFloat
+    inter_token_latency_ms: FiniteFloat
+    inter_token_latencies_ms: tuple[FiniteFloat, ...]
+    e2e_latency_ms: FiniteFloat
+
+
+class SweptRequest(_Record):
+    """The raw figures of one request of the sweep over prompt lengths.
+
+    `round` is above 0 where a loss of throughput made the length be measured again. `answered` says whether the
+    answer decoded to a text that is not empty; None where the prompt was no chat.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    repetition: int
+    round: int
+    ttft_ms: FiniteFloat
+    token_generation_throughput_tps: FiniteFloat
+    finite_logits: bool
+    answered: bool | None
+
+
+class PromptLengthStatistics(_Record):
+    """Statistics of the requests of one prompt length; the inter-token latency's are over every decoding step."""
+
+    prompt_tokens: int
+    new_tokens: int
+    statistics: dict[MetricName, Statistics]
+
+
+class Hardware(_Record):
+    """The machine that was measured on."""
+
+    cpu: str
+    physical_cores: int | None
+    logical_cores: int | None
+    ram_bytes: int
+    os: str
+    machine: str
+
+
+class Measurement(_Record):
+    """What a variant takes and gives.
+
+    `metrics` has one figure per name: medians over the requests of the first prompt length, and the process's own
+    figures (`cpu_percent`: 100 is one core busy). `by_prompt_length` has every length's statistics, `rows` the raw
+    figures of every request; `sweep` those of the sweep over prompt lengths, which no other figure counts.
+    """
+
+    metrics: dict[MetricName, FiniteFloat | int]
+    by_prompt_length: tuple[PromptLengthStatistics, ...]
+    rows: tuple[RequestFigures, ...]
+    quantile_method: str
+    warmup: int
+    notes: tuple[str, ...]
+    sweep: tuple[SweptRequest, ...] = ()
+    sweep_notes: tuple[str, ...] = ()
+    threads: int
+    execution_provider: str | None
+    hardware: Hardware
+    versions: dict[str, str]
+    wall_s: FiniteFloat
+
+
+def statistics_of(values: Sequence[float]) -> Statistics:
+    """Statistics of at least one finite value; quantiles by `QUANTILE_METHOD`."""
+    single = len(values) == 1
+    return Statistics(
+        p50=statistics.median(values),
+        p95=values[0] if single else statistics.quantiles(values, n=20, method="inclusive")[-1],
+        stdev=None if single else statistics.stdev(values),
+        count=len(values),
+    )
+
+
+def summarize(result: dict[str, Any], *, warmup: int, wall_s: float) -> Measurement:
+    """Make the record from the child's raw result.
+
+    Raises `StageFailed` when nothing was measured.
+    """
+    rows = tuple(RequestFigures(**row) for row in result["rows"])
+    if not rows:
+        raise StageFailed("The benchmark ran no request.", "Set at least one repetition and one prompt length.")
+    lengths = list(dict.fromkeys((row.prompt_tokens, row.new_tokens) for row in rows))
+    by_length = tuple(
+        _statistics_by_length([row for row in rows if (row.prompt_tokens, row.new_tokens) == length])
+        for length in lengths
+    )
+    process = {name: result[name] for name in PER_PROCESS}
+    medians = {name: by_length[0].statistics[name].p50 for name in PER_REQUEST}
+    return Measurement(
+        metrics={"load_ms": process["load_ms"], **medians, **process},
+        by_prompt_length=by_length,
+        rows=rows,
+        quantile_method=QUANTILE_METHOD,
+        warmup=warmup,
+        notes=tuple(result["notes"]),
+        sweep=tuple(SweptRequest(**row) for row in result["sweep"]),
+        sweep_notes=tuple(result["sweep_notes"]),
+        threads=result["threads"],
+        execution_provider=result["execution_provider"],
+        hardware=Hardware(**result["hardware"]),
+        versions=result["versions"],
+        wall_s=wall_s,
+    )
+
+
+def _statistics_by_length(rows: Sequence[RequestFigures]) -> PromptLengthStatistics:
+    values: dict[MetricName, list[float]] = {name: [getattr(row, name) for row in rows] for name in PER_REQUEST}
+    values["inter_token_latency_ms"] = [gap for row in rows for gap in row.inter_token_latencies_ms]
+    return PromptLengthStatistics(
+        prompt_tokens=rows[0].prompt_tokens,
+        new_tokens=rows[0].new_tokens,
+        statistics={name: statistics_of(numbers) for name, numbers in values.items()},
+    )
+
+
+def measure_variant(
+    settings: Settings,
+    model_dir: Path,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    execution_provider: str | None = None,
+) -> Measurement:
+    """Measure a genai model folder in a child process of its own.
+
+    `execution_provider` None runs on what the folder's own configuration says. Raises `StageFailed` and its kinds.
+    """
+    benchmark = settings.benchmark
+    child = run_in_child(
+        "slmops.infra.genai.measurement:measure",
+        {
+            "model_dir": str(model_dir.absolute()),
+            "prompt_tokens": list(benchmark.prompt_tokens),
+            "new_tokens": benchmark.new_tokens,
+            "warmup": benchmark.warmup,
+            "repetitions": benchmark.repetitions,
+            "threads": settings.threads,
+            "execution_provider": execution_provider,
+            "sweep": {
+                **settings.sweep.model_dump(mode="json"),
+                "max_cliff_ratio": settings.gate.max_cliff_ratio,
+            },
+        },
+        deadline_s=settings.timeout.measure_s,
+        log_path=work_dir / "measure.log",
+        work_dir=work_dir,
+        on_progress=on_progress,
+    )
+    # The supervisor's peak memory would have the sweep's long prompts in it.
+    return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
+
+
+@task(name="measure variant", task_run_name="measure-{variant.precision}", **PASSING_FAULTS)
+def measure_stored_variant(
+    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings, *, fresh: bool = False
+) -> Measurement:
+    """Measure a variant of the store and keep the figures as evidence.
+
+    Figures of the same question are reused, unless it must be `fresh`: then a record is added to those that there are.
+    """
+    question = {
+        "schema": MEASUREMENT_SCHEMA,
+        "variant": variant.digest,
+        "benchmark": settings.benchmark.model_dump(mode="json"),
+        "sweep": settings.sweep.model_dump(mode="json"),
+        "max_cliff_ratio": settings.gate.max_cliff_ratio,
+        "threads": settings.threads,
+        "host": host_facts(),
+    }
+    key = None if fresh else digest_of(question)[:16]
+    with stage_progress(f"measure {variant.precision}") as on_progress:
+        known = registry.latest_evidence(manifest, "measurement", key) if key else None
+        if known:
+            on_progress(1, 1, "measured before")
+            return Measurement.model_validate(known["measurement"])
+        with work_folder(settings) as work:
+            registry.materialize(variant.files, work / "model", on_progress)
+            measured = measure_variant(settings, work / "model", work, on_progress)
+        record = {**question, "measurement": measured.model_dump(mode="json")}
+        registry.add_evidence(manifest, "measurement", record, key)
+    return measured
+
+
+def measurements_of(manifest: Manifest, variant: StoredVariant, registry: ModelRegistry) -> list[Measurement]:
+    """Return a variant's measurements on record, oldest first; those by another method are left out."""
+    records = sorted(registry.evidence(manifest, "measurement"), key=lambda record: str(record["recorded_at"]))
+    return [
+        Measurement.model_validate(record["measurement"])
+        for record in records
+        if (record.get("schema"), record["variant"]) == (MEASUREMENT_SCHEMA, variant.digest)
+    ]

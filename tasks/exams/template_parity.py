@@ -1,0 +1,480 @@
+"""Template parity: the same conversation is the same tokens in transformers, in genai and in Foundry Local."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict
+from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.process.supervisor import ChildProcess, OnProgress, run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.foundry.registration import Message, describe_model
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# The files that decide what a conversation's tokens are; a SentencePiece model counts as one.
+DECIDING_FILES = (
+    "tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "genai_config.json", "config.json",
+)  # fmt: skip
+RUNTIME_NAMES = {"genai": "onnxruntime-genai", "foundry": "Foundry Local"}
+RUNTIMES = ("transformers", "tokenizers", "onnxruntime-genai", "foundry-local-sdk")
+
+# What looks like a control token: <|user|>, <s>, </s>, <<SYS>>, [INST]. No conversation below holds anything like it.
+MARKS = r"<\|[^\s<>|]+\|>|<<?/?[A-Za-z_]+>>?|\[/?[A-Z_]+\]"
+# A control token is also looked for inside a text.
+CONTEXT = ("a ", " b")
+
+_SYSTEM = {"role": "system", "content": "You answer with JSON."}
+_TURNS = (
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris."},
+    {"role": "user", "content": "And how many people live there?"},
+)
+
+
+def _asking(content: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": content},)
+
+
+# Every conversation ends with a user's message: what is compared is the prompt for the answer to it.
+CONVERSATIONS: dict[str, tuple[Message, ...]] = {
+    "one user turn": _TURNS[:1],
+    "system and user": (_SYSTEM, _TURNS[0]),
+    "several turns": _TURNS,
+    "several turns with system": (_SYSTEM, *_TURNS),
+    "emoji": _asking("Great 👍🏽, thanks! 👩‍👩‍👧 🏳️‍🌈 😀😀"),
+    "right-to-left": _asking("مرحبا بالعالم، שלום עולם (hello) ١٢٣"),
+    "Chinese, Japanese, Korean": _asking("东京天气如何。東京の天気は、ﾃｽﾄ 도쿄 날씨 어때요?"),
+    "combining marks": _asking("Z\u0335\u0327, ห\u0e49\u0e2d\u0e07, हिन\u094d\u0926ी, Ti\u1ebfng Vi\u1ec7t, caf\u00e9"),
+    "white space around": (
+        {"role": "user", "content": "  two spaces before, a\ttab, two  spaces and new lines behind \n\n"},
+        {"role": "assistant", "content": "\n An answer. "},
+        {"role": "user", "content": "\r\nAnd now?\n"},
+    ),
+    "empty answer": (_TURNS[0], {"role": "assistant", "content": ""}, _TURNS[2]),
+    "digits": _asking("12345 + 6789.01 = 19,134.01; 007, 1e-9, ½, 3²"),
+    "code": _asking('def f(x):\n    return {"a\\n": \'b\\\\\', "c": x["d"] % 2}  # {{ x }} {% y %} {# z #} `$HOME`'),
+    "placeholder": _asking("Write {Content}, {{Content}} and {0} as they are."),
+    "letters with separate marks": _asking("e\u0301, n\u0303, \u212b, \u1100\u1161"),
+    "Unicode spaces around": _asking("\u3000\u00a0And now?\u2003"),
+}
+
+# What runtimes do otherwise to text of these kinds, whatever the model and its template: told, no reason to reject.
+TOLD_ONLY = {
+    "letters with separate marks": "the tokenizer's Unicode normalization is not applied (send text in the form NFC)",
+    "Unicode spaces around": "other white space than ASCII is not stripped as transformers does (strip it before)",
+}
+
+
+Reference = Literal["checkpoint", "variant"]  # whose tokenizer the runtimes are held to
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ParityMismatch(_Record):
+    """A conversation that a runtime renders or counts otherwise than transformers with the checkpoint's tokenizer.
+
+    `expected` and `found` are prompts, with the token ids where the texts are the same. `found` is the error when the
+    runtime cannot render the conversation, and `found_tokens` is 0 then. Foundry Local tells only how many tokens its
+    prompt has: `found` says so and shows genai's.
+    """
+
+    conversation: str
+    runtime: Literal["genai", "foundry"]
+    expected: str
+    found: str
+    expected_tokens: int
+    found_tokens: int
+
+
+class TemplateParity(_Record):
+    """The comparison over a set of conversations; `notes` are what is told but is no reason to reject.
+
+    `broken_control_tokens` are tokens of the checkpoint's vocabulary that a runtime does not know as that one token.
+    """
+
+    conversations: int
+    mismatches: tuple[ParityMismatch, ...]
+    broken_control_tokens: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether all runtimes agree."""
+        return not self.mismatches and not self.broken_control_tokens
+
+
+@task(
+    name="check template parity",
+    task_run_name="parity-{variant.precision}",
+    **PASSING_FAULTS,
+)
+def check_template_parity(
+    manifest: Manifest,
+    variant: StoredVariant,
+    checkpoint_folder: Path | None,
+    registry: ModelRegistry,
+    settings: Settings,
+    torch_child: ChildProcess | None = None,
+) -> TemplateParity:
+    """Compare a variant of the store in all runtimes and keep the result as evidence.
+
+    A comparison on record is reused, also another variant's with the same tokenizer, template and genai_config.json.
+    Without `checkpoint_folder` one with the source checkpoint's tokenizer counts as well.
+    """
+    with stage_progress(f"parity {variant.precision}") as on_progress:
+        known = known_parity(manifest, variant, registry, with_checkpoint=checkpoint_folder is not None)
+        if known:
+            on_progress(1, 1, "compared before")
+            return known
+        with work_folder(settings) as work:
+            registry.materialize(variant.files, work / "model", on_progress)
+            parity = check_parity(settings, work / "model", checkpoint_folder, work, on_progress, torch_child)
+        reference: Reference = "checkpoint" if checkpoint_folder else "variant"
+        record = {
+            "precision": variant.precision,
+            "reference": reference,
+            "versions": _versions(),
+            "parity": parity.model_dump(mode="json"),
+        }
+        registry.add_evidence(manifest, "parity", record, parity_key(variant, manifest.source.digest, reference))
+    return parity
+
+
+def parity_key(variant: StoredVariant, source_digest: str, reference: Reference) -> str:
+    """Return the key of a variant's comparison with the tokenizer of the checkpoint, or with its own.
+
+    Variants that share the files that decide have the same key.
+    """
+    question = {
+        "files": {file.path: file.sha256 for file in variant.files if file.path in DECIDING_FILES},
+        "source": source_digest,
+        "reference": reference,
+        "conversations": CONVERSATIONS,
+        "versions": _versions(),
+    }
+    return digest_of(question)[:16]
+
+
+def known_parity(
+    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, *, with_checkpoint: bool
+) -> TemplateParity | None:
+    """Return the comparison on record; `with_checkpoint` False takes one with the variant's own tokenizer too."""
+    references: tuple[Reference, ...] = ("checkpoint", "variant")
+    for reference in references[: 1 if with_checkpoint else 2]:
+        known = registry.latest_evidence(manifest, "parity", parity_key(variant, manifest.source.digest, reference))
+        if known:
+            return TemplateParity.model_validate(known["parity"])
+    return None
+
+
+def needs_parity(manifest: Manifest, registry: ModelRegistry) -> bool:
+    """Whether some variant's templates have yet to be compared with those of its source checkpoint."""
+    if manifest.source.parameters == 0:
+        return False
+    return any(known_parity(manifest, one, registry, with_checkpoint=True) is None for one in manifest.variants)
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in RUNTIMES}
+
+
+def check_parity(
+    settings: Settings,
+    model_dir: Path,
+    checkpoint_dir: Path | None,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    torch_child: ChildProcess | None = None,
+) -> TemplateParity:
+    """Render `CONVERSATIONS` in the three runtimes, each in a process of its own, and compare the tokens.
+
+    transformers runs within `torch_child`, if that is given.
+
+    The reference is transformers with the tokenizer of `checkpoint_dir`, or with the genai folder's own where there is
+    none. Conversations that the template refuses there are left out. A template or tokenizer that genai or Foundry
+    Local cannot take is a mismatch.
+
+    Raises `StageFailed` and its kinds: a tokenizer that transformers cannot load, a template that renders none of the
+    conversations there, a model that Foundry Local cannot load.
+    """
+    runtimes = _Runtimes(
+        settings, model_dir.absolute(), (checkpoint_dir or model_dir).absolute(), work_dir, on_progress, torch_child
+    )
+    expected = runtimes.transformers()
+    refused = {name: one["refusal"] for name, one in expected["conversations"].items() if "refusal" in one}
+    if len(refused) == len(CONVERSATIONS):
+        raise StageFailed(
+            f"transformers renders no conversation with the chat template of {runtimes.reference_dir}: "
+            f"{refused['one user turn']}.",
+            "Give a working one with --chat-template.",
+        )
+    compared = {name: messages for name, messages in CONVERSATIONS.items() if name not in refused}
+    compositions, notes = _compositions(model_dir, compared)
+    genai = runtimes.genai(compared, expected["control_tokens"], compositions)
+    foundry = runtimes.foundry(compared) if genai["fault"] is None else None
+    mismatches = list(_mismatches(compared, expected, genai, foundry))
+    if mismatches and expected["dated"]:
+        # Midnight may have passed, or the template writes the time of day: look at the moments that the others saw.
+        moments = {name: _moments(name, genai, foundry) for name in compared}
+        again = runtimes.transformers(moments)["conversations"]
+        expected["conversations"] |= {name: one for name, one in again.items() if "renderings" in one}
+        mismatches = list(_mismatches(compared, expected, genai, foundry))
+    return TemplateParity(
+        conversations=len(compared),
+        mismatches=tuple(one for one in mismatches if one.conversation not in TOLD_ONLY),
+        broken_control_tokens=tuple(_broken_control_tokens(expected, genai)),
+        notes=(
+            *_reference_notes(model_dir, checkpoint_dir, expected, refused),
+            *_told_only_notes(mismatches),
+            *notes,
+            *_composition_notes(compositions, expected, genai),
+        ),
+    )
+
+
+class _Runtimes:
+    """The three child processes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model_dir: Path,
+        reference_dir: Path,
+        work_dir: Path,
+        on_progress: OnProgress | None,
+        torch_child: ChildProcess | None,
+    ) -> None:
+        self.settings, self.model_dir, self.reference_dir, self.work_dir = settings, model_dir, reference_dir, work_dir
+        self._on_progress, self._torch_child = on_progress, torch_child
+        self._done = 0
+
+    def transformers(self, moments: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+        return self._run(
+            "slmops.infra.transformers.templates:render",
+            within=self._torch_child,
+            tokenizer_dir=str(self.reference_dir),
+            conversations=CONVERSATIONS,
+            moments=moments or {},
+            marks=MARKS,
+            context=CONTEXT,
+        )
+
+    def genai(
+        self, conversations: Mapping[str, Sequence[Message]], control_tokens: Iterable[str], texts: Mapping[str, str]
+    ) -> dict[str, Any]:
+        return self._run(
+            "slmops.infra.genai.templates:render",
+            model_dir=str(self.model_dir),
+            conversations=conversations,
+            control_tokens=list(control_tokens),
+            context=CONTEXT,
+            compositions=texts,
+        )
+
+    def foundry(self, conversations: Mapping[str, Sequence[Message]]) -> dict[str, Any]:
+        return self._run(
+            "slmops.infra.foundry.templates:count",
+            deadline_s=self.settings.timeout.foundry_s,
+            model_dir=str(self.model_dir),
+            cache_dir=str(self.work_dir.absolute() / "foundry"),
+            conversations=conversations,
+        )
+
+    def _run(
+        self, function: str, *, deadline_s: float | None = None, within: ChildProcess | None = None, **request: Any
+    ) -> dict[str, Any]:
+        def follow(done: float, total: float, what: str) -> None:
+            if self._on_progress:
+                self._on_progress(min(self._done, 3), 3, what)
+
+        child = run_in_child(
+            function,
+            request,
+            deadline_s=deadline_s or self.settings.timeout.evaluate_s,
+            log_path=self.work_dir / "parity.log",
+            work_dir=self.work_dir,
+            on_progress=follow,
+            within=within,
+        )
+        self._done += 1
+        return child.value
+
+
+def _mismatches(
+    compared: Iterable[str], expected: dict[str, Any], genai: dict[str, Any], foundry: dict[str, Any] | None
+) -> Iterable[ParityMismatch]:
+    """Yield what differs; a runtime agrees when it does with one of transformers' renderings."""
+    for name in compared:
+        renderings = expected["conversations"][name]["renderings"]
+        first = renderings[0]
+        if genai["fault"] is not None:
+            found = {"error": f"The tokenizer cannot be opened: {genai['fault']}"}
+        else:
+            found = genai["conversations"][name]
+        if found.get("ids") not in [one["ids"] for one in renderings]:
+            same = found.get("text") == first["text"]
+            yield ParityMismatch(
+                conversation=name,
+                runtime="genai",
+                expected=_shown(first, with_ids=same),
+                found=_shown(found, with_ids=same),
+                expected_tokens=len(first["ids"]),
+                found_tokens=len(found.get("ids", ())),
+            )
+        if foundry is None:
+            continue
+        counted = foundry["conversations"][name]
+        if counted.get("prompt_tokens") not in [len(one["ids"]) for one in renderings]:
+            told = counted.get("error") or (
+                "(Foundry Local tells only the number of tokens; onnxruntime-genai makes of this model:) "
+                + _shown(found, with_ids=False)
+            )
+            yield ParityMismatch(
+                conversation=name,
+                runtime="foundry",
+                expected=first["text"],
+                found=told,
+                expected_tokens=len(first["ids"]),
+                found_tokens=counted.get("prompt_tokens", 0),
+            )
+
+
+def _shown(rendering: Mapping[str, Any], *, with_ids: bool) -> str:
+    if "error" in rendering:
+        return str(rendering["error"])
+    return f"{rendering['text']}\n(tokens {rendering['ids']})" if with_ids else str(rendering["text"])
+
+
+def _moments(name: str, *runtimes: dict[str, Any] | None) -> list[str]:
+    return [
+        moment for one in runtimes if one and "conversations" in one for moment in one["conversations"][name]["moments"]
+    ]
+
+
+def _broken_control_tokens(expected: dict[str, Any], genai: dict[str, Any]) -> Iterable[str]:
+    """Yield the control tokens that genai does not tokenize as transformers does, alone or inside a text."""
+    for text, token in expected["control_tokens"].items():
+        found = genai.get("control_tokens", {}).get(text)
+        if found is None:
+            continue  # the tokenizer cannot be opened, which is a mismatch of every conversation
+        is_one = token["alone"] != [token["id"]] or found["alone"] == [token["id"]]
+        if not is_one or found["in_context"].count(token["id"]) != token["in_context"].count(token["id"]):
+            yield text
+
+
+def _reference_notes(
+    model_dir: Path, checkpoint_dir: Path | None, expected: dict[str, Any], refused: Mapping[str, str]
+) -> Iterable[str]:
+    if checkpoint_dir is None:
+        yield "There is no source checkpoint: the reference is the variant's own tokenizer in transformers."
+    for reason in dict.fromkeys(refused.values()):
+        names = ", ".join(name for name, found in refused.items() if found == reason)
+        yield f"Not compared, as the chat template refuses them ({reason}): {names}."
+    if expected["dated"]:
+        yield (
+            "The chat template writes the date: the same conversation has another prompt every day. "
+            "All runtimes take it from the machine's clock."
+        )
+    plain = [mark for mark, tokens in expected["marks"].items() if tokens > 1]
+    if plain:
+        yield (
+            f"{', '.join(plain)} look{'s' if len(plain) == 1 else ''} like control tokens, "
+            "but the checkpoint's tokenizer has them as plain text."
+        )
+    differing = _differing_templates(model_dir)
+    if differing:
+        yield differing
+
+
+def _told_only_notes(mismatches: Sequence[ParityMismatch]) -> Iterable[str]:
+    told = [one for one in mismatches if one.conversation in TOLD_ONLY]
+    if len(told) < len(mismatches):
+        return  # these differ for another reason
+    for name in dict.fromkeys(one.conversation for one in told):
+        runtimes = " and ".join(RUNTIME_NAMES[one.runtime] for one in told if one.conversation == name)
+        yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {TOLD_ONLY[name]}."
+
+
+def _differing_templates(model_dir: Path) -> str | None:
+    """Say that a folder holds two chat templates: transformers prefers chat_template.jinja, genai tokenizer_config."""
+    path = model_dir / "chat_template.jinja"
+    try:
+        configured = read_json(model_dir / TOKENIZER_CONFIG).get("chat_template")
+        used = read_chat_template(model_dir)
+    except BadInput as error:
+        return error.message
+    if not path.is_file() or not isinstance(configured, str) or configured == used:
+        return None
+    return (
+        f"{TOKENIZER_CONFIG} and {path.name} hold different templates: onnxruntime-genai and Foundry Local use the "
+        "former, transformers the latter."
+    )
+
+
+def _compositions(
+    model_dir: Path, conversations: Mapping[str, Sequence[Message]]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the prompts that inference_model.json's strings make, or why there are none."""
+    try:
+        template, _ = describe_model(model_dir)
+    except SlmopsError as error:
+        return {}, (f"There are no strings for inference_model.json: {error.message}",)
+    judged = {name: messages for name, messages in conversations.items() if name not in TOLD_ONLY}
+    has_system = template.system is not None
+    expressible = {name: messages for name, messages in judged.items() if has_system or messages[0]["role"] != "system"}
+    left_out = ", ".join(name for name in judged if name not in expressible)
+    notes = (f"inference_model.json's PromptTemplate has no system message: {left_out}.",) if left_out else ()
+    return {name: template.compose(messages) for name, messages in expressible.items()}, notes
+
+
+def _composition_notes(
+    compositions: Mapping[str, str], expected: dict[str, Any], genai: dict[str, Any]
+) -> Iterable[str]:
+    """Say where inference_model.json's strings make other prompts, or other tokens, than the chat template.
+
+    Foundry 0.8 puts these strings together and leaves the begin token to the tokenizer.
+    """
+    begin = expected["begin_token"] or ""
+    other_text: list[str] = []
+    other_tokens: dict[str, list[str]] = {}
+    for name, text in compositions.items():
+        renderings = expected["conversations"][name]["renderings"]
+        if text not in [one["text"].removeprefix(begin) for one in renderings]:
+            other_text.append(name)
+        elif genai["fault"] is None:
+            found, ids = genai["compositions"][name], [one["ids"] for one in renderings]
+            if found not in ids:
+                why = ""
+                if found in [one[1:] for one in ids]:
+                    why = f": the strings hold no {begin}, and the tokenizer adds none by itself"
+                elif found[1:] in ids:
+                    why = ": the tokenizer adds a begin token that the template does not write"
+                other_tokens.setdefault(why, []).append(name)
+    if other_text:
+        yield (
+            "inference_model.json's PromptTemplate makes other prompts than the chat template: "
+            f"{_listed(other_text, compositions)}."
+        )
+    for why, names in other_tokens.items():
+        yield (
+            f"inference_model.json's PromptTemplate makes the chat template's text, but other tokens{why} "
+            f"({_listed(names, compositions)})."
+        )
+
+
+def _listed(names: Sequence[str], among: Iterable[str]) -> str:
+    others = [name for name in among if name not in names]
+    if len(others) < len(names):
+        return f"all but {', '.join(others)}" if others else "all conversations"
+    return ", ".join(names)

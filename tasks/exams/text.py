@@ -1,0 +1,325 @@
+"""Perplexity and distance from the reference on a text file that the user names."""
+
+import codecs
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from slmops.infra.errors import BadInput
+from slmops.infra.process.supervisor import ChildProcess, OnProgress, run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import place, shared_folder, work_folder
+from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.estimates import Estimate, weighted_mean
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+
+# Each window is scored without what stands before it: long enough to have context, short enough for every model.
+WINDOW_TOKENS = 256
+# Far more than the tokens of any language need, so that the bound on tokens decides; a larger file is read no further.
+BYTES_PER_TOKEN = 32
+MAX_TEXT_BYTES = 64 * 2**20
+LARGEST_EXPONENT = 700  # exp of more is beyond a float64
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextSample(_Record):
+    """The beginning of a text file: as much as can hold the tokens that are used; `digest` is its SHA-256."""
+
+    origin: str
+    text: str = Field(repr=False)
+    digest: str
+
+
+class TextComparison(_Record):
+    """A variant beside its reference on the beginning of a text; divergences in nats per token.
+
+    The perplexities are over every token, the comparison of distributions is over `positions` of them. Figures are
+    None where the variant's logits were not finite or there is no reference. Intervals are bootstrapped over the
+    windows of `window_tokens` tokens that the text is cut into; `perplexity_ratio` is the variant's over the
+    reference's, and above 1 where the variant is worse.
+    """
+
+    origin: str
+    tokens: int
+    positions: int
+    finite_logits: FiniteFloat
+    perplexity: FiniteFloat | None
+    reference_perplexity: FiniteFloat | None
+    perplexity_ratio: Estimate | None
+    top1_agreement: Estimate | None
+    kl_divergence: Estimate | None
+    kl_divergence_p99: FiniteFloat | None
+    window_tokens: int = WINDOW_TOKENS
+    notes: tuple[str, ...] = ()
+
+
+def read_text_file(path: Path, max_tokens: int) -> TextSample:
+    """Read as much of a UTF-8 text file as `max_tokens` tokens can need; of a huge file no more than that.
+
+    Raises `BadInput` for a file that is missing, no regular file, empty, binary or not UTF-8.
+    """
+    limit = min(max_tokens * BYTES_PER_TOKEN, MAX_TEXT_BYTES)
+    try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path} is no text file.", "Name a file of plain text in UTF-8.")
+        with path.open("rb") as file:
+            content = file.read(limit)
+            whole = not file.read(1)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"The text file {path} cannot be read: {reason}.", "Name a readable file.") from error
+    if b"\0" in content:
+        raise BadInput(
+            f"{path} is not text: it has a null byte at byte {content.index(0) + 1}.",
+            "Name a file of plain text in UTF-8.",
+        )
+    try:
+        # A cut may fall into a character: only then may bytes be left over.
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=whole)
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path} is not UTF-8 at byte {error.start + 1}.", "Save it as UTF-8 (iconv -t UTF-8 does that)."
+        ) from None
+    if not text.strip():
+        raise BadInput(f"The text file {path} is empty.", "Name a file with some text.")
+    return TextSample(origin=path.name, text=text, digest=hashlib.sha256(text.encode()).hexdigest())
+
+
+def run_text_reference(
+    settings: Settings,
+    checkpoint_dir: Path,
+    text: TextSample,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    torch_child: ChildProcess | None = None,
+) -> None:
+    """Score the text with the source checkpoint in a child process; `work_dir` keeps what variants are compared with.
+
+    It is run within `torch_child`, if that is given.
+
+    Raises `BadInput` for a text of fewer than two tokens, `StageFailed` and its kinds as `run_in_child` does.
+    """
+    run_in_child(
+        "slmops.infra.transformers.text:text_reference",
+        {
+            "checkpoint_dir": str(checkpoint_dir.absolute()),
+            "text_file": _write(text, work_dir),
+            "max_tokens": settings.evaluation.max_text_tokens,
+            "window_tokens": WINDOW_TOKENS,
+            "max_positions": settings.evaluation.max_positions,
+            "threads": settings.threads,
+            "dtype": "float32",
+            "output_dir": str(work_dir.absolute()),
+        },
+        deadline_s=settings.timeout.reference_s,
+        log_path=work_dir / "text.log",
+        work_dir=work_dir,
+        on_progress=on_progress,
+        within=torch_child,
+    )
+
+
+def compare_on_text(
+    settings: Settings,
+    model_dir: Path,
+    text: TextSample,
+    *,
+    reference_dir: Path | None,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    execution_provider: str | None = None,
+) -> TextComparison:
+    """Score the text with a genai model folder in a child process and compare it with the reference.
+
+    `reference_dir` is the `work_dir` that `run_text_reference` was given for the same text, or None for a model
+    without a source checkpoint: then only the perplexity is known.
+
+    Raises `BadInput` for a text of fewer than two tokens, `StageFailed` and its kinds for a model that cannot be run.
+    """
+    child = run_in_child(
+        "slmops.infra.genai.text:compare_text",
+        {
+            "model_dir": str(model_dir.absolute()),
+            "text_file": _write(text, work_dir),
+            "reference_dir": None if reference_dir is None else str(reference_dir.absolute()),
+            "max_tokens": settings.evaluation.max_text_tokens,
+            "window_tokens": WINDOW_TOKENS,
+            "threads": settings.threads,
+            "execution_provider": execution_provider,
+        },
+        deadline_s=settings.timeout.evaluate_s,
+        log_path=work_dir / "text.log",
+        work_dir=work_dir,
+        on_progress=on_progress,
+    )
+    return summarize(child.value, text.origin)
+
+
+def _write(text: TextSample, work_dir: Path) -> str:
+    work_dir.mkdir(parents=True, exist_ok=True)
+    path = work_dir.absolute() / "text.txt"
+    path.write_bytes(text.text.encode())
+    return str(path)
+
+
+def summarize(result: dict[str, Any], origin: str) -> TextComparison:
+    """Make the record from the child's raw result (see `slmops.infra.genai.text.compare_text`).
+
+    The ratio of perplexities is exp of the mean difference of the log-probabilities per token, and so is its
+    interval; like the other intervals it is bootstrapped over windows, weighted by their tokens.
+    """
+    windows: list[dict[str, Any]] = result["windows"]
+    scored = sum(window["tokens"] for window in windows)
+    compared = [window for window in windows if window["positions"]]
+    positions = [window["positions"] for window in compared]
+    notes = []
+    if result["last_position_only"]:
+        notes.append("The model gives one position's logits at a time, so that the text was read token by token.")
+    return TextComparison(
+        origin=origin,
+        tokens=result["tokens"],
+        positions=sum(positions),
+        finite_logits=sum(window["finite_tokens"] for window in windows) / scored,
+        perplexity=_perplexity([window["log_probability"] for window in windows], scored),
+        reference_perplexity=_perplexity([window["reference_log_probability"] for window in windows], scored),
+        perplexity_ratio=_perplexity_ratio(windows),
+        top1_agreement=_weighted([window["agreeing"] for window in compared], positions),
+        kl_divergence=_weighted([window["kl_divergence"] for window in compared], positions),
+        kl_divergence_p99=result["kl_divergence_p99"],
+        window_tokens=result["window_tokens"],
+        notes=tuple(notes),
+    )
+
+
+def _perplexity(log_probabilities: Sequence[float | None], tokens: int) -> float | None:
+    """exp of the mean negative log-likelihood; None when one is unknown or beyond what a float64 holds."""
+    known = [value for value in log_probabilities if value is not None]
+    if len(known) < len(log_probabilities):
+        return None
+    mean = -math.fsum(known) / tokens
+    return math.exp(mean) if mean < LARGEST_EXPONENT else None
+
+
+def _perplexity_ratio(windows: Sequence[dict[str, Any]]) -> Estimate | None:
+    pairs = [(window["reference_log_probability"], window["log_probability"]) for window in windows]
+    if any(value is None for pair in pairs for value in pair):
+        return None
+    found = _weighted([reference - variant for reference, variant in pairs], [window["tokens"] for window in windows])
+    if found is None or found.high >= LARGEST_EXPONENT:
+        return None
+    return Estimate(value=math.exp(found.value), low=math.exp(found.low), high=math.exp(found.high))
+
+
+def _weighted(sums: Sequence[float | None], sizes: Sequence[int]) -> Estimate | None:
+    """Mean per token, given each window's sum and size; None when a window's sum is unknown or there is no window."""
+    means = [total / size for total, size in zip(sums, sizes, strict=True) if total is not None]
+    return weighted_mean(means, sizes) if means and len(means) == len(sums) else None
+
+
+def text_comparison_key(variant: StoredVariant, source_digest: str, text: TextSample, settings: Settings) -> str:
+    """Return the key of a variant's comparison on a text: the same question has the same key."""
+    return digest_of({"variant": variant.digest, **_question(source_digest, text, settings)})[:16]
+
+
+def _question(source_digest: str, text: TextSample, settings: Settings) -> dict[str, Any]:
+    return {
+        "source": source_digest,
+        "text": text.digest,
+        "max_tokens": settings.evaluation.max_text_tokens,
+        "max_positions": settings.evaluation.max_positions,
+        "window_tokens": WINDOW_TOKENS,
+    }
+
+
+def known_text_comparison(
+    manifest: Manifest, variant: StoredVariant, text: TextSample, registry: ModelRegistry, settings: Settings
+) -> TextComparison | None:
+    """Return a variant's comparison on this text if it is on record."""
+    key = text_comparison_key(variant, manifest.source.digest, text, settings)
+    known = registry.latest_evidence(manifest, "text", key)
+    return TextComparison.model_validate(known["comparison"]) if known else None
+
+
+def text_reference_folder(source_digest: str, text: TextSample, settings: Settings) -> Path:
+    """Return where the reference's figures on a text wait for the variants."""
+    return settings.cache_dir / "references" / digest_of(_question(source_digest, text, settings))
+
+
+def text_reference_in_use(source_digest: str, text: TextSample, settings: Settings) -> AbstractContextManager[None]:
+    """Keep the reference's logits while variants are compared with them: see `infra.storage.folders.shared_folder`."""
+    return shared_folder(text_reference_folder(source_digest, text, settings))
+
+
+def needs_text_reference(manifest: Manifest, text: TextSample, registry: ModelRegistry, settings: Settings) -> bool:
+    """Whether some variant has yet to be compared with its source checkpoint on this text."""
+    if manifest.source.parameters == 0:
+        return False
+    known = (known_text_comparison(manifest, one, text, registry, settings) for one in manifest.variants)
+    return any(one is None for one in known)
+
+
+@task(name="read text", task_run_name="read-text")
+def read_text(path: str, settings: Settings) -> TextSample:
+    """Read the beginning of the text file that the variants' perplexity is taken on."""
+    return read_text_file(Path(path).expanduser(), settings.evaluation.max_text_tokens)
+
+
+@task(name="run reference on text", task_run_name="reference-on-text", **PASSING_FAULTS)
+def run_text_reference_once(
+    prepared: PreparedCheckpoint, text: TextSample, settings: Settings, torch_child: ChildProcess | None = None
+) -> None:
+    """Run the source checkpoint in transformers on the text, unless its figures wait already."""
+    folder = text_reference_folder(prepared.digest, text, settings)
+    with stage_progress("reference on text") as on_progress:
+        if folder.is_dir():
+            return
+        with work_folder(settings) as work:
+            run_text_reference(settings, prepared.folder, text, work / "reference", on_progress, torch_child)
+            place(work / "reference", folder)
+
+
+@task(
+    name="compare variant on text",
+    task_run_name="text-{variant.precision}",
+    **PASSING_FAULTS,
+)
+def compare_stored_variant_on_text(
+    manifest: Manifest,
+    variant: StoredVariant,
+    text: TextSample,
+    registry: ModelRegistry,
+    settings: Settings,
+    *,
+    has_reference: bool,
+) -> TextComparison:
+    """Compare a variant of the store on the text and keep the figures as evidence; those on record are reused."""
+    with stage_progress(f"text {variant.precision}") as on_progress:
+        known = known_text_comparison(manifest, variant, text, registry, settings)
+        if known:
+            on_progress(1, 1, "compared before")
+            return known
+        reference = text_reference_folder(manifest.source.digest, text, settings) if has_reference else None
+        with work_folder(settings) as work:
+            registry.materialize(variant.files, work / "model", on_progress)
+            compared = compare_on_text(
+                settings, work / "model", text, reference_dir=reference, work_dir=work, on_progress=on_progress
+            )
+        record = {
+            "precision": variant.precision,
+            "text": text.digest,
+            "comparison": compared.model_dump(mode="json"),
+        }
+        key = text_comparison_key(variant, manifest.source.digest, text, settings)
+        registry.add_evidence(manifest, "text", record, key)
+    return compared

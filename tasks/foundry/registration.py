@@ -1,0 +1,570 @@
+"""Register a variant with Foundry Local: its ids, and the description that Foundry's cache wants beside the model."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.command import seen_by_command
+from slmops.infra.foundry.model_folder import (
+    INFERENCE_MODEL,
+    MODEL_CARD,
+    model_folder,
+    remove_model_folder,
+    write_model_folder,
+)
+from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant, digest_of_file
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.signatures import check_signature
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+
+CONTENT = "{Content}"  # Foundry's placeholder for a message's text
+DEVICES = ("cpu", "gpu", "npu")
+
+Message = dict[str, str]
+Render = Callable[[Sequence[Message], bool], str]
+
+# Texts that no chat template contains or changes; templates may trim a message's text.
+_SYSTEM, _USER, _ASSISTANT, _NEXT_USER = (f"slmops-{role}-7f3c" for role in ("system", "user", "assistant", "next"))
+_A_SYSTEM = {"role": "system", "content": _SYSTEM}
+_A_USER = {"role": "user", "content": _USER}
+_AN_ASSISTANT = {"role": "assistant", "content": _ASSISTANT}
+_ANOTHER_USER = {"role": "user", "content": _NEXT_USER}
+
+
+class PromptTemplate(BaseModel):
+    """The static strings that Foundry 0.8 builds a prompt of, each with the placeholder `{Content}`.
+
+    A prompt is the concatenation of one string per message; the last user message takes `prompt`, which ends where the
+    answer begins. `system` is None when the template has no system role. The beginning-of-text token is in none of
+    them. `notes` say what the strings cannot express; without notes they agree with the chat template.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    system: str | None
+    user: str
+    assistant: str
+    prompt: str
+    notes: tuple[str, ...] = ()
+
+    def compose(self, messages: Sequence[Message]) -> str:
+        """Return the prompt for a conversation that ends with a user message."""
+        strings = {"system": self.system or "", "user": self.user, "assistant": self.assistant}
+        turns = [strings[message["role"]].replace(CONTENT, message["content"]) for message in messages[:-1]]
+        return "".join(turns) + self.prompt.replace(CONTENT, messages[-1]["content"])
+
+
+class GenerationDefaults(BaseModel):
+    """ModelConfig of `inference_model.json`: what Foundry 0.8 generates with unless a client says otherwise.
+
+    `max_length` counts prompt and answer, in tokens. A temperature of 0 is greedy. The bounds of temperature are those
+    of Foundry's runtime, that of top_p is its definition, and a repetition penalty above 2 leaves no sensible text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_length: int = Field(ge=1)
+    temperature: float = Field(ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+
+
+def foundry_model_id(name: str, precision: str, device: str, version: int) -> str:
+    """Return a variant's Foundry id, `NAME-PRECISION-generic-DEVICE:VERSION`.
+
+    Raises `BadInput` for a name that itself ends like one: the runtime derives the alias by cutting that ending off, so
+    that two models would share an id or an alias.
+    """
+    if re.search(rf"-generic-({'|'.join(DEVICES)})$", name):
+        raise BadInput(f"The name {name!r} ends like a Foundry id.", "Choose a name without `-generic-` and a device.")
+    return f"{name}-{precision}-generic-{device}:{version}"
+
+
+def champion_model_id(name: str, version: int) -> str:
+    """Return the Foundry id of the champion's selected variant, `NAME:VERSION`; its alias is the name."""
+    return f"{name}:{version}"
+
+
+def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str | None]) -> Render:
+    """Return a function `(messages, add_generation_prompt) -> prompt` for a tokenizer's Jinja chat template.
+
+    `special_tokens` are the template's variables (`bos_token`, `eos_token`, ...). The template runs in Jinja's
+    immutable sandbox, with the settings and functions that transformers gives to chat templates. Rendering raises
+    jinja2's `TemplateError` for a conversation that the template refuses. Raises `BadInput` for one that is not Jinja.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
+    try:
+        template = environment.from_string(chat_template)
+    except TemplateSyntaxError as error:
+        raise BadInput(
+            f"The chat template is not valid Jinja: {error.message} (line {error.lineno}).",
+            "Give a working one with --chat-template.",
+        ) from error
+    tokens = {key: token for key, token in special_tokens.items() if token is not None}
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return template.render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **tokens,
+        )
+
+    return render
+
+
+def derive_prompt_template(
+    chat_template: str, special_tokens: Mapping[str, str | None], render: Render | None = None
+) -> PromptTemplate:
+    """Cut the static strings of a `PromptTemplate` out of a chat template, for any model family.
+
+    The template renders conversations of known texts; what stands between those texts is split into what belongs to
+    one message and what to the next. The strings are then put together again for four conversations and compared with
+    the template's own rendering: every difference is a note.
+
+    Raises `BadInput` when the template cannot render a single user message, or drops its text.
+    """
+    render = render or chat_template_renderer(chat_template, special_tokens)
+    bos, eos = special_tokens.get("bos_token") or "", special_tokens.get("eos_token") or ""
+    notes: list[str] = []
+
+    first = _rendered(render, [_A_USER], True)
+    if first is None or first.count(_USER) != 1:
+        raise BadInput(
+            "The chat template does not render a conversation of one user message.",
+            "Give a working one with --chat-template.",
+        )
+    head, tail = first.split(_USER)
+    user_prefix, user_suffix, assistant, generation = _turns(render, head.removeprefix(bos), tail, eos, notes)
+    system = _system(render, bos, user_prefix, notes)
+    default_head = head.removeprefix(bos).removesuffix(user_prefix)
+    if head.removeprefix(bos) == default_head and user_prefix:
+        notes.append("The first user message begins otherwise than later ones.")
+    elif default_head:
+        notes.append(
+            f"Without a system message the template writes {_shown(default_head)} first, which the strings leave out."
+        )
+    if "strftime_now" in chat_template:
+        notes.append("The template writes the current date; the strings keep the date of the registration.")
+
+    template = PromptTemplate(
+        system=system,
+        user=f"{user_prefix}{CONTENT}{user_suffix}",
+        assistant=assistant,
+        prompt=f"{user_prefix}{CONTENT}{user_suffix}{generation}",
+    )
+    plain, longer = [_A_USER], [_A_USER, _AN_ASSISTANT, _ANOTHER_USER]
+    probes = [("a single message", plain), ("several turns", longer)]
+    if system is not None:
+        probes += [
+            ("a system message", [_A_SYSTEM, *plain]),
+            ("a system message and several turns", [_A_SYSTEM, *longer]),
+        ]
+    differing = [
+        what
+        for what, messages in probes
+        if (_rendered(render, messages, True) or "").removeprefix(bos) != template.compose(messages)
+    ]
+    if differing:
+        notes.append(f"The strings differ from the template's own rendering for {', '.join(differing)}.")
+    return template.model_copy(update={"notes": tuple(notes)})
+
+
+def generation_defaults(
+    generation_config: Mapping[str, Any], overrides: Mapping[str, Any], context_length: int
+) -> GenerationDefaults:
+    """Return ModelConfig from a checkpoint's generation_config.json and what the user sets over it.
+
+    Without sampling in generation_config.json (`do_sample`), the temperature is 0: the answers that were judged are
+    greedy. `max_length` is the context's length unless a smaller one is given.
+
+    Raises `BadInput` naming an unknown key, or a value that is no number, out of bounds or beyond the context.
+    """
+    values: dict[str, Any] = {
+        key: generation_config[key]
+        for key in GenerationDefaults.model_fields
+        if generation_config.get(key) is not None and key != "temperature"
+    }
+    values["temperature"] = (generation_config.get("temperature") or 1.0) if generation_config.get("do_sample") else 0.0
+    values["max_length"] = min(values.get("max_length", context_length), context_length)
+    try:
+        defaults = GenerationDefaults.model_validate({**values, **overrides})
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()
+        )
+        known = ", ".join(GenerationDefaults.model_fields)
+        raise BadInput(f"The generation defaults are not valid: {faults}.", f"The keys are {known}.") from None
+    if defaults.max_length > context_length:
+        raise BadInput(
+            f"max_length is {defaults.max_length}, but the model's context has {context_length} tokens.",
+            "Give a smaller one.",
+        )
+    return defaults
+
+
+def inference_model(
+    model_id: str, version: int, description: str, prompt_template: PromptTemplate, defaults: GenerationDefaults
+) -> dict[str, Any]:
+    """Return the content of `inference_model.json`."""
+    return {
+        "Name": model_id,
+        "Description": description,
+        "Version": version,
+        "PromptTemplate": prompt_template.model_dump(exclude={"notes"}, exclude_none=True),
+        "ModelConfig": defaults.model_dump(),
+    }
+
+
+def _rendered(render: Render, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
+    from jinja2 import TemplateError
+
+    try:
+        return render(messages, add_generation_prompt)
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+    ):  # the template refuses or trips over it
+        return None
+
+
+def _turns(render: Render, head: str, tail: str, eos: str, notes: list[str]) -> tuple[str, str, str, str]:
+    """Return (user's prefix, user's suffix, the assistant's string, generation prompt).
+
+    `head` and `tail` are what stands before and after a single user message, generation prompt included.
+    """
+    conversation = [_A_USER, _AN_ASSISTANT, _ANOTHER_USER]
+    whole = _rendered(render, conversation, True)
+    open_end = _rendered(render, conversation, False)
+    answered = _rendered(render, conversation[:2], False)
+    gaps = None if whole is None else re.split(f"{_USER}|{_ASSISTANT}|{_NEXT_USER}", whole)
+    if gaps is None or len(gaps) != 4 or open_end is None or answered is None or _ASSISTANT not in answered:
+        notes.append("The template renders no conversation of several turns.")
+        return head, "", CONTENT, tail
+    user_suffix = _closing(open_end.rpartition(_NEXT_USER)[2], gaps[1], eos)
+    assistant_suffix = _closing(answered.rpartition(_ASSISTANT)[2], gaps[2], eos)
+    user_prefix = gaps[2].removeprefix(assistant_suffix)
+    assistant = f"{gaps[1].removeprefix(user_suffix)}{CONTENT}{assistant_suffix}"
+    return user_prefix, user_suffix, assistant, gaps[3].removeprefix(user_suffix)
+
+
+def _system(render: Render, bos: str, user_prefix: str, notes: list[str]) -> str | None:
+    text = _rendered(render, [_A_SYSTEM, _A_USER], True)
+    if text is None or _SYSTEM not in text:
+        notes.append("The template has no system role; a system message's text is not part of the prompt.")
+        return None
+    before, _, after = text.partition(_SYSTEM)
+    gap, found, _ = after.partition(_USER)
+    if not found:
+        notes.append("The template writes the system message behind the user's.")
+        return None
+    if not gap.endswith(user_prefix):
+        notes.append("The template writes the system message inside the first user message; the strings put it before.")
+        return f"{CONTENT}{gap}"
+    return f"{before.removeprefix(bos)}{CONTENT}{gap.removesuffix(user_prefix)}"
+
+
+def _closing(end: str, gap: str, eos: str) -> str:
+    """Return how much of `gap` closes the message before it, from how a conversation ends with that message.
+
+    Some templates add the end-of-text token where a conversation ends without a generation prompt.
+    """
+    for closing in (end, end.removesuffix(eos)):
+        if gap.startswith(closing):
+            return closing
+    return ""
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+class Registration(BaseModel):
+    """A variant in Foundry Local: its id, whether this call registered it, and what its prompt template cannot say."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model_id: str
+    changed: bool
+    notes: tuple[str, ...] = ()
+
+
+class Proof(BaseModel):
+    """What a registered variant answered in a process of its own; times in ms."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model_id: str
+    question: str
+    answer: str
+    load_ms: float
+    e2e_latency_ms: float
+    prompt_tokens: int
+    completion_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+@task(name="register variant", task_run_name="register-{variant.precision}", **PASSING_FAULTS)
+def register_variant(
+    manifest: Manifest,
+    variant: StoredVariant,
+    description: str,
+    card: str,
+    registry: ModelRegistry,
+    settings: Settings,
+) -> Registration:
+    """Write a variant's folder, with its model card, into Foundry's cache and register it.
+
+    Nothing but the card changes where it is registered already.
+    """
+    model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+    with stage_progress(f"register {variant.precision}") as on_progress, work_folder(settings) as work:
+        registry.materialize(variant.files, work / "model", on_progress)
+        if settings.store.require_signature:
+            check_signature(registry, manifest, settings.store)
+            _check_unaltered(variant, work / "model", settings)
+        template, defaults = describe_model(work / "model")
+        folder = write_model_folder(
+            settings.foundry_dir,
+            manifest.name,
+            variant.precision,
+            manifest.version,
+            sources={file.path: work / "model" / file.path for file in variant.files},
+            inference_model=inference_model(model_id, manifest.version, description, template, defaults),
+            model_card=card,
+        )
+        request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, description)}
+        changed = ask_foundry("register", request, settings, on_progress)["changed"]
+        on_progress(1, 1, "registered" if changed else "registered before")
+    return Registration(model_id=model_id, changed=changed, notes=template.notes)
+
+
+def _check_unaltered(variant: StoredVariant, folder: Path, settings: Settings) -> None:
+    if altered := altered_files(variant.files, folder):
+        raise StageFailed(
+            f"{altered[0]} is not what the version's manifest says it is.",
+            f"See with slmops verify whether the store's copy is damaged; else remove {settings.cache_dir / 'store'}.",
+        )
+
+
+def altered_files(files: Sequence[StoredFile], folder: Path) -> list[str]:
+    """Return the files that a folder does not hold as the manifest has them, by their digests."""
+    paths = ((file, folder / file.path) for file in files)
+    return [file.path for file, path in paths if not path.is_file() or digest_of_file(path) != file.sha256]
+
+
+def altered_in_foundry(manifest: Manifest, variant: StoredVariant, settings: Settings) -> list[str]:
+    """Return the files of a variant that its folder in Foundry's cache does not hold as the manifest has them."""
+    folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
+    return altered_files([one for one in variant.files if one.path not in (INFERENCE_MODEL, MODEL_CARD)], folder)
+
+
+@task(name="register champion", task_run_name="register-champion", **PASSING_FAULTS)
+def register_champion(manifest: Manifest, variant: StoredVariant, settings: Settings) -> str:
+    """Register a version's selected variant as `NAME:VERSION`, in place of the former champion's; returns that id."""
+    set_champion_ids(manifest.name, [(manifest, variant)], settings)
+    return champion_model_id(manifest.name, manifest.version)
+
+
+def set_champion_ids(name: str, champions: Sequence[tuple[Manifest, StoredVariant]], settings: Settings) -> None:
+    """Register these variants as `NAME:VERSION`, and then no other version under the plain name."""
+    registered = registered_models(settings)
+    folders = {model["model_id"]: model["folder"] for model in registered if model["folder_exists"]}
+    for manifest, variant in champions:
+        folder = model_folder(settings.foundry_dir, name, variant.precision, manifest.version)
+        model_id = champion_model_id(name, manifest.version)
+        if folders.get(model_id) == str(folder.absolute()):
+            continue
+        request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, "")}
+        ask_foundry("register", request, settings)
+    kept = {champion_model_id(name, manifest.version) for manifest, _ in champions}
+    for model in registered:
+        if model["name"] == name and model["model_id"] not in kept:
+            ask_foundry("unregister", {"model_id": model["model_id"]}, settings)
+
+
+def _metadata(manifest: Manifest, variant: StoredVariant, description: str) -> dict[str, str]:
+    shown = {"display_name": f"{manifest.name} {variant.precision}", "description": description}
+    return {key: text for key, text in shown.items() if text}
+
+
+def describe_model(folder: Path) -> tuple[PromptTemplate, GenerationDefaults]:
+    """Return the prompt template and the generation defaults that a model folder's own files make."""
+    template = read_chat_template(folder)
+    if template is None:
+        raise StageFailed(f"The model in {folder} has no chat template.", "Pass one with --chat-template.")
+    tokenizer = read_json(folder / "tokenizer_config.json")
+    tokens = {name: _token_text(tokenizer.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    config = read_json(folder / "genai_config.json")
+    defaults = generation_defaults(config.get("search", {}), {}, int(config["model"]["context_length"]))
+    return derive_prompt_template(template, tokens), defaults
+
+
+def _token_text(token: Any) -> str | None:
+    text: str | None = token["content"] if isinstance(token, dict) else token
+    return text
+
+
+@task(name="prove variant", task_run_name="prove-{variant.precision}")
+def prove_variant(
+    manifest: Manifest,
+    variant: StoredVariant,
+    row: EvaluationRow,
+    evaluated_answer: str,
+    registry: ModelRegistry,
+    settings: Settings,
+) -> Proof:
+    """Let a registered variant answer in a fresh process, and compare with onnxruntime-genai's own answer.
+
+    A variant that is not found, does not load or answers otherwise is unregistered again. Raises `StageFailed`. Where
+    the `foundry` command serves this cache, it is asked too; it renders prompts in its own way, so that what it makes
+    of the model is a note.
+    """
+    model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+    messages = [message.model_dump() for message in row.messages]
+    asked = {"messages": messages, "max_new_tokens": settings.evaluation.max_new_tokens}
+    with stage_progress(f"prove {variant.precision}") as on_progress:
+        try:
+            expected = _expected_answer(variant, asked, evaluated_answer, registry, settings)
+            proven = ask_foundry("prove", {"model_id": model_id, **asked}, settings, on_progress)
+            if proven["answer"].strip() != expected.strip():
+                raise StageFailed(
+                    f"Through Foundry Local {model_id} answers {proven['answer']!r}, "
+                    f"onnxruntime-genai with the same model {expected!r}.",
+                    "See whether its chat template renders alike in both (the evaluation's template mismatches).",
+                )
+        except StageFailed as error:
+            unregister_variant(manifest, variant, settings)
+            raise type(error)(f"{error.message} It was unregistered again.", error.what_to_do) from error
+        figures = {name: proven[name] for name in ("load_ms", "e2e_latency_ms", "prompt_tokens", "completion_tokens")}
+        question = row.messages[-1].content
+        note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
+        notes = (note,) if note else ()
+        proof = Proof(model_id=model_id, question=question, answer=proven["answer"], notes=notes, **figures)
+        registry.add_evidence(manifest, f"proof-{variant.precision}", proof.model_dump())
+    return proof
+
+
+@task(name="repeat proof", task_run_name="prove-{variant.precision}", **PASSING_FAULTS)
+def repeat_proof(
+    manifest: Manifest, variant: StoredVariant, row: EvaluationRow, recorded: Proof, settings: Settings
+) -> Proof:
+    """Let a registered variant answer the row of a recorded proof in a fresh process, and compare the answers.
+
+    Raises `StageFailed` when it is not found, does not load or answers otherwise.
+    """
+    model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+    messages = [message.model_dump() for message in row.messages]
+    # As long as the recorded answer was, whatever the limit is today: what it was cut by may have been another one.
+    asked = {"messages": messages, "max_new_tokens": max(recorded.completion_tokens, 1)}
+    with stage_progress(f"prove {variant.precision}") as on_progress:
+        proven = ask_foundry("prove", {"model_id": model_id, **asked}, settings, on_progress)
+    if proven["answer"].strip() != recorded.answer.strip():
+        raise StageFailed(
+            f"Through Foundry Local {model_id} answers {proven['answer']!r}, "
+            f"and when it was proven it answered {recorded.answer!r}.",
+            "See with slmops verify whether its files are whole; slmops regate judges and proves the version anew.",
+        )
+    figures = {name: proven[name] for name in ("load_ms", "e2e_latency_ms", "prompt_tokens", "completion_tokens")}
+    return Proof(model_id=model_id, question=recorded.question, answer=proven["answer"], **figures)
+
+
+def last_proof(manifest: Manifest, variant: StoredVariant, row: EvaluationRow, registry: ModelRegistry) -> Proof | None:
+    """Return the last proof of a variant if it was asked this row."""
+    record = registry.latest_evidence(manifest, f"proof-{variant.precision}")
+    if record is None or record["question"] != row.messages[-1].content:
+        return None
+    return Proof(**{name: record[name] for name in Proof.model_fields if name in record})
+
+
+def _expected_answer(
+    variant: StoredVariant,
+    asked: dict[str, Any],
+    evaluated_answer: str,
+    registry: ModelRegistry,
+    settings: Settings,
+) -> str:
+    """Return genai's answer with the repetition penalty of the model's own configuration, as Foundry uses it.
+
+    The evaluation's answers are without one; they are the same where the model has none.
+    """
+    with work_folder(settings) as work:
+        registry.materialize(variant.files, work / "model")
+        search = read_json(work / "model" / "genai_config.json").get("search", {})
+        penalty = float(search.get("repetition_penalty", 1.0))
+        if penalty == 1.0:
+            return evaluated_answer
+        child = run_in_child(
+            "slmops.infra.genai.runtime:generate",
+            {"model_dir": str(work / "model"), "threads": settings.threads, "repetition_penalty": penalty, **asked},
+            deadline_s=settings.timeout.evaluate_s,
+            log_path=settings.cache_dir / "logs" / "generate.log",
+            work_dir=work,
+        )
+    return str(child.value["answer"])
+
+
+def unregister_variant(manifest: Manifest, variant: StoredVariant, settings: Settings) -> list[str]:
+    """Take a variant out of Foundry Local, under all its ids, and out of its cache; returns those ids."""
+    folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
+    ids = [model["model_id"] for model in registered_models(settings) if model["folder"] == str(folder)]
+    for model_id in ids:
+        ask_foundry("unregister", {"model_id": model_id}, settings)
+    remove_model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
+    return ids
+
+
+def unregister_version(manifest: Manifest, settings: Settings) -> list[str]:
+    """Take all variants of a version out of Foundry Local; returns the ids that were registered."""
+    return [model_id for variant in manifest.variants for model_id in unregister_variant(manifest, variant, settings)]
+
+
+def registered_models(settings: Settings) -> list[dict[str, Any]]:
+    """Return Foundry's local catalog; see `slmops.infra.foundry.runtime.list_models`."""
+    models: list[dict[str, Any]] = ask_foundry("list_models", {}, settings)["models"]
+    return models
+
+
+def ask_foundry(
+    function: str, request: dict[str, Any], settings: Settings, on_progress: OnProgress | None = None
+) -> dict[str, Any]:
+    """Call a function of `slmops.infra.foundry.runtime` on the settings' Foundry cache, in a process of its own."""
+    with work_folder(settings) as work:
+        return run_in_child(
+            f"slmops.infra.foundry.runtime:{function}",
+            {"cache_dir": str(settings.foundry_dir), **request},
+            deadline_s=settings.timeout.foundry_s,
+            log_path=settings.cache_dir / "logs" / f"foundry-{function}.log",
+            work_dir=work,
+            on_progress=on_progress,
+        ).value

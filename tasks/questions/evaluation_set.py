@@ -1,0 +1,237 @@
+"""The evaluation set: the chats that a checkpoint and its variants answer, read from JSON Lines and checked."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import digest_of as digest_of_json
+from slmops.tasks.checkpoint.preparation import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
+from slmops.tasks.questions.output_format import OutputFormat, parse_output_regex, read_output_schema
+from slmops.tasks.questions.scoring import ExactMatch, Scorer, ScorerField, parse_scorer_text
+from slmops.tasks.questions.strict_json import parse_json
+
+CHAT_PROMPTS_FILE = Path(__file__).parent / "evaluation" / "chat_prompts.jsonl"
+MAX_LINE_BYTES = 1_000_000
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+RowId = StrictInt | Annotated[StrictStr, Field(min_length=1)]
+
+
+class Message(_Record):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: StrictStr
+
+
+class EvaluationRow(_Record):
+    """A chat to answer and, where there is one, the answer that is expected and how answers are scored by it.
+
+    A system message may come first; then user and assistant alternate, and the user has the last word. `scorer` is a
+    name or an object of a name and options (see `tasks.questions.scoring`); what `expected` holds has to suit it.
+    """
+
+    id: RowId
+    messages: tuple[Message, ...] = Field(min_length=1)
+    expected: StrictStr | None = None
+    scorer: ScorerField = ExactMatch()
+    category: StrictStr | None = None
+
+    @model_validator(mode="after")
+    def _turns_alternate(self) -> "EvaluationRow":
+        roles = [message.role for message in self.messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        usual = ["user" if index % 2 == 0 else "assistant" for index in range(len(turns))]
+        if turns != usual or not turns or turns[-1] != "user":
+            raise ValueError(
+                "messages must alternate between user and assistant (after an optional system message) "
+                f"and end with a user's turn, found {', '.join(roles)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_scored(self) -> "EvaluationRow":
+        if self.expected is not None:
+            self.scorer.check(self.expected)
+        return self
+
+
+def read_evaluation_file(path: Path, scorer: Scorer | None = None) -> list[EvaluationRow]:
+    """Read an evaluation file: JSON Lines in UTF-8, one row `{id, messages, expected, scorer?, category?}` a line.
+
+    `scorer` is that of the rows that name none; default: exact_match. Blank lines are skipped. Raises `BadInput` naming
+    the first line that cannot be used and why.
+    """
+    rows = _read_rows(path, scorer)
+    for number, row in rows:
+        if row.expected is None:
+            raise _bad_line(path, number, "`expected` is missing")
+    return [row for _, row in rows]
+
+
+def chat_prompts() -> list[EvaluationRow]:
+    """The built-in chats for a model that comes without an evaluation file; they have no expected answers."""
+    return [row for _, row in _read_rows(CHAT_PROMPTS_FILE)]
+
+
+def read_rows(
+    evaluation_file: str | None,
+    folder: Path | None,
+    *,
+    scorer: str | None = None,
+    output_schema_file: str | None = None,
+    output_regex: str | None = None,
+) -> list[EvaluationRow]:
+    """Return the rows of `read_evaluation_set`; raises `BadInput` for all that it would."""
+    found = read_evaluation_set(
+        evaluation_file, folder, scorer=scorer, output_schema_file=output_schema_file, output_regex=output_regex
+    )
+    return list(found.rows)
+
+
+def digest_of(rows: Sequence[EvaluationRow]) -> str:
+    """SHA-256 of the rows' canonical JSON, in hexadecimal: same rows in the same order, same digest."""
+    return digest_of_json([row.model_dump(mode="json") for row in rows])
+
+
+def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, EvaluationRow]]:
+    rows: list[tuple[int, EvaluationRow]] = []
+    first_line_of: dict[str, int] = {}
+    try:
+        with path.open("rb") as file:
+            for number, line in numbered_lines(path, file):
+                row = _parse_row(path, number, line, scorer)
+                first = first_line_of.setdefault(str(row.id), number)
+                if first != number:
+                    raise _bad_line(path, number, f"the id {row.id!r} was already used in line {first}")
+                rows.append((number, row))
+    except OSError as error:
+        raise BadInput(
+            f"The evaluation file {path} cannot be read: {error.strerror or error}.", "Name a readable file."
+        ) from error
+    if not rows:
+        raise BadInput(f"The evaluation file {path} has no rows.", "Write at least one JSON object on a line.")
+    return rows
+
+
+def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Yield (number, text) of the lines that are not blank; raises `BadInput` for one too long or not UTF-8."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise _bad_line(path, number, f"it is longer than {MAX_LINE_BYTES:,} bytes")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise _bad_line(path, number, f"it is not UTF-8 at byte {error.start + 1}") from None
+        if text:
+            yield number, text
+
+
+def _parse_row(path: Path, number: int, line: str, scorer: Scorer | None) -> EvaluationRow:
+    try:
+        content = parse_json(line)
+    except ValueError as error:
+        raise _bad_line(path, number, str(error)) from None
+    if not isinstance(content, dict):
+        raise _bad_line(path, number, f"it must be an object, found {type(content).__name__}")
+    if scorer is not None:
+        content.setdefault("scorer", scorer)
+    try:
+        row = EvaluationRow.model_validate(content)
+        row.model_dump_json().encode()
+    except ValidationError as error:
+        raise _bad_line(path, number, "; ".join(_fault(fault) for fault in error.errors()[:3])) from None
+    except (UnicodeError, ValueError):  # JSON can spell half a surrogate pair, which is no text
+        raise _bad_line(path, number, "it holds an unpaired surrogate, which is not text") from None
+    return row
+
+
+def _fault(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"] if part not in {"int", "str", "constrained-str"})
+    if fault["type"] == "missing":
+        return f"`{where}` is missing"
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key `{where}`"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    found = repr(fault["input"])
+    return f"`{where}`: {fault['msg']}, found {found if len(found) <= 60 else found[:57] + '...'}"
+
+
+def _bad_line(path: Path, number: int, fault: str) -> BadInput:
+    return BadInput(f"Line {number} of the evaluation file {path} cannot be used: {fault}.", "Correct that line.")
+
+
+class EvaluationSet(_Record):
+    """The rows of one deploy, where they are from, and the format that every answer has to have, if any."""
+
+    rows: tuple[EvaluationRow, ...]
+    origin: str
+    output_format: OutputFormat | None = None
+
+    @property
+    def summary(self) -> str:
+        """What the report says the variants were judged on."""
+        return f"{len(self.rows)} rows of {self.origin}"
+
+
+def read_evaluation_set(
+    evaluation_file: str | None,
+    folder: Path | None,
+    *,
+    scorer: str | None = None,
+    output_schema_file: str | None = None,
+    output_regex: str | None = None,
+) -> EvaluationSet:
+    """Read the named file's rows, else those of the checkpoint folder's `eval.jsonl`, else take the built-in chats.
+
+    `scorer` is a scorer's name or a JSON object of its name and options, for the rows that name none. The output format
+    is a JSON Schema's file or a pattern; where neither is named, an `output_schema.json` beside the folder's
+    `eval.jsonl` is used together with that. Raises `BadInput` for whatever of these cannot be used.
+    """
+    default = None if scorer is None else parse_scorer_text(scorer)
+    output_format = _named_format(output_schema_file, output_regex)
+    if evaluation_file:
+        rows, origin = read_evaluation_file(Path(evaluation_file).expanduser(), default), evaluation_file
+    elif folder is not None and (folder / EVALUATION_FILE).is_file():
+        rows, origin = read_evaluation_file(folder / EVALUATION_FILE, default), EVALUATION_FILE
+        if output_format is None and (folder / OUTPUT_SCHEMA_FILE).is_file():
+            output_format = read_output_schema(folder / OUTPUT_SCHEMA_FILE)
+    else:
+        rows, origin = chat_prompts(), "slmops' own chats"
+    return EvaluationSet(rows=tuple(rows), origin=origin, output_format=output_format)
+
+
+def _named_format(output_schema_file: str | None, output_regex: str | None) -> OutputFormat | None:
+    if output_schema_file is not None and output_regex is not None:
+        raise BadInput("Both an output schema and an output regex are named.", "Name one of them.")
+    if output_schema_file is not None:
+        return read_output_schema(Path(output_schema_file).expanduser())
+    return None if output_regex is None else parse_output_regex(output_regex)
+
+
+@task(name="read evaluation", task_run_name="read-evaluation")
+def read_evaluation(
+    evaluation_file: str | None,
+    folder: Path | None,
+    settings: Settings,
+    *,
+    scorer: str | None = None,
+    output_schema_file: str | None = None,
+    output_regex: str | None = None,
+) -> EvaluationSet:
+    """Read what the variants are judged on, of the rows the first `evaluation.max_rows`."""
+    found = read_evaluation_set(
+        evaluation_file, folder, scorer=scorer, output_schema_file=output_schema_file, output_regex=output_regex
+    )
+    return found.model_copy(update={"rows": found.rows[: settings.evaluation.max_rows]})

@@ -1,0 +1,156 @@
+"""What a deploy is asked for, checked before anything is written."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+from urllib.parse import urlsplit
+
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import BaseModel, ConfigDict
+from slmops.infra.errors import BadInput
+from slmops.infra.storage.manifest import LONGEST_TRAINING_RUN, check_name
+from slmops.tasks.request.budget import parse_budget
+
+Precision = Literal["fp16", "int8", "int4"]
+Device = Literal["cpu", "gpu", "npu"]
+ExecutionProvider = Literal["cpu", "cuda", "dml", "webgpu"]
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# A tag of Hugging Face's own, for training; every runtime strips it.
+GENERATION_TAG = r"\{%-?\s*(end)?generation\s*-?%\}"
+DEVICE_OF_PROVIDER: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu", "dml": "gpu", "webgpu": "gpu"}
+
+
+class DeployRequest(BaseModel):
+    """The parameters of the flow `deploy`, described there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str
+    name: str
+    precisions: tuple[Precision, ...] = PRECISIONS
+    device: Device = "cpu"
+    execution_provider: ExecutionProvider = "cpu"
+    base: str | None = None
+    revision: str | None = None
+    description: str = ""
+    evaluation_file: str | None = None
+    scorer: str | None = None
+    output_schema_file: str | None = None
+    output_regex: str | None = None
+    text_file: str | None = None
+    budget: tuple[str, ...] = ()
+    chat_template_file: str | None = None
+    min_top1_agreement: float | None = None
+    max_kl_divergence: float | None = None
+    max_quality_loss: float | None = None
+    max_length: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    olive_config_file: str | None = None
+    recipes: tuple[str, ...] = ()
+    search: bool = False
+    output: str | None = None
+    promote: bool = False
+    training_run: str | None = None
+
+    def checked(self) -> "DeployRequest":
+        """Return the request with duplicates removed; raises `BadInput` for what no deploy can do."""
+        if not self.checkpoint.strip():
+            raise BadInput(
+                "No checkpoint is named.", "Name a folder, a Hub id, or an s3:// or store:// address; so does an event."
+            )
+        check_name(self.name)
+        if not self.precisions:
+            raise BadInput("No precision is named.", f"Name at least one of {', '.join(PRECISIONS)}.")
+        if DEVICE_OF_PROVIDER[self.execution_provider] != self.device and self.device != "npu":
+            raise BadInput(
+                f"The execution provider {self.execution_provider!r} does not run on the device {self.device!r}.",
+                f"Use --device {DEVICE_OF_PROVIDER[self.execution_provider]} with it.",
+            )
+        if self.device == "npu":
+            raise BadInput("There is no recipe for NPUs yet.", "Use --device cpu or gpu.")
+        _check_range("min_top1_agreement", self.min_top1_agreement, 0, 1)
+        _check_range("max_kl_divergence", self.max_kl_divergence, 0, sys.float_info.max)
+        _check_range("max_quality_loss", self.max_quality_loss, 0, 1)
+        _check_range("max_length", self.max_length, 1, 10_000_000)
+        _check_range("temperature", self.temperature, 0, 2)
+        _check_range("top_p", self.top_p, 0.001, 1)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.1, 2)
+        parse_budget(self.budget)
+        if self.olive_config_file and (self.recipes or self.search):
+            raise BadInput(
+                f"An Olive configuration leaves no {'recipe to name' if self.recipes else 'recipes to search'}.",
+                "Leave it out, or leave the other out.",
+            )
+        if self.training_run is not None and not 0 < len(self.training_run) <= LONGEST_TRAINING_RUN:
+            raise BadInput(
+                f"The training run has {len(self.training_run)} characters.", f"Give 1 to {LONGEST_TRAINING_RUN}."
+            )
+        if self.training_run and (urlsplit(self.training_run).username or urlsplit(self.training_run).password):
+            raise BadInput("The training run's address holds a user or a password.", "Leave them out.")
+        if self.chat_template_file:
+            read_chat_template_file(Path(self.chat_template_file))
+        if self.output:
+            check_output(Path(self.output))
+        return self.model_copy(
+            update={
+                "precisions": tuple(dict.fromkeys(self.precisions)),
+                "recipes": tuple(dict.fromkeys(self.recipes)),
+            }
+        )
+
+    @property
+    def generation_defaults(self) -> dict[str, float]:
+        """The generation parameters that were given, under genai's names."""
+        values = {
+            "max_length": self.max_length,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def check_precisions(names: Sequence[str]) -> tuple[Precision, ...]:
+    """Return the named precisions; raises `BadInput` naming the first that is unknown."""
+    for name in names:
+        if name not in PRECISIONS:
+            raise BadInput(f"The precision {name!r} is unknown.", f"slmops builds {', '.join(PRECISIONS)}.")
+    return tuple(name for name in names if name in PRECISIONS)
+
+
+def read_chat_template_file(path: Path) -> str:
+    """Return a chat template's text; raises `BadInput` when there is none or it is not valid Jinja."""
+    try:
+        text = path.expanduser().read_text("utf-8")
+        SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(GENERATION_TAG, "", text))
+    except OSError as error:
+        raise BadInput(f"The chat template {path} cannot be read: {error.strerror}.", "Name a Jinja file.") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"The chat template {path} is not UTF-8 text.", "Name a Jinja file.") from None
+    except TemplateSyntaxError as error:
+        raise BadInput(
+            f"The chat template {path} is not valid Jinja: {error.message}, line {error.lineno}.", "Correct it."
+        ) from None
+    if not text.strip():
+        raise BadInput(f"The chat template {path} is empty.", "Name a Jinja file.")
+    return text
+
+
+def check_output(path: Path) -> None:
+    """Raise `BadInput` when a plain copy cannot be written to a folder: it must be new or empty."""
+    nearest = next((one for one in (path, *path.absolute().parents) if one.exists()), path)
+    if not nearest.is_dir():
+        raise BadInput(f"The output {path} cannot be a folder: {nearest} is a file.", "Name a new folder.")
+    if nearest == path and any(path.iterdir()):
+        raise BadInput(f"The output {path} exists and is not an empty folder.", "Name a new folder.")
+
+
+def _check_range(name: str, value: float | None, lowest: float, highest: float) -> None:
+    if value is not None and not lowest <= value <= highest:
+        raise BadInput(f"{name} is {value}.", f"It must lie between {lowest} and {highest}.")

@@ -1,0 +1,38 @@
+"""What a run reads besides its checkpoint: files on this machine, on S3, or put into the store."""
+
+from pathlib import Path
+from typing import Any
+
+from slmops.infra.checkpoints.s3 import fetch_file_from_s3
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.infra.storage.inputs import fetch_input, is_input_address, read_input
+from slmops.infra.storage.opening import open_registry
+
+FILE_PARAMETERS = ("evaluation_file", "output_schema_file", "text_file", "chat_template_file", "olive_config_file")
+
+
+def with_local_files(parameters: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return flow parameters in which every file is one of this machine: what is elsewhere is fetched.
+
+    A file is a path, `s3://BUCKET/KEY` or `store://<64 hex>`. Raises `BadInput` for one that is not there.
+    """
+    named = {name: parameters[name] for name in FILE_PARAMETERS if parameters.get(name)}
+    return {**parameters, **{name: local_file(text, settings) for name, text in named.items()}}
+
+
+def local_file(text: str, settings: Settings) -> str:
+    """Return the path of a file on this machine, after fetching it where it is elsewhere."""
+    if is_input_address(text):
+        registry = open_registry(settings)
+        if read_input(registry, text).kind != "file":
+            raise BadInput(f"{text} is a folder, not a file.", "Ingest the file itself, and give its address.")
+        return str(fetch_input(registry, text, inputs_dir(settings)))
+    if text.startswith("s3://"):
+        return str(fetch_file_from_s3(text, settings, settings.cache_dir / "s3"))
+    return text
+
+
+def inputs_dir(settings: Settings) -> Path:
+    """Return where fetched inputs are kept on this machine."""
+    return settings.cache_dir / "inputs"

@@ -1,0 +1,148 @@
+"""What a deploy would do and take, worked out without writing anything."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from slmops.infra.checkpoints.hub import fetch_from_hub
+from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.signatures import verification_key
+from slmops.infra.transformers.adapters import read_adapter_config
+from slmops.tasks.build.build import plan_recipes, plan_search, refuse_recipes
+from slmops.tasks.checkpoint.preparation import Inspection, inspect_checkpoint
+from slmops.tasks.environment.checks import (
+    StageEstimate,
+    check_packages,
+    check_resources,
+    check_system,
+    estimate_stages,
+    require_packages,
+    require_resources,
+)
+from slmops.tasks.exams.text import read_text_file
+from slmops.tasks.foundry.registration import foundry_model_id
+from slmops.tasks.questions.evaluation_set import EvaluationRow, read_rows
+from slmops.tasks.request.deploy_request import DeployRequest, check_precisions
+from slmops.tasks.request.inputs import with_local_files
+from slmops.tasks.verdict.gate import thresholds_for
+
+
+class DeployPlan(BaseModel):
+    """The plan that `slmops deploy --dry-run` shows; times in s, sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    parameters: int
+    architecture: str
+    rows: int
+    stages: tuple[StageEstimate, ...]
+    time_s: float
+    warnings: tuple[str, ...]
+
+
+def parse_request(parameters: dict[str, Any]) -> DeployRequest:
+    """Return the request that flow parameters make; raises `BadInput` for any that is not valid."""
+    if "precisions" in parameters:
+        parameters = {**parameters, "precisions": check_precisions(parameters["precisions"])}
+    try:
+        request = DeployRequest.model_validate(parameters).checked()
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise BadInput(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}.", "Correct it.") from None
+    foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses some names of its own
+    return request
+
+
+def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
+    """Check everything that can be checked before work begins, and estimate the work.
+
+    Raises `BadInput` for whatever would make the deploy fail: names, files, an unsupported or damaged checkpoint, too
+    little memory or disk. A remote checkpoint can be looked at only after it was fetched; the flow does that.
+    """
+    open_registry(settings).objects.check()
+    if settings.store.require_signature:
+        verification_key(settings.store)
+    request = parse_request(with_local_files(parameters, settings))
+    recipes = plan_search(request) if request.search else plan_recipes(request)
+    for recipe in recipes:
+        thresholds_for(
+            recipe.precision,
+            settings.gate,
+            min_top1_agreement=request.min_top1_agreement,
+            max_kl_divergence=request.max_kl_divergence,
+            max_quality_loss=request.max_quality_loss,
+        )
+    require_packages([*check_system(), *check_packages()])
+    source = parse_checkpoint(request.checkpoint, request.revision)
+    if source.kind is SourceKind.HUB:
+        _check_on_hub(source.location, source.revision, settings)
+    if source.kind is not SourceKind.LOCAL:
+        rows = _rows(request, None, settings)
+        return DeployPlan(
+            name=request.name,
+            parameters=0,
+            architecture="unknown",
+            rows=len(rows),
+            stages=(),
+            time_s=0,
+            warnings=(f"{source.location} is fetched first; its stages can be planned after that.",),
+        )
+    folder = Path(source.location)
+    inspection = inspect_checkpoint(folder, chat_template_given=bool(request.chat_template_file))
+    if inspection.kind == "genai":
+        refuse_recipes(request)
+    rows = _rows(request, folder, settings)
+    if inspection.kind == "adapter":
+        inspection = _inspect_base(folder, request)
+    used = min(len(rows), settings.evaluation.max_rows)
+    stages = estimate_stages(
+        inspection,
+        [recipe.precision for recipe in recipes],
+        rows=used,
+        positions=settings.evaluation.max_positions,
+        whole_model=[recipe.precision for recipe in recipes if recipe.quantizes_at_once],
+    )
+    require_resources(check_resources(stages, settings))
+    return DeployPlan(
+        name=request.name,
+        parameters=inspection.parameters,
+        architecture=inspection.architecture,
+        rows=used,
+        stages=tuple(stages),
+        time_s=sum(stage.time_s for stage in stages),
+        warnings=(*inspection.warnings, *(text for recipe in recipes for text in recipe.warnings)),
+    )
+
+
+def _rows(request: DeployRequest, folder: Path | None, settings: Settings) -> list[EvaluationRow]:
+    if request.text_file:
+        read_text_file(Path(request.text_file).expanduser(), settings.evaluation.max_text_tokens)
+    return read_rows(
+        request.evaluation_file,
+        folder,
+        scorer=request.scorer,
+        output_schema_file=request.output_schema_file,
+        output_regex=request.output_regex,
+    )
+
+
+def _check_on_hub(repo_id: str, revision: str | None, settings: Settings) -> None:
+    """Fetch the config alone: a model that is not there, or no network, is told before the flow begins."""
+    with TemporaryDirectory() as aside:  # a refused deploy leaves nothing under the home directory
+        elsewhere = settings.model_copy(update={"home": Path(aside)})
+        fetch_from_hub(repo_id, revision, elsewhere, files=("config.json", "adapter_config.json"))
+
+
+def _inspect_base(adapter: Path, request: DeployRequest) -> Inspection:
+    base = request.base or read_adapter_config(adapter)
+    if not base:
+        raise BadInput(f"{adapter} does not say which base it belongs to.", "Name it with --base.")
+    source = parse_checkpoint(base)
+    if source.kind is not SourceKind.LOCAL:
+        return inspect_checkpoint(adapter)
+    return inspect_checkpoint(Path(source.location), chat_template_given=True)

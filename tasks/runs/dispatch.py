@@ -1,0 +1,185 @@
+"""Flow runs on the workers of a pool: started, followed, given to another worker when one is lost, and cancelled."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import get_run_logger
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling, Crashed
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.settings import Settings
+
+ATTEMPTS = 3
+POLL_INTERVAL_S = 1.0
+WITHOUT_API_S = 600.0
+TELL_INTERVAL_S = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One flow run that is wanted: its name and its parameters."""
+
+    name: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: in the run of this id, with an error where it failed."""
+
+    run_id: str
+    error: str | None = None
+
+
+@dataclass
+class _Attempt:
+    run_id: UUID
+    number: int
+
+
+def check_pool(pool: str, flow_names: Sequence[str]) -> None:
+    """Raise `BadInput` for a work pool that is not there, is paused, knows not these flows, or has no worker online."""
+    start = f"Start one on a machine of its own: slmops up --pool {pool}"
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_work_pool(pool)
+        except ObjectNotFound:
+            raise BadInput(f"There is no work pool {pool!r}.", start) from None
+        if found.is_paused:
+            raise BadInput(f"The work pool {pool!r} is paused.", "Resume it in Prefect's UI.")
+        for flow_name in flow_names:
+            try:
+                client.read_deployment_by_name(f"{flow_name}/{pool}")
+            except ObjectNotFound:
+                raise BadInput(f"The work pool {pool!r} has no deployment of {flow_name!r}.", start) from None
+        if not _online(client, pool):
+            raise BadInput(f"The work pool {pool!r} has no worker online.", start)
+
+
+def _online(client: SyncPrefectClient, pool: str) -> list[str]:
+    return [one.name for one in client.read_workers_for_work_pool(pool) if one.status == "ONLINE"]
+
+
+def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Settings) -> dict[str, Outcome]:
+    """Run a job per key on a pool's workers, all at once, and wait for their ends.
+
+    A run that crashed (its process or its machine died) or that no worker starts is given out again, at most three
+    times. When this call is left by any exception (a cancelled flow run), the runs are cancelled.
+
+    Raises `StageFailed` when the pool has no worker for `settings.worker.pending_s`.
+    """
+    done: dict[str, Outcome] = {}
+    watch = _Watch(pool, settings)
+    with get_client(sync_client=True) as client, _cancelled_with_the_caller(client) as under_way:
+        for key, job in jobs.items():
+            under_way[key] = _Attempt(_start(flow_name, pool, job), 1)
+        while under_way:
+            time.sleep(POLL_INTERVAL_S)
+            runs = watch.read(client, under_way)
+            for key, run in runs.items():
+                attempt = under_way[key]
+                lost = _lost(run, settings)
+                if lost and attempt.number < ATTEMPTS:
+                    get_run_logger().warning("%s: %s It is given to a worker again.", jobs[key].name, lost)
+                    _give_up(client, run)
+                    under_way[key] = _Attempt(_start(flow_name, pool, jobs[key]), attempt.number + 1)
+                elif run.state and run.state.is_final():
+                    del under_way[key]
+                    error = None if run.state.is_completed() else run.state.message or run.state.name
+                    done[key] = Outcome(str(run.id), error)
+                elif lost:
+                    _give_up(client, run)
+                    del under_way[key]
+                    done[key] = Outcome(str(run.id), lost)
+            watch.look_at_workers(client, runs.values())
+    return done
+
+
+def _start(flow_name: str, pool: str, job: Job) -> UUID:
+    run = run_deployment(
+        f"{flow_name}/{pool}", parameters=dict(job.parameters), flow_run_name=job.name, timeout=0, as_subflow=True
+    )
+    assert isinstance(run, FlowRun)
+    return run.id
+
+
+def _lost(run: FlowRun, settings: Settings) -> str | None:
+    """Return why a run is lost, or None."""
+    state = run.state
+    if state is None:
+        return None
+    if state.is_crashed():
+        return f"The run crashed: {state.message or 'its process was killed'}"
+    waited_s = (datetime.now(UTC) - state.timestamp).total_seconds()
+    if state.is_pending() and waited_s > settings.worker.pending_s:
+        return f"A worker took the run and did not start it in {waited_s:.0f} s."
+    return None
+
+
+def _give_up(client: SyncPrefectClient, run: FlowRun) -> None:
+    if run.state and not run.state.is_final():
+        client.set_flow_run_state(run.id, Crashed(message="Given to another worker."), force=True)
+
+
+@contextlib.contextmanager
+def _cancelled_with_the_caller(client: SyncPrefectClient) -> Iterator[dict[str, _Attempt]]:
+    under_way: dict[str, _Attempt] = {}
+    try:
+        yield under_way
+    except BaseException:
+        for attempt in under_way.values():
+            with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
+                client.set_flow_run_state(attempt.run_id, Cancelling(message="The run that started it has ended."))
+        raise
+
+
+class _Watch:
+    """Reads the runs, through a restart of the server too, and tells when nobody is there to take them."""
+
+    def __init__(self, pool: str, settings: Settings) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._heard_at = time.monotonic()
+        self._staffed_at = time.monotonic()
+        self._looked_at = 0.0
+
+    def read(self, client: SyncPrefectClient, under_way: Mapping[str, _Attempt]) -> dict[str, FlowRun]:
+        try:
+            runs = {key: client.read_flow_run(attempt.run_id) for key, attempt in under_way.items()}
+        except httpx.HTTPError as error:
+            if time.monotonic() - self._heard_at > WITHOUT_API_S:
+                raise StageFailed(f"Prefect's API does not answer: {error}.", "Start the server again.") from error
+            return {}
+        self._heard_at = time.monotonic()
+        return runs
+
+    def look_at_workers(self, client: SyncPrefectClient, runs: Any) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < TELL_INTERVAL_S:
+            return
+        self._looked_at = now
+        if not any(run.state and run.state.is_scheduled() for run in runs):
+            self._staffed_at = now
+            return
+        try:
+            online = _online(client, self._pool)
+        except httpx.HTTPError:
+            return
+        if online:
+            self._staffed_at = now
+        elif now - self._staffed_at > self._settings.worker.pending_s:
+            raise StageFailed(
+                f"The work pool {self._pool!r} has had no worker online for {now - self._staffed_at:.0f} s.",
+                f"Start one: slmops up --pool {self._pool}",
+            )
+        else:
+            get_run_logger().warning("The work pool %r has no worker online.", self._pool)

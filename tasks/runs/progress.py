@@ -1,0 +1,68 @@
+"""How far a stage is: told to whoever listens in this process, and to Prefect as a progress artifact."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import TaskRunContext
+from slmops.infra.process.supervisor import OnProgress
+
+ARTIFACT_INTERVAL_S = 2.0
+
+StageListener = Callable[[str, float, str], None]
+_listeners: list[StageListener] = []
+
+
+@contextmanager
+def listening(listener: StageListener) -> Iterator[None]:
+    """Call `listener(stage, share from 0 to 1, what is being done)` at every step of every stage."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextmanager
+def stage_progress(stage: str) -> Iterator[OnProgress]:
+    """Yield the callback that a stage reports its steps to.
+
+    The artifact is made when a stage takes more than two seconds, and renewed at most every two.
+    """
+    artifact: UUID | None = None
+    posted_at = time.monotonic()
+    doing = ""
+
+    def report(done: float, total: float, what: str) -> None:
+        nonlocal artifact, posted_at, doing
+        share = min(max(done / total, 0.0), 1.0) if total else 0.0
+        for listener in _listeners:
+            listener(stage, share, what)
+        step = what.partition(":")[0]  # what follows is how far it is
+        if step != doing and TaskRunContext.get():
+            get_run_logger().info("%s: %s", stage, what)
+            doing = step
+        if time.monotonic() - posted_at >= ARTIFACT_INTERVAL_S and TaskRunContext.get():
+            artifact = _post(artifact, stage, share)
+            posted_at = time.monotonic()
+
+    for listener in _listeners:
+        listener(stage, 0.0, "")
+    yield report
+    for listener in _listeners:
+        listener(stage, 1.0, "done")
+    if artifact:
+        _post(artifact, stage, 1.0)
+
+
+def _post(artifact: UUID | None, stage: str, share: float) -> UUID:
+    percent = round(100 * share, 1)
+    if artifact is None:
+        created = create_progress_artifact(progress=percent, description=stage)
+        assert isinstance(created, UUID)
+        return created
+    update_progress_artifact(artifact, progress=percent, description=stage)
+    return artifact

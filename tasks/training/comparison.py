@@ -1,0 +1,154 @@
+"""Stage "challenge": is a new version better than the champion? Judged by a paired test on the same evaluation rows."""
+
+from typing import Literal
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from pydantic import BaseModel, ConfigDict
+from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.tasks.exams.answers import evaluate_stored_variant
+from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss
+from slmops.tasks.questions.evaluation_set import EvaluationSet
+from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, table
+from slmops.tasks.report.blocks import Figure as FigureBlock
+from slmops.tasks.report.markdown import blocks_to_markdown
+from slmops.tasks.report.plots import Plot, draw_losses
+from slmops.tasks.report.publish import image_data
+from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
+from slmops.tasks.training.fine_tune import FineTuning
+from slmops.tasks.versions.champion import promotable_variant
+
+RETRAIN = "retrain"
+
+RetrainStatus = Literal["promoted", "kept", "rejected", "failed", "skipped"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Challenge(_Record):
+    """The champion and its challenger on the same rows; `gain` is the challenger's score minus the champion's, paired.
+
+    Its interval is one-sided at 95 % to either side (`slmops.tasks.exams.estimates.paired_loss`).
+    """
+
+    champion: str
+    challenger: str
+    rows: int
+    champion_score: Estimate
+    challenger_score: Estimate
+    gain: Estimate
+
+    @property
+    def is_won(self) -> bool:
+        """Whether the challenger is better beyond noise: the whole interval of its gain lies above zero."""
+        return self.gain.low > 0
+
+    @property
+    def verdict(self) -> str:
+        """One sentence with the figures."""
+        gain = estimated(self.gain, signed_percent)
+        if self.is_won:
+            return f"{self.challenger} is better than {self.champion}: {gain} on {self.rows} rows."
+        if self.gain.high < 0:
+            return f"{self.challenger} is worse than {self.champion}: {gain} on {self.rows} rows."
+        return f"{self.challenger} is not shown to be better than {self.champion}: {gain} on {self.rows} rows."
+
+
+class RetrainReport(_Record):
+    """What a retrain did and why; `version` is None where none was made."""
+
+    name: str
+    status: RetrainStatus
+    summary: str
+    version: int | None = None
+    fine_tuning: FineTuning | None = None
+    challenge: Challenge | None = None
+
+
+def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport | None:
+    """Return the report of the newest retrain of a name, if it asked the same question and its candidate was compared.
+
+    One whose candidate was rejected or could not be built is done again: the cause may have passed.
+    """
+    if name not in registry.names():
+        return None
+    for manifest in sorted(registry.versions(name), key=lambda one: one.version, reverse=True):
+        record = registry.latest_evidence(manifest, RETRAIN)
+        if record is not None:
+            report = RetrainReport.model_validate({field: record[field] for field in RetrainReport.model_fields})
+            same = report.fine_tuning is not None and report.fine_tuning.key == key
+            return report if same and report.status in ("promoted", "kept") else None
+    return None
+
+
+@task(name="challenge champion", task_run_name="challenge-{challenger.name}")
+def challenge_champion(
+    challenger: Manifest, champion: Manifest, evaluation: EvaluationSet, registry: ModelRegistry, settings: Settings
+) -> Challenge:
+    """Let the selected variants of both answer the same rows, and compare their scores row by row.
+
+    What is on record is not run again. Raises `BadInput` for a version without a variant that can serve.
+    """
+    scores = []
+    for manifest in (champion, challenger):
+        variant = promotable_variant(manifest, registry)
+        answered = evaluate_stored_variant.fn(manifest, variant, evaluation, registry, settings, has_reference=False)
+        scores.append([row.score or 0.0 for row in answered.rows])
+    loss = paired_loss(scores[0], scores[1])
+    return Challenge(
+        champion=champion.reference,
+        challenger=challenger.reference,
+        rows=len(evaluation.rows),
+        champion_score=mean_score(scores[0]),
+        challenger_score=mean_score(scores[1]),
+        gain=Estimate(value=-loss.value, low=-loss.high, high=-loss.low),
+    )
+
+
+def champion_of(name: str, registry: ModelRegistry) -> Manifest | None:
+    """Return the champion's manifest, or None where a name has no champion yet."""
+    number = registry.alias(name, CHAMPION) if name in registry.names() else None
+    return None if number is None else registry.version(name, number)
+
+
+@task(name="publish retrain", task_run_name="report-{report.name}")
+def publish_retrain(report: RetrainReport, registry: ModelRegistry) -> RetrainReport:
+    """Keep the report as evidence of its version, and post it as a Markdown artifact with the losses' plot."""
+    if report.version is not None:
+        registry.add_evidence(registry.version(report.name, report.version), RETRAIN, report.model_dump(mode="json"))
+    plot = draw_losses(report.fine_tuning.losses) if report.fine_tuning else None
+    markdown = retrain_markdown(report, plot)
+    create_markdown_artifact(markdown=markdown, key=f"slmops-retrain-{report.name}", description=report.summary)
+    return report
+
+
+def retrain_markdown(report: RetrainReport, plot: Plot | None = None) -> str:
+    """Return the report as Markdown."""
+    blocks: list[Block] = [Heading(f"{report.name}: retrain {report.status}", 1), Paragraph(Strong(report.summary))]
+    if report.challenge:
+        found = report.challenge
+        rows: list[tuple[Text, ...]] = [
+            (found.champion, estimated(found.champion_score, percent)),
+            (found.challenger, estimated(found.challenger_score, percent)),
+            ("gain, paired", estimated(found.gain, signed_percent)),
+        ]
+        blocks += [Heading("Champion and challenger"), *table(("version", "score (interval)"), rows)]
+    if report.fine_tuning:
+        tuned = report.fine_tuning
+        told = [
+            ("dataset", f"{tuned.rows} rows of {tuned.dataset}"),
+            ("fingerprint", tuned.dataset_fingerprint),
+            ("base", tuned.base),
+            *((name.replace("_", " "), str(value)) for name, value in tuned.hyperparameters.model_dump().items()),
+            ("steps", f"{tuned.steps} (best: {tuned.best_step})"),
+            ("held-out loss, nats per token", "-" if tuned.held_out_loss is None else decimal(tuned.held_out_loss)),
+            ("time", f"{tuned.seconds:,.0f} s on {tuned.device}"),
+        ]
+        blocks += [Heading("Fine-tuning"), *table(("what", "value"), told)]
+        if plot:
+            blocks.append(FigureBlock(plot.name, plot.alt))
+    return blocks_to_markdown(blocks, {plot.name: image_data(plot)} if plot else None)

@@ -1,0 +1,566 @@
+"""The demo checkpoint: smart-home commands in English, answered by JSON actions.
+
+The data come from the tables below: an intent is a JSON action with slots and the ways in which people ask for it.
+Every (phrasing, slot values) pair is one command; a way of speaking (politeness, capitals, full stop) makes it a row.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.settings import Settings
+from slmops.tasks.checkpoint.preparation import OUTPUT_SCHEMA_FILE
+
+Row = dict[str, Any]
+
+TRAIN_ROWS = 9000
+HELD_OUT_ROWS = 200
+# Of each intent's commands, the share kept for evaluation; as many of its actions (JSON answers) are never trained on.
+HELD_OUT_SHARE = 0.08
+
+ROOMS = (
+    *("kitchen", "bedroom", "bathroom", "living room", "dining room"),
+    *("hallway", "office", "garage", "nursery", "basement"),
+)
+DOORS = ("front door", "back door", "garage door", "side door", "patio door", "cellar door")
+COLORS = ("red", "green", "blue", "yellow", "purple", "white")
+GENRES = ("jazz", "rock", "classical", "pop", "blues", "techno")
+LABELS = ("pasta", "eggs", "rice", "tea", "pizza", "laundry")
+SPEEDS = ("low", "medium", "high")
+PERCENT = (10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90)
+SLOTS: Mapping[str, tuple[str | int, ...]] = {
+    "room": ROOMS,
+    "door": DOORS,
+    "color": COLORS,
+    "genre": GENRES,
+    "label": LABELS,
+    "speed": SPEEDS,
+    "brightness": PERCENT,
+    "position": PERCENT,
+    "volume": PERCENT,
+    "temperature": tuple(range(16, 27)),
+    "minutes": (*range(1, 11), 12, 15, 20, 25, 30, 35, 40, 45, 50, 60),
+    "time": tuple(f"{hour:02}:{minute:02}" for hour in range(5, 13) for minute in (0, 15, 30, 45)),
+}
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What can be asked for: the action's fixed and slotted (`{room}`) values, and its phrasings."""
+
+    category: str
+    action: Mapping[str, str]
+    phrasings: tuple[str, ...]
+
+    def slots(self) -> list[str]:
+        """The names of the action's slots, in the action's order."""
+        return [value[1:-1] for value in self.action.values() if value.startswith("{")]
+
+
+INTENTS = (
+    Intent(
+        "light",
+        {"device": "light", "room": "{room}", "action": "on"},
+        (
+            "turn on the {room} lights",
+            "turn on the light in the {room}",
+            "turn the {room} light on",
+            "switch on the {room} lamp",
+            "switch the lights in the {room} on",
+            "lights on in the {room}",
+            "I need light in the {room}",
+            "it is too dark in the {room}",
+        ),
+    ),
+    Intent(
+        "light",
+        {"device": "light", "room": "{room}", "action": "off"},
+        (
+            "turn off the {room} lights",
+            "turn off the light in the {room}",
+            "turn the {room} light off",
+            "switch off the {room} lamp",
+            "switch the lights in the {room} off",
+            "lights out in the {room}",
+            "nobody needs light in the {room}",
+            "make it dark in the {room}",
+        ),
+    ),
+    Intent(
+        "brightness",
+        {"device": "light", "room": "{room}", "action": "dim", "brightness": "{brightness}"},
+        (
+            "dim the {room} lights to {brightness} percent",
+            "set the {room} light to {brightness} percent",
+            "set the brightness in the {room} to {brightness}",
+            "{room} lights at {brightness} percent",
+            "bring the lamp in the {room} to {brightness} percent",
+            "I want {brightness} percent brightness in the {room}",
+        ),
+    ),
+    Intent(
+        "color",
+        {"device": "light", "room": "{room}", "action": "color", "color": "{color}"},
+        (
+            "make the {room} lights {color}",
+            "turn the {room} light {color}",
+            "change the light in the {room} to {color}",
+            "I want {color} light in the {room}",
+            "give me {color} lights in the {room}",
+        ),
+    ),
+    Intent(
+        "thermostat",
+        {"device": "thermostat", "room": "{room}", "action": "set", "temperature": "{temperature}"},
+        (
+            "set the {room} to {temperature} degrees",
+            "set the thermostat in the {room} to {temperature}",
+            "make it {temperature} degrees in the {room}",
+            "heat the {room} to {temperature} degrees",
+            "keep the {room} at {temperature} degrees",
+            "change the {room} temperature to {temperature}",
+            "I want {temperature} degrees in the {room}",
+        ),
+    ),
+    Intent(
+        "blinds",
+        {"device": "blinds", "room": "{room}", "action": "open"},
+        (
+            "open the {room} blinds",
+            "open the blinds in the {room}",
+            "raise the {room} blinds",
+            "pull up the blinds in the {room}",
+            "let some sun into the {room}",
+        ),
+    ),
+    Intent(
+        "blinds",
+        {"device": "blinds", "room": "{room}", "action": "close"},
+        (
+            "close the {room} blinds",
+            "close the blinds in the {room}",
+            "lower the {room} blinds",
+            "pull down the blinds in the {room}",
+            "keep the sun out of the {room}",
+        ),
+    ),
+    Intent(
+        "blinds",
+        {"device": "blinds", "room": "{room}", "action": "move", "position": "{position}"},
+        (
+            "move the {room} blinds to {position} percent",
+            "open the blinds in the {room} to {position} percent",
+            "set the {room} blinds to {position} percent",
+            "{room} blinds at {position} percent",
+        ),
+    ),
+    Intent(
+        "lock",
+        {"device": "lock", "door": "{door}", "action": "lock"},
+        (
+            "lock the {door}",
+            "make sure the {door} is locked",
+            "bolt the {door}",
+            "secure the {door}",
+            "nobody should come in by the {door}",
+        ),
+    ),
+    Intent(
+        "lock",
+        {"device": "lock", "door": "{door}", "action": "unlock"},
+        (
+            "unlock the {door}",
+            "make sure the {door} is unlocked",
+            "unbolt the {door}",
+            "let me in by the {door}",
+            "a guest is at the {door} so let them in",
+        ),
+    ),
+    Intent(
+        "fan",
+        {"device": "fan", "room": "{room}", "action": "set", "speed": "{speed}"},
+        (
+            "set the {room} fan to {speed}",
+            "run the fan in the {room} on {speed}",
+            "put the {room} fan on {speed} speed",
+            "{speed} fan speed in the {room}",
+        ),
+    ),
+    Intent(
+        "fan",
+        {"device": "fan", "room": "{room}", "action": "off"},
+        (
+            "turn off the {room} fan",
+            "turn the fan in the {room} off",
+            "stop the {room} fan",
+            "no more fan in the {room}",
+        ),
+    ),
+    Intent(
+        "music",
+        {"device": "speaker", "room": "{room}", "action": "play", "genre": "{genre}"},
+        (
+            "play {genre} in the {room}",
+            "play some {genre} music in the {room}",
+            "put on some {genre} in the {room}",
+            "I feel like {genre} in the {room}",
+        ),
+    ),
+    Intent(
+        "music",
+        {"device": "speaker", "room": "{room}", "action": "stop"},
+        (
+            "stop the music in the {room}",
+            "turn off the music in the {room}",
+            "silence the {room} speaker",
+            "no more music in the {room}",
+        ),
+    ),
+    Intent(
+        "volume",
+        {"device": "speaker", "room": "{room}", "action": "volume", "volume": "{volume}"},
+        (
+            "set the {room} volume to {volume}",
+            "set the volume in the {room} to {volume} percent",
+            "turn the {room} speaker to {volume} percent",
+            "change the music volume in the {room} to {volume}",
+        ),
+    ),
+    Intent(
+        "timer",
+        {"device": "timer", "action": "start", "minutes": "{minutes}"},
+        (
+            "set a timer for {minutes} minutes",
+            "start a {minutes} minute timer",
+            "remind me in {minutes} minutes",
+            "count down {minutes} minutes",
+        ),
+    ),
+    Intent(
+        "timer",
+        {"device": "timer", "action": "start", "minutes": "{minutes}", "label": "{label}"},
+        (
+            "set a {label} timer for {minutes} minutes",
+            "start a {minutes} minute timer for the {label}",
+            "remind me of the {label} in {minutes} minutes",
+            "{minutes} minutes for the {label}",
+        ),
+    ),
+    Intent(
+        "alarm",
+        {"device": "alarm", "action": "set", "time": "{time}"},
+        (
+            "wake me up at {time}",
+            "set an alarm for {time}",
+            "I have to get up at {time}",
+            "the alarm should ring at {time}",
+        ),
+    ),
+    Intent(
+        "vacuum",
+        {"device": "vacuum", "room": "{room}", "action": "clean"},
+        (
+            "vacuum the {room}",
+            "clean the {room} floor",
+            "send the robot to the {room}",
+            "the {room} is dirty",
+        ),
+    ),
+)
+
+# ChatML without a system prompt of its own.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# 3.3 M parameters; every dimension is a multiple of 32, the block size of int4 and int8 weights.
+TRAINING: Mapping[str, Any] = {
+    "architecture": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.04,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "chat_template": CHAT_TEMPLATE,
+    "vocabulary_size": 640,
+    "epochs": 1,  # every row is new; a second pass would repeat sentences
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    # Prompts are trained on a little, so that their next-token distributions are smooth and survive quantization.
+    "prompt_loss_weight": 0.1,
+    "batch_size": 8,
+    "threads": 2,  # not the machine's number: the order of floating-point sums, so the weights, depends on it
+    "max_new_tokens": 48,
+    "min_exact_match": 0.95,
+}
+LIBRARIES = ("safetensors", "tokenizers", "torch", "transformers")
+RECORD = "demo_checkpoint.json"
+_RESULTS = ("exact_match", "eval_rows", "parameters")  # of the training, kept in the record
+
+# Ways of speaking and their weights. Most people are short with a machine.
+OPENINGS = {"": 12, "please ": 3, "hey, ": 1, "ok, ": 1}
+CLOSINGS = {"": 12, " please": 2, " now": 1, ", thanks": 1}
+FULL_STOPS = {"": 3, ".": 1}
+
+
+@dataclass(frozen=True)
+class DemoCheckpoint:
+    """A demo checkpoint on disk: a Hugging Face folder with `eval.jsonl` and `output_schema.json`.
+
+    `exact_match` is the share of the held-out rows that it answers exactly; `training_s` is None if it came from the
+    cache or was already there.
+    """
+
+    directory: Path
+    seed: int
+    exact_match: float
+    eval_rows: int
+    parameters: int
+    training_s: float | None
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    seed: int
+    train_rows: list[Row]
+    held_out_rows: list[Row]
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of all that decides the checkpoint's bytes, as far as a machine's arithmetic is the same."""
+        versions = {name: version(name) for name in LIBRARIES}
+        content = [self.seed, self.train_rows, self.held_out_rows, output_schema(), dict(TRAINING), versions]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Command:
+    category: str
+    text: str
+    answer: str
+
+
+def smart_home_dataset(seed: int) -> tuple[list[Row], list[Row]]:
+    """Return (training rows, held-out rows), the same for the same seed.
+
+    A row is `{id, messages: [{role, content}], expected, category}` with `expected` a compact JSON object. No command
+    (phrasing with its slot values) is in both lists, however it is spoken; about half of the held-out rows also
+    ask for an action that no training row asks for.
+    """
+    chooser = random.Random(seed)  # noqa: S311 - data, no secrets
+    train: list[list[_Command]] = []
+    held_out: list[list[_Command]] = []
+    for intent in INTENTS:
+        seen, unseen = _split(list(_commands(intent)), chooser)
+        # Two slots mean two things to learn to copy at once: such intents get twice the rows.
+        train += [seen[0::2], seen[1::2]] if len(intent.slots()) > 1 else [seen]
+        held_out.append(unseen)
+    return (
+        _rows("train", _round_robin(train, TRAIN_ROWS, repeat=True), chooser),
+        _rows("held-out", _round_robin(held_out, HELD_OUT_ROWS, repeat=False), chooser),
+    )
+
+
+def output_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the answers: one kind of object per intent."""
+
+    def value_of(value: str) -> dict[str, Any]:
+        if not value.startswith("{"):
+            return {"const": value}
+        return {"enum": [_machine_value(spoken) for spoken in SLOTS[value[1:-1]]]}
+
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Smart-home action",
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {key: value_of(value) for key, value in intent.action.items()},
+                "required": list(intent.action),
+                "additionalProperties": False,
+            }
+            for intent in INTENTS
+        ],
+    }
+
+
+def _commands(intent: Intent) -> Iterator[_Command]:
+    slots = intent.slots()
+    for values in itertools.product(*(SLOTS[slot] for slot in slots)):
+        spoken = dict(zip(slots, values, strict=True))
+        action = {
+            key: _machine_value(spoken[value[1:-1]]) if value.startswith("{") else value
+            for key, value in intent.action.items()
+        }
+        answer = json.dumps(action, separators=(",", ":"))
+        for phrasing in intent.phrasings:
+            yield _Command(intent.category, phrasing.format(**spoken), answer)
+
+
+def _machine_value(spoken: str | int) -> str | int:
+    return spoken.replace(" ", "_") if isinstance(spoken, str) else spoken
+
+
+def _split(commands: list[_Command], chooser: random.Random) -> tuple[list[_Command], list[_Command]]:
+    chooser.shuffle(commands)
+    answers = sorted({command.answer for command in commands})
+    # An action of few values would lose a whole room or door, which nothing else teaches: hold out only its phrasings.
+    few = len(answers) < 50
+    unseen_answers = set() if few else set(chooser.sample(answers, round(len(answers) * HELD_OUT_SHARE / 2)))
+    new_actions = [command for command in commands if command.answer in unseen_answers]
+    others = [command for command in commands if command.answer not in unseen_answers]
+    new_phrasings = others[: max(1, round(len(commands) * HELD_OUT_SHARE / 2))]
+    alternating = [c for pair in itertools.zip_longest(new_actions, new_phrasings) for c in pair if c]
+    return others[len(new_phrasings) :], alternating
+
+
+def _round_robin(commands: list[list[_Command]], count: int, *, repeat: bool) -> list[_Command]:
+    lists = [itertools.cycle(each) if repeat else iter(each) for each in commands]
+    turns = itertools.cycle(lists)
+    chosen: list[_Command] = []
+    while len(chosen) < count:
+        chosen.extend(itertools.islice(next(turns), 1))
+    return chosen
+
+
+def _rows(name: str, commands: list[_Command], chooser: random.Random) -> list[Row]:
+    return [
+        {
+            "id": f"{name}-{number:05}",
+            "messages": [{"role": "user", "content": _spoken(command.text, chooser)}],
+            "expected": command.answer,
+            "category": command.category,
+        }
+        for number, command in enumerate(commands, 1)
+    ]
+
+
+def _spoken(text: str, chooser: random.Random) -> str:
+    opening, closing, full_stop = (
+        chooser.choices(list(ways), list(ways.values()))[0] for ways in (OPENINGS, CLOSINGS, FULL_STOPS)
+    )
+    sentence = opening + text + closing + full_stop
+    return sentence[0].upper() + sentence[1:] if chooser.random() < 0.5 else sentence
+
+
+def make_demo_checkpoint(
+    settings: Settings,
+    directory: Path,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+    *,
+    replace: bool = False,
+) -> DemoCheckpoint:
+    """Train the demo checkpoint of `seed`, or take it from the cache, and copy it into `directory`.
+
+    The cache is keyed by data, recipe and library versions. `directory` appears whole or not at all; if it already is
+    this very checkpoint, nothing is done. With `replace`, another demo checkpoint there (of another seed or recipe)
+    gives way.
+
+    Raises `BadInput` if `directory` holds anything else; `StageFailed` if training misses its accuracy.
+    """
+    recipe = _Recipe(seed, *smart_home_dataset(seed))
+    directory = directory.expanduser().absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if _is_whole(directory, recipe.key):
+            return _described(directory, None)
+        if not (replace and (directory / RECORD).is_file()):
+            raise BadInput(
+                f"{directory} exists and is not the demo checkpoint of seed {seed}.",
+                "Give a new or an empty folder, or remove this one.",
+            )
+    cached = settings.cache_dir / "demo" / recipe.key[:32]
+    training_s = None
+    if not _is_whole(cached, recipe.key):
+        shutil.rmtree(cached, ignore_errors=True)
+        training_s = _train(recipe, cached, settings, on_progress)
+    aside = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    try:
+        shutil.copytree(cached, aside)
+        if not _is_whole(aside, recipe.key):
+            raise StageFailed(f"The copy of the demo checkpoint in {aside.parent} differs from what was trained.")
+        if directory.exists():
+            shutil.rmtree(directory)  # empty, or the demo checkpoint that gives way
+        aside.rename(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return _described(directory, training_s)
+
+
+def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnProgress | None) -> float:
+    """Train into `target`, which appears whole or not at all, and return the seconds that it took."""
+    work_dir = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    work_dir.mkdir(parents=True)
+    try:
+        for name, rows in (("train.jsonl", recipe.train_rows), ("eval.jsonl", recipe.held_out_rows)):
+            (work_dir / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+        result = run_in_child(
+            "slmops.infra.transformers.training:train_chat_model",
+            {
+                **TRAINING,
+                "seed": recipe.seed,
+                "train_file": str(work_dir / "train.jsonl"),
+                "eval_file": str(work_dir / "eval.jsonl"),
+                "output_dir": str(work_dir / "checkpoint"),
+            },
+            deadline_s=settings.timeout.train_s,
+            log_path=target.with_suffix(".log"),
+            work_dir=work_dir,
+            on_progress=on_progress,
+        ).value
+        schema = json.dumps(output_schema(), indent=2) + "\n"
+        (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8")
+        _write_record(work_dir / "checkpoint", recipe, {name: result[name] for name in _RESULTS})
+        try:
+            (work_dir / "checkpoint").rename(target)
+        except OSError:
+            if not _is_whole(target, recipe.key):  # else another process has trained the same meanwhile
+                raise
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return float(result["seconds"])
+
+
+def _write_record(directory: Path, recipe: _Recipe, results: Mapping[str, Any]) -> None:
+    record = {"key": recipe.key, "seed": recipe.seed, **results, "files": _file_digests(directory)}
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def _is_whole(directory: Path, key: str) -> bool:
+    """Whether `directory` is the demo checkpoint of `key`, every byte of it."""
+    try:
+        record = json.loads((directory / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(record["key"] == key and record["files"] == _file_digests(directory))
+
+
+def _described(directory: Path, training_s: float | None) -> DemoCheckpoint:
+    record = json.loads((directory / RECORD).read_text("utf-8"))
+    return DemoCheckpoint(directory, record["seed"], **{name: record[name] for name in _RESULTS}, training_s=training_s)
+
+
+def _file_digests(directory: Path) -> dict[str, str]:
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != RECORD
+    }

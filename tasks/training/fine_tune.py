@@ -1,0 +1,204 @@
+"""Stage "fine-tune": a base and a dataset become an adapter or a checkpoint, once for the same question."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from prefect import task
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
+from slmops.infra.errors import BadInput
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import place, work_folder
+from slmops.infra.storage.manifest import check_name, digest_of
+from slmops.tasks.checkpoint.preparation import content_digest, fetch_checkpoint, inspect_checkpoint
+from slmops.tasks.questions.evaluation_set import read_evaluation_set
+from slmops.tasks.request.deploy_request import PRECISIONS
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.training.dataset import Dataset, read_dataset, split
+
+Method = Literal["lora", "full"]
+HELD_OUT_SHARE = 0.1
+RESULT = "checkpoint"
+RECORD_FILE = "fine_tuning.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Hyperparameters(_Record):
+    """How a base is fine-tuned; `early_stopping_patience` in epochs, `max_length` in tokens."""
+
+    method: Method = "lora"
+    epochs: int = Field(3, ge=1, le=1000)
+    learning_rate: float = Field(2e-4, gt=0, le=1, allow_inf_nan=False)
+    batch_size: int = Field(8, ge=1, le=4096)
+    lora_rank: int = Field(16, ge=1, le=1024)
+    early_stopping_patience: int = Field(2, ge=1, le=1000)
+    max_length: int | None = Field(None, ge=8, le=10_000_000)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+
+    @classmethod
+    def checked(cls, **values: Any) -> "Hyperparameters":
+        """Return the hyperparameters; raises `BadInput` naming each value that cannot be used."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            faults = "; ".join(
+                f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()
+            )
+            raise BadInput(f"The fine-tuning cannot be done so: {faults}.", "Correct these values.") from None
+
+
+class Loss(_Record):
+    """Losses at one step, in nats per token."""
+
+    step: int
+    train_loss: FiniteFloat | None = None
+    held_out_loss: FiniteFloat | None = None
+
+
+class FineTuning(_Record):
+    """What a fine-tuning did; `key` stands for its question: dataset, base and hyperparameters."""
+
+    key: str
+    dataset: str
+    dataset_fingerprint: str
+    rows: int
+    base: str
+    base_digest: str
+    hyperparameters: Hyperparameters
+    losses: tuple[Loss, ...]
+    steps: int
+    best_step: int
+    held_out_loss: FiniteFloat | None
+    loaded_held_out_loss: FiniteFloat | None
+    resumed_at_step: int | None
+    trained_tokens: int
+    seconds: FiniteFloat
+    device: str
+    versions: dict[str, str]
+    peak_rss_bytes: int
+
+
+class Base(BaseModel):
+    """The checkpoint that is fine-tuned; `uri` is its local folder, so that nothing large moves between tasks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    origin: str
+    uri: str
+    digest: str
+
+    @property
+    def folder(self) -> Path:
+        """The local folder."""
+        return Path(self.uri)
+
+
+@task(name="prepare base", task_run_name="prepare-base")
+def prepare_base(base: str, revision: str | None, settings: Settings) -> Base:
+    """Fetch a base and check it; raises `BadInput` for one that is not there or is no whole checkpoint."""
+    with stage_progress("prepare base") as on_progress:
+        folder = fetch_checkpoint(base, revision, settings, on_progress)
+        if inspect_checkpoint(folder).kind != "checkpoint":
+            raise BadInput(f"The base {base} is not a whole checkpoint.", "Name a model as save_pretrained writes it.")
+        return Base(origin=base, uri=str(folder.absolute()), digest=content_digest(folder))
+
+
+def key_of(dataset: Dataset, base: Base, hyperparameters: Hyperparameters) -> str:
+    """Return the key of a fine-tuning's question, in hexadecimal; what cannot change the result is not part of it."""
+    asked = hyperparameters.model_dump(mode="json")
+    if hyperparameters.method == "full":
+        asked.pop("lora_rank")
+    return digest_of({"dataset": dataset.fingerprint, "base": base.digest, "hyperparameters": asked})
+
+
+@task(name="fine-tune", task_run_name="fine-tune-{base.origin}", **PASSING_FAULTS)
+def fine_tune_once(
+    dataset: Dataset, base: Base, hyperparameters: Hyperparameters, settings: Settings
+) -> tuple[str, FineTuning]:
+    """Fine-tune a base, and return the folder of the result with its record; what was done before is reused.
+
+    A run that broke off goes on from its last epoch. Raises `BadInput` and `StageFailed` as the child does.
+    """
+    key = key_of(dataset, base, hyperparameters)
+    target = settings.cache_dir / "fine-tunings" / key
+    with stage_progress("fine-tune") as on_progress:
+        if target.is_dir():
+            on_progress(1, 1, "trained before")
+            return str(target / RESULT), FineTuning.model_validate_json((target / RECORD_FILE).read_bytes())
+        state_dir = settings.cache_dir / "fine-tuning-states" / key
+        train, held_out = split(dataset.rows, HELD_OUT_SHARE)
+        request = {
+            "base_dir": base.uri,
+            "train": [{"number": number, **row.model_dump(mode="json")} for number, row in train],
+            "held_out": [{"number": number, **row.model_dump(mode="json")} for number, row in held_out],
+            **hyperparameters.model_dump(mode="json", exclude={"early_stopping_patience"}),
+            "patience": hyperparameters.early_stopping_patience,
+            "threads": settings.threads,
+            "state_dir": str(state_dir),
+        }
+        with work_folder(settings) as work:
+            child = run_in_child(
+                "slmops.infra.transformers.fine_tuning:fine_tune",
+                request | {"output_dir": str(work / "tuned" / RESULT)},
+                deadline_s=settings.timeout.fine_tune_s,
+                log_path=settings.cache_dir / "logs" / f"fine-tune-{key[:12]}.log",
+                work_dir=work,
+                on_progress=on_progress,
+            )
+            record = FineTuning(
+                key=key,
+                dataset=dataset.origin,
+                dataset_fingerprint=dataset.fingerprint,
+                rows=len(dataset.rows),
+                base=base.origin,
+                base_digest=base.digest,
+                hyperparameters=hyperparameters,
+                peak_rss_bytes=child.peak_rss_bytes,
+                **child.value,
+            )
+            (work / "tuned" / RECORD_FILE).write_text(record.model_dump_json(indent=2), "utf-8")
+            place(work / "tuned", target)
+        shutil.rmtree(state_dir, ignore_errors=True)
+    return str(target / RESULT), record
+
+
+def check_retrain(parameters: Mapping[str, Any], settings: Settings) -> None:
+    """Raise `BadInput` for what a retrain would refuse, as far as it can be told without a network."""
+    check_name(parameters["name"])
+    hyperparameters = {name: parameters[name] for name in Hyperparameters.model_fields if name in parameters}
+    Hyperparameters.checked(**hyperparameters)
+    for precision in parameters.get("precisions") or ():
+        if precision not in PRECISIONS:
+            raise BadInput(f"The precision {precision!r} is unknown.", f"Use one of {', '.join(PRECISIONS)}.")
+    base = parse_checkpoint(parameters["base"], parameters.get("revision"))
+    if base.kind is SourceKind.LOCAL:
+        inspect_checkpoint(Path(base.location))
+    if Path(parameters["dataset"]).expanduser().is_file():
+        read_dataset(parameters["dataset"], settings)
+    rows_file = parameters.get("evaluation_file")
+    if rows_file and Path(rows_file).expanduser().is_file():
+        read_evaluation_set(rows_file, None)
+
+
+@contextmanager
+def only_retrain_of(name: str, settings: Settings) -> Iterator[None]:
+    """Keep a second retrain of a name away on this machine; raises `BadInput` while one runs."""
+    lock = FileLock(settings.cache_dir / "retrains" / f"{name}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(blocking=False)  # the operating system takes it back when this process ends
+    except Timeout:
+        raise BadInput(f"A retrain of {name} is running on this machine.", "Wait for it, or cancel it first.") from None
+    try:
+        yield
+    finally:
+        lock.release()

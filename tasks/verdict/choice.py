@@ -1,0 +1,122 @@
+"""The choice of the variant that serves under the model's name, and the reasons for it."""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+from slmops.tasks.exams.estimates import paired_loss
+from slmops.tasks.request.budget import Budget
+from slmops.tasks.verdict.pareto import NOISE, Candidate, pareto_front
+
+# Microsoft's tutorial: start with int4, fall back to int8, then fp16, where quality is not enough.
+PREFERENCE = ("int4", "int8", "fp16", "fp32")
+
+
+class Judged(BaseModel):
+    """A variant that passed the gate, and its score on each row in their order (None: no expected answers)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    candidate: Candidate
+    scores: tuple[float, ...] | None
+
+
+class Choice(BaseModel):
+    """The chosen variant by name, None when none may serve, and why; `reasons` tell why each other one was not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    selected: str | None
+    reason: str
+    reasons: dict[str, str] = {}
+
+
+def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
+    """Choose among variants that passed the gate, named by their precision.
+
+    Without a budget the smallest precision is chosen, as Microsoft's tutorial does. Under a budget: of the variants
+    that keep every limit the dominated ones are dropped (`pareto_front`), then those whose score is measurably below
+    the best one's (`paired_loss`; without expected answers: whose KL divergence is larger), and of what is left the
+    fastest in token generation is chosen, at like speed the smallest.
+    """
+    if not passed:
+        return Choice(selected=None, reason="No variant passed the gate.")
+    if budget is None:
+        return _smallest([one.candidate.name for one in passed])
+    excesses = {one.candidate.name: budget.excesses(one.candidate) for one in passed}
+    reasons = {name: f"over the budget: {', '.join(found)}" for name, found in excesses.items() if found}
+    fitting = [one for one in passed if not excesses[one.candidate.name]]
+    if not fitting:
+        nearest = min(excesses, key=lambda name: (max(excesses[name].values()), name))
+        reason = f"No variant keeps the budget. The nearest is {nearest}: {', '.join(excesses[nearest])}."
+        return Choice(selected=None, reason=reason, reasons=reasons)
+    for name, dominator in pareto_front([one.candidate for one in fitting]).items():
+        if dominator is not None:
+            reasons[name] = f"{dominator} is better in something and worse in nothing"
+    front = [one for one in fitting if one.candidate.name not in reasons]
+    best = max(front, key=_quality)
+    for one in front:
+        worse = _worse_than(best, one)
+        if worse:
+            reasons[one.candidate.name] = worse
+    equals = [one.candidate for one in front if one.candidate.name not in reasons]
+    chosen = _fastest(equals)
+    for candidate in equals:
+        if candidate is not chosen:
+            reasons[candidate.name] = (
+                f"no better than {chosen.name} as far as can be told, and {_costlier(candidate, chosen)}"
+            )
+    return Choice(selected=chosen.name, reason=_reason(chosen, best, equals, front), reasons=reasons)
+
+
+def _smallest(names: Sequence[str]) -> Choice:
+    selected = min(names, key=PREFERENCE.index)
+    reasons = {name: f"{selected} passed the gate too and is smaller" for name in names if name != selected}
+    return Choice(
+        selected=selected, reason=f"{selected} is the smallest precision that passed the gate.", reasons=reasons
+    )
+
+
+def _quality(judged: Judged) -> tuple[float, float]:
+    """More is better: the score, then the nearness to the reference."""
+    score = 0.0 if judged.scores is None else sum(judged.scores) / len(judged.scores)
+    divergence = judged.candidate.kl_divergence
+    return round(score, 9), float("-inf") if divergence is None else -divergence
+
+
+def _worse_than(best: Judged, other: Judged) -> str:
+    if other is best:
+        return ""
+    if best.scores is not None and other.scores is not None:
+        loss = paired_loss(best.scores, other.scores)
+        if loss.low <= 0:
+            return ""
+        return f"its score is {loss.value:.3f} below that of {best.candidate.name}, at least {loss.low:.3f}"
+    ours, theirs = best.candidate.kl_divergence, other.candidate.kl_divergence
+    if ours is None or theirs is None or theirs <= ours * (1 + NOISE["kl_divergence"]):
+        return ""
+    return f"farther from the reference than {best.candidate.name} (KL divergence {theirs:.4f} and {ours:.4f})"
+
+
+def _fastest(candidates: Sequence[Candidate]) -> Candidate:
+    top = max(one.token_generation_throughput_tps for one in candidates)
+    noise = 1 + NOISE["token_generation_throughput_tps"]
+    level = [one for one in candidates if one.token_generation_throughput_tps * noise >= top]
+    return min(level, key=lambda one: (one.size_bytes, one.name))
+
+
+def _costlier(candidate: Candidate, chosen: Candidate) -> str:
+    ours, theirs = chosen.token_generation_throughput_tps, candidate.token_generation_throughput_tps
+    if theirs < ours:
+        return f"slower ({theirs:,.1f} instead of {ours:,.1f} tok/s)"
+    return "larger"
+
+
+def _reason(chosen: Candidate, best: Judged, equals: Sequence[Candidate], front: Sequence[Judged]) -> str:
+    if len(front) == 1:
+        return f"{chosen.name} keeps the budget, and no other that does is better in anything."
+    if len(equals) == 1:
+        return f"{chosen.name} has the best quality under the budget."
+    quality = "answers as well as" if best.scores is not None else "is as near to the reference as"
+    if chosen is best.candidate:
+        return f"{chosen.name} has the best quality under the budget, and is the fastest of those as good."
+    return f"{chosen.name} {quality} {best.candidate.name} as far as can be told, and is the fastest of those."

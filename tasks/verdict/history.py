@@ -1,0 +1,325 @@
+"""History: what a version does better or worse than an earlier one of the same name, beyond noise."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
+from slmops.tasks.exams.estimates import Estimate, paired_loss, ratio_of_medians, weighted_mean
+from slmops.tasks.exams.measurement import Hardware, Measurement, MetricName, RequestFigures, measurements_of
+
+Trend = Literal["better", "worse", "same"]
+
+# The interval knows how requests vary within a run. Between runs of the same files a machine's clock and neighbours
+# move medians by a few percent more, so that a smaller change is none, however sure its interval is.
+MATERIAL_SPEED_CHANGE = 0.05
+# One figure a run, without an interval, and an allocator's choices are in it.
+MATERIAL_MEMORY_CHANGE = 0.10
+MATERIAL_SIZE_CHANGE = 0.01  # exact: below it are only the files that describe the model
+MATERIAL_KL_CHANGE = 0.05
+# Of each side, the newest: some, so that their spread is known; few, so that the comparison follows a machine that
+# changed.
+COMPARED_MEASUREMENTS = 5
+RAM_TOLERANCE = 0.01  # what the system reports as its memory differs a little from kernel to kernel
+
+SPEED_METRICS: tuple[tuple[MetricName, Literal["higher", "lower"]], ...] = (
+    ("ttft_ms", "lower"),
+    ("prompt_processing_throughput_tps", "higher"),
+    ("token_generation_throughput_tps", "higher"),
+)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Change(_Record):
+    """One metric of one precision before and after.
+
+    `change` is after over before for speed, memory and size (1: no change), after minus before for a task score and for
+    the KL divergence (nats per token).
+    """
+
+    precision: str
+    metric: str
+    before: FiniteFloat
+    after: FiniteFloat
+    change: Estimate
+    trend: Trend
+
+
+class History(_Record):
+    """The comparison with one earlier version; `notes` say what could not be compared and why."""
+
+    previous: str
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+
+class Figures(_Record):
+    """What is on record of one precision of one version: its measurements, oldest first, and an evaluation."""
+
+    measurements: tuple[Measurement, ...] = ()
+    evaluation: Evaluation | None = None
+
+
+class Comparison(_Record):
+    """The changes of one precision, and what could not be compared or must be known when reading them.
+
+    `earlier_measurements` is how many of the earlier measurements could be compared.
+    """
+
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+    earlier_measurements: int = 0
+
+
+def compare_versions(precision: str, earlier: Figures, later: Figures) -> Comparison:
+    """Compare one precision's figures; pure.
+
+    Of each side the newest five measurements count that were made under the same conditions as the newest later one:
+    hardware, system, threads, execution provider, numbers of prompt and new tokens.
+
+    Speed: `ratio_of_medians` over the raw requests of the first prompt length, a side's measurements together. A trend
+    needs an interval without 1, a change of more than 5 %, and medians of the later measurements that all lie beyond
+    those of the earlier ones. Memory: the same over the measurements' peaks, with 10 %. Size: exact, from 1 % on. Task
+    score and KL divergence: row by row, where both were judged on the same rows, by an interval without 0; for the KL
+    divergence also from 5 % on.
+    """
+    changes: list[Change] = []
+    notes: list[str] = []
+    compared = 0
+    if earlier.measurements and later.measurements:
+        compared = _compare_measurements(precision, earlier.measurements, later.measurements, changes, notes)
+    elif later.measurements:
+        notes.append(f"{precision}: there is no earlier measurement by the present method.")
+    if earlier.evaluation and later.evaluation:
+        _compare_evaluations(precision, earlier.evaluation, later.evaluation, changes, notes)
+    return Comparison(changes=tuple(changes), notes=tuple(notes), earlier_measurements=compared)
+
+
+def _compare_measurements(
+    precision: str,
+    earlier: Sequence[Measurement],
+    later: Sequence[Measurement],
+    changes: list[Change],
+    notes: list[str],
+) -> int:
+    """Add what can be compared; returns how many earlier measurements could be."""
+    newest = later[-1]
+    before_bytes, after_bytes = (float(one.metrics["size_bytes"]) for one in (earlier[-1], newest))
+    ratio = after_bytes / before_bytes
+    size = Change(
+        precision=precision,
+        metric="size_bytes",
+        before=before_bytes,
+        after=after_bytes,
+        change=Estimate(value=ratio, low=ratio, high=ratio),
+        trend=_trend(ratio - 1, MATERIAL_SIZE_CHANGE, "lower"),
+    )
+    before = [one for one in earlier if not _differences(one, newest)][-COMPARED_MEASUREMENTS:]
+    after = [one for one in later if not _differences(one, newest)][-COMPARED_MEASUREMENTS:]
+    if not before:
+        differences = ", ".join(_differences(earlier[-1], newest))
+        notes.append(
+            f"{precision}: speed and memory cannot be compared, for the earlier measurement has {differences}."
+        )
+        changes.append(size)
+        return 0
+    if before[-1].versions != newest.versions:
+        notes.append(f"{precision}: measured with {_versions(before[-1])} before and with {_versions(newest)} now.")
+    for metric, better in SPEED_METRICS:
+        values = [[_values(one.rows, metric) for one in side] for side in (before, after)]
+        changes.append(_change(precision, metric, values[0], values[1], MATERIAL_SPEED_CHANGE, better))
+    peaks = [[[float(one.metrics["peak_rss_bytes"])] for one in side] for side in (before, after)]
+    changes.append(_change(precision, "peak_rss_bytes", peaks[0], peaks[1], MATERIAL_MEMORY_CHANGE, "lower"))
+    changes.append(size)
+    return len(before)
+
+
+def _differences(earlier: Measurement, later: Measurement) -> list[str]:
+    """What makes two measurements incomparable, as the earlier one has it."""
+    old, new = earlier.hardware, later.hardware
+    found = [
+        f"{title} {_text(getattr(old, name))}, not {_text(getattr(new, name))}"
+        for name, title in (
+            ("cpu", "the processor"),
+            ("machine", "the architecture"),
+            ("physical_cores", "physical cores"),
+            ("logical_cores", "logical cores"),
+        )
+        if getattr(old, name) != getattr(new, name)
+    ]
+    if abs(old.ram_bytes / new.ram_bytes - 1) > RAM_TOLERANCE:
+        found.append(f"{old.ram_bytes / 1e9:.1f} GB of memory, not {new.ram_bytes / 1e9:.1f}")
+    if _system(old) != _system(new):
+        found.append(f"the system {_system(old)}, not {_system(new)}")
+    if earlier.threads != later.threads:
+        found.append(f"{earlier.threads} threads, not {later.threads}")
+    if earlier.execution_provider != later.execution_provider:
+        providers = (_text(one.execution_provider) for one in (earlier, later))
+        found.append("the execution provider {}, not {}".format(*providers))
+    if _lengths(earlier) != _lengths(later):
+        found.append("other numbers of prompt or new tokens")
+    return found
+
+
+def _text(value: object) -> str:
+    return "unknown" if value is None else str(value)
+
+
+def _system(hardware: Hardware) -> str:
+    return hardware.os.split("-", maxsplit=1)[0]
+
+
+def _versions(measurement: Measurement) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(measurement.versions.items()))
+
+
+def _lengths(measurement: Measurement) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((row.prompt_tokens, row.new_tokens) for row in measurement.rows))
+
+
+def _values(rows: Sequence[RequestFigures], metric: str) -> list[float]:
+    """The raw figures of the first prompt length, which the flat metrics are of too."""
+    first = (rows[0].prompt_tokens, rows[0].new_tokens)
+    return [float(getattr(row, metric)) for row in rows if (row.prompt_tokens, row.new_tokens) == first]
+
+
+def _change(
+    precision: str,
+    metric: str,
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    material: float,
+    better: Literal["higher", "lower"],
+) -> Change:
+    """Compare the runs before with the runs after, each a list of positive figures."""
+    pooled_before, pooled_after = ([value for run in runs for value in run] for runs in (before, after))
+    estimate = ratio_of_medians(pooled_before, pooled_after)
+    runs_before, runs_after = ([statistics.median(run) for run in runs] for runs in (before, after))
+    apart = max(runs_after) < min(runs_before) or min(runs_after) > max(runs_before)
+    certain = apart and not estimate.low <= 1 <= estimate.high
+    return Change(
+        precision=precision,
+        metric=metric,
+        before=statistics.median(pooled_before),
+        after=statistics.median(pooled_after),
+        change=estimate,
+        trend=_trend(estimate.value - 1, material, better) if certain else "same",
+    )
+
+
+def _trend(change: float, material: float, better: Literal["higher", "lower"]) -> Trend:
+    if abs(change) <= material:
+        return "same"
+    return "better" if (change > 0) == (better == "higher") else "worse"
+
+
+def _compare_evaluations(
+    precision: str, earlier: Evaluation, later: Evaluation, changes: list[Change], notes: list[str]
+) -> None:
+    if earlier.rows_sha256 != later.rows_sha256:
+        notes.append(f"{precision}: quality cannot be compared, for the earlier one was judged on other rows.")
+        return
+    old = {row.id: row for row in earlier.rows}
+    pairs = [(old[row.id], row) for row in later.rows if row.id in old]
+    scored = [
+        (before, after)
+        for before, after in ((_score(one), _score(other)) for one, other in pairs)
+        if before is not None and after is not None
+    ]
+    if scored:
+        scores = [[float(value) for value in side] for side in zip(*scored, strict=True)]
+        estimate = paired_loss(scores[1], scores[0])
+        changes.append(
+            Change(
+                precision=precision,
+                metric="score",
+                before=statistics.fmean(scores[0]),
+                after=statistics.fmean(scores[1]),
+                change=estimate,
+                trend="better" if estimate.low > 0 else "worse" if estimate.high < 0 else "same",
+            )
+        )
+    diverging = [
+        (one.kl_divergence, other.kl_divergence, (one.positions + other.positions) / 2)
+        for one, other in pairs
+        if one.kl_divergence is not None and other.kl_divergence is not None and one.positions and other.positions
+    ]
+    if diverging:
+        changes.append(_kl_change(precision, diverging))
+    elif later.has_reference:
+        notes.append(f"{precision}: the KL divergence cannot be compared, for one of the two has no finite figure.")
+
+
+def _kl_change(precision: str, rows: Sequence[tuple[float, float, float]]) -> Change:
+    """Compare rows of (before, after, positions); each row weighs as the positions it was compared at."""
+    weights = [weight for _, _, weight in rows]
+    before, after = (weighted_mean([row[side] for row in rows], weights).value for side in (0, 1))
+    estimate = weighted_mean([row[1] - row[0] for row in rows], weights)
+    material = abs(estimate.value) > MATERIAL_KL_CHANGE * before
+    certain = estimate.low > 0 or estimate.high < 0
+    trend: Trend = "same"
+    if material and certain:
+        trend = "worse" if estimate.value > 0 else "better"
+    return Change(precision=precision, metric="kl_divergence", before=before, after=after, change=estimate, trend=trend)
+
+
+def _score(row: EvaluatedRow) -> float | None:
+    if row.score is not None:
+        return row.score
+    return None if row.exact_match is None else float(row.exact_match)
+
+
+def history_of(manifest: Manifest, registry: ModelRegistry, settings: Settings) -> History | None:
+    """Compare a version with the newest earlier one of its name, from what is on record; None for the first.
+
+    Evidence that was gathered with other threads than the settings', or on another machine, is not compared.
+    """
+    earlier = [one for one in registry.versions(manifest.name) if one.version < manifest.version]
+    if not earlier:
+        return None
+    previous = earlier[-1]
+    changes: list[Change] = []
+    notes: list[str] = []
+    known = {variant.precision: variant for variant in previous.variants}
+    for variant in manifest.variants:
+        if variant.precision not in known:
+            notes.append(f"{variant.precision}: {previous.reference} has none.")
+            continue
+        later = _figures(manifest, variant, registry, threads=settings.threads)
+        rows_sha256 = later.evaluation.rows_sha256 if later.evaluation else None
+        found = compare_versions(
+            variant.precision, _figures(previous, known[variant.precision], registry, rows_sha256=rows_sha256), later
+        )
+        changes += found.changes
+        notes += found.notes
+    return History(previous=previous.reference, changes=tuple(changes), notes=tuple(notes))
+
+
+def _figures(
+    manifest: Manifest,
+    variant: StoredVariant,
+    registry: ModelRegistry,
+    *,
+    threads: int | None = None,
+    rows_sha256: str | None = None,
+) -> Figures:
+    """Return what is on record of a variant: with `rows_sha256` the evaluation on these rows if there is one."""
+    records = sorted(registry.evidence(manifest, "evaluation"), key=lambda record: str(record["recorded_at"]))
+    evaluations = [
+        Evaluation.model_validate(record["evaluation"])
+        for record in records
+        if record["precision"] == variant.precision
+    ]
+    fitting = [one for one in evaluations if one.rows_sha256 == rows_sha256]
+    measurements = measurements_of(manifest, variant, registry)
+    return Figures(
+        measurements=tuple(one for one in measurements if threads in (None, one.threads)),
+        evaluation=next(reversed(fitting or evaluations), None),
+    )

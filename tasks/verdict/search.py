@@ -1,0 +1,371 @@
+"""The search: every recipe of a precision is built, measured and evaluated, and the best one goes into the version."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+from slmops.infra.errors import StageFailed
+from slmops.infra.process.supervisor import ChildProcess, OnProgress
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, digest_of
+from slmops.infra.storage.objects import Blob
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.build.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.answers import Evaluation, evaluate_stored_variant, known_evaluation, run_reference_once
+from slmops.tasks.exams.measurement import Measurement, measure_stored_variant
+from slmops.tasks.questions.evaluation_set import EvaluationSet
+from slmops.tasks.request.budget import Budget, parse_budget
+from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.verdict.choice import Judged, choose_variant
+from slmops.tasks.verdict.gate import GateVerdict, judge, thresholds_for
+from slmops.tasks.verdict.pareto import Candidate, pareto_front
+
+SEARCH = "search"
+RECORDED = ("measurement", "evaluation")  # kinds of evidence that a trial hands on to its version
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Trial(_Record):
+    """One recipe of a search, by its name (`int4-block128`).
+
+    `candidate` has its figures, None where it failed before it had them all; `score` is its task score. Only those that
+    passed the gate's checks of answers and distributions are compared: of them `on_front` are those that no other
+    dominates, and `dominated_by` names the one that does. `reason` says why it was chosen or not. `records` are the
+    keys of its evidence by kind.
+    """
+
+    recipe: str
+    precision: str
+    variant_digest: str | None = None
+    build_s: FiniteFloat | None = None
+    candidate: Candidate | None = None
+    score: FiniteFloat | None = None
+    passed_gate: bool | None = None
+    on_front: bool = False
+    dominated_by: str | None = None
+    chosen: bool = False
+    reason: str = ""
+    error: str | None = None
+    records: dict[str, str] = {}
+
+
+class SearchOutcome(_Record):
+    """All trials of a search, those of a precision together, its default recipe first."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Precision -> name of the recipe that the version takes."""
+        return {trial.precision: trial.recipe for trial in self.trials if trial.chosen}
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Precision -> what went wrong, for each precision of which no recipe gave a variant."""
+        failed = {trial.precision: trial.error or "" for trial in reversed(self.trials)}
+        return {precision: error for precision, error in failed.items() if precision not in self.chosen}
+
+
+class TrialRegistry(ModelRegistry):
+    """A registry in the cache for what a search builds and finds; files that the store has already are read there.
+
+    A trial stands in it as a version of its own, with one variant that goes by its recipe's name in place of its
+    precision, so that the stages' own tasks work on it and remember what they found.
+    """
+
+    def __init__(self, store: ModelRegistry, folder: Path) -> None:
+        super().__init__(LocalObjectStore(folder))
+        self._store = store
+
+    def has_files(self, files: Iterable[StoredFile]) -> bool:
+        """See `ModelRegistry.has_files`."""
+        of_store, own = self._parted(files)
+        return self._store.has_files(of_store) and super().has_files(own)
+
+    def claim_files(self, files: Iterable[StoredFile]) -> list[Blob]:
+        """See `ModelRegistry.claim_files`."""
+        of_store, own = self._parted(files)
+        return [*self._store.claim_files(of_store), *super().claim_files(own)]
+
+    def materialize(self, files: Iterable[StoredFile], folder: Path, on_progress: OnProgress | None = None) -> None:
+        """See `ModelRegistry.materialize`."""
+        of_store, own = self._parted(files)
+        self._store.materialize(of_store, folder, on_progress)
+        super().materialize(own, folder, on_progress)
+
+    def _parted(self, files: Iterable[StoredFile]) -> tuple[list[StoredFile], list[StoredFile]]:
+        """Return the files that the store has, and those that only a trial made."""
+        wanted = list(files)
+        own = [file for file in wanted if super(TrialRegistry, self).has_files([file])]
+        return [file for file in wanted if file not in own], own
+
+    def key_of(self, manifest: Manifest, kind: str, figures: dict[str, Any]) -> str:
+        """Return the key under which a stage recorded these figures of a trial."""
+        names = (entry.key.rsplit("/", 1)[1] for entry in self.evidence_entries(manifest))
+        keys = [name.removeprefix(f"{kind}-").removesuffix(".json") for name in names if name.startswith(f"{kind}-")]
+        return next(key for key in keys if any(one.get(kind) == figures for one in self.evidence(manifest, kind, key)))
+
+
+def open_trials(registry: ModelRegistry, settings: Settings) -> TrialRegistry:
+    """Return the registry of trials under the cache, beside the store's own."""
+    return TrialRegistry(registry, settings.cache_dir / "trials")
+
+
+def trial_manifest(name: str, variant: StoredVariant, prepared: PreparedCheckpoint) -> Manifest:
+    """Return what a trial is called in the registry of trials: the same files of the same source, the same trial."""
+    return _manifest_of(
+        variant.model_copy(update={"precision": name}),
+        Source(
+            digest=prepared.digest,
+            origin="",
+            architecture=prepared.inspection.architecture,
+            parameters=prepared.inspection.parameters,
+        ),
+    )
+
+
+def _manifest_of(variant: StoredVariant, source: Source) -> Manifest:
+    address = digest_of({"variant": variant.digest, "source": source.digest, "recipe": variant.precision})
+    return Manifest(
+        name=f"trial-{address[:32]}", version=1, source=source, builder={}, variants=(variant,), created_at=""
+    )
+
+
+def search_recipes(
+    request: DeployRequest,
+    prepared: PreparedCheckpoint,
+    evaluation: EvaluationSet,
+    registry: ModelRegistry,
+    settings: Settings,
+    torch_child: ChildProcess,
+    *,
+    reference_available: bool,
+) -> tuple[list[BuiltVariant], SearchOutcome]:
+    """Try every recipe of each precision that is asked for; return the chosen variants, stored, and the outcome.
+
+    What an earlier search built, measured or evaluated for the same question is reused. A recipe that fails is told in
+    the outcome and the others go on; a precision of which none is left is missing from the variants. Raises `BadInput`
+    for a checkpoint that already is an ONNX model, and as `plan_search` does. The reference's answers are left in place
+    for the version (see `slmops.tasks.exams.answers.reference_in_use`).
+    """
+    if prepared.inspection.kind == "genai":
+        refuse_recipes(request)
+    trials = open_trials(registry, settings)
+    found = [_Tried(recipe) for recipe in plan_search(request)]
+    for one in found:
+        try:
+            one.built = build_variant(one.recipe, prepared, request, trials, settings, torch_child)
+        except StageFailed as error:
+            one.error = str(error)
+    manifests = {
+        one.recipe.name: trial_manifest(one.recipe.name, one.built.variant, prepared) for one in found if one.built
+    }
+    known = (known_evaluation(each, each.variants[0], evaluation, trials, settings) for each in manifests.values())
+    if reference_available and not all(known):
+        run_reference_once(prepared, evaluation, settings, torch_child)
+    for one in found:
+        if one.built:
+            _examine(one, manifests[one.recipe.name], evaluation, trials, settings, reference_available)
+    outcome = choose_recipes(
+        [one.trial(trials, manifests, request, settings) for one in found], _scores(found), request
+    )
+    chosen = set(outcome.chosen.values())
+    built = [one.built for one in found if one.built and one.recipe.name in chosen]
+    for variant in built:
+        keep_variant(variant.variant, trials, registry, settings)
+    return built, outcome
+
+
+class _Tried:
+    """A recipe on its way through a search."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.built: BuiltVariant | None = None
+        self.measured: Measurement | None = None
+        self.evaluated: Evaluation | None = None
+        self.error: str | None = None
+
+    def trial(
+        self, trials: TrialRegistry, manifests: dict[str, Manifest], request: DeployRequest, settings: Settings
+    ) -> Trial:
+        """Return the record of what was found, before the choice."""
+        trial = Trial(recipe=self.recipe.name, precision=self.recipe.precision, error=self.error)
+        if self.built:
+            update = {"variant_digest": self.built.variant.digest, "build_s": self.built.wall_s}
+            trial = trial.model_copy(update=update)
+        if not (self.built and self.measured and self.evaluated):
+            return trial.model_copy(update={"reason": "it failed"})
+        manifest = manifests[self.recipe.name]
+        figures: Sequence[BaseModel] = (self.measured, self.evaluated)
+        return trial.model_copy(
+            update={
+                "candidate": candidate_of(self.recipe.name, self.measured, self.evaluated),
+                "score": _score_of(self.evaluated),
+                "passed_gate": _judge(self.evaluated, self.recipe.precision, request, settings).passed,
+                "records": {
+                    kind: trials.key_of(manifest, kind, one.model_dump(mode="json"))
+                    for kind, one in zip(RECORDED, figures, strict=True)
+                },
+            }
+        )
+
+
+def _examine(
+    tried: _Tried,
+    manifest: Manifest,
+    evaluation: EvaluationSet,
+    trials: TrialRegistry,
+    settings: Settings,
+    reference_available: bool,
+) -> None:
+    variant = manifest.variants[0]
+    try:
+        tried.measured = measure_stored_variant(manifest, variant, trials, settings)
+        tried.evaluated = evaluate_stored_variant(
+            manifest, variant, evaluation, trials, settings, has_reference=reference_available
+        )
+    except StageFailed as error:
+        tried.error = str(error)
+
+
+def candidate_of(name: str, measured: Measurement, evaluated: Evaluation) -> Candidate:
+    """Return a variant's figures as they are compared."""
+    metrics = measured.metrics
+    return Candidate(
+        name=name,
+        size_bytes=int(metrics["size_bytes"]),
+        peak_rss_bytes=int(metrics["peak_rss_bytes"]),
+        ttft_ms=metrics["ttft_ms"],
+        token_generation_throughput_tps=metrics["token_generation_throughput_tps"],
+        quality_loss=evaluated.quality_loss.value if evaluated.quality_loss else None,
+        kl_divergence=evaluated.kl_divergence,
+    )
+
+
+def _score_of(evaluated: Evaluation) -> float | None:
+    return evaluated.score.value if evaluated.score else None
+
+
+def _scores(found: Sequence[_Tried]) -> dict[str, tuple[float, ...]]:
+    """Return recipe -> score of each row that has one; the rows of all trials are the same."""
+    return {
+        one.recipe.name: tuple(row.score for row in one.evaluated.rows if row.score is not None)
+        for one in found
+        if one.evaluated
+    }
+
+
+def _judge(evaluated: Evaluation, precision: str, request: DeployRequest, settings: Settings) -> GateVerdict:
+    thresholds = thresholds_for(
+        precision,
+        settings.gate,
+        min_top1_agreement=request.min_top1_agreement,
+        max_kl_divergence=request.max_kl_divergence,
+        max_quality_loss=request.max_quality_loss,
+    )
+    return judge(evaluated, thresholds)
+
+
+def choose_recipes(
+    trials: Sequence[Trial], scores: dict[str, tuple[float, ...]], request: DeployRequest
+) -> SearchOutcome:
+    """Choose one recipe per precision, by name; `scores` are each recipe's scores row by row, empty without any.
+
+    Of the recipes that pass the gate, and keep the budget if any does, the one is chosen that `choose_variant` would:
+    dominated ones go, then those whose quality is measurably below the best one's; the fastest in token generation is
+    left, at like speed the smallest. Where none passes the gate, all that ran are compared, so that the version's own
+    gate tells what is wrong with the best of them.
+    """
+    budget = parse_budget(request.budget) or Budget()
+    decided: dict[str, Trial] = {}
+    for precision in dict.fromkeys(trial.precision for trial in trials):
+        ran = [trial for trial in trials if trial.precision == precision and trial.candidate]
+        compared = [trial for trial in ran if trial.passed_gate] or ran
+        judged = [
+            Judged(candidate=trial.candidate, scores=scores.get(trial.recipe) or None)
+            for trial in compared
+            if trial.candidate
+        ]
+        choice = choose_variant(judged, budget)
+        if choice.selected is None:  # none keeps the budget: the choice between the precisions says so
+            choice = choose_variant(judged, Budget())
+        front = pareto_front([one.candidate for one in judged])
+        others = len([one for one in front.values() if one is None]) - 1
+        for trial in ran:
+            name = trial.recipe
+            reason = choice.reasons.get(name, "it does not pass the gate")
+            if name == choice.selected:
+                reason = _why(others, len(ran))
+            update = {
+                "on_front": name in front and front[name] is None,
+                "dominated_by": front.get(name),
+                "chosen": name == choice.selected,
+                "reason": reason,
+            }
+            decided[name] = trial.model_copy(update=update)
+    return SearchOutcome(trials=tuple(decided.get(trial.recipe, trial) for trial in trials))
+
+
+def _why(others_on_front: int, ran: int) -> str:
+    if ran == 1:
+        return "the only recipe of its precision that was tried and ran"
+    if others_on_front == 0:
+        return "no other recipe of its precision is better in anything"
+    return (
+        f"of {others_on_front + 1} recipes that no other dominates, the fastest of those whose quality is not "
+        "measurably below the best"
+    )
+
+
+@task(name="keep variant", task_run_name="keep-{variant.recipe}", **PASSING_FAULTS)
+def keep_variant(variant: StoredVariant, trials: TrialRegistry, registry: ModelRegistry, settings: Settings) -> None:
+    """Bring the files of a chosen trial into the store."""
+    with stage_progress(f"keep {variant.precision}") as on_progress:
+        if not registry.claim_files(variant.files):
+            return
+        with work_folder(settings) as work:
+            trials.materialize(variant.files, work / "model")
+            registry.add_files(work / "model", on_progress)
+
+
+@task(name="record search", task_run_name="record-search")
+def record_trials(manifest: Manifest, outcome: SearchOutcome, registry: ModelRegistry, settings: Settings) -> None:
+    """Append the outcome to a version, and its variants' figures under the keys that the stages look for them by."""
+    trials = open_trials(registry, settings)
+    for trial in outcome.trials:
+        if trial.chosen:
+            for kind, key, content in _recorded(trial, manifest, trials):
+                if registry.latest_evidence(manifest, kind, key) is None:
+                    registry.add_evidence(manifest, kind, content, key)
+    record = outcome.model_dump(mode="json")
+    registry.add_evidence(manifest, SEARCH, record, digest_of(record)[:16])
+
+
+def last_search(manifest: Manifest, registry: ModelRegistry) -> SearchOutcome | None:
+    """Return the outcome of the search that a version's variants come from, None where there was none."""
+    record = registry.latest_evidence(manifest, SEARCH)
+    return SearchOutcome.model_validate({"trials": record["trials"]}) if record else None
+
+
+def _recorded(trial: Trial, manifest: Manifest, trials: TrialRegistry) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    variant = manifest.variant(trial.precision)
+    source = manifest.source.model_copy(update={"origin": ""})
+    of_trial = _manifest_of(variant.model_copy(update={"precision": trial.recipe}), source)
+    for kind, key in trial.records.items():
+        content = trials.latest_evidence(of_trial, kind, key)
+        if content is not None:
+            content.pop("recorded_at")
+            if "precision" in content:
+                content["precision"] = trial.precision
+            yield kind, key, content

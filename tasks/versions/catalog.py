@@ -1,0 +1,123 @@
+"""What the catalog lists: every version in the store, by the variants of it that passed."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from slmops.infra.errors import PassingFault, SlmopsError
+from slmops.infra.foundry.catalog import CatalogModel
+from slmops.infra.foundry.model_folder import GENAI_CONFIG
+from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.objects import Entry
+from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.tasks.build.build import OLIVE_PROVIDERS
+from slmops.tasks.foundry.registration import champion_model_id, foundry_model_id
+
+LISTING_AGE_S = 2.0
+
+_logger = logging.getLogger(__name__)
+
+
+class StoreCatalog:
+    """The models of a store for its catalog; may be asked from several threads.
+
+    Asking lists the store, at most once per `listing_age_s`, and reads only versions on which something was stored
+    since: the pages of one listing by the runtime take one.
+    """
+
+    def __init__(self, registry: ModelRegistry, listing_age_s: float = LISTING_AGE_S) -> None:
+        self._registry = registry
+        self._listing_age_s = listing_age_s
+        self._lock = threading.Lock()
+        self._listed_at: float | None = None
+        self._versions: dict[tuple[str, int], tuple[tuple[Entry, ...], list[CatalogModel]]] = {}
+        self._faults: set[str] = set()
+
+    def models(self) -> list[CatalogModel]:
+        """Return the models of every version; see `version_models`.
+
+        A version that cannot be read is logged, once, and left out; the others are listed. Raises `StageFailed` or
+        `BadInput` while the store cannot be asked.
+        """
+        with self._lock:
+            if self._listed_at is None or time.monotonic() - self._listed_at >= self._listing_age_s:
+                self._read()
+                self._listed_at = time.monotonic()
+            return [model for _, models in self._versions.values() for model in models]
+
+    def _read(self) -> None:
+        found: dict[tuple[str, int], tuple[tuple[Entry, ...], list[CatalogModel]]] = {}
+        for key, entries in self._registry.version_entries().items():
+            known = self._versions.get(key)
+            if known and known[0] == entries:
+                found[key] = known
+                continue
+            try:
+                found[key] = entries, version_models(self._registry.version(*key), self._registry)
+            except PassingFault:
+                raise
+            except (SlmopsError, ValueError, KeyError, TypeError) as error:  # a manifest or evidence was altered
+                fault = f"{key[0]}@{key[1]} is not in the catalog: {error}"
+                if fault not in self._faults:
+                    _logger.warning("%s", fault)
+                self._faults.add(fault)
+        self._versions = found
+
+
+def version_models(manifest: Manifest, registry: ModelRegistry) -> list[CatalogModel]:
+    """Return a version's models by its last deploy: the selected variant under the plain name, and every one that was
+    registered under its own id; none where none was.
+    """
+    deployed = registry.latest_evidence(manifest, "deploy") or {}
+    status = {one["precision"]: one["status"] for one in deployed.get("variants", ())}
+    registered = [variant for variant in manifest.variants if status.get(variant.precision) == "registered"]
+    models = []
+    for variant in registered:
+        context_length = _context_length(variant, registry)
+        model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+        models.append(_model(model_id, f"{manifest.name}-{variant.precision}", manifest, variant, context_length))
+        if variant.precision == deployed.get("selected"):
+            plain_id = champion_model_id(manifest.name, manifest.version)
+            models.append(_model(plain_id, manifest.name, manifest, variant, context_length))
+    return models
+
+
+def _model(
+    model_id: str, alias: str, manifest: Manifest, variant: StoredVariant, context_length: int | None
+) -> CatalogModel:
+    return CatalogModel(
+        name=model_id.rpartition(":")[0],
+        version=manifest.version,
+        alias=alias,
+        device=variant.device,
+        execution_provider=_provider(variant.execution_provider),
+        size_bytes=variant.size_bytes,
+        display_name=f"{manifest.name} {variant.precision}",
+        created_at=manifest.created_at,
+        context_length=context_length,
+    )
+
+
+def _provider(name: str) -> str:
+    return OLIVE_PROVIDERS[name][0] if name in OLIVE_PROVIDERS else name
+
+
+def _context_length(variant: StoredVariant, registry: ModelRegistry) -> int | None:
+    """Return what genai_config.json says; None where it cannot be read: a client that loads the model sees why."""
+    config = _stored_json(variant.files, GENAI_CONFIG, registry)
+    model = config.get("model") if isinstance(config, dict) else None
+    length = model.get("context_length") if isinstance(model, dict) else None
+    return length if isinstance(length, int) and not isinstance(length, bool) and length > 0 else None
+
+
+def _stored_json(files: Sequence[Any], path: str, registry: ModelRegistry) -> Any:
+    file = next((one for one in files if one.path == path), None)
+    if file is None:
+        return None
+    try:
+        return json.loads(registry.objects.read_bytes(blob_of(file).key))
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,131 @@
+"""Bring a version to a device: into a Foundry cache there, registered and proven."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmops.infra.errors import SlmopsError, StageFailed
+from slmops.infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.settings import FoundrySettings, Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.signatures import check_signature
+from slmops.tasks.exams.answers import last_evaluation_set
+from slmops.tasks.foundry.registration import (
+    ask_foundry,
+    champion_model_id,
+    describe_model,
+    inference_model,
+    last_proof,
+    registered_models,
+)
+from slmops.tasks.versions.serving import check_unaltered, selected_precision
+
+# Its folder, `models/custom/NAME-champion/v3`, is apart from those that deploys on the same machine register.
+ROLE = "champion"
+FALLBACK_MESSAGES = [{"role": "user", "content": "Hello"}]
+FALLBACK_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class BroughtModel:
+    """A version on a device: its Foundry id, its folder, what it answered, and the ids that it took the place of."""
+
+    model_id: str
+    precision: str
+    folder: str
+    answer: str
+    replaced: tuple[str, ...]
+
+
+def bring_to_device(
+    registry: ModelRegistry, manifest: Manifest, foundry_cache: Path, settings: Settings, on_progress: OnProgress
+) -> BroughtModel:
+    """Write a version's selected variant into a Foundry cache as `NAME:VERSION`, register it and let it answer.
+
+    Both the SDK's local catalog and Foundry's scan of the cache know it then by that id. Other versions of the name
+    leave the cache once this one has answered as its recorded proof says (any answer does where none is recorded).
+
+    Raises `BadInput` for a version that did not pass the gate; `StageFailed`, with the cache as it was, for one that is
+    altered, does not load, or answers otherwise.
+    """
+    precision = selected_precision(manifest, registry)
+    variant = manifest.variant(precision)
+    model_id = champion_model_id(manifest.name, manifest.version)
+    there = settings.model_copy(update={"foundry": FoundrySettings(cache_dir=foundry_cache)})
+    before = [one for one in registered_models(there) if one["name"] == manifest.name]
+    with work_folder(settings) as work:
+        registry.materialize(variant.files, work / "model", on_progress)
+        if settings.store.require_signature:
+            check_signature(registry, manifest, settings.store)
+        check_unaltered(variant, work / "model")
+        template, defaults = describe_model(work / "model")
+        deployed = registry.latest_evidence(manifest, "deploy") or {}
+        description = str(deployed.get("description", ""))
+        folder = write_model_folder(
+            there.foundry_dir,
+            manifest.name,
+            ROLE,
+            manifest.version,
+            sources={file.path: work / "model" / file.path for file in variant.files},
+            inference_model=inference_model(model_id, manifest.version, description, template, defaults),
+            model_card=f"# {manifest.reference}\n\n{description}\n",
+        )
+    with _taken_back(manifest, model_id, [str(one["model_id"]) for one in before], there):
+        ask_foundry("register", {"folder": str(folder), "model_id": model_id}, there, on_progress)
+        answer = _answered(registry, manifest, precision, model_id, there, on_progress)
+    replaced = _replace(manifest, model_id, there)
+    return BroughtModel(model_id, precision, str(folder), answer, replaced)
+
+
+@contextlib.contextmanager
+def _taken_back(manifest: Manifest, model_id: str, before: list[str], there: Settings) -> Iterator[None]:
+    """Take a model that was not there before out of the cache again if it fails."""
+    try:
+        yield
+    except BaseException:
+        if model_id not in before:
+            with contextlib.suppress(SlmopsError):
+                ask_foundry("unregister", {"model_id": model_id}, there)
+            remove_model_folder(there.foundry_dir, manifest.name, ROLE, manifest.version)
+        raise
+
+
+def _answered(
+    registry: ModelRegistry,
+    manifest: Manifest,
+    precision: str,
+    model_id: str,
+    there: Settings,
+    on_progress: OnProgress,
+) -> str:
+    evaluation = last_evaluation_set(manifest, registry)
+    proof = last_proof(manifest, manifest.variant(precision), evaluation.rows[0], registry) if evaluation else None
+    messages = FALLBACK_MESSAGES
+    if evaluation and proof:
+        messages = [message.model_dump() for message in evaluation.rows[0].messages]
+    tokens = proof.completion_tokens if proof else FALLBACK_TOKENS
+    request = {"model_id": model_id, "messages": messages, "max_new_tokens": tokens}
+    answer = str(ask_foundry("prove", request, there, on_progress)["answer"])
+    if proof and answer.strip() != proof.answer.strip():
+        raise StageFailed(
+            f"{model_id} answers {answer!r} there; recorded is {proof.answer!r}.",
+            "See whether both machines have the same versions: slmops check.",
+        )
+    return answer
+
+
+def _replace(manifest: Manifest, model_id: str, there: Settings) -> tuple[str, ...]:
+    """Take the name's other versions that this command brought out of the cache; returns their ids."""
+    own = model_folder(there.foundry_dir, manifest.name, ROLE, manifest.version).parent
+    gone = []
+    for model in registered_models(there):
+        folder = Path(model["folder"])
+        if model["name"] == manifest.name and model["model_id"] != model_id and folder.parent == own:
+            ask_foundry("unregister", {"model_id": model["model_id"]}, there)
+            remove_model_folder(there.foundry_dir, manifest.name, ROLE, int(model["version"]))
+            gone.append(str(model["model_id"]))
+    return tuple(gone)

@@ -1,0 +1,155 @@
+"""Stage "collect": what neither the store nor this machine needs any longer."""
+
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from pydantic import BaseModel, ConfigDict
+from slmops.infra.errors import BadInput
+from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.settings import Settings
+from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
+from slmops.infra.storage.leases import WRITE_LEASE
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.objects import BLOBS
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.foundry.registration import unregister_version
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import PASSING_FAULTS
+
+
+class Collection(BaseModel):
+    """What a collection of garbage removed, or (`dry_run`) would remove; sizes in bytes.
+
+    `versions` are NAME@VERSION, `in_use` those that stayed because a running deploy works with them. `spared_blobs` are
+    needed by no version, but by a deploy, push or ingestion under way. `cached_bytes` lay on this machine only.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    dry_run: bool
+    versions: tuple[str, ...]
+    in_use: tuple[str, ...]
+    blobs: int
+    leftovers: int
+    freed_bytes: int
+    spared_blobs: int
+    cached_bytes: int
+
+    @property
+    def summary(self) -> str:
+        """One sentence on what was removed."""
+        done = "Would remove" if self.dry_run else "Removed"
+        versions = ", ".join(self.versions) or "no version"
+        return (
+            f"{done} {versions}, {self.blobs:,} files that nothing needs and {self.leftovers:,} leftovers: "
+            f"{self.freed_bytes / 1e6:,.1f} MB in the store, {self.cached_bytes / 1e6:,.1f} MB on this machine."
+        )
+
+
+def collect(
+    registry: ModelRegistry,
+    settings: Settings,
+    *,
+    keep: int | None,
+    dry_run: bool,
+    on_progress: OnProgress | None = None,
+) -> Collection:
+    """Remove old versions (with `keep`) and everything that no version needs, beside running deploys.
+
+    With `keep`, a name's newest versions stay, that many, and every version with an alias; the others are unregistered
+    and deleted. Raises `BadInput` for a `keep` below 1, `StageFailed` where a manifest cannot be read: then nothing is
+    removed.
+    """
+    if keep is not None and keep < 1:
+        raise BadInput(f"--keep is {keep}.", "Keep at least one version of each name.")
+    needed = {blob.sha256 for blob in needed_blobs(registry)}  # every manifest can be read, or nothing is touched
+    claimed = claimed_blobs(registry)
+    old = [] if keep is None else [one for name in registry.names() for one in _old_versions(registry, name, keep)]
+    in_use = [one for one in old if claimed & _blobs_of(one)]
+    freed_bytes = 0
+    for manifest in old:
+        if manifest not in in_use and not dry_run:
+            unregister_version(manifest, settings)
+            freed_bytes += delete_version(registry, manifest, even_in_use=False) or 0
+    deleted = [one for one in old if one not in in_use]
+    found = collect_garbage(registry, dry_run=dry_run, without=deleted, on_progress=on_progress)
+    return Collection(
+        dry_run=dry_run,
+        versions=tuple(one.reference for one in deleted),
+        in_use=tuple(one.reference for one in in_use),
+        blobs=len(found.blobs),
+        leftovers=len(found.leftovers) + len(found.evidence),
+        freed_bytes=freed_bytes + found.size_bytes,
+        spared_blobs=found.spared_blobs,
+        cached_bytes=_clean_cache(registry, needed | claimed, settings, dry_run=dry_run),
+    )
+
+
+def _old_versions(registry: ModelRegistry, name: str, keep: int) -> list[Manifest]:
+    aliased = set(registry.aliases(name).values())
+    return [one for one in registry.versions(name)[:-keep] if one.version not in aliased]
+
+
+def _blobs_of(manifest: Manifest) -> set[str]:
+    return {file.sha256 for variant in manifest.variants for file in variant.files}
+
+
+def _clean_cache(registry: ModelRegistry, needed: set[str], settings: Settings, *, dry_run: bool) -> int:
+    """Remove cached files that no version needs, trials of recipes that were not chosen, and work that broke off."""
+    freed = 0
+    if registry.cache:
+        unneeded = [one for one in registry.cache.entries(BLOBS) if one.key.rpartition("/")[2] not in needed]
+        unneeded += registry.cache.leftovers(datetime.now(UTC) - WRITE_LEASE)
+        freed += sum(entry.size_bytes for entry in unneeded)
+        if not dry_run:
+            registry.cache.delete(entry.key for entry in unneeded)
+    for folder in (*_abandoned_work(settings), *_trials(settings)):
+        freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
+    return freed
+
+
+def _abandoned_work(settings: Settings) -> list[Path]:
+    root = settings.cache_dir / "work"
+    oldest = time.time() - WRITE_LEASE.total_seconds()
+    return [path for path in root.iterdir() if path.stat().st_mtime < oldest] if root.is_dir() else []
+
+
+def _trials(settings: Settings) -> list[Path]:
+    """Return the folder of a search's trials, unless a search is at work in it."""
+    folder = settings.cache_dir / "trials"
+    if not folder.is_dir() or claimed_blobs(ModelRegistry(LocalObjectStore(folder))):
+        return []
+    return [folder]
+
+
+@task(name="collect garbage", task_run_name="collect-garbage", **PASSING_FAULTS)
+def collect_in_store(registry: ModelRegistry, settings: Settings, *, keep: int | None, dry_run: bool) -> Collection:
+    """Run `collect` and show its progress."""
+    with stage_progress("collect") as on_progress:
+        return collect(registry, settings, keep=keep, dry_run=dry_run, on_progress=on_progress)
+
+
+@task(name="report garbage", task_run_name="report-garbage")
+def publish_collection(collection: Collection) -> None:
+    """Post what was removed as a Prefect artifact."""
+    rows = {
+        "versions": ", ".join(collection.versions) or "-",
+        "in use, kept": ", ".join(collection.in_use) or "-",
+        "files": f"{collection.blobs:,}",
+        "leftovers": f"{collection.leftovers:,}",
+        "freed in the store": f"{collection.freed_bytes / 1e6:,.1f} MB",
+        "freed on this machine": f"{collection.cached_bytes / 1e6:,.1f} MB",
+        "spared for work under way": f"{collection.spared_blobs:,} files",
+    }
+    create_table_artifact(
+        table=[{"what": what, "removed": value} for what, value in rows.items()],
+        key="slmops-gc",
+        description=collection.summary,
+    )

@@ -1,0 +1,154 @@
+"""What is served: a name's champion and other versions, from the store, or from what this machine kept of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slmops.infra.checkpoints.folder import read_json
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.foundry.model_folder import INFERENCE_MODEL
+from slmops.infra.foundry.model_host import PlacedModel, ServedVersion
+from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of_file
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.infra.storage.signatures import check_signature
+from slmops.tasks.foundry.registration import champion_model_id, describe_model, inference_model
+from slmops.tasks.versions.commit import SELECTION
+
+
+class StoredModels:
+    """The `ModelSource` of a store.
+
+    What was served once can be served again while the store cannot be reached: its manifest, and which version is the
+    champion, are kept under the home directory, and its files in the store's cache. `notices` then says so.
+    """
+
+    def __init__(self, registry: ModelRegistry, settings: Settings) -> None:
+        self._registry = registry
+        self._settings = settings
+        self._kept = settings.cache_dir / "serve"
+        self.notices: list[str] = []
+
+    def names(self) -> list[str]:
+        """Return the names that have a champion."""
+        try:
+            return [name for name in self._registry.names() if self._registry.alias(name, CHAMPION)]
+        except SlmopsError as error:
+            kept = sorted(path.stem for path in self._kept.glob("*.json")) if self._kept.is_dir() else []
+            if not kept:
+                raise
+            self._notice(error)
+            return kept
+
+    def champion(self, name: str) -> ServedVersion:
+        """See `ModelSource.champion`."""
+        try:
+            number = self._registry.alias(name, CHAMPION)
+        except SlmopsError as error:
+            kept = self._read(name)
+            if kept is None:
+                raise
+            self._notice(error)
+            return ServedVersion(name, kept["champion"], kept["versions"][str(kept["champion"])]["precision"])
+        if number is None:
+            raise BadInput(f"{name} has no champion.", "Deploy a version of it; slmops list shows the names.")
+        served = self.version(name, number)
+        self._keep(name, number, None, None)
+        return served
+
+    def version(self, name: str, version: int) -> ServedVersion:
+        """See `ModelSource.version`."""
+        try:
+            manifest = self._registry.version(name, version)
+            precision = selected_precision(manifest, self._registry)
+        except BadInput:
+            raise
+        except SlmopsError:
+            kept = (self._read(name) or {"versions": {}})["versions"].get(str(version))
+            if kept is None:
+                raise
+            return ServedVersion(name, version, kept["precision"])
+        self._keep(name, None, manifest, precision)
+        return ServedVersion(name, version, precision)
+
+    def place(self, served: ServedVersion, folder: Path) -> PlacedModel:
+        """See `ModelSource.place`; every file's SHA-256 is compared with the manifest's."""
+        manifest = self._manifest(served)
+        variant = manifest.variant(served.precision)
+        if self._settings.store.require_signature:
+            check_signature(self._registry, manifest, self._settings.store)
+        self._registry.materialize(variant.files, folder)
+        check_unaltered(variant, folder)
+        template, defaults = describe_model(folder)
+        described = inference_model(
+            champion_model_id(served.name, served.version), served.version, "", template, defaults
+        )
+        # It may be a hard link to the store's own file, where a model was brought that has one.
+        (folder / INFERENCE_MODEL).unlink(missing_ok=True)
+        (folder / INFERENCE_MODEL).write_text(json.dumps(described, ensure_ascii=False), "utf-8")
+        added = read_json(folder / "tokenizer.json").get("added_tokens", [])
+        tokens = tuple(str(token["content"]) for token in added if token.get("special"))
+        return PlacedModel(sum(file.size_bytes for file in variant.files), tokens)
+
+    def _manifest(self, served: ServedVersion) -> Manifest:
+        try:
+            return self._registry.version(served.name, served.version)
+        except BadInput:
+            raise
+        except SlmopsError:
+            kept = (self._read(served.name) or {"versions": {}})["versions"].get(str(served.version))
+            if kept is None:
+                raise
+            return Manifest.model_validate(kept["manifest"])
+
+    def _notice(self, error: SlmopsError) -> None:
+        text = f"{error.message} Served is what this machine has kept of it."
+        if text not in self.notices:
+            self.notices.append(text)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            kept: dict[str, Any] = json.loads((self._kept / f"{name}.json").read_bytes())
+            _ = kept["versions"][str(kept["champion"])]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return kept
+
+    def _keep(self, name: str, champion: int | None, manifest: Manifest | None, precision: str | None) -> None:
+        path = self._kept / f"{name}.json"
+        try:
+            kept = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            kept = {"champion": None, "versions": {}}
+        before = json.dumps(kept)
+        if champion is not None:
+            kept["champion"] = champion
+        if manifest is not None:
+            kept["versions"][str(manifest.version)] = {
+                "precision": precision,
+                "manifest": manifest.model_dump(mode="json"),
+            }
+        if json.dumps(kept) == before:
+            return
+        self._kept.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps(kept), "utf-8")
+        aside.replace(path)
+
+
+def selected_precision(manifest: Manifest, registry: ModelRegistry) -> str:
+    """Return the precision that was chosen for a version; raises `BadInput` when none passed the gate."""
+    selected = (registry.latest_evidence(manifest, SELECTION) or {}).get("selected")
+    if not selected:
+        raise BadInput(f"No variant of {manifest.reference} passed the gate.", "slmops show tells why.")
+    return str(selected)
+
+
+def check_unaltered(variant: StoredVariant, folder: Path) -> None:
+    """Raise `StageFailed` unless every file in a folder has the SHA-256 that the manifest says."""
+    altered = next((file.path for file in variant.files if digest_of_file(folder / file.path) != file.sha256), None)
+    if altered:
+        raise StageFailed(
+            f"{altered} is not what the version's manifest says it is.",
+            "See with slmops verify whether the store's copy is damaged, and repair it.",
+        )
