@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from prefect import State, flow
 from prefect.states import Completed
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.settings import Settings, load_settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant

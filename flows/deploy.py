@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from prefect import State, flow
+
 from slmops.flows.qualify import Gate, Qualification, ended, qualify
 from slmops.flows.variants import build_on_workers, check_workers
 from slmops.infra.errors import StageFailed

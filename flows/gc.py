@@ -2,6 +2,7 @@
 
 from prefect import State, flow
 from prefect.states import Completed
+
 from slmops.infra.settings import load_settings
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection

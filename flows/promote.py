@@ -4,6 +4,7 @@ from functools import partial
 
 from prefect import State, flow
 from prefect.states import Completed
+
 from slmops.infra.settings import Settings, load_settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prefect import State
 from prefect.states import Completed, Failed
+
 from slmops.flows.endings import RunEnded
 from slmops.flows.variants import Examined, measure_on_workers
 from slmops.infra.errors import StageFailed

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from prefect import State, flow
+
 from slmops.flows.qualify import Gate, Qualification, ended, needs_source, qualify
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import load_settings

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from prefect import State, flow
 from prefect.states import Completed, Failed
+
 from slmops.flows.deploy import deploy
 from slmops.flows.endings import RunEnded
 from slmops.flows.promote import promote

@@ -1,6 +1,7 @@
 """The flow `rollback`: an earlier version becomes the champion again, in the way of any promotion."""
 
 from prefect import State, flow
+
 from slmops.flows.promote import change_champion
 from slmops.infra.settings import load_settings
 from slmops.infra.storage.opening import open_registry

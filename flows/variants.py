@@ -11,6 +11,7 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.settings import Settings, load_settings
 from slmops.infra.storage.manifest import Manifest

@@ -17,6 +17,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
+
 from slmops.infra.errors import BadInput
 
 ENVIRONMENT_PREFIX = "SLMOPS_"

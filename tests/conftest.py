@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 from slmops.infra.settings import Settings
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.prefect_server import prefect_server
 from tests.s3_proxy import FaultProxy

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
 from slmops.infra.process.supervisor import run_in_child
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+
 from slmops.deployments.server.embedded_database import make_database
 
 START_DEADLINE_S = 120

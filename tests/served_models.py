@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 import openai
+
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
-
 from tests.versions import store_version
 
 ROOT = Path(__file__).resolve().parents[1]

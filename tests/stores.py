@@ -8,7 +8,6 @@ from slmops.infra.settings import Settings, StoreSettings
 from slmops.infra.storage.objects import ObjectStore
 from slmops.infra.storage.opening import open_object_store, open_registry
 from slmops.infra.storage.registry import ModelRegistry
-
 from tests.s3_servers import S3Server
 
 KINDS = ("file", "rclone", "moto", "seaweedfs")

@@ -29,6 +29,7 @@ from prefect.settings.legacy import _get_valid_setting_names
 from prefect.settings.models.root import Settings as PrefectSettings
 from prefect_redis.cleanup_queue import RedisWorkerCleanupQueueSettings
 from prefect_redis.client import RedisMessagingSettings
+
 from slmops.infra.settings import Settings, StoreSettings, describe_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from slmops.deployments.cli.catalog import add_catalog_command
 from slmops.deployments.cli.champion import add_promotion_commands
 from slmops.deployments.cli.output import print_error, print_json, print_line, print_plots, print_table, stage_display

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
+
 from slmops.deployments.cli.listening import check_address, listen
 from slmops.deployments.cli.output import print_line
 from slmops.deployments.cli.references import load_settings
@@ -56,6 +57,7 @@ def _serve(host: str, listener: socket.socket, upstream: str | None, settings: "
 
     prepare_prefect(settings)  # before `tasks` is imported
     import uvicorn
+
     from slmops.infra.foundry.catalog import CATALOG_PATH
     from slmops.infra.foundry.catalog_server import catalog_app
     from slmops.infra.storage.opening import open_registry

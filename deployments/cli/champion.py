@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from slmops.deployments.cli.output import print_json, print_line, print_table
 from slmops.deployments.cli.references import Json, Version, load_settings, the_registry
 from slmops.infra.errors import BadInput

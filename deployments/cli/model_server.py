@@ -22,6 +22,7 @@ async def serve_models(names: list[str], host: str, listener: socket.socket, set
 
     prepare_prefect(settings)  # before `tasks` is imported
     import uvicorn
+
     from slmops.infra.foundry.model_host import ModelHost
     from slmops.infra.foundry.openai_server import openai_server, served
     from slmops.infra.storage.opening import open_registry

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
 from slmops.infra.errors import SlmopsError
 
 SIDE_BY_SIDE = 4  # columns of figures that an 80-column terminal has room for

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from slmops.deployments.cli.output import print_json, print_line
 from slmops.deployments.cli.references import Json, load_settings
 

@@ -4,6 +4,7 @@ import contextlib
 from typing import Annotated
 
 import typer
+
 from slmops.deployments.cli.listening import check_address, listen
 from slmops.deployments.cli.references import load_settings
 

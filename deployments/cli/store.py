@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from slmops.deployments.cli.output import print_json, print_line, print_note, print_table, stage_display
 from slmops.deployments.cli.references import Json, Reference, Version, load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput

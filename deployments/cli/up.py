@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
+
 from slmops.deployments.cli.output import print_json, print_table
 from slmops.deployments.cli.references import Json, load_settings
 from slmops.infra.errors import BadInput

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from slmops.infra.errors import BadInput
 
 PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+
 from slmops.infra.process.supervisor import PYTHON
 
 STOP_GRACE_S = 20.0

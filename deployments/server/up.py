@@ -141,6 +141,7 @@ def _wait_until_healthy(url: str, children: list[Supervised], stopping: threadin
 
 def _register(settings: Settings, pool: str) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
+
     from slmops.tasks.runs.limits import only_holder
 
     pools = dict.fromkeys((DEFAULT_POOL, pool))

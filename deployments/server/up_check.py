@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 from pydantic import BaseModel, ConfigDict
+
 from slmops.deployments.server.registration import full_name
 
 TIMEOUT_S = 10.0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
 from slmops.infra.errors import BadInput
 
 WEIGHTS = "model.safetensors"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
+
 from slmops.infra.checkpoints.source import check_hub_id
 from slmops.infra.errors import BadInput, PassingFault
 from slmops.infra.process.child import Progress

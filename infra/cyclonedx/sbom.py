@@ -10,6 +10,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
+
 from slmops.infra import errors
 from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.settings import ServeSettings

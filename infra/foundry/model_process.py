@@ -18,6 +18,7 @@ from threading import Thread
 from typing import Any
 
 import psutil
+
 from slmops.infra import errors
 from slmops.infra.foundry.catalog import CATALOG_PATH, CatalogModel, page_document
 from slmops.infra.process.supervisor import LOG_TAIL_LINES, PYTHON, child_environment

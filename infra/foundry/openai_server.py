@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
+
 from slmops.infra import errors
 from slmops.infra.foundry.model_host import Busy, ModelHost, NotServed, RunningModel
 from slmops.infra.settings import ServeSettings

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.process import endurance as exercises
 from slmops.infra.process.child import Progress

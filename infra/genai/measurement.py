@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.runtime import GenaiModel, package_versions
 from slmops.infra.genai.sweep import SweepPlan, sweep, sweep_lengths

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.distributions import PositionComparison, are_comparable, compare_position
 from slmops.infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel

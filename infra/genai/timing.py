@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.runtime import GenaiModel
 

@@ -10,6 +10,7 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
 from slmops.infra.genai.text import COPIES_OF_A_CHUNK, begin_tokens_of

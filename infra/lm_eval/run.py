@@ -180,6 +180,7 @@ def _open(request: dict[str, Any], progress: Progress) -> Any:
         return GenaiLM(model, progress)
     import torch
     from lm_eval.models.huggingface import HFLM
+
     from slmops.infra.transformers.reference import load_checkpoint
 
     torch.set_num_threads(request["threads"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from slmops.infra.errors import BadInput
 
 # Formats that hold data only; "pandas", for one, unpickles its files, which runs what they say.

@@ -15,6 +15,7 @@ from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.olive_pass import PassConfigParam
 from olive.passes.pass_config import BasePassConfig
+
 from slmops.infra.olive.embedding import replace_embedding
 from slmops.infra.olive.options import BITS, BUILDER_OPTIONS, BUILDER_QUANTIZATION_OPTIONS
 from slmops.infra.olive.streamed_quantization import streamed_quantization

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+
 from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.process.child import Progress
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
 from slmops.infra.process.supervisor import OnProgress
 
 POLL_INTERVAL_S = 0.5

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from slmops.infra import errors
 
 SAMPLE_INTERVAL_S = 0.05

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 from pydantic_core import from_json
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.supervisor import OnProgress
 from slmops.infra.storage.copying import CopiedVersion, copy_version

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
 from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry, blob_of
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.supervisor import OnProgress
 from slmops.infra.storage.folders import place

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, field_validator
+
 from slmops.infra.errors import BadInput
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"

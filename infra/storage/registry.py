@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
 from slmops.infra.process.supervisor import OnProgress
 from slmops.infra.storage.champions import ChampionChange, champion_changes, record_change

@@ -44,6 +44,7 @@ def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """
     import torch
     import transformers
+
     from slmops.infra.transformers.reference import load_checkpoint
 
     torch.set_num_threads(request["threads"])

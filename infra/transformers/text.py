@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.child import Progress
 from slmops.infra.transformers.reference import LOGITS_FILE, choose_positions, load_checkpoint

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD

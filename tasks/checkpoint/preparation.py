@@ -9,6 +9,7 @@ from urllib.request import url2pathname
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict
+
 from slmops.infra.checkpoints.folder import (
     TOKENIZER_FILES,
     TensorHeader,

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from prefect import task
 from pydantic import BaseModel, ConfigDict
+
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.foundry.command import CommandFailed, installed_command
 from slmops.infra.process.supervisor import run_in_child

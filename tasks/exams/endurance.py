@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
+
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.endurance import LONG_USE

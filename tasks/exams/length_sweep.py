@@ -3,6 +3,7 @@
 import math
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
+
 from slmops.infra.genai.sweep import speed_by_length, throughput_losses
 from slmops.tasks.exams.estimates import Estimate, slope
 from slmops.tasks.exams.measurement import Measurement

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
+
 from slmops.infra.errors import BadInput
 from slmops.infra.lm_eval.run import OFFLINE, ONLINE
 from slmops.infra.lm_eval.task_files import digest_of_task_folder

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import OnProgress, run_in_child
 from slmops.infra.settings import Settings

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict
+
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.process.supervisor import ChildProcess, OnProgress, run_in_child

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
 from slmops.infra.errors import BadInput
 from slmops.infra.process.supervisor import ChildProcess, OnProgress, run_in_child
 from slmops.infra.settings import Settings

@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.foundry.command import seen_by_command

@@ -6,6 +6,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
+
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import digest_of as digest_of_json

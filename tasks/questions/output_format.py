@@ -12,6 +12,7 @@ from jsonschema.validators import extend, validator_for
 from pydantic import BaseModel, ConfigDict, StrictStr, model_validator
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import EMPTY_REGISTRY, specification_with
+
 from slmops.infra.errors import BadInput
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S, compile_pattern, is_found
 from slmops.tasks.questions.strict_json import parse_json, shorten

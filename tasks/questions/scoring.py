@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import regex
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer, ValidationError
+
 from slmops.infra.errors import BadInput
 from slmops.infra.transformers.reference import matches
 from slmops.tasks.questions.patterns import compile_pattern, is_found

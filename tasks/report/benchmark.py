@@ -7,6 +7,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict, FiniteFloat
+
 from slmops.tasks.exams.lm_eval import LmEvalResult
 from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, bullets, joined, quoted, table
 from slmops.tasks.report.document import METRIC_TITLES

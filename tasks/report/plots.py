@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import Formatter
+
     from slmops.tasks.training.fine_tune import Loss
 
 PlotName = Literal["quality", "throughput", "latency", "memory", "losses"]

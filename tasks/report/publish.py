@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
 from slmops.infra.foundry.model_folder import MODEL_CARD
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
 from slmops.tasks.exams.answers import Evaluation
 from slmops.tasks.exams.endurance import Exercise
 from slmops.tasks.exams.estimates import Estimate

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+
 from slmops.infra.errors import BadInput
 from slmops.tasks.verdict.pareto import Candidate
 

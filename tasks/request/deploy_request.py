@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict
+
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.manifest import LONGEST_TRAINING_RUN, check_name
 from slmops.tasks.request.budget import parse_budget

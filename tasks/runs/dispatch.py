@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, Crashed
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.settings import Settings
 

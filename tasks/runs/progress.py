@@ -8,6 +8,7 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
+
 from slmops.infra.process.supervisor import OnProgress
 
 ARTIFACT_INTERVAL_S = 2.0

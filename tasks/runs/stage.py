@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import Task
 from prefect.client.schemas import State, TaskRun
+
 from slmops.infra.errors import PassingFault
 
 RETRIES = 2

@@ -5,6 +5,7 @@ from typing import Literal
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
+
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
+
 from slmops.infra.checkpoints.s3 import fetch_file_from_s3
 from slmops.infra.errors import BadInput
 from slmops.infra.hf_datasets.dataset import read_hf_dataset

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput
 from slmops.infra.process.supervisor import run_in_child

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
+
 from slmops.tasks.exams.estimates import paired_loss
 from slmops.tasks.request.budget import Budget
 from slmops.tasks.verdict.pareto import NOISE, Candidate, pareto_front

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import GateSettings
 from slmops.infra.storage.manifest import Manifest, StoredVariant

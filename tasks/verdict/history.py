@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
+
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry

@@ -6,6 +6,7 @@ from typing import Any
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import ChildProcess, OnProgress
 from slmops.infra.settings import Settings

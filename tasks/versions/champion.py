@@ -12,6 +12,7 @@ from typing import Any, Literal
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.foundry.model_folder import MODEL_CARD, model_folder
 from slmops.infra.foundry.server_client import RunningServer, running_servers

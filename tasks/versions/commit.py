@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from prefect import task
+
 from slmops.infra.cyclonedx.sbom import installed_packages, version_sbom
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, Source, now

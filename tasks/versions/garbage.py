@@ -8,6 +8,7 @@ from pathlib import Path
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel, ConfigDict
+
 from slmops.infra.errors import BadInput
 from slmops.infra.process.supervisor import OnProgress
 from slmops.infra.settings import Settings

@@ -10,6 +10,7 @@ import sys
 import time
 
 import psutil
+
 from slmops.deployments.server.environment import prefect_api, prepare_prefect
 from slmops.infra.settings import load_settings
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import onnxruntime_genai as og
 import psutil
+
 from slmops.infra.genai.measurement import PeakMemory
 from slmops.infra.genai.runtime import GenaiModel, package_versions
 from slmops.infra.genai.timing import benchmark_prompt, time_request
 from slmops.tasks.exams.estimates import ratio_of_medians
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 

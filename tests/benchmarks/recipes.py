@@ -21,7 +21,6 @@ from slmops.tasks.environment.checks import builder_versions
 from slmops.tasks.exams.answers import Evaluation, evaluate_variant, run_reference
 from slmops.tasks.exams.measurement import Measurement, measure_variant
 from slmops.tasks.questions.evaluation_set import chat_prompts
-
 from tests.checkpoints import make_tiny_checkpoint
 
 SHAPE: dict[str, Any] = {

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
-
 from tests.benchmarks.bench import ROOT, Bench, Row, command_environment, row_below
 from tests.benchmarks.watching import run_watched
 from tests.checkpoints import make_tiny_checkpoint

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.process.supervisor import run_in_child
-
 from tests.benchmarks.bench import DEADLINE_S, NEW_TOKENS, PROMPT_TOKENS, THREADS, Bench, Row, row_below, row_beside
 from tests.benchmarks.llama_cpp import BenchResult
 

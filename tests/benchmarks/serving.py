@@ -25,10 +25,10 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
+
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.served_models import RunningServer, serving, store_model

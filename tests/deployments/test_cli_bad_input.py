@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from slmops.deployments.cli import app as cli
 
+from slmops.deployments.cli import app as cli
 from tests.checkpoints import make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+
 from slmops.deployments.server import embedded_database
 from slmops.deployments.server.embedded_database import make_database
-
 from tests.prefect_schema import SCHEMA_FILE, migrated_schema
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from slmops.deployments.server.environment import prepare_prefect
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings

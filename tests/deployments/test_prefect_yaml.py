@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
+
 from slmops.deployments.server.registration import (
     HEARTBEAT_S,
     HEARTBEAT_VARIABLE,

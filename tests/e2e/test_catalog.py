@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 
+from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 from tests.e2e.conftest import ROOT, Slmops
 
 CATALOG_PATH = "/asset-gallery/v1.0/models"

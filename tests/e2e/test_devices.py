@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
-
 from tests.e2e.conftest import Slmops
 from tests.genai_models import build_genai_model
 from tests.served_models import store_model

@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.foundry.registration import registered_models
-
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
 from tests.e2e.test_deploy import INT4
 from tests.e2e.test_store import other_content

@@ -15,13 +15,13 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
+
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
-
 from tests.reports import full_report
 from tests.tasks.test_report import HOSTILE, hostile_report
 

@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
-
 from tests.genai_models import build_genai_model
 from tests.s3_servers import rclone_server
 from tests.served_models import ROOT, RunningServer, serving, store_model

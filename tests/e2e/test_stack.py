@@ -21,10 +21,10 @@ from selenium.common.exceptions import StaleElementReferenceException, TimeoutEx
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
+
 from slmops.infra.errors import BadInput
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 from slmops.tasks.runs.dispatch import check_pool
-
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
 from tests.e2e.test_report_in_ui import Browser, browser, screenshot  # noqa: F401
 from tests.e2e.test_up import ENDED, example, wait_for

@@ -8,13 +8,13 @@ import httpx
 import pytest
 from prefect.client.schemas import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
+
 from slmops.flows.benchmark import benchmark
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA, Measurement, measure_variant
 from slmops.tasks.report.benchmark import REGRESSION_EVENT
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from prefect.client.schemas import State
+
 from slmops.flows.gc import gc
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
-
 from tests.versions import store_version
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
+
 from slmops.flows.benchmark import benchmark
 from slmops.flows.deploy import deploy
 from slmops.flows.promote import promote

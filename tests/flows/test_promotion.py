@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prefect.client.schemas import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
+
 from slmops.deployments.cli import app as cli
 from slmops.flows.promote import promote
 from slmops.flows.rollback import rollback
@@ -29,7 +30,6 @@ from slmops.tasks.versions.champion import (
     restore_alias,
     set_champion,
 )
-
 from tests.model_server import ModelServer
 from tests.versions import FILES, store_version
 

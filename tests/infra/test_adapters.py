@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from slmops.infra.errors import BadInput
-from slmops.infra.transformers.adapters import merge_adapter, read_adapter_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slmops.infra.errors import BadInput
+from slmops.infra.transformers.adapters import merge_adapter, read_adapter_config
 from tests.checkpoints import make_tiny_checkpoint
 
 TOKEN_IDS = torch.arange(40, 72).reshape(2, 16)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage import archive
 from slmops.infra.storage.archive import export_version, import_version

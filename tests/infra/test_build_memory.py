@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from slmops.infra.olive.memory import release_mapped_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Only Linux lets go of pages that were read.")

@@ -14,6 +14,10 @@ import pytest
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.foundry import catalog_server
 from slmops.infra.foundry.catalog import (
@@ -29,9 +33,6 @@ from slmops.infra.foundry.catalog import (
 )
 from slmops.infra.foundry.catalog_server import LARGEST_REQUEST_BYTES, catalog_app
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 DEVICE = "properties/variantInfo/variantMetadata/device"
 PROVIDER = "properties/variantInfo/variantMetadata/executionProvider"

@@ -4,13 +4,13 @@ import getpass
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage.champions import champion_before, record_change
 from slmops.infra.storage.copying import copy_version
 from slmops.infra.storage.garbage import collect_garbage, delete_version
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
-
 from tests.stores import StoreCase
 from tests.versions import FILES, store_version
 

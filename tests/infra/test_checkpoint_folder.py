@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+
 from slmops.infra.checkpoints.folder import (
     WEIGHTS,
     WEIGHTS_INDEX,

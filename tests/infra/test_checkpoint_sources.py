@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from pydantic import SecretStr
+
 from slmops.infra.checkpoints.hub import fetch_from_hub
 from slmops.infra.checkpoints.s3 import fetch_from_s3
 from slmops.infra.checkpoints.source import CheckpointSource, SourceKind, parse_checkpoint, split_s3_uri

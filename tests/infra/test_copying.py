@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage.copying import copy_version
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.verification import repair_version, verify_version
-
 from tests.stores import StoreCase
 from tests.versions import FILES, content_of, store_version
 

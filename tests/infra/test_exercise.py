@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import run_in_child
 

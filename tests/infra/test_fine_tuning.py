@@ -6,9 +6,9 @@ from typing import Any
 
 import psutil
 import pytest
+
 from slmops.infra.errors import BadInput, PassingFault
 from slmops.infra.process.supervisor import ChildResult, run_in_child
-
 from tests.checkpoints import make_tiny_checkpoint
 
 pytestmark = pytest.mark.slow

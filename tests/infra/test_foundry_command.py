@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.foundry.command import installed_command, seen_by_command
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows starts no script by its first line")

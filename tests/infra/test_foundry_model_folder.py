@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
 

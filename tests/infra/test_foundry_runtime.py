@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.foundry.chat import FoundryChat
 from slmops.infra.foundry.model_folder import write_model_folder
 from slmops.infra.foundry.runtime import check_model_id
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
-
 from tests.checkpoints import BEGIN_AND_END_TOKENS, make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.tasks.chat_templates import FAMILIES, TEMPLATES

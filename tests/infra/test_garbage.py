@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
 from slmops.infra.storage import leases
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
@@ -18,7 +19,6 @@ from slmops.infra.storage.leases import Collector, WriteLease, collecting
 from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import verify_version
-
 from tests.stores import StoreCase
 from tests.versions import FILES, store_version
 

@@ -5,11 +5,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.measurement import measure
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.genai.timing import benchmark_prompt, chat_prompt, time_request
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 

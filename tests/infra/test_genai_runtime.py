@@ -4,10 +4,10 @@ import shutil
 import numpy as np
 import psutil
 import pytest
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai import runtime
 from slmops.infra.transformers.reference import reference
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 

@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.genai.sweep import (
     LengthSpeed,
     SweepPlan,

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.lm_eval import run
 from slmops.infra.lm_eval.model import GenaiLM
 from slmops.infra.lm_eval.task_files import check_task_folder, digest_of_task_folder
 from slmops.infra.process.supervisor import child_environment
-
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 from tests.lm_eval_tasks import GENERATION, MULTIPLE_CHOICE, QUESTIONS, add_begin_token, write_tasks

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from slmops.infra.errors import BadInput
 from slmops.infra.olive.architectures import SUPPORTED_ARCHITECTURES, check_architecture
 

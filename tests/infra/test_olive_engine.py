@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.olive.engine import build
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.olive_builds import build_request
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from slmops.infra.errors import BadInput, DeadlineExceeded, PassingFault, StageFailed
 from slmops.infra.process.supervisor import ChildProcess, ChildResult, run_in_child
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.transformers.reference import choose_positions, reference
-
 from tests.checkpoints import make_tiny_checkpoint
 
 ROWS = [

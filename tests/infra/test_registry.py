@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
 from slmops.infra.settings import Settings
 from slmops.infra.storage.garbage import collect_garbage, delete_version
@@ -29,7 +30,6 @@ from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVa
 from slmops.infra.storage.objects import Blob, ObjectStore, OnBytes, untold
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
-
 from tests.stores import StoreCase
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
 from slmops.infra.cyclonedx.sbom import installed_packages, version_sbom
 from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant
-
 from tests.infra import test_registry
 
 RECORDED_AT = "2026-11-22T10:00:00.123456+00:00"

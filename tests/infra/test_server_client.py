@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.server_client import RunningServer, running_servers
 from slmops.infra.storage.holders import this_process
-
 from tests.model_server import TOKEN, ModelServer
 
 HOLDER = "from slmops.infra.storage.holders import this_process; print(this_process())"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings, describe_settings, load_settings
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.storage.folders import shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]

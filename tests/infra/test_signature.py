@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.model_signing.signature import sign_manifest, verify_manifest
 from slmops.infra.storage.manifest import Manifest, Source

@@ -24,6 +24,7 @@ import pytest
 from botocore.retries.standard import ExponentialBackoff
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.deployments.cli import app as cli
 from slmops.infra.errors import BadInput, PassingFault, SlmopsError, StageFailed
 from slmops.infra.settings import Settings, StoreSettings
@@ -35,7 +36,6 @@ from slmops.infra.storage.opening import open_local_registry, open_registry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry, blob_of
 from slmops.infra.storage.s3.client import ATTEMPTS, make_client, parse_s3_uri
 from slmops.infra.storage.verification import verify_version
-
 from tests.infra.test_registry import COMMITTER
 from tests.s3_proxy import (
     ACCESS_DENIED,

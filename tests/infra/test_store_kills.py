@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.storage.copying import copy_version
 from slmops.infra.storage.garbage import collect_garbage, needed_blobs
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import verify_version
-
 from tests.stores import StoreCase
 from tests.versions import content_of, store_version
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from slmops.infra.olive import streamed_quantization
 from slmops.infra.olive.engine import build
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.olive_builds import build_request
 

@@ -4,9 +4,9 @@ import shutil
 from datetime import datetime
 
 import pytest
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import run_in_child
-
 from tests.family_tokenizers import FAMILIES, save_tokenizer
 
 ASKING = [{"role": "user", "content": "What is the capital of France?"}]

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.genai.text import begin_tokens_of, compare_text
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.transformers import text as reference_text
 from slmops.infra.transformers.text import compared_positions, cut_windows, scored_positions, text_reference
-
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 from tests.lm_eval_tasks import add_begin_token

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.supervisor import run_in_child
 from slmops.tasks.training.demo import TRAINING
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 COLORS = ("red", "green", "blue", "white")
 ROWS = [

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 from scipy import special
+
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams import lm_eval as benchmarks
@@ -13,7 +14,6 @@ from slmops.tasks.exams.lm_eval import (
     run_lm_eval_on_checkpoint,
     run_lm_eval_tasks,
 )
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.lm_eval_tasks import QUESTIONS, write_tasks

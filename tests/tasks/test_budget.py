@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import BadInput
 from slmops.tasks.request.budget import Budget, parse_budget
 from slmops.tasks.verdict.pareto import Candidate

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+
 from slmops.infra.errors import BadInput
 from slmops.infra.olive.engine import build
 from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
@@ -29,7 +30,6 @@ from slmops.tasks.build.build import (
 )
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.request.plan import parse_request
-
 from tests.checkpoints import make_tiny_checkpoint
 
 OLD_FORM: dict[str, Any] = {

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from slmops.infra.errors import PassingFault
 from slmops.infra.foundry.catalog import CatalogModel
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.versions.catalog import StoreCatalog, version_models
-
 from tests.stores import StoreCase
 
 GENAI_CONFIG = json.dumps({"model": {"context_length": 2048}}).encode()

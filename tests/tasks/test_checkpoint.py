@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+
 from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
@@ -23,7 +24,6 @@ from slmops.tasks.checkpoint.preparation import (
     merge_into_base,
     with_chat_template,
 )
-
 from tests.checkpoints import make_tiny_checkpoint, read_config
 
 

@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.tasks.verdict.pareto import NOISE, Candidate, dominates, pareto_front
 
 

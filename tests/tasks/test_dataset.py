@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.tasks.training.dataset import Dataset, TrainingRow, read_dataset, split

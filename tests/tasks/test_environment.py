@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.settings import MachineSettings, Settings
 from slmops.tasks.checkpoint.preparation import Inspection

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import EvaluationSettings, MachineSettings, Settings
 from slmops.infra.storage.local import LocalObjectStore
@@ -30,7 +31,6 @@ from slmops.tasks.exams.estimates import mean_score, paired_loss, weighted_mean
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, chat_prompts, digest_of
 from slmops.tasks.questions.output_format import OutputFormat
 from slmops.tasks.verdict.gate import judge, thresholds_for
-
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 

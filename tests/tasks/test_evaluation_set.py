@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import EvaluationSettings, Settings
 from slmops.tasks.questions.evaluation_set import (

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import GateSettings, Settings, SoakSettings, TimeoutSettings
@@ -24,7 +25,6 @@ from slmops.tasks.exams.endurance import (
 from slmops.tasks.exams.estimates import drift
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, edge_inputs
 from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.settings import BenchmarkSettings, MachineSettings, Settings, SweepSettings
 from slmops.tasks.exams.measurement import Measurement, measure_variant, statistics_of, summarize
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.measurements import raw_result, raw_row, swept_row

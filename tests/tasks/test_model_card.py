@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, metadata_load
+
 from slmops.infra.foundry.model_folder import write_model_folder
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.storage.manifest import Manifest, Source
 from slmops.tasks.report.model_card import base_model_of, model_card
 from slmops.tasks.report.records import VariantDetails, VariantReport
-
 from tests.genai_models import build_genai_model
 from tests.reports import full_variant
 from tests.tasks.test_report import HOSTILE, PARSER, markup_of

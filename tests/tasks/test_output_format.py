@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
+
 from slmops.infra.errors import BadInput
 from slmops.tasks.questions.output_format import OutputFormat, output_faults, parse_output_regex, read_output_schema
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S

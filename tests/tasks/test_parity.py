@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
@@ -17,7 +18,6 @@ from slmops.tasks.exams.template_parity import (
     check_parity,
     check_template_parity,
 )
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.family_tokenizers import FAMILIES, save_tokenizer, save_variant
 from tests.genai_models import build_genai_model

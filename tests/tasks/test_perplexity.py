@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import EvaluationSettings, Settings
 from slmops.infra.storage.manifest import Source, StoredVariant, digest_of
@@ -26,7 +27,6 @@ from slmops.tasks.exams.text import (
     text_reference_folder,
     text_reference_in_use,
 )
-
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 

@@ -1,5 +1,6 @@
 import pytest
 from jinja2.sandbox import SecurityError
+
 from slmops.infra.errors import BadInput
 from slmops.tasks.foundry.registration import (
     champion_model_id,
@@ -9,7 +10,6 @@ from slmops.tasks.foundry.registration import (
     generation_defaults,
     inference_model,
 )
-
 from tests.checkpoints import BEGIN_AND_END_TOKENS
 from tests.tasks.chat_templates import FAMILIES, TEMPLATES
 

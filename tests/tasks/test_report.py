@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+
 from slmops.tasks.exams.length_sweep import LengthFigures
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
 from slmops.tasks.report.assemble import in_order_of_size, overall_status
@@ -16,7 +17,6 @@ from slmops.tasks.report.markdown import code_span, escaped, fenced, to_markdown
 from slmops.tasks.report.records import DeployReport, VariantDetails, VariantReport
 from slmops.tasks.verdict.choice import Choice
 from slmops.tasks.verdict.gate import GateCheck, GateVerdict
-
 from tests.reports import FIGURES, evaluation, exercises, full_report, full_variant, parity, steadiness
 
 METRICS = {"load_ms": 40.0, "ttft_ms": 5.25, "peak_rss_bytes": 78e6, "top1_agreement": 0.97, "kl_divergence": 0.0312}

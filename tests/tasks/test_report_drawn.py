@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from slmops.tasks.report.drawn import draw_once
 
+from slmops.tasks.report.drawn import draw_once
 from tests.reports import full_report
 
 

@@ -6,13 +6,13 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+
 from slmops.tasks.exams.endurance import MemoryGrowth
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.report.blocks import visible
 from slmops.tasks.report.html import to_html
 from slmops.tasks.report.plots import QualityPoint, draw_plots, pareto_front, quality_points
 from slmops.tasks.report.records import VariantDetails
-
 from tests.reports import full_report, full_variant
 from tests.tasks.test_report import HOSTILE, hostile_report, report, variant
 

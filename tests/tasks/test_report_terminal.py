@@ -4,10 +4,10 @@ import io
 import sys
 
 import pytest
+
 from slmops.deployments.cli.output import print_plots
 from slmops.tasks.report.records import VariantDetails
 from slmops.tasks.report.terminal import terminal_plots
-
 from tests.reports import full_report, full_variant
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmops.infra.errors import BadInput
 from slmops.tasks.request.deploy_request import (
     PRECISIONS,
@@ -15,7 +16,6 @@ from slmops.tasks.request.deploy_request import (
     read_chat_template_file,
 )
 from slmops.tasks.request.plan import parse_request
-
 from tests.checkpoints import CHAT_TEMPLATES
 
 ALLOWED = "abcdefghijklmnopqrstuvwxyz0123456789-"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+
 from slmops.infra.errors import BadInput
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S, PROBE_TIMEOUT_S, compile_pattern, is_found

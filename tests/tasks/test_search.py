@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
+
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, GateSettings, MachineSettings, Settings
@@ -25,7 +26,6 @@ from slmops.tasks.runs.progress import listening
 from slmops.tasks.verdict.pareto import Candidate
 from slmops.tasks.verdict.search import SearchOutcome, Trial, choose_recipes, last_search, record_trials, search_recipes
 from slmops.tasks.versions.commit import commit_version
-
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, ratio_of_medians, slope, weighted_mean
 
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=12)

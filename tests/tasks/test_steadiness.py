@@ -3,8 +3,8 @@ import math
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from slmops.tasks.exams.length_sweep import steadiness_of
 
+from slmops.tasks.exams.length_sweep import steadiness_of
 from tests.measurements import make_measurement, swept_row
 
 LENGTHS = (32, 64, 128, 256, 512)

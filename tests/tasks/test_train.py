@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.tasks.training import demo as train
