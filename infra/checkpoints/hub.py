@@ -8,8 +8,8 @@ from pydantic import SecretStr
 
 from slmops.infra.checkpoints.source import check_hub_id
 from slmops.infra.errors import BadInput, PassingFault
-from slmops.infra.process.child import Progress
-from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.process.call import OnProgress, Progress
+from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 
 DEADLINE_S = 4 * 3600

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from slmops.infra.checkpoints.source import split_s3_uri
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import Settings
 from slmops.infra.storage.objects import OnBytes
 from slmops.infra.storage.progress import byte_progress

@@ -5,7 +5,7 @@ from typing import Any
 
 from slmops.infra.foundry import runtime
 from slmops.infra.process import endurance as exercises
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 REPEATS = 9
 

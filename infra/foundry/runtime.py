@@ -16,7 +16,7 @@ from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 
 APP_NAME = "slmops"

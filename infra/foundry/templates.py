@@ -8,7 +8,7 @@ from typing import Any
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.runtime import SDK, count_prompt_tokens, open_folder
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 
 def count(request: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.process import endurance as exercises
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 
 def exercise(request: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.genai.runtime import GenaiModel, package_versions
 from slmops.infra.genai.sweep import SweepPlan, sweep, sweep_lengths
 from slmops.infra.genai.timing import ChatPrompt, benchmark_prompt, chat_prompt, time_request
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 SAMPLE_INTERVAL_S = 0.02
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.distributions import PositionComparison, are_comparable, compare_position
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 from slmops.infra.transformers.reference import LOGITS_FILE, REFERENCE_FILE, choose_positions, matches, share_of
 
 # Bound on one chunk's float32 logits: 220 positions of a vocabulary of 152 k.

@@ -6,7 +6,7 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 
 def render(request: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.distributions import PositionComparison, are_comparable, compare_position
 from slmops.infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 from slmops.infra.transformers.reference import LOGITS_FILE
 from slmops.infra.transformers.text import (
     TEXT_REFERENCE_FILE,

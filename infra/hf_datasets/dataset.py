@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder

@@ -15,7 +15,7 @@ from typing import Any
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.lm_eval.task_files import check_task_folder
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 # lm-eval's own are 100,000, which take minutes of every core for metrics without a closed form.
 BOOTSTRAP_ITERATIONS = 1000

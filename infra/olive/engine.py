@@ -14,7 +14,7 @@ from slmops.infra.olive.architectures import check_architecture
 from slmops.infra.olive.lean_files import spare_reads_and_writes
 from slmops.infra.olive.lean_import import import_olive_workflows
 from slmops.infra.olive.options import read_olive_package_config
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 MODEL_BUILDER = "ModelBuilder"
 

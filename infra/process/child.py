@@ -20,16 +20,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from slmops.infra.errors import SlmopsError
-
-
-class Progress(Protocol):
-    """Report `done` of `total` steps and what is being done; cheap enough to call in a loop."""
-
-    def __call__(self, done: float, total: float, what: str) -> None: ...
-
+from slmops.infra.process.call import Progress
 
 ChildFunction = Callable[[dict[str, Any], Progress], dict[str, Any]]
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import psutil
 
 from slmops.infra.errors import SlmopsError, StageFailed
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 Messages = Sequence[dict[str, str]]
 

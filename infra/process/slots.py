@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 
 POLL_INTERVAL_S = 0.5
 

@@ -9,14 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from slmops.infra import errors
+from slmops.infra.process.call import ChildResult, OnProgress
 
 SAMPLE_INTERVAL_S = 0.05
 # Finding descendants looks at every process of the machine: at each sample it would take a tenth of a core.
@@ -46,17 +46,6 @@ QUIET_ENVIRONMENT = {
 SHADOWING = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
 PYTHON = (sys.executable, "-P")
 
-OnProgress = Callable[[float, float, str], None]
-
-
-@dataclass(frozen=True)
-class ChildResult:
-    """What a child returned, and what it took: wall time in s, peak resident memory of its process tree in bytes."""
-
-    value: dict[str, Any]
-    wall_s: float
-    peak_rss_bytes: int
-
 
 def run_in_child(
     function: str,
@@ -68,7 +57,7 @@ def run_in_child(
     on_progress: OnProgress | None = None,
     environment: Mapping[str, str] | None = None,
     within: "ChildProcess | None" = None,
-) -> ChildResult:
+) -> ChildResult[dict[str, Any]]:
     """Run `MODULE:FUNCTION` of infra in a process of its own, or `within` one that there is, and return its result.
 
     `request` and the result are JSON objects. The child runs in `work_dir`, writes its log to `log_path`,
@@ -117,7 +106,7 @@ class ChildProcess:
         work_dir: Path,
         on_progress: OnProgress | None = None,
         is_last: bool = False,
-    ) -> ChildResult:
+    ) -> ChildResult[dict[str, Any]]:
         """Run `MODULE:FUNCTION` once, as `run_in_child` does; `is_last` lets the process end with it.
 
         The peak of the memory counts what earlier calls left.

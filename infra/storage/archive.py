@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.copying import CopiedVersion, copy_version
 from slmops.infra.storage.local import CHUNK_BYTES, LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant

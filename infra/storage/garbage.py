@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.inputs import stored_inputs
 from slmops.infra.storage.leases import WRITE_LEASE, collecting
 from slmops.infra.storage.manifest import Manifest

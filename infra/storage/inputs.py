@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.folders import place
 from slmops.infra.storage.manifest import Sha256, StoredFile, digest_of
 from slmops.infra.storage.registry import ModelRegistry

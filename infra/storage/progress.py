@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.objects import OnBytes, untold
 
 TOLD_EVERY_S = 0.2  # a transfer moves thousands of pieces a second

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.champions import ChampionChange, champion_changes, record_change
 from slmops.infra.storage.leases import WriteLease
 from slmops.infra.storage.local import LocalObjectStore

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.objects import Blob

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

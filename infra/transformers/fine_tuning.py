@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 IGNORED_LABEL = -100  # what torch's cross entropy skips
 # Attention and MLP projections, by the names they have in Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite; then Phi-3's.

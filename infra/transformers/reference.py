@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 REFERENCE_FILE = "reference.json"
 LOGITS_FILE = "logits.npy"

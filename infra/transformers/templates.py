@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 
 def render(request: dict[str, Any], progress: Progress) -> dict[str, Any]:

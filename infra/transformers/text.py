@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 from slmops.infra.transformers.reference import LOGITS_FILE, choose_positions, load_checkpoint
 
 TEXT_REFERENCE_FILE = "text.json"

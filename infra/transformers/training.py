@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 
 END_OF_TURN = "<|im_end|>"
 TURN_MARKERS = (END_OF_TURN, "<|im_start|>")

@@ -22,7 +22,8 @@ from slmops.infra.checkpoints.s3 import FETCHED, fetch_from_s3
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.olive.architectures import check_architecture
-from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import link_or_copy, place, work_folder
 from slmops.infra.storage.inputs import fetch_input, ingest, is_input_address

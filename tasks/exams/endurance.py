@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import StageFailed
+from slmops.infra.process.call import OnProgress
 from slmops.infra.process.endurance import LONG_USE
-from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest, StoredVariant

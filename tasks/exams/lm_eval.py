@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from slmops.infra.errors import BadInput
 from slmops.infra.lm_eval.run import OFFLINE, ONLINE
 from slmops.infra.lm_eval.task_files import digest_of_task_folder
-from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
-from slmops.infra.process.supervisor import ChildProcess, OnProgress, run_in_child
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of

@@ -12,7 +12,8 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from slmops.infra.errors import BadInput
-from slmops.infra.process.supervisor import ChildProcess, OnProgress, run_in_child
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, shared_folder, work_folder
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of

@@ -20,7 +20,8 @@ from slmops.infra.foundry.model_folder import (
     remove_model_folder,
     write_model_folder,
 )
-from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant, digest_of_file

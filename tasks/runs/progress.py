@@ -9,7 +9,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 
 ARTIFACT_INTERVAL_S = 2.0
 

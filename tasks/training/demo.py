@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.supervisor import OnProgress, run_in_child
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.tasks.checkpoint.preparation import OUTPUT_SCHEMA_FILE
 

@@ -8,7 +8,8 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.process.supervisor import ChildProcess, OnProgress
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.local import LocalObjectStore

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import FoundrySettings, Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest

@@ -10,7 +10,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput
-from slmops.infra.process.supervisor import OnProgress
+from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import Settings
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
 from slmops.infra.storage.leases import WRITE_LEASE

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.child import Progress
+from slmops.infra.process.call import Progress
 from slmops.infra.process.endurance import Messages, exercise
 
 

@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from slmops.infra.errors import BadInput, PassingFault
-from slmops.infra.process.supervisor import ChildResult, run_in_child
+from slmops.infra.process.call import ChildResult
+from slmops.infra.process.supervisor import run_in_child
 from tests.checkpoints import make_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def asked(base: Path, folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
-def tune(base: Path, folder: Path, *, on_progress: Any = None, **options: Any) -> ChildResult:
+def tune(base: Path, folder: Path, *, on_progress: Any = None, **options: Any) -> ChildResult[dict[str, Any]]:
     return run_in_child(
         "slmops.infra.transformers.fine_tuning:fine_tune",
         asked(base, folder, **options),

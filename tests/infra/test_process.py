@@ -13,13 +13,16 @@ import psutil
 import pytest
 
 from slmops.infra.errors import BadInput, DeadlineExceeded, PassingFault, StageFailed
-from slmops.infra.process.supervisor import ChildProcess, ChildResult, run_in_child
+from slmops.infra.process.call import ChildResult
+from slmops.infra.process.supervisor import ChildProcess, run_in_child
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILDREN = "tests.infra.child_functions"
 
 
-def run(name: str, tmp_path: Path, request: dict[str, Any] | None = None, **options: Any) -> ChildResult:
+def run(
+    name: str, tmp_path: Path, request: dict[str, Any] | None = None, **options: Any
+) -> ChildResult[dict[str, Any]]:
     options = {"deadline_s": 60, **options}
     return run_in_child(
         f"{CHILDREN}:{name}", request or {}, log_path=tmp_path / "child.log", work_dir=tmp_path / "work", **options
@@ -111,7 +114,7 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
     wait_until_gone(pids)
 
 
-def call(child: ChildProcess, tmp_path: Path, name: str, value: int, **options: Any) -> ChildResult:
+def call(child: ChildProcess, tmp_path: Path, name: str, value: int, **options: Any) -> ChildResult[dict[str, Any]]:
     options = {"log_path": tmp_path / f"{name}.log", "work_dir": tmp_path / name, "deadline_s": 60, **options}
     return child.call(f"{CHILDREN}:count_calls", {"value": value}, **options)
 

@@ -1,0 +1,67 @@
+"""A call of a child process: a record of what is asked, which names the type of the answer."""
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, get_type_hints
+
+from pydantic import JsonValue, TypeAdapter
+
+from slmops.infra.records import Record
+
+R = TypeVar("R")
+
+OnProgress = Callable[[float, float, str], None]
+
+
+class Progress(Protocol):
+    """Report `done` of `total` steps and what is being done; cheap enough to call in a loop."""
+
+    def __call__(self, done: float, total: float, what: str) -> None: ...
+
+
+class Call(Record, Generic[R]):
+    """What a child process is asked to do; `R` is what it answers.
+
+    A call and its answer cross between the processes as JSON and are validated on both sides. The module of a call is
+    imported in both, so that what is heavy is imported within `perform`. Relative paths would mean another place in
+    the child: fields are of `slmops.infra.records.AbsolutePath`.
+    """
+
+    @abstractmethod
+    def perform(self, progress: Progress) -> R:
+        """Do it, in the process that this runs in; raises what `slmops.infra.errors` has for what went wrong."""
+
+    @classmethod
+    def target(cls) -> str:
+        """MODULE:CLASS, by which the child process finds this class, and whoever lists processes the child."""
+        return f"{cls.__module__}:{cls.__qualname__}"
+
+    @classmethod
+    def answer_type(cls) -> TypeAdapter[R]:
+        """The type of the answer, as `perform` declares it."""
+        return TypeAdapter(get_type_hints(cls.perform)["return"])
+
+
+@dataclass(frozen=True)
+class ChildResult(Generic[R]):
+    """What a child answered, and what it took: wall time in s, peak resident memory of its process tree in bytes."""
+
+    value: R
+    wall_s: float
+    peak_rss_bytes: int
+
+
+def perform(target: str, request: JsonValue, progress: Progress) -> JsonValue:
+    """Perform a call that came from another process, and return its answer as JSON.
+
+    Raises `pydantic.ValidationError` for a request that is not of the call's type, `TypeError` for a target that is
+    no call, and what the call raises.
+    """
+    module, _, name = target.partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    if not (isinstance(kind, type) and issubclass(kind, Call)):
+        raise TypeError(f"{target} is no call")
+    answer: JsonValue = kind.answer_type().dump_python(kind.model_validate(request).perform(progress), mode="json")
+    return answer

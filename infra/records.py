@@ -1,0 +1,15 @@
+"""What records have in common: they are whole, of the declared types, and never change."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue
+
+Json = dict[str, JsonValue]  # an object of JSON whose fields another program defines
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+
+
+class Record(BaseModel):
+    """A record of declared fields and no others. Figures that are not finite survive its way through JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
