@@ -1,0 +1,280 @@
+"""A store that an earlier slmops wrote: it opens, it is shown, and what it answers is not asked again.
+
+`tests/data/store_before` is what deploys, a benchmark, a retrain and notes of an earlier version left, without blobs.
+File names, keys, digests and records on disk are a contract: whatever changes in the code, these stay readable, and the
+same questions have the same keys.
+"""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from slmops.deployments.cli import app as cli
+from slmops.infra.settings import Settings, StoreSettings
+from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.infra.storage.signatures import check_signature
+from slmops.tasks.exams import answers, endurance, lm_eval, measurement, template_parity, text
+from slmops.tasks.foundry.registration import last_proof
+from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation_set
+from slmops.tasks.training.comparison import last_retrain
+from slmops.tasks.verdict.history import history_of
+from slmops.tasks.verdict.search import last_search
+from slmops.tasks.versions.commit import last_budget
+
+from tests.lm_eval_tasks import write_tasks
+
+BEFORE = Path(__file__).parents[1] / "data" / "store_before"
+# What the deploys were run with.
+ASKED = {
+    "SLMOPS_EVALUATION__MAX_ROWS": "2",
+    "SLMOPS_EVALUATION__MAX_NEW_TOKENS": "4",
+    "SLMOPS_EVALUATION__MAX_POSITIONS": "16",
+    "SLMOPS_EVALUATION__MAX_TEXT_TOKENS": "40",
+    "SLMOPS_BENCHMARK__REPETITIONS": "2",
+    "SLMOPS_BENCHMARK__NEW_TOKENS": "4",
+    "SLMOPS_BENCHMARK__PROMPT_TOKENS": "[8]",
+    "SLMOPS_SWEEP__MAX_PROMPT_TOKENS": "64",
+    "SLMOPS_SWEEP__REPETITIONS": "1",
+    "SLMOPS_SOAK__REQUESTS": "6",
+    "SLMOPS_SOAK__NEW_TOKENS": "1",
+    "SLMOPS_GATE__MAX_CLIFF_RATIO": "100",
+    "SLMOPS_MACHINE__THREADS": "2",
+}
+HOST = {"cores": 2, "machine": "x86_64", "python": "3.11.7", "ram_bytes": 25276518400, "system": "Linux"}
+PACKAGES = {
+    "foundry-local-sdk": "2.2.1",
+    "onnxruntime": "1.31.0",
+    "onnxruntime-genai": "0.18.0",
+    "onnxruntime-genai-core": "0.18.0",
+    "tokenizers": "0.23.3",
+    "transformers": "5.23.0",
+    "lm-eval": "0.4.13",
+}
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    home = tmp_path / "home"
+    shutil.copytree(BEFORE, home / "store", ignore=shutil.ignore_patterns("asked"))
+    for name, value in {**ASKED, "SLMOPS_HOME": str(home)}.items():
+        monkeypatch.setenv(name, value)
+    return Settings()
+
+
+@pytest.fixture
+def registry(settings: Settings) -> ModelRegistry:
+    return open_registry(settings)
+
+
+@pytest.fixture
+def the_same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine is the one, and has the packages, that the evidence was gathered on and with."""
+    installed = importlib.metadata.distribution
+    monkeypatch.setattr(measurement, "host_facts", lambda: HOST)
+    monkeypatch.setattr(
+        importlib.metadata,
+        "distribution",  # which `version` asks
+        lambda name: SimpleNamespace(version=PACKAGES[name]) if name in PACKAGES else installed(name),
+    )
+
+
+def asked_rows(regex: str | None = ".*") -> EvaluationSet:
+    return read_evaluation_set(str(BEFORE / "asked" / "eval.jsonl"), None, output_regex=regex)
+
+
+def contents(version: int, kind: str) -> Iterator[dict[str, Any]]:
+    for path in sorted((BEFORE / "models" / "home" / str(version) / "evidence").glob(f"{kind}-*.json")):
+        record = json.loads(path.read_text("utf-8"))
+        if record["kind"] == kind:
+            yield record["content"]
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert cli.run(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_its_versions_are_listed(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = json.loads(said(capsys, "list", "--json"))["models"]
+    assert (first["name"], first["version"], first["aliases"], first["tags"]) == (
+        "home",
+        1,
+        ["stable"],
+        {"team": "home"},
+    )
+    assert [(one["precision"], one["status"]) for one in first["variants"]] == [("int4", "registered")]
+    assert (second["version"], second["aliases"]) == (2, ["champion"])
+    assert [(one["precision"], one["status"]) for one in second["variants"]] == [
+        ("int4", "registered"),
+        ("int8", "registered"),
+    ]
+
+
+def test_a_version_is_shown_with_its_evidence(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = json.loads(said(capsys, "show", "home@stable", "--json"))
+    *_, deployed = contents(1, "deploy")
+    assert {name: shown["deploy"][name] for name in deployed} == deployed
+    assert shown["deploy"]["recorded_at"] == "2026-11-29T23:00:51.296726+00:00"
+    assert (shown["tags"], shown["signed"]) == ({"team": "home"}, True)
+    assert shown["notes"] == [{"at": "2026-11-29T23:00:36.832311+00:00", "text": "Kept for the tests"}]
+    assert shown["digest"] == "42c8ce6f666bf37767c067fcb41b06addf7e5a45b24c6137a40e7453bbedf476"
+    assert "int4" in said(capsys, "show", "home@1")
+
+
+def test_two_versions_are_compared(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(said(capsys, "diff", "home@1", "home@2", "--json"))
+    differences = {one["what"]: (one["first"], one["second"]) for one in found["differences"]}
+    assert differences["int8 status"] == ("-", "registered")
+    assert differences["training run"] == ("run-7", "-")
+    assert differences["int4 recipe"] == ("cpu-int4-fast (3610ba12)", "cpu-int4 (024483c3)")
+    assert "int4 ttft_ms" in differences
+
+
+def test_its_logs_bill_of_materials_and_champions_are_told(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "== int4: built in" in said(capsys, "logs", "home@1")
+    (bill,) = contents(1, "sbom")
+    assert json.loads(said(capsys, "sbom", "home@1")) == bill
+    history = json.loads(said(capsys, "history", "home", "--json"))
+    assert [(one["version"], one["former"]) for one in history["history"]] == [(2, 1), (1, None)]
+
+
+def test_its_signature_holds(settings: Settings, registry: ModelRegistry) -> None:
+    key = StoreSettings(verification_key=BEFORE / "asked" / "key.pub")
+    check_signature(registry, registry.version("home", 1), key)
+
+
+Asked = Callable[[Manifest, StoredVariant, ModelRegistry, Settings], Any]
+
+# What a deploy asks of a variant: the answers on record are those of the same questions. Without the version's files in
+# the store, no question can be asked anew.
+QUESTIONS: dict[str, tuple[int, str, Asked]] = {
+    "measurement": (
+        1,
+        "int4",
+        lambda manifest, variant, registry, settings: measurement.measure_stored_variant.fn(
+            manifest, variant, registry, settings
+        ),
+    ),
+    "measurement of int8": (
+        2,
+        "int8",
+        lambda manifest, variant, registry, settings: measurement.measure_stored_variant.fn(
+            manifest, variant, registry, settings
+        ),
+    ),
+    "evaluation": (
+        1,
+        "int4",
+        lambda manifest, variant, registry, settings: answers.evaluate_stored_variant.fn(
+            manifest, variant, asked_rows(), registry, settings, has_reference=True
+        ),
+    ),
+    "evaluation without a format": (
+        2,
+        "int8",
+        lambda manifest, variant, registry, settings: answers.evaluate_stored_variant.fn(
+            manifest, variant, asked_rows(None), registry, settings, has_reference=True
+        ),
+    ),
+    "exercise in genai": (
+        1,
+        "int4",
+        lambda manifest, variant, registry, settings: endurance.exercise_stored_variant.fn(
+            manifest, variant, asked_rows().rows, "genai", registry, settings
+        ),
+    ),
+    "exercise in foundry": (
+        1,
+        "int4",
+        lambda manifest, variant, registry, settings: endurance.exercise_stored_variant.fn(
+            manifest, variant, asked_rows().rows, "foundry", registry, settings
+        ),
+    ),
+    "parity": (
+        1,
+        "int4",
+        lambda manifest, variant, registry, settings: template_parity.check_template_parity.fn(
+            manifest, variant, Path("checkpoint"), registry, settings
+        ),
+    ),
+    "text": (
+        1,
+        "int4",
+        lambda manifest, variant, registry, settings: text.compare_stored_variant_on_text.fn(
+            manifest,
+            variant,
+            text.read_text_file(BEFORE / "asked" / "text.txt", settings.evaluation.max_text_tokens),
+            registry,
+            settings,
+            has_reference=True,
+        ),
+    ),
+    "lm-eval": (
+        1,
+        "int4",
+        lambda manifest, variant, registry, settings: lm_eval.run_lm_eval.fn(
+            manifest,
+            variant,
+            lm_eval.LmEvalTasks(names=("house_choice",), include_path=str(settings.home_dir / "lm"), limit=2),
+            registry,
+            settings,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_what_it_answers_is_not_asked_again(
+    question: str, registry: ModelRegistry, settings: Settings, the_same_machine: None
+) -> None:
+    write_tasks(settings.home_dir / "lm")
+    number, precision, ask = QUESTIONS[question]
+    manifest = registry.version("home", number)
+    names = {entry.key for entry in registry.evidence_entries(manifest)}
+    found = ask(manifest, manifest.variant(precision), registry, settings)
+    assert found is not None
+    assert {entry.key for entry in registry.evidence_entries(manifest)} == names
+
+
+def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry, settings: Settings) -> None:
+    first, second = registry.version("home", 1), registry.version("home", 2)
+    proof = last_proof(first, first.variant("int4"), asked_rows().rows[0], registry)
+    assert proof is not None
+    assert proof.question == "Turn on the light"
+    assert last_budget(first, registry) == ("max-size=1GB",)
+    searched = last_search(first, registry)
+    assert searched is not None
+    assert searched.chosen == {"int4": "int4-fast"}
+    retrained = last_retrain("home", "0123456789abcdef", registry)
+    assert retrained is not None
+    assert (retrained.status, retrained.version) == ("kept", 2)
+    assert registry.alias("home", CHAMPION) == 2
+    rows = answers.last_evaluation_set(first, registry)
+    assert rows is not None
+    assert [row.id for row in rows.rows] == ["r0", "r1"]
+    history = history_of(second, registry, settings)
+    assert history is not None
+    assert history.previous == "home@1"
+    assert {change.metric for change in history.changes} >= {"ttft_ms", "size_bytes", "score"}
+    assert len(measurement.measurements_of(first, first.variant("int4"), registry)) == 2
+
+
+def test_the_same_record_has_the_same_name_and_bytes(registry: ModelRegistry) -> None:
+    """A record of a keyed kind, written anew, is the same file but for the time."""
+    manifest = registry.version("home", 1)
+    (asked,) = contents(1, "text")
+    path = next((BEFORE / "models" / "home" / "1" / "evidence").glob("text-*.json"))
+    registry.add_evidence(manifest, "text", asked, path.stem.removeprefix("text-"))
+    written = json.loads(registry.objects.read_bytes(registry.evidence_key(manifest, path.name)))
+    before = json.loads(path.read_text("utf-8"))
+    assert {**written, "recorded_at": ""} == {**before, "recorded_at": ""}
