@@ -14,10 +14,12 @@ from slmops.tasks.checkpoint.preparation import prepare_source
 from slmops.tasks.exams.lm_eval import LmEvalTasks, check_lm_eval, run_lm_eval, run_lm_eval_on_checkpoint
 from slmops.tasks.exams.measurement import measure_stored_variant, measurements_of
 from slmops.tasks.report.benchmark import BenchmarkReport, VariantBenchmark, publish_benchmark
+from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.verdict.history import Figures, compare_versions
 
 
 @flow(name="benchmark", flow_run_name="benchmark-{reference}")
+@ends_by_its_errors
 def benchmark(
     reference: str,
     lm_eval_tasks: Sequence[str] = (),

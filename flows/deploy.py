@@ -33,11 +33,13 @@ from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.request.inputs import with_local_files
 from slmops.tasks.request.plan import parse_request
 from slmops.tasks.runs.limits import one_at_a_time
+from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.verdict.search import record_trials, search_recipes
 from slmops.tasks.versions.commit import commit_version, record_provenance
 
 
 @flow(name="deploy", flow_run_name="deploy-{name}")
+@ends_by_its_errors
 def deploy(
     checkpoint: str,
     name: str,

@@ -5,10 +5,12 @@ from prefect.states import Completed
 
 from slmops.infra.settings import load_settings
 from slmops.infra.storage.opening import open_registry
+from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection
 
 
 @flow(name="gc", flow_run_name="gc")
+@ends_by_its_errors
 def gc(keep: int | None = None, dry_run: bool = False) -> State[Collection]:
     """Free what the store keeps for nobody: content of deleted versions, broken-off work, with `keep` old versions too.
 

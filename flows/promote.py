@@ -9,6 +9,7 @@ from slmops.infra.settings import Settings, load_settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.foundry.registration import register_champion, register_variant, repeat_proof, unregister_variant
+from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import (
     Change,
     Promotion,
@@ -29,6 +30,7 @@ from slmops.tasks.versions.champion import (
 
 
 @flow(name="promote", flow_run_name="promote-{reference}")
+@ends_by_its_errors
 def promote(reference: str, reason: str = "") -> State[Promotion]:
     """Make a version the champion: in Foundry Local, on the running servers and in the store, or nowhere.
 

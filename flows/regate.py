@@ -16,10 +16,12 @@ from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.request.inputs import local_file
+from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.commit import last_budget
 
 
 @flow(name="regate", flow_run_name="regate-{reference}")
+@ends_by_its_errors
 def regate(
     reference: str,
     evaluation_file: str | None = None,

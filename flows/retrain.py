@@ -17,6 +17,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.inputs import local_file
+from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.training.comparison import (
     RetrainReport,
     challenge_champion,
@@ -45,6 +46,7 @@ class RetrainEnded(RunEnded):
 
 
 @flow(name="retrain", flow_run_name="retrain-{name}")
+@ends_by_its_errors
 def retrain(
     dataset: str,
     base: str,

@@ -5,10 +5,12 @@ from prefect import State, flow
 from slmops.flows.promote import change_champion
 from slmops.infra.settings import load_settings
 from slmops.infra.storage.opening import open_registry
+from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import Promotion, plan_rollback
 
 
 @flow(name="rollback", flow_run_name="rollback-{name}")
+@ends_by_its_errors
 def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promotion]:
     """Go back to the version that was champion before the present one, or to the one that is named.
 

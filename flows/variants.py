@@ -26,6 +26,7 @@ from slmops.tasks.exams.measurement import Measurement, measure_stored_variant
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.dispatch import Job, check_pool, run_on_pool
+from slmops.tasks.runs.stage import ends_by_its_errors
 
 BUILD = "build-variant"
 MEASURE = "measure-variant"
@@ -49,6 +50,7 @@ class Examined(BaseModel):
 
 
 @flow(name=BUILD)
+@ends_by_its_errors
 def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
     """Build one variant of a deploy that runs elsewhere. Started by `deploy` when SLMOPS_WORKER__POOL is set.
 
@@ -73,6 +75,7 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
 
 
 @flow(name=MEASURE)
+@ends_by_its_errors
 def measure_variant_on_worker(reference: str, precision: str, order: str) -> None:
     """Measure and exercise one variant of a stored version on this device. Started by `deploy`.
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from slmops.infra.checkpoints.folder import read_json
@@ -26,7 +25,7 @@ from slmops.tasks.checkpoint.preparation import EVALUATION_FILE, OUTPUT_SCHEMA_F
 from slmops.tasks.environment.checks import builder_versions
 from slmops.tasks.request.deploy_request import DeployRequest, ExecutionProvider, Precision, check_output
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 # One recipe a file: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another one.
 RECIPES_DIR = Path(__file__).parent / "recipes"
@@ -460,7 +459,7 @@ def torch_process(settings: Settings) -> ChildProcess:
 
 # A tag is what Prefect can limit, and it costs each run a question to the server: only builds take so much memory that
 # a machine may want a limit.
-@task(name="build variant", task_run_name="build-{recipe.name}", tags=["slmops-build"], **PASSING_FAULTS)
+@stage("build variant", run_name="build-{recipe.name}", tags=["slmops-build"])
 def build_variant(
     recipe: Recipe,
     prepared: PreparedCheckpoint,
@@ -540,7 +539,7 @@ def refuse_recipes(request: DeployRequest) -> None:
         )
 
 
-@task(name="take model", task_run_name="take-{request.name}")
+@stage("take model", run_name="take-{request.name}")
 def take_model(
     prepared: PreparedCheckpoint, request: DeployRequest, registry: ModelRegistry, settings: Settings
 ) -> BuiltVariant:
@@ -589,7 +588,7 @@ def set_generation_defaults(folder: Path, defaults: dict[str, float]) -> None:
     path.write_text(json.dumps({**config, "search": search}, indent=4), "utf-8")
 
 
-@task(name="copy out", task_run_name="copy-out")
+@stage("copy out", run_name="copy-out")
 def copy_out(variants: Sequence[StoredVariant], output: str, registry: ModelRegistry) -> None:
     """Write a plain copy of every variant into a new folder, one folder a precision."""
     target = Path(output).expanduser().absolute()

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.checkpoints.folder import (
@@ -34,6 +33,7 @@ from slmops.infra.transformers.adapters import read_adapter_config
 from slmops.tasks.request.deploy_request import DeployRequest, read_chat_template_file
 from slmops.tasks.request.inputs import inputs_dir
 from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
 
 EVALUATION_FILE = "eval.jsonl"
 OUTPUT_SCHEMA_FILE = "output_schema.json"
@@ -267,7 +267,7 @@ def folder_of(uri: str) -> Path:
     return Path(url2pathname(urlsplit(uri).path))
 
 
-@task(name="prepare checkpoint", task_run_name="prepare-{request.name}")
+@stage("prepare checkpoint", run_name="prepare-{request.name}")
 def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCheckpoint:
     """Fetch the checkpoint if it is remote, merge it if it is an adapter, give it its chat template, and digest it.
 
@@ -289,14 +289,14 @@ def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCh
     )
 
 
-@task(name="share checkpoint", task_run_name="share-checkpoint")
+@stage("share checkpoint", run_name="share-checkpoint")
 def put_into_store(prepared: PreparedCheckpoint, registry: ModelRegistry) -> str:
     """Put a prepared checkpoint into the store, where every worker can read it, and return its address."""
     with stage_progress("share") as on_progress:
         return ingest(registry, prepared.folder, on_progress).address
 
 
-@task(name="fetch checkpoint", task_run_name="fetch-checkpoint")
+@stage("fetch checkpoint", run_name="fetch-checkpoint")
 def fetched_from_store(address: str, digest: str, settings: Settings) -> PreparedCheckpoint:
     """Return a checkpoint that another machine has prepared and shared; its content must have the digest.
 

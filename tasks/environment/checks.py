@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
-from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
@@ -22,6 +21,7 @@ from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.opening import open_object_store
 from slmops.tasks.checkpoint.preparation import Inspection, inspect_checkpoint
 from slmops.tasks.request.deploy_request import PRECISIONS
+from slmops.tasks.runs.stage import stage
 
 DISTRIBUTION = "slmops"
 LOCK_FILE = Path(__file__).resolve().parents[2] / "constraints.txt"
@@ -394,7 +394,7 @@ def check_foundry_command(settings: Settings) -> list[Check]:
     return [Check(name="foundry command", required=optional, found=f"{version}, {cache}", ok=True, what_to_do=advice)]
 
 
-@task(name="check environment", task_run_name="check-environment")
+@stage("check environment", run_name="check-environment")
 def check_environment(execution_provider: str, settings: Settings) -> None:
     """Check Python, the system and the stack; raises `StageFailed` naming what does not fit."""
     checks = [*check_system(), *check_packages()]
@@ -411,7 +411,7 @@ def check_environment(execution_provider: str, settings: Settings) -> None:
     require_packages(checks)
 
 
-@task(name="check room", task_run_name="check-room")
+@stage("check room", run_name="check-room")
 def check_room(
     inspection: Inspection,
     precisions: Sequence[str],

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from slmops.infra.errors import BadInput
@@ -23,7 +22,7 @@ from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, 
 from slmops.tasks.questions.output_format import OutputFormat, output_faults
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 # Raised whenever a record of an evaluation says more, or something else: records of another number are not reused.
 EVALUATION_SCHEMA = 2
@@ -453,7 +452,7 @@ def needs_reference(manifest: Manifest, evaluation: EvaluationSet, registry: Mod
     return any(one is None for one in known)
 
 
-@task(name="run reference", task_run_name="reference", **PASSING_FAULTS)
+@stage("run reference", run_name="reference")
 def run_reference_once(
     prepared: PreparedCheckpoint, evaluation: EvaluationSet, settings: Settings, torch_child: ChildProcess | None = None
 ) -> None:
@@ -467,7 +466,7 @@ def run_reference_once(
             place(work / "reference", folder)
 
 
-@task(name="evaluate variant", task_run_name="evaluate-{variant.precision}", **PASSING_FAULTS)
+@stage("evaluate variant", run_name="evaluate-{variant.precision}")
 def evaluate_stored_variant(
     manifest: Manifest,
     variant: StoredVariant,

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
@@ -27,7 +26,7 @@ from slmops.tasks.exams.estimates import DRIFT_BLOCKS, Estimate, drift
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, EdgeInput, edge_inputs
 from slmops.tasks.questions.evaluation_set import EvaluationRow, digest_of
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 Runtime = Literal["genai", "foundry"]
 
@@ -314,11 +313,7 @@ def _shifted(on_progress: OnProgress, done_before: int, total: int) -> OnProgres
     return lambda done, _, what: on_progress(done_before + done, total, what)
 
 
-@task(
-    name="exercise variant",
-    task_run_name="exercise-{variant.precision}-{runtime}",
-    **PASSING_FAULTS,
-)
+@stage("exercise variant", run_name="exercise-{variant.precision}-{runtime}")
 def exercise_stored_variant(
     manifest: Manifest,
     variant: StoredVariant,

@@ -3,7 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.errors import BadInput
@@ -17,7 +16,7 @@ from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 
 class _Record(BaseModel):
@@ -166,7 +165,7 @@ def _record(
     registry.add_evidence(manifest, "lm-eval", record, lm_eval_key(subject_digest, tasks))
 
 
-@task(name="run lm-eval", task_run_name="lm-eval-{variant.precision}", **PASSING_FAULTS)
+@stage("run lm-eval", run_name="lm-eval-{variant.precision}")
 def run_lm_eval(
     manifest: Manifest, variant: StoredVariant, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
 ) -> tuple[LmEvalResult, ...]:
@@ -185,7 +184,7 @@ def run_lm_eval(
     return results
 
 
-@task(name="run lm-eval on checkpoint", task_run_name="lm-eval-checkpoint", **PASSING_FAULTS)
+@stage("run lm-eval on checkpoint", run_name="lm-eval-checkpoint")
 def run_lm_eval_on_checkpoint(
     manifest: Manifest, prepared: PreparedCheckpoint, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
 ) -> tuple[LmEvalResult, ...]:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.errors import StageFailed
@@ -17,7 +16,7 @@ from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.environment.checks import host_facts
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 MetricName = Literal[
     "load_ms",
@@ -220,7 +219,7 @@ def measure_variant(
     return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
 
 
-@task(name="measure variant", task_run_name="measure-{variant.precision}", **PASSING_FAULTS)
+@stage("measure variant", run_name="measure-{variant.precision}")
 def measure_stored_variant(
     manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings, *, fresh: bool = False
 ) -> Measurement:

@@ -5,7 +5,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
@@ -18,7 +17,7 @@ from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.foundry.registration import Message, describe_model
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # The files that decide what a conversation's tokens are; a SentencePiece model counts as one.
@@ -116,11 +115,7 @@ class TemplateParity(_Record):
         return not self.mismatches and not self.broken_control_tokens
 
 
-@task(
-    name="check template parity",
-    task_run_name="parity-{variant.precision}",
-    **PASSING_FAULTS,
-)
+@stage("check template parity", run_name="parity-{variant.precision}")
 def check_template_parity(
     manifest: Manifest,
     variant: StoredVariant,

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from slmops.infra.errors import BadInput
@@ -21,7 +20,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.estimates import Estimate, weighted_mean
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 # Each window is scored without what stands before it: long enough to have context, short enough for every model.
 WINDOW_TOKENS = 256
@@ -271,13 +270,13 @@ def needs_text_reference(manifest: Manifest, text: TextSample, registry: ModelRe
     return any(one is None for one in known)
 
 
-@task(name="read text", task_run_name="read-text")
+@stage("read text", run_name="read-text")
 def read_text(path: str, settings: Settings) -> TextSample:
     """Read the beginning of the text file that the variants' perplexity is taken on."""
     return read_text_file(Path(path).expanduser(), settings.evaluation.max_text_tokens)
 
 
-@task(name="run reference on text", task_run_name="reference-on-text", **PASSING_FAULTS)
+@stage("run reference on text", run_name="reference-on-text")
 def run_text_reference_once(
     prepared: PreparedCheckpoint, text: TextSample, settings: Settings, torch_child: ChildProcess | None = None
 ) -> None:
@@ -291,11 +290,7 @@ def run_text_reference_once(
             place(work / "reference", folder)
 
 
-@task(
-    name="compare variant on text",
-    task_run_name="text-{variant.precision}",
-    **PASSING_FAULTS,
-)
+@stage("compare variant on text", run_name="text-{variant.precision}")
 def compare_stored_variant_on_text(
     manifest: Manifest,
     variant: StoredVariant,

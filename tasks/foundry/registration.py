@@ -7,7 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
@@ -29,7 +28,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.signatures import check_signature
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 CONTENT = "{Content}"  # Foundry's placeholder for a message's text
 DEVICES = ("cpu", "gpu", "npu")
@@ -336,7 +335,7 @@ class Proof(BaseModel):
     notes: tuple[str, ...] = ()
 
 
-@task(name="register variant", task_run_name="register-{variant.precision}", **PASSING_FAULTS)
+@stage("register variant", run_name="register-{variant.precision}")
 def register_variant(
     manifest: Manifest,
     variant: StoredVariant,
@@ -391,7 +390,7 @@ def altered_in_foundry(manifest: Manifest, variant: StoredVariant, settings: Set
     return altered_files([one for one in variant.files if one.path not in (INFERENCE_MODEL, MODEL_CARD)], folder)
 
 
-@task(name="register champion", task_run_name="register-champion", **PASSING_FAULTS)
+@stage("register champion", run_name="register-champion")
 def register_champion(manifest: Manifest, variant: StoredVariant, settings: Settings) -> str:
     """Register a version's selected variant as `NAME:VERSION`, in place of the former champion's; returns that id."""
     set_champion_ids(manifest.name, [(manifest, variant)], settings)
@@ -437,7 +436,7 @@ def _token_text(token: Any) -> str | None:
     return text
 
 
-@task(name="prove variant", task_run_name="prove-{variant.precision}")
+@stage("prove variant", run_name="prove-{variant.precision}")
 def prove_variant(
     manifest: Manifest,
     variant: StoredVariant,
@@ -477,7 +476,7 @@ def prove_variant(
     return proof
 
 
-@task(name="repeat proof", task_run_name="prove-{variant.precision}", **PASSING_FAULTS)
+@stage("repeat proof", run_name="prove-{variant.precision}")
 def repeat_proof(
     manifest: Manifest, variant: StoredVariant, row: EvaluationRow, recorded: Proof, settings: Settings
 ) -> Proof:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
 
 from slmops.infra.errors import BadInput
@@ -14,6 +13,7 @@ from slmops.tasks.checkpoint.preparation import EVALUATION_FILE, OUTPUT_SCHEMA_F
 from slmops.tasks.questions.output_format import OutputFormat, parse_output_regex, read_output_schema
 from slmops.tasks.questions.scoring import ExactMatch, Scorer, ScorerField, parse_scorer_text
 from slmops.tasks.questions.strict_json import parse_json
+from slmops.tasks.runs.stage import stage
 
 CHAT_PROMPTS_FILE = Path(__file__).parent / "evaluation" / "chat_prompts.jsonl"
 MAX_LINE_BYTES = 1_000_000
@@ -221,7 +221,7 @@ def _named_format(output_schema_file: str | None, output_regex: str | None) -> O
     return None if output_regex is None else parse_output_regex(output_regex)
 
 
-@task(name="read evaluation", task_run_name="read-evaluation")
+@stage("read evaluation", run_name="read-evaluation")
 def read_evaluation(
     evaluation_file: str | None,
     folder: Path | None,

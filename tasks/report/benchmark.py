@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict, FiniteFloat
@@ -13,6 +12,7 @@ from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, 
 from slmops.tasks.report.document import METRIC_TITLES
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.wording import INTERVALS, decimal, estimated, factor, megabytes
+from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.history import Change
 
 REGRESSION_EVENT = "slmops.benchmark.regression"
@@ -147,7 +147,7 @@ def _text(metric: str, value: float) -> str:
     return megabytes(value) if metric.endswith("_bytes") else decimal(value)
 
 
-@task(name="publish benchmark", task_run_name="report-{report.name}")
+@stage("publish benchmark", run_name="report-{report.name}")
 def publish_benchmark(report: BenchmarkReport) -> None:
     """Post the report as a Markdown artifact, and a regression as an event that an automation can act on."""
     create_markdown_artifact(

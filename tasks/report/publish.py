@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from slmops.infra.foundry.model_folder import MODEL_CARD
@@ -19,9 +18,10 @@ from slmops.tasks.report.markdown import to_markdown, variant_rows
 from slmops.tasks.report.model_card import base_model_of, model_card
 from slmops.tasks.report.plots import Plot
 from slmops.tasks.report.records import DeployReport
+from slmops.tasks.runs.stage import stage
 
 
-@task(name="publish report", task_run_name="report-{report.name}")
+@stage("publish report", run_name="report-{report.name}")
 def publish_report(
     report: DeployReport, registry: ModelRegistry, manifest: Manifest | None, settings: Settings
 ) -> DeployReport:
@@ -78,7 +78,7 @@ def write_report_file(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-@task(name="write model cards", task_run_name="model-cards-{report.name}")
+@stage("write model cards", run_name="model-cards-{report.name}")
 def write_model_cards(report: DeployReport, manifest: Manifest, output: str) -> None:
     """Put a model card into each variant's folder of a plain copy."""
     for variant in report.variants:

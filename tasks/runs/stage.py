@@ -1,13 +1,19 @@
-"""Which failures a task tries again: only those whose reason may be gone."""
+"""How a step of a flow becomes a Prefect task, and how a flow ends that a user's input or a stage stopped."""
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar, cast
 
-from prefect import Task
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State, TaskRun
+from prefect.states import Failed
 
-from slmops.infra.errors import PassingFault
+from slmops.infra.errors import PassingFault, SlmopsError
 
-RETRIES = 2
+P = ParamSpec("P")
+R = TypeVar("R")
+
 RETRY_DELAYS_S = [5.0, 30.0]
 
 
@@ -16,8 +22,37 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(state.result(raise_on_failure=False), PassingFault)
 
 
-PASSING_FAULTS: dict[str, Any] = {
-    "retries": RETRIES,
-    "retry_delay_seconds": RETRY_DELAYS_S,
-    "retry_condition_fn": may_pass,
-}
+def stage(
+    name: str, *, run_name: str | Callable[..., str] | None = None, tags: Iterable[str] = ()
+) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function a task: tried again after a fault that may pass, and only then.
+
+    `run_name` is Prefect's template over the parameters, or a function of `parameters`. A stage's own records say
+    what was done before, so that Prefect keeps no results: its cache would hash every parameter.
+    """
+    return task(
+        name=name,
+        task_run_name=run_name,
+        tags=tags,
+        cache_policy=NO_CACHE,
+        retries=len(RETRY_DELAYS_S),
+        retry_delay_seconds=RETRY_DELAYS_S,
+        retry_condition_fn=may_pass,
+    )
+
+
+def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
+    """Let a flow's function that a `SlmopsError` leaves end in a failed state whose message is that error's sentence.
+
+    A flow that an exception leaves has a traceback in its log, which tells nothing of input that cannot be used. The
+    state's data is the error: whoever calls the flow for its result has it raised.
+    """
+
+    @functools.wraps(flow_function)
+    def ending(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return flow_function(*args, **kwargs)
+        except SlmopsError as error:
+            return cast(R, Failed(message=str(error), data=error))
+
+    return ending

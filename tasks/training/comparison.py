@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +17,7 @@ from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.plots import Plot, draw_losses
 from slmops.tasks.report.publish import image_data
 from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
+from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.fine_tune import FineTuning
 from slmops.tasks.versions.champion import promotable_variant
 
@@ -86,7 +86,7 @@ def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport 
     return None
 
 
-@task(name="challenge champion", task_run_name="challenge-{challenger.name}")
+@stage("challenge champion", run_name="challenge-{challenger.name}")
 def challenge_champion(
     challenger: Manifest, champion: Manifest, evaluation: EvaluationSet, registry: ModelRegistry, settings: Settings
 ) -> Challenge:
@@ -116,7 +116,7 @@ def champion_of(name: str, registry: ModelRegistry) -> Manifest | None:
     return None if number is None else registry.version(name, number)
 
 
-@task(name="publish retrain", task_run_name="report-{report.name}")
+@stage("publish retrain", run_name="report-{report.name}")
 def publish_retrain(report: RetrainReport, registry: ModelRegistry) -> RetrainReport:
     """Keep the report as evidence of its version, and post it as a Markdown artifact with the losses' plot."""
     if report.version is not None:

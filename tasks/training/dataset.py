@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
 from slmops.infra.checkpoints.s3 import fetch_file_from_s3
@@ -15,6 +14,7 @@ from slmops.infra.storage.manifest import digest_of
 from slmops.tasks.questions.evaluation_set import numbered_lines
 from slmops.tasks.questions.strict_json import parse_json
 from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
 
 S3 = "s3://"
 MAX_NAMED_FAULTS = 3
@@ -73,7 +73,7 @@ class Dataset(BaseModel):
         return digest_of([row.model_dump(mode="json") for row in self.rows])
 
 
-@task(name="read dataset", task_run_name="read-dataset")
+@stage("read dataset", run_name="read-dataset")
 def read_dataset_once(text: str, settings: Settings) -> Dataset:
     """See `read_dataset`."""
     with stage_progress("read dataset") as on_progress:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
@@ -20,7 +19,7 @@ from slmops.tasks.checkpoint.preparation import content_digest, fetch_checkpoint
 from slmops.tasks.questions.evaluation_set import read_evaluation_set
 from slmops.tasks.request.deploy_request import PRECISIONS
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.dataset import Dataset, read_dataset, split
 
 Method = Literal["lora", "full"]
@@ -103,7 +102,7 @@ class Base(BaseModel):
         return Path(self.uri)
 
 
-@task(name="prepare base", task_run_name="prepare-base")
+@stage("prepare base", run_name="prepare-base")
 def prepare_base(base: str, revision: str | None, settings: Settings) -> Base:
     """Fetch a base and check it; raises `BadInput` for one that is not there or is no whole checkpoint."""
     with stage_progress("prepare base") as on_progress:
@@ -121,7 +120,7 @@ def key_of(dataset: Dataset, base: Base, hyperparameters: Hyperparameters) -> st
     return digest_of({"dataset": dataset.fingerprint, "base": base.digest, "hyperparameters": asked})
 
 
-@task(name="fine-tune", task_run_name="fine-tune-{base.origin}", **PASSING_FAULTS)
+@stage("fine-tune", run_name="fine-tune-{base.origin}")
 def fine_tune_once(
     dataset: Dataset, base: Base, hyperparameters: Hyperparameters, settings: Settings
 ) -> tuple[str, FineTuning]:

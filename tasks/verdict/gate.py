@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from slmops.infra.errors import BadInput
@@ -17,6 +16,7 @@ from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.length_sweep import Steadiness
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.exams.text import TextComparison
+from slmops.tasks.runs.stage import stage
 
 
 class _Record(BaseModel):
@@ -302,7 +302,7 @@ def _finite(value: float | None) -> float | None:
     return round(value, 12) if value is not None and math.isfinite(value) else None
 
 
-@task(name="judge variant", task_run_name="judge-{variant.precision}")
+@stage("judge variant", run_name="judge-{variant.precision}")
 def judge_stored_variant(
     manifest: Manifest,
     variant: StoredVariant,

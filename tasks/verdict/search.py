@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.errors import StageFailed
@@ -24,7 +23,7 @@ from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.request.budget import Budget, parse_budget
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Judged, choose_variant
 from slmops.tasks.verdict.gate import GateVerdict, judge, thresholds_for
 from slmops.tasks.verdict.pareto import Candidate, pareto_front
@@ -330,7 +329,7 @@ def _why(others_on_front: int, ran: int) -> str:
     )
 
 
-@task(name="keep variant", task_run_name="keep-{variant.recipe}", **PASSING_FAULTS)
+@stage("keep variant", run_name="keep-{variant.recipe}")
 def keep_variant(variant: StoredVariant, trials: TrialRegistry, registry: ModelRegistry, settings: Settings) -> None:
     """Bring the files of a chosen trial into the store."""
     with stage_progress(f"keep {variant.precision}") as on_progress:
@@ -341,7 +340,7 @@ def keep_variant(variant: StoredVariant, trials: TrialRegistry, registry: ModelR
             registry.add_files(work / "model", on_progress)
 
 
-@task(name="record search", task_run_name="record-search")
+@stage("record search", run_name="record-search")
 def record_trials(manifest: Manifest, outcome: SearchOutcome, registry: ModelRegistry, settings: Settings) -> None:
     """Append the outcome to a version, and its variants' figures under the keys that the stages look for them by."""
     trials = open_trials(registry, settings)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,6 +33,7 @@ from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.model_card import base_model_of, model_card
 from slmops.tasks.report.records import VariantReport
 from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
 from slmops.tasks.versions.commit import SELECTION
 
 PROMOTED = "promoted by hand"
@@ -226,7 +226,7 @@ class Present:
         )
 
 
-@task(name="look at what serves", task_run_name="present-{name}")
+@stage("look at what serves", run_name="present-{name}")
 def look_at_present(name: str, registry: ModelRegistry, settings: Settings) -> Present:
     """Find what serves under a name; raises `StageFailed` for a running server that does not answer."""
     found = {one["version"]: one["folder"] for one in registered_models(settings) if one["name"] == name}
@@ -242,7 +242,7 @@ def look_at_present(name: str, registry: ModelRegistry, settings: Settings) -> P
     return Present(tuple(registered), tuple(serving))
 
 
-@task(name="check files", task_run_name="check-files-{change.name}")
+@stage("check files", run_name="check-files-{change.name}")
 def check_files(change: Change, settings: Settings) -> None:
     """Raise `StageFailed` when a variant's folder in Foundry's cache is not what the version's manifest says."""
     with stage_progress(f"check {change.variant.precision}"):
@@ -254,14 +254,14 @@ def check_files(change: Change, settings: Settings) -> None:
         )
 
 
-@task(name="hand over", task_run_name="hand-over-{change.name}")
+@stage("hand over", run_name="hand-over-{change.name}")
 def hand_over(server: RunningServer, change: Change) -> None:
     """Let a running server serve the new version; raises `StageFailed` with the server's reason."""
     with stage_progress(f"hand over {server.url}"):
         server.hand_over(change.name, change.manifest.version, change.variant.precision)
 
 
-@task(name="hand servers over", task_run_name="hand-over-{manifest.name}")
+@stage("hand servers over", run_name="hand-over-{manifest.name}")
 def hand_servers_over(manifest: Manifest, variant: StoredVariant, settings: Settings) -> tuple[str, ...]:
     """Let the running servers of a name serve its champion; returns a sentence on each that does not."""
     told = []
@@ -278,7 +278,7 @@ def hand_servers_over(manifest: Manifest, variant: StoredVariant, settings: Sett
     return tuple(told)
 
 
-@task(name="set champion", task_run_name="champion-{change.name}")
+@stage("set champion", run_name="champion-{change.name}")
 def set_champion(change: Change, registry: ModelRegistry) -> None:
     """Point the alias to the new champion, which is in its history from then on; a candidate is none any more.
 
@@ -385,7 +385,7 @@ def promotion_markdown(promotion: Promotion) -> str:
     return blocks_to_markdown([title, Paragraph(promotion.summary), *table(("what", "value"), rows)])
 
 
-@task(name="publish promotion", task_run_name="report-{promotion.name}")
+@stage("publish promotion", run_name="report-{promotion.name}")
 def publish_promotion(promotion: Promotion) -> None:
     """Post what was promoted and why as a Markdown artifact."""
     key = f"slmops-promotion-{promotion.name}"

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from prefect import task
-
 from slmops.infra.cyclonedx.sbom import installed_packages, version_sbom
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, Source, now
@@ -13,7 +11,7 @@ from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.environment.checks import builder_versions, host_facts
 from slmops.tasks.request.deploy_request import DeployRequest
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Choice
 
 SELECTION = "selection"
@@ -22,7 +20,7 @@ SBOM = "sbom"
 BUILD_STACK = ("slmops", "onnxruntime-genai", "olive-ai", "onnxruntime", "torch", "transformers")
 
 
-@task(name="store version", task_run_name="store-{request.name}", **PASSING_FAULTS)
+@stage("store version", run_name="store-{request.name}")
 def commit_version(
     request: DeployRequest, prepared: PreparedCheckpoint, built: Sequence[BuiltVariant], registry: ModelRegistry
 ) -> Manifest:
@@ -41,7 +39,7 @@ def commit_version(
     return manifest
 
 
-@task(name="record provenance", task_run_name="provenance-{manifest.name}", **PASSING_FAULTS)
+@stage("record provenance", run_name="provenance-{manifest.name}")
 def record_provenance(manifest: Manifest, registry: ModelRegistry, settings: Settings) -> None:
     """Record the bill of materials of a version that has none, and sign it where a key is set and it is not signed.
 

@@ -5,7 +5,6 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prefect import task
 from prefect.artifacts import create_table_artifact
 from pydantic import BaseModel, ConfigDict
 
@@ -20,7 +19,7 @@ from slmops.infra.storage.objects import BLOBS
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.foundry.registration import unregister_version
 from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import PASSING_FAULTS
+from slmops.tasks.runs.stage import stage
 
 
 class Collection(BaseModel):
@@ -130,14 +129,14 @@ def _trials(settings: Settings) -> list[Path]:
     return [folder]
 
 
-@task(name="collect garbage", task_run_name="collect-garbage", **PASSING_FAULTS)
+@stage("collect garbage", run_name="collect-garbage")
 def collect_in_store(registry: ModelRegistry, settings: Settings, *, keep: int | None, dry_run: bool) -> Collection:
     """Run `collect` and show its progress."""
     with stage_progress("collect") as on_progress:
         return collect(registry, settings, keep=keep, dry_run=dry_run, on_progress=on_progress)
 
 
-@task(name="report garbage", task_run_name="report-garbage")
+@stage("report garbage", run_name="report-garbage")
 def publish_collection(collection: Collection) -> None:
     """Post what was removed as a Prefect artifact."""
     rows = {

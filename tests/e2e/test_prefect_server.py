@@ -1,5 +1,6 @@
 """Against a running Prefect server: what its API has of a deploy, and cancelling from there."""
 
+import logging
 import signal
 import subprocess
 import sys
@@ -57,6 +58,9 @@ def test_the_server_has_the_run_its_tasks_and_the_report(slmops: Slmops, tiny: P
     progress = query(server, "artifacts", artifacts={"type": {"any_": ["progress"]}})
     assert any(artifact["description"] == "build int4" and artifact["data"] == 100 for artifact in progress)
     assert not (slmops.home / "prefect" / "prefect.db").exists()
+    logs = query(server, "logs", logs={"flow_run_id": {"any_": [run["id"]]}})
+    assert any("evaluate int4" in log["message"] for log in logs)
+    assert [log["message"] for log in logs if log["level"] >= logging.WARNING] == []
 
 
 def test_a_rejected_deploy_is_a_failed_run_named_rejected(slmops: Slmops, tiny: Path, server: str) -> None:

@@ -84,7 +84,7 @@ class Capabilities:
 
 @dataclass
 class _Connection:
-    """What belongs to this process: it is made anew in another one."""
+    """What is made at the first request."""
 
     client: "S3Client"
     part_digests: dict[str, list[str]] = field(default_factory=dict)  # key -> SHA-256 of each part, in base 64
@@ -100,12 +100,6 @@ class S3ObjectStore:
         self._lock = threading.Lock()
         self._connection: _Connection | None = None
         self._capabilities: Capabilities | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_connection": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     # What the server can do
 

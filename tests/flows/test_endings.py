@@ -1,0 +1,97 @@
+"""How a run ends that a user's input or a stage stopped: what its log says, what its state says, what is raised."""
+
+import logging
+import threading
+import time
+
+import httpx
+import pytest
+from prefect import flow
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+
+from slmops.flows.promote import promote
+from slmops.infra.errors import BadInput, PassingFault
+from slmops.tasks.runs.stage import ends_by_its_errors, stage
+
+
+@pytest.fixture(autouse=True)
+def api(server, home):
+    with temporary_settings({PREFECT_API_URL: server, PREFECT_LOGGING_TO_API_ENABLED: True}):
+        yield server
+
+
+def logs_of(server, run_id):
+    query = {"logs": {"flow_run_id": {"any_": [str(run_id)]}}}
+    deadline = time.monotonic() + 60
+    while True:
+        logs = httpx.post(f"{server}/logs/filter", json=query, timeout=60).raise_for_status().json()
+        if any(log["message"].startswith("Finished in state") and not log["task_run_id"] for log in logs):
+            return logs
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.1)
+
+
+@stage("refuse", run_name="refuse")
+def refuse() -> None:
+    raise BadInput("The sky is not a checkpoint.", "Name another one.")
+
+
+@flow(name="refused by a stage")
+@ends_by_its_errors
+def refused_by_a_stage() -> None:
+    refuse()
+
+
+@pytest.mark.parametrize(
+    ("refused", "arguments", "sentence"),
+    [
+        (promote, ("nobody@1",), "The store has no nobody@1."),
+        (refused_by_a_stage, (), "The sky is not a checkpoint. Name another one."),
+    ],
+    ids=["by the flow", "by a stage"],
+)
+def test_bad_input_is_one_line_in_the_log(server, refused, arguments, sentence):
+    state = refused(*arguments, return_state=True)
+    assert isinstance(state.result(raise_on_failure=False), BadInput)
+    assert sentence in state.message
+    logs = logs_of(server, state.state_details.flow_run_id)
+    assert [log["message"] for log in logs if "Traceback" in log["message"]] == []
+    assert [sentence in log["message"] for log in logs if log["name"] == "prefect.flow_runs"].count(True) == 1
+    with pytest.raises(BadInput, match=sentence):
+        refused(*arguments)
+
+
+class TestTriedAgain:
+    @pytest.fixture(autouse=True)
+    def at_once(self, monkeypatch):
+        monkeypatch.setattr("slmops.tasks.runs.stage.RETRY_DELAYS_S", [0.0, 0.0])
+
+    @pytest.mark.parametrize(("fault", "attempts"), [(PassingFault("lost"), 3), (BadInput("wrong"), 1)])
+    def test_only_what_may_pass_is_tried_again(self, fault, attempts):
+        tried = []
+
+        @stage("try")
+        def attempt(live: object) -> None:
+            tried.append(live)
+            raise fault
+
+        @flow
+        def trying() -> None:
+            attempt(object())
+
+        with pytest.raises(type(fault)):
+            trying()
+        assert len(tried) == attempts
+
+    def test_a_live_object_is_no_error_in_the_log(self, server):
+        @stage("hold")
+        def hold(live: object) -> None:
+            del live
+
+        @flow
+        def holding() -> None:
+            hold(threading.Lock())
+
+        state = holding(return_state=True)
+        logs = logs_of(server, state.state_details.flow_run_id)
+        assert [log["message"] for log in logs if log["level"] >= logging.WARNING] == []
