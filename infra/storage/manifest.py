@@ -117,6 +117,16 @@ class Manifest(_Record):
         """`NAME@VERSION`."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def folder(self) -> str:
+        """The store's key of all that is stored under the version, but for its files' contents."""
+        return f"models/{self.name}/{self.version}"
+
+    @property
+    def key(self) -> str:
+        """The store's key of the manifest."""
+        return f"{self.folder}/manifest.json"
+
     def to_bytes(self) -> bytes:
         """Return the manifest's stored form."""
         # What is not known is left out, so that a field added later leaves the digests of older manifests as they are.

@@ -30,19 +30,17 @@ from slmops.infra.storage.manifest import (
     StoredFile,
     StoredVariant,
     check_name,
-    digest_of,
     digest_of_file,
     now,
 )
 from slmops.infra.storage.objects import Blob, Entry, ObjectStore
 from slmops.infra.storage.progress import byte_progress
+from slmops.infra.storage.version import Version
 
 ALIAS_PATTERN = NAME_PATTERN
 CHAMPION = "champion"
 CANDIDATE = "candidate"
 SIGNATURE = "signature"
-TAG = "tag"
-NOTE = "note"
 
 
 class ModelRegistry:
@@ -276,6 +274,10 @@ class ModelRegistry:
             )
         return manifest
 
+    def of(self, manifest: Manifest) -> Version:
+        """Return a version of this registry by its manifest."""
+        return Version(self, manifest)
+
     def find(self, reference: str) -> Manifest:
         """Return the version that `NAME`, `NAME@VERSION` or `NAME@ALIAS` names; raises `BadInput` if there is none."""
         name, at, wanted = reference.partition("@")
@@ -337,28 +339,21 @@ class ModelRegistry:
     # Evidence
 
     def add_evidence(self, manifest: Manifest, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
-        """Append a record on a version. With a key, the record is the answer to that question and kept once."""
-        record = {"kind": kind, "manifest": manifest.digest, "recorded_at": now(), "content": dict(content)}
-        moment = re.sub(r"[^0-9]", "", str(record["recorded_at"]))[:20]
-        name = f"{kind}-{key}.json" if key else f"{kind}-{moment}-{digest_of(record)[:8]}.json"
-        self.objects.put_bytes(_evidence(manifest, name), _to_json(record))
+        """Append a record on a version; see `Version.record`."""
+        self.of(manifest).record_content(kind, content, key)
 
     def evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the contents of a version's records of a kind, oldest first."""
-        prefix = f"{_evidence(manifest, kind)}-{f'{key}.json' if key else ''}"
-        for entry in self.evidence_entries(manifest):
-            if entry.key.startswith(prefix):
-                record = json.loads(self.objects.read_bytes(entry.key))
-                if (record["kind"], record["manifest"]) == (kind, manifest.digest):
-                    yield {**record["content"], "recorded_at": record["recorded_at"]}
+        """Yield the contents of a version's records of a kind, oldest first; see `Version.records`."""
+        for _, envelope in self.of(manifest).envelopes(kind, key):
+            yield {**envelope.content, "recorded_at": envelope.recorded_at}
 
     def evidence_key(self, manifest: Manifest, file: str) -> str:
         """Return the key of a file of evidence on a version."""
-        return _evidence(manifest, file)
+        return self.of(manifest).evidence_key(file)
 
     def evidence_entries(self, manifest: Manifest) -> list[Entry]:
         """Return the objects that are evidence on a version, its reports among them."""
-        return list(self.objects.entries(f"{_version(manifest.name, manifest.version)}/evidence"))
+        return self.of(manifest).evidence_entries()
 
     def evidence_of_deleted(self) -> list[Entry]:
         """Return the evidence on deleted versions: a deletion that broke off left it."""
@@ -373,9 +368,7 @@ class ModelRegistry:
 
     def put_report(self, manifest: Manifest, name: str, text: str) -> str:
         """Store a report's text beside the evidence and return its address."""
-        key = _evidence(manifest, name)
-        self.objects.put_bytes(key, text.encode())
-        return self.objects.uri(key)
+        return self.of(manifest).put_report(name, text)
 
     # Aliases
 
@@ -440,29 +433,25 @@ class ModelRegistry:
             record_change(self.objects, name, None, former, reason, rolled_back=False)
         self.objects.delete([_alias(name, alias)])
 
-    def champion_history(self, name: str) -> list[ChampionChange]:
-        """Return the changes of a name's champion, newest first."""
-        return champion_changes(self.objects, name, self.alias(name, CHAMPION))
-
-    # Tags and notes
-
-    def set_tag(self, manifest: Manifest, tag: str, value: str | None) -> None:
-        """Give a version a tag, change it, or take it away (None); earlier values stay on record."""
-        self.add_evidence(manifest, TAG, {"tag": tag, "value": value})
-
     def tags(self, manifest: Manifest) -> dict[str, str]:
         """Return a version's tags."""
-        records = sorted(self.evidence(manifest, TAG), key=lambda record: str(record["recorded_at"]))
-        latest = {str(record["tag"]): record["value"] for record in records}
-        return {tag: str(value) for tag, value in sorted(latest.items()) if value is not None}
+        return self.of(manifest).tags
 
-    def add_note(self, manifest: Manifest, text: str) -> None:
-        """Write a note on a version."""
-        self.add_evidence(manifest, NOTE, {"text": text})
+    def set_tag(self, manifest: Manifest, tag: str, value: str | None) -> None:
+        """See `Version.set_tag`."""
+        self.of(manifest).set_tag(tag, value)
 
     def notes(self, manifest: Manifest) -> list[tuple[str, str]]:
         """Return a version's notes, oldest first: (time, text)."""
-        return sorted((str(record["recorded_at"]), str(record["text"])) for record in self.evidence(manifest, NOTE))
+        return [(note.at, note.value.text) for note in self.of(manifest).notes]
+
+    def add_note(self, manifest: Manifest, text: str) -> None:
+        """See `Version.add_note`."""
+        self.of(manifest).add_note(text)
+
+    def champion_history(self, name: str) -> list[ChampionChange]:
+        """Return the changes of a name's champion, newest first."""
+        return champion_changes(self.objects, name, self.alias(name, CHAMPION))
 
 
 def _to_json(record: Mapping[str, Any]) -> bytes:
@@ -484,10 +473,6 @@ def _version(name: str, version: int) -> str:
 
 def _manifest(name: str, version: int) -> str:
     return f"{_version(name, version)}/manifest.json"
-
-
-def _evidence(manifest: Manifest, file: str) -> str:
-    return f"{_version(manifest.name, manifest.version)}/evidence/{file}"
 
 
 def _alias(name: str, alias: str) -> str:

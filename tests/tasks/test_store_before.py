@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from slmops.deployments.cli import app as cli
 from slmops.infra.settings import Settings, StoreSettings
 from slmops.infra.storage.manifest import Manifest, StoredVariant
@@ -27,7 +28,6 @@ from slmops.tasks.training.comparison import last_retrain
 from slmops.tasks.verdict.history import history_of
 from slmops.tasks.verdict.search import last_search
 from slmops.tasks.versions.commit import last_budget
-
 from tests.lm_eval_tasks import write_tasks
 
 BEFORE = Path(__file__).parents[1] / "data" / "store_before"
@@ -161,16 +161,12 @@ QUESTIONS: dict[str, tuple[int, str, Asked]] = {
     "measurement": (
         1,
         "int4",
-        lambda manifest, variant, registry, settings: measurement.measure_stored_variant.fn(
-            manifest, variant, registry, settings
-        ),
+        measurement.measure_stored_variant.fn,
     ),
     "measurement of int8": (
         2,
         "int8",
-        lambda manifest, variant, registry, settings: measurement.measure_stored_variant.fn(
-            manifest, variant, registry, settings
-        ),
+        measurement.measure_stored_variant.fn,
     ),
     "evaluation": (
         1,

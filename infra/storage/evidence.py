@@ -1,0 +1,141 @@
+"""Evidence: records on a version that are appended and never changed, each of a kind.
+
+A kind is a name on disk and the type of what its records hold. Those whose records the store itself reads are declared
+here; the others beside the records that their stages produce, and `slmops.tasks.evidence` names all of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from slmops.infra.errors import StageFailed
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class DamagedEvidence(StageFailed):
+    """A record of evidence cannot be read as what its kind holds."""
+
+    def __init__(self, uri: str, reference: str, fault: str) -> None:
+        super().__init__(
+            f"The evidence {uri} of {reference} is not valid: {fault}.",
+            "It was altered, or another version of slmops wrote it: put it back as it was, or remove the file.",
+        )
+
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """A kind of evidence: its name on disk, and the type of its records, which is one that pydantic validates.
+
+    A record of a kind is a JSON object on disk; the aliases of a model's fields are its keys.
+    """
+
+    name: str
+    record: type[T]
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[T]:
+        return TypeAdapter(self.record)
+
+    def to_content(self, value: T) -> dict[str, Any]:
+        """Return a record as the JSON object that is stored."""
+        content: dict[str, Any] = self._adapter.dump_python(value, mode="json", by_alias=True)
+        return content
+
+    def from_content(self, content: Mapping[str, Any]) -> T:
+        """Return a record from the JSON object that is stored; raises pydantic's `ValidationError`."""
+        return self._adapter.validate_python(content)
+
+
+@dataclass(frozen=True)
+class Recorded(Generic[T_co]):
+    """A record and when it was appended (UTC, ISO 8601)."""
+
+    at: str
+    value: T_co
+
+
+class Envelope(BaseModel):
+    """A file of evidence: the record is its `content`; `manifest` is the digest of the version that it is on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    manifest: str
+    recorded_at: str
+    content: dict[str, Any]
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return where a record is not valid and why, of several faults the first."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    return f"{where}: {fault['msg']}" if where else fault["msg"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Tag(_Record):
+    """A tag that was given to a version, or (`value` None) taken away."""
+
+    tag: str
+    value: str | None
+
+
+class Note(_Record):
+    """What somebody wrote down about a version."""
+
+    text: str
+
+
+class Signature(_Record):
+    """A signature of a version's manifest, as a Sigstore bundle."""
+
+    bundle: dict[str, Any]
+
+
+class Selection(_Record):
+    """Which variant serves, by its precision, and why; None: none may. `reasons` tell why each other one does not."""
+
+    selected: str | None
+    reason: str = ""
+    reasons: dict[str, str] = {}
+    budget: tuple[str, ...] = ()
+
+
+class DeployedVariant(_Record):
+    """What the store reads of a variant in the record of a deploy; `foundry_model_id` None: it is not registered."""
+
+    model_config = ConfigDict(extra="allow")
+
+    precision: str
+    status: str
+    foundry_model_id: str | None = None
+    metrics: dict[str, int | float | None] = {}
+
+
+class Deployed(_Record):
+    """What the store reads in the record of a deploy: the rest is the report's, and kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    variants: tuple[DeployedVariant, ...] = ()
+    description: str = ""
+    evaluation: str = ""
+
+    def variant(self, precision: str) -> DeployedVariant | None:
+        """Return what is on record of the variant of a precision."""
+        return next((variant for variant in self.variants if variant.precision == precision), None)
+
+
+TAG = Kind("tag", Tag)
+NOTE = Kind("note", Note)
+SIGNATURE = Kind("signature", Signature)
+SELECTION = Kind("selection", Selection)
+DEPLOY = Kind("deploy", Deployed)

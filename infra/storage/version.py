@@ -1,0 +1,255 @@
+"""A version: a manifest in its registry, with all that is on record of it, and its variants."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
+
+from slmops.infra.errors import BadInput
+from slmops.infra.process.call import OnProgress
+from slmops.infra.storage.evidence import (
+    DEPLOY,
+    NOTE,
+    SELECTION,
+    TAG,
+    DamagedEvidence,
+    Deployed,
+    Envelope,
+    Kind,
+    Note,
+    Recorded,
+    Tag,
+    first_fault,
+)
+from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant, digest_of, now
+from slmops.infra.storage.objects import Entry
+
+if TYPE_CHECKING:
+    from slmops.infra.storage.registry import ModelRegistry
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A manifest in its registry: what is stored under the version is read and written through it.
+
+    Nothing is kept: each question asks the store. `DamagedEvidence` is raised for a record that is not what its kind
+    holds, and the store's own errors (`slmops.infra.storage.objects.ObjectStore`) where it cannot be asked.
+    """
+
+    registry: "ModelRegistry"
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest.name
+
+    @property
+    def number(self) -> int:
+        """The number, from 1 on."""
+        return self.manifest.version
+
+    @property
+    def reference(self) -> str:
+        """`NAME@NUMBER`."""
+        return self.manifest.reference
+
+    @property
+    def uri(self) -> str:
+        """The address of its manifest in the store."""
+        return self.registry.objects.uri(self.manifest.key)
+
+    # Variants
+
+    @property
+    def variants(self) -> tuple["Variant", ...]:
+        """All its variants, in the manifest's order."""
+        return tuple(Variant(self, stored) for stored in self.manifest.variants)
+
+    def variant(self, precision: str) -> "Variant":
+        """Return the variant of a precision; raises `BadInput` when the version has none."""
+        return Variant(self, self.manifest.variant(precision))
+
+    @property
+    def serving(self) -> "Variant | None":
+        """The variant that may serve under the model's name, None where none may.
+
+        It is the one that was selected last: a choice is made among the variants that passed the gate, were registered
+        and proven, and one that finds none takes the selection back. All that serves, promotes, copies, lists or asks a
+        version goes by this.
+        """
+        selection = self.latest(SELECTION)
+        return self.variant(selection.selected) if selection and selection.selected else None
+
+    def require_serving(self) -> "Variant":
+        """Return the variant that may serve; raises `BadInput`, with what is on record, where none may."""
+        serving = self.serving
+        if serving is None:
+            told = ", ".join(f"{one.precision} {one.status}" for one in self.deployed.variants) or "never judged"
+            raise BadInput(
+                f"{self.reference} has no variant that passed the gate and was selected ({told}).",
+                f"Judge it with slmops regate {self.reference}; slmops show tells what is on record.",
+            )
+        return serving
+
+    # Evidence
+
+    def record(self, kind: Kind[T], value: T, key: str | None = None) -> None:
+        """Append a record. With a key, it is the answer to that question and kept once: another one replaces it."""
+        self.record_content(kind.name, kind.to_content(value), key)
+
+    def record_content(self, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
+        """Append a record that is a JSON object already; see `record`."""
+        record = {"kind": kind, "manifest": self.manifest.digest, "recorded_at": now(), "content": dict(content)}
+        moment = re.sub(r"[^0-9]", "", str(record["recorded_at"]))[:20]
+        file = f"{kind}-{key}.json" if key else f"{kind}-{moment}-{digest_of(record)[:8]}.json"
+        data = (json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+        self.registry.objects.put_bytes(self.evidence_key(file), data)
+
+    def latest(self, kind: Kind[T], key: str | None = None) -> T | None:
+        """Return the newest record of a kind (with a key: the answer to that question), None where there is none."""
+        records = self.records(kind, key)
+        return records[-1].value if records else None
+
+    def all(self, kind: Kind[T]) -> list[T]:
+        """Return the records of a kind, oldest first."""
+        return [record.value for record in self.records(kind)]
+
+    def records(self, kind: Kind[T], key: str | None = None) -> list[Recorded[T]]:
+        """Return the records of a kind and when each was appended, oldest first."""
+        found = []
+        for entry, envelope in self.envelopes(kind.name, key):
+            try:
+                found.append(Recorded(envelope.recorded_at, kind.from_content(envelope.content)))
+            except ValidationError as error:
+                raise self._damaged(entry, first_fault(error)) from None
+        return found
+
+    def envelopes(self, kind: str, key: str | None = None) -> list[tuple[Entry, Envelope]]:
+        """Return the files of a kind, oldest first; those that are another version's, or of another kind, do not count.
+
+        A file that is removed meanwhile is none.
+        """
+        prefix = self.evidence_key(f"{kind}-{f'{key}.json' if key else ''}")
+        files = [entry for entry in self.evidence_entries() if entry.key.startswith(prefix)]
+        found = [(entry, envelope) for entry in files for envelope in self._read(entry)]
+        own = [one for one in found if (one[1].kind, one[1].manifest) == (kind, self.manifest.digest)]
+        return sorted(own, key=lambda one: one[1].recorded_at)
+
+    def _read(self, entry: Entry) -> Iterator[Envelope]:
+        try:
+            yield Envelope.model_validate_json(self.registry.objects.read_bytes(entry.key))
+        except KeyError:
+            return
+        except ValidationError as error:
+            raise self._damaged(entry, first_fault(error)) from None
+
+    def _damaged(self, entry: Entry, fault: str) -> DamagedEvidence:
+        return DamagedEvidence(self.registry.objects.uri(entry.key), self.reference, fault)
+
+    def evidence_key(self, file: str) -> str:
+        """Return the store's key of a file of evidence."""
+        return f"{self.manifest.folder}/evidence/{file}"
+
+    def evidence_entries(self) -> list[Entry]:
+        """Return the objects that are evidence, reports among them."""
+        return list(self.registry.objects.entries(f"{self.manifest.folder}/evidence"))
+
+    def put_report(self, file: str, text: str) -> str:
+        """Store a report's text beside the evidence and return its address."""
+        self.registry.objects.put_bytes(self.evidence_key(file), text.encode())
+        return self.registry.objects.uri(self.evidence_key(file))
+
+    # What is known of it
+
+    @property
+    def deployed(self) -> Deployed:
+        """What its last deploy or regate has recorded; an empty record where there was none."""
+        return self.latest(DEPLOY) or Deployed()
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The aliases that point to it."""
+        return self.registry.aliases_of(self.manifest)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Its tags."""
+        latest = {record.tag: record.value for record in self.all(TAG)}
+        return {tag: value for tag, value in sorted(latest.items()) if value is not None}
+
+    def set_tag(self, tag: str, value: str | None) -> None:
+        """Give it a tag, change it, or take it away (None); earlier values stay on record."""
+        self.record(TAG, Tag(tag=tag, value=value))
+
+    @property
+    def notes(self) -> list[Recorded[Note]]:
+        """Its notes, oldest first."""
+        return self.records(NOTE)
+
+    def add_note(self, text: str) -> None:
+        """Write a note on it."""
+        self.record(NOTE, Note(text=text))
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Keep it from being collected by `gc --keep` while this process works with it."""
+        return self.registry.in_use(self.manifest)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One precision of a version: what the manifest has of it, and its files in the store."""
+
+    version: Version
+    stored: StoredVariant
+
+    @property
+    def precision(self) -> str:
+        """Its precision, by which the version names it."""
+        return self.stored.precision
+
+    @property
+    def device(self) -> str:
+        """The device that it was built for."""
+        return self.stored.device
+
+    @property
+    def execution_provider(self) -> str:
+        """The execution provider that it was built for."""
+        return self.stored.execution_provider
+
+    @property
+    def recipe(self) -> str:
+        """The recipe that it was built by."""
+        return self.stored.recipe
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the paths and digests of its files."""
+        return self.stored.digest
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """Its files."""
+        return self.stored.files
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files."""
+        return self.stored.size_bytes
+
+    @property
+    def uri(self) -> str:
+        """Its address: the version's, with the precision as fragment."""
+        return f"{self.version.uri}#{self.precision}"
+
+    def place(self, folder: Path, on_progress: OnProgress | None = None) -> None:
+        """Place its files under a folder that does not have them yet; see `ModelRegistry.materialize`."""
+        self.version.registry.materialize(self.files, folder, on_progress)
