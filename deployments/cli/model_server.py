@@ -75,15 +75,12 @@ def _wait_for_the_first(settings: Settings) -> None:
 @contextlib.contextmanager
 def _announced(folder: Path, url: str, control_token: str) -> Iterator[None]:
     """Let this user's other commands find the server, so that a promotion reaches it."""
+    from slmops.infra.files import write_whole
     from slmops.infra.storage.holders import this_process
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{os.getpid()}.json"
     record = {"process": this_process(), "url": url, "control_token": control_token}
-    aside = path.with_suffix(".part")
-    aside.touch(mode=0o600)
-    aside.write_text(json.dumps(record), "utf-8")
-    aside.replace(path)
+    write_whole(path, json.dumps(record), mode=0o600)
     try:
         yield
     finally:

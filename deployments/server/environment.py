@@ -10,6 +10,7 @@ from pathlib import Path
 
 from slmops.deployments.server.embedded import EmbeddedServer
 from slmops.infra.errors import BadInput
+from slmops.infra.files import write_whole
 from slmops.infra.settings import Settings
 from slmops.infra.storage.holders import has_ended, this_process
 
@@ -65,9 +66,7 @@ def running_server(settings: Settings) -> str | None:
 def announced_server(settings: Settings, url: str) -> Iterator[None]:
     """Let other commands of this home directory find the server that this process started."""
     path = _server_record(settings)
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps({"process": this_process(), "url": url}), "utf-8")
-    aside.replace(path)
+    write_whole(path, json.dumps({"process": this_process(), "url": url}))
     try:
         yield
     finally:

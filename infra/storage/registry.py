@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,7 +122,7 @@ class ModelRegistry:
         content the store has lost.
         """
         wanted = list(files)
-        aside = folder.with_name(f".{folder.name}.aside")
+        aside = folder.with_name(f".{uuid.uuid4().hex}.aside")
         try:
             source = self._on_this_machine(wanted, on_progress)
             source.fetch_blobs([(blob_of(file), folder / file.path) for file in wanted], aside)

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput
+from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from slmops.infra.genai.model_files import detect_precision
 from slmops.infra.olive.options import BITS, BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
@@ -523,10 +525,7 @@ def build_variant(
             warnings=(*recipe.warnings, *child.value["warnings"]),
             passes=recipe.passes,
         )
-        record.parent.mkdir(parents=True, exist_ok=True)
-        aside = record.with_suffix(".aside")
-        aside.write_text(built.model_dump_json(indent=2), "utf-8")
-        aside.replace(record)
+        write_whole(record, built.model_dump_json(indent=2))
     return built
 
 
@@ -594,8 +593,7 @@ def copy_out(variants: Sequence[StoredVariant], output: str, registry: ModelRegi
     target = Path(output).expanduser().absolute()
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.aside")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         for variant in variants:
             registry.copy_files(variant.files, aside / variant.precision)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from slmops.infra.files import write_whole
 from slmops.tasks.report import plots
 from slmops.tasks.report.plots import Plot, draw_plots
 from slmops.tasks.report.records import DeployReport
@@ -41,7 +42,4 @@ def _digest_of_figures(report: DeployReport) -> str:
 
 def _keep(path: Path, figures: str, drawn: Mapping[str, Plot]) -> None:
     rows = [{**vars(plot), "png": base64.b64encode(plot.png).decode()} for plot in drawn.values()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".aside")
-    aside.write_text(json.dumps({"figures": figures, "plots": rows}), "utf-8")
-    aside.replace(path)
+    write_whole(path, json.dumps({"figures": figures, "plots": rows}))

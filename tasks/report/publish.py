@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import MODEL_CARD
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest
@@ -52,7 +53,7 @@ def publish_report(
         registry.put_report(manifest, f"report.{kind}", text)
     registry.add_evidence(manifest, "deploy", report.model_dump())
     for kind, text in texts.items():
-        write_report_file(paths[kind], text)
+        write_whole(paths[kind], text)
     return report
 
 
@@ -70,14 +71,6 @@ def _artifact_rows(report: DeployReport) -> list[dict[str, Any]]:
     return [dict(row) for row in variant_rows(report)]
 
 
-def write_report_file(path: Path, text: str) -> None:
-    """Replace a report file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(text, "utf-8", newline="\n")
-    aside.replace(path)
-
-
 @stage("write model cards", run_name="model-cards-{report.name}")
 def write_model_cards(report: DeployReport, manifest: Manifest, output: str) -> None:
     """Put a model card into each variant's folder of a plain copy."""
@@ -91,4 +84,4 @@ def write_model_cards(report: DeployReport, manifest: Manifest, output: str) -> 
                 description=report.description,
                 base_model=base_model_of(manifest.source.origin),
             )
-            write_report_file(folder / MODEL_CARD, card)
+            write_whole(folder / MODEL_CARD, card)

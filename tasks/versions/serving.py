@@ -6,6 +6,7 @@ from typing import Any
 
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL
 from slmops.infra.foundry.model_host import PlacedModel, ServedVersion
 from slmops.infra.settings import Settings
@@ -83,9 +84,8 @@ class StoredModels:
         described = inference_model(
             champion_model_id(served.name, served.version), served.version, "", template, defaults
         )
-        # It may be a hard link to the store's own file, where a model was brought that has one.
-        (folder / INFERENCE_MODEL).unlink(missing_ok=True)
-        (folder / INFERENCE_MODEL).write_text(json.dumps(described, ensure_ascii=False), "utf-8")
+        # In place of it, for it may be a hard link to the store's own file, where a model was brought that has one.
+        write_whole(folder / INFERENCE_MODEL, json.dumps(described, ensure_ascii=False))
         added = read_json(folder / "tokenizer.json").get("added_tokens", [])
         tokens = tuple(str(token["content"]) for token in added if token.get("special"))
         return PlacedModel(sum(file.size_bytes for file in variant.files), tokens)
@@ -130,10 +130,7 @@ class StoredModels:
             }
         if json.dumps(kept) == before:
             return
-        self._kept.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(kept), "utf-8")
-        aside.replace(path)
+        write_whole(path, json.dumps(kept))
 
 
 def selected_precision(manifest: Manifest, registry: ModelRegistry) -> str:
