@@ -1,0 +1,170 @@
+"""The report's parts on answers: scores, output format, and the distance from the checkpoint."""
+
+from collections.abc import Callable, Iterator
+
+from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
+from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.text import TextComparison
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.report.blocks import (
+    Block,
+    Comparison,
+    Details,
+    Heading,
+    Paragraph,
+    Strong,
+    Text,
+    joined,
+    quoted,
+    table,
+    visible,
+)
+from slmops.tasks.report.per_variant import EXAMPLES, Variants, evaluations, of_variant, threshold_of
+from slmops.tasks.report.records import DeployReport
+from slmops.tasks.report.wording import INTERVALS, NOTHING, estimated, percent, ratio, told
+
+
+def domain_answers(report: DeployReport) -> Iterator[Block]:
+    """Yield the scores, those by category, and examples of wrong answers."""
+    scored = [(one, evaluated) for one, evaluated in evaluations(report.variants) if evaluated.score]
+    if scored:
+        count = len(scored[0][1].rows)
+        reference = next((evaluated.reference_score for _, evaluated in scored if evaluated.reference_score), None)
+        beside = f"; the reference scores {estimated(reference, percent)}" if reference else ""
+        yield Paragraph(f"Mean score of {count:,} answers{beside}. {INTERVALS} A loss fails beyond its interval only.")
+    rows = [
+        (
+            Strong(one.precision),
+            estimated(evaluated.score, percent),
+            estimated(evaluated.quality_loss, percent),
+            threshold_of(one, "quality_loss"),
+        )
+        for one, evaluated in scored
+    ]
+    yield from table(("variant", "score", "loss", "asked"), rows)
+    folded: list[Block] = []
+    for one, evaluated in evaluations(report.variants):
+        categories = [
+            (quoted(part.category, 60), f"{part.rows:,}", estimated(part.score, percent), _reference_score(part))
+            for part in evaluated.categories
+        ]
+        folded += of_variant(one, table(("category", "rows", "score", "reference"), categories))
+    if folded:
+        yield Details("Scores by category", folded)
+    yield from _worst_examples(report)
+
+
+def _worst_examples(report: DeployReport) -> Iterator[Block]:
+    asked = {row.id: row for row in report.evaluation_rows}
+    folded: list[Block] = []
+    for one, evaluated in evaluations(report.variants):
+        answers = {row.id: row for row in evaluated.rows}
+        worst = [answers[key] for key in evaluated.worst_examples if key in answers][:EXAMPLES]
+        examples: list[Block] = [_example(one.precision, row, asked.get(row.id)) for row in worst]
+        if examples and one.precision == report.selected:
+            yield Heading(f"Where the reference is right and {one.precision} is wrong", level=4)
+            yield from examples
+        else:
+            folded += examples
+    if folded:
+        yield Details("Where the reference is right and another variant is wrong", folded)
+
+
+def _reference_score(part: object) -> str:
+    score: Estimate | None = getattr(part, "reference_score", None)
+    return NOTHING if score is None else percent(score.value)
+
+
+def _example(precision: str, row: EvaluatedRow, asked: EvaluationRow | None) -> Comparison:
+    lines: list[tuple[str, str]] = []
+    if asked is not None:
+        lines.append(("asked", visible(asked.messages[-1].content)))
+        if asked.expected is not None:
+            lines.append(("expected", visible(str(asked.expected))))
+    if row.reference_answer is not None:
+        lines.append(("reference", visible(row.reference_answer) or "(empty)"))
+    lines.append((precision, visible(row.answer) or "(empty)"))
+    of_category: Text = (", ", quoted(row.category, 60)) if row.category else ""
+    return Comparison(joined([("Row ", quoted(str(row.id), 60)), of_category], ""), lines)
+
+
+def output_format(report: DeployReport) -> Iterator[Block]:
+    """Yield the shares of answers in the asked format, and examples of those that are not."""
+    checked = [(one, evaluated) for one, evaluated in evaluations(report.variants) if evaluated.output_conformity]
+    rows = [
+        (
+            Strong(one.precision),
+            estimated(evaluated.output_conformity, percent),
+            NOTHING if (beside := evaluated.reference_output_conformity) is None else percent(beside.value),
+            threshold_of(one, "output_format"),
+        )
+        for one, evaluated in checked
+    ]
+    if rows:
+        yield Paragraph(f"Share of raw answers in the format that was asked for. {INTERVALS}")
+    yield from table(("variant", "in format", "reference", "asked"), rows)
+    for one, evaluated in checked:
+        faulty = [row for row in evaluated.rows if row.output_fault]
+        examples: list[Block] = [
+            Comparison(
+                ("Row ", quoted(str(row.id), 60)),
+                [("answer", visible(row.answer) or "(empty)"), ("fault", visible(row.output_fault or ""))],
+            )
+            for row in faulty[:EXAMPLES]
+        ]
+        if examples:
+            yield Details(f"{len(faulty):,} of {len(evaluated.rows):,} answers of {one.precision} out of it", examples)
+
+
+def distributions(variants: Variants) -> Iterator[Block]:
+    """Yield how far the variants' next-token distributions are from the checkpoint's."""
+    rows = [
+        (
+            Strong(one.precision),
+            _agreement(evaluated.top1_agreement_interval, evaluated.top1_agreement),
+            _divergence(evaluated.kl_divergence_interval, evaluated.kl_divergence, evaluated.kl_divergence_p99),
+            _perplexity_ratio(evaluated),
+        )
+        for one, evaluated in evaluations(variants)
+        if evaluated.top1_agreement is not None or evaluated.kl_divergence is not None
+    ]
+    texts = [(one, one.details.text) for one in variants if one.details.text]
+    if not rows and not texts:
+        return
+    yield Heading("Distance from the checkpoint", level=3)
+    yield Paragraph(
+        "First choice: share of tokens at which variant and checkpoint prefer the same next token. KL divergence: mean "
+        "over tokens and 99th percentile, in nats. Perplexity: the variant's over the checkpoint's; 1 is alike. "
+        f"{INTERVALS}"
+    )
+    columns = ("variant", "first choice", "KL divergence", "perplexity")
+    yield from table(columns, rows)
+    if texts:
+        text = texts[0][1]
+        yield Paragraph(("On ", quoted(text.origin, 120), f" ({text.tokens:,} tokens):"))
+        yield from table(columns, [(Strong(one.precision), *_text_figures(found)) for one, found in texts])
+
+
+def _agreement(interval: Estimate | None, value: float | None) -> str:
+    return estimated(interval, percent) if interval else told(value, percent)
+
+
+def _divergence(interval: Estimate | None, value: float | None, p99: float | None) -> str:
+    mean = estimated(interval, ratio) if interval else told(value, ratio)
+    return mean if p99 is None else f"{mean}, p99 {ratio(p99)}"
+
+
+def _perplexity_ratio(evaluated: Evaluation) -> str:
+    if not evaluated.perplexity or not evaluated.reference_perplexity:
+        return NOTHING
+    return f"{evaluated.perplexity / evaluated.reference_perplexity:.4f}"
+
+
+def _text_figures(text: TextComparison) -> tuple[str, str, str]:
+    four: Callable[[float], str] = "{:.4f}".format
+    alone = told(text.perplexity, lambda value: f"{value:.2f} (no reference)")
+    return (
+        _agreement(text.top1_agreement, None),
+        _divergence(text.kl_divergence, None, text.kl_divergence_p99),
+        estimated(text.perplexity_ratio, four) if text.perplexity_ratio else alone,
+    )

@@ -1,0 +1,45 @@
+"""What the report's parts on quality share: figures and checks by variant."""
+
+from collections.abc import Iterator, Sequence
+
+from slmops.tasks.exams.answers import Evaluation
+from slmops.tasks.report.blocks import Block, Paragraph, Strong, bullets, sentences
+from slmops.tasks.report.records import VariantReport
+from slmops.tasks.report.wording import NOTHING, check_threshold
+from slmops.tasks.verdict.gate import GateCheck
+
+EXAMPLES = 3  # of each kind and variant
+RUNTIMES = {"genai": "genai", "foundry": "Foundry"}
+
+Variants = Sequence[VariantReport]
+
+
+def of_variant(variant: VariantReport, blocks: Iterator[Block]) -> Iterator[Block]:
+    """Yield blocks under the variant's name; nothing without blocks."""
+    for index, block in enumerate(blocks):
+        if index == 0:
+            yield Paragraph((Strong(variant.precision), ":"))
+        yield block
+
+
+def checks_of(variant: VariantReport) -> Sequence[GateCheck]:
+    """Return the gate's checks of a variant; none where it was not judged."""
+    return variant.gate.checks if variant.gate else ()
+
+
+def threshold_of(variant: VariantReport, *names: str) -> str:
+    """Return what the first of some checks asks of a variant."""
+    return next((check_threshold(check) for check in checks_of(variant) if check.name in names), NOTHING)
+
+
+def evaluations(variants: Variants) -> list[tuple[VariantReport, Evaluation]]:
+    """Return the variants that were evaluated, each with its evaluation."""
+    return [(one, one.details.evaluation) for one in variants if one.details.evaluation]
+
+
+def notes_of(told: Sequence[tuple[str, str]]) -> Iterator[Block]:
+    """Yield each note once, with those of whom it is told."""
+    subjects: dict[str, list[str]] = {}
+    for subject, note in told:
+        subjects.setdefault(note, []).append(subject)
+    yield from bullets([f"{sentences(note)} ({', '.join(of)})" for note, of in subjects.items()])

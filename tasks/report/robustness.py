@@ -1,0 +1,111 @@
+"""The report's parts on long use: memory, steadiness over prompt lengths, and edge input."""
+
+from collections.abc import Iterator, Sequence
+
+from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise
+from slmops.tasks.report.blocks import Block, Details, Paragraph, Strong, Text, bullets, joined, quoted, table
+from slmops.tasks.report.per_variant import RUNTIMES, Variants, notes_of, of_variant, threshold_of
+from slmops.tasks.report.records import VariantReport
+from slmops.tasks.report.wording import INTERVALS, NOTHING, bytes_per_request, decimal, estimated, factor, told
+
+
+def _exercises(variants: Variants) -> list[tuple[VariantReport, Exercise]]:
+    return [(one, exercise) for one in variants for exercise in one.details.exercises]
+
+
+def memory(variants: Variants) -> Iterator[Block]:
+    """Yield the growth of memory in long use."""
+    rows: list[Sequence[Text]] = []
+    for one, exercise in _exercises(variants):
+        grown = exercise.memory
+        found = "did not end" if grown is None else estimated(grown.bytes_per_request, bytes_per_request)
+        requests = NOTHING if grown is None else f"{len(grown.rss_bytes):,}"
+        name = f"{one.precision}, {RUNTIMES[exercise.runtime]}"
+        rows.append((name, requests, found, threshold_of(one, f"memory_growth_{exercise.runtime}")))
+    if rows:
+        yield Paragraph(f"Growth of the resident memory per request, behind the warm-up. {INTERVALS}")
+    yield from table(("variant, runtime", "requests", "growth", "asked"), rows)
+
+
+def steadiness(variants: Variants) -> Iterator[Block]:
+    """Yield how speed changes with the prompt's length."""
+    swept = [
+        (one, one.details.steadiness) for one in variants if one.details.steadiness and one.details.steadiness.lengths
+    ]
+    rows: list[Sequence[Text]] = []
+    for one, sweep in swept:
+        cliff = told(sweep.worst_cliff_ratio, factor)
+        if sweep.worst_cliff_prompt_tokens is not None:
+            cliff += f" at {sweep.worst_cliff_prompt_tokens:,}"
+        valid = f"{sum(length.valid for length in sweep.lengths)} of {len(sweep.lengths)}"
+        exponent = estimated(sweep.ttft_scaling_exponent, lambda value: f"{value:.2f}")
+        rows.append((Strong(one.precision), exponent, cliff, valid))
+    if rows:
+        limits = {threshold_of(one, "steadiness") for one, _ in swept} - {NOTHING}
+        asked = f" ({', '.join(sorted(limits))} is asked)" if limits else ""
+        yield Paragraph(
+            "Exponent: time to the first token grows as the prompt's length to this power. Drop: the largest loss of "
+            f"throughput from one length to the next, and the prompt tokens where it is{asked}."
+        )
+    yield from table(("variant", "exponent", "drop", "valid"), rows)
+    folded: list[Block] = []
+    for one, sweep in swept:
+        figures = [
+            (
+                f"{length.prompt_tokens:,}",
+                decimal(length.ttft_ms),
+                decimal(length.token_generation_throughput_tps),
+                "yes" if length.valid else Strong("no"),
+            )
+            for length in sweep.lengths
+        ]
+        folded += of_variant(one, table(("prompt tokens", "TTFT, ms", "new tok/s", "valid"), figures))
+    if folded:
+        yield Details("Every prompt length", folded)
+    yield from notes_of([(one.precision, note) for one, sweep in swept for note in sweep.notes])
+
+
+def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
+    """Yield how difficult inputs ended; all of them of the selected variant and of those where one ended badly."""
+    rows: list[Sequence[Text]] = []
+    faults: list[Text] = []
+    reaching: dict[str, list[str]] = {}
+    folded: list[Block] = []
+    for one, exercise in _exercises(variants):
+        name = f"{one.precision}, {RUNTIMES[exercise.runtime]}"
+        outcomes = exercise.edge_inputs
+        if not outcomes:
+            continue
+        counts = [str(sum(one.outcome == outcome for one in outcomes)) for outcome in ("answered", "refused")]
+        bad = [outcome for outcome in outcomes if not outcome.handled]
+        rows.append((name, *counts, Strong(str(len(bad))) if bad else "0"))
+        faults += [joined([f"{name}: ", _outcome(outcome)], "") for outcome in bad]
+        if any(outcome.control_tokens for outcome in outcomes):
+            reaching.setdefault(RUNTIMES[exercise.runtime], []).append(one.precision)
+        # The variants end alike as a rule: one of them tells.
+        if bad or one.precision == selected or selected is None:
+            folded.append(Paragraph((Strong(name), ":")))
+            folded += bullets([_outcome(outcome) for outcome in outcomes])
+    if rows:
+        yield Paragraph("Each difficult input must end in an answer or a clean error, and leave the runtime working.")
+    yield from table(("variant, runtime", "answered", "refused", "bad"), rows)
+    yield from bullets(faults)
+    for runtime, precisions in reaching.items():
+        yield Paragraph(
+            f"Control tokens that a user types reach the model as such in {runtime} ({', '.join(precisions)})."
+        )
+    yield from notes_of(
+        [
+            (f"{one.precision} in {RUNTIMES[exercise.runtime]}", note)
+            for one, exercise in _exercises(variants)
+            for note in exercise.notes
+        ]
+    )
+    if folded:
+        yield Details("What became of each input", folded)
+
+
+def _outcome(outcome: EdgeInputOutcome) -> Text:
+    ended = outcome.outcome if outcome.alive else f"{outcome.outcome}, and the runtime did not work afterwards"
+    shown: Text = (": ", quoted(outcome.detail, 80)) if outcome.detail else ""
+    return joined([(quoted(outcome.name, 60), f" {ended}"), shown], "")
