@@ -37,7 +37,6 @@ from slmops.tasks.foundry.registration import (
     foundry_model_id,
     last_proof,
     prove_variant,
-    register_champion,
     register_variant,
     unregister_variant,
 )
@@ -60,8 +59,8 @@ from slmops.tasks.verdict.choice import choose_variant
 from slmops.tasks.verdict.gate import GateVerdict, judge_stored_variant, thresholds_for
 from slmops.tasks.verdict.history import history_of
 from slmops.tasks.verdict.search import last_search
-from slmops.tasks.versions.champion import hand_servers_over
-from slmops.tasks.versions.commit import choose_champion, record_choice
+from slmops.tasks.versions.champion import Standing, settle_champion
+from slmops.tasks.versions.commit import record_choice
 
 
 class DeployEnded(RunEnded):
@@ -123,10 +122,10 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
     passed = [judged(one.report) for one in outcomes if one.report.status == "registered"]
     choice = choose_variant(passed, parse_budget(version.budget))
     record_choice(manifest, choice, version.budget, registry)
-    champion_id = None
-    if choice.selected and choose_champion(registry, manifest, promote=version.promote):
-        champion_id = register_champion(manifest, manifest.variant(choice.selected), settings)
-        warnings = (*warnings, *hand_servers_over(manifest, manifest.variant(choice.selected), settings))
+    standing = Standing()
+    if choice.selected:
+        chosen = manifest.variant(choice.selected)
+        standing = settle_champion(manifest, chosen, registry, settings, promote=version.promote)
     variants = with_reasons(in_order_of_size([*failures, *(one.report for one in outcomes)]), choice)
     report = DeployReport(
         name=manifest.name,
@@ -142,16 +141,19 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
         evaluation=version.evaluation.summary,
         evaluation_rows=version.evaluation.rows,
         **reference_scores(variants),
-        foundry_model_id=champion_id,
+        foundry_model_id=standing.foundry_model_id,
         foundry_dir=str(settings.foundry_dir),
         question=version.evaluation.rows[0].messages[-1].content,
         description=version.description,
-        warnings=warnings,
+        warnings=(*warnings, *standing.warnings),
         provenance=provenance_of(manifest),
         history=history_of(manifest, registry, settings),
         search=last_search(manifest, registry),
     )
-    return publish_report(report, registry, manifest, settings)
+    report = publish_report(report, registry, manifest, settings)
+    if standing.refusal:
+        raise standing.refusal
+    return report
 
 
 def needs_source(

@@ -2,11 +2,13 @@
 
 from prefect import State, flow
 
-from slmops.flows.promote import change_champion
+from slmops.flows.promote import promoted
 from slmops.infra.settings import load_settings
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.versions.champion import Promotion, plan_rollback
+from slmops.tasks.versions.champion import change_champion
+from slmops.tasks.versions.change import plan_rollback
+from slmops.tasks.versions.promotion import Promotion
 
 
 @flow(name="rollback", flow_run_name="rollback-{name}")
@@ -26,4 +28,4 @@ def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promot
     settings = load_settings()
     registry = open_registry(settings)
     registry.objects.check()
-    return change_champion(plan_rollback(name, to, reason, registry), registry, settings)
+    return promoted(change_champion(plan_rollback(name, to, reason, registry), registry, settings))

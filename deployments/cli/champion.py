@@ -28,7 +28,7 @@ def add_promotion_commands(app: typer.Typer, prepare: Prepare, run_flow: RunFlow
         settings = load_settings()
         registry = the_registry()
         prepare(settings, log_level)
-        from slmops.tasks.versions.champion import plan_promotion
+        from slmops.tasks.versions.change import plan_promotion
 
         plan_promotion(reference, reason, registry)  # refuses bad input before anything is written
         _show(run_flow("promote", {"reference": reference, "reason": reason}, settings), as_json=as_json)
@@ -45,7 +45,7 @@ def add_promotion_commands(app: typer.Typer, prepare: Prepare, run_flow: RunFlow
         settings = load_settings()
         registry = the_registry()
         prepare(settings, log_level)
-        from slmops.tasks.versions.champion import plan_rollback
+        from slmops.tasks.versions.change import plan_rollback
 
         plan_rollback(name, to, reason, registry)
         _show(run_flow("rollback", {"name": name, "to": to, "reason": reason}, settings), as_json=as_json)

@@ -31,20 +31,29 @@ class ChampionChange:
     rolled_back: bool
 
 
+def next_change(objects: ObjectStore, name: str) -> int:
+    """Return the place in a name's history that its next change takes."""
+    return max((_number(entry.key) for entry in objects.entries(_folder(name))), default=0) + 1
+
+
 def record_change(
-    objects: ObjectStore, name: str, version: int | None, former: int | None, reason: str, *, rolled_back: bool
-) -> None:
-    """Append a change that is about to be made."""
+    objects: ObjectStore,
+    name: str,
+    version: int | None,
+    former: int | None,
+    reason: str,
+    *,
+    rolled_back: bool,
+    place: int | None = None,
+) -> bool:
+    """Append a change that is about to be made; with `place`, there or (False) nowhere."""
     record = {
         **{"version": version, "former": former, "since": now(), "by": _user()},
         **{"reason": reason, "rolled_back": rolled_back},
     }
     data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
-    taken = [entry.key for entry in objects.entries(_folder(name))]
-    newest = max((_number(key) for key in taken), default=0)
-    for number in itertools.count(newest + 1):
-        if objects.put_bytes_if_absent(f"{_folder(name)}/{number:06}.json", data):
-            return
+    places = itertools.count(next_change(objects, name)) if place is None else (place,)
+    return any(objects.put_bytes_if_absent(f"{_folder(name)}/{number:06}.json", data) for number in places)
 
 
 def champion_changes(objects: ObjectStore, name: str, champion: int | None) -> list[ChampionChange]:

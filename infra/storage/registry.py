@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
 from slmops.infra.process.call import OnProgress
-from slmops.infra.storage.champions import ChampionChange, champion_changes, record_change
+from slmops.infra.storage.champions import ChampionChange, champion_changes, next_change, record_change
 from slmops.infra.storage.leases import WriteLease
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import (
@@ -426,6 +426,25 @@ class ModelRegistry:
         if only_if_free:
             return self.objects.put_bytes_if_absent(_alias(name, alias), record)
         self.objects.put_bytes(_alias(name, alias), record)
+        return True
+
+    def replace_champion(
+        self, name: str, version: int, former: int | None, reason: str, *, rolled_back: bool = False
+    ) -> bool:
+        """Make a version the champion in place of `former`; returns False, with nothing changed, where that is not so.
+
+        Processes that replace a champion at once all want the same place in its history, and one of them gets it.
+        """
+        place = next_change(self.objects, name)  # before the alias is read: a later change of it has taken this place
+        if self.alias(name, CHAMPION) != former:
+            return False
+        change = (version, former, reason)
+        if not record_change(self.objects, name, *change, rolled_back=rolled_back, place=place):
+            return False
+        record = _to_json({"version": version, "since": now(), "reason": reason})
+        if former is None:
+            return self.objects.put_bytes_if_absent(_alias(name, CHAMPION), record)
+        self.objects.put_bytes(_alias(name, CHAMPION), record)
         return True
 
     def remove_alias(self, name: str, alias: str, reason: str = "") -> None:

@@ -19,7 +19,7 @@ from slmops.tasks.report.publish import image_data
 from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.fine_tune import FineTuning
-from slmops.tasks.versions.champion import promotable_variant
+from slmops.tasks.versions.change import promotable_variant
 
 RETRAIN = "retrain"
 

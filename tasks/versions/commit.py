@@ -1,11 +1,11 @@
-"""Stage "store": make a version of what was built, and choose the champion."""
+"""Stage "store": make a version of what was built, and record which variant was chosen."""
 
 from collections.abc import Sequence
 
 from slmops.infra.cyclonedx.sbom import installed_packages, version_sbom
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, Source, now
-from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.signatures import is_signed, sign_version
 from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -62,24 +62,3 @@ def record_choice(manifest: Manifest, choice: Choice, budget: Sequence[str], reg
 def last_budget(manifest: Manifest, registry: ModelRegistry) -> tuple[str, ...]:
     """Return the budget under which a version's variant was last chosen."""
     return tuple((registry.latest_evidence(manifest, SELECTION) or {}).get("budget", ()))
-
-
-def choose_champion(registry: ModelRegistry, manifest: Manifest, *, promote: bool) -> bool:
-    """Point the aliases to a version that can be served; returns whether it is the champion.
-
-    A name's first such version is its champion; a later one is the candidate until it is promoted.
-    """
-    champion = registry.alias(manifest.name, CHAMPION)
-    if champion == manifest.version:
-        return True
-    reason = "promoted by its deploy" if champion else "the first version of its name that can be served"
-    # Of two first versions at once one becomes the champion, whatever machines they come from.
-    if (champion is None or promote) and registry.set_alias(
-        manifest.name, CHAMPION, manifest.version, reason, only_if_free=not promote
-    ):
-        if registry.alias(manifest.name, CANDIDATE) == manifest.version:
-            registry.remove_alias(manifest.name, CANDIDATE)
-        return True
-    champion = champion or registry.alias(manifest.name, CHAMPION)
-    registry.set_alias(manifest.name, CANDIDATE, manifest.version, f"deployed while {champion} was the champion")
-    return False

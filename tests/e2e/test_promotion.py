@@ -255,15 +255,26 @@ def test_after_a_killed_promotion_the_next_one_ends_right(slmops: Slmops, model_
     assert history[then - 1 :] == before
 
 
-def test_a_deploy_that_promotes_hands_servers_over_and_warns_of_one_that_refuses(
+def test_a_deploy_that_promotes_changes_everything_or_nothing(
     slmops: Slmops, model_server: ModelServer, tiny: Path
 ) -> None:
+    deploying = ("deploy", tiny, "--name", "home", *INT4, *other_content(2), "--promote")
+    before = slmops.json("history", "home")
     refusing = ModelServer({"home": 1})
     refusing.refuses.add(2)
-    with refusing.running(slmops.home, "zzz"):
-        report = slmops.json("deploy", tiny, "--name", "home", *INT4, *other_content(2), "--promote")
-    assert (report["aliases"], report["foundry_model_id"]) == (["champion"], "home:2")
-    assert (model_server.models, refusing.models) == ({"home": 2}, {"home": 1})
-    (warning,) = [one for one in report["warnings"] if refusing.url in one]
-    assert "does not fit into memory" in warning
-    assert "slmops promote home@2" in warning
+    with refusing.running(slmops.home, "zzz"):  # asked after the other one
+        error = slmops.json(*deploying, status=1)["error"]
+    assert (
+        f"home@2 was not promoted: The server at {refusing.url} refused: The new version does not" in error["message"]
+    )
+    assert error["message"].endswith("home@1 still is the champion.")
+    assert (model_server.models, refusing.models) == ({"home": 1}, {"home": 1})
+    assert holds(slmops) == {"alias": 1, "foundry": ["home:1"]}
+    assert slmops.json("history", "home") == before
+    report = (slmops.home / "reports" / "home@2.md").read_text("utf-8")
+    assert "home@2 was not promoted" in report
+
+    report = slmops.json(*deploying)
+    assert (report["status"], report["aliases"], report["foundry_model_id"]) == ("unchanged", ["champion"], "home:2")
+    assert model_server.models == {"home": 2}
+    assert holds(slmops) == {"alias": 2, "foundry": ["home:2"]}

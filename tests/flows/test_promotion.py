@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,11 @@ from slmops.infra.storage.garbage import delete_version
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
-from slmops.tasks.versions.champion import (
-    Change,
-    Promotion,
-    all_or_nothing,
-    hand_back,
-    plan_promotion,
-    plan_rollback,
-    promotion_markdown,
-    restore_alias,
-    set_champion,
-)
+from slmops.tasks.foundry import registration
+from slmops.tasks.versions.champion import ChampionChanged, Standing, change_champion, set_champion, settle_champion
+from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rollback
+from slmops.tasks.versions.promotion import Promotion, promotion_markdown
+from slmops.tasks.versions.undo import all_or_nothing, hand_back, restore_alias
 from tests.model_server import ModelServer
 from tests.versions import FILES, store_version
 
@@ -134,14 +130,19 @@ class TestUndoing:
         def fail() -> None:
             raise StageFailed("It is gone.", "Look for it.")
 
+        def fail_unforeseen() -> None:
+            raise OSError(28, "No space left on device")
+
         with pytest.raises(StageFailed) as caught, all_or_nothing(change) as undo:
             undo.add("Foundry Local", lambda: undone.append("Foundry"))
+            undo.add("the disk", fail_unforeseen)
             undo.add("the server", fail)
             undo.add("the alias", lambda: undone.append("alias"))
             raise StageFailed("No room.", "Make room.")
         assert undone == ["alias", "Foundry"]
         assert caught.value.message == (
-            "home@2 was not promoted: No room. home@1 still is the champion. Not put back: the server (It is gone)."
+            "home@2 was not promoted: No room. home@1 still is the champion. Not put back: the server (It is gone); "
+            "the disk (OSError: [Errno 28] No space left on device)."
         )
         assert caught.value.what_to_do == "Put it in step with slmops promote home@1. Make room."
 
@@ -190,6 +191,152 @@ class TestUndoing:
             hand_back(running, change, 1, registry)  # it serves it: that it refuses to load it again is no failure
             with pytest.raises(StageFailed, match="does not fit"):
                 hand_back(running, change, 3, registry)
+
+
+class Foundry:
+    """Foundry Local's catalog as a promotion sees it: by id, each model's folder; some ids it refuses to register."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}
+        self.refuses: dict[str, Exception] = {}
+
+    def ask(self, function: str, request: dict[str, Any], settings: Settings) -> dict[str, Any]:
+        """Answer as `ask_foundry` does."""
+        if function == "list_models":
+            return {"models": [self._model(model_id, folder) for model_id, folder in self.folders.items()]}
+        if function == "unregister":
+            del self.folders[request["model_id"]]
+            return {}
+        assert function == "register"
+        if request["model_id"] in self.refuses:
+            raise self.refuses[request["model_id"]]
+        self.folders[request["model_id"]] = request["folder"]
+        return {"changed": True}
+
+    def _model(self, model_id: str, folder: str) -> dict[str, Any]:
+        name, _, version = model_id.rpartition(":")
+        known = {"model_id": model_id, "name": name, "version": int(version)}
+        return {**known, "folder": folder, "folder_exists": True}
+
+
+@pytest.fixture
+def foundry(monkeypatch: pytest.MonkeyPatch) -> Foundry:
+    foundry = Foundry()
+    monkeypatch.setattr(registration, "ask_foundry", foundry.ask)
+    return foundry
+
+
+class TestDeploys:
+    """What a deploy does with the version that it has just registered and proven."""
+
+    @pytest.fixture
+    def first(self, api: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry) -> None:
+        """home@1 is the champion in the store and in Foundry Local."""
+        assert self.settle(passed(registry, tmp_path, 1), registry, settings) == Standing("home:1")
+        assert list(foundry.folders) == ["home:1"]
+
+    def settle(
+        self, manifest: Manifest, registry: ModelRegistry, settings: Settings, promote: bool = False
+    ) -> Standing:
+        return settle_champion(manifest, manifest.variant("int4"), registry, settings, promote=promote)
+
+    def test_the_first_version_becomes_the_champion_and_the_next_a_candidate(
+        self, first: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
+    ) -> None:
+        assert registry.champion_history("home")[0].reason == FIRST
+        second = passed(registry, tmp_path, 2)
+        assert self.settle(second, registry, settings) == Standing()
+        assert registry.aliases("home") == {CHAMPION: 1, CANDIDATE: 2}
+        with ModelServer({"home": 1}).running(settings.home_dir) as model_server:
+            assert self.settle(second, registry, settings, promote=True) == Standing("home:2")
+        assert (registry.aliases("home"), list(foundry.folders)) == ({CHAMPION: 2}, ["home:2"])
+        assert model_server.models == {"home": 2}
+
+    @pytest.mark.parametrize("fault", [StageFailed("The catalog is full."), OSError(28, "No space left on device")])
+    def test_a_version_that_foundry_refuses_changes_nothing(
+        self,
+        first: None,
+        settings: Settings,
+        registry: ModelRegistry,
+        tmp_path: Path,
+        foundry: Foundry,
+        fault: Exception,
+    ) -> None:
+        foundry.refuses["home:2"] = fault
+        before = dict(foundry.folders)
+        with ModelServer({"home": 1}).running(settings.home_dir) as model_server:
+            standing = self.settle(passed(registry, tmp_path, 2), registry, settings, promote=True)
+        assert standing.refusal and standing.refusal.exit_code == 1
+        assert "home@2 was not promoted: " in standing.refusal.message
+        assert standing.refusal.message.endswith("home@1 still is the champion.")
+        assert (registry.aliases("home"), foundry.folders) == ({CHAMPION: 1}, before)
+        assert (model_server.models, model_server.asked) == ({"home": 1}, [])
+
+    def test_a_first_version_that_foundry_refuses_is_no_champion(
+        self, api: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
+    ) -> None:
+        foundry.refuses["home:1"] = StageFailed("The catalog is full.", "Empty it.")
+        standing = self.settle(passed(registry, tmp_path, 1), registry, settings)
+        assert standing.refusal
+        assert str(standing.refusal) == (
+            "home@1 was not promoted: The catalog is full. There still is no champion. Empty it."
+        )
+        assert (registry.aliases("home"), foundry.folders) == ({}, {})
+        assert registry.champion_history("home") == []
+
+    def test_a_version_that_a_server_refuses_changes_nothing(
+        self, first: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
+    ) -> None:
+        before = dict(foundry.folders)
+        with ModelServer({"home": 1}).running(settings.home_dir) as model_server:
+            model_server.refuses.add(2)
+            standing = self.settle(passed(registry, tmp_path, 2), registry, settings, promote=True)
+        assert standing.refusal and "does not fit into memory" in standing.refusal.message
+        assert (registry.aliases("home"), foundry.folders) == ({CHAMPION: 1}, before)
+        assert model_server.models == {"home": 1}
+
+    def test_of_two_first_versions_at_once_the_later_is_the_candidate(
+        self,
+        api: None,
+        settings: Settings,
+        registry: ModelRegistry,
+        tmp_path: Path,
+        foundry: Foundry,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        first, second = (passed(registry, tmp_path, number) for number in (1, 2))
+
+        def overtaken_once(manifest: Manifest, *_: Any, **__: Any) -> Change:
+            registry.set_alias("home", CHAMPION, first.version, FIRST)  # another machine's, since this was planned
+            return Change(manifest, manifest.variant("int4"), None, FIRST, is_proven=True)
+
+        monkeypatch.setattr("slmops.tasks.versions.champion.plan_deployed", overtaken_once)
+        assert self.settle(second, registry, settings) == Standing()
+        assert (registry.aliases("home"), foundry.folders) == ({CHAMPION: 1, CANDIDATE: 2}, {})
+
+    def test_of_two_promotions_at_once_one_is_refused(
+        self, first: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
+    ) -> None:
+        versions = [passed(registry, tmp_path, number) for number in (2, 3)]
+        changes = [Change(one, one.variant("int4"), 1, "better", is_proven=True) for one in versions]
+
+        def promote_one(change: Change) -> object:
+            try:
+                return change_champion(change, registry, settings)
+            except ChampionChanged as error:
+                return error
+
+        with ThreadPoolExecutor() as pool, ModelServer({"home": 1}).running(settings.home_dir) as model_server:
+            contexts = [copy_context() for _ in changes]  # each with Prefect's settings of this test
+            done = list(pool.map(lambda context, change: context.run(promote_one, change), contexts, changes))
+        (promotion,) = [one for one in done if isinstance(one, Promotion)]
+        (refusal,) = [one for one in done if isinstance(one, ChampionChanged)]
+        assert refusal.message == f"Meanwhile {promotion.reference} became the champion."
+        assert registry.aliases("home") == {CHAMPION: promotion.version}
+        assert (list(foundry.folders), model_server.models) == (
+            [f"home:{promotion.version}"],
+            {"home": promotion.version},
+        )
 
 
 class TestFlows:

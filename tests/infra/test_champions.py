@@ -45,6 +45,26 @@ def test_every_change_is_kept_with_who_when_and_why(registry: ModelRegistry) -> 
     assert registry.champion_history("away") == []
 
 
+def test_of_two_processes_that_replace_a_champion_at_once_one_does(
+    registry: ModelRegistry, store: StoreCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert registry.replace_champion("home", 1, None, "the first")
+    assert not registry.replace_champion("home", 2, None, "a first version too")
+    assert not registry.replace_champion("home", 2, 3, "planned when home@3 was the champion")
+    other = store.registry(tmp_path / "other")
+    alias = registry.alias
+
+    def overtaken(name: str, of: str) -> int | None:
+        found = alias(name, of)
+        assert other.replace_champion("home", 3, 1, "theirs")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "alias", overtaken)
+        assert not registry.replace_champion("home", 2, 1, "ours")
+    assert (registry.alias("home", CHAMPION), held(registry)) == (3, [3, 1])
+
+
 def test_a_change_that_broke_off_before_the_alias_is_in_no_history(local: ModelRegistry) -> None:
     local.set_alias("home", CHAMPION, 1, "the first")
     record_change(local.objects, "home", 2, 1, "broke off", rolled_back=False)

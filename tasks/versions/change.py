@@ -1,0 +1,123 @@
+"""Which version is to become the champion of its name, in place of which, and why."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slmops.infra.errors import BadInput
+from slmops.infra.storage.champions import champion_before
+from slmops.infra.storage.manifest import Manifest, StoredVariant, check_name
+from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.tasks.versions.commit import SELECTION
+
+PROMOTED = "promoted by hand"
+DEPLOYED = "promoted by its deploy"
+FIRST = "the first version of its name that can be served"
+
+ChangeKind = Literal["promoted", "rolled back"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """The version that is to become the champion, its variant that serves, the champion before it, and why.
+
+    `is_proven` says that the run which asks for the change has just registered and proven the variant itself.
+    """
+
+    manifest: Manifest
+    variant: StoredVariant
+    former: int | None
+    reason: str
+    rolled_back: bool = False
+    is_proven: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self.manifest.name
+
+    @property
+    def kind(self) -> ChangeKind:
+        """What it is called when it is done."""
+        return "rolled back" if self.rolled_back else "promoted"
+
+
+def plan_promotion(reference: str, reason: str, registry: ModelRegistry) -> Change:
+    """Return the change that `NAME@VERSION` or `NAME@ALIAS` asks for; raises `BadInput` for what cannot be promoted."""
+    name, at, _ = reference.partition("@")
+    check_name(name)
+    if not at:
+        raise BadInput(f"{reference!r} names no version.", f"Write, for example, {name}@{CANDIDATE} or {name}@2.")
+    manifest = registry.find(reference)
+    return Change(
+        manifest, promotable_variant(manifest, registry), registry.alias(name, CHAMPION), reason.strip() or PROMOTED
+    )
+
+
+def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistry) -> Change:
+    """Return the change back to a version, or (None) to the one that was champion before the present one.
+
+    Raises `BadInput` when there is none to go back to, or it cannot be promoted.
+    """
+    check_name(name)
+    registry.version(name)  # the name has versions, or it is said what there is
+    champion = registry.alias(name, CHAMPION)
+    back_to = champion_before(registry.champion_history(name)) if to is None else to
+    if back_to is None:
+        present = f"{name}@{champion}" if champion else "any"
+        raise BadInput(
+            f"There is nothing to go back to: no champion of {name} before {present} is known.",
+            f"See slmops history {name} and slmops list; name a version with --to.",
+        )
+    versions = {manifest.version: manifest for manifest in registry.versions(name)}
+    if back_to not in versions:
+        raise BadInput(
+            f"{name}@{back_to} is not in the store any more, or never was.",
+            f"Use --to with one of {', '.join(map(str, versions))}.",
+        )
+    manifest = versions[back_to]
+    held = f"{name}@{champion}" if champion else "no champion"
+    return Change(
+        manifest,
+        promotable_variant(manifest, registry),
+        champion,
+        reason.strip() or f"rolled back from {held}",
+        rolled_back=True,
+    )
+
+
+def plan_deployed(
+    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, *, promote: bool
+) -> Change | None:
+    """Return the change that a deploy asks for when it has proven a version; None: the version is only a candidate.
+
+    A name's first version that can be served becomes its champion; a later one does by `promote`. The champion itself
+    is brought in step with the variant that was chosen.
+    """
+    former = registry.alias(manifest.name, CHAMPION)
+    if former is not None and former != manifest.version and not promote:
+        return None
+    return Change(manifest, variant, former, FIRST if former is None else DEPLOYED, is_proven=True)
+
+
+def promotable_variant(manifest: Manifest, registry: ModelRegistry) -> StoredVariant:
+    """Return the variant that serves when a version is the champion; raises `BadInput` for a version without one."""
+    reason = why_not_champion(manifest, registry)
+    if reason:
+        raise BadInput(
+            reason, f"Judge it with slmops regate {manifest.reference}; slmops show tells what is on record."
+        )
+    return manifest.variant((registry.latest_evidence(manifest, SELECTION) or {})["selected"])
+
+
+def why_not_champion(manifest: Manifest, registry: ModelRegistry) -> str | None:
+    """Return why a version cannot be the champion of its name, None where it can be.
+
+    One of its variants has to be selected, to have passed the gate, and to have been registered.
+    """
+    selected = (registry.latest_evidence(manifest, SELECTION) or {}).get("selected")
+    deployed = registry.latest_evidence(manifest, "deploy") or {}
+    statuses = {variant["precision"]: variant["status"] for variant in deployed.get("variants", ())}
+    if selected is not None and statuses.get(selected) == "registered":
+        return None
+    told = ", ".join(f"{precision} {status}" for precision, status in statuses.items()) or "never judged"
+    return f"{manifest.reference} has no variant that passed and was selected ({told})."

@@ -1,0 +1,88 @@
+"""What a promotion or a rollback did, as a record and as a Prefect artifact."""
+
+from typing import Literal
+
+from prefect.artifacts import create_markdown_artifact
+from pydantic import BaseModel, ConfigDict
+
+from slmops.tasks.foundry.registration import Proof, champion_model_id
+from slmops.tasks.report.blocks import Code, Heading, Paragraph, Text, table
+from slmops.tasks.report.markdown import blocks_to_markdown
+from slmops.tasks.runs.stage import stage
+from slmops.tasks.versions.change import Change
+
+PromotionStatus = Literal["promoted", "rolled back", "unchanged"]
+
+
+class Promotion(BaseModel):
+    """What a promotion or a rollback did; `servers` counts those that took the version over.
+
+    `former` is the champion before; it is the version itself where only this machine had to be brought in step.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: int
+    former: int | None
+    status: PromotionStatus
+    reason: str
+    precision: str
+    foundry_model_id: str
+    servers: int = 0
+    proof: Proof | None = None
+
+    @property
+    def reference(self) -> str:
+        """`NAME@VERSION`."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def summary(self) -> str:
+        """One sentence on what happened."""
+        if self.status == "unchanged":
+            return f"{self.reference} is the champion already; nothing was changed."
+        if self.former == self.version:
+            done = "was the champion; Foundry Local and the servers are in step with it again"
+        else:
+            held = f"{self.name}@{self.former}" if self.former else "nobody"
+            done = f"is the champion, after {held}"
+        servers = f", and {self.servers} running server{'s' * (self.servers > 1)} took it over" if self.servers else ""
+        return f"{self.reference} {done}{servers}."
+
+
+def outcome(change: Change, status: PromotionStatus, *, proof: Proof | None = None, servers: int = 0) -> Promotion:
+    """Return the record of a change that was made, or (`unchanged`) had nothing to do."""
+    return Promotion(
+        name=change.name,
+        version=change.manifest.version,
+        former=change.former,
+        status=status,
+        reason=change.reason,
+        precision=change.variant.precision,
+        foundry_model_id=champion_model_id(change.name, change.manifest.version),
+        servers=servers,
+        proof=proof,
+    )
+
+
+def promotion_markdown(promotion: Promotion) -> str:
+    """Return the Markdown of a promotion's artifact."""
+    rows: list[tuple[Text, Text]] = [
+        ("champion", promotion.reference),
+        ("before", f"{promotion.name}@{promotion.former}" if promotion.former else "-"),
+        ("reason", Code(promotion.reason)),
+        ("Foundry id", promotion.foundry_model_id),
+        ("running servers", str(promotion.servers)),
+    ]
+    if promotion.proof:
+        rows += [("asked", Code(promotion.proof.question)), ("answered", Code(promotion.proof.answer))]
+    title = Heading(f"{promotion.reference}: {promotion.status}", 1)
+    return blocks_to_markdown([title, Paragraph(promotion.summary), *table(("what", "value"), rows)])
+
+
+@stage("publish promotion", run_name="report-{promotion.name}")
+def publish_promotion(promotion: Promotion) -> None:
+    """Post what was promoted and why as a Markdown artifact."""
+    key = f"slmops-promotion-{promotion.name}"
+    create_markdown_artifact(markdown=promotion_markdown(promotion), key=key, description=promotion.summary)

@@ -1,0 +1,84 @@
+"""All or nothing: what a change of the champion has done is undone when a later step of it fails."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from slmops.infra.errors import SlmopsError, StageFailed
+from slmops.infra.foundry.server_client import RunningServer
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.tasks.versions.change import Change, promotable_variant
+
+
+@dataclass
+class Undo:
+    """What has to be done to put everything back, one step before each change that it undoes."""
+
+    steps: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
+
+    def add(self, what: str, step: Callable[[], Any]) -> None:
+        """Add a step; it may run although its change was made in part or not at all."""
+        self.steps.append((what, step))
+
+    def run(self) -> list[str]:
+        """Put everything back, the last change first, and return what could not be.
+
+        A step that fails, for whatever reason, keeps no other from being tried.
+        """
+        left = []
+        while self.steps:
+            what, step = self.steps.pop()
+            try:
+                step()
+            except Exception as error:
+                left.append(f"{what} ({_as_told(error).message.rstrip('.')})")
+        return left
+
+
+@contextmanager
+def all_or_nothing(change: Change) -> Iterator[Undo]:
+    """Undo what was changed when anything fails or the run is cancelled; the error then says who is champion."""
+    undo = Undo()
+    try:
+        yield undo
+    except Exception as error:
+        told = _as_told(error)
+        raise type(told)(*_refusal(change, told, undo.run())) from error
+    except BaseException:  # Ctrl-C, a cancelled run
+        undo.run()
+        raise
+
+
+def _as_told(error: Exception) -> SlmopsError:
+    return error if isinstance(error, SlmopsError) else StageFailed(f"{type(error).__name__}: {error}.")
+
+
+def _refusal(change: Change, error: SlmopsError, left: Sequence[str]) -> tuple[str, str]:
+    held = f"{change.name}@{change.former} still is the champion" if change.former else "There still is no champion"
+    message = f"{change.manifest.reference} was not promoted: {error.message} {held}."
+    if not left:
+        return message, error.what_to_do
+    again = f"slmops promote {change.name}@{change.former}" if change.former else "slmops unregister"
+    return f"{message} Not put back: {'; '.join(left)}.", f"Put it in step with {again}. {error.what_to_do}".strip()
+
+
+def restore_alias(change: Change, registry: ModelRegistry) -> None:
+    """Let the former champion be it again, where this change had made another one."""
+    name, version = change.name, change.manifest.version
+    if change.former != version and registry.alias(name, CHAMPION) == version:
+        reason = f"the promotion of {change.manifest.reference} did not end"
+        if change.former is None:
+            registry.remove_alias(name, CHAMPION, reason)
+        else:
+            registry.set_alias(name, CHAMPION, change.former, reason, rolled_back=True)
+
+
+def hand_back(server: RunningServer, change: Change, version: int, registry: ModelRegistry) -> None:
+    """Let a server serve what it served before; raises `StageFailed` when it then serves something else."""
+    try:
+        former = registry.version(change.name, version)
+        server.hand_over(change.name, version, promotable_variant(former, registry).precision)
+    except SlmopsError:
+        if server.serves(change.name) != version:  # one that refused the new version has nothing to give back
+            raise
