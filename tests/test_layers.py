@@ -79,6 +79,13 @@ print(len(sys.modules), sorted(set(sys.modules) & {left_out!r}))
     assert int(count) < most
 
 
+def test_a_training_script_that_tells_of_its_checkpoint_imports_little(tmp_path: Path) -> None:
+    heavy = {*HEAVY, "httpx", "pydantic", "yaml", "asyncio", "typer"}
+    program = f"import sys, slmops.events; print(sorted(set(sys.modules) & {heavy!r}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_no_grammar_is_built_whenever_prefect_is_imported() -> None:
     # jsonschema, which Prefect imports, takes up rfc3987-syntax where that is installed, and that one builds its
     # grammar anew at every import: seconds for each command, if only a dependency of the tests brings it.

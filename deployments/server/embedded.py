@@ -52,6 +52,7 @@ class EmbeddedServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).parent,  # Prefect takes settings from files of its current directory
             env=child_environment(SERVER_ENVIRONMENT),
             start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle; the server ends after it
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slmops.deployments.server.current_folder import read_no_settings_here
 from slmops.deployments.server.embedded import EmbeddedServer
 from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
@@ -39,6 +40,8 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
     warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
     os.environ["PREFECT_HOME"] = str(prefect_home(settings))
     os.environ.pop("PREFECT_PROFILE", None)  # its settings are in the environment now; our home has no profiles
+    os.environ["PREFECT_PROFILES_PATH"] = str(prefect_home(settings) / "profiles.toml")
+    read_no_settings_here()
     os.environ.update(QUIET)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", (log_level or "INFO").upper())
     # Without --log-level, what a run logs goes to its API; the terminal shows the stages' progress instead.

@@ -46,6 +46,7 @@ class Supervised:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
+                cwd=self.log_path.parent,  # Prefect takes settings from files of its current directory
                 env=self._environment,
                 start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle
             )

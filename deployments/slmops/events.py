@@ -6,7 +6,6 @@ checkpoint_ready("s3://models/helpdesk-7", "helpdesk", training_run="https://exa
 """
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.storage.manifest import check_name
 
 CHECKPOINT_READY = "slmops.checkpoint.ready"
 
@@ -17,10 +16,13 @@ def checkpoint_ready(checkpoint: str, name: str, training_run: str | None = None
     `checkpoint` is what `slmops deploy` takes and the worker can read: `s3://`, `store://`, a Hub id, a folder there.
     Raises `BadInput` for an empty checkpoint or a name that is not valid, `StageFailed` where no server answers.
     """
+    # A training script imports this module at its start, and may never get as far as calling it.
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.events import Event, Resource
     from prefect.settings import PREFECT_API_URL
+
+    from slmops.infra.storage.manifest import check_name
 
     check_name(name)
     if not checkpoint:

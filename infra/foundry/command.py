@@ -7,11 +7,11 @@ https://learn.microsoft.com/azure/ai-foundry/foundry-local/reference/reference-c
 
 import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from slmops.infra.process.programs import installed_program
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 
 ASKING_DEADLINE_S = 60  # its service may have to start first
@@ -69,7 +69,7 @@ class FoundryCommand:
 
 def installed_command() -> FoundryCommand | None:
     """Return the command if it is on the PATH."""
-    path = shutil.which("foundry")
+    path = installed_program("foundry")
     return FoundryCommand(path) if path else None
 
 

@@ -177,7 +177,8 @@ class ChildProcess:
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a child: this process's own, quiet, without what could stand in for its modules."""
     inherited = {name: value for name, value in os.environ.items() if name not in SHADOWING}
-    return {**inherited, **QUIET_ENVIRONMENT, **(extra or {})}
+    # -P is not handed on to what a library starts in its turn; this is.
+    return {**inherited, **QUIET_ENVIRONMENT, "PYTHONSAFEPATH": "1", **(extra or {})}
 
 
 def _follow(

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.foundry.command import CommandFailed, installed_command
+from slmops.infra.process.programs import installed_program
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
@@ -163,7 +164,7 @@ def check_system(*, source_build: bool = False) -> list[Check]:
 def _check_cmake() -> Check:
     import subprocess
 
-    path = shutil.which("cmake")
+    path = installed_program("cmake")
     output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout if path else ""
     match = re.search(r"(\d+\.\d+(\.\d+)?)", output)
     found = match.group(1) if match else "not found"

@@ -70,6 +70,13 @@ def test_a_model_that_it_lists_and_that_answers(cache: Path, monkeypatch: pytest
     assert seen(cache) == ""
 
 
+def test_one_in_the_current_directory_is_not_run(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(tmp_path, monkeypatch, cache)
+    monkeypatch.chdir(tmp_path / "bin")
+    monkeypatch.setenv("PATH", ".")  # what Windows does by itself
+    assert installed_command() is None
+
+
 @pytest.mark.parametrize("other", ["", "-2", "/models"])
 def test_another_cache_is_not_asked(other: str, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(tmp_path, monkeypatch, Path(f"{cache}{other}") if other else tmp_path, listed="none")
