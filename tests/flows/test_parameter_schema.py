@@ -1,0 +1,38 @@
+"""The form of every flow in Prefect's UI, and the JSON that its API takes: names, types, defaults and descriptions.
+
+After a wanted change: `python -m tests.flows.test_parameter_schema` writes the recorded form anew.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.utilities.callables import parameter_schema
+
+RECORDED = Path(__file__).parent / "golden" / "parameter_schema.json"
+FLOWS = ("benchmark", "deploy", "gc", "promote", "regate", "retrain", "rollback")
+
+
+def form(name: str) -> dict[str, Any]:
+    """Return a flow's form, and what is told of the flow itself; white space does not count."""
+    flow = getattr(import_module(f"slmops.flows.{name}"), name)
+    schema = parameter_schema(flow).model_dump_for_openapi()
+    for field in schema["properties"].values():
+        field["description"] = " ".join(field["description"].split())
+        field.pop("position")
+    found: dict[str, Any] = json.loads(json.dumps({"flow": " ".join(flow.description.split()), "parameters": schema}))
+    return found
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_has_the_recorded_form(name: str) -> None:
+    recorded = json.loads(RECORDED.read_text("utf-8"))[name]
+    found = form(name)
+    assert found["parameters"] == recorded["parameters"]
+    assert sorted(found["flow"].split()) == sorted(recorded["flow"].split())  # the order of the parameters may differ
+
+
+if __name__ == "__main__":
+    RECORDED.write_text(json.dumps({name: form(name) for name in FLOWS}, indent=1) + "\n", "utf-8")
