@@ -1,7 +1,5 @@
 """The flow `benchmark`: measure a stored version anew, and tell when it became worse."""
 
-from collections.abc import Sequence
-
 from prefect import State, flow
 from prefect.states import Completed
 
@@ -14,59 +12,43 @@ from slmops.tasks.checkpoint.preparation import prepare_source
 from slmops.tasks.exams.lm_eval import LmEvalTasks, check_lm_eval, run_lm_eval, run_lm_eval_on_checkpoint
 from slmops.tasks.exams.measurement import measure_stored_variant, measurements_of
 from slmops.tasks.report.benchmark import BenchmarkReport, VariantBenchmark, publish_benchmark
+from slmops.tasks.request.declaration import takes
+from slmops.tasks.request.parameters import BenchmarkParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.verdict.history import Figures, compare_versions
 
 
 @flow(name="benchmark", flow_run_name="benchmark-{reference}")
 @ends_by_its_errors
-def benchmark(
-    reference: str,
-    lm_eval_tasks: Sequence[str] = (),
-    lm_eval_include: str | None = None,
-    lm_eval_limit: int | None = None,
-    lm_eval_chat_template: bool = False,
-    lm_eval_allow_network: bool = False,
-    lm_eval_allow_code: bool = False,
-    lm_eval_on_checkpoint: bool = False,
-) -> State[BenchmarkReport]:
+@takes(BenchmarkParameters)
+def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
     """Measure every variant of a stored version anew and compare it with its earlier measurements on this machine.
 
     The figures are appended to the version's evidence. A change for the worse beyond noise is measured twice before it
     is believed; then the event `slmops.benchmark.regression` is emitted.
-
-    Args:
-        reference: The version, NAME@VERSION; NAME alone is its champion, or the newest version without one.
-        lm_eval_tasks: Tasks, groups or tags of lm-eval to run on every variant; results on record are reused.
-        lm_eval_include: Folder with lm-eval tasks of your own.
-        lm_eval_limit: Documents of each lm-eval task; default: all.
-        lm_eval_chat_template: Ask lm-eval's questions through the model's chat template.
-        lm_eval_allow_network: Let lm-eval fetch its tasks' data from the Hugging Face Hub.
-        lm_eval_allow_code: Let the task files of `lm_eval_include` run Python code, with your own rights.
-        lm_eval_on_checkpoint: Run lm-eval's tasks on the source checkpoint too, to stand beside its variants.
 
     Returns:
         The report, in a completed state whether or not there is a regression: the report says so.
     """
     settings = load_settings()
     registry = open_registry(settings)
-    manifest = registry.find(reference)
-    asked = LmEvalTasks(
-        names=tuple(lm_eval_tasks),
-        include_path=lm_eval_include,
-        limit=lm_eval_limit,
-        chat_template=lm_eval_chat_template,
-        allow_network=lm_eval_allow_network,
-        allow_code=lm_eval_allow_code,
+    manifest = registry.find(parameters.reference)
+    tasks = LmEvalTasks(
+        names=parameters.lm_eval_tasks,
+        include_path=parameters.lm_eval_include,
+        limit=parameters.lm_eval_limit,
+        chat_template=parameters.lm_eval_chat_template,
+        allow_network=parameters.lm_eval_allow_network,
+        allow_code=parameters.lm_eval_allow_code,
     )
-    if asked.names or lm_eval_on_checkpoint:
-        check_lm_eval(asked)
-    prepared = prepare_source(manifest, settings) if lm_eval_on_checkpoint else None
+    if tasks.names or parameters.lm_eval_on_checkpoint:
+        check_lm_eval(tasks)
+    prepared = prepare_source(manifest, settings) if parameters.lm_eval_on_checkpoint else None
     with registry.in_use(manifest):
         variants = tuple(measure_anew(manifest, variant, registry, settings) for variant in manifest.variants)
-        if asked.names:
-            variants = tuple(with_lm_eval(manifest, variant, asked, registry, settings) for variant in variants)
-    on_checkpoint = run_lm_eval_on_checkpoint(manifest, prepared, asked, registry, settings) if prepared else ()
+        if tasks.names:
+            variants = tuple(with_lm_eval(manifest, variant, tasks, registry, settings) for variant in variants)
+    on_checkpoint = run_lm_eval_on_checkpoint(manifest, prepared, tasks, registry, settings) if prepared else ()
     report = BenchmarkReport(
         name=manifest.name, version=manifest.version, variants=variants, checkpoint_lm_eval=on_checkpoint
     )
@@ -100,14 +82,14 @@ def measure_anew(
 
 
 def with_lm_eval(
-    manifest: Manifest, measured: VariantBenchmark, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
+    manifest: Manifest, measured: VariantBenchmark, parameters: LmEvalTasks, registry: ModelRegistry, settings: Settings
 ) -> VariantBenchmark:
     """Run lm-eval's tasks on a variant that could be measured."""
     if measured.error:
         return measured
     variant = manifest.variant(measured.precision)
     try:
-        results = run_lm_eval(manifest, variant, asked, registry, settings)
+        results = run_lm_eval(manifest, variant, parameters, registry, settings)
     except StageFailed as error:
         return measured.model_copy(update={"error": str(error)})
     return measured.model_copy(update={"lm_eval": results})

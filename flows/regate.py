@@ -1,7 +1,5 @@
 """The flow `regate`: judge a stored version again, without building it."""
 
-from collections.abc import Sequence
-
 from prefect import State, flow
 
 from slmops.flows.qualify import Gate, Qualification, ended, needs_source, qualify
@@ -15,56 +13,41 @@ from slmops.tasks.exams.text import read_text
 from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.budget import parse_budget
+from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.inputs import local_file
+from slmops.tasks.request.parameters import RegateParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.commit import last_budget
 
 
 @flow(name="regate", flow_run_name="regate-{reference}")
 @ends_by_its_errors
-def regate(
-    reference: str,
-    evaluation_file: str | None = None,
-    scorer: str | None = None,
-    output_schema_file: str | None = None,
-    output_regex: str | None = None,
-    text_file: str | None = None,
-    budget: Sequence[str] | None = None,
-    min_top1_agreement: float | None = None,
-    max_kl_divergence: float | None = None,
-    max_quality_loss: float | None = None,
-) -> State[DeployReport]:
+@takes(RegateParameters)
+def regate(parameters: RegateParameters) -> State[DeployReport]:
     """Judge a stored version by other thresholds or rows, and register or unregister its variants accordingly.
-
-    Args:
-        reference: The version, NAME@VERSION.
-        evaluation_file: JSONL rows {id, messages, expected}; default: the rows of the last evaluation.
-        scorer: How an answer is scored where its row in `evaluation_file` does not say.
-        output_schema_file: JSON Schema that every answer must conform to; with `evaluation_file`.
-        output_regex: Regular expression that every answer must match as a whole; with `evaluation_file`.
-        text_file: UTF-8 text on which perplexity and distributions are compared too.
-        budget: Limits of the chosen variant, each KEY=VALUE; default: those of the last choice.
-        min_top1_agreement: Gate: smallest share of positions with the reference's most likely token (0 to 1).
-        max_kl_divergence: Gate: largest mean KL divergence from the reference, in nats per token.
-        max_quality_loss: Gate: largest drop of the task score below the reference's (0 to 1).
 
     Returns:
         The report, in the states that `deploy` ends in.
     """
     settings = load_settings()
     evaluation_file, output_schema_file, text_file = (
-        local_file(text, settings) if text else None for text in (evaluation_file, output_schema_file, text_file)
+        local_file(text, settings) if text else None
+        for text in (parameters.evaluation_file, parameters.output_schema_file, parameters.text_file)
     )
     registry = open_registry(settings)
-    manifest = registry.find(reference)
-    limits = last_budget(manifest, registry) if budget is None else tuple(budget)
+    manifest = registry.find(parameters.reference)
+    limits = last_budget(manifest, registry) if parameters.budget is None else parameters.budget
     parse_budget(limits)
-    asked = {"scorer": scorer, "output_schema_file": output_schema_file, "output_regex": output_regex}
-    if evaluation_file is None and any(asked.values()):
+    form = {
+        "scorer": parameters.scorer,
+        "output_schema_file": output_schema_file,
+        "output_regex": parameters.output_regex,
+    }
+    if evaluation_file is None and any(form.values()):
         raise BadInput("A scorer or an output format is named without an evaluation file.", "Name its file too.")
     evaluation = last_evaluation_set(manifest, registry) if evaluation_file is None else None
     if evaluation is None:
-        evaluation = read_evaluation(evaluation_file, None, settings, **asked)
+        evaluation = read_evaluation(evaluation_file, None, settings, **form)
     text = read_text(text_file, settings) if text_file else None
     with torch_process(settings) as torch_child:
         version = Qualification(
@@ -74,7 +57,7 @@ def regate(
             else None,
             evaluation=evaluation,
             text=text,
-            gate=Gate(min_top1_agreement, max_kl_divergence, max_quality_loss),
+            gate=Gate(parameters.min_top1_agreement, parameters.max_kl_divergence, parameters.max_quality_loss),
             budget=limits,
             description=str((registry.latest_evidence(manifest, "deploy") or {}).get("description", "")),
             promote=False,

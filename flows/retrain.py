@@ -1,6 +1,6 @@
 """The flow `retrain`: from a dataset to a version that takes the champion's place if it is better."""
 
-from typing import Any, Literal
+from typing import Any
 
 from prefect import State, flow
 from prefect.states import Completed, Failed
@@ -16,7 +16,9 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
 from slmops.tasks.report.records import DeployReport
+from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.inputs import local_file
+from slmops.tasks.request.parameters import RetrainParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.training.comparison import (
     RetrainReport,
@@ -47,98 +49,66 @@ class RetrainEnded(RunEnded):
 
 @flow(name="retrain", flow_run_name="retrain-{name}")
 @ends_by_its_errors
-def retrain(
-    dataset: str,
-    base: str,
-    name: str,
-    evaluation_file: str | None = None,
-    method: Literal["lora", "full"] = "lora",
-    epochs: int = 3,
-    learning_rate: float = 2e-4,
-    batch_size: int = 8,
-    lora_rank: int = 16,
-    early_stopping_patience: int = 2,
-    max_length: int | None = None,
-    seed: int = 0,
-    revision: str | None = None,
-    precisions: list[Literal["fp16", "int8", "int4"]] | None = None,
-    promotion: Literal["if better", "never"] = "if better",
-    force: bool = False,
-) -> State[RetrainReport]:
+@takes(RetrainParameters)
+def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
     """Fine-tune a base, deploy the result as a candidate, and promote it if it is better than the champion.
 
     Nothing is done when the newest retrain of this name had the same dataset, base and hyperparameters.
-
-    Args:
-        dataset: Chats to learn from: JSONL file, s3:// object, or Hugging Face dataset (Hub id or folder). A row is
-            {messages} with the answer as its last turn, or {messages, expected}.
-        base: Checkpoint to fine-tune: folder, Hub id (owner/name), s3:// folder, or store:// address.
-        name: Name of the model.
-        evaluation_file: JSONL rows {id, messages, expected} that champion and candidate are compared on; default:
-            eval.jsonl in the base's folder.
-        method: Train a LoRA adapter, which is merged into the base, or all weights.
-        epochs: Passes over the dataset, at most.
-        learning_rate: Highest learning rate; full fine-tuning wants a smaller one than LoRA.
-        batch_size: Chats per step.
-        lora_rank: Rank of the adapter's matrices.
-        early_stopping_patience: Epochs without improvement on held-out chats after which training stops.
-        max_length: Longest chat, in tokens; default: the base's context.
-        seed: Seed of all that is random.
-        revision: Revision of a base from the Hub: branch, tag or commit.
-        precisions: Precisions to build; default: all.
-        promotion: Promote a candidate that is better than the champion, or never.
-        force: Train and deploy although nothing has changed.
 
     Returns:
         The report, as a completed state (promoted, kept, skipped); a failed one named `Rejected` when the gate rejected
         every variant, and a failed one when none could be built.
     """
     settings = load_settings()
-    check_name(name)
+    check_name(parameters.name)
     hyperparameters = Hyperparameters.checked(
-        method=method,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        lora_rank=lora_rank,
-        early_stopping_patience=early_stopping_patience,
-        max_length=max_length,
-        seed=seed,
+        method=parameters.method,
+        epochs=parameters.epochs,
+        learning_rate=parameters.learning_rate,
+        batch_size=parameters.batch_size,
+        lora_rank=parameters.lora_rank,
+        early_stopping_patience=parameters.early_stopping_patience,
+        max_length=parameters.max_length,
+        seed=parameters.seed,
     )
     registry = open_registry(settings)
     registry.objects.check()
-    with only_retrain_of(name, settings):
-        chats = read_dataset_once(dataset, settings)
-        prepared = prepare_base(base, revision, settings)
-        rows_file = local_file(evaluation_file, settings) if evaluation_file else None
+    with only_retrain_of(parameters.name, settings):
+        chats = read_dataset_once(parameters.dataset, settings)
+        prepared = prepare_base(parameters.base, parameters.revision, settings)
+        rows_file = local_file(parameters.evaluation_file, settings) if parameters.evaluation_file else None
         evaluation = read_evaluation(rows_file, prepared.folder, settings)
         if any(row.expected is None for row in evaluation.rows):
             raise BadInput(
                 "There is no evaluation file to compare champion and candidate on.",
                 "Name one with --eval, or put an eval.jsonl into the base's folder.",
             )
-        earlier = None if force else last_retrain(name, key_of(chats, prepared, hyperparameters), registry)
+        earlier = (
+            None
+            if parameters.force
+            else last_retrain(parameters.name, key_of(chats, prepared, hyperparameters), registry)
+        )
         if earlier:
-            summary = f"Nothing has changed since {name}@{earlier.version} ({earlier.status}): skipped."
+            summary = f"Nothing has changed since {parameters.name}@{earlier.version} ({earlier.status}): skipped."
             return Completed(message=summary, data=earlier.model_copy(update={"status": "skipped", "summary": summary}))
 
         checkpoint, tuned = fine_tune_once(chats, prepared, hyperparameters, settings)
         candidate: dict[str, Any] = {
             "checkpoint": checkpoint,
-            "name": name,
-            "base": prepared.uri if method == "lora" else None,
+            "name": parameters.name,
+            "base": prepared.uri if parameters.method == "lora" else None,
             "evaluation_file": rows_file or str(prepared.folder / "eval.jsonl"),
             "training_run": f"dataset sha256:{tuned.dataset_fingerprint[:16]}, fine-tuning {tuned.key[:16]}",
         }
-        if precisions:
-            candidate["precisions"] = precisions
-        before = champion_of(name, registry)
+        if parameters.precisions:
+            candidate["precisions"] = parameters.precisions
+        before = champion_of(parameters.name, registry)
         result: Any = deploy(**candidate, return_state=True).result(raise_on_failure=False)
         if isinstance(result, BaseException) and not isinstance(result, DeployEnded):
             raise result
         deployed = result.report if isinstance(result, DeployEnded) else result
         report = judged(
-            deployed, tuned, before.reference if before else None, evaluation, promotion, registry, settings
+            deployed, tuned, before.reference if before else None, evaluation, parameters.promotion, registry, settings
         )
         return _ended(publish_retrain(report, registry))
 

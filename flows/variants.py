@@ -67,7 +67,7 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
     wanted = Recipe.model_validate(asked["recipe"])
     whole_model = [wanted.precision] if wanted.quantizes_at_once else []
     check_room(prepared.inspection, [wanted.precision], 0, settings, whole_model=whole_model)
-    request = DeployRequest.model_validate(asked["request"])
+    request = DeployRequest.of(asked["request"])
     with torch_process(settings) as torch_child:
         built = build_variant(wanted, prepared, request, registry, settings, torch_child)
     done = built.model_copy(update={"host": host_facts()})
@@ -122,7 +122,7 @@ def build_on_workers(
         "digest": prepared.digest,
         "builder": builder_versions(),
         "request": {
-            **request.model_dump(mode="json", exclude_unset=True, include=OF_A_BUILD),
+            **request.given(OF_A_BUILD),
             "checkpoint": checkpoint,
         },
     }

@@ -601,7 +601,7 @@ def recipes(as_json: Json = False) -> None:
     """List the recipes that --recipe takes, and that --search tries."""
     _prepare(load_settings())
     from slmops.tasks.build.build import OLIVE_PROVIDERS, known_recipes
-    from slmops.tasks.request.deploy_request import PRECISIONS
+    from slmops.tasks.request.parameters import PRECISIONS
 
     found = [
         {"recipe": name, "precision": precision, "execution_provider": provider}

@@ -25,7 +25,8 @@ from slmops.infra.storage.manifest import StoredVariant, digest_of
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.checkpoint.preparation import EVALUATION_FILE, OUTPUT_SCHEMA_FILE, PreparedCheckpoint
 from slmops.tasks.environment.checks import builder_versions
-from slmops.tasks.request.deploy_request import DeployRequest, ExecutionProvider, Precision, check_output
+from slmops.tasks.request.deploy_request import DeployRequest, check_output
+from slmops.tasks.request.parameters import ExecutionProvider, Precision
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 

@@ -21,7 +21,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.opening import open_object_store
 from slmops.tasks.checkpoint.preparation import Inspection, inspect_checkpoint
-from slmops.tasks.request.deploy_request import PRECISIONS
+from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.runs.stage import stage
 
 DISTRIBUTION = "slmops"

@@ -2,62 +2,45 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 from urllib.parse import urlsplit
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.manifest import LONGEST_TRAINING_RUN, check_name
 from slmops.tasks.request.budget import parse_budget
+from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, Device, Precision
 
-Precision = Literal["fp16", "int8", "int4"]
-Device = Literal["cpu", "gpu", "npu"]
-ExecutionProvider = Literal["cpu", "cuda", "dml", "webgpu"]
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DEVICE_OF_PROVIDER: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu", "dml": "gpu", "webgpu": "gpu"}
 # A tag of Hugging Face's own, for training; every runtime strips it.
 GENERATION_TAG = r"\{%-?\s*(end)?generation\s*-?%\}"
-DEVICE_OF_PROVIDER: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu", "dml": "gpu", "webgpu": "gpu"}
 
 
-class DeployRequest(BaseModel):
-    """The parameters of the flow `deploy`, described there."""
+@dataclass(frozen=True)
+class DeployRequest(DeployParameters):
+    """What a deploy is asked for, of the right types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
-    checkpoint: str
-    name: str
-    precisions: tuple[Precision, ...] = PRECISIONS
-    device: Device = "cpu"
-    execution_provider: ExecutionProvider = "cpu"
-    base: str | None = None
-    revision: str | None = None
-    description: str = ""
-    evaluation_file: str | None = None
-    scorer: str | None = None
-    output_schema_file: str | None = None
-    output_regex: str | None = None
-    text_file: str | None = None
-    budget: tuple[str, ...] = ()
-    chat_template_file: str | None = None
-    min_top1_agreement: float | None = None
-    max_kl_divergence: float | None = None
-    max_quality_loss: float | None = None
-    max_length: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    olive_config_file: str | None = None
-    recipes: tuple[str, ...] = ()
-    search: bool = False
-    output: str | None = None
-    promote: bool = False
-    training_run: str | None = None
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> "DeployRequest":
+        """Return the request that parameters make; raises `BadInput` for one that is unknown or of a wrong type."""
+        try:
+            return REQUEST.validate_python(parameters)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise BadInput(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}.", "Correct it.") from None
+
+    def given(self, names: Set[str]) -> dict[str, Any]:
+        """Return those of the named parameters that are not left at their defaults, as JSON can hold them."""
+        found: dict[str, Any] = REQUEST.dump_python(self, mode="json", include=set(names), exclude_defaults=True)
+        return found
 
     def checked(self) -> "DeployRequest":
         """Return the request with duplicates removed; raises `BadInput` for what no deploy can do."""
@@ -98,11 +81,8 @@ class DeployRequest(BaseModel):
             read_chat_template_file(Path(self.chat_template_file))
         if self.output:
             check_output(Path(self.output))
-        return self.model_copy(
-            update={
-                "precisions": tuple(dict.fromkeys(self.precisions)),
-                "recipes": tuple(dict.fromkeys(self.recipes)),
-            }
+        return replace(
+            self, precisions=tuple(dict.fromkeys(self.precisions)), recipes=tuple(dict.fromkeys(self.recipes))
         )
 
     @property
@@ -115,6 +95,9 @@ class DeployRequest(BaseModel):
             "repetition_penalty": self.repetition_penalty,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+REQUEST = TypeAdapter(DeployRequest)
 
 
 def check_precisions(names: Sequence[str]) -> tuple[Precision, ...]:
@@ -145,7 +128,7 @@ def read_chat_template_file(path: Path) -> str:
 
 def check_output(path: Path) -> None:
     """Raise `BadInput` when a plain copy cannot be written to a folder: it must be new or empty."""
-    nearest = next((one for one in (path, *path.absolute().parents) if one.exists()), path)
+    nearest = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
     if not nearest.is_dir():
         raise BadInput(f"The output {path} cannot be a folder: {nearest} is a file.", "Name a new folder.")
     if nearest == path and any(path.iterdir()):

@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.checkpoints.hub import fetch_from_hub
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
@@ -50,11 +50,7 @@ def parse_request(parameters: dict[str, Any]) -> DeployRequest:
     """Return the request that flow parameters make; raises `BadInput` for any that is not valid."""
     if "precisions" in parameters:
         parameters = {**parameters, "precisions": check_precisions(parameters["precisions"])}
-    try:
-        request = DeployRequest.model_validate(parameters).checked()
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise BadInput(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}.", "Correct it.") from None
+    request = DeployRequest.of(parameters).checked()
     foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses some names of its own
     return request
 

@@ -17,7 +17,7 @@ from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import check_name, digest_of
 from slmops.tasks.checkpoint.preparation import content_digest, fetch_checkpoint, inspect_checkpoint
 from slmops.tasks.questions.evaluation_set import read_evaluation_set
-from slmops.tasks.request.deploy_request import PRECISIONS
+from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.dataset import Dataset, read_dataset, split

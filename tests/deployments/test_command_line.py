@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+
 from slmops.deployments.cli.app import app
 
 GROUP: Any = typer.main.get_command(app)

@@ -12,7 +12,6 @@ from slmops.flows.promote import promote
 from slmops.flows.regate import regate
 from slmops.flows.retrain import retrain
 from slmops.flows.rollback import rollback
-from slmops.tasks.request.deploy_request import DeployRequest
 
 
 @pytest.mark.parametrize("flow", [benchmark, deploy, promote, regate, retrain, rollback], ids=lambda flow: flow.name)
@@ -32,7 +31,3 @@ def test_choices_are_enumerated_and_defaults_are_given() -> None:
     assert list(properties["precisions"]["default"]) == ["fp16", "int8", "int4"]
     assert properties["execution_provider"]["enum"] == ["cpu", "cuda", "dml", "webgpu"]
     assert parameter_schema(retrain).model_dump()["properties"]["method"]["enum"] == ["lora", "full"]
-
-
-def test_the_form_has_what_a_request_has() -> None:
-    assert set(parameter_schema(deploy).model_dump()["properties"]) == set(DeployRequest.model_fields)

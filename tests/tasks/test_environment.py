@@ -26,7 +26,7 @@ from slmops.tasks.environment.checks import (
     require_packages,
     require_resources,
 )
-from slmops.tasks.request.deploy_request import PRECISIONS
+from slmops.tasks.request.parameters import PRECISIONS
 
 STACK = {"olive-ai", "onnxruntime-genai", "onnxruntime", "foundry-local-sdk", "transformers", "torch", "prefect"}
 

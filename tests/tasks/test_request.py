@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput
 from slmops.tasks.request.deploy_request import (
-    PRECISIONS,
     DeployRequest,
     check_output,
     check_precisions,
     read_chat_template_file,
 )
+from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.request.plan import parse_request
 from tests.checkpoints import CHAT_TEMPLATES
 

@@ -1,0 +1,79 @@
+"""How a record declares parameters, and how a flow takes them: one line per parameter says everything about it."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
+from typing import Any, TypeVar, get_args, get_type_hints
+
+Record = TypeVar("Record")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a parameter is for, and how the command line asks for it.
+
+    `description` is shown by Prefect's form and API; `help` by the command, which has less room (default: the same).
+    `option` is the option's name (default: the parameter's own); a `positional` parameter is an argument. A `key` is
+    given as KEY=VALUE to an option that it shares with other keys. `switch` is the value that a flag sets.
+    """
+
+    description: str
+    help: str = ""
+    option: str = ""
+    metavar: str | None = None
+    positional: bool = False
+    key: bool = False
+    switch: str | None = None
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A field of a record: its type, its default (`MISSING` where it is required), and what is said of it."""
+
+    name: str
+    type: Any
+    default: Any
+    parameter: Parameter
+
+
+def declared(record: type) -> Iterator[Declared]:
+    """Yield the parameters that a record declares, in order."""
+    types = get_type_hints(record, include_extras=True)
+    for field in fields(record):
+        bare, parameter = get_args(types[field.name])
+        yield Declared(field.name, bare, field.default, parameter)
+
+
+def takes(record: type[Record]) -> Callable[[Callable[[Record], Result]], Callable[..., Result]]:
+    """Give a function of one record a parameter for each of the record's fields.
+
+    Prefect makes a flow's form of its signature and of the section `Args` of its docstring; both come from the record.
+    """
+    parameters = list(declared(record))
+
+    def decorate(function: Callable[[Record], Result]) -> Callable[..., Result]:
+        @wraps(function)
+        def flat(*args: Any, **kwargs: Any) -> Result:
+            return function(record(**signature.bind(*args, **kwargs).arguments))
+
+        signature = inspect.signature(function).replace(parameters=[_in_signature(field) for field in parameters])
+        flat.__signature__ = signature  # type: ignore[attr-defined]
+        flat.__annotations__ = {field.name: field.type for field in parameters}
+        flat.__doc__ = _with_arguments(inspect.getdoc(function) or "", parameters)
+        return flat
+
+    return decorate
+
+
+def _in_signature(field: Declared) -> inspect.Parameter:
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(field.name, kind, default=default, annotation=field.type)
+
+
+def _with_arguments(text: str, parameters: list[Declared]) -> str:
+    purpose, title, result = text.partition("Returns:")
+    arguments = "\n".join(f"    {field.name}: {field.parameter.description}" for field in parameters)
+    return f"{purpose.rstrip()}\n\nArgs:\n{arguments}\n\n{title}{result}".rstrip()
