@@ -10,6 +10,9 @@ from onnx import numpy_helper
 
 from slmops.infra.process.supervisor import run_in_child
 
+# A readable ONNX file without a node, where a test needs a model that nothing runs.
+EMPTY_GRAPH = onnx.ModelProto(ir_version=10).SerializeToString()
+
 
 def build_genai_model(checkpoint_dir: Path, directory: Path, precision: str = "fp32", **extra_options: Any) -> Path:
     """Build `checkpoint_dir` into `directory` through the project's own Olive engine and return it."""

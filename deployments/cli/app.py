@@ -439,6 +439,7 @@ def list_models(as_json: Json = False) -> None:
                     "aliases": list(registry.aliases_of(manifest)),
                     "tags": registry.tags(manifest),
                     "created_at": manifest.created_at,
+                    "says_origin": registry.of(manifest).says_origin,
                     "variants": [
                         {
                             "precision": variant.precision,
@@ -460,7 +461,8 @@ def list_models(as_json: Json = False) -> None:
             "variants": ", ".join(
                 f"{one['precision']} {one['status'] or 'not judged'} ({one['size_bytes'] / 1e6:,.1f} MB)"
                 for one in model["variants"]
-            ),
+            )
+            + (", says its origin" if model["says_origin"] else ""),
         }
         for model in models
     ]
@@ -476,11 +478,12 @@ def show(reference: Reference, as_json: Json = False) -> None:
 
     registry, manifest = version_of(reference)
     deployed = registry.latest_evidence(manifest, "deploy") or {}
+    says_origin = registry.of(manifest).says_origin
     if as_json:
         kept = {"aliases": registry.aliases_of(manifest), "tags": registry.tags(manifest), "deploy": deployed}
         notes = [{"at": at, "text": text} for at, text in registry.notes(manifest)]
         signed = {"signed": is_signed(registry, manifest), "digest": manifest.digest, "uri": registry.uri(manifest)}
-        print_json({**manifest.model_dump(), **kept, "notes": notes, **signed})
+        print_json({**manifest.model_dump(), **kept, "says_origin": says_origin, "notes": notes, **signed})
         return
     print_line(
         f"{manifest.reference}  {manifest.created_at}  aliases: {', '.join(registry.aliases_of(manifest)) or '-'}"
@@ -508,7 +511,7 @@ def show(reference: Reference, as_json: Json = False) -> None:
         {"variant": precision, "status": status or "not judged"}
         for precision, status in _statuses(registry, manifest).items()
     ]
-    print_table("Variants", statuses)
+    print_table("Variants (says its origin)" if says_origin else "Variants", statuses)
 
 
 def _statuses(registry: Any, manifest: Any) -> dict[str, str | None]:

@@ -99,6 +99,7 @@ def _copy(reference: str, source: Any, target: Any, *, renumber: bool, as_json: 
             target,
             renumber=renumber,
             on_progress=lambda done, total, what: display("copy", done / total, what),
+            settings=load_settings().store,
         )
     _show_copied(copied, target, as_json=as_json)
 
@@ -116,6 +117,9 @@ def _show_copied(copied: Any, target: Any, *, as_json: bool) -> None:
         f"{copied.manifest.reference} {state}: {target.uri(copied.manifest)} "
         f"({copied.moved_bytes / 1e6:,.1f} MB moved, {copied.skipped_bytes / 1e6:,.1f} MB were there)"
     )
+    if target.of(copied.manifest).says_origin and "champion" not in target.aliases_of(copied.manifest):
+        name = copied.manifest.reference
+        print_line(f"Its figures are its origin's word. Judge it with slmops regate {name}, or slmops promote {name}.")
 
 
 def verify(
@@ -246,6 +250,7 @@ def import_version(
             settings.cache_dir / "work",
             renumber=renumber,
             on_progress=lambda done, total, what: display("import", done / total, what),
+            settings=settings.store,
         )
     _show_copied(copied, registry, as_json=as_json)
 

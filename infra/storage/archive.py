@@ -28,10 +28,12 @@ from pydantic_core import from_json
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
+from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.copying import CopiedVersion, copy_version
 from slmops.infra.storage.local import CHUNK_BYTES, LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant
 from slmops.infra.storage.objects import Blob, OnBytes
+from slmops.infra.storage.origin import unmarked
 from slmops.infra.storage.progress import byte_progress
 from slmops.infra.storage.registry import ModelRegistry, blob_of
 
@@ -103,6 +105,7 @@ def import_version(
     *,
     renumber: bool = False,
     on_progress: OnProgress | None = None,
+    settings: StoreSettings | None = None,
 ) -> CopiedVersion:
     """Copy the version in an archive into a store, as `copy_version` does, once all of it is unpacked and verified.
 
@@ -114,7 +117,7 @@ def import_version(
         staged = ModelRegistry(LocalObjectStore(folder))
         with _disk_errors(f"{file} cannot be unpacked below {staging}"):
             manifest = _unpack(archive, staged, registry, folder, on_progress)
-        return copy_version(manifest, staged, registry, renumber=renumber, on_progress=on_progress)
+        return copy_version(manifest, staged, registry, renumber=renumber, on_progress=on_progress, settings=settings)
 
 
 # What both sides hold a version to
@@ -310,7 +313,7 @@ def _manifest_and_evidence(registry: ModelRegistry, manifest: Manifest) -> Itera
                 "Push it to a store instead.",
             )
         for name in names:
-            data = registry.objects.read_bytes(evidence + name)
+            data = unmarked(registry.objects.read_bytes(evidence + name))
             _refuse(manifest, f"evidence {_shown(name)}", _fault_of_evidence(name, data, digest))
             yield evidence + name, data
     except KeyError as error:

@@ -86,8 +86,9 @@ def _files(manifest: Manifest, precision: str) -> dict[str, str]:
 def _figures(manifest: Manifest, registry: ModelRegistry) -> dict[str, str]:
     deployed: dict[str, Any] = registry.latest_evidence(manifest, "deploy") or {"variants": []}
     figures = {}
+    word = " (says its origin)" if registry.of(manifest).says_origin else ""
     for variant in deployed["variants"]:
-        figures[f"{variant['precision']} status"] = str(variant["status"])
+        figures[f"{variant['precision']} status"] = f"{variant['status']}{word}"
         for name, value in (variant.get("metrics") or {}).items():
             if value is not None:
                 figures[f"{variant['precision']} {name}"] = (

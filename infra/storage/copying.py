@@ -1,16 +1,22 @@
 """Versions from one store to another: push, pull, and what import does after unpacking."""
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from slmops.infra.errors import StageFailed
+from slmops.infra.genai.model_screening import GENAI_CONFIG, is_screened, screen_files
 from slmops.infra.process.call import OnProgress
+from slmops.infra.settings import StoreSettings
+from slmops.infra.storage.evidence import DEPLOY, SELECTION
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile
+from slmops.infra.storage.origin import marked
 from slmops.infra.storage.progress import byte_progress
 from slmops.infra.storage.registry import CHAMPION, SIGNATURE, ModelRegistry, blob_of
+from slmops.infra.storage.signatures import check_signature, is_signed
 
 AT_ONCE = 8
 
@@ -32,16 +38,21 @@ def copy_version(
     *,
     renumber: bool = False,
     on_progress: OnProgress | None = None,
+    settings: StoreSettings | None = None,
 ) -> CopiedVersion:
     """Copy a version with its evidence into another store; what is there is not moved again.
 
     It keeps its number, or with `renumber` takes the next free one where its own is another version's. A version of
     the same identity that the target has already is that version, whatever its number. It is seen there only once
-    all its files are, and becomes the champion of a name that has none, if it can be served. A copy that broke off is
-    completed by the next one.
+    all its files are. A copy that broke off is completed by the next one.
 
-    Raises `BadInput` for a number that is taken, `StageFailed` for files that the source has lost or altered.
+    The evidence stays its origin's word: it makes no champion. Only a signature by the verification key of `settings`
+    does, of a name that has none, if the version can be served.
+
+    Raises `BadInput` for a number that is taken and for a model that is refused, `StageFailed` for files that the
+    source has lost or altered.
     """
+    _screen(manifest, source, on_progress)
     existing = target.same_version(manifest)
     renumber = renumber and existing is None
     if existing is None and not renumber:
@@ -54,11 +65,24 @@ def copy_version(
     finally:
         target.release_files()
     _copy_evidence(manifest, source, stored, target)
-    if _can_be_served(stored, target):
-        reason = "the first version of its name in this store"
+    if settings and _is_trusted(stored, target, settings) and _can_be_served(stored, target):
+        reason = "the first version of its name in this store, signed by a key that is trusted"
         target.set_alias(stored.name, CHAMPION, stored.version, reason, only_if_free=True)
     moved = sum(blob.size_bytes for blob in missing)
     return CopiedVersion(stored, is_new, moved, sum(blob.size_bytes for blob in files) - moved)
+
+
+def _screen(manifest: Manifest, source: ModelRegistry, on_progress: OnProgress | None) -> None:
+    """Raise `BadInput` for a model that no runtime may open; a variant that is none cannot be opened anyway."""
+    for variant in manifest.variants:
+        files = {file.path: file for file in variant.files if "/" not in file.path}
+        if GENAI_CONFIG not in files:
+            continue
+        try:
+            here = source.local_files([file for name, file in files.items() if is_screened(name)], on_progress)
+        except KeyError as error:
+            raise _lost(error) from None
+        screen_files({name: here.get(name, Path(name)) for name in files})
 
 
 def _move(
@@ -77,24 +101,32 @@ def _move(
                 here |= {blob: cache.blob_path(blob) for blob in far}
         target.objects.put_blobs([(blob, path) for blob, path in here.items() if path], on_bytes)
     except KeyError as error:
-        raise StageFailed(
-            f"The store has lost {error.args[0]}.", "See with slmops verify what else, and deploy the version again."
-        ) from None
+        raise _lost(error) from None
+
+
+def _lost(error: KeyError) -> StageFailed:
+    return StageFailed(
+        f"The store has lost {error.args[0]}.", "See with slmops verify what else, and deploy the version again."
+    )
 
 
 def _copy_evidence(manifest: Manifest, source: ModelRegistry, stored: Manifest, target: ModelRegistry) -> None:
-    """Append the evidence that the target does not have; records point to the version as it is called there."""
+    """Append the evidence that the target does not have.
+
+    Records point to the version as it is called there, and say that they were copied.
+    """
     prefix = len(source.evidence_key(manifest, ""))
     known = {entry.key[len(target.evidence_key(stored, "")) :] for entry in target.evidence_entries(stored)}
     names = [entry.key[prefix:] for entry in source.evidence_entries(manifest)]
+    if CHAMPION in target.aliases_of(stored):  # what serves is not changed by what comes along
+        names = [name for name in names if name.partition("-")[0] not in (SELECTION.name, DEPLOY.name)]
     same = manifest.digest == stored.digest
     wanted = [name for name in names if name not in known and (same or _holds_for_another_number(name))]
 
     def copy(name: str) -> None:
         data = source.objects.read_bytes(source.evidence_key(manifest, name))
-        if not same:
-            record = {**json.loads(data), "manifest": stored.digest, "copied_from": manifest.digest}
-            data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+        if name.endswith(".json"):
+            data = marked(data, stored.digest, manifest.digest)
         target.objects.put_bytes(target.evidence_key(stored, name), data)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -104,6 +136,15 @@ def _copy_evidence(manifest: Manifest, source: ModelRegistry, stored: Manifest, 
 def _holds_for_another_number(name: str) -> bool:
     """Whether evidence is of the content alone: a signature covers the number, and reports are texts that name it."""
     return name.endswith(".json") and not name.startswith(f"{SIGNATURE}-")
+
+
+def _is_trusted(manifest: Manifest, registry: ModelRegistry, settings: StoreSettings) -> bool:
+    if settings.verification_key is None or not is_signed(registry, manifest):
+        return False
+    with suppress(StageFailed):  # by another key, or altered
+        check_signature(registry, manifest, settings)
+        return True
+    return False
 
 
 def _can_be_served(manifest: Manifest, registry: ModelRegistry) -> bool:

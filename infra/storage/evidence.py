@@ -60,7 +60,10 @@ class Recorded(Generic[T_co]):
 
 
 class Envelope(BaseModel):
-    """A file of evidence: the record is its `content`; `manifest` is the digest of the version that it is on."""
+    """A file of evidence: the record is its `content`; `manifest` is the digest of the version that it is on.
+
+    `copied_from` is what a record has that came along with a copy (`slmops.infra.storage.origin`).
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -68,6 +71,7 @@ class Envelope(BaseModel):
     manifest: str
     recorded_at: str
     content: dict[str, Any]
+    copied_from: str | None = None
 
 
 def first_fault(error: ValidationError) -> str:
@@ -139,3 +143,6 @@ NOTE = Kind("note", Note)
 SIGNATURE = Kind("signature", Signature)
 SELECTION = Kind("selection", Selection)
 DEPLOY = Kind("deploy", Deployed)
+
+# Kinds of evidence that judge nothing: what they say counts, wherever it was said.
+STATEMENTS = frozenset({"tag", "note", "signature", "sbom", "build"})

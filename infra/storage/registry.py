@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
+from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.champions import ChampionChange, champion_changes, next_change, record_change
 from slmops.infra.storage.leases import WriteLease
@@ -136,6 +137,28 @@ class ModelRegistry:
         finally:
             with suppress(OSError):
                 aside.rmdir()
+
+    def place_model(self, variant: StoredVariant, folder: Path, on_progress: OnProgress | None = None) -> None:
+        """Materialize a variant for a runtime to open, whoever made it: every model comes out of the store here.
+
+        Raises `StageFailed` also for a model that `slmops.infra.genai.model_screening` refuses.
+        """
+        self.materialize(variant.files, folder, on_progress)
+        try:
+            screen_model(folder)
+        except BadInput as error:
+            raise StageFailed(error.message, error.what_to_do) from None
+
+    def local_files(self, files: Sequence[StoredFile], on_progress: OnProgress | None = None) -> dict[str, Path]:
+        """Return the path of each file -> where its content is on this machine, fetched into the cache if need be.
+
+        Raises `KeyError` for content that the store has lost.
+        """
+        here = self._on_this_machine(files, on_progress)
+        assert isinstance(here, LocalObjectStore)  # a store elsewhere has a cache here
+        if lost := here.missing([blob_of(file) for file in files]):
+            raise KeyError(lost[0].key)
+        return {file.path: here.blob_path(blob_of(file)) for file in files}
 
     def _on_this_machine(self, files: Sequence[StoredFile], on_progress: OnProgress | None) -> ObjectStore:
         if self.cache is None:

@@ -16,6 +16,7 @@ from slmops.infra.storage.evidence import (
     DEPLOY,
     NOTE,
     SELECTION,
+    STATEMENTS,
     TAG,
     DamagedEvidence,
     Deployed,
@@ -135,13 +136,16 @@ class Version:
     def envelopes(self, kind: str, key: str | None = None) -> list[tuple[Entry, Envelope]]:
         """Return the files of a kind, oldest first; those that are another version's, or of another kind, do not count.
 
-        A file that is removed meanwhile is none.
+        A file that is removed meanwhile is none. What came along when the version was copied from another store, nobody
+        has looked into here: it counts where this store has nothing of the kind, and never as the answer to a question.
         """
         prefix = self.evidence_key(f"{kind}-{f'{key}.json' if key else ''}")
         files = [entry for entry in self.evidence_entries() if entry.key.startswith(prefix)]
         found = [(entry, envelope) for entry in files for envelope in self._read(entry)]
-        own = [one for one in found if (one[1].kind, one[1].manifest) == (kind, self.manifest.digest)]
-        return sorted(own, key=lambda one: one[1].recorded_at)
+        fitting = [one for one in found if (one[1].kind, one[1].manifest) == (kind, self.manifest.digest)]
+        own = [one for one in fitting if one[1].copied_from is None]
+        counting = fitting if kind in STATEMENTS or not (own or key) else own
+        return sorted(counting, key=lambda one: one[1].recorded_at)
 
     def _read(self, entry: Entry) -> Iterator[Envelope]:
         try:
@@ -173,6 +177,11 @@ class Version:
     def deployed(self) -> Deployed:
         """What its last deploy or regate has recorded; an empty record where there was none."""
         return self.latest(DEPLOY) or Deployed()
+
+    @property
+    def says_origin(self) -> bool:
+        """Whether its verdict came along with a copy, and this store has not judged it."""
+        return any(envelope.copied_from is not None for _, envelope in self.envelopes(DEPLOY.name))
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -251,5 +260,5 @@ class Variant:
         return f"{self.version.uri}#{self.precision}"
 
     def place(self, folder: Path, on_progress: OnProgress | None = None) -> None:
-        """Place its files under a folder that does not have them yet; see `ModelRegistry.materialize`."""
-        self.version.registry.materialize(self.files, folder, on_progress)
+        """Place its files under a folder that does not have them yet; see `ModelRegistry.place_model`."""
+        self.version.registry.place_model(self.stored, folder, on_progress)

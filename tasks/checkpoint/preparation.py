@@ -20,6 +20,7 @@ from slmops.infra.checkpoints.hub import fetch_from_hub
 from slmops.infra.checkpoints.s3 import FETCHED, fetch_from_s3
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.olive.architectures import check_architecture
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import run_in_child
@@ -74,7 +75,8 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
     """Look at a checkpoint folder, an adapter folder or an onnxruntime-genai folder without running any of it.
 
     Raises `BadInput` for anything that cannot be deployed: no or broken config, an unsupported architecture,
-    damaged or pickled weights, shapes that disagree with the config, no tokenizer, no chat template.
+    damaged or pickled weights, shapes that disagree with the config, no tokenizer, no chat template, and an
+    onnxruntime-genai folder that names code or files elsewhere (`slmops.infra.genai.model_screening`).
     """
     if not folder.exists():
         raise BadInput(
@@ -119,6 +121,7 @@ def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
             f"{folder} has a genai_config.json without its ONNX model (model.decoder.filename: {file!r}).",
             "Give the whole folder that the model builder wrote.",
         )
+    screen_model(folder)
     _check_tokenizer(folder, chat_template_given)
     return Inspection(
         kind="genai",
@@ -331,7 +334,8 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
             )
     raise BadInput(
         f"The checkpoint of {manifest.reference} ({manifest.source.origin}) is gone or was changed.",
-        "Judge it on the rows of its last evaluation (leave --eval out), or deploy the checkpoint again.",
+        "Deploy the checkpoint again; or, where its last verdict is enough, judge it on the rows of that (without "
+        f"--eval), or trust its origin: slmops promote {manifest.reference}.",
     )
 
 

@@ -484,7 +484,7 @@ def evaluate_stored_variant(
             return known
         reference = reference_folder(manifest.source.digest, evaluation, settings) if has_reference else None
         with work_folder(settings) as work:
-            registry.materialize(variant.files, work / "model", on_progress)
+            registry.place_model(variant, work / "model", on_progress)
             evaluated = evaluate_variant(
                 settings,
                 work / "model",

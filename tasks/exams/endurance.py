@@ -342,7 +342,7 @@ def exercise_stored_variant(
             on_progress(1, 1, "exercised before")
             return before
         with work_folder(settings) as work:
-            registry.materialize(variant.files, work / "model", on_progress)
+            registry.place_model(variant, work / "model", on_progress)
             exercised = exercise_variant(settings, work / "model", conversations, runtime, work, on_progress)
         registry.add_evidence(manifest, "exercise", {**question, "exercise": exercised.model_dump(mode="json")}, key)
     return exercised

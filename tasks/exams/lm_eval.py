@@ -176,7 +176,7 @@ def run_lm_eval(
             on_progress(1, 1, "run before")
             return known
         with work_folder(settings) as work:
-            registry.materialize(variant.files, work / "model", on_progress)
+            registry.place_model(variant, work / "model", on_progress)
             results = run_lm_eval_tasks(
                 settings, asked, model_dir=work / "model", work_dir=work, on_progress=on_progress
             )

@@ -243,7 +243,7 @@ def measure_stored_variant(
             on_progress(1, 1, "measured before")
             return Measurement.model_validate(known["measurement"])
         with work_folder(settings) as work:
-            registry.materialize(variant.files, work / "model", on_progress)
+            registry.place_model(variant, work / "model", on_progress)
             measured = measure_variant(settings, work / "model", work, on_progress)
         record = {**question, "measurement": measured.model_dump(mode="json")}
         registry.add_evidence(manifest, "measurement", record, key)

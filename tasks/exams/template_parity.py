@@ -135,7 +135,7 @@ def check_template_parity(
             on_progress(1, 1, "compared before")
             return known
         with work_folder(settings) as work:
-            registry.materialize(variant.files, work / "model", on_progress)
+            registry.place_model(variant, work / "model", on_progress)
             parity = check_parity(settings, work / "model", checkpoint_folder, work, on_progress, torch_child)
         reference: Reference = "checkpoint" if checkpoint_folder else "variant"
         record = {

@@ -308,7 +308,7 @@ def compare_stored_variant_on_text(
             return known
         reference = text_reference_folder(manifest.source.digest, text, settings) if has_reference else None
         with work_folder(settings) as work:
-            registry.materialize(variant.files, work / "model", on_progress)
+            registry.place_model(variant, work / "model", on_progress)
             compared = compare_on_text(
                 settings, work / "model", text, reference_dir=reference, work_dir=work, on_progress=on_progress
             )

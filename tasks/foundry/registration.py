@@ -350,7 +350,7 @@ def register_variant(
     """
     model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
     with stage_progress(f"register {variant.precision}") as on_progress, work_folder(settings) as work:
-        registry.materialize(variant.files, work / "model", on_progress)
+        registry.place_model(variant, work / "model", on_progress)
         if settings.store.require_signature:
             check_signature(registry, manifest, settings.store)
             _check_unaltered(variant, work / "model", settings)
@@ -520,7 +520,7 @@ def _expected_answer(
     The evaluation's answers are without one; they are the same where the model has none.
     """
     with work_folder(settings) as work:
-        registry.materialize(variant.files, work / "model")
+        registry.place_model(variant, work / "model")
         search = read_json(work / "model" / "genai_config.json").get("search", {})
         penalty = float(search.get("repetition_penalty", 1.0))
         if penalty == 1.0:

@@ -78,8 +78,9 @@ def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport 
     if name not in registry.names():
         return None
     for manifest in sorted(registry.versions(name), key=lambda one: one.version, reverse=True):
-        record = registry.latest_evidence(manifest, RETRAIN)
-        if record is not None:
+        own = [one for _, one in registry.of(manifest).envelopes(RETRAIN) if one.copied_from is None]
+        if own:
+            record = own[-1].content
             report = RetrainReport.model_validate({field: record[field] for field in RetrainReport.model_fields})
             same = report.fine_tuning is not None and report.fine_tuning.key == key
             return report if same and report.status in ("promoted", "kept") else None

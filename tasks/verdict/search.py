@@ -336,7 +336,7 @@ def keep_variant(variant: StoredVariant, trials: TrialRegistry, registry: ModelR
         if not registry.claim_files(variant.files):
             return
         with work_folder(settings) as work:
-            trials.materialize(variant.files, work / "model")
+            trials.place_model(variant, work / "model")
             registry.add_files(work / "model", on_progress)
 
 

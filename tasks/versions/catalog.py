@@ -12,7 +12,7 @@ from slmops.infra.foundry.catalog import CatalogModel
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
 from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.objects import Entry
-from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry, blob_of
 from slmops.tasks.build.build import OLIVE_PROVIDERS
 from slmops.tasks.foundry.registration import champion_model_id, foundry_model_id
 
@@ -56,7 +56,10 @@ class StoreCatalog:
                 found[key] = known
                 continue
             try:
-                found[key] = entries, version_models(self._registry.version(*key), self._registry)
+                manifest = self._registry.version(*key)
+                # Whether its origin's word counts depends on who is champion, which may change without a trace here.
+                stored = () if self._registry.of(manifest).says_origin else entries
+                found[key] = stored, version_models(manifest, self._registry)
             except PassingFault:
                 raise
             except (SlmopsError, ValueError, KeyError, TypeError) as error:  # a manifest or evidence was altered
@@ -69,8 +72,10 @@ class StoreCatalog:
 
 def version_models(manifest: Manifest, registry: ModelRegistry) -> list[CatalogModel]:
     """Return a version's models by its last deploy: the selected variant under the plain name, and every one that was
-    registered under its own id; none where none was.
+    registered under its own id; none where none was. A verdict that came with a copy counts for the champion only.
     """
+    if registry.of(manifest).says_origin and registry.alias(manifest.name, CHAMPION) != manifest.version:
+        return []
     deployed = registry.latest_evidence(manifest, "deploy") or {}
     status = {one["precision"]: one["status"] for one in deployed.get("variants", ())}
     registered = [variant for variant in manifest.variants if status.get(variant.precision) == "registered"]

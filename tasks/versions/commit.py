@@ -52,10 +52,10 @@ def record_provenance(manifest: Manifest, registry: ModelRegistry, settings: Set
 
 
 def record_choice(manifest: Manifest, choice: Choice, budget: Sequence[str], registry: ModelRegistry) -> None:
-    """Record a version's selected variant and why it is, unless that is what was recorded last."""
+    """Record a version's selected variant and why it is, unless that is what this store recorded last."""
     record = {**choice.model_dump(), "budget": list(budget)}
     last = registry.latest_evidence(manifest, SELECTION) or {}
-    if {name: last.get(name) for name in record} != record:
+    if registry.of(manifest).says_origin or {name: last.get(name) for name in record} != record:
         registry.add_evidence(manifest, SELECTION, record)
 
 

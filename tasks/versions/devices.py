@@ -58,7 +58,7 @@ def bring_to_device(
     there = settings.model_copy(update={"foundry": FoundrySettings(cache_dir=foundry_cache)})
     before = [one for one in registered_models(there) if one["name"] == manifest.name]
     with work_folder(settings) as work:
-        registry.materialize(variant.files, work / "model", on_progress)
+        registry.place_model(variant, work / "model", on_progress)
         if settings.store.require_signature:
             check_signature(registry, manifest, settings.store)
         check_unaltered(variant, work / "model")

@@ -78,7 +78,7 @@ class StoredModels:
         variant = manifest.variant(served.precision)
         if self._settings.store.require_signature:
             check_signature(self._registry, manifest, self._settings.store)
-        self._registry.materialize(variant.files, folder)
+        self._registry.place_model(variant, folder)
         check_unaltered(variant, folder)
         template, defaults = describe_model(folder)
         described = inference_model(

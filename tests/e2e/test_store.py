@@ -82,15 +82,17 @@ def test_a_version_goes_around(team: StoreCase, tiny: Path, tmp_path: Path, serv
     assert (again["is_new"], again["moved_bytes"]) == (False, 0)
     other = machine(tmp_path / "other", server, team)
     (listed,) = other.json("list")["models"]
-    assert (listed["name"], listed["version"], listed["aliases"]) == ("home", 1, ["champion"])
-    assert listed["variants"][0]["status"] == "registered"
-    assert other.json("pull", "home@champion")["is_new"]
+    assert (listed["name"], listed["version"], listed["aliases"]) == ("home", 1, [])  # nobody there has judged it
+    assert (listed["variants"][0]["status"], listed["says_origin"]) == ("registered", True)
+    assert other.json("pull", "home@1")["is_new"]
     alone = machine(other.home, server)
     assert alone.json("verify", "home@1")["ok"]
     assert alone.json("show", "home@1")["digest"] == shown["digest"]
 
-    # What was pulled can be judged and registered there, from the evidence that came along
+    # What was pulled is judged there anew, and not from the evidence that came along
+    assert alone.json("show", "home@1")["says_origin"]
     judged = alone.json("regate", "home@1")
+    assert not alone.json("show", "home@1")["says_origin"]
     assert judged["status"] == "registered"
     assert judged["foundry_model_id"] == "home:1"
 

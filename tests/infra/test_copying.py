@@ -7,7 +7,7 @@ import pytest
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage.copying import copy_version
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import repair_version, verify_version
 from tests.stores import StoreCase
 from tests.versions import FILES, content_of, store_version
@@ -49,9 +49,10 @@ def test_a_version_goes_there_and_back(
     assert content_of(there, manifest, tmp_path / "out") == FILES
     assert there.stored_manifest(manifest) == here.stored_manifest(manifest)
     for registry in (team, there):
+        assert registry.of(manifest).says_origin  # what came along is its origin's word
         assert registry.latest_evidence(manifest, "deploy") == here.latest_evidence(manifest, "deploy")
         assert registry.objects.read_bytes("models/home/1/evidence/report.md") == b"# home@1"
-        assert registry.aliases("home") == {CHAMPION: 1}
+        assert registry.aliases("home") == {}
         assert verify_version(registry, manifest).ok
         assert list(registry.objects.entries("leases")) == []
 
@@ -64,7 +65,6 @@ def test_what_is_there_is_not_moved_again(here: ModelRegistry, team: ModelRegist
     moved = copy_version(second, here, team)
     assert (moved.manifest.version, moved.moved_bytes) == (2, len(b"another graph"))
     assert moved.skipped_bytes == sum(map(len, FILES.values())) - len(b"graph")
-    assert team.aliases("home") == {CHAMPION: 1}
     here.add_evidence(second, "note", {"text": "later"})
     copy_version(second, here, team)
     assert team.notes(second)[0][1] == "later"

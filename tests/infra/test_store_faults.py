@@ -33,7 +33,7 @@ from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 from slmops.infra.storage.objects import BLOBS, Blob
 from slmops.infra.storage.opening import open_local_registry, open_registry
-from slmops.infra.storage.registry import CHAMPION, ModelRegistry, blob_of
+from slmops.infra.storage.registry import ModelRegistry, blob_of
 from slmops.infra.storage.s3.client import ATTEMPTS, make_client, parse_s3_uri
 from slmops.infra.storage.verification import verify_version
 from tests.infra.test_registry import COMMITTER
@@ -162,7 +162,7 @@ class Journey:
         """The version is there, whole, and the only one."""
         assert registry.versions("home") == [self.manifest]
         assert verify_version(registry, self.manifest).damage == ()
-        assert registry.aliases("home") == {CHAMPION: 1}
+        assert registry.aliases("home") == {}
         assert list(registry.evidence(self.manifest, "deploy")) == list(self.local.evidence(self.manifest, "deploy"))
         assert list(registry.objects.entries("leases")) == []
 

@@ -25,6 +25,7 @@ from slmops.tasks.checkpoint.preparation import (
     with_chat_template,
 )
 from tests.checkpoints import make_tiny_checkpoint, read_config
+from tests.genai_models import EMPTY_GRAPH
 
 
 @pytest.fixture
@@ -293,7 +294,7 @@ class TestKinds:
         folder.mkdir()
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(tiny_checkpoint / name, folder / name)
-        (folder / "model.onnx").write_bytes(b"graph")
+        (folder / "model.onnx").write_bytes(EMPTY_GRAPH)
         model = {"type": "qwen2", "vocab_size": 512, "context_length": 1024, "decoder": {"filename": "model.onnx"}}
         (folder / "genai_config.json").write_text(json.dumps({"model": model}))
         return folder

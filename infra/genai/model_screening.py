@@ -1,0 +1,314 @@
+"""What a model folder may name: looked at before any runtime opens the folder, whoever made it.
+
+onnxruntime-genai loads the library that `custom_ops_library` names, its providers load what their options name, and
+onnxruntime reads whatever file an ONNX graph refers to. So everything that these read is on a list here: what is not on
+it is refused by its name. The lists hold what the model builder writes, and what changes nothing but speed.
+"""
+
+import json
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from slmops.infra.errors import BadInput
+
+GENAI_CONFIG = "genai_config.json"
+
+# Files that hold data and nothing else. What an ONNX graph names as the file of its weights may be called otherwise.
+DATA_SUFFIXES = frozenset(
+    {
+        *("", ".onnx", ".data", ".json", ".jsonl", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".safetensors"),
+        *(".csv", ".tsv", ".yaml", ".yml", ".rtf", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".webp"),
+    }
+)
+# It sends the runtime to tokenizer files of other names and folders.
+TOKENIZER_MODULE = "tokenizer_module.json"
+
+# Operators of onnxruntime itself. An operator of any other domain comes out of a library.
+ONNX_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
+# Of these the only ones that hold, or name a file with, what a device's own compiler made: machine code.
+COMPILED_OPERATORS = frozenset({"EPContext", "Snpe"})
+EXTERNAL_DATA_KEYS = frozenset({"location", "offset", "length", "checksum"})
+
+_WHAT_TO_DO = "Remove it from the folder if the model does without, or make the model with slmops from its checkpoint."
+
+
+def screen_model(folder: Path) -> None:
+    """Look through an onnxruntime-genai folder, without running any of it.
+
+    Raises `BadInput` with the first thing in it that names code, a library, a file outside the folder or an option that
+    is not on the lists, and for a file that is a link out of the folder, or is none (a device, a pipe).
+    """
+    screen_files({path.name: path for path in _files_of(folder)})
+
+
+def screen_files(files: Mapping[str, Path]) -> None:
+    """Do as `screen_model` with the files of a folder: the name of each, and the regular file with its content.
+
+    Only files that `is_screened` names are read; the others need not be there.
+    """
+    if GENAI_CONFIG not in files:
+        raise BadInput(f"The model has no {GENAI_CONFIG}.", "Give the whole folder that the model builder wrote.")
+    config = _genai_config(files[GENAI_CONFIG])
+    decoder = config.model.decoder.filename
+    if decoder is not None and decoder not in files:
+        raise _refusal(f"{GENAI_CONFIG} names {decoder!r}, which is no file of the folder")
+    weights = {name for graph in files if graph.endswith(".onnx") for name in _weights_of(graph, files)}
+    for name, path in files.items():
+        if name == TOKENIZER_MODULE or (name not in weights and Path(name).suffix.lower() not in DATA_SUFFIXES):
+            raise _refusal(f"{name} is a file of a kind that no model needs")
+        if name.endswith("config.json") and name != GENAI_CONFIG:
+            _check_tokenizer_config(name, path)
+
+
+def is_screened(name: str) -> bool:
+    """Whether the content of a file decides what `screen_files` says; it does not for weights."""
+    return name.endswith((".onnx", "config.json"))
+
+
+def _files_of(folder: Path) -> Iterator[Path]:
+    """Yield the files that lie in a folder itself; a folder in it can be named by nothing that is on the lists."""
+    home = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not _is_inside(path.resolve(), home):
+            raise _refusal(f"{path.name} is a symbolic link to {path.readlink()}, outside the folder")
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            yield path
+        elif not stat.S_ISDIR(mode):
+            raise _refusal(f"{path.name} is not a file but a device, a pipe or a socket")
+
+
+def _is_inside(target: Path, home: Path) -> bool:
+    """Whether a link's target is in a folder, or where Hugging Face's cache keeps the content of its snapshots."""
+    snapshots = next((one for one in home.parents if one.name == "snapshots"), None)
+    cached = snapshots is not None and target.parent == snapshots.parent / "blobs"
+    return target.exists() and (target.is_relative_to(home) or cached)
+
+
+# genai_config.json
+
+
+class _Section(BaseModel):
+    """Part of genai_config.json; what is not named is not allowed."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+def _plain_name(name: str) -> str:
+    if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
+        raise ValueError(f"{name!r} is not the plain name of a file in the folder")
+    return name
+
+
+def _onnx_name(name: str) -> str:
+    if not name.endswith(".onnx"):  # by the ending .ort onnxruntime knows another format
+        raise ValueError(f"{name!r} is not an ONNX file")
+    return _plain_name(name)
+
+
+def _name_pattern(name: str) -> str:
+    if "%" in name.replace("%d", "", 1):  # the runtime hands it to snprintf, with a layer's number
+        raise ValueError(f"{name!r} is not the name of an input or output")
+    return name
+
+
+Number = bool | int | float | None
+Names = dict[str, Annotated[str, AfterValidator(_name_pattern)]]
+
+
+class _Cuda(_Section):
+    enable_cuda_graph: str = "0"
+    enable_skip_layer_norm_strict_mode: str = "0"
+
+
+class _Dml(_Section):
+    enable_graph_capture: str = "0"
+
+
+class _WebGpu(_Section):
+    enable_graph_capture: str = Field("0", alias="enableGraphCapture")
+    validation_mode: str = Field("", alias="validationMode")
+    multi_rotary: str = Field("", alias="multiRotaryCacheConcatOffset")
+
+
+class _Provider(_Section):
+    """One execution provider and its options; the runtime takes its name in any case."""
+
+    cpu: _Section = _Section()
+    cuda: _Cuda = _Cuda()
+    dml: _Dml = _Dml()
+    webgpu: _WebGpu = _WebGpu()
+
+
+def _in_lower_case(provider: Any) -> Any:
+    return (
+        {str(name).lower(): options for name, options in provider.items()} if isinstance(provider, dict) else provider
+    )
+
+
+class _SessionOptions(_Section):
+    log_id: str = ""
+    provider_options: list[Annotated[_Provider, BeforeValidator(_in_lower_case)]] = []
+    intra_op_num_threads: Number = None
+    inter_op_num_threads: Number = None
+    log_severity_level: Number = None
+    log_verbosity_level: Number = None
+    enable_cpu_mem_arena: Number = None
+    enable_mem_pattern: Number = None
+    graph_optimization_level: str = ""
+    fpa_intb_gemm: str = Field("", alias="ep.cuda.fpa_intb_gemm")
+    disabled_optimizers: str = Field("", alias="optimization.disable_specified_optimizers")
+    device_allocator: str = Field("", alias="session.use_device_allocator_for_initializers")
+    spinning: str = Field("", alias="session.intra_op.allow_spinning")
+
+
+class _SlidingWindow(_Section):
+    window_size: Number = None
+    pad_value: Number = None
+    alignment: str = ""
+    cache_slack: Number = None
+    slide_key_value_cache: Number = None
+    slide_inputs: Number = None
+    layers: list[int] = []
+
+
+class _Decoder(_Section):
+    filename: Annotated[str, AfterValidator(_onnx_name)] | None = None
+    session_options: _SessionOptions = _SessionOptions()
+    inputs: Names = {}
+    outputs: Names = {}
+    sliding_window: _SlidingWindow | None = None
+    layer_types: list[str] = []
+    head_size: Number = None
+    hidden_size: Number = None
+    num_attention_heads: Number = None
+    num_hidden_layers: Number = None
+    num_key_value_heads: Number = None
+
+
+class _Model(_Section):
+    type: str = ""
+    decoder: _Decoder = _Decoder()
+    context_length: Number = None
+    vocab_size: Number = None
+    eos_token_id: Number | list[int] = None
+    bos_token_id: Number = None
+    pad_token_id: Number = None
+    sep_token_id: Number = None
+    decoder_start_token_id: Number = None
+    image_token_id: Number = None
+    bot_token_id: Number = None
+    eot_token_id: Number = None
+    bor_token_id: Number = None
+    eor_token_id: Number = None
+
+
+class _GenaiConfig(_Section):
+    model: _Model = _Model()
+    search: dict[str, Number] = {}
+    speculative: dict[str, Number] = {}
+    engine: dict[str, dict[str, Number]] = {}
+
+
+def _genai_config(path: Path) -> _GenaiConfig:
+    try:
+        # The runtime heeds both of two entries of one name, and Python's reader the last one only.
+        config = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repetition)
+        return _GenaiConfig.model_validate(config)
+    except ValidationError as error:
+        raise _refusal(f"{GENAI_CONFIG} {_first_fault(error)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refusal(f"{GENAI_CONFIG} is not valid: {str(error).rstrip('.')}") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    section = dict(pairs)
+    if len(section) != len(pairs):
+        raise ValueError("it has an entry twice")
+    return section
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
+    name = ".".join(str(part) for part in fault["loc"])
+    found = str(fault["input"])[:80]
+    if fault["type"] == "extra_forbidden":
+        return f"sets {name} to {found!r}, which is not on the list of what a model may set"
+    return f"sets {name} to {found!r}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+# ONNX graphs
+
+
+def _weights_of(name: str, files: Mapping[str, Path]) -> set[str]:
+    """Return the files beside a graph that hold its weights, after looking through the whole of it."""
+    import onnx
+
+    try:
+        model = onnx.load(files[name], load_external_data=False)
+    except Exception as error:  # protobuf raises kinds of its own
+        raise _refusal(f"{name} is not a readable ONNX model: {str(error).rstrip('.')}") from None
+    own = {(function.domain, function.name) for function in model.functions}
+    weights: set[str] = set()
+    for graph in (inner for outer in (model.graph, *model.functions) for inner in _graphs(outer)):
+        for node in graph.node:
+            if node.domain not in ONNX_DOMAINS and (node.domain, node.op_type) not in own:
+                raise _refusal(f"{name} has the operator {node.domain}.{node.op_type}, which a library would bring")
+            if node.op_type in COMPILED_OPERATORS:
+                raise _refusal(f"{name} has the operator {node.op_type}, which holds code for a device")
+        for tensor in _tensors(graph):
+            keys = {entry.key: entry.value for entry in tensor.external_data}
+            location = keys.get("location", "")
+            if keys.keys() - EXTERNAL_DATA_KEYS or len(keys) < len(tensor.external_data) or location not in files:
+                raise _refusal(f"{name} takes weights from {location!r}, which is no file of the folder")
+            weights.add(location)
+    return weights
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """Yield a graph, or a function of the model's own, and the graphs in it (branches, bodies of loops)."""
+    yield graph
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _graphs(inner)
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield the tensors of a graph whose content lies in another file."""
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    sparse = [tensor for one in attributes for tensor in (one.sparse_tensor, *one.sparse_tensors)]
+    sparse += getattr(graph, "sparse_initializer", ())
+    tensors = [tensor for one in attributes for tensor in (one.t, *one.tensors)]
+    tensors += getattr(graph, "initializer", ())
+    tensors += [part for tensor in sparse for part in (tensor.values, tensor.indices)]
+    yield from (tensor for tensor in tensors if tensor.external_data)
+
+
+# The tokenizer's files and what lies beside them
+
+
+def _check_tokenizer_config(name: str, path: Path) -> None:
+    """Refuse what transformers would take classes or files from."""
+    try:
+        todo: list[Any] = [json.loads(path.read_text("utf-8"))]
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refusal(f"{name} is not valid JSON: {str(error).rstrip('.')}") from None
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list):
+            todo += value
+        elif isinstance(value, dict):
+            if value.get("auto_map"):
+                raise _refusal(f"{name} names code of its own (auto_map)")
+            for key, file in value.items():
+                if key.endswith("_file") and isinstance(file, str) and set(file) & set("/\\"):
+                    raise _refusal(f"{name} sets {key} to {file[:80]!r}, which is no file of the folder")
+            todo += value.values()
+
+
+def _refusal(what: str) -> BadInput:
+    return BadInput(f"The model is refused before anything opens it: {what}.", _WHAT_TO_DO)

@@ -1,0 +1,25 @@
+"""Evidence that came along when a version was copied: what it says is its origin's word, and it says so itself."""
+
+import json
+from contextlib import suppress
+
+# In such a record: the SHA-256 of the manifest that it was copied from.
+COPIED_FROM = "copied_from"
+
+
+def marked(record: bytes, manifest: str, origin: str) -> bytes:
+    """Return a record for a copied version; `manifest` and `origin` are the digests of its manifests here and there."""
+    return _to_json({**json.loads(record), "manifest": manifest, COPIED_FROM: origin})
+
+
+def unmarked(record: bytes) -> bytes:
+    """Return a record as it was before it was copied under the same number; any other as it is."""
+    with suppress(ValueError, TypeError, KeyError):  # whether it is a record at all is looked at elsewhere
+        content = json.loads(record)
+        if content["manifest"] == content.pop(COPIED_FROM):
+            return _to_json(content)
+    return record
+
+
+def _to_json(record: dict[str, object]) -> bytes:
+    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
