@@ -101,11 +101,11 @@ def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) ->
             built, failures = build_variants(request, planned, prepared, registry, settings, torch_child)
         if not built:
             report = failed_report(request, prepared, evaluation.summary, failures, settings)
-            return ended(publish_report(report, registry, None, settings))
+            return ended(publish_report(report, None, settings))
         if request.output:
             copy_out([one.variant for one in built], request.output, registry)
         manifest = commit_version(request, prepared, built, registry)
-        record_provenance(manifest, registry, settings)
+        record_provenance(registry.of(manifest), settings.store)
         if outcome:
             record_trials(manifest, outcome, registry, settings)
         version = Qualification(

@@ -121,7 +121,7 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
 
     passed = [judged(one.report) for one in outcomes if one.report.status == "registered"]
     choice = choose_variant(passed, parse_budget(version.budget))
-    record_choice(manifest, choice, version.budget, registry)
+    record_choice(registry.of(manifest), choice, version.budget)
     standing = Standing()
     if choice.selected:
         chosen = manifest.variant(choice.selected)
@@ -147,10 +147,10 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
         description=version.description,
         warnings=(*warnings, *standing.warnings),
         provenance=provenance_of(manifest),
-        history=history_of(manifest, registry, settings),
+        history=history_of(registry.of(manifest), settings.threads),
         search=last_search(manifest, registry),
     )
-    report = publish_report(report, registry, manifest, settings)
+    report = publish_report(report, registry.of(manifest), settings)
     if standing.refusal:
         raise standing.refusal
     return report
@@ -218,11 +218,9 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: 
         report = report.model_copy(update={"details": details, **figures})
         thresholds = thresholds_for(variant.precision, settings.gate, **vars(version.gate))
         verdict: GateVerdict = judge_stored_variant(
-            manifest,
-            variant,
+            registry.of(manifest).variant(variant.precision),
             evaluated,
             thresholds,
-            registry,
             steadiness=details.steadiness,
             parity=details.parity,
             text=details.text,

@@ -36,7 +36,7 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
     )
     registry = open_registry(settings)
     manifest = registry.find(parameters.reference)
-    limits = last_budget(manifest, registry) if parameters.budget is None else parameters.budget
+    limits = last_budget(registry.of(manifest)) if parameters.budget is None else parameters.budget
     parse_budget(limits)
     form = {
         "scorer": parameters.scorer,

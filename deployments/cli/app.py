@@ -651,7 +651,7 @@ def delete(
     from slmops.tasks.foundry.registration import unregister_version
 
     unregister_version(manifest, settings)
-    freed = delete_version(registry, manifest)
+    freed = delete_version(registry.of(manifest))
     print_line(f"Deleted {manifest.reference}; {(freed or 0) / 1e6:,.1f} MB freed.")
 
 

@@ -135,7 +135,7 @@ def verify(
     settings = load_settings()
     registry, manifest = version_of(reference)
     with stage_display() as display:
-        found = verify_version(registry, manifest, lambda done, total, what: display("verify", done / total, what))
+        found = verify_version(registry.of(manifest), lambda done, total, what: display("verify", done / total, what))
         if repair and not found.ok:
             found = _repaired(registry, manifest, found, settings, display)
     signature = _signature_state(registry, manifest, settings)
@@ -161,8 +161,9 @@ def _repaired(registry: Any, manifest: Any, found: Any, settings: "Settings", di
 
     local = LocalObjectStore(settings.home_dir / "store")
     others = [one for one in (local, registry.cache) if one and one.uri("models") != registry.objects.uri("models")]
-    repair_version(registry, found, others, lambda done, total, what: display("repair", done / total, what))
-    return verify_version(registry, manifest, lambda done, total, what: display("verify again", done / total, what))
+    version = registry.of(manifest)
+    repair_version(version, found, others, lambda done, total, what: display("repair", done / total, what))
+    return verify_version(version, lambda done, total, what: display("verify again", done / total, what))
 
 
 def _signature_state(registry: Any, manifest: Any, settings: "Settings") -> str:

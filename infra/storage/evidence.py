@@ -104,6 +104,18 @@ class Signature(_Record):
     bundle: dict[str, Any]
 
 
+class Build(_Record):
+    """What the build of a variant took (in s and bytes) and told, by what `passes` and on what machine."""
+
+    precision: str
+    wall_s: float
+    peak_rss_bytes: int
+    log: str
+    warnings: tuple[str, ...] = ()
+    passes: dict[str, dict[str, Any]] = {}
+    host: dict[str, Any]
+
+
 class Selection(_Record):
     """Which variant serves, by its precision, and why; None: none may. `reasons` tell why each other one does not."""
 
@@ -141,6 +153,8 @@ class Deployed(_Record):
 TAG = Kind("tag", Tag)
 NOTE = Kind("note", Note)
 SIGNATURE = Kind("signature", Signature)
+BUILD = Kind("build", Build)
+SBOM = Kind("sbom", dict[str, Any])  # as CycloneDX has it
 SELECTION = Kind("selection", Selection)
 DEPLOY = Kind("deploy", Deployed)
 

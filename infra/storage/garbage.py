@@ -9,6 +9,7 @@ from slmops.infra.storage.leases import WRITE_LEASE, collecting
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.objects import BLOBS, Blob, Entry
 from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.version import Version
 
 REMOVED_AT_ONCE = 500
 
@@ -31,20 +32,21 @@ class Garbage:
         return sum(entry.size_bytes for entry in (*self.blobs, *self.evidence, *self.leftovers))
 
 
-def delete_version(registry: ModelRegistry, manifest: Manifest, *, even_in_use: bool = True) -> int | None:
+def delete_version(version: Version, *, even_in_use: bool = True) -> int | None:
     """Remove a version, its evidence, the aliases on it and the blobs that nothing else needs; returns the bytes freed.
 
     It disappears in one step; what a process that is killed after that has not removed, `collect_garbage` does. With
     `even_in_use` false, a version that a running deploy works with stays, and None is returned. Raises `StageFailed`,
     and removes nothing, where another version's manifest cannot be read.
     """
-    own = {blob_of(file) for variant in manifest.variants for file in variant.files}
+    registry = version.registry
+    own = {blob_of(file) for variant in version.variants for file in variant.files}
     with collecting(registry.objects) as collector:
         if not even_in_use and any(blob.sha256 in collector.spared for blob in own):
             return None
-        needed = {blob.sha256 for blob in needed_blobs(registry, without=[manifest])} | collector.spared
-        registry.mark_deleted(manifest)
-        registry.objects.delete([entry.key for entry in registry.evidence_entries(manifest)])
+        needed = {blob.sha256 for blob in needed_blobs(registry, without=[version.manifest])} | collector.spared
+        registry.mark_deleted(version.manifest)
+        registry.objects.delete([entry.key for entry in version.evidence_entries()])
         orphans = [blob for blob in own if blob.sha256 not in needed]
         collector.renew()
         registry.objects.delete([blob.key for blob in orphans])

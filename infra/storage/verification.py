@@ -9,10 +9,10 @@ from typing import Literal
 
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.progress import byte_progress
-from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.registry import blob_of
+from slmops.infra.storage.version import Version
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class Verification:
         return not self.damage
 
 
-def verify_version(registry: ModelRegistry, manifest: Manifest, on_progress: OnProgress | None = None) -> Verification:
+def verify_version(version: Version, on_progress: OnProgress | None = None) -> Verification:
     """Read all of a version's files in the store and compare them with its manifest, and that with its evidence."""
     paths: dict[Blob, list[str]] = {}
-    for variant in manifest.variants:
+    for variant in version.variants:
         for file in variant.files:
             paths.setdefault(blob_of(file), []).append(f"{variant.precision}/{file.path}")
     on_bytes = byte_progress(on_progress, paths, "reading")
-    damage = _damage_of_manifest(registry, manifest)
-    for blob, sha256, size_bytes in registry.objects.digests(paths, on_bytes):
+    damage = _damage_of_manifest(version)
+    for blob, sha256, size_bytes in version.registry.objects.digests(paths, on_bytes):
         if sha256 != blob.sha256:
             damage += [_damage_of(what, blob, sha256, size_bytes) for what in paths[blob]]
     return Verification(
-        reference=manifest.reference,
-        manifest_sha256=manifest.digest,
+        reference=version.reference,
+        manifest_sha256=version.manifest.digest,
         files=sum(len(names) for names in paths.values()),
         size_bytes=sum(blob.size_bytes for blob in paths),
         damage=tuple(damage),
@@ -62,19 +62,19 @@ def verify_version(registry: ModelRegistry, manifest: Manifest, on_progress: OnP
 
 
 def repair_version(
-    registry: ModelRegistry,
+    version: Version,
     found: Verification,
     others: Sequence[LocalObjectStore],
     on_progress: OnProgress | None = None,
 ) -> int:
-    """Put damaged files back from another store that has them whole; returns how many could be."""
+    """Put a version's damaged files back from another store that has them whole; returns how many could be."""
     damaged = {one.blob for one in found.damage if one.blob}
     whole: dict[Blob, Path] = {}
     for other in others:
         for blob, sha256, _ in other.digests(damaged - whole.keys()):
             if sha256 == blob.sha256:
                 whole[blob] = other.blob_path(blob)
-    registry.objects.put_blobs(list(whole.items()), byte_progress(on_progress, whole, "repairing"))
+    version.registry.objects.put_blobs(list(whole.items()), byte_progress(on_progress, whole, "repairing"))
     return len(whole)
 
 
@@ -86,17 +86,18 @@ def _damage_of(what: str, blob: Blob, sha256: str | None, size_bytes: int) -> Da
     return Damage(what, "altered", f"its SHA-256 is {sha256}, the manifest says {blob.sha256}", blob)
 
 
-def _damage_of_manifest(registry: ModelRegistry, manifest: Manifest) -> list[Damage]:
+def _damage_of_manifest(version: Version) -> list[Damage]:
     damage = []
-    stored = registry.stored_manifest(manifest)
+    manifest, objects = version.manifest, version.registry.objects
+    stored = objects.read_bytes(manifest.key)
     if hashlib.sha256(stored).hexdigest() != manifest.digest:
         damage.append(Damage("manifest.json", "altered", "it is not written as slmops writes manifests"))
-    for entry in registry.evidence_entries(manifest):
+    for entry in version.evidence_entries():
         name = entry.key.rpartition("/")[2]
         if not name.endswith(".json"):
             continue
         try:
-            named = json.loads(registry.objects.read_bytes(entry.key))["manifest"]
+            named = json.loads(objects.read_bytes(entry.key))["manifest"]
         except (ValueError, TypeError, KeyError, RecursionError):
             damage.append(Damage(f"evidence/{name}", "altered", "it is not a record"))
             continue

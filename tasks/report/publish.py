@@ -11,8 +11,9 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import MODEL_CARD
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import DEPLOY, Deployed
 from slmops.infra.storage.manifest import Manifest
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.version import Version
 from slmops.tasks.report.drawn import draw_once
 from slmops.tasks.report.html import to_html
 from slmops.tasks.report.markdown import to_markdown, variant_rows
@@ -23,9 +24,7 @@ from slmops.tasks.runs.stage import stage
 
 
 @stage("publish report", run_name="report-{report.name}")
-def publish_report(
-    report: DeployReport, registry: ModelRegistry, manifest: Manifest | None, settings: Settings
-) -> DeployReport:
+def publish_report(report: DeployReport, version: Version | None, settings: Settings) -> DeployReport:
     """Post the report as Prefect artifacts, and keep it in the store and under the home directory.
 
     Returns the report with the paths of its Markdown and HTML files; without a version there are none.
@@ -38,20 +37,20 @@ def publish_report(
     create_table_artifact(
         table=_artifact_rows(report), key=f"{key}-variants", description=f"Variants of {report.reference}"
     )
-    if manifest is None:
+    if version is None:
         return report
     create_link_artifact(
-        link=registry.uri(manifest),
-        link_text=f"{manifest.reference} in the store",
+        link=version.uri,
+        link_text=f"{version.reference} in the store",
         key=f"{key}-version",
         description="Manifest of the stored version",
     )
     texts = {"md": to_markdown(report), "html": to_html(report, plots)}
-    paths = {kind: settings.home_dir / "reports" / f"{manifest.reference}.{kind}" for kind in texts}
+    paths = {kind: settings.home_dir / "reports" / f"{version.reference}.{kind}" for kind in texts}
     report = report.model_copy(update={"report_file": str(paths["md"]), "html_file": str(paths["html"])})
     for kind, text in texts.items():
-        registry.put_report(manifest, f"report.{kind}", text)
-    registry.add_evidence(manifest, "deploy", report.model_dump())
+        version.put_report(f"report.{kind}", text)
+    version.record(DEPLOY, Deployed.model_validate(report.model_dump(mode="json")))
     for kind, text in texts.items():
         write_whole(paths[kind], text)
     return report

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import GateSettings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.evidence import Kind
+from slmops.infra.storage.version import Variant
 from slmops.tasks.exams.answers import Evaluation, Share
 from slmops.tasks.exams.endurance import Exercise
 from slmops.tasks.exams.estimates import Estimate
@@ -302,13 +302,21 @@ def _finite(value: float | None) -> float | None:
     return round(value, 12) if value is not None and math.isfinite(value) else None
 
 
+class VariantVerdict(GateVerdict):
+    """The verdict on a variant of a version, and the thresholds that it was judged by."""
+
+    precision: str
+    thresholds: GateThresholds
+
+
+VERDICT = Kind("verdict", VariantVerdict)
+
+
 @stage("judge variant", run_name="judge-{variant.precision}")
 def judge_stored_variant(
-    manifest: Manifest,
-    variant: StoredVariant,
+    variant: Variant,
     evaluated: Evaluation,
     thresholds: GateThresholds,
-    registry: ModelRegistry,
     *,
     steadiness: Steadiness | None,
     parity: TemplateParity | None,
@@ -317,6 +325,6 @@ def judge_stored_variant(
 ) -> GateVerdict:
     """Judge a variant and append the verdict to the version's evidence."""
     verdict = judge(evaluated, thresholds, steadiness=steadiness, parity=parity, text=text, exercises=exercises)
-    record = {"precision": variant.precision, "thresholds": thresholds.model_dump(), **verdict.model_dump(mode="json")}
-    registry.add_evidence(manifest, "verdict", record)
+    record = VariantVerdict(precision=variant.precision, thresholds=thresholds, **dict(verdict))
+    variant.version.record(VERDICT, record)
     return verdict

@@ -6,9 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
 from slmops.tasks.exams.estimates import Estimate, paired_loss, ratio_of_medians, weighted_mean
 from slmops.tasks.exams.measurement import Hardware, Measurement, MetricName, RequestFigures, measurements_of
@@ -277,41 +275,33 @@ def _score(row: EvaluatedRow) -> float | None:
     return None if row.exact_match is None else float(row.exact_match)
 
 
-def history_of(manifest: Manifest, registry: ModelRegistry, settings: Settings) -> History | None:
+def history_of(version: Version, threads: int) -> History | None:
     """Compare a version with the newest earlier one of its name, from what is on record; None for the first.
 
-    Evidence that was gathered with other threads than the settings', or on another machine, is not compared.
+    Evidence that was gathered with another number of threads, or on another machine, is not compared.
     """
-    earlier = [one for one in registry.versions(manifest.name) if one.version < manifest.version]
+    earlier = [one for one in version.registry.versions(version.name) if one.version < version.number]
     if not earlier:
         return None
-    previous = earlier[-1]
+    previous = version.registry.of(earlier[-1])
     changes: list[Change] = []
     notes: list[str] = []
     known = {variant.precision: variant for variant in previous.variants}
-    for variant in manifest.variants:
+    for variant in version.variants:
         if variant.precision not in known:
             notes.append(f"{variant.precision}: {previous.reference} has none.")
             continue
-        later = _figures(manifest, variant, registry, threads=settings.threads)
+        later = _figures(variant, threads=threads)
         rows_sha256 = later.evaluation.rows_sha256 if later.evaluation else None
-        found = compare_versions(
-            variant.precision, _figures(previous, known[variant.precision], registry, rows_sha256=rows_sha256), later
-        )
+        found = compare_versions(variant.precision, _figures(known[variant.precision], rows_sha256=rows_sha256), later)
         changes += found.changes
         notes += found.notes
     return History(previous=previous.reference, changes=tuple(changes), notes=tuple(notes))
 
 
-def _figures(
-    manifest: Manifest,
-    variant: StoredVariant,
-    registry: ModelRegistry,
-    *,
-    threads: int | None = None,
-    rows_sha256: str | None = None,
-) -> Figures:
+def _figures(variant: Variant, *, threads: int | None = None, rows_sha256: str | None = None) -> Figures:
     """Return what is on record of a variant: with `rows_sha256` the evaluation on these rows if there is one."""
+    registry, manifest = variant.version.registry, variant.version.manifest
     records = sorted(registry.evidence(manifest, "evaluation"), key=lambda record: str(record["recorded_at"]))
     evaluations = [
         Evaluation.model_validate(record["evaluation"])
@@ -319,7 +309,7 @@ def _figures(
         if record["precision"] == variant.precision
     ]
     fitting = [one for one in evaluations if one.rows_sha256 == rows_sha256]
-    measurements = measurements_of(manifest, variant, registry)
+    measurements = measurements_of(manifest, variant.stored, registry)
     return Figures(
         measurements=tuple(one for one in measurements if threads in (None, one.threads)),
         evaluation=next(reversed(fitting or evaluations), None),

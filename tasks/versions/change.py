@@ -5,9 +5,9 @@ from typing import Literal
 
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.champions import champion_before
+from slmops.infra.storage.evidence import SELECTION
 from slmops.infra.storage.manifest import Manifest, StoredVariant, check_name
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
-from slmops.tasks.versions.commit import SELECTION
 
 PROMOTED = "promoted by hand"
 DEPLOYED = "promoted by its deploy"
@@ -106,7 +106,7 @@ def promotable_variant(manifest: Manifest, registry: ModelRegistry) -> StoredVar
         raise BadInput(
             reason, f"Judge it with slmops regate {manifest.reference}; slmops show tells what is on record."
         )
-    return manifest.variant((registry.latest_evidence(manifest, SELECTION) or {})["selected"])
+    return manifest.variant((registry.latest_evidence(manifest, SELECTION.name) or {})["selected"])
 
 
 def why_not_champion(manifest: Manifest, registry: ModelRegistry) -> str | None:
@@ -114,7 +114,7 @@ def why_not_champion(manifest: Manifest, registry: ModelRegistry) -> str | None:
 
     One of its variants has to be selected, to have passed the gate, and to have been registered.
     """
-    selected = (registry.latest_evidence(manifest, SELECTION) or {}).get("selected")
+    selected = (registry.latest_evidence(manifest, SELECTION.name) or {}).get("selected")
     deployed = registry.latest_evidence(manifest, "deploy") or {}
     statuses = {variant["precision"]: variant["status"] for variant in deployed.get("variants", ())}
     if selected is not None and statuses.get(selected) == "registered":

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 from slmops.infra.cyclonedx.sbom import installed_packages, version_sbom
-from slmops.infra.settings import Settings
+from slmops.infra.settings import StoreSettings
+from slmops.infra.storage.evidence import BUILD, SBOM, SELECTION, Build, Selection
 from slmops.infra.storage.manifest import Manifest, Source, now
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.signatures import is_signed, sign_version
+from slmops.infra.storage.version import Version
 from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.environment.checks import builder_versions, host_facts
@@ -14,8 +16,6 @@ from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Choice
 
-SELECTION = "selection"
-SBOM = "sbom"
 # What a build runs on; the bill of materials lists what these require too.
 BUILD_STACK = ("slmops", "onnxruntime-genai", "olive-ai", "onnxruntime", "torch", "transformers")
 
@@ -33,32 +33,33 @@ def commit_version(
         training_run=request.training_run,
     )
     manifest, is_new = registry.commit(request.name, source, builder_versions(), [one.variant for one in built])
+    version = registry.of(manifest)
     for one in built if is_new else ():
-        record = {**one.model_dump(mode="json", exclude={"variant"}), "host": one.host or host_facts()}
-        registry.add_evidence(manifest, "build", {"precision": one.variant.precision, **record})
+        took = one.model_dump(exclude={"variant", "host"})
+        version.record(BUILD, Build(precision=one.variant.precision, host=one.host or host_facts(), **took))
     return manifest
 
 
-@stage("record provenance", run_name="provenance-{manifest.name}")
-def record_provenance(manifest: Manifest, registry: ModelRegistry, settings: Settings) -> None:
+@stage("record provenance", run_name="provenance-{version.name}")
+def record_provenance(version: Version, store: StoreSettings) -> None:
     """Record the bill of materials of a version that has none, and sign it where a key is set and it is not signed.
 
     Raises `BadInput` for a key that cannot be used.
     """
-    if registry.latest_evidence(manifest, SBOM) is None:
-        registry.add_evidence(manifest, SBOM, version_sbom(manifest, installed_packages(BUILD_STACK), now()))
-    if settings.store.signing_key and not is_signed(registry, manifest):
-        sign_version(registry, manifest, settings.store)
+    if version.latest(SBOM) is None:
+        version.record(SBOM, version_sbom(version.manifest, installed_packages(BUILD_STACK), now()))
+    if store.signing_key and not is_signed(version.registry, version.manifest):
+        sign_version(version.registry, version.manifest, store)
 
 
-def record_choice(manifest: Manifest, choice: Choice, budget: Sequence[str], registry: ModelRegistry) -> None:
+def record_choice(version: Version, choice: Choice, budget: Sequence[str]) -> None:
     """Record a version's selected variant and why it is, unless that is what this store recorded last."""
-    record = {**choice.model_dump(), "budget": list(budget)}
-    last = registry.latest_evidence(manifest, SELECTION) or {}
-    if registry.of(manifest).says_origin or {name: last.get(name) for name in record} != record:
-        registry.add_evidence(manifest, SELECTION, record)
+    selection = Selection(**dict(choice), budget=tuple(budget))
+    if version.says_origin or version.latest(SELECTION) != selection:
+        version.record(SELECTION, selection)
 
 
-def last_budget(manifest: Manifest, registry: ModelRegistry) -> tuple[str, ...]:
+def last_budget(version: Version) -> tuple[str, ...]:
     """Return the budget under which a version's variant was last chosen."""
-    return tuple((registry.latest_evidence(manifest, SELECTION) or {}).get("budget", ()))
+    selection = version.latest(SELECTION)
+    return selection.budget if selection else ()

@@ -10,11 +10,11 @@ from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL
 from slmops.infra.foundry.model_host import PlacedModel, ServedVersion
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import SELECTION
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of_file
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
 from slmops.tasks.foundry.registration import champion_model_id, describe_model, inference_model
-from slmops.tasks.versions.commit import SELECTION
 
 
 class StoredModels:
@@ -135,7 +135,7 @@ class StoredModels:
 
 def selected_precision(manifest: Manifest, registry: ModelRegistry) -> str:
     """Return the precision that was chosen for a version; raises `BadInput` when none passed the gate."""
-    selected = (registry.latest_evidence(manifest, SELECTION) or {}).get("selected")
+    selected = (registry.latest_evidence(manifest, SELECTION.name) or {}).get("selected")
     if not selected:
         raise BadInput(f"No variant of {manifest.reference} passed the gate.", "slmops show tells why.")
     return str(selected)

@@ -141,7 +141,7 @@ def published(report: DeployReport, settings: Settings, server: str, tmp_path: P
     registry = open_registry(settings)
     manifest = stored_version(registry, tmp_path / "variant")
     with temporary_settings({PREFECT_API_URL: server}):
-        report = publish_report(report, registry, manifest, settings)
+        report = publish_report(report, registry.of(manifest), settings)
     found = httpx.post(f"{server}/artifacts/latest/filter", json={"artifacts": {"key": {"any_": ["slmops-home"]}}})
     (artifact,) = found.raise_for_status().json()
     assert len(artifact["data"]) < 200_000

@@ -109,7 +109,7 @@ class TestPlans:
 
     def test_a_rollback_to_what_is_gone_is_refused(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
         registry.set_alias("home", CHAMPION, 2, "better")
-        delete_version(registry, versions[0])
+        delete_version(registry.of(versions[0]))
         with pytest.raises(BadInput, match="home@1 is not in the store any more, or never was") as caught:
             plan_rollback("home", None, "", registry)
         assert caught.value.what_to_do == "Use --to with one of 2, 3."

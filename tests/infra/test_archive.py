@@ -170,7 +170,7 @@ class TestRoundTrip:
         for precision, files in (("int4", INT4), ("int8", INT8)):
             exported.target.materialize(copied.manifest.variant(precision).files, exported.folder / precision)
             assert files_below(exported.folder / precision) == files
-        assert verify_version(exported.target, copied.manifest).ok
+        assert verify_version(exported.target.of(copied.manifest)).ok
         assert exported.target.alias("home", CHAMPION) is None
         assert exported.target.latest_evidence(copied.manifest, "measurement", LONG_KEY) is None
         assert exported.target.latest_evidence(copied.manifest, "measurement") is not None
@@ -263,7 +263,7 @@ class TestConflicts:
         assert (copied.manifest.reference, copied.is_new) == ("home@2", True)
         assert copied.manifest.identity == exported.manifest.identity
         assert exported.target.versions("home") == [other, copied.manifest]
-        assert verify_version(exported.target, copied.manifest).ok
+        assert verify_version(exported.target.of(copied.manifest)).ok
         assert exported.run(renumber=True).manifest == copied.manifest
 
     def test_a_renumbered_version_is_exported_and_imported_like_any_other(self, exported: Exported) -> None:
@@ -272,11 +272,11 @@ class TestConflicts:
         export_version(exported.target, copied.manifest, exported.folder / "second.tar")
         third = local_registry(exported.folder / "third")
         assert import_version(exported.folder / "second.tar", third, exported.staging).manifest == copied.manifest
-        assert verify_version(third, copied.manifest).ok
+        assert verify_version(third.of(copied.manifest)).ok
 
     def test_the_number_of_a_deleted_version_stays_taken(self, exported: Exported) -> None:
         exported.run()
-        delete_version(exported.target, exported.manifest)
+        delete_version(exported.target.of(exported.manifest))
         with pytest.raises(BadInput, match="or had, another home@1"):
             exported.run()
         assert exported.run(renumber=True).manifest.version == 2

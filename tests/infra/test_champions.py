@@ -78,7 +78,7 @@ def test_a_change_that_broke_off_before_the_alias_is_in_no_history(local: ModelR
 def test_a_removed_champion_is_a_change_too(local: ModelRegistry, tmp_path: Path) -> None:
     first = store_version(local, tmp_path / "1")
     local.set_alias("home", CHAMPION, 1, "the first")
-    delete_version(local, first)
+    delete_version(local.of(first))
     removal, _ = local.champion_history("home")
     assert (removal.version, removal.former, removal.reason) == (None, 1, "home@1 was deleted")
     store_version(local, tmp_path / "2", {**FILES, "model.onnx": b"another"})

@@ -53,7 +53,7 @@ def test_a_version_goes_there_and_back(
         assert registry.latest_evidence(manifest, "deploy") == here.latest_evidence(manifest, "deploy")
         assert registry.objects.read_bytes("models/home/1/evidence/report.md") == b"# home@1"
         assert registry.aliases("home") == {}
-        assert verify_version(registry, manifest).ok
+        assert verify_version(registry.of(manifest)).ok
         assert list(registry.objects.entries("leases")) == []
 
 
@@ -104,7 +104,7 @@ def test_an_altered_file_does_not_get_there(here: ModelRegistry, team: ModelRegi
     assert f"blobs/sha256/{altered.sha256}" not in {entry.key for entry in team.objects.entries("blobs/sha256")}
     path.write_bytes(b"w" + path.read_bytes()[1:])
     copy_version(manifest, here, team)
-    assert verify_version(team, manifest).ok
+    assert verify_version(team.of(manifest)).ok
 
 
 def test_a_lost_file_is_named(here: ModelRegistry, team: ModelRegistry, store: StoreCase, tmp_path: Path) -> None:
@@ -116,17 +116,17 @@ def test_a_lost_file_is_named(here: ModelRegistry, team: ModelRegistry, store: S
     with pytest.raises(StageFailed, match=f"lost .*{file.sha256}"):
         copy_version(manifest, store.registry(tmp_path / "another home"), there)
     assert there.names() == []
-    found = verify_version(team, manifest)
+    found = verify_version(team.of(manifest))
     assert [(one.what, one.fault) for one in found.damage] == [(f"int4/{file.path}", "missing")]
     assert isinstance(here.objects, LocalObjectStore)
-    assert repair_version(team, found, [here.objects]) == 1
-    assert verify_version(team, manifest).ok
+    assert repair_version(team.of(manifest), found, [here.objects]) == 1
+    assert verify_version(team.of(manifest)).ok
     copy_version(manifest, team, there)
 
 
 def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
     manifest = store_version(team, tmp_path / "built")
-    found = verify_version(team, manifest)
+    found = verify_version(team.of(manifest))
     assert (found.ok, found.files, found.size_bytes) == (True, 3, sum(map(len, FILES.values())))
     keys = {file.path: f"blobs/sha256/{file.sha256}" for file in manifest.variants[0].files}
 
@@ -137,7 +137,7 @@ def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tm
     put("model.onnx", b"grapH")
     put("model.onnx.data", FILES["model.onnx.data"][:-1])
     team.objects.put_bytes("models/home/1/evidence/verdict-1.json", b"[" * 5000)
-    found = verify_version(team, manifest)
+    found = verify_version(team.of(manifest))
     assert {one.what: one.fault for one in found.damage} == {
         "int4/model.onnx": "altered",
         "int4/model.onnx.data": "truncated",
@@ -148,8 +148,8 @@ def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tm
     team.objects.delete(["models/home/1/evidence/verdict-1.json"])
     data = team.stored_manifest(manifest)
     team.objects.put_bytes("models/home/1/manifest.json", data.replace(b"/checkpoints/home", b"/checkpoints/away"))
-    found = verify_version(team, team.version("home", 1))
+    found = verify_version(team.of(team.version("home", 1)))
     assert [one.what for one in found.damage] == ["manifest.json"]
     assert "evidence/deploy-" in found.damage[0].detail
     team.objects.put_bytes("models/home/1/manifest.json", data + b"\n")
-    assert [one.what for one in verify_version(team, manifest).damage] == ["manifest.json"]
+    assert [one.what for one in verify_version(team.of(manifest)).damage] == ["manifest.json"]

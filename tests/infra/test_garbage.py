@@ -49,7 +49,7 @@ def test_only_what_nothing_needs_goes(registry: ModelRegistry, tmp_path: Path) -
     assert len(blob_keys(registry)) == 5
     assert collect_garbage(registry) == planned
     assert blob_keys(registry) == {blob.key for blob in needed_blobs(registry)}
-    assert verify_version(registry, kept).ok
+    assert verify_version(registry.of(kept)).ok
     assert collect_garbage(registry).size_bytes == 0
     assert list(registry.objects.entries("leases")) == []
 
@@ -74,9 +74,9 @@ def test_a_version_in_use_is_not_pruned(registry: ModelRegistry, store: StoreCas
     manifest = store_version(registry, tmp_path / "built")
     other = store.registry(tmp_path / "another home")
     with registry.in_use(manifest):
-        assert delete_version(other, manifest, even_in_use=False) is None
+        assert delete_version(other.of(manifest), even_in_use=False) is None
         assert other.versions("home") == [manifest]
-    assert delete_version(other, manifest, even_in_use=False) == sum(map(len, FILES.values()))
+    assert delete_version(other.of(manifest), even_in_use=False) == sum(map(len, FILES.values()))
     assert other.versions("home") == []
 
 

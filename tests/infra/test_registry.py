@@ -151,12 +151,12 @@ class TestVersions:
     def test_a_number_is_never_used_again(self, registry: ModelRegistry, tmp_path: Path) -> None:
         commit(registry, tmp_path)
         commit(registry, tmp_path, {"model.onnx": b"two"})
-        delete_version(registry, registry.version("home", 2))
+        delete_version(registry.of(registry.version("home", 2)))
         assert [one.version for one in registry.versions("home")] == [1]
         assert commit(registry, tmp_path, {"model.onnx": b"three"})[0].version == 3
         assert commit(registry, tmp_path, {"model.onnx": b"two"})[0].version == 4
         for number in (1, 3, 4):
-            delete_version(registry, registry.version("home", number))
+            delete_version(registry.of(registry.version("home", number)))
         assert registry.names() == []
         assert commit(registry, tmp_path)[0].version == 5
 
@@ -164,7 +164,7 @@ class TestVersions:
         commit(registry, tmp_path, {"tokenizer.json": b"shared", "model.onnx": b"first"})
         kept, _ = commit(registry, tmp_path, {"tokenizer.json": b"shared", "model.onnx": b"second"}, name="away")
         registry.set_alias("home", CHAMPION, 1, "first")
-        freed = delete_version(registry, registry.version("home", 1))
+        freed = delete_version(registry.of(registry.version("home", 1)))
         assert freed == len(b"first")
         assert sorted(blobs(registry).values()) == [b"second", b"shared"]
         assert registry.has_files(kept.variants[0].files)
@@ -333,11 +333,11 @@ class TestAltered:
         commit(registry, tmp_path, {"model.onnx": b"other"}, name="away")
         registry.objects.put_bytes("models/away/1/manifest.json", b"{")
         with pytest.raises(StageFailed, match="away@1"):
-            delete_version(registry, registry.version("home", 1))
+            delete_version(registry.of(registry.version("home", 1)))
         assert registry.version("home", 1) == manifest
         assert registry.alias("home", CHAMPION) == 1
         registry.objects.delete(["models/away/1/manifest.json"])
-        delete_version(registry, registry.version("home", 1))
+        delete_version(registry.of(registry.version("home", 1)))
         assert registry.names() == []
 
 
@@ -475,7 +475,7 @@ class TestEvidence:
         uri = registry.put_report(manifest, "report.md", "größer")
         key = "models/home/1/evidence/report.md"
         assert (uri, registry.objects.read_bytes(key).decode()) == (registry.objects.uri(key), "größer")
-        delete_version(registry, registry.version("home", 1))
+        delete_version(registry.of(registry.version("home", 1)))
         left = [entry.key for entry in registry.objects.entries("models")]
         assert left == ["models/home/1/deleted.json", "models/home/1/manifest.json"]
 
@@ -596,7 +596,7 @@ def test_a_crash_in_a_delete_leaves_a_whole_version_or_none(before: bool, store:
         crashed = False
         try:
             with a_process_that_ends():
-                delete_version(ModelRegistry(CrashingStore(store.open(tmp_path), at, before=before)), manifest)
+                delete_version(ModelRegistry(CrashingStore(store.open(tmp_path), at, before=before)).of(manifest))
         except Crash:
             crashed = True
         assert registry.has_files(kept.variants[0].files)

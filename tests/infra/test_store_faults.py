@@ -161,7 +161,7 @@ class Journey:
     def assert_arrived(self, registry: ModelRegistry) -> None:
         """The version is there, whole, and the only one."""
         assert registry.versions("home") == [self.manifest]
-        assert verify_version(registry, self.manifest).damage == ()
+        assert verify_version(registry.of(self.manifest)).damage == ()
         assert registry.aliases("home") == {}
         assert list(registry.evidence(self.manifest, "deploy")) == list(self.local.evidence(self.manifest, "deploy"))
         assert list(registry.objects.entries("leases")) == []
@@ -458,7 +458,7 @@ def test_a_deploys_own_steps_get_over(fault: str, either: Journey, brief_waits: 
     assert either.proxy.hits(SOMETIMES[fault])
     found = either.beside()
     assert found.versions("away") == [manifest]
-    assert verify_version(found, manifest).ok
+    assert verify_version(found.of(manifest)).ok
     assert add_version(far, either.tmp_path / "built again", SMALL, name="away") == manifest
 
 
@@ -812,7 +812,7 @@ def altered_at_random(data: bytes, chance: random.Random) -> bytes:
 def finds(registry: ModelRegistry, reference: str) -> set[str]:
     """Return what is said to be damaged; a manifest that cannot be read is said at once."""
     try:
-        return {one.what for one in verify_version(registry, registry.find(reference)).damage}
+        return {one.what for one in verify_version(registry.of(registry.find(reference))).damage}
     except StageFailed:
         return {"manifest.json"}
 

@@ -105,7 +105,7 @@ class Bench:
         for name in registry.names():
             versions = registry.versions(name)
             for manifest in versions:
-                found = verify_version(registry, manifest)
+                found = verify_version(registry.of(manifest))
                 assert found.ok, found.damage
             assert set(registry.aliases(name).values()) <= {one.version for one in versions}
 
@@ -125,7 +125,7 @@ def test_push(bench: Bench) -> None:
         bench.run("push", manifest.reference, bench.folder / "here", bench.chance.uniform(0, duration))
         team = bench.team()
         for found in team.versions(manifest.name):
-            assert verify_version(team, found).ok
+            assert verify_version(team.of(found)).ok
         assert copy_version(manifest, bench.here, team).manifest == manifest
         assert team.latest_evidence(manifest, "deploy") == bench.here.latest_evidence(manifest, "deploy")
     assert len(bench.team().names()) == KILLS[bench.store.kind] + 1
@@ -211,7 +211,7 @@ def test_a_collector_beside_a_writer_never_takes_what_a_version_needs(bench: Ben
             # The content of a version that was just deleted is an orphan that the next one takes up again.
             files = {"weights": b"shared %d" % (number % 2), "graph": b"own %d" % number}
             manifest = store_version(team, bench.folder / f"built-{number}", files)
-            assert verify_version(team, manifest).ok
+            assert verify_version(team.of(manifest)).ok
             if number % 3:
                 team.mark_deleted(manifest)
         collector.stdin.write("\n")

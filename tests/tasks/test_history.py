@@ -257,7 +257,7 @@ def put_evaluation(registry, manifest, evaluated, precision="int4"):
 
 
 def test_the_first_version_has_no_history(commit, registry, settings):
-    assert history_of(commit("one"), registry, settings) is None
+    assert history_of(registry.of(commit("one")), settings.threads) is None
 
 
 def test_a_version_is_compared_with_the_one_before_it(commit, registry, home):
@@ -266,12 +266,12 @@ def test_a_version_is_compared_with_the_one_before_it(commit, registry, home):
         manifest = commit(text)
         put_measurement(registry, manifest, make_measurement([factor * value for value in TTFTS]))
         put_evaluation(registry, manifest, evaluation([row(number, 1.0) for number in range(5)]))
-    history = history_of(manifest, registry, settings)
+    history = history_of(registry.of(manifest), settings.threads)
     assert history.previous == "home@2"
     assert trends(history)["ttft_ms"] == "worse"
     assert trends(history)["score"] == "same"
     assert history.notes == ()
-    assert history_of(registry.version("home", 2), registry, settings).previous == "home@1"
+    assert history_of(registry.of(registry.version("home", 2)), settings.threads).previous == "home@1"
 
 
 def test_the_earlier_evaluation_on_the_same_rows_is_found(commit, registry, settings):
@@ -279,7 +279,7 @@ def test_the_earlier_evaluation_on_the_same_rows_is_found(commit, registry, sett
     put_evaluation(registry, first, evaluation([row(1, 1.0)], rows_sha256="a" * 64))
     put_evaluation(registry, first, evaluation([row(1, 0.0)], rows_sha256="b" * 64))
     put_evaluation(registry, second, evaluation([row(1, 1.0)], rows_sha256="a" * 64))
-    (score, _) = history_of(second, registry, settings).changes
+    (score, _) = history_of(registry.of(second), settings.threads).changes
     assert (score.metric, score.before, score.after) == ("score", 1.0, 1.0)
 
 
@@ -288,7 +288,7 @@ def test_figures_of_an_older_method_and_new_precisions_are_said(commit, registry
     first, second = commit("one"), commit("two", "int4", "int8")
     put_measurement(registry, first, make_measurement([value / 9 for value in TTFTS]), schema=1)
     put_measurement(registry, second, make_measurement(TTFTS))
-    history = history_of(second, registry, settings)
+    history = history_of(registry.of(second), settings.threads)
     assert history.changes == ()
     assert history.notes == (
         "int4: there is no earlier measurement by the present method.",

@@ -247,7 +247,7 @@ def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry
     proof = last_proof(first, first.variant("int4"), asked_rows().rows[0], registry)
     assert proof is not None
     assert proof.question == "Turn on the light"
-    assert last_budget(first, registry) == ("max-size=1GB",)
+    assert last_budget(registry.of(first)) == ("max-size=1GB",)
     searched = last_search(first, registry)
     assert searched is not None
     assert searched.chosen == {"int4": "int4-fast"}
@@ -258,7 +258,7 @@ def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry
     rows = answers.last_evaluation_set(first, registry)
     assert rows is not None
     assert [row.id for row in rows.rows] == ["r0", "r1"]
-    history = history_of(second, registry, settings)
+    history = history_of(registry.of(second), settings.threads)
     assert history is not None
     assert history.previous == "home@1"
     assert {change.metric for change in history.changes} >= {"ttft_ms", "size_bytes", "score"}
