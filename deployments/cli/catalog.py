@@ -11,7 +11,7 @@ import typer
 
 from slmops.deployments.cli.listening import check_address, listen
 from slmops.deployments.cli.output import print_line
-from slmops.deployments.cli.references import load_settings
+from slmops.deployments.cli.running import load_settings
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ SHUTDOWN_S = 5
 Host = Annotated[str, typer.Option(help="Address to listen on; any but loopback takes SLMOPS_CATALOG__TOKEN.")]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: a free one.")]
 Upstream = Annotated[str | None, typer.Option(help="URL of a catalog whose models are listed after ours.")]
-
-
-def add_catalog_command(app: typer.Typer) -> None:
-    """Add this command to the command line."""
-    app.command()(catalog)
 
 
 def catalog(host: Host = "127.0.0.1", port: Port = DEFAULT_PORT, upstream: Upstream = None) -> None:
@@ -53,9 +48,6 @@ def _check_upstream(upstream: str | None) -> None:
 
 
 def _serve(host: str, listener: socket.socket, upstream: str | None, settings: "Settings") -> None:
-    from slmops.deployments.server.environment import prepare_prefect
-
-    prepare_prefect(settings)  # before `tasks` is imported
     import uvicorn
 
     from slmops.infra.foundry.catalog import CATALOG_PATH

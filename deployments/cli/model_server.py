@@ -18,9 +18,6 @@ from slmops.infra.settings import Settings
 
 async def serve_models(names: list[str], host: str, listener: socket.socket, settings: Settings) -> None:
     """Serve the named models, or all, on a socket that listens; `host` is what was asked for, and is only shown."""
-    from slmops.deployments.server.environment import prepare_prefect
-
-    prepare_prefect(settings)  # before `tasks` is imported
     import uvicorn
 
     from slmops.infra.foundry.model_host import ModelHost

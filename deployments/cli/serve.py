@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from slmops.deployments.cli.listening import check_address, listen
-from slmops.deployments.cli.references import load_settings
+from slmops.deployments.cli.running import load_settings
 
 DEFAULT_PORT = 5273
 
@@ -15,11 +15,6 @@ Names = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on; any but loopback takes SLMOPS_SERVE__TOKEN.")]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: a free one.")]
-
-
-def add_serve_command(app: typer.Typer) -> None:
-    """Add this command to the command line."""
-    app.command()(serve)
 
 
 def serve(names: Names = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -> None:

@@ -1,12 +1,13 @@
-"""The commands on the store: copy, verify, collect, pack, ingest, compare, sign, and the registry's own notes."""
+"""The commands on the store: copy versions from store to store, verify, collect, pack and ingest."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slmops.deployments.cli.options import Json, Reference, VersionReference
 from slmops.deployments.cli.output import print_json, print_line, print_note, print_table, stage_display
-from slmops.deployments.cli.references import Json, Reference, Version, load_settings, the_registry, version_of
+from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:
@@ -17,15 +18,7 @@ Renumber = Annotated[
 ]
 
 
-def add_store_commands(app: typer.Typer) -> None:
-    """Add these commands to the command line."""
-    for command in (push, pull, verify, ingest, diff, sign, sbom, alias, tag, note, gc):
-        app.command()(command)
-    app.command("export")(export_version)
-    app.command("import")(import_version)
-
-
-def push(reference: Version, renumber: Renumber = False, as_json: Json = False) -> None:
+def push(reference: VersionReference, renumber: Renumber = False, as_json: Json = False) -> None:
     """Copy a version from this machine's own store to the one that SLMOPS_STORE__URI names."""
     from slmops.infra.storage.opening import open_local_registry
 
@@ -190,7 +183,6 @@ def gc(
 ) -> None:
     """Remove what nothing needs from the store and from this machine, beside running deploys."""
     settings = load_settings()
-    _prepare(settings)
     from slmops.tasks.versions.garbage import collect
 
     registry = the_registry()
@@ -270,95 +262,3 @@ def ingest(
         print_json({"address": found.address, "kind": found.kind, "name": found.name, "size_bytes": found.size_bytes})
         return
     print_line(found.address)
-
-
-def diff(
-    first: Annotated[str, typer.Argument(metavar="NAME@VERSION")],
-    second: Annotated[str, typer.Argument(metavar="NAME@VERSION")],
-    as_json: Json = False,
-) -> None:
-    """Tell what sets two versions apart: source, builder, recipes, files and figures."""
-    from slmops.infra.storage.comparing import compare_versions
-
-    registry = the_registry()
-    found = compare_versions(registry.find(first), registry.find(second), registry)
-    if as_json:
-        print_json(found.model_dump(mode="json"))
-        return
-    rows = [{"what": one.what, found.first: one.first, found.second: one.second} for one in found.differences]
-    print_table(f"{found.first} and {found.second}", rows)
-    print_line(
-        f"{'The same content' if found.same_content else 'Other content'}: {found.shared_bytes / 1e6:,.1f} of "
-        f"{found.size_bytes / 1e6:,.1f} MB of {found.second} are in {found.first} too."
-    )
-
-
-def sign(reference: Version) -> None:
-    """Sign a version with the key of SLMOPS_STORE__SIGNING_KEY; its signature is kept beside it."""
-    from slmops.infra.storage.signatures import sign_version
-
-    registry, manifest = version_of(reference)
-    sign_version(registry, manifest, load_settings().store)
-    print_line(f"{manifest.reference} is signed (sha256 {manifest.digest}).")
-
-
-def sbom(reference: Reference) -> None:
-    """Print the bill of materials of a version and what it was built with (CycloneDX, JSON)."""
-    registry, manifest = version_of(reference)
-    recorded = registry.latest_evidence(manifest, "sbom")
-    if recorded is None:
-        raise BadInput(f"{manifest.reference} has no bill of materials.", "Deploy its checkpoint again: it gets one.")
-    recorded.pop("recorded_at")
-    print_json(recorded)
-
-
-def alias(
-    reference: Reference,
-    name: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as `staging`; spelled like a model name.")],
-    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away.")] = False,
-    reason: Annotated[str, typer.Option(help="Why; kept with the alias.")] = "set by hand",
-) -> None:
-    """Point an alias of your own to a version: NAME@ALIAS names it from then on."""
-    registry, manifest = version_of(reference)
-    if name == "champion":
-        raise BadInput(
-            "The champion is what Foundry Local serves; an alias alone cannot change that.",
-            f"Promote it: slmops promote {manifest.reference}.",
-        )
-    if remove:
-        registry.remove_alias(manifest.name, name)
-        print_line(f"{manifest.name} has no alias {name} now.")
-        return
-    registry.set_alias(manifest.name, name, manifest.version, reason)
-    print_line(f"{manifest.name}@{name} is {manifest.reference}.")
-
-
-def tag(
-    reference: Reference,
-    tags: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="KEY= takes a tag away.")],
-) -> None:
-    """Give a version tags, change them or take them away."""
-    registry, manifest = version_of(reference)
-    pairs = [text.partition("=") for text in tags]
-    bad = next((text for text, (key, mark, _) in zip(tags, pairs, strict=True) if not key or not mark), None)
-    if bad is not None:
-        raise BadInput(f"The tag {bad!r} is not KEY=VALUE.", "Write, for example, team=kitchen.")
-    for key, _, value in pairs:
-        registry.set_tag(manifest, key, value or None)
-    shown = ", ".join(f"{key}={value}" for key, value in registry.tags(manifest).items())
-    print_line(f"{manifest.reference}: {shown or 'no tags'}")
-
-
-def note(reference: Reference, text: Annotated[str, typer.Argument(help="What is to be remembered of it.")]) -> None:
-    """Write a note on a version; slmops show prints them."""
-    registry, manifest = version_of(reference)
-    if not text.strip():
-        raise BadInput("The note is empty.", "Write what is to be remembered.")
-    registry.add_note(manifest, text)
-    print_line(f"Noted on {manifest.reference}.")
-
-
-def _prepare(settings: "Settings") -> None:
-    from slmops.deployments.server.environment import prepare_prefect
-
-    prepare_prefect(settings)

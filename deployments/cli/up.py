@@ -1,13 +1,13 @@
 """`slmops up`: all that is needed to start flows from Prefect's UI, by schedule, over its API and on events."""
 
 import os
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from slmops.deployments.cli.options import Json
 from slmops.deployments.cli.output import print_json, print_table
-from slmops.deployments.cli.references import Json, load_settings
+from slmops.deployments.cli.running import load_settings
 from slmops.infra.errors import BadInput
 
 DEFAULT_PORT = 4200
@@ -24,34 +24,29 @@ Limit = Annotated[
 Check = Annotated[bool, typer.Option("--check", help="Say what is running, and end.")]
 
 
-def add_up_command(app: typer.Typer, prepare: Callable[..., None]) -> None:
-    """Add this command to the command line; `prepare` sets Prefect's environment."""
-
-    @app.command()
-    def up(
-        pool: Pool = DEFAULT_POOL,
-        port: Port = DEFAULT_PORT,
-        limit: Limit = None,
-        check: Check = False,
-        as_json: Json = False,
-    ) -> None:
-        """Start what runs flows, until it is stopped: a Prefect server if none is set, deployments, a worker."""
-        settings = load_settings()
-        prepare(settings)
-        if not check:
-            if as_json:
-                raise BadInput("--json goes with --check.", "Leave it out, or add --check.")
-            from slmops.deployments.server.up import run_up
-
-            run_up(settings, pool, port, limit)
-            return
-        from slmops.deployments.server.registration import read_deployments
-        from slmops.deployments.server.up_check import check_running
-
-        checked = check_running(os.environ.get("PREFECT_API_URL"), pool, read_deployments())
+def up(
+    pool: Pool = DEFAULT_POOL,
+    port: Port = DEFAULT_PORT,
+    limit: Limit = None,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Start what runs flows, until it is stopped: a Prefect server if none is set, deployments, a worker."""
+    settings = load_settings()
+    if not check:
         if as_json:
-            print_json(checked.model_dump(mode="json"))
-        else:
-            print_table("Running", checked.rows())
-        if not checked.ok:
-            raise typer.Exit(1)
+            raise BadInput("--json goes with --check.", "Leave it out, or add --check.")
+        from slmops.deployments.server.up import run_up
+
+        run_up(settings, pool, port, limit)
+        return
+    from slmops.deployments.server.registration import read_deployments
+    from slmops.deployments.server.up_check import check_running
+
+    checked = check_running(os.environ.get("PREFECT_API_URL"), pool, read_deployments())
+    if as_json:
+        print_json(checked.model_dump(mode="json"))
+    else:
+        print_table("Running", checked.rows())
+    if not checked.ok:
+        raise typer.Exit(1)

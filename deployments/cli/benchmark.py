@@ -1,0 +1,23 @@
+"""`slmops benchmark`: measure a stored version anew."""
+
+from typing import Any
+
+from slmops.deployments.cli.options import Json, LogLevel, asks_for
+from slmops.deployments.cli.output import print_json, print_line, print_table
+from slmops.deployments.cli.running import run_flow, version_of
+from slmops.tasks.request.parameters import BenchmarkParameters
+
+
+@asks_for(BenchmarkParameters)
+def benchmark(parameters: dict[str, Any], log_level: LogLevel = None, as_json: Json = False) -> None:
+    """Measure a stored version anew, beside its earlier figures on this machine; run standard benchmarks on it."""
+    version_of(parameters["reference"])  # refuses one that is not there before anything is written
+    report = run_flow("benchmark", parameters)
+    if as_json:
+        print_json(report.to_contract())
+        return
+    from slmops.tasks.report.benchmark import benchmark_rows, lm_eval_rows
+
+    print_table("Figures", benchmark_rows(report))
+    print_table("lm-eval", lm_eval_rows(report))
+    print_line(report.summary)

@@ -1,0 +1,52 @@
+"""The commands on the demo: a small model that turns smart-home commands into JSON actions."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slmops.deployments.cli.deploy import deploy_checkpoint
+from slmops.deployments.cli.options import Json, LogLevel
+from slmops.deployments.cli.output import print_json, print_line, stage_display
+from slmops.deployments.cli.running import load_settings
+
+if TYPE_CHECKING:
+    from slmops.tasks.training.demo import DemoCheckpoint
+
+DEMO_NAME = "home"
+DEMO_SEED = 0
+
+Seed = Annotated[int, typer.Option(help="Seed of the data and of the training.")]
+
+
+def make_demo(
+    directory: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+    seed: Seed = DEMO_SEED,
+    as_json: Json = False,
+) -> None:
+    """Train a small chat model that turns smart-home commands into JSON actions."""
+    made = _make(directory, seed)
+    if as_json:
+        print_json({"checkpoint": str(directory), "parameters": made.parameters, "exact_match": made.exact_match})
+        return
+    print_line(f"{directory}: {made.parameters:,} parameters, {made.exact_match:.1%} of held-out commands exact.")
+
+
+def demo(seed: Seed = DEMO_SEED, log_level: LogLevel = None, as_json: Json = False) -> None:
+    """Make the demo checkpoint, deploy it as `home`, and ask it to turn on a light."""
+    checkpoint = load_settings().home_dir / "demo"
+    _make(checkpoint, seed, replace=True)
+    deploy_checkpoint({"checkpoint": str(checkpoint), "name": DEMO_NAME}, as_json=as_json)
+
+
+def _make(directory: Path, seed: int, *, replace: bool = False) -> "DemoCheckpoint":
+    from slmops.tasks.training.demo import make_demo_checkpoint
+
+    with stage_display() as display:
+        return make_demo_checkpoint(
+            load_settings(),
+            directory,
+            seed,
+            lambda done, total, what: display("train", done / total, what),
+            replace=replace,
+        )

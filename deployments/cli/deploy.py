@@ -1,0 +1,129 @@
+"""The commands that build and judge: deploy a checkpoint, judge a version again, and list the recipes."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slmops.deployments.cli.options import Json, LogLevel, asks_for
+from slmops.deployments.cli.output import print_json, print_line, print_plots, print_table
+from slmops.deployments.cli.running import end_with, load_settings, run_flow, version_of
+from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, RegateParameters
+
+if TYPE_CHECKING:
+    from slmops.tasks.report.records import DeployReport
+    from slmops.tasks.request.plan import DeployPlan
+
+
+@asks_for(DeployParameters)
+def deploy(
+    parameters: dict[str, Any],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end.")] = False,
+    log_level: LogLevel = None,
+    as_json: Json = False,
+) -> None:
+    """Build, store, measure, judge, register and prove a checkpoint."""
+    if not dry_run:
+        deploy_checkpoint(parameters, as_json=as_json)
+        return
+    from slmops.tasks.request.plan import plan_deploy
+
+    plan = plan_deploy(load_settings(), parameters)
+    if as_json:
+        print_json(plan.model_dump(mode="json"))
+    else:
+        _show_plan(plan)
+
+
+@asks_for(RegateParameters)
+def regate(parameters: dict[str, Any], log_level: LogLevel = None, as_json: Json = False) -> None:
+    """Judge a version again, without building it, and register or unregister its variants accordingly."""
+    version_of(parameters["reference"])  # refuses one that is not there before anything is written
+    _tell(run_flow("regate", parameters), as_json=as_json)
+
+
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that --recipe takes, and that --search tries."""
+    from slmops.tasks.build.build import OLIVE_PROVIDERS, known_recipes
+
+    found = [
+        {"recipe": name, "precision": precision, "execution_provider": provider}
+        for provider in OLIVE_PROVIDERS
+        for precision in PRECISIONS
+        for name in known_recipes(precision, provider)
+    ]
+    if as_json:
+        print_json({"recipes": found})
+    else:
+        print_table("Recipes", found)
+
+
+def deploy_checkpoint(parameters: dict[str, Any], *, as_json: bool) -> None:
+    """Run the flow `deploy`, tell what it did, and end with its exit status."""
+    from slmops.deployments.server.environment import begin_embedded_server
+
+    server = begin_embedded_server()  # its imports and those of the plan take as long
+    try:
+        from slmops.tasks.request.plan import plan_deploy
+
+        plan_deploy(load_settings(), parameters)  # refuses bad input before anything is written
+    except BaseException:
+        if server:
+            server.end()
+        raise
+    _tell(run_flow("deploy", parameters, server), as_json=as_json)
+
+
+def _tell(report: "DeployReport", *, as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_contract())
+    else:
+        _show_report(report)
+    end_with(report.status)
+
+
+def _show_report(report: "DeployReport") -> None:
+    from slmops.tasks.report.markdown import variant_rows
+    from slmops.tasks.report.terminal import terminal_plots
+    from slmops.tasks.report.wording import check_threshold, check_value, estimated, percent
+
+    print_table(f"{report.reference} ({report.status})", variant_rows(report))
+    print_plots(lambda width: terminal_plots(report, width))
+    print_line("")
+    print_line(report.summary)
+    if report.reference_score:
+        print_line(f"The source checkpoint scores {estimated(report.reference_score, percent)}.")
+    if report.reason:
+        print_line(f"Selected: {report.selected or 'none'}. {report.reason}")
+    for variant in report.variants:
+        if variant.error:
+            print_line(f"{variant.precision} failed: {variant.error}")
+        elif variant.gate and not variant.gate.passed:
+            faults = "; ".join(
+                f"{check.name.replace('_', ' ')} {check_value(check)}, {check_threshold(check)}"
+                for check in variant.gate.failed_checks
+            )
+            print_line(f"{variant.precision} rejected: {faults}")
+    for text in [*report.warnings, *(text for variant in report.variants for text in variant.warnings)]:
+        print_line(f"warning: {text}")
+    answered = next((variant for variant in reversed(report.variants) if variant.answer), None)  # the smallest
+    if answered:
+        print_line(f"Foundry Local answered {report.question!r} through {answered.foundry_model_id}: {answered.answer}")
+        print_line(f"Talk to it: slmops chat {report.reference}")
+    if report.html_file:
+        print_line(f"Report: {report.html_file}")
+
+
+def _show_plan(plan: "DeployPlan") -> None:
+    rows = [
+        {
+            "stage": stage.stage,
+            "time": f"{stage.time_s:,.0f} s",
+            "memory": f"{stage.ram_bytes / 1e9:.1f} GB",
+            "disk": f"{stage.disk_bytes / 1e6:,.0f} MB",
+        }
+        for stage in plan.stages
+    ]
+    print_table(f"Plan for {plan.name}: {plan.parameters:,} parameters, {plan.rows} evaluation rows", rows)
+    print_line(f"About {plan.time_s:,.0f} s in all. Estimates are for two cores.")
+    for text in plan.warnings:
+        print_line(f"warning: {text}")

@@ -1,0 +1,83 @@
+"""What commands run with: the settings, the store, Prefect's environment, and a flow in this process.
+
+All of it is imported where a command needs it: without that, `slmops --help` takes half the time.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import typer
+
+from slmops.deployments.cli.output import stage_display
+
+if TYPE_CHECKING:
+    from slmops.deployments.server.embedded import EmbeddedServer
+    from slmops.infra.settings import Settings
+    from slmops.infra.storage.manifest import Manifest
+    from slmops.infra.storage.registry import ModelRegistry
+
+P = ParamSpec("P")
+
+
+def load_settings() -> "Settings":
+    """Return the settings, as `slmops.infra.settings.load_settings` reads them."""
+    from slmops.infra import settings
+
+    return settings.load_settings()
+
+
+def the_registry() -> "ModelRegistry":
+    """Return the registry in the store that the settings name."""
+    from slmops.infra.storage.opening import open_registry
+
+    return open_registry(load_settings())
+
+
+def version_of(reference: str) -> "tuple[ModelRegistry, Manifest]":
+    """Return the registry and the version that a reference names; raises `BadInput` when there is none."""
+    registry = the_registry()
+    return registry, registry.find(reference)
+
+
+def prepared(command: Callable[P, None]) -> Callable[P, None]:
+    """Let a command's body import `tasks` and `flows`: Prefect's environment is set before it runs."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        from slmops.deployments.server.environment import prepare_prefect
+
+        level = kwargs.get("log_level")
+        prepare_prefect(load_settings(), log_level=level if isinstance(level, str) else None)
+        command(*args, **kwargs)
+
+    return run
+
+
+def run_flow(name: str, parameters: dict[str, Any], server: "EmbeddedServer | None" = None) -> Any:
+    """Run a flow in this process, show its stages, and return its report, also where the run ended as failed.
+
+    `server` is one that has begun its start already. Raises the error that ended the run.
+    """
+    from slmops.deployments.server.environment import begin_embedded_server, prefect_api
+
+    server = server or begin_embedded_server()
+    from slmops.flows.endings import RunEnded
+    from slmops.tasks.runs.progress import listening
+
+    flow = getattr(import_module(f"slmops.flows.{name}"), name)
+    with stage_display() as display, listening(display), prefect_api(load_settings(), server):
+        state = flow(**parameters, return_state=True)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, RunEnded):
+        return result.report
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def end_with(status: str) -> None:
+    """End a command with the exit status of its run's: 3 where everything was rejected, 1 where something failed."""
+    if status in ("rejected", "failed"):
+        raise typer.Exit(3 if status == "rejected" else 1)
