@@ -4,22 +4,23 @@ from prefect import State, flow
 from prefect.states import Completed
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.settings import Settings, load_settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant
-from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.checkpoint.preparation import prepare_source
-from slmops.tasks.exams.lm_eval import LmEvalTasks, check_lm_eval, run_lm_eval, run_lm_eval_on_checkpoint
-from slmops.tasks.exams.measurement import measure_stored_variant, measurements_of
+from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.lm_eval import LmEvalExam, LmEvalTasks, check_lm_eval, run_lm_eval_on_checkpoint
+from slmops.tasks.exams.measurement import MeasurementExam, measurements_of
 from slmops.tasks.report.benchmark import BenchmarkReport, VariantBenchmark, publish_benchmark
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import BenchmarkParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.verdict.history import Figures, compare_versions
+from slmops.tasks.workshop import open_workshop, workshop
 
 
 @flow(name="benchmark", flow_run_name="benchmark-{reference}")
 @ends_by_its_errors
+@open_workshop()
 @takes(BenchmarkParameters)
 def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
     """Measure every variant of a stored version anew and compare it with its earlier measurements on this machine.
@@ -30,8 +31,8 @@ def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
     Returns:
         The report, in a completed state whether or not there is a regression: the report says so.
     """
-    settings = load_settings()
-    registry = open_registry(settings)
+    shop = workshop()
+    settings, registry = shop.settings, shop.registry
     manifest = registry.find(parameters.reference)
     tasks = LmEvalTasks(
         names=parameters.lm_eval_tasks,
@@ -45,10 +46,10 @@ def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
         check_lm_eval(tasks)
     prepared = prepare_source(manifest, settings) if parameters.lm_eval_on_checkpoint else None
     with registry.in_use(manifest):
-        variants = tuple(measure_anew(manifest, variant, registry, settings) for variant in manifest.variants)
+        variants = tuple(measure_anew(manifest, variant, registry) for variant in manifest.variants)
         if tasks.names:
-            variants = tuple(with_lm_eval(manifest, variant, tasks, registry, settings) for variant in variants)
-    on_checkpoint = run_lm_eval_on_checkpoint(manifest, prepared, tasks, registry, settings) if prepared else ()
+            variants = tuple(with_lm_eval(manifest, variant, tasks) for variant in variants)
+    on_checkpoint = run_lm_eval_on_checkpoint(manifest, prepared, tasks) if prepared else ()
     report = BenchmarkReport(
         name=manifest.name, version=manifest.version, variants=variants, checkpoint_lm_eval=on_checkpoint
     )
@@ -59,16 +60,14 @@ def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
     return Completed(message=report.summary, data=report)
 
 
-def measure_anew(
-    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings
-) -> VariantBenchmark:
+def measure_anew(manifest: Manifest, variant: StoredVariant, registry: ModelRegistry) -> VariantBenchmark:
     """Measure one variant, and once more when it seems worse; one that fails is reported and the others go on."""
     earlier = Figures(measurements=tuple(measurements_of(manifest, variant, registry)))
     try:
-        measured = [measure_stored_variant(manifest, variant, registry, settings, fresh=True)]
+        measured = [examine(MeasurementExam(), manifest, variant, fresh=True)]
         found = compare_versions(variant.precision, earlier, Figures(measurements=tuple(measured)))
         if any(change.trend == "worse" for change in found.changes):
-            measured.append(measure_stored_variant(manifest, variant, registry, settings, fresh=True))
+            measured.append(examine(MeasurementExam(), manifest, variant, fresh=True))
             found = compare_versions(variant.precision, earlier, Figures(measurements=tuple(measured)))
     except StageFailed as error:
         return VariantBenchmark(precision=variant.precision, error=str(error))
@@ -81,15 +80,13 @@ def measure_anew(
     )
 
 
-def with_lm_eval(
-    manifest: Manifest, measured: VariantBenchmark, parameters: LmEvalTasks, registry: ModelRegistry, settings: Settings
-) -> VariantBenchmark:
+def with_lm_eval(manifest: Manifest, measured: VariantBenchmark, tasks: LmEvalTasks) -> VariantBenchmark:
     """Run lm-eval's tasks on a variant that could be measured."""
     if measured.error:
         return measured
     variant = manifest.variant(measured.precision)
     try:
-        results = run_lm_eval(manifest, variant, parameters, registry, settings)
+        results = examine(LmEvalExam(tasks), manifest, variant)
     except StageFailed as error:
         return measured.model_copy(update={"error": str(error)})
     return measured.model_copy(update={"lm_eval": results})

@@ -8,10 +8,6 @@ from prefect import State, flow
 from slmops.flows.qualify import Gate, Qualification, ended, qualify
 from slmops.flows.variants import build_on_workers, check_workers
 from slmops.infra.errors import StageFailed
-from slmops.infra.process.supervisor import ChildProcess
-from slmops.infra.settings import Settings, load_settings
-from slmops.infra.storage.opening import open_registry
-from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.build.build import (
     BuiltVariant,
     Recipe,
@@ -19,11 +15,11 @@ from slmops.tasks.build.build import (
     copy_out,
     plan_recipes,
     take_model,
-    torch_process,
 )
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, prepare_checkpoint
 from slmops.tasks.environment.checks import check_environment, check_room
-from slmops.tasks.exams.answers import reference_in_use
+from slmops.tasks.exams.answers import AnswersExam
+from slmops.tasks.exams.source import sources_in_use
 from slmops.tasks.exams.text import read_text
 from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.report.assemble import failed_report
@@ -38,10 +34,12 @@ from slmops.tasks.runs.limits import one_at_a_time
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.verdict.search import record_trials, search_recipes
 from slmops.tasks.versions.commit import commit_version, record_provenance
+from slmops.tasks.workshop import Workshop, open_workshop, workshop
 
 
 @flow(name="deploy", flow_run_name="deploy-{name}")
 @ends_by_its_errors
+@open_workshop()
 @takes(DeployParameters)
 def deploy(parameters: DeployParameters) -> State[DeployReport]:
     """Build, store, measure, judge, register and prove a fine-tuned small language model.
@@ -50,17 +48,17 @@ def deploy(parameters: DeployParameters) -> State[DeployReport]:
         The report, as a completed state; a failed one named `Rejected` when every variant fell short, and a failed
         one when a variant could not be built or proven.
     """
-    settings = load_settings()
-    request = parse_request(with_local_files(asdict(parameters), settings))
-    registry = open_registry(settings)
-    registry.objects.check()
-    check_workers(settings)
+    shop = workshop()
+    request = parse_request(with_local_files(asdict(parameters), shop.settings))
+    shop.registry.objects.check()
+    check_workers(shop.settings)
     with one_at_a_time(f"deploy-{request.name}"):
-        return ship(request, registry, settings)
+        return ship(request, shop)
 
 
-def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) -> State[DeployReport]:
-    """Take the journey that is parameters for: the stages, in order."""
+def ship(request: DeployRequest, shop: Workshop) -> State[DeployReport]:
+    """Take the journey that is asked for: the stages, in order."""
+    settings, registry = shop.settings, shop.registry
     check_environment(request.execution_provider, settings)
     planned = plan_recipes(request)
     prepared = prepare_checkpoint(request, settings)
@@ -72,7 +70,7 @@ def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) ->
         output_schema_file=request.output_schema_file,
         output_regex=request.output_regex,
     )
-    text = read_text(request.text_file, settings) if request.text_file else None
+    text = read_text(request.text_file) if request.text_file else None
     check_room(
         prepared.inspection,
         [recipe.precision for recipe in planned],
@@ -81,24 +79,20 @@ def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) ->
         whole_model=[recipe.precision for recipe in planned if recipe.quantizes_at_once],
     )
 
-    with torch_process(settings) as torch_child, reference_in_use(prepared.digest, evaluation, settings):
+    with sources_in_use([AnswersExam(evaluation)], prepared.digest):
         outcome = None
         if request.search:
             built, outcome = search_recipes(
                 request,
                 prepared,
                 evaluation,
-                registry,
-                settings,
-                torch_child,
-                reference_available=prepared.inspection.parameters > 0,
             )
             failures = [
                 VariantReport(precision=precision, status="failed", error=error)
                 for precision, error in outcome.failures.items()
             ]
         else:
-            built, failures = build_variants(request, planned, prepared, registry, settings, torch_child)
+            built, failures = build_variants(request, planned, prepared, shop)
         if not built:
             report = failed_report(request, prepared, evaluation.summary, failures, settings)
             return ended(publish_report(report, None, settings))
@@ -119,7 +113,6 @@ def ship(request: DeployRequest, registry: ModelRegistry, settings: Settings) ->
             promote=request.promote,
             registry=registry,
             settings=settings,
-            torch_child=torch_child,
         )
         warnings = (
             *prepared.inspection.warnings,
@@ -136,11 +129,10 @@ def build_variants(
     request: DeployRequest,
     recipes: Sequence[Recipe],
     prepared: PreparedCheckpoint,
-    registry: ModelRegistry,
-    settings: Settings,
-    torch_child: ChildProcess,
+    shop: Workshop,
 ) -> tuple[list[BuiltVariant], list[VariantReport]]:
     """Build every variant; one that fails is reported and the others go on."""
+    settings, registry = shop.settings, shop.registry
     if prepared.inspection.kind == "genai":
         return [take_model(prepared, request, registry, settings)], []
     if settings.worker.pool:
@@ -150,7 +142,7 @@ def build_variants(
     failures: list[VariantReport] = []
     for recipe in recipes:
         try:
-            built.append(build_variant(recipe, prepared, request, registry, settings, torch_child))
+            built.append(build_variant(recipe, prepared, request, registry, settings, shop.torch))
         except StageFailed as error:
             failures.append(VariantReport(precision=recipe.precision, status="failed", error=str(error)))
     return built, failures

@@ -1,8 +1,8 @@
 """What `deploy` and `regate` share: from a stored version to variants that are judged, registered, proven, chosen."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prefect import State
 from prefect.states import Completed, Failed
@@ -10,28 +10,23 @@ from prefect.states import Completed, Failed
 from slmops.flows.endings import RunEnded
 from slmops.flows.variants import Examined, measure_on_workers
 from slmops.infra.errors import StageFailed
-from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import (
+    AnswersExam,
     Evaluation,
-    evaluate_stored_variant,
-    needs_reference,
-    reference_in_use,
-    run_reference_once,
 )
-from slmops.tasks.exams.endurance import exercise_stored_variant
+from slmops.tasks.exams.endurance import EnduranceExam
+from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.length_sweep import steadiness_of
-from slmops.tasks.exams.measurement import measure_stored_variant
-from slmops.tasks.exams.template_parity import check_template_parity, needs_parity
+from slmops.tasks.exams.measurement import MeasurementExam
+from slmops.tasks.exams.source import ComparedExam, run_source_once, sources_in_use
+from slmops.tasks.exams.template_parity import ParityExam, needs_parity
 from slmops.tasks.exams.text import (
+    TextExam,
     TextSample,
-    compare_stored_variant_on_text,
-    needs_text_reference,
-    run_text_reference_once,
-    text_reference_in_use,
 )
 from slmops.tasks.foundry.registration import (
     foundry_model_id,
@@ -61,6 +56,7 @@ from slmops.tasks.verdict.history import history_of
 from slmops.tasks.verdict.search import last_search
 from slmops.tasks.versions.champion import Standing, settle_champion
 from slmops.tasks.versions.commit import record_choice
+from slmops.tasks.workshop import workshop
 
 
 class DeployEnded(RunEnded):
@@ -86,7 +82,6 @@ class Qualification:
     """One version on its way through measure, gate, register, prove and choice.
 
     `prepared` is the source checkpoint; None where there is none (a model that came as ONNX) or none is needed.
-    `torch_child` is where the checkpoint and its tokenizer are run (`slmops.tasks.build.build.torch_process`).
     """
 
     manifest: Manifest
@@ -99,7 +94,6 @@ class Qualification:
     promote: bool
     registry: ModelRegistry
     settings: Settings
-    torch_child: ChildProcess
 
     @property
     def has_reference(self) -> bool:
@@ -109,7 +103,8 @@ class Qualification:
 
 def qualify(version: Qualification, failures: Sequence[VariantReport], warnings: tuple[str, ...]) -> DeployReport:
     """Qualify every variant of a version, choose the one that serves, point the aliases, and publish the report."""
-    with version.registry.in_use(version.manifest), references_in_use(version):
+    exams = compared_exams(version.evaluation, version.text)
+    with version.registry.in_use(version.manifest), sources_in_use(exams, version.manifest.source.digest):
         return _qualify(version, failures, warnings)
 
 
@@ -160,37 +155,25 @@ def needs_source(
     manifest: Manifest,
     evaluation: EvaluationSet,
     text: TextSample | None,
-    registry: ModelRegistry,
-    settings: Settings,
 ) -> bool:
     """Whether some variant has yet to be compared with the source checkpoint."""
-    return (
-        needs_reference(manifest, evaluation, registry, settings)
-        or (text is not None and needs_text_reference(manifest, text, registry, settings))
-        or needs_parity(manifest, registry)
-    )
+    shop = workshop()
+    exams = compared_exams(evaluation, text)
+    return any(exam.needs_source(manifest, shop) for exam in exams) or needs_parity(manifest, shop.registry)
+
+
+def compared_exams(evaluation: EvaluationSet, text: TextSample | None) -> list[ComparedExam[Any]]:
+    """Return the exams that hold a variant beside its source checkpoint."""
+    return [AnswersExam(evaluation), *([TextExam(text)] if text else [])]
 
 
 def run_references(version: Qualification) -> None:
     """Run the source checkpoint on what some variant has yet to be compared on."""
-    manifest, prepared, registry, settings = version.manifest, version.prepared, version.registry, version.settings
-    if prepared is None:
+    if version.prepared is None:
         return
-    if needs_reference(manifest, version.evaluation, registry, settings):
-        run_reference_once(prepared, version.evaluation, settings, version.torch_child)
-    if version.text and needs_text_reference(manifest, version.text, registry, settings):
-        run_text_reference_once(prepared, version.text, settings, version.torch_child)
-
-
-@contextlib.contextmanager
-def references_in_use(version: Qualification) -> Iterator[None]:
-    """Keep the reference's logits, which other deploys of the checkpoint share; they are large, and go at the end."""
-    digest = version.manifest.source.digest
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(reference_in_use(digest, version.evaluation, version.settings))
-        if version.text:
-            stack.enter_context(text_reference_in_use(digest, version.text, version.settings))
-        yield
+    for exam in compared_exams(version.evaluation, version.text):
+        if exam.needs_source(version.manifest, workshop()):
+            run_source_once(exam, version.prepared)
 
 
 @dataclass(frozen=True)
@@ -210,10 +193,8 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: 
         recipe=variant.recipe,
     )
     try:
-        evaluated = evaluate_stored_variant(
-            manifest, variant, version.evaluation, registry, settings, has_reference=version.has_reference
-        )
-        details = examine(version, variant, evaluated, elsewhere)
+        evaluated = examine(AnswersExam(version.evaluation), manifest, variant)
+        details = examined(version, variant, evaluated, elsewhere)
         figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
         report = report.model_copy(update={"details": details, **figures})
         thresholds = thresholds_for(variant.precision, settings.gate, **vars(version.gate))
@@ -255,7 +236,7 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: 
     return _Outcome(report.model_copy(update=update), is_new)
 
 
-def examine(
+def examined(
     version: Qualification, variant: StoredVariant, evaluated: Evaluation, elsewhere: Examined | None = None
 ) -> VariantDetails:
     """Measure a variant in every way that the gate judges; what is on record is not measured again.
@@ -266,15 +247,14 @@ def examine(
     """
     if not evaluated.vocabulary.comparable:
         return VariantDetails(evaluation=evaluated)
-    manifest, registry, settings = version.manifest, version.registry, version.settings
-    rows = version.evaluation.rows
-    measured = elsewhere.measured if elsewhere else measure_stored_variant(manifest, variant, registry, settings)
+    manifest, rows = version.manifest, version.evaluation.rows
+    measured = elsewhere.measured if elsewhere else examine(MeasurementExam(), manifest, variant)
     exercises = (
         elsewhere.exercises
         if elsewhere
         else (
-            exercise_stored_variant(manifest, variant, rows, "genai", registry, settings),
-            exercise_stored_variant(manifest, variant, rows, "foundry", registry, settings),
+            examine(EnduranceExam("genai", rows), manifest, variant),
+            examine(EnduranceExam("foundry", rows), manifest, variant),
         )
     )
     checkpoint = version.prepared.folder if version.has_reference and version.prepared else None
@@ -282,12 +262,8 @@ def examine(
         measurement=measured,
         evaluation=evaluated,
         steadiness=steadiness_of(measured),
-        parity=check_template_parity(manifest, variant, checkpoint, registry, settings, version.torch_child),
-        text=compare_stored_variant_on_text(
-            manifest, variant, version.text, registry, settings, has_reference=version.has_reference
-        )
-        if version.text
-        else None,
+        parity=examine(ParityExam(checkpoint), manifest, variant),
+        text=examine(TextExam(version.text), manifest, variant) if version.text else None,
         exercises=exercises,
     )
 

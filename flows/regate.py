@@ -4,9 +4,6 @@ from prefect import State, flow
 
 from slmops.flows.qualify import Gate, Qualification, ended, needs_source, qualify
 from slmops.infra.errors import BadInput
-from slmops.infra.settings import load_settings
-from slmops.infra.storage.opening import open_registry
-from slmops.tasks.build.build import torch_process
 from slmops.tasks.checkpoint.preparation import prepare_source
 from slmops.tasks.exams.answers import last_evaluation_set
 from slmops.tasks.exams.text import read_text
@@ -18,10 +15,12 @@ from slmops.tasks.request.inputs import local_file
 from slmops.tasks.request.parameters import RegateParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.commit import last_budget
+from slmops.tasks.workshop import open_workshop, workshop
 
 
 @flow(name="regate", flow_run_name="regate-{reference}")
 @ends_by_its_errors
+@open_workshop()
 @takes(RegateParameters)
 def regate(parameters: RegateParameters) -> State[DeployReport]:
     """Judge a stored version by other thresholds or rows, and register or unregister its variants accordingly.
@@ -29,12 +28,12 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
     Returns:
         The report, in the states that `deploy` ends in.
     """
-    settings = load_settings()
+    shop = workshop()
+    settings, registry = shop.settings, shop.registry
     evaluation_file, output_schema_file, text_file = (
         local_file(text, settings) if text else None
         for text in (parameters.evaluation_file, parameters.output_schema_file, parameters.text_file)
     )
-    registry = open_registry(settings)
     manifest = registry.find(parameters.reference)
     limits = last_budget(registry.of(manifest)) if parameters.budget is None else parameters.budget
     parse_budget(limits)
@@ -48,21 +47,17 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
     evaluation = last_evaluation_set(manifest, registry) if evaluation_file is None else None
     if evaluation is None:
         evaluation = read_evaluation(evaluation_file, None, settings, **form)
-    text = read_text(text_file, settings) if text_file else None
-    with torch_process(settings) as torch_child:
-        version = Qualification(
-            manifest=manifest,
-            prepared=prepare_source(manifest, settings)
-            if needs_source(manifest, evaluation, text, registry, settings)
-            else None,
-            evaluation=evaluation,
-            text=text,
-            gate=Gate(parameters.min_top1_agreement, parameters.max_kl_divergence, parameters.max_quality_loss),
-            budget=limits,
-            description=str((registry.latest_evidence(manifest, "deploy") or {}).get("description", "")),
-            promote=False,
-            registry=registry,
-            settings=settings,
-            torch_child=torch_child,
-        )
-        return ended(qualify(version, [], ()))
+    text = read_text(text_file) if text_file else None
+    version = Qualification(
+        manifest=manifest,
+        prepared=prepare_source(manifest, settings) if needs_source(manifest, evaluation, text) else None,
+        evaluation=evaluation,
+        text=text,
+        gate=Gate(parameters.min_top1_agreement, parameters.max_kl_divergence, parameters.max_quality_loss),
+        budget=limits,
+        description=str((registry.latest_evidence(manifest, "deploy") or {}).get("description", "")),
+        promote=False,
+        registry=registry,
+        settings=settings,
+    )
+    return ended(qualify(version, [], ()))

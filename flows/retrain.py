@@ -10,9 +10,7 @@ from slmops.flows.endings import RunEnded
 from slmops.flows.promote import promote
 from slmops.flows.qualify import DeployEnded
 from slmops.infra.errors import BadInput
-from slmops.infra.settings import Settings, load_settings
 from slmops.infra.storage.manifest import check_name
-from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
 from slmops.tasks.report.records import DeployReport
@@ -36,6 +34,7 @@ from slmops.tasks.training.fine_tune import (
     only_retrain_of,
     prepare_base,
 )
+from slmops.tasks.workshop import open_workshop, workshop
 
 
 class RetrainEnded(RunEnded):
@@ -49,6 +48,7 @@ class RetrainEnded(RunEnded):
 
 @flow(name="retrain", flow_run_name="retrain-{name}")
 @ends_by_its_errors
+@open_workshop()
 @takes(RetrainParameters)
 def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
     """Fine-tune a base, deploy the result as a candidate, and promote it if it is better than the champion.
@@ -59,7 +59,8 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
         The report, as a completed state (promoted, kept, skipped); a failed one named `Rejected` when the gate rejected
         every variant, and a failed one when none could be built.
     """
-    settings = load_settings()
+    shop = workshop()
+    settings, registry = shop.settings, shop.registry
     check_name(parameters.name)
     hyperparameters = Hyperparameters.checked(
         method=parameters.method,
@@ -71,7 +72,6 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
         max_length=parameters.max_length,
         seed=parameters.seed,
     )
-    registry = open_registry(settings)
     registry.objects.check()
     with only_retrain_of(parameters.name, settings):
         chats = read_dataset_once(parameters.dataset, settings)
@@ -108,7 +108,7 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
             raise result
         deployed = result.report if isinstance(result, DeployEnded) else result
         report = judged(
-            deployed, tuned, before.reference if before else None, evaluation, parameters.promotion, registry, settings
+            deployed, tuned, before.reference if before else None, evaluation, parameters.promotion, registry
         )
         return _ended(publish_retrain(report, registry))
 
@@ -120,7 +120,6 @@ def judged(
     evaluation: EvaluationSet,
     promotion: str,
     registry: ModelRegistry,
-    settings: Settings,
 ) -> RetrainReport:
     """Compare a candidate with the champion before it, and promote it if it is better."""
     report = RetrainReport(
@@ -137,7 +136,7 @@ def judged(
         return report.model_copy(update={"status": "promoted", "summary": summary})
     if champion == challenger.reference:
         return report.model_copy(update={"summary": f"The result is {champion}, which is the champion already."})
-    challenge = challenge_champion(challenger, registry.find(champion), evaluation, registry, settings)
+    challenge = challenge_champion(challenger, registry.find(champion), evaluation, registry)
     report = report.model_copy(update={"challenge": challenge, "summary": challenge.verdict})
     if not challenge.is_won or promotion == "never":
         kept = f"{challenge.verdict} {champion} stays the champion."

@@ -13,20 +13,21 @@ from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.settings import Settings, load_settings
+from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest
-from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.orders import forget_order, give_order, hand_back, read_order, take_back
 from slmops.infra.storage.registry import ModelRegistry
-from slmops.tasks.build.build import BuiltVariant, Recipe, build_variant, torch_process
+from slmops.tasks.build.build import BuiltVariant, Recipe, build_variant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetched_from_store, put_into_store
 from slmops.tasks.environment.checks import builder_versions, check_room, host_facts
-from slmops.tasks.exams.endurance import Exercise, exercise_stored_variant
-from slmops.tasks.exams.measurement import Measurement, measure_stored_variant
+from slmops.tasks.exams.endurance import EnduranceExam, Exercise
+from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.measurement import Measurement, MeasurementExam
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.dispatch import Job, check_pool, run_on_pool
 from slmops.tasks.runs.stage import ends_by_its_errors
+from slmops.tasks.workshop import open_workshop, workshop
 
 BUILD = "build-variant"
 MEASURE = "measure-variant"
@@ -51,6 +52,7 @@ class Examined(BaseModel):
 
 @flow(name=BUILD)
 @ends_by_its_errors
+@open_workshop()
 def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
     """Build one variant of a deploy that runs elsewhere. Started by `deploy` when SLMOPS_WORKER__POOL is set.
 
@@ -59,8 +61,8 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
         recipe: Recipe that it is built by.
         order: Id of the order in the store, which says the rest.
     """
-    settings = load_settings()
-    registry = open_registry(settings)
+    shop = workshop()
+    settings, registry = shop.settings, shop.registry
     asked = read_order(registry, order)
     _check_builder(asked["builder"])
     prepared = fetched_from_store(asked["checkpoint"], asked["digest"], settings)
@@ -68,14 +70,14 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
     whole_model = [wanted.precision] if wanted.quantizes_at_once else []
     check_room(prepared.inspection, [wanted.precision], 0, settings, whole_model=whole_model)
     request = DeployRequest.of(asked["request"])
-    with torch_process(settings) as torch_child:
-        built = build_variant(wanted, prepared, request, registry, settings, torch_child)
+    built = build_variant(wanted, prepared, request, registry, settings, shop.torch)
     done = built.model_copy(update={"host": host_facts()})
     hand_back(registry, order, flow_run.id, done.model_dump(mode="json"))
 
 
 @flow(name=MEASURE)
 @ends_by_its_errors
+@open_workshop()
 def measure_variant_on_worker(reference: str, precision: str, order: str) -> None:
     """Measure and exercise one variant of a stored version on this device. Started by `deploy`.
 
@@ -84,17 +86,16 @@ def measure_variant_on_worker(reference: str, precision: str, order: str) -> Non
         precision: Which of its variants.
         order: Id of the order in the store, which says the rest.
     """
-    settings = load_settings()
-    registry = open_registry(settings)
+    registry = workshop().registry
     rows = [EvaluationRow.model_validate(row) for row in read_order(registry, order)["rows"]]
     manifest = registry.find(reference)
     variant = manifest.variant(precision)
     with registry.in_use(manifest):
         done = Examined(
-            measurement=measure_stored_variant(manifest, variant, registry, settings),
+            measurement=examine(MeasurementExam(), manifest, variant),
             exercises=(
-                exercise_stored_variant(manifest, variant, rows, "genai", registry, settings),
-                exercise_stored_variant(manifest, variant, rows, "foundry", registry, settings),
+                examine(EnduranceExam("genai", rows), manifest, variant),
+                examine(EnduranceExam("foundry", rows), manifest, variant),
             ),
         )
     hand_back(registry, order, flow_run.id, done.model_dump(mode="json"))

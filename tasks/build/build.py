@@ -449,17 +449,6 @@ def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
     return named
 
 
-def torch_process(settings: Settings) -> ChildProcess:
-    """Return a process, as a context manager, for all of a run that imports torch: builds, references, templates."""
-    environment = {
-        # matplotlib, which some of Olive's passes import, keeps a cache of fonts in the user's home otherwise.
-        "MPLCONFIGDIR": str(settings.cache_dir / "matplotlib"),
-        # With an arena for each thread that writes a model, glibc kept 50 MB more after every build.
-        "MALLOC_ARENA_MAX": "1",
-    }
-    return ChildProcess(environment)
-
-
 # A tag is what Prefect can limit, and it costs each run a question to the server: only builds take so much memory that
 # a machine may want a limit.
 @stage("build variant", run_name="build-{recipe.name}", tags=["slmops-build"])

@@ -2,27 +2,25 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
+from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import place, shared_folder, work_folder
 from slmops.infra.storage.manifest import Manifest, StoredVariant
-from slmops.infra.storage.manifest import digest_of as digest_of_json
 from slmops.infra.storage.registry import ModelRegistry
-from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, weighted_mean
+from slmops.tasks.exams.exam import Bench
+from slmops.tasks.exams.source import ComparedExam
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, RowId, digest_of
 from slmops.tasks.questions.output_format import OutputFormat, output_faults
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S
-from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import Workshop
 
 # Raised whenever a record of an evaluation says more, or something else: records of another number are not reused.
 EVALUATION_SCHEMA = 2
@@ -388,42 +386,60 @@ def _worst_examples(rows: Sequence[EvaluatedRow]) -> tuple[RowId, ...]:
     return tuple(row_id for _, _, row_id in losses[:MAX_WORST_EXAMPLES])
 
 
-def evaluation_key(variant: StoredVariant, source_digest: str, evaluation: EvaluationSet, settings: Settings) -> str:
-    """Return the key of a variant's evaluation: the same question has the same key."""
-    output_format = evaluation.output_format
-    question = {
-        "schema": EVALUATION_SCHEMA,
-        "variant": variant.digest,
-        "source": source_digest,
-        "rows": digest_of(evaluation.rows),
-        "output_format": output_format and output_format.model_dump(mode="json"),
-        "settings": settings.evaluation.model_dump(mode="json"),
-    }
-    return digest_of_json(question)[:16]
+class AnswersExam(ComparedExam[Evaluation]):
+    """What a variant answers to the rows of an evaluation, beside the answers of its source checkpoint.
 
+    `compared` False asks for the answers alone: one with a comparison on record counts as well.
+    """
 
-def known_evaluation(
-    manifest: Manifest, variant: StoredVariant, evaluation: EvaluationSet, registry: ModelRegistry, settings: Settings
-) -> Evaluation | None:
-    """Return a variant's evaluation on these rows if it is on record."""
-    key = evaluation_key(variant, manifest.source.digest, evaluation, settings)
-    known = registry.latest_evidence(manifest, "evaluation", key)
-    return Evaluation.model_validate(known["evaluation"]) if known else None
+    kind, field, name, done_before = "evaluation", "evaluation", "evaluate", "evaluated before"
+    source_name = "reference"
+    answer = TypeAdapter(Evaluation)
 
+    def __init__(self, evaluation: EvaluationSet, *, compared: bool = True) -> None:
+        self.evaluation = evaluation
+        self.compared = compared
 
-def reference_folder(source_digest: str, evaluation: EvaluationSet, settings: Settings) -> Path:
-    """Return where the reference's answers and logits wait for the variants."""
-    question = {
-        "source": source_digest,
-        "rows": digest_of(evaluation.rows),
-        "settings": settings.evaluation.model_dump(mode="json"),
-    }
-    return settings.cache_dir / "references" / digest_of_json(question)
+    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.question`."""
+        output_format = self.evaluation.output_format
+        return {
+            "schema": EVALUATION_SCHEMA,
+            "variant": variant.digest,
+            "source": manifest.source.digest,
+            "rows": digest_of(self.evaluation.rows),
+            "output_format": output_format.model_dump(mode="json") if output_format else None,
+            "settings": settings.evaluation.model_dump(mode="json"),
+        }
 
+    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.record`."""
+        return {"precision": variant.precision, **self.evaluation.model_dump(mode="json")}
 
-def reference_in_use(source_digest: str, evaluation: EvaluationSet, settings: Settings) -> AbstractContextManager[None]:
-    """Keep the reference's logits while variants are compared with them: see `infra.storage.folders.shared_folder`."""
-    return shared_folder(reference_folder(source_digest, evaluation, settings))
+    def source_question(self, source_digest: str, settings: Settings) -> Json:
+        """See `ComparedExam.source_question`."""
+        return {
+            "source": source_digest,
+            "rows": digest_of(self.evaluation.rows),
+            "settings": settings.evaluation.model_dump(mode="json"),
+        }
+
+    def run_source(self, checkpoint: Path, folder: Path, on_progress: OnProgress, shop: Workshop) -> None:
+        """See `ComparedExam.run_source`."""
+        run_reference(shop.settings, checkpoint, self.evaluation.rows, folder, on_progress, shop.torch_child)
+
+    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> Evaluation:
+        """See `Exam.take`."""
+        has_reference = self.compared and manifest.source.parameters > 0
+        return evaluate_variant(
+            shop.settings,
+            bench.model,
+            self.evaluation.rows,
+            reference_dir=self.source_folder(manifest.source.digest, shop.settings) if has_reference else None,
+            work_dir=bench.work,
+            output_format=self.evaluation.output_format,
+            on_progress=bench.on_progress,
+        )
 
 
 def last_evaluation_set(manifest: Manifest, registry: ModelRegistry) -> EvaluationSet | None:
@@ -442,63 +458,3 @@ def last_evaluation_set(manifest: Manifest, registry: ModelRegistry) -> Evaluati
             f"The rows of {manifest.reference}'s last evaluation cannot be read: {error.errors()[0]['msg']}.",
             "Another version of slmops has recorded them: name the evaluation file (--eval).",
         ) from error
-
-
-def needs_reference(manifest: Manifest, evaluation: EvaluationSet, registry: ModelRegistry, settings: Settings) -> bool:
-    """Whether some variant has yet to be compared with its source checkpoint on these rows."""
-    if manifest.source.parameters == 0:
-        return False
-    known = (known_evaluation(manifest, one, evaluation, registry, settings) for one in manifest.variants)
-    return any(one is None for one in known)
-
-
-@stage("run reference", run_name="reference")
-def run_reference_once(
-    prepared: PreparedCheckpoint, evaluation: EvaluationSet, settings: Settings, torch_child: ChildProcess | None = None
-) -> None:
-    """Run the source checkpoint in transformers on the rows, unless its answers wait already."""
-    folder = reference_folder(prepared.digest, evaluation, settings)
-    with stage_progress("reference") as on_progress:
-        if folder.is_dir():
-            return
-        with work_folder(settings) as work:
-            run_reference(settings, prepared.folder, evaluation.rows, work / "reference", on_progress, torch_child)
-            place(work / "reference", folder)
-
-
-@stage("evaluate variant", run_name="evaluate-{variant.precision}")
-def evaluate_stored_variant(
-    manifest: Manifest,
-    variant: StoredVariant,
-    evaluation: EvaluationSet,
-    registry: ModelRegistry,
-    settings: Settings,
-    *,
-    has_reference: bool,
-) -> Evaluation:
-    """Evaluate a variant of the store and keep the figures as evidence; an evaluation on record is reused."""
-    with stage_progress(f"evaluate {variant.precision}") as on_progress:
-        known = known_evaluation(manifest, variant, evaluation, registry, settings)
-        if known:
-            on_progress(1, 1, "evaluated before")
-            return known
-        reference = reference_folder(manifest.source.digest, evaluation, settings) if has_reference else None
-        with work_folder(settings) as work:
-            registry.place_model(variant, work / "model", on_progress)
-            evaluated = evaluate_variant(
-                settings,
-                work / "model",
-                evaluation.rows,
-                reference_dir=reference,
-                work_dir=work,
-                output_format=evaluation.output_format,
-                on_progress=on_progress,
-            )
-        record = {
-            "precision": variant.precision,
-            **evaluation.model_dump(mode="json"),
-            "evaluation": evaluated.model_dump(mode="json"),
-        }
-        key = evaluation_key(variant, manifest.source.digest, evaluation, settings)
-        registry.add_evidence(manifest, "evaluation", record, key)
-    return evaluated

@@ -10,23 +10,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.endurance import LONG_USE
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.manifest import digest_of as digest_of_json
-from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams.estimates import DRIFT_BLOCKS, Estimate, drift
+from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, EdgeInput, edge_inputs
 from slmops.tasks.questions.evaluation_set import EvaluationRow, digest_of
-from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import Workshop
 
 Runtime = Literal["genai", "foundry"]
 
@@ -313,36 +312,41 @@ def _shifted(on_progress: OnProgress, done_before: int, total: int) -> OnProgres
     return lambda done, _, what: on_progress(done_before + done, total, what)
 
 
-@stage("exercise variant", run_name="exercise-{variant.precision}-{runtime}")
-def exercise_stored_variant(
-    manifest: Manifest,
-    variant: StoredVariant,
-    conversations: Sequence[EvaluationRow],
-    runtime: Runtime,
-    registry: ModelRegistry,
-    settings: Settings,
-) -> Exercise:
-    """Exercise a variant of the store in a runtime and keep the outcome; that of the same question is reused.
+class EnduranceExam(Exam[Exercise]):
+    """How a variant stands long use and difficult input in one runtime."""
 
-    An exercise in which the process died is not: the machine may have been short of memory.
-    """
-    question = {
-        "variant": variant.digest,
-        "runtime": runtime,
-        "versions": runtime_versions(runtime),
-        "soak": settings.soak.model_dump(mode="json"),
-        "conversations": digest_of(conversations),
-        "edge_inputs": digest_of_json(json.dumps([asdict(one) for one in edge_inputs(0, [])])),
-    }
-    key = digest_of_json(question)[:16]
-    with stage_progress(f"exercise {variant.precision} in {runtime}") as on_progress:
-        known = registry.latest_evidence(manifest, "exercise", key)
-        before = Exercise.model_validate(known["exercise"]) if known else None
-        if before and not any(one.outcome == "crashed" for one in before.edge_inputs):
-            on_progress(1, 1, "exercised before")
-            return before
-        with work_folder(settings) as work:
-            registry.place_model(variant, work / "model", on_progress)
-            exercised = exercise_variant(settings, work / "model", conversations, runtime, work, on_progress)
-        registry.add_evidence(manifest, "exercise", {**question, "exercise": exercised.model_dump(mode="json")}, key)
-    return exercised
+    kind, field, name, done_before = "exercise", "exercise", "exercise", "exercised before"
+    answer = TypeAdapter(Exercise)
+
+    def __init__(self, runtime: Runtime, conversations: Sequence[EvaluationRow]) -> None:
+        self.runtime: Runtime = runtime
+        self.conversations = conversations
+
+    def run_name(self, precision: str) -> str:
+        """See `Exam.run_name`."""
+        return f"exercise-{precision}-{self.runtime}"
+
+    def title(self, precision: str) -> str:
+        """See `Exam.title`."""
+        return f"exercise {precision} in {self.runtime}"
+
+    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.question`."""
+        return {
+            "variant": variant.digest,
+            "runtime": self.runtime,
+            "versions": dict(runtime_versions(self.runtime)),
+            "soak": settings.soak.model_dump(mode="json"),
+            "conversations": digest_of(self.conversations),
+            "edge_inputs": digest_of_json(json.dumps([asdict(one) for one in edge_inputs(0, [])])),
+        }
+
+    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> Exercise:
+        """See `Exam.take`."""
+        return exercise_variant(
+            shop.settings, bench.model, self.conversations, self.runtime, bench.work, bench.on_progress
+        )
+
+    def stands(self, found: Exercise) -> bool:
+        """Not where the process died: the machine may have been short of memory."""
+        return not any(outcome.outcome == "crashed" for outcome in found.edge_inputs)

@@ -3,20 +3,22 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter
 
 from slmops.infra.errors import BadInput
 from slmops.infra.lm_eval.run import OFFLINE, ONLINE
 from slmops.infra.lm_eval.task_files import digest_of_task_folder
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
-from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import Workshop, workshop
 
 
 class _Record(BaseModel):
@@ -111,19 +113,20 @@ def _folder(include_path: str) -> Path:
     return Path(include_path).expanduser().absolute()
 
 
-def lm_eval_key(subject_digest: str, tasks: LmEvalTasks) -> str:
-    """Return the key of a run of lm-eval: the same question has the same key.
+def lm_eval_question(subject_digest: str, tasks: LmEvalTasks) -> Json:
+    """Return all that decides what lm-eval finds.
 
-    The question is the subject (a variant's or a checkpoint's digest), the tasks, the content of the user's task folder
+    That is the subject (a variant's or a checkpoint's digest), the tasks, the content of the user's task folder
     with the data it names, and lm-eval's version. What is allowed does not change an answer and is left out.
 
-    Raises `BadInput` where lm-eval is not installed or the folder cannot be read.
+    Raises `BadInput` for tasks that cannot be, where lm-eval is not installed or the folder cannot be read.
     """
+    _check(tasks)
     try:
         lm_eval_version = version("lm-eval")
     except PackageNotFoundError:
         raise BadInput("lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.") from None
-    question = {
+    return {
         "subject": subject_digest,
         "tasks": list(tasks.names),
         "limit": tasks.limit,
@@ -131,72 +134,55 @@ def lm_eval_key(subject_digest: str, tasks: LmEvalTasks) -> str:
         "folder": None if tasks.include_path is None else digest_of_task_folder(_folder(tasks.include_path)),
         "lm-eval": lm_eval_version,
     }
-    return digest_of(question)[:16]
 
 
 def check_lm_eval(tasks: LmEvalTasks) -> None:
     """Raise `BadInput` for what no run of lm-eval can do, before anything else is done."""
-    _check(tasks)
-    lm_eval_key("", tasks)  # lm-eval is there, and so is the folder
+    lm_eval_question("", tasks)  # lm-eval is there, and so is the folder
 
 
-def known_lm_eval(
-    manifest: Manifest, subject_digest: str, tasks: LmEvalTasks, registry: ModelRegistry
-) -> tuple[LmEvalResult, ...] | None:
-    """Return the results on record for a variant's or a checkpoint's digest; raises `BadInput` for a bad question."""
-    _check(tasks)
-    known = registry.latest_evidence(manifest, "lm-eval", lm_eval_key(subject_digest, tasks))
-    return tuple(LmEvalResult.model_validate(result) for result in known["results"]) if known else None
+class LmEvalExam(Exam[tuple[LmEvalResult, ...]]):
+    """What lm-eval finds in a variant by its tasks."""
 
+    kind, field, name, done_before = "lm-eval", "results", "lm-eval", "run before"
+    answer = TypeAdapter(tuple[LmEvalResult, ...])
 
-def _record(
-    manifest: Manifest,
-    subject: str,
-    subject_digest: str,
-    tasks: LmEvalTasks,
-    results: tuple[LmEvalResult, ...],
-    registry: ModelRegistry,
-) -> None:
-    record = {
-        "subject": subject,
-        "tasks": tasks.model_dump(mode="json"),
-        "results": [result.model_dump(mode="json") for result in results],
-    }
-    registry.add_evidence(manifest, "lm-eval", record, lm_eval_key(subject_digest, tasks))
+    def __init__(self, tasks: LmEvalTasks) -> None:
+        self.tasks = tasks
 
+    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.question`; raises `BadInput` as `lm_eval_question` does."""
+        return lm_eval_question(variant.digest, self.tasks)
 
-@stage("run lm-eval", run_name="lm-eval-{variant.precision}")
-def run_lm_eval(
-    manifest: Manifest, variant: StoredVariant, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
-) -> tuple[LmEvalResult, ...]:
-    """Run lm-eval tasks on a variant of the store and keep the results as evidence; those on record are reused."""
-    with stage_progress(f"lm-eval {variant.precision}") as on_progress:
-        known = known_lm_eval(manifest, variant.digest, asked, registry)
-        if known:
-            on_progress(1, 1, "run before")
-            return known
-        with work_folder(settings) as work:
-            registry.place_model(variant, work / "model", on_progress)
-            results = run_lm_eval_tasks(
-                settings, asked, model_dir=work / "model", work_dir=work, on_progress=on_progress
-            )
-        _record(manifest, variant.precision, variant.digest, asked, results, registry)
-    return results
+    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.record`."""
+        return {"subject": variant.precision, "tasks": self.tasks.model_dump(mode="json")}
+
+    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> tuple[LmEvalResult, ...]:
+        """See `Exam.take`."""
+        return run_lm_eval_tasks(
+            shop.settings, self.tasks, model_dir=bench.model, work_dir=bench.work, on_progress=bench.on_progress
+        )
 
 
 @stage("run lm-eval on checkpoint", run_name="lm-eval-checkpoint")
 def run_lm_eval_on_checkpoint(
-    manifest: Manifest, prepared: PreparedCheckpoint, asked: LmEvalTasks, registry: ModelRegistry, settings: Settings
+    manifest: Manifest, prepared: PreparedCheckpoint, asked: LmEvalTasks
 ) -> tuple[LmEvalResult, ...]:
     """Run the same tasks on a version's source checkpoint, by lm-eval's own runner, to stand beside its variants."""
+    shop = workshop()
+    answer = LmEvalExam.answer
+    key = digest_of(lm_eval_question(prepared.digest, asked))[:16]
     with stage_progress("lm-eval checkpoint") as on_progress:
-        known = known_lm_eval(manifest, prepared.digest, asked, registry)
+        known = shop.registry.latest_evidence(manifest, LmEvalExam.kind, key)
         if known:
-            on_progress(1, 1, "run before")
-            return known
-        with work_folder(settings) as work:
+            on_progress(1, 1, LmEvalExam.done_before)
+            return answer.validate_python(known["results"])
+        with work_folder(shop.settings) as work:
             results = run_lm_eval_tasks(
-                settings, asked, checkpoint_dir=prepared.folder, work_dir=work, on_progress=on_progress
+                shop.settings, asked, checkpoint_dir=prepared.folder, work_dir=work, on_progress=on_progress
             )
-        _record(manifest, "checkpoint", prepared.digest, asked, results, registry)
+        tasks, found = asked.model_dump(mode="json"), answer.dump_python(results, mode="json")
+        record = {"subject": "checkpoint", "tasks": tasks, "results": found}
+        shop.registry.add_evidence(manifest, LmEvalExam.kind, record, key)
     return results

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import work_folder
-from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
+from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.environment.checks import host_facts
-from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import stage
+from slmops.tasks.exams.exam import Bench, Exam
+from slmops.tasks.workshop import Workshop
 
 MetricName = Literal[
     "load_ms",
@@ -219,35 +219,27 @@ def measure_variant(
     return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
 
 
-@stage("measure variant", run_name="measure-{variant.precision}")
-def measure_stored_variant(
-    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings, *, fresh: bool = False
-) -> Measurement:
-    """Measure a variant of the store and keep the figures as evidence.
+class MeasurementExam(Exam[Measurement]):
+    """How fast and how large a variant is on this machine."""
 
-    Figures of the same question are reused, unless it must be `fresh`: then a record is added to those that there are.
-    """
-    question = {
-        "schema": MEASUREMENT_SCHEMA,
-        "variant": variant.digest,
-        "benchmark": settings.benchmark.model_dump(mode="json"),
-        "sweep": settings.sweep.model_dump(mode="json"),
-        "max_cliff_ratio": settings.gate.max_cliff_ratio,
-        "threads": settings.threads,
-        "host": host_facts(),
-    }
-    key = None if fresh else digest_of(question)[:16]
-    with stage_progress(f"measure {variant.precision}") as on_progress:
-        known = registry.latest_evidence(manifest, "measurement", key) if key else None
-        if known:
-            on_progress(1, 1, "measured before")
-            return Measurement.model_validate(known["measurement"])
-        with work_folder(settings) as work:
-            registry.place_model(variant, work / "model", on_progress)
-            measured = measure_variant(settings, work / "model", work, on_progress)
-        record = {**question, "measurement": measured.model_dump(mode="json")}
-        registry.add_evidence(manifest, "measurement", record, key)
-    return measured
+    kind, field, name, done_before = "measurement", "measurement", "measure", "measured before"
+    answer = TypeAdapter(Measurement)
+
+    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.question`."""
+        return {
+            "schema": MEASUREMENT_SCHEMA,
+            "variant": variant.digest,
+            "benchmark": settings.benchmark.model_dump(mode="json"),
+            "sweep": settings.sweep.model_dump(mode="json"),
+            "max_cliff_ratio": settings.gate.max_cliff_ratio,
+            "threads": settings.threads,
+            "host": {**host_facts()},
+        }
+
+    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> Measurement:
+        """See `Exam.take`."""
+        return measure_variant(shop.settings, bench.model, bench.work, bench.on_progress)
 
 
 def measurements_of(manifest: Manifest, variant: StoredVariant, registry: ModelRegistry) -> list[Measurement]:

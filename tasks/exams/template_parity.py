@@ -5,19 +5,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
+from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.foundry.registration import Message, describe_model
-from slmops.tasks.runs.progress import stage_progress
-from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import Workshop
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # The files that decide what a conversation's tokens are; a SentencePiece model counts as one.
@@ -115,52 +115,51 @@ class TemplateParity(_Record):
         return not self.mismatches and not self.broken_control_tokens
 
 
-@stage("check template parity", run_name="parity-{variant.precision}")
-def check_template_parity(
-    manifest: Manifest,
-    variant: StoredVariant,
-    checkpoint_folder: Path | None,
-    registry: ModelRegistry,
-    settings: Settings,
-    torch_child: ChildProcess | None = None,
-) -> TemplateParity:
-    """Compare a variant of the store in all runtimes and keep the result as evidence.
+class ParityExam(Exam[TemplateParity]):
+    """Whether a variant's conversations are the same tokens in all runtimes.
 
-    A comparison on record is reused, also another variant's with the same tokenizer, template and genai_config.json.
-    Without `checkpoint_folder` one with the source checkpoint's tokenizer counts as well.
+    `checkpoint` is the folder of its source; without one the variant's own tokenizer is the reference. Variants that
+    share the files that decide have the same key.
     """
-    with stage_progress(f"parity {variant.precision}") as on_progress:
-        known = known_parity(manifest, variant, registry, with_checkpoint=checkpoint_folder is not None)
-        if known:
-            on_progress(1, 1, "compared before")
-            return known
-        with work_folder(settings) as work:
-            registry.place_model(variant, work / "model", on_progress)
-            parity = check_parity(settings, work / "model", checkpoint_folder, work, on_progress, torch_child)
-        reference: Reference = "checkpoint" if checkpoint_folder else "variant"
-        record = {
-            "precision": variant.precision,
-            "reference": reference,
-            "versions": _versions(),
-            "parity": parity.model_dump(mode="json"),
-        }
-        registry.add_evidence(manifest, "parity", record, parity_key(variant, manifest.source.digest, reference))
-    return parity
+
+    kind, field, name, done_before = "parity", "parity", "parity", "compared before"
+    answer = TypeAdapter(TemplateParity)
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.checkpoint = checkpoint
+
+    @property
+    def reference(self) -> Reference:
+        """Whose tokenizer the runtimes are held to."""
+        return "checkpoint" if self.checkpoint else "variant"
+
+    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.question`."""
+        return _question(manifest, variant, self.reference)
+
+    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.record`."""
+        return {"precision": variant.precision, "reference": self.reference, "versions": dict(_versions())}
+
+    def known(self, manifest: Manifest, variant: StoredVariant, shop: Workshop) -> TemplateParity | None:
+        """Return the comparison on record; without a checkpoint one with its tokenizer counts as well."""
+        return known_parity(manifest, variant, shop.registry, with_checkpoint=self.checkpoint is not None)
+
+    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> TemplateParity:
+        """See `Exam.take`."""
+        return check_parity(
+            shop.settings, bench.model, self.checkpoint, bench.work, bench.on_progress, shop.torch_child
+        )
 
 
-def parity_key(variant: StoredVariant, source_digest: str, reference: Reference) -> str:
-    """Return the key of a variant's comparison with the tokenizer of the checkpoint, or with its own.
-
-    Variants that share the files that decide have the same key.
-    """
-    question = {
+def _question(manifest: Manifest, variant: StoredVariant, reference: Reference) -> Json:
+    return {
         "files": {file.path: file.sha256 for file in variant.files if file.path in DECIDING_FILES},
-        "source": source_digest,
+        "source": manifest.source.digest,
         "reference": reference,
-        "conversations": CONVERSATIONS,
-        "versions": _versions(),
+        "conversations": {name: [dict(message) for message in messages] for name, messages in CONVERSATIONS.items()},
+        "versions": dict(_versions()),
     }
-    return digest_of(question)[:16]
 
 
 def known_parity(
@@ -169,7 +168,8 @@ def known_parity(
     """Return the comparison on record; `with_checkpoint` False takes one with the variant's own tokenizer too."""
     references: tuple[Reference, ...] = ("checkpoint", "variant")
     for reference in references[: 1 if with_checkpoint else 2]:
-        known = registry.latest_evidence(manifest, "parity", parity_key(variant, manifest.source.digest, reference))
+        key = digest_of(_question(manifest, variant, reference))[:16]
+        known = registry.latest_evidence(manifest, "parity", key)
         if known:
             return TemplateParity.model_validate(known["parity"])
     return None

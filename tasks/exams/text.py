@@ -4,23 +4,22 @@ import codecs
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
 
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
+from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import place, shared_folder, work_folder
-from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
-from slmops.infra.storage.registry import ModelRegistry
-from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.tasks.exams.estimates import Estimate, weighted_mean
-from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.exams.exam import Bench
+from slmops.tasks.exams.source import ComparedExam
 from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import Workshop, workshop
 
 # Each window is scored without what stands before it: long enough to have context, short enough for every model.
 WINDOW_TOKENS = 256
@@ -228,95 +227,52 @@ def _weighted(sums: Sequence[float | None], sizes: Sequence[int]) -> Estimate | 
     return weighted_mean(means, sizes) if means and len(means) == len(sums) else None
 
 
-def text_comparison_key(variant: StoredVariant, source_digest: str, text: TextSample, settings: Settings) -> str:
-    """Return the key of a variant's comparison on a text: the same question has the same key."""
-    return digest_of({"variant": variant.digest, **_question(source_digest, text, settings)})[:16]
+class TextExam(ComparedExam[TextComparison]):
+    """How well a variant predicts a text, beside its source checkpoint."""
 
+    kind, field, name, done_before = "text", "comparison", "text", "compared before"
+    source_name = "reference on text"
+    answer = TypeAdapter(TextComparison)
 
-def _question(source_digest: str, text: TextSample, settings: Settings) -> dict[str, Any]:
-    return {
-        "source": source_digest,
-        "text": text.digest,
-        "max_tokens": settings.evaluation.max_text_tokens,
-        "max_positions": settings.evaluation.max_positions,
-        "window_tokens": WINDOW_TOKENS,
-    }
+    def __init__(self, text: TextSample) -> None:
+        self.text = text
 
+    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.question`."""
+        return {"variant": variant.digest, **self.source_question(manifest.source.digest, settings)}
 
-def known_text_comparison(
-    manifest: Manifest, variant: StoredVariant, text: TextSample, registry: ModelRegistry, settings: Settings
-) -> TextComparison | None:
-    """Return a variant's comparison on this text if it is on record."""
-    key = text_comparison_key(variant, manifest.source.digest, text, settings)
-    known = registry.latest_evidence(manifest, "text", key)
-    return TextComparison.model_validate(known["comparison"]) if known else None
+    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """See `Exam.record`."""
+        return {"precision": variant.precision, "text": self.text.digest}
 
+    def source_question(self, source_digest: str, settings: Settings) -> Json:
+        """See `ComparedExam.source_question`."""
+        return {
+            "source": source_digest,
+            "text": self.text.digest,
+            "max_tokens": settings.evaluation.max_text_tokens,
+            "max_positions": settings.evaluation.max_positions,
+            "window_tokens": WINDOW_TOKENS,
+        }
 
-def text_reference_folder(source_digest: str, text: TextSample, settings: Settings) -> Path:
-    """Return where the reference's figures on a text wait for the variants."""
-    return settings.cache_dir / "references" / digest_of(_question(source_digest, text, settings))
+    def run_source(self, checkpoint: Path, folder: Path, on_progress: OnProgress, shop: Workshop) -> None:
+        """See `ComparedExam.run_source`."""
+        run_text_reference(shop.settings, checkpoint, self.text, folder, on_progress, shop.torch_child)
 
-
-def text_reference_in_use(source_digest: str, text: TextSample, settings: Settings) -> AbstractContextManager[None]:
-    """Keep the reference's logits while variants are compared with them: see `infra.storage.folders.shared_folder`."""
-    return shared_folder(text_reference_folder(source_digest, text, settings))
-
-
-def needs_text_reference(manifest: Manifest, text: TextSample, registry: ModelRegistry, settings: Settings) -> bool:
-    """Whether some variant has yet to be compared with its source checkpoint on this text."""
-    if manifest.source.parameters == 0:
-        return False
-    known = (known_text_comparison(manifest, one, text, registry, settings) for one in manifest.variants)
-    return any(one is None for one in known)
+    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> TextComparison:
+        """See `Exam.take`."""
+        has_reference = manifest.source.parameters > 0
+        return compare_on_text(
+            shop.settings,
+            bench.model,
+            self.text,
+            reference_dir=self.source_folder(manifest.source.digest, shop.settings) if has_reference else None,
+            work_dir=bench.work,
+            on_progress=bench.on_progress,
+        )
 
 
 @stage("read text", run_name="read-text")
-def read_text(path: str, settings: Settings) -> TextSample:
+def read_text(path: str) -> TextSample:
     """Read the beginning of the text file that the variants' perplexity is taken on."""
-    return read_text_file(Path(path).expanduser(), settings.evaluation.max_text_tokens)
-
-
-@stage("run reference on text", run_name="reference-on-text")
-def run_text_reference_once(
-    prepared: PreparedCheckpoint, text: TextSample, settings: Settings, torch_child: ChildProcess | None = None
-) -> None:
-    """Run the source checkpoint in transformers on the text, unless its figures wait already."""
-    folder = text_reference_folder(prepared.digest, text, settings)
-    with stage_progress("reference on text") as on_progress:
-        if folder.is_dir():
-            return
-        with work_folder(settings) as work:
-            run_text_reference(settings, prepared.folder, text, work / "reference", on_progress, torch_child)
-            place(work / "reference", folder)
-
-
-@stage("compare variant on text", run_name="text-{variant.precision}")
-def compare_stored_variant_on_text(
-    manifest: Manifest,
-    variant: StoredVariant,
-    text: TextSample,
-    registry: ModelRegistry,
-    settings: Settings,
-    *,
-    has_reference: bool,
-) -> TextComparison:
-    """Compare a variant of the store on the text and keep the figures as evidence; those on record are reused."""
-    with stage_progress(f"text {variant.precision}") as on_progress:
-        known = known_text_comparison(manifest, variant, text, registry, settings)
-        if known:
-            on_progress(1, 1, "compared before")
-            return known
-        reference = text_reference_folder(manifest.source.digest, text, settings) if has_reference else None
-        with work_folder(settings) as work:
-            registry.place_model(variant, work / "model", on_progress)
-            compared = compare_on_text(
-                settings, work / "model", text, reference_dir=reference, work_dir=work, on_progress=on_progress
-            )
-        record = {
-            "precision": variant.precision,
-            "text": text.digest,
-            "comparison": compared.model_dump(mode="json"),
-        }
-        key = text_comparison_key(variant, manifest.source.digest, text, settings)
-        registry.add_evidence(manifest, "text", record, key)
-    return compared
+    return read_text_file(Path(path).expanduser(), workshop().settings.evaluation.max_text_tokens)

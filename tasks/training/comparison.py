@@ -5,11 +5,11 @@ from typing import Literal
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
-from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
-from slmops.tasks.exams.answers import evaluate_stored_variant
+from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss
+from slmops.tasks.exams.exam import examine
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, table
 from slmops.tasks.report.blocks import Figure as FigureBlock
@@ -89,16 +89,17 @@ def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport 
 
 @stage("challenge champion", run_name="challenge-{challenger.name}")
 def challenge_champion(
-    challenger: Manifest, champion: Manifest, evaluation: EvaluationSet, registry: ModelRegistry, settings: Settings
+    challenger: Manifest, champion: Manifest, evaluation: EvaluationSet, registry: ModelRegistry
 ) -> Challenge:
     """Let the selected variants of both answer the same rows, and compare their scores row by row.
 
     What is on record is not run again. Raises `BadInput` for a version without a variant that can serve.
     """
+    exam = AnswersExam(evaluation, compared=False)
     scores = []
     for manifest in (champion, challenger):
         variant = promotable_variant(manifest, registry)
-        answered = evaluate_stored_variant.fn(manifest, variant, evaluation, registry, settings, has_reference=False)
+        answered = examine.fn(exam, manifest, variant)
         scores.append([row.score or 0.0 for row in answered.rows])
     loss = paired_loss(scores[0], scores[1])
     return Challenge(

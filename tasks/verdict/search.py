@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.call import OnProgress
-from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.local import LocalObjectStore
@@ -17,8 +16,10 @@ from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.build.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
-from slmops.tasks.exams.answers import Evaluation, evaluate_stored_variant, known_evaluation, run_reference_once
-from slmops.tasks.exams.measurement import Measurement, measure_stored_variant
+from slmops.tasks.exams.answers import AnswersExam, Evaluation
+from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.measurement import Measurement, MeasurementExam
+from slmops.tasks.exams.source import run_source_once
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.request.budget import Budget, parse_budget
 from slmops.tasks.request.deploy_request import DeployRequest
@@ -27,6 +28,7 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Judged, choose_variant
 from slmops.tasks.verdict.gate import GateVerdict, judge, thresholds_for
 from slmops.tasks.verdict.pareto import Candidate, pareto_front
+from slmops.tasks.workshop import working_with, workshop
 
 SEARCH = "search"
 RECORDED = ("measurement", "evaluation")  # kinds of evidence that a trial hands on to its version
@@ -146,37 +148,35 @@ def search_recipes(
     request: DeployRequest,
     prepared: PreparedCheckpoint,
     evaluation: EvaluationSet,
-    registry: ModelRegistry,
-    settings: Settings,
-    torch_child: ChildProcess,
-    *,
-    reference_available: bool,
 ) -> tuple[list[BuiltVariant], SearchOutcome]:
     """Try every recipe of each precision that is asked for; return the chosen variants, stored, and the outcome.
 
     What an earlier search built, measured or evaluated for the same question is reused. A recipe that fails is told in
     the outcome and the others go on; a precision of which none is left is missing from the variants. Raises `BadInput`
     for a checkpoint that already is an ONNX model, and as `plan_search` does. The reference's answers are left in place
-    for the version (see `slmops.tasks.exams.answers.reference_in_use`).
+    for the version (see `slmops.tasks.exams.source.sources_in_use`).
     """
     if prepared.inspection.kind == "genai":
         refuse_recipes(request)
+    shop = workshop()
+    registry, settings = shop.registry, shop.settings
     trials = open_trials(registry, settings)
     found = [_Tried(recipe) for recipe in plan_search(request)]
     for one in found:
         try:
-            one.built = build_variant(one.recipe, prepared, request, trials, settings, torch_child)
+            one.built = build_variant(one.recipe, prepared, request, trials, settings, shop.torch)
         except StageFailed as error:
             one.error = str(error)
     manifests = {
         one.recipe.name: trial_manifest(one.recipe.name, one.built.variant, prepared) for one in found if one.built
     }
-    known = (known_evaluation(each, each.variants[0], evaluation, trials, settings) for each in manifests.values())
-    if reference_available and not all(known):
-        run_reference_once(prepared, evaluation, settings, torch_child)
-    for one in found:
-        if one.built:
-            _examine(one, manifests[one.recipe.name], evaluation, trials, settings, reference_available)
+    answers = AnswersExam(evaluation)
+    with working_with(trials) as of_trials:
+        if any(answers.needs_source(manifest, of_trials) for manifest in manifests.values()):
+            run_source_once(answers, prepared)
+        for one in found:
+            if one.built:
+                _examine(one, manifests[one.recipe.name], answers)
     outcome = choose_recipes(
         [one.trial(trials, manifests, request, settings) for one in found], _scores(found), request
     )
@@ -222,20 +222,11 @@ class _Tried:
         )
 
 
-def _examine(
-    tried: _Tried,
-    manifest: Manifest,
-    evaluation: EvaluationSet,
-    trials: TrialRegistry,
-    settings: Settings,
-    reference_available: bool,
-) -> None:
+def _examine(tried: _Tried, manifest: Manifest, answers: AnswersExam) -> None:
     variant = manifest.variants[0]
     try:
-        tried.measured = measure_stored_variant(manifest, variant, trials, settings)
-        tried.evaluated = evaluate_stored_variant(
-            manifest, variant, evaluation, trials, settings, has_reference=reference_available
-        )
+        tried.measured = examine(MeasurementExam(), manifest, variant)
+        tried.evaluated = examine(answers, manifest, variant)
     except StageFailed as error:
         tried.error = str(error)
 

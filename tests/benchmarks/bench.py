@@ -12,7 +12,8 @@ import psutil
 
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import BenchmarkSettings, MachineSettings, Settings
-from slmops.tasks.build.build import load_recipe, olive_run_config, torch_process
+from slmops.tasks.build.build import load_recipe, olive_run_config
+from slmops.tasks.workshop import torch_process
 from tests.benchmarks.llama_cpp import LlamaCpp
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.benchmarks.watching import Watched, folder_bytes

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.settings import Settings
-from slmops.tasks.build.build import load_recipe, olive_run_config, torch_process
+from slmops.tasks.build.build import load_recipe, olive_run_config
 from slmops.tasks.checkpoint.preparation import inspect_checkpoint
 from slmops.tasks.environment.checks import estimate_build_ram
 from slmops.tasks.request.parameters import PRECISIONS
+from slmops.tasks.workshop import torch_process
 from tests.checkpoints import make_tiny_checkpoint
 
 QWEN2_5_0_5B: dict[str, Any] = {

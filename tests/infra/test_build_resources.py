@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from slmops.infra.settings import Settings
-from slmops.tasks.build.build import torch_process
+from slmops.tasks.workshop import torch_process
 from tests.checkpoints import make_tiny_checkpoint
 from tests.olive_builds import build_request
 

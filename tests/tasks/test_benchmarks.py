@@ -5,15 +5,18 @@ import pytest
 from scipy import special
 
 from slmops.infra.errors import BadInput
+from slmops.infra.storage.manifest import digest_of
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams import lm_eval as benchmarks
+from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.lm_eval import (
+    LmEvalExam,
     LmEvalTasks,
-    lm_eval_key,
-    run_lm_eval,
+    lm_eval_question,
     run_lm_eval_on_checkpoint,
     run_lm_eval_tasks,
 )
+from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.lm_eval_tasks import QUESTIONS, write_tasks
@@ -103,28 +106,37 @@ def test_results_are_evidence_and_the_same_question_is_asked_once(
     manifest, prepared = store(registry, checkpoint, {"fp16": model_dir})
     variant = manifest.variants[0]
     folder = write_tasks(tmp_path / "tasks")
-    ask = (LmEvalTasks(names=("house_choice",), include_path=str(folder), limit=2), registry, settings)
-    found = run_lm_eval.fn(manifest, variant, *ask)
+    asked = LmEvalTasks(names=("house_choice",), include_path=str(folder), limit=2)
+
+    def on_variant():
+        with working_in(Workshop(settings, registry)):
+            return examine.fn(LmEvalExam(asked), manifest, variant)
+
+    def on_checkpoint():
+        with working_in(Workshop(settings, registry)):
+            return run_lm_eval_on_checkpoint.fn(manifest, prepared, asked)
+
+    found = on_variant()
     assert {one.n_samples for one in found} == {2}
-    reference = run_lm_eval_on_checkpoint.fn(manifest, prepared, *ask)
+    reference = on_checkpoint()
     assert [one.value for one in reference] == [one.value for one in found]
     assert [record["subject"] for record in registry.evidence(manifest, "lm-eval")] == ["fp16", "checkpoint"]
     with monkeypatch.context() as patch:
         patch.setattr(benchmarks, "run_in_child", None)
-        assert run_lm_eval.fn(manifest, variant, *ask) == found
-        assert run_lm_eval_on_checkpoint.fn(manifest, prepared, *ask) == reference
+        assert on_variant() == found
+        assert on_checkpoint() == reference
         (folder / "questions.jsonl").write_text((folder / "questions.jsonl").read_text() + "\n")
         with pytest.raises(TypeError):  # other data: it would be run again
-            run_lm_eval.fn(manifest, variant, *ask)
+            on_variant()
     assert not list((settings.cache_dir / "work").iterdir())
 
 
 def test_the_key_depends_on_subject_tasks_limit_chat_and_folder(work):
     asked = LmEvalTasks(names=("house_choice",))
     changes = [{}, {"names": NAMES}, {"limit": 3}, {"chat_template": True}, {"include_path": str(work / "tasks")}]
-    keys = [lm_eval_key("a" * 64, asked.model_copy(update=change)) for change in changes]
-    assert len({*keys, lm_eval_key("b" * 64, asked)}) == 6
-    assert lm_eval_key("a" * 64, asked.model_copy(update={"allow_network": True})) == keys[0]
+    keys = [digest_of(lm_eval_question("a" * 64, asked.model_copy(update=change))) for change in changes]
+    assert len({*keys, digest_of(lm_eval_question("b" * 64, asked))}) == 6
+    assert digest_of(lm_eval_question("a" * 64, asked.model_copy(update={"allow_network": True}))) == keys[0]
 
 
 @pytest.mark.parametrize("changes", [{"names": ()}, {"names": ("",)}, {"limit": 0}, {"limit": -3}])
@@ -141,5 +153,5 @@ def test_without_lm_eval_the_extra_is_named_before_anything_starts(monkeypatch):
 
     monkeypatch.setattr(benchmarks, "version", no_version)
     with pytest.raises(BadInput, match="not installed") as caught:
-        lm_eval_key("a" * 64, LmEvalTasks(names=NAMES))
+        lm_eval_question("a" * 64, LmEvalTasks(names=NAMES))
     assert "pip install 'slmops[lm-eval]'" in caught.value.what_to_do

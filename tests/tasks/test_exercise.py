@@ -15,16 +15,18 @@ from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams.endurance import (
     CHILD_FUNCTIONS,
+    EnduranceExam,
     Exercise,
     control_tokens,
-    exercise_stored_variant,
     exercise_variant,
     memory_growth,
     soak_conversations,
 )
 from slmops.tasks.exams.estimates import drift
+from slmops.tasks.exams.exam import examine
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, edge_inputs
 from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts
+from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 
@@ -246,7 +248,8 @@ class TestRealRuntimes:
         manifest, _ = registry.commit("home", source, {}, [variant])
 
         def exercised(rows, runtime="genai"):
-            return exercise_stored_variant.fn(manifest, variant, rows, runtime, registry, settings)
+            with working_in(Workshop(settings, registry)):
+                return examine.fn(EnduranceExam(runtime, rows), manifest, variant)
 
         first = exercised(ROWS)
         assert exercised(ROWS) == first  # its wall time too

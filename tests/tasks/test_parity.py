@@ -10,14 +10,16 @@ import pytest
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
+from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.template_parity import (
     CONVERSATIONS,
     MARKS,
     TOLD_ONLY,
+    ParityExam,
     TemplateParity,
     check_parity,
-    check_template_parity,
 )
+from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.family_tokenizers import FAMILIES, save_tokenizer, save_variant
 from tests.genai_models import build_genai_model
@@ -301,15 +303,18 @@ def test_variants_with_the_same_tokenizer_are_compared_once(case, settings):
     source = Source(digest="a" * 64, origin="here", architecture="LlamaForCausalLM", parameters=1)
     manifest, _ = registry.commit("home", source, {"olive-ai": "0.13"}, variants)
 
-    own = check_template_parity.fn(manifest, manifest.variant("int4"), None, registry, settings)
+    def compared(precision, checkpoint):
+        with working_in(Workshop(settings, registry)):
+            return examine.fn(ParityExam(checkpoint), manifest, manifest.variant(precision))
+
+    own = compared("int4", None)
     assert own.holds and "no source checkpoint" in own.notes[0]
-    first = check_template_parity.fn(manifest, manifest.variant("int4"), made.checkpoint, registry, settings)
+    first = compared("int4", made.checkpoint)
     assert first.holds and not mentions(first, "no source checkpoint")
     (made.checkpoint / "tokenizer.json").write_text("{", "utf-8")  # nothing can be compared any more
     for checkpoint in (made.checkpoint, None):
-        again = check_template_parity.fn(manifest, manifest.variant("int8"), checkpoint, registry, settings)
-        assert again == first
+        assert compared("int8", checkpoint) == first
     with pytest.raises(StageFailed, match="transformers cannot load"):
-        check_template_parity.fn(manifest, manifest.variant("fp16"), made.checkpoint, registry, settings)
+        compared("fp16", made.checkpoint)
     assert len(list(registry.evidence(manifest, "parity"))) == 2
     assert not list((settings.cache_dir / "work").iterdir())

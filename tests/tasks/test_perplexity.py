@@ -9,24 +9,21 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import EvaluationSettings, Settings
-from slmops.infra.storage.manifest import Source, StoredVariant, digest_of
+from slmops.infra.storage.manifest import Manifest, Source, StoredVariant, digest_of
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, inspect_checkpoint
+from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.source import run_source_once, sources_in_use
 from slmops.tasks.exams.text import (
     BYTES_PER_TOKEN,
+    TextExam,
     TextSample,
     compare_on_text,
-    compare_stored_variant_on_text,
-    known_text_comparison,
-    needs_text_reference,
     read_text,
     read_text_file,
-    run_text_reference_once,
     summarize,
-    text_comparison_key,
-    text_reference_folder,
-    text_reference_in_use,
 )
+from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 
@@ -198,19 +195,21 @@ def test_variants_are_compared_once_and_the_reference_is_kept_until_then(checkpo
     exact, worse = manifest.variant("fp16"), manifest.variant("int4")
     draw = random.Random(0)
     (tmp_path / "home.txt").write_text("\n".join(draw.choice(SENTENCES) for _ in range(60)), "utf-8")
-    text = read_text.fn(str(tmp_path / "home.txt"), settings)
-    folder = text_reference_folder(prepared.digest, text, settings)
-
-    assert needs_text_reference(manifest, text, registry, settings)
-    with text_reference_in_use(prepared.digest, text, settings):
-        run_text_reference_once.fn(prepared, text, settings)
-        written = (folder / "logits.npy").stat()
-        run_text_reference_once.fn(prepared, text, settings)
-        assert (folder / "logits.npy").stat().st_mtime_ns == written.st_mtime_ns
-        compared = compare_stored_variant_on_text.fn(manifest, exact, text, registry, settings, has_reference=True)
-        assert needs_text_reference(manifest, text, registry, settings)
-        other = compare_stored_variant_on_text.fn(manifest, worse, text, registry, settings, has_reference=True)
-        assert not needs_text_reference(manifest, text, registry, settings)
+    with working_in(Workshop(settings, registry)) as shop:
+        exam = TextExam(read_text.fn(str(tmp_path / "home.txt")))
+        folder = exam.source_folder(prepared.digest, settings)
+        assert exam.needs_source(manifest, shop)
+        with sources_in_use([exam], prepared.digest):
+            run_source_once.fn(exam, prepared)
+            written = (folder / "logits.npy").stat()
+            run_source_once.fn(exam, prepared)
+            assert (folder / "logits.npy").stat().st_mtime_ns == written.st_mtime_ns
+            compared = examine.fn(exam, manifest, exact)
+            assert exam.needs_source(manifest, shop)
+            other = examine.fn(exam, manifest, worse)
+            assert not exam.needs_source(manifest, shop)
+        again = examine.fn(exam, manifest, exact)
+        assert again == compared == exam.known(manifest, exact, shop)
     assert not folder.exists()
 
     assert compared.tokens == 400
@@ -224,8 +223,6 @@ def test_variants_are_compared_once_and_the_reference_is_kept_until_then(checkpo
     assert other.reference_perplexity == compared.reference_perplexity
     assert compared.origin == "home.txt"
 
-    again = compare_stored_variant_on_text.fn(manifest, exact, text, registry, settings, has_reference=True)
-    assert again == compared == known_text_comparison(manifest, exact, text, registry, settings)
     assert len(list(registry.evidence(manifest, "text"))) == 2
     assert not list((settings.cache_dir / "work").iterdir())
 
@@ -245,6 +242,11 @@ def test_a_text_of_one_token_is_bad_input_not_a_failed_stage(model_dir, settings
         compare_on_text(settings, model_dir, text, reference_dir=None, work_dir=tmp_path / "work")
 
 
+def manifest_of(variant, source_digest):
+    source = Source(digest=source_digest, origin="x", architecture="x", parameters=1)
+    return Manifest(name="home", version=1, source=source, builder={}, variants=(variant,), created_at="")
+
+
 def test_the_key_depends_on_variant_source_text_and_size():
     variant = StoredVariant(
         precision="int4", device="cpu", execution_provider="cpu", recipe="r", recipe_digest="b" * 64, files=()
@@ -252,12 +254,16 @@ def test_the_key_depends_on_variant_source_text_and_size():
     text = TextSample(origin="a.txt", text="a b", digest="1" * 64)
     settings = Settings()
     smaller = Settings(evaluation=EvaluationSettings(max_text_tokens=100))
+
+    def key(text, settings, source="a"):
+        return TextExam(text).key(manifest_of(variant, source * 64), variant, settings)
+
     keys = [
-        text_comparison_key(variant, "a" * 64, text, settings),
-        text_comparison_key(variant, "c" * 64, text, settings),
-        text_comparison_key(variant, "a" * 64, text.model_copy(update={"digest": "2" * 64}), settings),
-        text_comparison_key(variant, "a" * 64, text, smaller),
+        key(text, settings),
+        key(text, settings, "c"),
+        key(text.model_copy(update={"digest": "2" * 64}), settings),
+        key(text, smaller),
     ]
     assert len(set(keys)) == 4
     renamed = text.model_copy(update={"origin": "b.txt"})
-    assert text_comparison_key(variant, "a" * 64, renamed, settings) == keys[0]
+    assert key(renamed, settings) == keys[0]

@@ -15,10 +15,11 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, GateSettings, MachineSettings, Settings
 from slmops.infra.storage.opening import open_registry
-from slmops.tasks.build.build import BuiltVariant, Recipe, torch_process
+from slmops.tasks.build.build import BuiltVariant, Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, content_digest, inspect_checkpoint
-from slmops.tasks.exams.answers import evaluate_stored_variant, reference_in_use
-from slmops.tasks.exams.measurement import measure_stored_variant
+from slmops.tasks.exams.answers import AnswersExam
+from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.measurement import MeasurementExam
 from slmops.tasks.questions.evaluation_set import EvaluationSet, chat_prompts
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.request.plan import parse_request
@@ -26,6 +27,7 @@ from slmops.tasks.runs.progress import listening
 from slmops.tasks.verdict.pareto import Candidate
 from slmops.tasks.verdict.search import SearchOutcome, Trial, choose_recipes, last_search, record_trials, search_recipes
 from slmops.tasks.versions.commit import commit_version
+from slmops.tasks.workshop import Workshop, torch_process, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 
@@ -192,12 +194,10 @@ class TestSearch:
 
         @flow
         def search() -> tuple[list[BuiltVariant], SearchOutcome]:
-            with torch_process(settings) as torch_child:
-                return search_recipes(
-                    request, prepared, evaluation, registry, settings, torch_child, reference_available=True
-                )
+            with torch_process(settings) as torch_child, working_in(Workshop(settings, registry, torch_child)):
+                return search_recipes(request, prepared, evaluation)
 
-        with reference_in_use(prepared.digest, evaluation, settings):
+        with AnswersExam(evaluation).source_in_use(prepared.digest, settings):
             built, outcome = search()
         assert [trial.recipe for trial in outcome.trials] == ["int8", "int8-block128"]
         assert all(trial.candidate and trial.candidate.kl_divergence is not None for trial in outcome.trials)
@@ -224,10 +224,9 @@ class TestSearch:
             manifest = commit_version(request, prepared, built, registry)
             for _ in range(2):
                 record_trials(manifest, outcome, registry, settings)
-            measured = measure_stored_variant(manifest, manifest.variant("int8"), registry, settings)
-            evaluated = evaluate_stored_variant(
-                manifest, manifest.variant("int8"), evaluation, registry, settings, has_reference=True
-            )
+            with working_in(Workshop(settings, registry)):
+                measured = examine(MeasurementExam(), manifest, manifest.variant("int8"))
+                evaluated = examine(AnswersExam(evaluation), manifest, manifest.variant("int8"))
             chosen = _of(outcome, outcome.chosen["int8"]).candidate
             assert chosen is not None
             assert measured.metrics["ttft_ms"] == chosen.ttft_ms
@@ -254,10 +253,9 @@ class TestSearch:
         @flow
         def search() -> tuple[list[BuiltVariant], SearchOutcome]:
             request = _request(precisions=["int4"])
-            with torch_process(small_settings) as torch_child:
-                return search_recipes(
-                    request, prepared, evaluation, registry, small_settings, torch_child, reference_available=False
-                )
+            shop = Workshop(small_settings, registry, torch_process(small_settings))
+            with shop.torch, working_in(shop):
+                return search_recipes(request, prepared, evaluation)
 
         built, outcome = search()
         assert outcome.chosen == {"int4": "int4-fine"}
@@ -269,7 +267,7 @@ class TestSearch:
         def no_measure(*arguments: Any, **options: Any) -> None:
             raise StageFailed("It does not run.")
 
-        monkeypatch.setattr("slmops.tasks.verdict.search.measure_stored_variant", no_measure)
+        monkeypatch.setattr("slmops.tasks.verdict.search.examine", no_measure)
         built, outcome = search()
         assert built == []
         assert set(outcome.failures) == {"int4"}
@@ -281,13 +279,6 @@ class TestSearch:
         folder = build_genai_model(prepared.folder, tmp_path / "model", "int4")
         taken = prepared.model_copy(update={"inspection": inspect_checkpoint(folder)})
         evaluation = EvaluationSet(rows=chat_prompts()[:1], origin="a prompt")
-        with pytest.raises(BadInput, match="built already"):
-            search_recipes(
-                _request(),
-                taken,
-                evaluation,
-                open_registry(small_settings),
-                small_settings,
-                ChildProcess(),
-                reference_available=False,
-            )
+        shop = Workshop(small_settings, open_registry(small_settings))
+        with working_in(shop), pytest.raises(BadInput, match="built already"):
+            search_recipes(_request(), taken, evaluation)

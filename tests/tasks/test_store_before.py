@@ -17,17 +17,18 @@ import pytest
 
 from slmops.deployments.cli import app as cli
 from slmops.infra.settings import Settings, StoreSettings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
 from slmops.tasks.exams import answers, endurance, lm_eval, measurement, template_parity, text
+from slmops.tasks.exams.exam import Exam, examine
 from slmops.tasks.foundry.registration import last_proof
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation_set
 from slmops.tasks.training.comparison import last_retrain
 from slmops.tasks.verdict.history import history_of
 from slmops.tasks.verdict.search import last_search
 from slmops.tasks.versions.commit import last_budget
+from slmops.tasks.workshop import Workshop, working_in
 from tests.lm_eval_tasks import write_tasks
 
 BEFORE = Path(__file__).parents[1] / "data" / "store_before"
@@ -153,77 +154,28 @@ def test_its_signature_holds(settings: Settings, registry: ModelRegistry) -> Non
     check_signature(registry, registry.version("home", 1), key)
 
 
-Asked = Callable[[Manifest, StoredVariant, ModelRegistry, Settings], Any]
-
 # What a deploy asks of a variant: the answers on record are those of the same questions. Without the version's files in
 # the store, no question can be asked anew.
-QUESTIONS: dict[str, tuple[int, str, Asked]] = {
-    "measurement": (
-        1,
-        "int4",
-        measurement.measure_stored_variant.fn,
-    ),
-    "measurement of int8": (
-        2,
-        "int8",
-        measurement.measure_stored_variant.fn,
-    ),
-    "evaluation": (
-        1,
-        "int4",
-        lambda manifest, variant, registry, settings: answers.evaluate_stored_variant.fn(
-            manifest, variant, asked_rows(), registry, settings, has_reference=True
-        ),
-    ),
-    "evaluation without a format": (
-        2,
-        "int8",
-        lambda manifest, variant, registry, settings: answers.evaluate_stored_variant.fn(
-            manifest, variant, asked_rows(None), registry, settings, has_reference=True
-        ),
-    ),
-    "exercise in genai": (
-        1,
-        "int4",
-        lambda manifest, variant, registry, settings: endurance.exercise_stored_variant.fn(
-            manifest, variant, asked_rows().rows, "genai", registry, settings
-        ),
-    ),
-    "exercise in foundry": (
-        1,
-        "int4",
-        lambda manifest, variant, registry, settings: endurance.exercise_stored_variant.fn(
-            manifest, variant, asked_rows().rows, "foundry", registry, settings
-        ),
-    ),
-    "parity": (
-        1,
-        "int4",
-        lambda manifest, variant, registry, settings: template_parity.check_template_parity.fn(
-            manifest, variant, Path("checkpoint"), registry, settings
-        ),
-    ),
+QUESTIONS: dict[str, tuple[int, str, Callable[[Settings], Exam[Any]]]] = {
+    "measurement": (1, "int4", lambda settings: measurement.MeasurementExam()),
+    "measurement of int8": (2, "int8", lambda settings: measurement.MeasurementExam()),
+    "evaluation": (1, "int4", lambda settings: answers.AnswersExam(asked_rows())),
+    "evaluation without a format": (2, "int8", lambda settings: answers.AnswersExam(asked_rows(None))),
+    "exercise in genai": (1, "int4", lambda settings: endurance.EnduranceExam("genai", asked_rows().rows)),
+    "exercise in foundry": (1, "int4", lambda settings: endurance.EnduranceExam("foundry", asked_rows().rows)),
+    "parity": (1, "int4", lambda settings: template_parity.ParityExam(Path("checkpoint"))),
     "text": (
         1,
         "int4",
-        lambda manifest, variant, registry, settings: text.compare_stored_variant_on_text.fn(
-            manifest,
-            variant,
-            text.read_text_file(BEFORE / "asked" / "text.txt", settings.evaluation.max_text_tokens),
-            registry,
-            settings,
-            has_reference=True,
+        lambda settings: text.TextExam(
+            text.read_text_file(BEFORE / "asked" / "text.txt", settings.evaluation.max_text_tokens)
         ),
     ),
     "lm-eval": (
         1,
         "int4",
-        lambda manifest, variant, registry, settings: lm_eval.run_lm_eval.fn(
-            manifest,
-            variant,
-            lm_eval.LmEvalTasks(names=("house_choice",), include_path=str(settings.home_dir / "lm"), limit=2),
-            registry,
-            settings,
+        lambda settings: lm_eval.LmEvalExam(
+            lm_eval.LmEvalTasks(names=("house_choice",), include_path=str(settings.home_dir / "lm"), limit=2)
         ),
     ),
 }
@@ -234,10 +186,11 @@ def test_what_it_answers_is_not_asked_again(
     question: str, registry: ModelRegistry, settings: Settings, the_same_machine: None
 ) -> None:
     write_tasks(settings.home_dir / "lm")
-    number, precision, ask = QUESTIONS[question]
+    number, precision, exam = QUESTIONS[question]
     manifest = registry.version("home", number)
     names = {entry.key for entry in registry.evidence_entries(manifest)}
-    found = ask(manifest, manifest.variant(precision), registry, settings)
+    with working_in(Workshop(settings, registry)):
+        found = examine.fn(exam(settings), manifest, manifest.variant(precision))
     assert found is not None
     assert {entry.key for entry in registry.evidence_entries(manifest)} == names
 

@@ -1,0 +1,104 @@
+"""Exams: questions that are asked of a stored variant, answered once, and kept as evidence of its version."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import TypeAdapter
+
+from slmops.infra.process.call import OnProgress
+from slmops.infra.records import Json
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import Workshop, workshop
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where one exam is taken: a folder with the variant's files, one for its work, and who hears how far it is."""
+
+    model: Path
+    work: Path
+    on_progress: OnProgress
+
+
+class Exam(ABC, Generic[R]):
+    """A question that is asked of a variant; its answer of type `R` is evidence under the digest of the question."""
+
+    kind: ClassVar[str]  # of the evidence
+    field: ClassVar[str]  # of its record, where the answer stands
+    name: ClassVar[str]  # "measure": in progress and in the names of task runs
+    done_before: ClassVar[str]  # "measured before": what progress tells of an answer on record
+    answer: TypeAdapter[R]
+
+    @abstractmethod
+    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """Return all that decides the answer."""
+
+    @abstractmethod
+    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> R:
+        """Find the answer; raises `StageFailed` and its kinds, and `BadInput` for what the question names."""
+
+    def stands(self, found: R) -> bool:
+        """Whether an answer on record may be taken for the answer."""
+        return True
+
+    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+        """Return what stands beside the answer in its record."""
+        return self.question(manifest, variant, settings)
+
+    def run_name(self, precision: str) -> str:
+        """Return the name of the task run for a variant."""
+        return f"{self.name}-{precision}"
+
+    def title(self, precision: str) -> str:
+        """Return what progress calls the exam of a variant."""
+        return f"{self.name} {precision}"
+
+    def key(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> str:
+        """Return the key of the evidence: the same question has the same key."""
+        return digest_of(self.question(manifest, variant, settings))[:16]
+
+    def known(self, manifest: Manifest, variant: StoredVariant, shop: Workshop) -> R | None:
+        """Return the answer on record, None where there is none that stands."""
+        key = self.key(manifest, variant, shop.settings)
+        record = shop.registry.latest_evidence(manifest, self.kind, key)
+        if record is None:
+            return None
+        found = self.answer.validate_python(record[self.field])
+        return found if self.stands(found) else None
+
+
+def _run_name(parameters: Mapping[str, Any]) -> str:
+    return str(parameters["exam"].run_name(parameters["variant"].precision))
+
+
+@stage("examine", run_name=_run_name)
+def examine(exam: Exam[R], manifest: Manifest, variant: StoredVariant, *, fresh: bool = False) -> R:
+    """Ask a variant of the store, and keep the answer as evidence; one on record is reused.
+
+    A `fresh` answer is added to those that there are. Raises what `Exam.take` does.
+    """
+    shop = workshop()
+    with stage_progress(exam.title(variant.precision)) as on_progress:
+        known = None if fresh else exam.known(manifest, variant, shop)
+        if known is not None:
+            on_progress(1, 1, exam.done_before)
+            return known
+        with work_folder(shop.settings) as work:
+            shop.registry.place_model(variant, work / "model", on_progress)
+            found = exam.take(Bench(work / "model", work, on_progress), manifest, shop)
+        record = {
+            **exam.record(manifest, variant, shop.settings),
+            exam.field: exam.answer.dump_python(found, mode="json"),
+        }
+        key = None if fresh else exam.key(manifest, variant, shop.settings)
+        shop.registry.add_evidence(manifest, exam.kind, record, key)
+    return found

@@ -1,0 +1,75 @@
+"""The source checkpoint's side of an exam: run once in transformers, kept for the variants, and gone with the last."""
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from slmops.infra.process.call import OnProgress
+from slmops.infra.records import Json
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import place, shared_folder, work_folder
+from slmops.infra.storage.manifest import Manifest, digest_of
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.exam import Exam
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import Workshop, workshop
+
+R = TypeVar("R")
+
+
+class ComparedExam(Exam[R]):
+    """An exam whose answer holds a variant beside what its source checkpoint makes of the same question."""
+
+    source_name: ClassVar[str]  # "reference": in progress and, with hyphens, as the name of the task run
+
+    @abstractmethod
+    def source_question(self, source_digest: str, settings: Settings) -> Json:
+        """Return all that decides what the checkpoint makes of it."""
+
+    @abstractmethod
+    def run_source(self, checkpoint: Path, folder: Path, on_progress: OnProgress, shop: Workshop) -> None:
+        """Run the checkpoint; `folder` is made, and keeps what variants are compared with."""
+
+    def source_folder(self, source_digest: str, settings: Settings) -> Path:
+        """Return where what the checkpoint made waits for the variants."""
+        return settings.cache_dir / "references" / digest_of(self.source_question(source_digest, settings))
+
+    def source_in_use(self, source_digest: str, settings: Settings) -> AbstractContextManager[None]:
+        """Keep what the checkpoint made, which other runs share: see `infra.storage.folders.shared_folder`."""
+        return shared_folder(self.source_folder(source_digest, settings))
+
+    def needs_source(self, manifest: Manifest, shop: Workshop) -> bool:
+        """Whether some variant has yet to be compared with its source checkpoint."""
+        if manifest.source.parameters == 0:
+            return False
+        return any(self.known(manifest, variant, shop) is None for variant in manifest.variants)
+
+
+@contextlib.contextmanager
+def sources_in_use(exams: Sequence[ComparedExam[Any]], source_digest: str) -> Iterator[None]:
+    """Keep what the checkpoint makes of several exams: logits are large, and go with the last run that uses them."""
+    with contextlib.ExitStack() as stack:
+        for exam in exams:
+            stack.enter_context(exam.source_in_use(source_digest, workshop().settings))
+        yield
+
+
+def _run_name(parameters: dict[str, Any]) -> str:
+    return str(parameters["exam"].source_name).replace(" ", "-")
+
+
+@stage("run source", run_name=_run_name)
+def run_source_once(exam: ComparedExam[Any], prepared: PreparedCheckpoint) -> None:
+    """Run the source checkpoint in transformers on an exam's question, unless what it made waits already."""
+    shop = workshop()
+    folder = exam.source_folder(prepared.digest, shop.settings)
+    with stage_progress(exam.source_name) as on_progress:
+        if folder.is_dir():
+            return
+        with work_folder(shop.settings) as work:
+            exam.run_source(prepared.folder, work / "reference", on_progress, shop)
+            place(work / "reference", folder)
