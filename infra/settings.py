@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import psutil
-from platformdirs import user_data_path
+from platformdirs import user_cache_path, user_data_path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
@@ -224,7 +224,11 @@ class Settings(BaseSettings):
 
     home: Path = Field(
         default_factory=lambda: user_data_path("slmops", appauthor=False),
-        description="Everything that slmops writes lives under this directory.",
+        description="Everything that slmops writes lives under this directory, but for what is in the user's cache.",
+    )
+    user_cache: Path = Field(
+        default_factory=lambda: user_cache_path("slmops", appauthor=False),
+        description="What all home directories share and can be made again: an empty database for embedded Prefect.",
     )
     secrets_dir: Path | None = Field(
         None,
@@ -264,6 +268,11 @@ class Settings(BaseSettings):
     def home_dir(self) -> Path:
         """The home directory as an absolute path."""
         return self.home.expanduser().absolute()
+
+    @property
+    def user_cache_dir(self) -> Path:
+        """The user's cache as an absolute path."""
+        return self.user_cache.expanduser().absolute()
 
     @property
     def store_uri(self) -> str:

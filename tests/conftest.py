@@ -18,13 +18,20 @@ from tests.s3_servers import S3Server, moto_server, rclone_server, seaweedfs_ser
 from tests.stores import KINDS, StoreCase, empty_store
 
 FORBID_SKIPS = "SLMOPS_TESTS_FORBID_SKIPS"
+# The user's cache: one for all workers of a session, made by the process that starts them, and never the user's own.
+USER_CACHE = "SLMOPS_TESTS_USER_CACHE"
 # A test that skips because of the operating system says so with this word at the start of its reason.
 PLATFORM_REASONS = ("Windows", "POSIX", "process groups are POSIX's")
 
 # Before anything heavy is imported: the libraries read these once.
 _PREFECT_HOME = tempfile.mkdtemp(prefix="slmops-tests-prefect-")
-for _name in [name for name in os.environ if name.startswith(("SLMOPS_", "PREFECT_")) and name != FORBID_SKIPS]:
+_MADE_HERE = [_PREFECT_HOME]
+if USER_CACHE not in os.environ:
+    os.environ[USER_CACHE] = tempfile.mkdtemp(prefix="slmops-tests-cache-")
+    _MADE_HERE.append(os.environ[USER_CACHE])
+for _name in {name for name in os.environ if name.startswith(("SLMOPS_", "PREFECT_"))} - {FORBID_SKIPS, USER_CACHE}:
     del os.environ[_name]
+os.environ["SLMOPS_USER_CACHE"] = os.environ[USER_CACHE]
 if "PYTEST_XDIST_WORKER" in os.environ:  # two models that compute with all cores' threads slow each other down by far
     os.environ |= {"SLMOPS_MACHINE__THREADS": "1", "OMP_NUM_THREADS": "1"}
 QUIET_ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # children find the tests' own functions
@@ -32,7 +39,8 @@ os.environ.update(QUIET_ENVIRONMENT | {"PREFECT_HOME": _PREFECT_HOME, "PREFECT_S
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
+    for folder in _MADE_HERE:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)  # before `-m` selects and xdist groups, which read the marks in the same hook

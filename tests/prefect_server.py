@@ -11,8 +11,9 @@ from pathlib import Path
 
 import httpx
 import psutil
+from filelock import FileLock
 
-from slmops.deployments.server.embedded_database import make_database
+from slmops.infra.settings import Settings
 
 START_DEADLINE_S = 120
 
@@ -20,7 +21,7 @@ START_DEADLINE_S = 120
 @contextmanager
 def prefect_server(home: Path, environment: Mapping[str, str]) -> Iterator[str]:
     """Run a server whose files lie in `home`, a folder that is there; yields its API's URL."""
-    make_database(home / "prefect.db")
+    _make_database(home / "prefect.db")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,6 +43,18 @@ def prefect_server(home: Path, environment: Mapping[str, str]) -> Iterator[str]:
                 child.kill()
         process.kill()
         process.wait()
+
+
+def _make_database(path: Path) -> None:
+    """As embedded servers have theirs: migrated once for all tests, in a process that may import Prefect's server."""
+    program = (
+        "import sys; from pathlib import Path; from slmops.deployments.server.embedded_database import make_database\n"
+        "assert make_database(*map(Path, sys.argv[1:]))"
+    )
+    templates = Settings().user_cache_dir
+    templates.mkdir(parents=True, exist_ok=True)
+    with FileLock(templates / "lock"):
+        subprocess.run([sys.executable, "-c", program, str(path), str(templates)], check=True)
 
 
 def _wait_until_healthy(url: str, log: Path) -> None:

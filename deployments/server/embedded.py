@@ -7,6 +7,7 @@ parent, however that comes about: its standard input is a lifeline, as in `slmop
 import atexit
 import contextlib
 import gc
+import json
 import os
 import queue
 import socket
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 LOOPBACK = "127.0.0.1"
-# Where the database is not made ready (another version of Prefect), the first start migrates it.
+# The first start with a version of Prefect migrates the database.
 STARTUP_TIMEOUT_S = 300
 SHUTDOWN_TIMEOUT_S = 10
 POLL_INTERVAL_S = 0.05
@@ -58,16 +59,17 @@ class EmbeddedServer:
         )
         atexit.register(self.end)
 
-    def serve(self, log_path: Path) -> str:
+    def serve(self, log_path: Path, templates: Path) -> str:
         """Have it serve on a free port of the loopback interface, with its log in a file, and return its URL.
 
-        Raises `StageFailed` when it does not come up.
+        `templates` is the folder of `embedded_database.make_database`. Raises `StageFailed` when it does not come up.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.touch()
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen next
-            self._process.stdin.write(f"{log_path.absolute()}\n".encode())
+            beginning = {"log": str(log_path.absolute()), "templates": str(templates.absolute())}
+            self._process.stdin.write(json.dumps(beginning).encode() + b"\n")
             self._process.stdin.flush()
         return _wait_until_healthy(self._process, log_path)
 
@@ -103,27 +105,32 @@ def _wait_until_healthy(process: "subprocess.Popen[bytes]", log_path: Path) -> s
 
 
 class _Lifeline:
-    """Standard input: its only line names the log and lets the server begin, its end is the command's."""
+    """Standard input: its only line names the log and lets the server begin, its end is the command's.
+
+    The line is a JSON object `{"log": PATH, "templates": PATH}`.
+    """
 
     def __init__(self) -> None:
-        self._named: queue.Queue[str] = queue.Queue()
+        self._lines: queue.Queue[bytes] = queue.Queue()
         self.server: uvicorn.Server | None = None
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         for line in sys.stdin.buffer:
-            self._named.put(line.decode().rstrip("\n"))
+            self._lines.put(line)
         if self.server is None:
             os._exit(0)
         self.server.should_exit = True
         time.sleep(SHUTDOWN_TIMEOUT_S / 2)
         os._exit(1)
 
-    def write_to_the_log(self) -> None:
-        """Wait for the log's path, and let standard error be that file."""
-        log = os.open(self._named.get(), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def begin(self) -> Path:
+        """Wait for the line, let standard error be the log, and return the folder of templates."""
+        beginning = json.loads(self._lines.get())
+        log = os.open(beginning["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(log, 2)
         os.close(log)
+        return Path(beginning["templates"])
 
 
 def main() -> None:
@@ -137,14 +144,14 @@ def main() -> None:
 
         app = create_app(ephemeral=True, final=True)
     finally:
-        lifeline.write_to_the_log()  # where an import that fails is told too
+        templates = lifeline.begin()  # the log is where an import that fails is told too
     gc.freeze()
     gc.enable()
     prefect = get_current_settings()
     database = prefect.home / "prefect.db"
     connection_url = prefect.server.database.connection_url
     if connection_url and connection_url.get_secret_value() == f"sqlite+aiosqlite:///{database}":
-        make_database(database)
+        make_database(database, templates)
     listener = socket.socket()
     listener.bind((LOOPBACK, 0))
     port = listener.getsockname()[1]

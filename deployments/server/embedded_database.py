@@ -1,39 +1,84 @@
-"""The embedded Prefect API's database, ready-made: migrating a new one takes Prefect 10 s of computing.
+"""The embedded Prefect API's database: to make an empty one takes Prefect seconds of computing, to copy one nothing.
 
-`prefect_schema.sql` holds what these migrations lead to, for the version of Prefect in its first line; with any other
-version Prefect migrates by itself. `python -m tests.prefect_schema` writes it anew, and a test compares it with what
-Prefect makes.
+The first start with a version of Prefect makes the database where Prefect's own migrations lead, and leaves it in the
+user's cache. Starts with other home directories copy it from there.
 """
 
+import asyncio
 import contextlib
 import os
 import sqlite3
+import sys
 import uuid
 from contextlib import closing
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from slmops.infra.files import write_whole
+
+_FOR_THE_USER_ALONE = 0o600  # it will hold secrets
 
 
-def make_database(path: Path) -> bool:
-    """Write an empty database for the installed Prefect, unless there is one; returns whether it was written."""
+def make_database(path: Path, templates: Path) -> bool:
+    """Write an empty database for the installed Prefect, unless there is one; returns whether it was written.
+
+    It is a copy of the one in the folder `templates`, which is made where it is missing or damaged. Where it is not
+    written, such as on a disk that does not take it, Prefect migrates by itself; standard error says why.
+    """
     if path.exists():
         return False
-    schema = files("slmops.deployments.server").joinpath("prefect_schema.sql").read_text("utf-8")
-    if not schema.startswith(first_line(version("prefect"))):
-        return False
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    template = templates / f"prefect-{version('prefect')}.db"
     try:
-        with closing(sqlite3.connect(aside)) as database:
-            database.executescript(schema)
+        if not _is_whole(template):
+            _make_template(template)
+        return _copy(template, path)
+    except OSError as error:
+        sys.stderr.write(f"The database is not copied from {template}: {error}\n")
+        return False
+
+
+def _is_whole(template: Path) -> bool:
+    if not template.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{template.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return bool(
+                database.execute("PRAGMA quick_check").fetchone() == ("ok",)
+                and database.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
+            )
+    except sqlite3.DatabaseError:
+        return False
+
+
+def _make_template(template: Path) -> None:
+    with TemporaryDirectory() as folder:
+        migrated, compact = Path(folder) / "migrated.db", Path(folder) / "compact.db"
+        asyncio.run(_migrate(migrated))
+        with closing(sqlite3.connect(migrated)) as database:
+            database.execute("VACUUM INTO ?", (str(compact),))  # one file, whatever its journal was
+        write_whole(template, compact.read_bytes(), mode=_FOR_THE_USER_ALONE)
+
+
+async def _migrate(path: Path) -> None:
+    from prefect.server.database.configurations import AioSqliteConfiguration
+    from prefect.server.database.dependencies import provide_database_interface, temporary_database_config
+
+    configuration = AioSqliteConfiguration(connection_url=f"sqlite+aiosqlite:///{path}")
+    with temporary_database_config(configuration):
+        database = provide_database_interface()
+        await database.create_db()
+        await (await database.engine()).dispose()
+
+
+def _copy(template: Path, path: Path) -> bool:
+    aside = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        aside.touch(_FOR_THE_USER_ALONE)
+        aside.write_bytes(template.read_bytes())
         with contextlib.suppress(OSError):  # another command was first, or no links here: then Prefect migrates
             os.link(aside, path)
             return True
         return False
     finally:
         aside.unlink(missing_ok=True)
-
-
-def first_line(prefect_version: str) -> str:
-    """Return the line that a schema for a version of Prefect starts with."""
-    return f"-- Prefect {prefect_version}\n"

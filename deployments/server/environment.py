@@ -100,9 +100,9 @@ def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iter
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     prefect_home(settings).mkdir(parents=True, exist_ok=True)  # the server makes its database there, but no folder
-    log = settings.cache_dir / "logs" / "prefect-server.log"
+    url = server.serve(settings.cache_dir / "logs" / "prefect-server.log", settings.user_cache_dir)
     # Nobody waits for a sign of life there, and the end of a run waits up to a second for who gives them.
-    with temporary_settings({PREFECT_API_URL: server.serve(log), PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield
 
 
