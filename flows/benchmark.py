@@ -33,7 +33,7 @@ def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
     """
     shop = workshop()
     settings, registry = shop.settings, shop.registry
-    manifest = registry.find(parameters.reference)
+    manifest = registry.find(parameters.reference).manifest
     tasks = LmEvalTasks(
         names=parameters.lm_eval_tasks,
         include_path=parameters.lm_eval_include,

@@ -34,7 +34,7 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
         local_file(text, settings) if text else None
         for text in (parameters.evaluation_file, parameters.output_schema_file, parameters.text_file)
     )
-    manifest = registry.find(parameters.reference)
+    manifest = registry.find(parameters.reference).manifest
     limits = last_budget(registry.of(manifest)) if parameters.budget is None else parameters.budget
     parse_budget(limits)
     form = {

@@ -136,7 +136,7 @@ def judged(
         return report.model_copy(update={"status": "promoted", "summary": summary})
     if champion == challenger.reference:
         return report.model_copy(update={"summary": f"The result is {champion}, which is the champion already."})
-    challenge = challenge_champion(challenger, registry.find(champion), evaluation, registry)
+    challenge = challenge_champion(challenger, registry.find(champion).manifest, evaluation, registry)
     report = report.model_copy(update={"challenge": challenge, "summary": challenge.verdict})
     if not challenge.is_won or promotion == "never":
         kept = f"{challenge.verdict} {champion} stays the champion."

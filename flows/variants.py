@@ -88,7 +88,7 @@ def measure_variant_on_worker(reference: str, precision: str, order: str) -> Non
     """
     registry = workshop().registry
     rows = [EvaluationRow.model_validate(row) for row in read_order(registry, order)["rows"]]
-    manifest = registry.find(reference)
+    manifest = registry.find(reference).manifest
     variant = manifest.variant(precision)
     with registry.in_use(manifest):
         done = Examined(

@@ -6,18 +6,17 @@ from slmops.deployments.cli.output import print_line, print_note
 from slmops.infra.errors import BadInput
 from slmops.infra.foundry.chat import FoundryChat
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.version import Version
 
 MAX_NEW_TOKENS = 512
 
 
-def chat_with(registry: ModelRegistry, manifest: Manifest, settings: Settings) -> None:
+def chat_with(version: Version, settings: Settings) -> None:
     """Read the user's turns from standard input and print the answers as they come; an empty line ends it.
 
     Raises `BadInput` when no variant of the version is registered.
     """
-    model_id = _registered_id(registry, manifest)
+    model_id = _registered_id(version)
     messages: list[dict[str, str]] = []
     with FoundryChat(settings.foundry_dir, model_id, log_path=settings.cache_dir / "logs" / "chat.log") as chat:
         print_note(f"{model_id} is loaded ({chat.load_ms:.0f} ms). An empty line ends the chat.")
@@ -39,10 +38,11 @@ def _next_turn() -> str:
     return sys.stdin.readline().strip()
 
 
-def _registered_id(registry: ModelRegistry, manifest: Manifest) -> str:
-    deployed = registry.latest_evidence(manifest, "deploy") or {"variants": []}
-    ids = {one["precision"]: one["foundry_model_id"] for one in deployed["variants"] if one["foundry_model_id"]}
-    for precision in ("int4", "int8", "fp16", "fp32"):
-        if precision in ids:
-            return str(ids[precision])
-    raise BadInput(f"No variant of {manifest.reference} is registered.", "Deploy it again; slmops show tells why.")
+def _registered_id(version: Version) -> str:
+    """Return the id of the variant that may serve, or else of the smallest that is registered."""
+    ids = {variant.precision: variant.foundry_model_id for variant in version.deployed.variants}
+    serving = version.serving
+    for precision in ((serving.precision,) if serving else ()) + ("int4", "int8", "fp16", "fp32"):
+        if model_id := ids.get(precision):
+            return model_id
+    raise BadInput(f"No variant of {version.reference} is registered.", "Deploy it again; slmops show tells why.")

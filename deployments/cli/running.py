@@ -15,8 +15,8 @@ from slmops.deployments.cli.output import stage_display
 if TYPE_CHECKING:
     from slmops.deployments.server.embedded import EmbeddedServer
     from slmops.infra.settings import Settings
-    from slmops.infra.storage.manifest import Manifest
     from slmops.infra.storage.registry import ModelRegistry
+    from slmops.infra.storage.version import Version
 
 P = ParamSpec("P")
 
@@ -35,10 +35,9 @@ def the_registry() -> "ModelRegistry":
     return open_registry(load_settings())
 
 
-def version_of(reference: str) -> "tuple[ModelRegistry, Manifest]":
-    """Return the registry and the version that a reference names; raises `BadInput` when there is none."""
-    registry = the_registry()
-    return registry, registry.find(reference)
+def version_of(reference: str) -> "Version":
+    """Return the version that a reference names; raises `BadInput` when there is none."""
+    return the_registry().find(reference)
 
 
 def prepared(command: Callable[P, None]) -> Callable[P, None]:

@@ -11,7 +11,11 @@ from slmops.deployments.cli.running import load_settings, the_registry, version_
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:
-    from slmops.infra.settings import Settings
+    from slmops.infra.settings import Settings, StoreSettings
+    from slmops.infra.storage.copying import CopiedVersion
+    from slmops.infra.storage.registry import ModelRegistry
+    from slmops.infra.storage.verification import Verification
+    from slmops.infra.storage.version import Version
 
 Renumber = Annotated[
     bool, typer.Option("--renumber", help="Take the next free number there if its own is another version's.")
@@ -50,25 +54,24 @@ def _bring(reference: str, foundry_cache: Path, settings: "Settings", *, as_json
 
     from slmops.tasks.versions.devices import bring_to_device
 
-    registry, manifest = version_of(reference)
+    version = version_of(reference)
     if foundry_cache.exists() and not foundry_cache.is_dir():
         raise BadInput(f"{foundry_cache} is a file.", "Name the folder that Foundry Local keeps its models in.")
     with stage_display() as display:
         brought = bring_to_device(
-            registry,
-            manifest,
+            version,
             foundry_cache.absolute(),
             settings,
             lambda done, total, what: display("pull", done / total if total else 0.0, what),
         )
     if as_json:
-        print_json({"name": manifest.name, "version": manifest.version, **asdict(brought)})
+        print_json({"name": version.name, "version": version.number, **asdict(brought)})
         return
     instead = f", in place of {', '.join(brought.replaced)}" if brought.replaced else ""
     print_line(f"{brought.model_id} ({brought.precision}) answers from {brought.folder}{instead}.")
 
 
-def _other_registry(settings: "Settings") -> Any:
+def _other_registry(settings: "Settings") -> "ModelRegistry":
     from slmops.infra.storage.opening import open_local_registry, open_registry
 
     registry = open_registry(settings)
@@ -81,37 +84,38 @@ def _other_registry(settings: "Settings") -> Any:
     return registry
 
 
-def _copy(reference: str, source: Any, target: Any, *, renumber: bool, as_json: bool) -> None:
+def _copy(reference: str, source: "ModelRegistry", target: "ModelRegistry", *, renumber: bool, as_json: bool) -> None:
     from slmops.infra.storage.copying import copy_version
 
-    manifest = source.find(reference)
+    version = source.find(reference)
     with stage_display() as display:
         copied = copy_version(
-            manifest,
-            source,
+            version,
             target,
             renumber=renumber,
             on_progress=lambda done, total, what: display("copy", done / total, what),
             settings=load_settings().store,
         )
-    _show_copied(copied, target, as_json=as_json)
+    _show_copied(copied, as_json=as_json)
 
 
-def _show_copied(copied: Any, target: Any, *, as_json: bool) -> None:
-    for text in target.objects.notices():
+def _show_copied(copied: "CopiedVersion", *, as_json: bool) -> None:
+    version = copied.version
+    notices = version.registry.objects.notices()
+    for text in notices:
         print_note(f"note: {text}")
     if as_json:
-        stored = {"name": copied.manifest.name, "version": copied.manifest.version, "is_new": copied.is_new}
+        stored = {"name": version.name, "version": version.number, "is_new": copied.is_new}
         moved = {"moved_bytes": copied.moved_bytes, "skipped_bytes": copied.skipped_bytes}
-        print_json({**stored, **moved, "uri": target.uri(copied.manifest), "notes": list(target.objects.notices())})
+        print_json({**stored, **moved, "uri": version.uri, "notes": list(notices)})
         return
     state = "stored" if copied.is_new else "there already"
     print_line(
-        f"{copied.manifest.reference} {state}: {target.uri(copied.manifest)} "
+        f"{version.reference} {state}: {version.uri} "
         f"({copied.moved_bytes / 1e6:,.1f} MB moved, {copied.skipped_bytes / 1e6:,.1f} MB were there)"
     )
-    if target.of(copied.manifest).says_origin and "champion" not in target.aliases_of(copied.manifest):
-        name = copied.manifest.reference
+    if version.says_origin and "champion" not in version.aliases:
+        name = version.reference
         print_line(f"Its figures are its origin's word. Judge it with slmops regate {name}, or slmops promote {name}.")
 
 
@@ -126,49 +130,49 @@ def verify(
     from slmops.infra.storage.verification import verify_version
 
     settings = load_settings()
-    registry, manifest = version_of(reference)
+    version = version_of(reference)
     with stage_display() as display:
-        found = verify_version(registry.of(manifest), lambda done, total, what: display("verify", done / total, what))
+        found = verify_version(version, lambda done, total, what: display("verify", done / total, what))
         if repair and not found.ok:
-            found = _repaired(registry, manifest, found, settings, display)
-    signature = _signature_state(registry, manifest, settings)
+            found = _repaired(version, found, settings.home_dir / "store", display)
+    signature = _signature_state(version, settings.store)
     ok = found.ok and not signature.startswith("not valid")
     if as_json:
         damage = [{name: value for name, value in asdict(one).items() if name != "blob"} for one in found.damage]
         counted = {"files": found.files, "size_bytes": found.size_bytes, "digest": found.manifest_sha256}
-        print_json({"reference": manifest.reference, "ok": ok, **counted, "damage": damage, "signature": signature})
+        print_json({"reference": version.reference, "ok": ok, **counted, "damage": damage, "signature": signature})
     else:
         print_table("Damage", [{"what": one.what, "fault": one.fault, "detail": one.detail} for one in found.damage])
         state = "whole" if found.ok else "damaged"
         print_line(
-            f"{manifest.reference} is {state}: {found.files} files, {found.size_bytes / 1e6:,.1f} MB read, "
+            f"{version.reference} is {state}: {found.files} files, {found.size_bytes / 1e6:,.1f} MB read, "
             f"{len(found.damage)} damaged; signature: {signature}."
         )
     if not ok:
         raise typer.Exit(1)
 
 
-def _repaired(registry: Any, manifest: Any, found: Any, settings: "Settings", display: Any) -> Any:
+def _repaired(version: "Version", found: "Verification", own_store: Path, display: Any) -> "Verification":
     from slmops.infra.storage.local import LocalObjectStore
     from slmops.infra.storage.verification import repair_version, verify_version
 
-    local = LocalObjectStore(settings.home_dir / "store")
-    others = [one for one in (local, registry.cache) if one and one.uri("models") != registry.objects.uri("models")]
-    version = registry.of(manifest)
+    registry = version.registry
+    copies = [store for store in (LocalObjectStore(own_store), registry.cache) if store]
+    others = [store for store in copies if store.uri("models") != registry.objects.uri("models")]
     repair_version(version, found, others, lambda done, total, what: display("repair", done / total, what))
     return verify_version(version, lambda done, total, what: display("verify again", done / total, what))
 
 
-def _signature_state(registry: Any, manifest: Any, settings: "Settings") -> str:
+def _signature_state(version: "Version", store: "StoreSettings") -> str:
     from slmops.infra.errors import StageFailed
     from slmops.infra.storage.signatures import check_signature, is_signed
 
-    if not is_signed(registry, manifest):
-        return "none" if not settings.store.require_signature else "not valid: the version is not signed"
-    if settings.store.verification_key is None:
+    if not is_signed(version):
+        return "none" if not store.require_signature else "not valid: the version is not signed"
+    if store.verification_key is None:
         return "not looked at (SLMOPS_STORE__VERIFICATION_KEY is not set)"
     try:
-        check_signature(registry, manifest, settings.store)
+        check_signature(version, store)
     except StageFailed as error:
         return f"not valid: {error.message}"
     return "valid"
@@ -211,14 +215,16 @@ def export_version(
     """Pack a version with its evidence into one file, for machines without network."""
     from slmops.infra.storage.archive import export_version as export
 
-    registry, manifest = version_of(reference)
+    version = version_of(reference)
     with stage_display() as display:
-        packed = export(registry, manifest, file, lambda done, total, what: display("export", done / total, what))
+        packed = export(
+            version.registry, version.manifest, file, lambda done, total, what: display("export", done / total, what)
+        )
     if as_json:
-        document = {"reference": manifest.reference, "file": str(packed.file), "size_bytes": packed.size_bytes}
+        document = {"reference": version.reference, "file": str(packed.file), "size_bytes": packed.size_bytes}
         print_json({**document, "sha256": packed.sha256})
         return
-    print_line(f"{manifest.reference} -> {packed.file} ({packed.size_bytes / 1e6:,.1f} MB, sha256 {packed.sha256})")
+    print_line(f"{version.reference} -> {packed.file} ({packed.size_bytes / 1e6:,.1f} MB, sha256 {packed.sha256})")
 
 
 def import_version(
@@ -245,7 +251,7 @@ def import_version(
             on_progress=lambda done, total, what: display("import", done / total, what),
             settings=settings.store,
         )
-    _show_copied(copied, registry, as_json=as_json)
+    _show_copied(copied, as_json=as_json)
 
 
 def ingest(

@@ -5,41 +5,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slmops.deployments.cli.options import Json, Reference, VersionReference
-from slmops.deployments.cli.output import print_json, print_line, print_table
+from slmops.deployments.cli.output import print_error, print_json, print_line, print_table
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:
-    from slmops.infra.storage.manifest import Manifest
-    from slmops.infra.storage.registry import ModelRegistry
+    from slmops.infra.storage.version import Version
 
 
 def list_models(as_json: Json = False) -> None:
     """List the versions in the store."""
+    from slmops.infra.storage.evidence import DamagedEvidence
+
     registry = the_registry()
     models: list[dict[str, Any]] = []
-    for name in registry.names():
-        for manifest in registry.versions(name):
-            status = _statuses(registry, manifest)
-            models.append(
-                {
-                    "name": name,
-                    "version": manifest.version,
-                    "aliases": list(registry.aliases_of(manifest)),
-                    "tags": registry.tags(manifest),
-                    "created_at": manifest.created_at,
-                    "says_origin": registry.of(manifest).says_origin,
-                    "variants": [
-                        {
-                            "precision": variant.precision,
-                            "status": status.get(variant.precision),
-                            "size_bytes": variant.size_bytes,
-                        }
-                        for variant in manifest.variants
-                    ],
-                }
-            )
+    damaged: list[DamagedEvidence] = []
+    for version in registry.all_versions():
+        try:
+            models.append(_listed(version))
+        except DamagedEvidence as error:  # of one version: the others are listed
+            damaged.append(error)
     if as_json:
+        if damaged:
+            raise damaged[0]
         print_json({"models": models})
         return
     rows = [
@@ -56,66 +44,93 @@ def list_models(as_json: Json = False) -> None:
         for model in models
     ]
     print_table("Models", rows)
+    if damaged:
+        for other in damaged[1:]:
+            print_error(other, as_json=False)
+        raise damaged[0]
     if not rows:
         print_line("The store is empty. Start with: slmops deploy CHECKPOINT --name NAME")
+
+
+def _listed(version: "Version") -> dict[str, Any]:
+    statuses = _statuses(version)
+    return {
+        "name": version.name,
+        "version": version.number,
+        "aliases": list(version.aliases),
+        "tags": version.tags,
+        "created_at": version.manifest.created_at,
+        "says_origin": version.says_origin,
+        "variants": [
+            {
+                "precision": variant.precision,
+                "status": statuses[variant.precision],
+                "size_bytes": variant.size_bytes,
+            }
+            for variant in version.variants
+        ],
+    }
 
 
 def show(reference: Reference, as_json: Json = False) -> None:
     """Show a version: its source, files and evidence."""
     from slmops.infra.storage.signatures import is_signed
 
-    registry, manifest = version_of(reference)
-    deployed = registry.latest_evidence(manifest, "deploy") or {}
-    says_origin = registry.of(manifest).says_origin
+    version = version_of(reference)
+    manifest, signed = version.manifest, is_signed(version)
     if as_json:
-        kept = {"aliases": registry.aliases_of(manifest), "tags": registry.tags(manifest), "deploy": deployed}
-        notes = [{"at": at, "text": text} for at, text in registry.notes(manifest)]
-        signed = {"signed": is_signed(registry, manifest), "digest": manifest.digest, "uri": registry.uri(manifest)}
-        print_json({**manifest.model_dump(), **kept, "says_origin": says_origin, "notes": notes, **signed})
+        kept = {"aliases": version.aliases, "tags": version.tags, "deploy": _last_deploy(version)}
+        notes = [{"at": note.at, "text": note.value.text} for note in version.notes]
+        stored = {"signed": signed, "digest": manifest.digest, "uri": version.uri}
+        print_json({**manifest.model_dump(), **kept, "says_origin": version.says_origin, "notes": notes, **stored})
         return
-    print_line(
-        f"{manifest.reference}  {manifest.created_at}  aliases: {', '.join(registry.aliases_of(manifest)) or '-'}"
-    )
-    print_line(
-        f"source: {manifest.source.origin} ({manifest.source.architecture}, {manifest.source.parameters:,} parameters)"
-    )
-    print_line(f"        sha256 {manifest.source.digest}")
-    if manifest.source.training_run:
-        print_line(f"training run: {manifest.source.training_run}")
-    print_line(f"stored: {registry.uri(manifest)}")
-    print_line(f"        sha256 {manifest.digest}, {'signed' if is_signed(registry, manifest) else 'not signed'}")
-    for tag, value in registry.tags(manifest).items():
+    statuses = [
+        {"variant": precision, "status": status or "not judged"} for precision, status in _statuses(version).items()
+    ]
+    source = manifest.source
+    print_line(f"{version.reference}  {manifest.created_at}  aliases: {', '.join(version.aliases) or '-'}")
+    print_line(f"source: {source.origin} ({source.architecture}, {source.parameters:,} parameters)")
+    print_line(f"        sha256 {source.digest}")
+    if source.training_run:
+        print_line(f"training run: {source.training_run}")
+    print_line(f"stored: {version.uri}")
+    print_line(f"        sha256 {manifest.digest}, {'signed' if signed else 'not signed'}")
+    for tag, value in version.tags.items():
         print_line(f"tag: {tag}={value}")
-    for at, text in registry.notes(manifest):
-        print_line(f"note of {at[:19]}: {text}")
+    for note in version.notes:
+        print_line(f"note of {note.at[:19]}: {note.value.text}")
     print_line("built by: " + ", ".join(f"{name} {number}" for name, number in manifest.builder.items()))
     files = [
         {"variant": variant.precision, "file": file.path, "size": f"{file.size_bytes:,}", "sha256": file.sha256[:16]}
-        for variant in manifest.variants
+        for variant in version.variants
         for file in variant.files
     ]
     print_table("Files", files)
-    statuses = [
-        {"variant": precision, "status": status or "not judged"}
-        for precision, status in _statuses(registry, manifest).items()
-    ]
-    print_table("Variants (says its origin)" if says_origin else "Variants", statuses)
+    print_table("Variants (says its origin)" if version.says_origin else "Variants", statuses)
 
 
-def _statuses(registry: "ModelRegistry", manifest: "Manifest") -> dict[str, str | None]:
-    deployed = registry.latest_evidence(manifest, "deploy") or {"variants": []}
-    found = {one["precision"]: one["status"] for one in deployed["variants"]}
-    return {variant.precision: found.get(variant.precision) for variant in manifest.variants}
+def _last_deploy(version: "Version") -> dict[str, Any]:
+    """Return the record of the last deploy as it is stored, and when it was recorded."""
+    from slmops.infra.storage.evidence import DEPLOY
+
+    records = version.records(DEPLOY)
+    if not records:
+        return {}
+    return {**DEPLOY.to_content(records[-1].value), "recorded_at": records[-1].at}
+
+
+def _statuses(version: "Version") -> dict[str, str | None]:
+    found = {variant.precision: variant.status for variant in version.deployed.variants}
+    return {variant.precision: found.get(variant.precision) for variant in version.variants}
 
 
 def logs(reference: Reference) -> None:
     """Print the build logs of a version."""
-    registry, manifest = version_of(reference)
-    for record in registry.evidence(manifest, "build"):
-        print_line(
-            f"== {record['precision']}: built in {record['wall_s']:.1f} s, peak {record['peak_rss_bytes'] / 1e9:.2f} GB"
-        )
-        print_line(record["log"].rstrip() or "(no output)")
+    from slmops.infra.storage.evidence import BUILD
+
+    for build in version_of(reference).all(BUILD):
+        print_line(f"== {build.precision}: built in {build.wall_s:.1f} s, peak {build.peak_rss_bytes / 1e9:.2f} GB")
+        print_line(build.log.rstrip() or "(no output)")
 
 
 def delete(
@@ -130,16 +145,16 @@ def delete(
     if is_input_address(reference):
         _delete_input(reference, yes=yes)
         return
-    registry, manifest = version_of(reference)
+    version = version_of(reference)
     if "@" not in reference:
-        raise BadInput(f"{reference!r} names no version.", f"Write, for example, {manifest.reference}.")
-    if not yes and not typer.confirm(f"Delete {manifest.reference} and unregister it?", err=True):
+        raise BadInput(f"{reference!r} names no version.", f"Write, for example, {version.reference}.")
+    if not yes and not typer.confirm(f"Delete {version.reference} and unregister it?", err=True):
         raise typer.Exit(1)
     from slmops.tasks.foundry.registration import unregister_version
 
-    unregister_version(manifest, settings)
-    freed = delete_version(registry.of(manifest))
-    print_line(f"Deleted {manifest.reference}; {(freed or 0) / 1e6:,.1f} MB freed.")
+    unregister_version(version.manifest, settings)
+    freed = delete_version(version)
+    print_line(f"Deleted {version.reference}; {(freed or 0) / 1e6:,.1f} MB freed.")
 
 
 def _delete_input(address: str, *, yes: bool) -> None:
@@ -156,20 +171,20 @@ def _delete_input(address: str, *, yes: bool) -> None:
 def unregister(reference: Reference) -> None:
     """Take a version out of Foundry Local; it stays in the store."""
     settings = load_settings()
-    _, manifest = version_of(reference)
+    version = version_of(reference)
     from slmops.tasks.foundry.registration import unregister_version
 
-    removed = unregister_version(manifest, settings)
-    print_line(f"Unregistered {', '.join(removed) or 'nothing: ' + manifest.reference + ' was not registered'}.")
+    removed = unregister_version(version.manifest, settings)
+    print_line(f"Unregistered {', '.join(removed) or 'nothing: ' + version.reference + ' was not registered'}.")
 
 
 def chat(reference: Reference) -> None:
     """Talk to a registered model through Foundry Local; an empty line ends the chat."""
     settings = load_settings()
-    registry, manifest = version_of(reference)
+    version = version_of(reference)
     from slmops.deployments.cli.chat import chat_with
 
-    chat_with(registry, manifest, settings)
+    chat_with(version, settings)
 
 
 def diff(
@@ -181,7 +196,7 @@ def diff(
     from slmops.infra.storage.comparing import compare_versions
 
     registry = the_registry()
-    found = compare_versions(registry.find(first), registry.find(second), registry)
+    found = compare_versions(registry.find(first), registry.find(second))
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
@@ -197,19 +212,20 @@ def sign(reference: VersionReference) -> None:
     """Sign a version with the key of SLMOPS_STORE__SIGNING_KEY; its signature is kept beside it."""
     from slmops.infra.storage.signatures import sign_version
 
-    registry, manifest = version_of(reference)
-    sign_version(registry, manifest, load_settings().store)
-    print_line(f"{manifest.reference} is signed (sha256 {manifest.digest}).")
+    version = version_of(reference)
+    sign_version(version, load_settings().store)
+    print_line(f"{version.reference} is signed (sha256 {version.manifest.digest}).")
 
 
 def sbom(reference: Reference) -> None:
     """Print the bill of materials of a version and what it was built with (CycloneDX, JSON)."""
-    registry, manifest = version_of(reference)
-    recorded = registry.latest_evidence(manifest, "sbom")
-    if recorded is None:
-        raise BadInput(f"{manifest.reference} has no bill of materials.", "Deploy its checkpoint again: it gets one.")
-    recorded.pop("recorded_at")
-    print_json(recorded)
+    from slmops.infra.storage.evidence import SBOM
+
+    version = version_of(reference)
+    bill = version.latest(SBOM)
+    if bill is None:
+        raise BadInput(f"{version.reference} has no bill of materials.", "Deploy its checkpoint again: it gets one.")
+    print_json(bill)
 
 
 def alias(
@@ -219,18 +235,18 @@ def alias(
     reason: Annotated[str, typer.Option(help="Why; kept with the alias.")] = "set by hand",
 ) -> None:
     """Point an alias of your own to a version: NAME@ALIAS names it from then on."""
-    registry, manifest = version_of(reference)
+    version = version_of(reference)
     if name == "champion":
         raise BadInput(
             "The champion is what Foundry Local serves; an alias alone cannot change that.",
-            f"Promote it: slmops promote {manifest.reference}.",
+            f"Promote it: slmops promote {version.reference}.",
         )
     if remove:
-        registry.remove_alias(manifest.name, name)
-        print_line(f"{manifest.name} has no alias {name} now.")
+        version.registry.remove_alias(version.name, name)
+        print_line(f"{version.name} has no alias {name} now.")
         return
-    registry.set_alias(manifest.name, name, manifest.version, reason)
-    print_line(f"{manifest.name}@{name} is {manifest.reference}.")
+    version.registry.set_alias(version.name, name, version.number, reason)
+    print_line(f"{version.name}@{name} is {version.reference}.")
 
 
 def tag(
@@ -238,21 +254,21 @@ def tag(
     tags: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="KEY= takes a tag away.")],
 ) -> None:
     """Give a version tags, change them or take them away."""
-    registry, manifest = version_of(reference)
+    version = version_of(reference)
     pairs = [text.partition("=") for text in tags]
     bad = next((text for text, (key, mark, _) in zip(tags, pairs, strict=True) if not key or not mark), None)
     if bad is not None:
         raise BadInput(f"The tag {bad!r} is not KEY=VALUE.", "Write, for example, team=kitchen.")
     for key, _, value in pairs:
-        registry.set_tag(manifest, key, value or None)
-    shown = ", ".join(f"{key}={value}" for key, value in registry.tags(manifest).items())
-    print_line(f"{manifest.reference}: {shown or 'no tags'}")
+        version.set_tag(key, value or None)
+    shown = ", ".join(f"{key}={value}" for key, value in version.tags.items())
+    print_line(f"{version.reference}: {shown or 'no tags'}")
 
 
 def note(reference: Reference, text: Annotated[str, typer.Argument(help="What is to be remembered of it.")]) -> None:
     """Write a note on a version; slmops show prints them."""
-    registry, manifest = version_of(reference)
+    version = version_of(reference)
     if not text.strip():
         raise BadInput("The note is empty.", "Write what is to be remembered.")
-    registry.add_note(manifest, text)
-    print_line(f"Noted on {manifest.reference}.")
+    version.add_note(text)
+    print_line(f"Noted on {version.reference}.")

@@ -117,7 +117,9 @@ def import_version(
         staged = ModelRegistry(LocalObjectStore(folder))
         with _disk_errors(f"{file} cannot be unpacked below {staging}"):
             manifest = _unpack(archive, staged, registry, folder, on_progress)
-        return copy_version(manifest, staged, registry, renumber=renumber, on_progress=on_progress, settings=settings)
+        return copy_version(
+            staged.of(manifest), registry, renumber=renumber, on_progress=on_progress, settings=settings
+        )
 
 
 # What both sides hold a version to

@@ -1,12 +1,12 @@
 """What sets two versions apart."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.storage.manifest import Manifest, StoredVariant
-from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.registry import blob_of
+from slmops.infra.storage.version import Version
 
 
 class Difference(BaseModel):
@@ -32,19 +32,18 @@ class Comparison(BaseModel):
     size_bytes: int
 
 
-def compare_versions(first: Manifest, second: Manifest, registry: ModelRegistry) -> Comparison:
+def compare_versions(first: Version, second: Version) -> Comparison:
     """Compare what two versions are, and the figures of their last deploys."""
-    blobs = [{blob_of(file) for one in manifest.variants for file in one.files} for manifest in (first, second)]
-    found = [*_differing(_facts(first), _facts(second))]
-    precisions = sorted({one.precision for one in (*first.variants, *second.variants)})
-    for precision in precisions:
-        left, right = (_files(manifest, precision) for manifest in (first, second))
-        found += _differing(left, right)
-    found += _differing(_figures(first, registry), _figures(second, registry))
+    manifests = (first.manifest, second.manifest)
+    blobs = [{blob_of(file) for variant in manifest.variants for file in variant.files} for manifest in manifests]
+    found = _differing(*map(_facts, manifests))
+    for precision in sorted({variant.precision for manifest in manifests for variant in manifest.variants}):
+        found += _differing(*(_files(manifest, precision) for manifest in manifests))
+    found += _differing(_figures(first), _figures(second))
     return Comparison(
         first=first.reference,
         second=second.reference,
-        same_content=first.identity == second.identity,
+        same_content=first.manifest.identity == second.manifest.identity,
         differences=tuple(found),
         shared_bytes=sum(blob.size_bytes for blob in blobs[0] & blobs[1]),
         size_bytes=sum(blob.size_bytes for blob in blobs[1]),
@@ -83,15 +82,12 @@ def _files(manifest: Manifest, precision: str) -> dict[str, str]:
     }
 
 
-def _figures(manifest: Manifest, registry: ModelRegistry) -> dict[str, str]:
-    deployed: dict[str, Any] = registry.latest_evidence(manifest, "deploy") or {"variants": []}
+def _figures(version: Version) -> dict[str, str]:
+    word = " (says its origin)" if version.says_origin else ""
     figures = {}
-    word = " (says its origin)" if registry.of(manifest).says_origin else ""
-    for variant in deployed["variants"]:
-        figures[f"{variant['precision']} status"] = f"{variant['status']}{word}"
-        for name, value in (variant.get("metrics") or {}).items():
+    for variant in version.deployed.variants:
+        figures[f"{variant.precision} status"] = f"{variant.status}{word}"
+        for name, value in variant.metrics.items():
             if value is not None:
-                figures[f"{variant['precision']} {name}"] = (
-                    f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
-                )
+                figures[f"{variant.precision} {name}"] = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
     return figures

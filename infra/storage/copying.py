@@ -1,6 +1,6 @@
 """Versions from one store to another: push, pull, and what import does after unpacking."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.genai.model_screening import GENAI_CONFIG, is_screened, screen_files
 from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import StoreSettings
-from slmops.infra.storage.evidence import DEPLOY, SELECTION
+from slmops.infra.storage.evidence import DEPLOY, SELECTION, SIGNATURE
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile
 from slmops.infra.storage.origin import marked
 from slmops.infra.storage.progress import byte_progress
-from slmops.infra.storage.registry import CHAMPION, SIGNATURE, ModelRegistry, blob_of
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry, blob_of
 from slmops.infra.storage.signatures import check_signature, is_signed
+from slmops.infra.storage.version import Version
 
 AT_ONCE = 8
 
@@ -25,15 +26,14 @@ AT_ONCE = 8
 class CopiedVersion:
     """What a copy did: the version as the target has it, whether it is new there, and the bytes of its files."""
 
-    manifest: Manifest
+    version: Version
     is_new: bool
     moved_bytes: int
     skipped_bytes: int
 
 
 def copy_version(
-    manifest: Manifest,
-    source: ModelRegistry,
+    version: Version,
     target: ModelRegistry,
     *,
     renumber: bool = False,
@@ -50,24 +50,27 @@ def copy_version(
     does, of a name that has none, if the version can be served.
 
     Raises `BadInput` for a number that is taken and for a model that is refused, `StageFailed` for files that the
-    source has lost or altered.
+    source has lost or altered, `DamagedEvidence` for a record that cannot be read; then nothing is written.
     """
-    _screen(manifest, source, on_progress)
+    manifest, source = version.manifest, version.registry
     existing = target.same_version(manifest)
     renumber = renumber and existing is None
     if existing is None and not renumber:
         target.check_number(manifest)
+    evidence = _read_evidence(version, known=_names_of(target.of(existing)) if existing else frozenset())
+    _screen(manifest, source, on_progress)
     files = {blob_of(file): file for variant in manifest.variants for file in variant.files}
     try:
         missing = target.claim_files(files.values())
         _move([files[blob] for blob in missing], source, target, on_progress)
-        stored, is_new = target.add_version(existing or manifest, renumber=renumber)
+        added, is_new = target.add_version(existing or manifest, renumber=renumber)
     finally:
         target.release_files()
-    _copy_evidence(manifest, source, stored, target)
-    if settings and _is_trusted(stored, target, settings) and _can_be_served(stored, target):
+    stored = target.of(added)
+    _write_evidence(evidence, version, stored)
+    if settings and _is_trusted(stored, settings) and stored.serving:
         reason = "the first version of its name in this store, signed by a key that is trusted"
-        target.set_alias(stored.name, CHAMPION, stored.version, reason, only_if_free=True)
+        target.set_alias(stored.name, CHAMPION, stored.number, reason, only_if_free=True)
     moved = sum(blob.size_bytes for blob in missing)
     return CopiedVersion(stored, is_new, moved, sum(blob.size_bytes for blob in files) - moved)
 
@@ -110,43 +113,55 @@ def _lost(error: KeyError) -> StageFailed:
     )
 
 
-def _copy_evidence(manifest: Manifest, source: ModelRegistry, stored: Manifest, target: ModelRegistry) -> None:
+def _names_of(version: Version) -> frozenset[str]:
+    return frozenset(entry.key.removeprefix(version.evidence_key("")) for entry in version.evidence_entries())
+
+
+def _read_evidence(version: Version, known: frozenset[str]) -> dict[str, bytes]:
+    """Return the name of each file of evidence -> its bytes, but for those that are `known` where it is copied to.
+
+    Raises `DamagedEvidence` for what is not a record of the version, and for what is read of it elsewhere.
+    """
+    version.latest(SELECTION)
+    version.latest(DEPLOY)
+    wanted = [entry for entry in version.evidence_entries() if entry.key[len(version.evidence_key("")) :] not in known]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = pool.map(version.read_evidence, wanted)
+        return {entry.key[len(version.evidence_key("")) :]: data for entry, data in zip(wanted, found, strict=True)}
+
+
+def _write_evidence(evidence: Mapping[str, bytes], version: Version, stored: Version) -> None:
     """Append the evidence that the target does not have.
 
     Records point to the version as it is called there, and say that they were copied.
     """
-    prefix = len(source.evidence_key(manifest, ""))
-    known = {entry.key[len(target.evidence_key(stored, "")) :] for entry in target.evidence_entries(stored)}
-    names = [entry.key[prefix:] for entry in source.evidence_entries(manifest)]
-    if CHAMPION in target.aliases_of(stored):  # what serves is not changed by what comes along
-        names = [name for name in names if name.partition("-")[0] not in (SELECTION.name, DEPLOY.name)]
-    same = manifest.digest == stored.digest
-    wanted = [name for name in names if name not in known and (same or _holds_for_another_number(name))]
+    known, same = _names_of(stored), version.manifest.digest == stored.manifest.digest
+    kept = known if CHAMPION not in stored.aliases else known | _of_what_serves(evidence)
 
-    def copy(name: str) -> None:
-        data = source.objects.read_bytes(source.evidence_key(manifest, name))
+    def write(name: str) -> None:
+        data = evidence[name]
         if name.endswith(".json"):
-            data = marked(data, stored.digest, manifest.digest)
-        target.objects.put_bytes(target.evidence_key(stored, name), data)
+            data = marked(data, stored.manifest.digest, version.manifest.digest)
+        stored.registry.objects.put_bytes(stored.evidence_key(name), data)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(copy, wanted))
+        list(pool.map(write, (name for name in evidence if name not in kept and (same or _holds_for_another(name)))))
 
 
-def _holds_for_another_number(name: str) -> bool:
+def _of_what_serves(names: Iterable[str]) -> frozenset[str]:
+    """Return the names of the evidence that decides what serves: what comes along does not change that."""
+    return frozenset(name for name in names if name.partition("-")[0] in (SELECTION.name, DEPLOY.name))
+
+
+def _holds_for_another(name: str) -> bool:
     """Whether evidence is of the content alone: a signature covers the number, and reports are texts that name it."""
-    return name.endswith(".json") and not name.startswith(f"{SIGNATURE}-")
+    return name.endswith(".json") and not name.startswith(f"{SIGNATURE.name}-")
 
 
-def _is_trusted(manifest: Manifest, registry: ModelRegistry, settings: StoreSettings) -> bool:
-    if settings.verification_key is None or not is_signed(registry, manifest):
+def _is_trusted(version: Version, settings: StoreSettings) -> bool:
+    if settings.verification_key is None or not is_signed(version):
         return False
     with suppress(StageFailed):  # by another key, or altered
-        check_signature(registry, manifest, settings)
+        check_signature(version, settings)
         return True
     return False
-
-
-def _can_be_served(manifest: Manifest, registry: ModelRegistry) -> bool:
-    deployed = registry.latest_evidence(manifest, "deploy") or {}
-    return any(variant.get("status") == "registered" for variant in deployed.get("variants", []))

@@ -42,7 +42,6 @@ from slmops.infra.storage.version import Version
 ALIAS_PATTERN = NAME_PATTERN
 CHAMPION = "champion"
 CANDIDATE = "candidate"
-SIGNATURE = "signature"
 
 
 class ModelRegistry:
@@ -283,6 +282,11 @@ class ModelRegistry:
         found = (self._read_manifest(name, number) for number in numbers)
         return [manifest for manifest in found if manifest]
 
+    def all_versions(self) -> Iterator[Version]:
+        """Yield all versions of all names, sorted by name, of a name the oldest first."""
+        for name in self.names():
+            yield from map(self.of, self.versions(name))
+
     def version(self, name: str, number: int | None = None) -> Manifest:
         """Return a version; without a number the champion, or else the newest.
 
@@ -302,14 +306,14 @@ class ModelRegistry:
         """Return a version of this registry by its manifest."""
         return Version(self, manifest)
 
-    def find(self, reference: str) -> Manifest:
+    def find(self, reference: str) -> Version:
         """Return the version that `NAME`, `NAME@VERSION` or `NAME@ALIAS` names; raises `BadInput` if there is none."""
         name, at, wanted = reference.partition("@")
         check_name(name)
         if re.fullmatch(r"[1-9][0-9]{0,8}", wanted):
-            return self.version(name, int(wanted))
+            return self.of(self.version(name, int(wanted)))
         if not at:
-            return self.version(name)
+            return self.of(self.version(name))
         number = self.alias(name, wanted) if re.fullmatch(ALIAS_PATTERN, wanted) else None
         if number is None:
             aliases = ", ".join(self.aliases(name)) or "none"
@@ -317,7 +321,7 @@ class ModelRegistry:
                 f"{reference!r} names no version.",
                 f"Write NAME@VERSION with a positive integer, such as home@3, or an alias of {name}'s: {aliases}.",
             )
-        return self.version(name, number)
+        return self.of(self.version(name, number))
 
     def mark_deleted(self, manifest: Manifest) -> None:
         """Make a version invisible and its aliases go; its number stays taken, for its manifest stays."""

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.settings import StoreSettings
-from slmops.infra.storage.manifest import Manifest
-from slmops.infra.storage.registry import SIGNATURE, ModelRegistry
+from slmops.infra.storage.evidence import SIGNATURE, Signature
+from slmops.infra.storage.version import Version
 
 
-def sign_version(registry: ModelRegistry, manifest: Manifest, settings: StoreSettings) -> None:
+def sign_version(version: Version, settings: StoreSettings) -> None:
     """Sign a version's manifest, which names all its files by their digests, with the settings' key.
 
     Raises `BadInput` without a usable key, `StageFailed` for a manifest that was altered after it was stored.
@@ -20,14 +20,14 @@ def sign_version(registry: ModelRegistry, manifest: Manifest, settings: StoreSet
         raise BadInput("No key to sign with is named.", "Set SLMOPS_STORE__SIGNING_KEY to a private key (PEM).")
     password = settings.signing_key_password
     bundle = sign_manifest(
-        _intact(registry, manifest),
+        _intact(version),
         settings.signing_key.expanduser(),
         password.get_secret_value() if password else None,
     )
-    registry.add_evidence(manifest, SIGNATURE, {"bundle": bundle})
+    version.record(SIGNATURE, Signature(bundle=dict(bundle)))
 
 
-def check_signature(registry: ModelRegistry, manifest: Manifest, settings: StoreSettings) -> None:
+def check_signature(version: Version, settings: StoreSettings) -> None:
     """Raise `StageFailed` unless one of a version's signatures is by the settings' verification key and holds.
 
     The manifest is what is signed: whether the files are those that it names has to be looked at besides.
@@ -35,21 +35,19 @@ def check_signature(registry: ModelRegistry, manifest: Manifest, settings: Store
     from slmops.infra.model_signing.signature import verify_manifest
 
     key = verification_key(settings)
-    stored = _intact(registry, manifest)
-    fault = StageFailed(
-        f"{manifest.reference} is not signed.", "Sign it: slmops sign (with SLMOPS_STORE__SIGNING_KEY)."
-    )
-    for record in registry.evidence(manifest, SIGNATURE):
+    stored = _intact(version)
+    fault = StageFailed(f"{version.reference} is not signed.", "Sign it: slmops sign (with SLMOPS_STORE__SIGNING_KEY).")
+    for signature in version.all(SIGNATURE):
         try:
-            return verify_manifest(stored, record["bundle"], key)
+            return verify_manifest(stored, signature.bundle, key)
         except StageFailed as error:
             fault = error
     raise fault
 
 
-def is_signed(registry: ModelRegistry, manifest: Manifest) -> bool:
+def is_signed(version: Version) -> bool:
     """Whether a version has a signature, by whatever key."""
-    return registry.latest_evidence(manifest, SIGNATURE) is not None
+    return version.latest(SIGNATURE) is not None
 
 
 def verification_key(settings: StoreSettings) -> Path:
@@ -61,11 +59,11 @@ def verification_key(settings: StoreSettings) -> Path:
     return settings.verification_key.expanduser()
 
 
-def _intact(registry: ModelRegistry, manifest: Manifest) -> bytes:
-    stored = registry.stored_manifest(manifest)
-    if hashlib.sha256(stored).hexdigest() != manifest.digest:
+def _intact(version: Version) -> bytes:
+    stored = version.registry.objects.read_bytes(version.manifest.key)
+    if hashlib.sha256(stored).hexdigest() != version.manifest.digest:
         raise StageFailed(
-            f"The manifest of {manifest.reference} was altered after it was stored.",
+            f"The manifest of {version.reference} was altered after it was stored.",
             "See with slmops verify; push the version again from a machine that has it whole.",
         )
     return stored

@@ -83,11 +83,17 @@ class Version:
         """The variant that may serve under the model's name, None where none may.
 
         It is the one that was selected last: a choice is made among the variants that passed the gate, were registered
-        and proven, and one that finds none takes the selection back. All that serves, promotes, copies, lists or asks a
-        version goes by this.
+        and proven, and one that finds none takes the selection back. A deploy that was recorded after the selection has
+        to have it registered: that of the run which selects is recorded at its end. All that serves, promotes, copies,
+        lists or asks a version goes by this.
         """
-        selection = self.latest(SELECTION)
-        return self.variant(selection.selected) if selection and selection.selected else None
+        selections, deploys = self.records(SELECTION), self.records(DEPLOY)
+        selected = selections[-1].value.selected if selections else None
+        stored = next((variant for variant in self.variants if variant.precision == selected), None)
+        if stored and deploys and deploys[-1].at > selections[-1].at:
+            deployed = deploys[-1].value.variant(stored.precision)
+            return stored if deployed and deployed.status == "registered" else None
+        return stored
 
     def require_serving(self) -> "Variant":
         """Return the variant that may serve; raises `BadInput`, with what is on record, where none may."""
@@ -95,7 +101,7 @@ class Version:
         if serving is None:
             told = ", ".join(f"{one.precision} {one.status}" for one in self.deployed.variants) or "never judged"
             raise BadInput(
-                f"{self.reference} has no variant that passed the gate and was selected ({told}).",
+                f"{self.reference} has no variant that passed and was selected ({told}).",
                 f"Judge it with slmops regate {self.reference}; slmops show tells what is on record.",
             )
         return serving
@@ -149,9 +155,24 @@ class Version:
 
     def _read(self, entry: Entry) -> Iterator[Envelope]:
         try:
-            yield Envelope.model_validate_json(self.registry.objects.read_bytes(entry.key))
+            data = self.registry.objects.read_bytes(entry.key)
         except KeyError:
             return
+        yield self._envelope(entry, data)
+
+    def read_evidence(self, entry: Entry) -> bytes:
+        """Return a file of evidence as it is stored; raises `DamagedEvidence` for one that is no record of the version.
+
+        Reports are texts, and any will do.
+        """
+        data = self.registry.objects.read_bytes(entry.key)
+        if entry.key.endswith(".json") and self._envelope(entry, data).manifest != self.manifest.digest:
+            raise self._damaged(entry, "it is of another version")
+        return data
+
+    def _envelope(self, entry: Entry, data: bytes) -> Envelope:
+        try:
+            return Envelope.model_validate_json(data)
         except ValidationError as error:
             raise self._damaged(entry, first_fault(error)) from None
 

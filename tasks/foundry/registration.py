@@ -352,7 +352,7 @@ def register_variant(
     with stage_progress(f"register {variant.precision}") as on_progress, work_folder(settings) as work:
         registry.place_model(variant, work / "model", on_progress)
         if settings.store.require_signature:
-            check_signature(registry, manifest, settings.store)
+            check_signature(registry.of(manifest), settings.store)
             _check_unaltered(variant, work / "model", settings)
         template, defaults = describe_model(work / "model")
         folder = write_model_folder(

@@ -19,7 +19,6 @@ from slmops.tasks.report.publish import image_data
 from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.fine_tune import FineTuning
-from slmops.tasks.versions.change import promotable_variant
 
 RETRAIN = "retrain"
 
@@ -98,7 +97,7 @@ def challenge_champion(
     exam = AnswersExam(evaluation, compared=False)
     scores = []
     for manifest in (champion, challenger):
-        variant = promotable_variant(manifest, registry)
+        variant = registry.of(manifest).require_serving().stored
         answered = examine.fn(exam, manifest, variant)
         scores.append([row.score or 0.0 for row in answered.rows])
     loss = paired_loss(scores[0], scores[1])

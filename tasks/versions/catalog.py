@@ -4,15 +4,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from slmops.infra.errors import PassingFault, SlmopsError
 from slmops.infra.foundry.catalog import CatalogModel
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
-from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.objects import Entry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry, blob_of
+from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.build import OLIVE_PROVIDERS
 from slmops.tasks.foundry.registration import champion_model_id, foundry_model_id
 
@@ -56,13 +55,13 @@ class StoreCatalog:
                 found[key] = known
                 continue
             try:
-                manifest = self._registry.version(*key)
+                version = self._registry.of(self._registry.version(*key))
                 # Whether its origin's word counts depends on who is champion, which may change without a trace here.
-                stored = () if self._registry.of(manifest).says_origin else entries
-                found[key] = stored, version_models(manifest, self._registry)
+                stored = () if version.says_origin else entries
+                found[key] = stored, version_models(version)
             except PassingFault:
                 raise
-            except (SlmopsError, ValueError, KeyError, TypeError) as error:  # a manifest or evidence was altered
+            except (SlmopsError, ValueError) as error:  # a manifest or evidence was altered
                 fault = f"{key[0]}@{key[1]} is not in the catalog: {error}"
                 if fault not in self._faults:
                     _logger.warning("%s", fault)
@@ -70,38 +69,37 @@ class StoreCatalog:
         self._versions = found
 
 
-def version_models(manifest: Manifest, registry: ModelRegistry) -> list[CatalogModel]:
-    """Return a version's models by its last deploy: the selected variant under the plain name, and every one that was
+def version_models(version: Version) -> list[CatalogModel]:
+    """Return a version's models: the variant that may serve under the plain name, and every one that its last deploy
     registered under its own id; none where none was. A verdict that came with a copy counts for the champion only.
     """
-    if registry.of(manifest).says_origin and registry.alias(manifest.name, CHAMPION) != manifest.version:
+    if version.says_origin and CHAMPION not in version.aliases:
         return []
-    deployed = registry.latest_evidence(manifest, "deploy") or {}
-    status = {one["precision"]: one["status"] for one in deployed.get("variants", ())}
-    registered = [variant for variant in manifest.variants if status.get(variant.precision) == "registered"]
+    status = {variant.precision: variant.status for variant in version.deployed.variants}
+    serving = version.serving
     models = []
-    for variant in registered:
-        context_length = _context_length(variant, registry)
-        model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
-        models.append(_model(model_id, f"{manifest.name}-{variant.precision}", manifest, variant, context_length))
-        if variant.precision == deployed.get("selected"):
-            plain_id = champion_model_id(manifest.name, manifest.version)
-            models.append(_model(plain_id, manifest.name, manifest, variant, context_length))
+    for variant in version.variants:
+        if status.get(variant.precision) != "registered":
+            continue
+        context_length = _context_length(variant)
+        model_id = foundry_model_id(version.name, variant.precision, variant.device, version.number)
+        models.append(_model(model_id, f"{version.name}-{variant.precision}", variant, context_length))
+        if variant == serving:
+            plain_id = champion_model_id(version.name, version.number)
+            models.append(_model(plain_id, version.name, variant, context_length))
     return models
 
 
-def _model(
-    model_id: str, alias: str, manifest: Manifest, variant: StoredVariant, context_length: int | None
-) -> CatalogModel:
+def _model(model_id: str, alias: str, variant: Variant, context_length: int | None) -> CatalogModel:
     return CatalogModel(
         name=model_id.rpartition(":")[0],
-        version=manifest.version,
+        version=variant.version.number,
         alias=alias,
         device=variant.device,
         execution_provider=_provider(variant.execution_provider),
         size_bytes=variant.size_bytes,
-        display_name=f"{manifest.name} {variant.precision}",
-        created_at=manifest.created_at,
+        display_name=f"{variant.version.name} {variant.precision}",
+        created_at=variant.version.manifest.created_at,
         context_length=context_length,
     )
 
@@ -110,19 +108,19 @@ def _provider(name: str) -> str:
     return OLIVE_PROVIDERS[name][0] if name in OLIVE_PROVIDERS else name
 
 
-def _context_length(variant: StoredVariant, registry: ModelRegistry) -> int | None:
+def _context_length(variant: Variant) -> int | None:
     """Return what genai_config.json says; None where it cannot be read: a client that loads the model sees why."""
-    config = _stored_json(variant.files, GENAI_CONFIG, registry)
+    config = _stored_json(variant, GENAI_CONFIG)
     model = config.get("model") if isinstance(config, dict) else None
     length = model.get("context_length") if isinstance(model, dict) else None
     return length if isinstance(length, int) and not isinstance(length, bool) and length > 0 else None
 
 
-def _stored_json(files: Sequence[Any], path: str, registry: ModelRegistry) -> Any:
-    file = next((one for one in files if one.path == path), None)
+def _stored_json(variant: Variant, path: str) -> Any:
+    file = next((file for file in variant.files if file.path == path), None)
     if file is None:
         return None
     try:
-        return json.loads(registry.objects.read_bytes(blob_of(file).key))
+        return json.loads(variant.version.registry.objects.read_bytes(blob_of(file).key))
     except (KeyError, ValueError):
         return None

@@ -5,7 +5,6 @@ from typing import Literal
 
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.champions import champion_before
-from slmops.infra.storage.evidence import SELECTION
 from slmops.infra.storage.manifest import Manifest, StoredVariant, check_name
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 
@@ -47,9 +46,9 @@ def plan_promotion(reference: str, reason: str, registry: ModelRegistry) -> Chan
     check_name(name)
     if not at:
         raise BadInput(f"{reference!r} names no version.", f"Write, for example, {name}@{CANDIDATE} or {name}@2.")
-    manifest = registry.find(reference)
+    version = registry.find(reference)
     return Change(
-        manifest, promotable_variant(manifest, registry), registry.alias(name, CHAMPION), reason.strip() or PROMOTED
+        version.manifest, version.require_serving().stored, registry.alias(name, CHAMPION), reason.strip() or PROMOTED
     )
 
 
@@ -78,7 +77,7 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
     held = f"{name}@{champion}" if champion else "no champion"
     return Change(
         manifest,
-        promotable_variant(manifest, registry),
+        registry.of(manifest).require_serving().stored,
         champion,
         reason.strip() or f"rolled back from {held}",
         rolled_back=True,
@@ -97,27 +96,3 @@ def plan_deployed(
     if former is not None and former != manifest.version and not promote:
         return None
     return Change(manifest, variant, former, FIRST if former is None else DEPLOYED, is_proven=True)
-
-
-def promotable_variant(manifest: Manifest, registry: ModelRegistry) -> StoredVariant:
-    """Return the variant that serves when a version is the champion; raises `BadInput` for a version without one."""
-    reason = why_not_champion(manifest, registry)
-    if reason:
-        raise BadInput(
-            reason, f"Judge it with slmops regate {manifest.reference}; slmops show tells what is on record."
-        )
-    return manifest.variant((registry.latest_evidence(manifest, SELECTION.name) or {})["selected"])
-
-
-def why_not_champion(manifest: Manifest, registry: ModelRegistry) -> str | None:
-    """Return why a version cannot be the champion of its name, None where it can be.
-
-    One of its variants has to be selected, to have passed the gate, and to have been registered.
-    """
-    selected = (registry.latest_evidence(manifest, SELECTION.name) or {}).get("selected")
-    deployed = registry.latest_evidence(manifest, "deploy") or {}
-    statuses = {variant["precision"]: variant["status"] for variant in deployed.get("variants", ())}
-    if selected is not None and statuses.get(selected) == "registered":
-        return None
-    told = ", ".join(f"{precision} {status}" for precision, status in statuses.items()) or "never judged"
-    return f"{manifest.reference} has no variant that passed and was selected ({told})."

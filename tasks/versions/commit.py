@@ -48,8 +48,8 @@ def record_provenance(version: Version, store: StoreSettings) -> None:
     """
     if version.latest(SBOM) is None:
         version.record(SBOM, version_sbom(version.manifest, installed_packages(BUILD_STACK), now()))
-    if store.signing_key and not is_signed(version.registry, version.manifest):
-        sign_version(version.registry, version.manifest, store)
+    if store.signing_key and not is_signed(version):
+        sign_version(version, store)
 
 
 def record_choice(version: Version, choice: Choice, budget: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.signatures import check_signature
+from slmops.infra.storage.version import Version
 from slmops.tasks.exams.answers import last_evaluation_set
 from slmops.tasks.foundry.registration import (
     ask_foundry,
@@ -22,7 +23,7 @@ from slmops.tasks.foundry.registration import (
     last_proof,
     registered_models,
 )
-from slmops.tasks.versions.serving import check_unaltered, selected_precision
+from slmops.tasks.versions.serving import check_unaltered
 
 # Its folder, `models/custom/NAME-champion/v3`, is apart from those that deploys on the same machine register.
 ROLE = "champion"
@@ -41,9 +42,7 @@ class BroughtModel:
     replaced: tuple[str, ...]
 
 
-def bring_to_device(
-    registry: ModelRegistry, manifest: Manifest, foundry_cache: Path, settings: Settings, on_progress: OnProgress
-) -> BroughtModel:
+def bring_to_device(version: Version, foundry_cache: Path, settings: Settings, on_progress: OnProgress) -> BroughtModel:
     """Write a version's selected variant into a Foundry cache as `NAME:VERSION`, register it and let it answer.
 
     Both the SDK's local catalog and Foundry's scan of the cache know it then by that id. Other versions of the name
@@ -52,19 +51,19 @@ def bring_to_device(
     Raises `BadInput` for a version that did not pass the gate; `StageFailed`, with the cache as it was, for one that is
     altered, does not load, or answers otherwise.
     """
-    precision = selected_precision(manifest, registry)
-    variant = manifest.variant(precision)
+    registry, manifest = version.registry, version.manifest
+    variant = version.require_serving()
+    precision = variant.precision
     model_id = champion_model_id(manifest.name, manifest.version)
     there = settings.model_copy(update={"foundry": FoundrySettings(cache_dir=foundry_cache)})
     before = [one for one in registered_models(there) if one["name"] == manifest.name]
     with work_folder(settings) as work:
-        registry.place_model(variant, work / "model", on_progress)
+        variant.place(work / "model", on_progress)
         if settings.store.require_signature:
-            check_signature(registry, manifest, settings.store)
-        check_unaltered(variant, work / "model")
+            check_signature(version, settings.store)
+        check_unaltered(variant.stored, work / "model")
         template, defaults = describe_model(work / "model")
-        deployed = registry.latest_evidence(manifest, "deploy") or {}
-        description = str(deployed.get("description", ""))
+        description = version.deployed.description
         folder = write_model_folder(
             there.foundry_dir,
             manifest.name,

@@ -10,7 +10,6 @@ from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL
 from slmops.infra.foundry.model_host import PlacedModel, ServedVersion
 from slmops.infra.settings import Settings
-from slmops.infra.storage.evidence import SELECTION
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of_file
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
@@ -61,7 +60,7 @@ class StoredModels:
         """See `ModelSource.version`."""
         try:
             manifest = self._registry.version(name, version)
-            precision = selected_precision(manifest, self._registry)
+            precision = self._registry.of(manifest).require_serving().precision
         except BadInput:
             raise
         except SlmopsError:
@@ -77,7 +76,7 @@ class StoredModels:
         manifest = self._manifest(served)
         variant = manifest.variant(served.precision)
         if self._settings.store.require_signature:
-            check_signature(self._registry, manifest, self._settings.store)
+            check_signature(self._registry.of(manifest), self._settings.store)
         self._registry.place_model(variant, folder)
         check_unaltered(variant, folder)
         template, defaults = describe_model(folder)
@@ -131,14 +130,6 @@ class StoredModels:
         if json.dumps(kept) == before:
             return
         write_whole(path, json.dumps(kept))
-
-
-def selected_precision(manifest: Manifest, registry: ModelRegistry) -> str:
-    """Return the precision that was chosen for a version; raises `BadInput` when none passed the gate."""
-    selected = (registry.latest_evidence(manifest, SELECTION.name) or {}).get("selected")
-    if not selected:
-        raise BadInput(f"No variant of {manifest.reference} passed the gate.", "slmops show tells why.")
-    return str(selected)
 
 
 def check_unaltered(variant: StoredVariant, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.foundry.server_client import RunningServer
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
-from slmops.tasks.versions.change import Change, promotable_variant
+from slmops.tasks.versions.change import Change
 
 
 @dataclass
@@ -78,7 +78,7 @@ def hand_back(server: RunningServer, change: Change, version: int, registry: Mod
     """Let a server serve what it served before; raises `StageFailed` when it then serves something else."""
     try:
         former = registry.version(change.name, version)
-        server.hand_over(change.name, version, promotable_variant(former, registry).precision)
+        server.hand_over(change.name, version, registry.of(former).require_serving().precision)
     except SlmopsError:
         if server.serves(change.name) != version:  # one that refused the new version has nothing to give back
             raise

@@ -128,7 +128,7 @@ def by_slmops(job: Job, manifest: Manifest) -> dict[str, float]:
     far = ModelRegistry(S3ObjectStore(f"s3://{BUCKET}/{job.prefix}", settings))
     here = ModelRegistry(LocalObjectStore(Path(job.store if job.direction == "push" else job.folder)))
     source, target = (here, far) if job.direction == "push" else (far, here)
-    copied = copy_version(manifest, source, target)
+    copied = copy_version(source.of(manifest), target)
     seconds = time.perf_counter() - started - read_back_s
     return {"seconds": seconds, "read_back_s": read_back_s, "moved_bytes": copied.moved_bytes}
 

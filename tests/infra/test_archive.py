@@ -163,17 +163,17 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 class TestRoundTrip:
     def test_the_version_its_files_and_its_evidence_come_back(self, exported: Exported) -> None:
         copied = exported.run()
-        assert (copied.manifest, copied.is_new) == (exported.manifest, True)
+        assert (copied.version.manifest, copied.is_new) == (exported.manifest, True)
         assert copied.moved_bytes == sum(map(len, {*INT4.values(), *INT8.values()}))
         found = {key: unmarked(data) for key, data in versions_files(exported.target_root).items()}
         assert found == versions_files(exported.folder / "source")
         for precision, files in (("int4", INT4), ("int8", INT8)):
-            exported.target.materialize(copied.manifest.variant(precision).files, exported.folder / precision)
+            exported.target.materialize(copied.version.manifest.variant(precision).files, exported.folder / precision)
             assert files_below(exported.folder / precision) == files
-        assert verify_version(exported.target.of(copied.manifest)).ok
+        assert verify_version(exported.target.of(copied.version.manifest)).ok
         assert exported.target.alias("home", CHAMPION) is None
-        assert exported.target.latest_evidence(copied.manifest, "measurement", LONG_KEY) is None
-        assert exported.target.latest_evidence(copied.manifest, "measurement") is not None
+        assert exported.target.latest_evidence(copied.version.manifest, "measurement", LONG_KEY) is None
+        assert exported.target.latest_evidence(copied.version.manifest, "measurement") is not None
         assert list(exported.staging.iterdir()) == []
 
     def test_the_second_import_changes_nothing(self, exported: Exported) -> None:
@@ -194,7 +194,7 @@ class TestRoundTrip:
     ) -> None:
         copied = exported.run()
         other = exported.folder / "other.tar"
-        assert export_version(exported.target, copied.manifest, other).sha256 == exported.written.sha256
+        assert export_version(exported.target, copied.version.manifest, other).sha256 == exported.written.sha256
         assert other.read_bytes() == exported.file.read_bytes()
 
     def test_other_programs_read_it(self, exported: Exported) -> None:
@@ -216,7 +216,7 @@ class TestRoundTrip:
         for manifest in (bare, none):
             file = exported.folder / f"{manifest.reference}.tar"
             assert export_version(exported.source, manifest, file).size_bytes == tarfile.RECORDSIZE
-            assert exported.run(file).manifest == manifest
+            assert exported.run(file).version.manifest == manifest
 
     def test_progress_is_told_in_bytes_and_ends_at_the_whole(self, exported: Exported) -> None:
         told: list[tuple[float, float, str]] = []
@@ -232,10 +232,10 @@ class TestRoundTrip:
         for name, cache in (("with-cache", LocalObjectStore(exported.folder / "cache")), ("without-cache", None)):
             far = ModelRegistry(FarStore(exported.folder / name), cache)
             copied = import_version(exported.file, far, exported.staging)
-            assert copied.manifest == exported.manifest
+            assert copied.version.manifest == exported.manifest
             file = exported.folder / f"{name}.tar"
             before = set(exported.folder.iterdir())
-            export_version(far, copied.manifest, file)
+            export_version(far, copied.version.manifest, file)
             assert file.read_bytes() == exported.file.read_bytes()
             assert set(exported.folder.iterdir()) - before <= {file, exported.folder / "cache"}
 
@@ -260,26 +260,29 @@ class TestConflicts:
         assert files_below(exported.target_root) == before
         assert list(exported.staging.iterdir()) == []
         copied = exported.run(renumber=True)
-        assert (copied.manifest.reference, copied.is_new) == ("home@2", True)
-        assert copied.manifest.identity == exported.manifest.identity
-        assert exported.target.versions("home") == [other, copied.manifest]
-        assert verify_version(exported.target.of(copied.manifest)).ok
-        assert exported.run(renumber=True).manifest == copied.manifest
+        assert (copied.version.manifest.reference, copied.is_new) == ("home@2", True)
+        assert copied.version.manifest.identity == exported.manifest.identity
+        assert exported.target.versions("home") == [other, copied.version.manifest]
+        assert verify_version(exported.target.of(copied.version.manifest)).ok
+        assert exported.run(renumber=True).version.manifest == copied.version.manifest
 
     def test_a_renumbered_version_is_exported_and_imported_like_any_other(self, exported: Exported) -> None:
         make_version(exported.target, exported.folder, {"int4": {"model.onnx": b"other"}})
         copied = exported.run(renumber=True)
-        export_version(exported.target, copied.manifest, exported.folder / "second.tar")
+        export_version(exported.target, copied.version.manifest, exported.folder / "second.tar")
         third = local_registry(exported.folder / "third")
-        assert import_version(exported.folder / "second.tar", third, exported.staging).manifest == copied.manifest
-        assert verify_version(third.of(copied.manifest)).ok
+        assert (
+            import_version(exported.folder / "second.tar", third, exported.staging).version.manifest
+            == copied.version.manifest
+        )
+        assert verify_version(third.of(copied.version.manifest)).ok
 
     def test_the_number_of_a_deleted_version_stays_taken(self, exported: Exported) -> None:
         exported.run()
         delete_version(exported.target.of(exported.manifest))
         with pytest.raises(BadInput, match="or had, another home@1"):
             exported.run()
-        assert exported.run(renumber=True).manifest.version == 2
+        assert exported.run(renumber=True).version.manifest.version == 2
 
 
 class TestExportRefuses:
@@ -862,7 +865,7 @@ def test_one_altered_byte_is_refused_or_was_of_the_evidence(kept: Exported, data
         except BadInput:
             assert files_below(root) == {}
         else:
-            assert copied.manifest == kept.manifest
+            assert copied.version.manifest == kept.manifest
             assert blobs_of(root) == blobs_of(kept.folder / "source")
             with tarfile.open(kept.file, "r:") as tar:
                 places = [one for one in tar.getmembers() if one.offset <= offset < one.offset_data + one.size]

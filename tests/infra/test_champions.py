@@ -4,13 +4,18 @@ import getpass
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.champions import champion_before, record_change
 from slmops.infra.storage.copying import copy_version
+from slmops.infra.storage.evidence import SELECTION, Selection
 from slmops.infra.storage.garbage import collect_garbage, delete_version
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.infra.storage.signatures import sign_version
 from tests.stores import StoreCase
 from tests.versions import FILES, store_version
 
@@ -98,14 +103,29 @@ def test_neither_versions_nor_garbage_are_confused_by_it(local: ModelRegistry, t
     assert [one.version for one in local.versions("home")] == [1, second.version] == [1, 2]
 
 
-def test_a_copied_version_begins_the_history_of_its_new_store(
+def test_a_copied_version_with_a_trusted_signature_begins_the_history_of_its_new_store(
     local: ModelRegistry, registry: ModelRegistry, tmp_path: Path
 ) -> None:
-    manifest = store_version(local, tmp_path / "1")
+    version = local.of(store_version(local, tmp_path / "1"))
+    version.record(SELECTION, Selection(selected="int4"))
+    copy_version(version, registry)
+    assert registry.champion_history("home") == []
+    settings = key_pair(tmp_path)
+    sign_version(version, settings)
     for _ in range(2):
-        copy_version(manifest, local, registry)
+        copy_version(version, registry, settings=settings)
     (change,) = registry.champion_history("home")
-    assert (change.version, change.reason) == (1, "the first version of its name in this store")
+    reason = "the first version of its name in this store, signed by a key that is trusted"
+    assert (change.version, change.reason) == (1, reason)
+
+
+def key_pair(folder: Path) -> StoreSettings:
+    """Write a key to sign with and the one to verify with; returns the settings that name both."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "key.pem").write_bytes(private)
+    (folder / "key.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return StoreSettings(signing_key=folder / "key.pem", verification_key=folder / "key.pub")
 
 
 @pytest.mark.parametrize(

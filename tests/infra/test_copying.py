@@ -6,6 +6,7 @@ import pytest
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage.copying import copy_version
+from slmops.infra.storage.evidence import SIGNATURE, Signature
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import repair_version, verify_version
@@ -36,16 +37,21 @@ def test_a_version_goes_there_and_back(
 ) -> None:
     manifest = store_version(here, tmp_path / "built")
     told: list[tuple[float, float, str]] = []
-    pushed = copy_version(manifest, here, team, on_progress=lambda *step: told.append(step))
+    pushed = copy_version(here.of(manifest), team, on_progress=lambda *step: told.append(step))
     size = sum(map(len, FILES.values()))
-    assert (pushed.manifest, pushed.is_new, pushed.moved_bytes, pushed.skipped_bytes) == (manifest, True, size, 0)
+    assert (pushed.version.manifest, pushed.is_new, pushed.moved_bytes, pushed.skipped_bytes) == (
+        manifest,
+        True,
+        size,
+        0,
+    )
     assert told[-1][:2] == (size, size)
     assert told[-1][2].startswith("copying: 0.0 of 0.0 MB")
 
     there = another_machine(tmp_path)
     fresh = store.registry(tmp_path / "another home")  # nothing is in its cache
-    pulled = copy_version(fresh.find("home"), fresh, there)
-    assert (pulled.manifest, pulled.is_new, pulled.moved_bytes) == (manifest, True, size)
+    pulled = copy_version(fresh.find("home"), there)
+    assert (pulled.version.manifest, pulled.is_new, pulled.moved_bytes) == (manifest, True, size)
     assert content_of(there, manifest, tmp_path / "out") == FILES
     assert there.stored_manifest(manifest) == here.stored_manifest(manifest)
     for registry in (team, there):
@@ -58,27 +64,27 @@ def test_a_version_goes_there_and_back(
 
 
 def test_what_is_there_is_not_moved_again(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
-    copy_version(store_version(here, tmp_path / "1"), here, team)
-    again = copy_version(here.version("home", 1), here, team)
+    copy_version(here.of(store_version(here, tmp_path / "1")), team)
+    again = copy_version(here.of(here.version("home", 1)), team)
     assert (again.is_new, again.moved_bytes) == (False, 0)
     second = store_version(here, tmp_path / "2", OTHER)
-    moved = copy_version(second, here, team)
-    assert (moved.manifest.version, moved.moved_bytes) == (2, len(b"another graph"))
+    moved = copy_version(here.of(second), team)
+    assert (moved.version.manifest.version, moved.moved_bytes) == (2, len(b"another graph"))
     assert moved.skipped_bytes == sum(map(len, FILES.values())) - len(b"graph")
     here.add_evidence(second, "note", {"text": "later"})
-    copy_version(second, here, team)
+    copy_version(here.of(second), team)
     assert team.notes(second)[0][1] == "later"
 
 
 def test_a_number_that_is_taken_is_another_versions(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
     store_version(team, tmp_path / "theirs")
     mine = store_version(here, tmp_path / "mine", OTHER)
-    here.objects.put_bytes("models/home/1/evidence/signature-1.json", b'{"kind": "signature", "manifest": "x"}')
+    here.of(mine).record(SIGNATURE, Signature(bundle={"covers": "home@1"}))
     with pytest.raises(BadInput, match="another home@1") as caught:
-        copy_version(mine, here, team)
+        copy_version(here.of(mine), team)
     assert "--renumber" in caught.value.what_to_do
     assert len(list(team.objects.entries("blobs/sha256"))) == len(FILES)  # refused before anything moved
-    stored = copy_version(mine, here, team, renumber=True).manifest
+    stored = copy_version(here.of(mine), team, renumber=True).version.manifest
     assert (stored.reference, stored.identity) == ("home@2", mine.identity)
     record = team.latest_evidence(stored, "deploy")
     assert record
@@ -86,9 +92,9 @@ def test_a_number_that_is_taken_is_another_versions(here: ModelRegistry, team: M
     # What names or covers the old number stays behind.
     names = [entry.key.rpartition("/")[2] for entry in team.evidence_entries(stored)]
     assert all(name.startswith("deploy-") for name in names), names
-    again = copy_version(mine, here, team, renumber=True)
-    assert (again.manifest.reference, again.is_new) == ("home@2", False)
-    assert copy_version(mine, here, team).manifest.reference == "home@2"
+    again = copy_version(here.of(mine), team, renumber=True)
+    assert (again.version.manifest.reference, again.is_new) == ("home@2", False)
+    assert copy_version(here.of(mine), team).version.manifest.reference == "home@2"
 
 
 def test_an_altered_file_does_not_get_there(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
@@ -99,29 +105,29 @@ def test_an_altered_file_does_not_get_there(here: ModelRegistry, team: ModelRegi
     path.chmod(0o644)
     path.write_bytes(b"W" + path.read_bytes()[1:])
     with pytest.raises(StageFailed):
-        copy_version(manifest, here, team)
+        copy_version(here.of(manifest), team)
     assert team.names() == []
     assert f"blobs/sha256/{altered.sha256}" not in {entry.key for entry in team.objects.entries("blobs/sha256")}
     path.write_bytes(b"w" + path.read_bytes()[1:])
-    copy_version(manifest, here, team)
+    copy_version(here.of(manifest), team)
     assert verify_version(team.of(manifest)).ok
 
 
 def test_a_lost_file_is_named(here: ModelRegistry, team: ModelRegistry, store: StoreCase, tmp_path: Path) -> None:
     manifest = store_version(here, tmp_path / "built")
-    copy_version(manifest, here, team)
+    copy_version(here.of(manifest), team)
     file = manifest.variants[0].files[0]
     team.objects.delete([f"blobs/sha256/{file.sha256}"])
     there = another_machine(tmp_path)
     with pytest.raises(StageFailed, match=f"lost .*{file.sha256}"):
-        copy_version(manifest, store.registry(tmp_path / "another home"), there)
+        copy_version(store.registry(tmp_path / "another home").of(manifest), there)
     assert there.names() == []
     found = verify_version(team.of(manifest))
     assert [(one.what, one.fault) for one in found.damage] == [(f"int4/{file.path}", "missing")]
     assert isinstance(here.objects, LocalObjectStore)
     assert repair_version(team.of(manifest), found, [here.objects]) == 1
     assert verify_version(team.of(manifest)).ok
-    copy_version(manifest, team, there)
+    copy_version(team.of(manifest), there)
 
 
 def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:

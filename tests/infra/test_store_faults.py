@@ -145,15 +145,15 @@ class Journey:
         return self.store.registry(self.tmp_path / "observer")
 
     def push(self, manifest: Manifest | None = None) -> CopiedVersion:
-        return copy_version(manifest or self.manifest, self.local, self.far())
+        return copy_version(self.local.of(manifest or self.manifest), self.far())
 
     def pushed(self) -> "Journey":
-        copy_version(self.manifest, self.local, self.beside())
+        copy_version(self.local.of(self.manifest), self.beside())
         return self
 
     def pull(self, home: str = "puller") -> CopiedVersion:
         far = self.far(home)
-        return copy_version(far.find("home@1"), far, open_local_registry(self.settings(home)))
+        return copy_version(far.find("home@1"), open_local_registry(self.settings(home)))
 
     def puller(self, home: str = "puller") -> ModelRegistry:
         return open_local_registry(self.settings(home))
@@ -414,7 +414,7 @@ READ_BACK = {"resets in blobs", "truncated blobs", "slow down here"}  # by a pus
 def test_a_push_gets_over(fault: str, either: Journey, brief_waits: None) -> None:
     either.proxy.add(SOMETIMES[fault])
     copied = either.push()
-    assert (copied.manifest, copied.is_new) == (either.manifest, True)
+    assert (copied.version.manifest, copied.is_new) == (either.manifest, True)
     assert bool(either.proxy.hits(SOMETIMES[fault])) == (either.store.kind == "rclone" or fault not in READ_BACK)
     either.assert_arrived(either.beside())
     assert not either.push().is_new
@@ -579,14 +579,14 @@ def test_a_server_that_drops_the_condition_is_found_out(moto: S3Server, tmp_path
         proxy.add(Fault("*", "", DropRequestHeaders("If-None-Match")))
         journey = Journey(moto, tmp_path, proxy)
         far = journey.far()
-        copy_version(journey.manifest, journey.local, far)
+        copy_version(journey.local.of(journey.manifest), far)
         assert any("conditional writes" in text for text in far.objects.notices())
         assert any("SHA-256" in text for text in far.objects.notices())
         commit_at_once(journey, 10)
     with FaultProxy(moto) as proxy:
         journey = Journey(moto, tmp_path / "again", proxy)
         far = journey.far()
-        copy_version(journey.manifest, journey.local, far)
+        copy_version(journey.local.of(journey.manifest), far)
         assert not any("conditional writes" in text for text in far.objects.notices())
 
 
@@ -812,7 +812,7 @@ def altered_at_random(data: bytes, chance: random.Random) -> bytes:
 def finds(registry: ModelRegistry, reference: str) -> set[str]:
     """Return what is said to be damaged; a manifest that cannot be read is said at once."""
     try:
-        return {one.what for one in verify_version(registry.of(registry.find(reference))).damage}
+        return {one.what for one in verify_version(registry.find(reference)).damage}
     except StageFailed:
         return {"manifest.json"}
 
@@ -884,5 +884,5 @@ def test_a_second_push_of_a_version_with_one_changed_file_moves_under_one_percen
     assert moved[0] > copied.moved_bytes
     either.proxy.forget()
     again = either.push(second)
-    assert (again.manifest.version, again.moved_bytes, again.skipped_bytes) == (2, 8, 6 * PART_BYTES)
+    assert (again.version.manifest.version, again.moved_bytes, again.skipped_bytes) == (2, 8, 6 * PART_BYTES)
     assert (either.proxy.bytes_up + either.proxy.bytes_down) < 0.01 * moved[0]

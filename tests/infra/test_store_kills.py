@@ -45,9 +45,9 @@ list(team.objects.entries("leases"))  # what is imported at the first use is imp
 print("ready", flush=True)
 sys.stdin.readline()
 if doing == "push":
-    copy_version(here.find(reference), here, team)
+    copy_version(here.find(reference), team)
 elif doing == "pull":
-    copy_version(team.find(reference), team, here)
+    copy_version(team.find(reference), here)
 else:
     collect_garbage(team)
 print("done", flush=True)
@@ -126,7 +126,7 @@ def test_push(bench: Bench) -> None:
         team = bench.team()
         for found in team.versions(manifest.name):
             assert verify_version(team.of(found)).ok
-        assert copy_version(manifest, bench.here, team).manifest == manifest
+        assert copy_version(bench.here.of(manifest), team).version.manifest == manifest
         assert team.latest_evidence(manifest, "deploy") == bench.here.latest_evidence(manifest, "deploy")
     assert len(bench.team().names()) == KILLS[bench.store.kind] + 1
     bench.check(bench.team())
@@ -143,7 +143,7 @@ def test_pull(bench: Bench) -> None:
         bench.run("pull", "home@1", folder, bench.chance.uniform(0, duration))
         there = ModelRegistry(LocalObjectStore(folder))
         bench.check(there)
-        copy_version(manifest, bench.team(), there)
+        copy_version(bench.team().of(manifest), there)
         assert content_of(there, manifest, bench.folder / f"out-{number}") == files
         collect_garbage(there)
         assert list(there.objects.entries("aside")) == []

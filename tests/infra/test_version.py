@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from slmops.infra.errors import BadInput
+from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage.evidence import SELECTION, DamagedEvidence, Kind, Selection
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
@@ -65,9 +65,18 @@ def test_a_kind_whose_name_begins_another_ones_is_another_kind(version: Version)
 
 
 def test_a_variant_places_its_files(version: Version, tmp_path: Path) -> None:
+    files = {"genai_config.json": b'{"model": {"type": "qwen2"}}', "LICENSE": b"MIT"}
+    model = version.registry.of(store_version(version.registry, tmp_path / "model files", files, "away"))
+    model.variant("int4").place(tmp_path / "model")
+    assert {name: (tmp_path / "model" / name).read_bytes() for name in files} == files
+    with pytest.raises(StageFailed, match="genai_config"):
+        version.variant("int4").place(tmp_path / "no model")
+    with pytest.raises(BadInput, match="no variant 'int8'"):
+        version.variant("int8")
+
+
+def test_a_variant_knows_its_version_and_its_address(version: Version) -> None:
     (variant,) = version.variants
-    variant.place(tmp_path / "model")
-    assert {name: (tmp_path / "model" / name).read_bytes() for name in FILES} == FILES
     assert (variant.precision, variant.version) == ("int4", version)
     assert variant.uri == f"{version.uri}#int4"
     assert variant.size_bytes == sum(map(len, FILES.values()))

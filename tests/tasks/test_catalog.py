@@ -10,6 +10,7 @@ import pytest
 
 from slmops.infra.errors import PassingFault
 from slmops.infra.foundry.catalog import CatalogModel
+from slmops.infra.storage.evidence import SELECTION, Selection
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
@@ -55,6 +56,7 @@ def commit(registry: ModelRegistry, tmp_path: Path, name: str, content: str, con
 
 def record_deploy(registry: ModelRegistry, manifest: Manifest, selected: str | None, **status: str) -> None:
     variants = [{"precision": precision, "status": one} for precision, one in status.items()]
+    registry.of(manifest).record(SELECTION, Selection(selected=selected))
     registry.add_evidence(manifest, "deploy", {"variants": variants, "selected": selected})
 
 
@@ -80,7 +82,7 @@ def test_registered_variants_are_listed_and_the_selected_one_under_the_plain_nam
         "home:1",
         "home:2",
     ]
-    assert version_models(unjudged, registry) == []
+    assert version_models(registry.of(unjudged)) == []
     by_id = {model.model_id: model for model in models}
     assert by_id["home:2"] == CatalogModel(
         name="home",
@@ -161,8 +163,8 @@ def test_a_version_that_cannot_be_read_hides_no_other(
 def test_a_context_length_that_cannot_be_read_is_left_out(local: ModelRegistry, tmp_path: Path, config: bytes) -> None:
     manifest = commit(local, tmp_path, "home", "a", config)
     record_deploy(local, manifest, "int4", int4="registered")
-    assert [model.context_length for model in version_models(manifest, local)] == [None, None]
-    assert "textContextWindow" not in json.dumps(version_models(manifest, local)[0].entry())
+    assert [model.context_length for model in version_models(local.of(manifest))] == [None, None]
+    assert "textContextWindow" not in json.dumps(version_models(local.of(manifest))[0].entry())
 
 
 def test_a_store_that_cannot_be_asked_is_said_and_its_models_are_listed_once_it_can(

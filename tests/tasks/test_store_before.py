@@ -151,7 +151,7 @@ def test_its_logs_bill_of_materials_and_champions_are_told(
 
 def test_its_signature_holds(settings: Settings, registry: ModelRegistry) -> None:
     key = StoreSettings(verification_key=BEFORE / "asked" / "key.pub")
-    check_signature(registry, registry.version("home", 1), key)
+    check_signature(registry.of(registry.version("home", 1)), key)
 
 
 # What a deploy asks of a variant: the answers on record are those of the same questions. Without the version's files in
