@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
 
 # A readable ONNX file without a node, where a test needs a model that nothing runs.
@@ -21,20 +22,19 @@ def build_genai_model(checkpoint_dir: Path, directory: Path, precision: str = "f
         builder["extra_options"] = extra_options
     accelerators = [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}]
     run_in_child(
-        "slmops.infra.olive.engine:build",
-        {
-            "olive_config": {
+        Build(
+            olive_config={
                 "input_model": {"type": "HfModel", "task": "text-generation"},
                 "systems": {"local": {"type": "LocalSystem", "accelerators": accelerators}},
                 "passes": {"builder": builder},
                 "host": "local",
                 "target": "local",
             },
-            "checkpoint_dir": str(checkpoint_dir),
-            "output_dir": str(directory),
-            "cache_dir": str(directory.with_name(directory.name + "-cache")),
-            "threads": 2,
-        },
+            checkpoint_dir=checkpoint_dir,
+            output_dir=directory,
+            cache_dir=directory.with_name(directory.name + "-cache"),
+            threads=2,
+        ),
         deadline_s=300,
         log_path=directory.with_name(directory.name + ".log"),
         work_dir=directory.with_name(directory.name + "-work"),

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from slmops.infra.genai.calls import Measured
 from slmops.tasks.exams.measurement import Measurement, summarize
 
 HARDWARE: dict[str, Any] = {
@@ -45,9 +46,9 @@ def swept_row(prompt_tokens: int, ttft_ms: float, tps: float = 100.0, **changes:
     } | changes
 
 
-def raw_result(rows: Sequence[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    """What the child function `measure` returns."""
-    return {
+def raw_result(rows: Sequence[dict[str, Any]], **changes: Any) -> Measured:
+    """What a child process measures."""
+    figures = {
         "load_ms": 12.5,
         "rows": list(rows),
         "cpu_percent": 180.0,
@@ -60,7 +61,8 @@ def raw_result(rows: Sequence[dict[str, Any]], **changes: Any) -> dict[str, Any]
         "execution_provider": None,
         "hardware": HARDWARE,
         "versions": {"onnxruntime": "1"},
-    } | changes
+    }
+    return Measured(**figures | changes)
 
 
 def make_measurement(

@@ -2,13 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 
 from slmops.infra.checkpoints.source import check_hub_id
 from slmops.infra.errors import BadInput, PassingFault
-from slmops.infra.process.call import OnProgress, Progress
+from slmops.infra.process.call import Call, OnProgress, Progress
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 
@@ -40,13 +39,12 @@ def fetch_from_hub(
     check_hub_id(repo_id, revision)
     work_dir = settings.cache_dir / "hub"
     result = run_in_child(
-        "slmops.infra.checkpoints.hub:download_snapshot",
-        {
-            "repo_id": repo_id,
-            "revision": revision,
-            "token": token.get_secret_value() if token else None,
-            "files": list(files),
-        },
+        DownloadSnapshot(
+            repo_id=repo_id,
+            revision=revision,
+            token=token.get_secret_value() if token else None,
+            files=files,
+        ),
         deadline_s=DEADLINE_S,
         log_path=work_dir / f"{repo_id.replace('/', '--')}.log",
         work_dir=work_dir,
@@ -56,21 +54,33 @@ def fetch_from_hub(
             "HF_HUB_ETAG_TIMEOUT": str(CONNECT_TIMEOUT_S),
         },
     )
-    return Path(result.value["directory"])
+    return result.value
 
 
-def download_snapshot(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Child function of `fetch_from_hub`: `{repo_id, revision, token, files}` -> `{directory}`."""
+class DownloadSnapshot(Call[Path]):
+    """Download the files of `repo_id` at `revision` whose names match `files`, and answer their folder."""
+
+    repo_id: str
+    revision: str | None
+    token: str | None = Field(repr=False)
+    files: tuple[str, ...]
+
+    def perform(self, progress: Progress) -> Path:
+        """See `fetch_from_hub`."""
+        return _download(self, progress)
+
+
+def _download(call: DownloadSnapshot, progress: Progress) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    repo_id, revision = request["repo_id"], request["revision"]
+    repo_id, revision = call.repo_id, call.revision
     progress(0, 1, f"downloading {repo_id}")
     try:
         directory = snapshot_download(
             repo_id,
             revision=revision,
-            token=request["token"],
-            allow_patterns=request["files"],
+            token=call.token,
+            allow_patterns=list(call.files),
             etag_timeout=CONNECT_TIMEOUT_S,
         )
     except errors.GatedRepoError:
@@ -95,4 +105,4 @@ def download_snapshot(request: dict[str, Any], progress: Progress) -> dict[str, 
             "Connect to the network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded checkpoint.",
         ) from None
     progress(1, 1, f"downloaded {repo_id}")
-    return {"directory": directory}
+    return Path(directory)

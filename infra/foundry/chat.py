@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -116,7 +117,7 @@ def main() -> int:
         send({"error": {"kind": type(error).__name__, "message": error.message, "what_to_do": error.what_to_do}})
 
     try:
-        model, load_ms = runtime.load(runtime.open_local_catalog(sys.argv[1]), sys.argv[2])
+        model, load_ms = runtime.load(runtime.open_local_catalog(Path(sys.argv[1])), sys.argv[2])
     except errors.SlmopsError as error:
         send_error(error)
         return 1
@@ -134,7 +135,7 @@ def main() -> int:
         except errors.SlmopsError as error:
             send_error(error)
         else:
-            send({"done": done})
+            send({"done": asdict(done)})
     return 0
 
 

@@ -1,6 +1,5 @@
 """Long use and difficult input in Foundry Local."""
 
-from pathlib import Path
 from typing import Any
 
 from slmops.infra.foundry import runtime
@@ -10,18 +9,14 @@ from slmops.infra.process.call import Progress
 REPEATS = 9
 
 
-def exercise(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def exercise(call: exercises.Endure, progress: Progress) -> None:
     """Load a model folder that is registered nowhere, and soak and try it; see `infra.process.endurance.exercise`.
 
-    Request, besides that function's: `model_dir`, `cache_dir` (empty, to be thrown away afterwards: the runtime
-    writes there).
-
-    Result: `{"journal": str}`. Raises `StageFailed` for a model that does not load.
+    Raises `StageFailed` for a model that does not load.
     """
     progress(0, 1, "loading the model")
-    model = runtime.open_folder(Path(request["model_dir"]), Path(request["cache_dir"]))
-    exercises.exercise(_Opened(model), request, progress)
-    return {"journal": request["journal"]}
+    model = runtime.open_folder(call.model_dir, call.cache_dir)
+    exercises.exercise(_Opened(model), call, progress)
 
 
 class _Opened:

@@ -164,7 +164,7 @@ def main() -> int:
     request = json.loads(sys.stdin.readline())
     catalog_url = _serve_catalog(_catalog_answer(request["model_id"], request["size_bytes"]))
     try:
-        url, load_ms = runtime.start_web_service(request["cache_dir"], catalog_url, request["model_id"])
+        url, load_ms = runtime.start_web_service(Path(request["cache_dir"]), catalog_url, request["model_id"])
     except errors.SlmopsError as error:
         messages.write(json.dumps({"error": {"message": error.message, "what_to_do": error.what_to_do}}) + "\n")
         messages.flush()

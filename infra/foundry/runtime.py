@@ -1,20 +1,34 @@
 """Foundry Local's native runtime through foundry-local-sdk: register, list, load and answer.
 
-The runtime is a singleton of its process, so that every function here is a child function
-(`infra.process.supervisor.run_in_child`). Only the local catalog is used: a question to the public one goes out to the
-network. Everything the runtime writes is under the request's `cache_dir`.
+The runtime is a singleton of its process, so that every function here is for a child process
+(`slmops.infra.foundry.calls`). Only the local catalog is used: a question to the public one goes out to the
+network. Everything the runtime writes is under the call's `cache_dir`.
 """
 
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.calls import (
+    CatalogModel,
+    ListModels,
+    Prove,
+    ProvenAnswer,
+    Register,
+    Registered,
+    RuntimeVersions,
+    Unregister,
+    Unregistered,
+)
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
 from slmops.infra.process.call import Progress
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
@@ -37,96 +51,76 @@ UNREGISTERED_ID = "unregistered:1"
 _NATIVE_PREFIX = re.compile(r"^\w+\.cc:\d+ .*?\)(?: const)? (?=\S)")
 
 
-def register(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Register a model folder in the local catalog.
-
-    Request: `{"cache_dir": str, "folder": str, "model_id": str, "metadata": {str: str | int}}`; metadata's keys are
-    the SDK's (`display_name`, `description`, `license`, ...), `task` is chat-completion unless given.
-
-    Result: `{"model_id": str, "alias": str, "folder": str, "changed": bool}`; `changed` is false if the id was
-    registered with this folder already. An id registered with another folder is moved to this one.
+def register(call: Register, progress: Progress) -> Registered:
+    """Register a model folder in the local catalog; an id registered with another folder is moved to this one.
 
     Raises `BadInput` for an id of another form, `StageFailed` when the runtime refuses the folder.
     """
-    model_id, folder = check_model_id(request["model_id"]), str(Path(request["folder"]).absolute())
-    if not (Path(folder) / GENAI_CONFIG).is_file():
+    model_id, folder = check_model_id(call.model_id), str(call.folder)
+    if not (call.folder / GENAI_CONFIG).is_file():
         raise StageFailed(f"{folder} holds no model: {GENAI_CONFIG} is missing.", "Deploy the version again.")
-    catalog = open_local_catalog(request["cache_dir"])
+    catalog = open_local_catalog(call.cache_dir)
     from foundry_local_sdk import ModelInfoBuilder
 
     with _explained(f"register {model_id}", "Deploy the version again."):
         existing = catalog.get_model_variant(model_id)
         if existing is not None and existing.get_path() == folder:
-            return {"model_id": model_id, "alias": existing.alias, "folder": folder, "changed": False}
+            return Registered(model_id=model_id, alias=existing.alias, folder=folder, changed=False)
         if existing is not None:
             catalog.unregister_model(model_id)
         with ModelInfoBuilder() as metadata:
-            for key, value in {"task": TASK, **request.get("metadata", {})}.items():
+            for key, value in {"task": TASK, **call.metadata}.items():
                 if isinstance(value, int):
                     metadata.set_int_property(key, value)
                 else:
                     metadata.set_string_property(key, value)
             model = catalog.register_model(folder, model_id, metadata)
-        return {"model_id": model.id, "alias": model.alias, "folder": folder, "changed": True}
+        return Registered(model_id=model.id, alias=model.alias, folder=folder, changed=True)
 
 
-def unregister(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def unregister(call: Unregister, progress: Progress) -> Unregistered:
     """Take a model out of the local catalog; its folder stays.
 
-    Request: `{"cache_dir": str, "model_id": str}`. Result: `{"model_id": str, "changed": bool}`; `changed` is false if
-    it was not registered. Raises `BadInput` for an id of another form: given an alias, the runtime would take out
-    every version behind it.
+    Raises `BadInput` for an id of another form: given an alias, the runtime would take out every version behind it.
     """
-    model_id = check_model_id(request["model_id"])
-    catalog = open_local_catalog(request["cache_dir"])
+    model_id = check_model_id(call.model_id)
+    catalog = open_local_catalog(call.cache_dir)
     with _explained(f"unregister {model_id}", "Try again."):
-        if catalog.get_model_variant(model_id) is None:
-            return {"model_id": model_id, "changed": False}
-        catalog.unregister_model(model_id)
-        return {"model_id": model_id, "changed": True}
+        registered = catalog.get_model_variant(model_id) is not None
+        if registered:
+            catalog.unregister_model(model_id)
+    return Unregistered(model_id=model_id, changed=registered)
 
 
-def list_models(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """List the local catalog.
-
-    Request: `{"cache_dir": str}`. Result: `{"models": [{"model_id", "alias", "name", "version": int, "folder",
-    "folder_exists": bool, "context_length": int | null}]}`, sorted by id.
-    """
-    catalog = open_local_catalog(request["cache_dir"])
+def list_models(call: ListModels, progress: Progress) -> tuple[CatalogModel, ...]:
+    """List the local catalog, sorted by name and version."""
+    catalog = open_local_catalog(call.cache_dir)
     with _explained("list its local catalog", "Try again."):
         models = [_described(variant) for model in catalog.list_models() for variant in model.variants]
-    return {"models": sorted(models, key=lambda model: (model["name"], model["version"]))}
+    return tuple(sorted(models, key=lambda model: (model.name, model.version)))
 
 
-def prove(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def prove(call: Prove, progress: Progress) -> ProvenAnswer:
     """Find a model by its id, load it and let it answer one conversation, greedily.
-
-    Request: `{"cache_dir": str, "model_id": str, "messages": [{"role", "content"}], "max_new_tokens": int}`.
-
-    Result: `{"model_id", "alias", "folder", "load_ms": float, "answer": str, "reasoning": str, "prompt_tokens": int,
-    "completion_tokens": int, "finish_reason": "stop" | "length", "e2e_latency_ms": float}`. The runtime cuts what
-    stands between think tags out of the answer; it is `reasoning`.
 
     The folder's own `search.repetition_penalty` holds, as for every client of the runtime.
 
     Raises `StageFailed` when it is not found, does not load, or the conversation does not fit its context.
     """
-    model_id = check_model_id(request["model_id"])
-    catalog = open_local_catalog(request["cache_dir"])
+    model_id = check_model_id(call.model_id)
+    catalog = open_local_catalog(call.cache_dir)
     progress(0, 2, f"loading {model_id}")
     model, load_ms = load(catalog, model_id)
     progress(1, 2, "answering")
-    answered = answer(model, request["messages"], request["max_new_tokens"])
+    answered = answer(model, call.messages, call.max_new_tokens)
     progress(2, 2, "answered")
-    return {"model_id": model_id, "alias": model.alias, "folder": model.get_path(), "load_ms": load_ms, **answered}
+    return ProvenAnswer(
+        model_id=model_id, alias=model.alias, folder=model.get_path(), load_ms=load_ms, **asdict(answered)
+    )
 
 
-def runtime_versions(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def runtime_versions() -> RuntimeVersions:
     """Load the native runtime and say which versions it consists of.
-
-    Request: `{}`. Result: `{"sdk": str, "native": str, "required": {package: version}, "installed": {package: version
-    or null}}`. The SDK loads onnxruntime and onnxruntime-genai from these installed packages; `required` are the exact
-    versions that it was released with.
 
     Raises `StageFailed` when the SDK is missing or its native library does not load on this machine.
     """
@@ -136,12 +130,12 @@ def runtime_versions(request: dict[str, Any], progress: Progress) -> dict[str, A
 
         native = str(api.version_string())
         required = dict(re.findall(r"^(onnxruntime[\w-]*)==([\w.]+)", "\n".join(requires(SDK) or []), re.MULTILINE))
-        return {
-            "sdk": version(SDK),
-            "native": native,
-            "required": required,
-            "installed": {package: _installed(package) for package in required},
-        }
+        return RuntimeVersions(
+            sdk=version(SDK),
+            native=native,
+            required=required,
+            installed={package: _installed(package) for package in required},
+        )
     except (ImportError, OSError) as error:
         raise StageFailed(
             f"Foundry Local's runtime does not load: {error}.", f"Install {SDK} again on a supported platform."
@@ -180,7 +174,7 @@ def open_folder(folder: Path, cache_dir: Path) -> Any:
 
     Raises `StageFailed` when the runtime does not start, or does not load the folder.
     """
-    catalog = open_local_catalog(str(cache_dir))
+    catalog = open_local_catalog(cache_dir)
     from foundry_local_sdk import ModelInfoBuilder
 
     with _explained(f"load the model in {folder}", "Build it again; its folder may be damaged."):
@@ -191,20 +185,32 @@ def open_folder(folder: Path, cache_dir: Path) -> Any:
         return model
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered; what stands between think tags is `reasoning`, cut out of `answer`."""
+
+    answer: str
+    reasoning: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    e2e_latency_ms: float
+
+
 def answer(
     model: Any,
     messages: Sequence[dict[str, str]],
     max_new_tokens: int,
     on_text: Callable[[str], None] = lambda text: None,
-    search: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    search: Mapping[str, JsonValue] | None = None,
+) -> Answer:
     """Let a loaded model answer a conversation, at most `max_new_tokens` long, in a session of its own.
 
     `on_text` gets the answer's text piece by piece. `search` are fields of the SDK's SearchOptions; by default the
     answer is greedy, which has to be asked for: the runtime samples, whatever genai_config.json says.
 
-    Returns `answer`, `reasoning`, `prompt_tokens`, `completion_tokens`, `finish_reason` and `e2e_latency_ms`; raises
-    `StageFailed` when the conversation does not fit the context or cannot be rendered by the model's chat template.
+    Raises `StageFailed` when the conversation does not fit the context or cannot be rendered by the model's chat
+    template.
     """
     from foundry_local_sdk import ChatSession, RequestOptions, SearchOptions
     from foundry_local_sdk.items import TextItemType
@@ -235,14 +241,14 @@ def answer(
             e2e_latency_ms = (time.perf_counter() - started) * 1000
             with stream.final_response as final:
                 usage, finish_reason = final.get_usage(), final.finish_reason.name.lower()
-    return {
-        "answer": "".join(texts[TextItemType.DEFAULT]),
-        "reasoning": "".join(texts[TextItemType.REASONING]),
-        "prompt_tokens": budget.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "finish_reason": finish_reason,
-        "e2e_latency_ms": e2e_latency_ms,
-    }
+    return Answer(
+        answer="".join(texts[TextItemType.DEFAULT]),
+        reasoning="".join(texts[TextItemType.REASONING]),
+        prompt_tokens=budget.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        finish_reason=finish_reason,
+        e2e_latency_ms=e2e_latency_ms,
+    )
 
 
 def count_prompt_tokens(model: Any, messages: Sequence[dict[str, str]]) -> int:
@@ -273,7 +279,7 @@ def answer_unchecked(model: Any, messages: Sequence[dict[str, str]], max_new_tok
             return "".join(part.text for item in response for part in getattr(item, "parts", [item]))
 
 
-def open_local_catalog(cache_dir: str) -> Any:
+def open_local_catalog(cache_dir: Path) -> Any:
     """Start the runtime on Foundry's cache `cache_dir` and return its local catalog; once per process.
 
     Raises `StageFailed` when the runtime does not start.
@@ -285,7 +291,7 @@ def open_local_catalog(cache_dir: str) -> Any:
         return manager.get_catalog(CatalogType.LOCAL)
 
 
-def start_web_service(cache_dir: str, catalog_url: str, model_id: str) -> tuple[str, float]:
+def start_web_service(cache_dir: Path, catalog_url: str, model_id: str) -> tuple[str, float]:
     """Load a model that the catalog names and Foundry's cache holds, and serve it on a free port of loopback.
 
     Returns the web service's address and how long loading took, in ms; once per process. Raises `StageFailed`.
@@ -297,11 +303,11 @@ def start_web_service(cache_dir: str, catalog_url: str, model_id: str) -> tuple[
     return str(manager.urls[0]), load_ms
 
 
-def _start(cache_dir: str, catalog_url: str) -> Any:
+def _start(cache_dir: Path, catalog_url: str) -> Any:
     os.environ.update(QUIET_ENVIRONMENT)  # before the native libraries load: they look for CI once
     from foundry_local_sdk import Configuration, FoundryLocalManager
 
-    own = Path(cache_dir) / ".slmops-runtime"
+    own = cache_dir / ".slmops-runtime"
     (own / "logs").mkdir(parents=True, exist_ok=True)
     with _explained("start", f"See its log in {own / 'logs'}."):
         FoundryLocalManager.initialize(
@@ -344,17 +350,17 @@ def _request(messages: Sequence[dict[str, str]]) -> Any:
     return request
 
 
-def _described(variant: Any) -> dict[str, Any]:
+def _described(variant: Any) -> CatalogModel:
     info, folder = variant.info, variant.get_path()
-    return {
-        "model_id": info.id,
-        "alias": info.alias,
-        "name": info.name,
-        "version": info.version,
-        "folder": folder,
-        "folder_exists": (Path(folder) / GENAI_CONFIG).is_file(),
-        "context_length": info.context_length,
-    }
+    return CatalogModel(
+        model_id=info.id,
+        alias=info.alias,
+        name=info.name,
+        version=info.version,
+        folder=folder,
+        folder_exists=(Path(folder) / GENAI_CONFIG).is_file(),
+        context_length=info.context_length,
+    )
 
 
 def _installed(package: str) -> str | None:

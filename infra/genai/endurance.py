@@ -1,8 +1,6 @@
 """Long use and difficult input in onnxruntime-genai."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,21 +9,14 @@ from slmops.infra.process import endurance as exercises
 from slmops.infra.process.call import Progress
 
 
-def exercise(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def exercise(call: exercises.Endure, progress: Progress) -> None:
     """Open a model folder once, and soak and try it; see `slmops.infra.process.endurance.exercise`.
 
-    Request, besides that function's: `model_dir`, `threads`, `execution_provider` (or null).
-
-    Result: `{"journal": str}`. Raises `StageFailed` for a model that cannot be opened.
+    Raises `StageFailed` for a model that cannot be opened.
     """
     progress(0, 1, "loading the model")
-    opened = GenaiModel(
-        Path(request["model_dir"]),
-        threads=request["threads"],
-        execution_provider=request.get("execution_provider"),
-    )
-    exercises.exercise(_Opened(opened), request, progress)
-    return {"journal": request["journal"]}
+    opened = GenaiModel(call.model_dir, threads=call.threads, execution_provider=None)
+    exercises.exercise(_Opened(opened), call, progress)
 
 
 class _Opened:

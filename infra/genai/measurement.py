@@ -6,91 +6,79 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from slmops.infra.errors import StageFailed
+from slmops.infra.genai.calls import Hardware, Measure, Measured, RequestFigures, Sweep, SweptRequest
 from slmops.infra.genai.runtime import GenaiModel, package_versions
-from slmops.infra.genai.sweep import SweepPlan, sweep, sweep_lengths
+from slmops.infra.genai.sweep import SweepPlan, TimedRequest, sweep, sweep_lengths
 from slmops.infra.genai.timing import ChatPrompt, benchmark_prompt, chat_prompt, time_request
 from slmops.infra.process.call import Progress
 
 SAMPLE_INTERVAL_S = 0.02
 
 
-def measure(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def measure(call: Measure, progress: Progress) -> Measured:
     """Measure speed and memory by the method of onnxruntime-genai's own benchmark/python/benchmark_e2e.py.
-
-    Request: `model_dir`, `prompt_tokens` [lengths], `new_tokens`, `warmup`, `repetitions`, `threads`,
-    `execution_provider` (or null), `sweep` {max_prompt_tokens (or null), new_tokens, repetitions, budget_s,
-    max_cliff_ratio} (or null: no sweep).
 
     A request is one greedy generation of exactly `new_tokens` tokens after a prompt of exactly the asked length;
     see `infra.genai.timing.time_request` for what its figures count. tests/benchmarks/measurement_method.py compares
     them with that benchmark's.
 
     The sweep follows the measured requests, at lengths by `infra.genai.sweep.sweep_lengths`; its prompts are chats
-    where the template leaves room for a text, and plain text else. Its rows also say whether the logits of the last
-    position were finite after the prompt and after each generated token, and whether the answer decodes to a text
-    that is not empty (null after plain text, which a chat model need not answer).
-
-    Result: `load_ms` (model and tokenizer), `rows` [{prompt_tokens, new_tokens, repetition, ttft_ms,
-    prompt_processing_throughput_tps, token_generation_throughput_tps, inter_token_latency_ms (mean),
-    inter_token_latencies_ms, e2e_latency_ms}], `cpu_percent` over the measured requests (100 is one core busy) and
-    `peak_rss_bytes` from before the load to the last of them, both of this process; `size_bytes` of the folder,
-    `notes`, `sweep` [{prompt_tokens, new_tokens, repetition, round, ttft_ms, token_generation_throughput_tps,
-    finite_logits, answered}], `sweep_notes`, `threads`, `execution_provider`, `hardware`, `versions`.
+    where the template leaves room for a text, and plain text else.
 
     Raises `StageFailed` for a model that cannot be run.
     """
     progress(0, 1, "loading the model")
     with PeakMemory() as memory:
         started = time.perf_counter()
-        model = GenaiModel(
-            Path(request["model_dir"]),
-            threads=request["threads"],
-            execution_provider=request.get("execution_provider"),
-        )
+        model = GenaiModel(call.model_dir, threads=call.threads, execution_provider=call.execution_provider)
         load_ms = 1000 * (time.perf_counter() - started)
         notes: list[str] = []
-        lengths = _lengths(request["prompt_tokens"], request["new_tokens"], model.context_length, notes)
-        swept = _Sweep(model, request.get("sweep"))
-        steps = len(lengths) * (request["warmup"] + request["repetitions"]) + swept.steps
-        rows: list[dict[str, Any]] = []
+        lengths = _lengths(call.prompt_tokens, call.new_tokens, model.context_length, notes)
+        swept = _Sweep(model, call.sweep)
+        steps = len(lengths) * (call.warmup + call.repetitions) + swept.steps
+        rows: list[RequestFigures] = []
         cpu_s = wall_s = 0.0
         for line, (prompt_tokens, new_tokens) in enumerate(lengths):
             prompt_ids = benchmark_prompt(model, prompt_tokens)
-            done = line * (request["warmup"] + request["repetitions"])
-            for repetition in range(request["warmup"]):
+            done = line * (call.warmup + call.repetitions)
+            for repetition in range(call.warmup):
                 progress(done + repetition, steps, "warm-up")
                 time_request(model, prompt_ids, new_tokens)
             cpu_before, wall_before = _cpu_s(), time.perf_counter()
-            for repetition in range(request["repetitions"]):
-                progress(done + request["warmup"] + repetition, steps, "measuring")
+            for repetition in range(call.repetitions):
+                progress(done + call.warmup + repetition, steps, "measuring")
                 figures = time_request(model, prompt_ids, new_tokens)
-                sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repetition": repetition}
-                rows.append({**sizes, **figures})
+                rows.append(
+                    RequestFigures(
+                        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetition=repetition, **asdict(figures)
+                    )
+                )
             cpu_s += _cpu_s() - cpu_before
             wall_s += time.perf_counter() - wall_before
     sweep_rows, sweep_notes = swept.run(rows, steps, progress)
-    return {
-        "load_ms": load_ms,
-        "rows": rows,
-        "cpu_percent": 100 * cpu_s / wall_s,
-        "peak_rss_bytes": memory.peak_rss_bytes,
-        "size_bytes": sum(path.stat().st_size for path in model.model_dir.rglob("*") if path.is_file()),
-        "notes": notes,
-        "sweep": sweep_rows,
-        "sweep_notes": sweep_notes,
-        "threads": request["threads"],
-        "execution_provider": request.get("execution_provider"),
-        "hardware": _hardware(),
-        "versions": package_versions(),
-    }
+    return Measured(
+        load_ms=load_ms,
+        rows=tuple(rows),
+        cpu_percent=100 * cpu_s / wall_s,
+        peak_rss_bytes=memory.peak_rss_bytes,
+        size_bytes=sum(path.stat().st_size for path in model.model_dir.rglob("*") if path.is_file()),
+        notes=tuple(notes),
+        sweep=tuple(sweep_rows),
+        sweep_notes=tuple(sweep_notes),
+        threads=call.threads,
+        execution_provider=call.execution_provider,
+        hardware=_hardware(),
+        versions=package_versions(),
+    )
 
 
 def _lengths(
@@ -112,14 +100,12 @@ def _lengths(
 
 
 class _Sweep:
-    """The sweep of one model; without `settings` it has no length."""
+    """The sweep of one model; where none is asked for, it has no length."""
 
-    def __init__(self, model: GenaiModel, settings: dict[str, Any] | None) -> None:
+    def __init__(self, model: GenaiModel, asked: Sweep | None) -> None:
         self._model = model
-        self._settings = settings or {}
-        self._lengths: list[int] = []
-        if settings:
-            self._lengths = sweep_lengths(model.context_length, settings["new_tokens"], settings["max_prompt_tokens"])
+        self._asked = asked
+        self._lengths = sweep_lengths(model.context_length, asked.new_tokens, asked.max_prompt_tokens) if asked else []
         self._chat: ChatPrompt | None = None
         self._start_bytes = 0
         self._last_growth = (1, 0)  # prompt tokens, bytes
@@ -127,17 +113,17 @@ class _Sweep:
     @property
     def steps(self) -> int:
         """Requests, were no length left out and none measured again."""
-        return len(self._lengths) * int(self._settings.get("repetitions", 0))
+        return len(self._lengths) * self._asked.repetitions if self._asked else 0
 
     def run(
-        self, measured: Sequence[dict[str, Any]], steps: int, progress: Progress
-    ) -> tuple[list[dict[str, Any]], list[str]]:
+        self, measured: Sequence[RequestFigures], steps: int, progress: Progress
+    ) -> tuple[list[SweptRequest], list[str]]:
         """Return the sweep's rows and notes; the first length's time is predicted from the measured requests."""
-        if not self._settings:
+        asked = self._asked
+        if asked is None:
             return [], []
         if not self._lengths:
-            new_tokens = self._settings["new_tokens"]
-            return [], [f"No sweep: the model's context leaves no room for {new_tokens} new tokens."]
+            return [], [f"No sweep: the model's context leaves no room for {asked.new_tokens} new tokens."]
         notes = []
         try:
             self._chat = chat_prompt(self._model)
@@ -151,43 +137,39 @@ class _Sweep:
             progress(min(done, steps), steps, what)
             done += 1
 
-        speed = {
-            name: statistics.median(row[name] for row in measured)
-            for name in ("prompt_processing_throughput_tps", "token_generation_throughput_tps")
-        }
+        prompt_tps = statistics.median(row.prompt_processing_throughput_tps for row in measured)
+        generation_tps = statistics.median(row.token_generation_throughput_tps for row in measured)
         plan = SweepPlan(
             lengths=self._lengths,
-            repetitions=self._settings["repetitions"],
-            budget_s=self._settings["budget_s"],
-            max_cliff_ratio=self._settings["max_cliff_ratio"],
-            first_s=self._lengths[0] / speed["prompt_processing_throughput_tps"]
-            + self._settings["new_tokens"] / speed["token_generation_throughput_tps"],
+            repetitions=asked.repetitions,
+            budget_s=asked.budget_s,
+            max_cliff_ratio=asked.max_cliff_ratio,
+            first_s=self._lengths[0] / prompt_tps + asked.new_tokens / generation_tps,
         )
-        rows, more_notes = sweep(plan, self._request, self._has_room, on_request)
-        kept = [{name: value for name, value in row.items() if name != "e2e_latency_ms"} for row in rows]
-        return kept, [*notes, *more_notes]
+        request = partial(self._request, asked.new_tokens)
+        rows, more_notes = sweep(plan, request, self._has_room, on_request)
+        return rows, [*notes, *more_notes]
 
-    def _request(self, prompt_tokens: int) -> dict[str, Any]:
+    def _request(self, new_tokens: int, prompt_tokens: int) -> TimedRequest:
         finite: list[bool] = []
         answer_ids: list[int] = []
 
-        def check(logits: NDArray[Any]) -> None:
+        def check(logits: NDArray[np.float32]) -> None:
             finite.append(bool(np.isfinite(logits).all()))
 
-        new_tokens = self._settings["new_tokens"]
         chat_ids = self._chat.of_length(prompt_tokens) if self._chat else None
         prompt_ids = benchmark_prompt(self._model, prompt_tokens) if chat_ids is None else chat_ids
         with PeakMemory() as memory:
-            figures = time_request(self._model, prompt_ids, new_tokens, on_logits=check, on_answer=answer_ids.extend)
+            timing = time_request(self._model, prompt_ids, new_tokens, on_logits=check, on_answer=answer_ids.extend)
         self._last_growth = (prompt_tokens, memory.peak_rss_bytes - self._start_bytes)
-        kept = ("ttft_ms", "token_generation_throughput_tps", "e2e_latency_ms")
-        return {
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            **{name: figures[name] for name in kept},
-            "finite_logits": all(finite),
-            "answered": None if chat_ids is None else bool(self._model.decode(answer_ids)),
-        }
+        return TimedRequest(
+            new_tokens=new_tokens,
+            ttft_ms=timing.ttft_ms,
+            token_generation_throughput_tps=timing.token_generation_throughput_tps,
+            e2e_latency_ms=timing.e2e_latency_ms,
+            finite_logits=all(finite),
+            answered=None if chat_ids is None else bool(self._model.decode(answer_ids)),
+        )
 
     def _has_room(self, prompt_tokens: int) -> bool:
         """Whether a longer prompt would fit if memory grew by the square of its length, as naive attention's does."""
@@ -234,15 +216,15 @@ def _cpu_s() -> float:
     return float(sum(psutil.Process().cpu_times()[:2]))
 
 
-def _hardware() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_model(),
-        "physical_cores": psutil.cpu_count(logical=False),
-        "logical_cores": os.cpu_count(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "os": platform.platform(),
-        "machine": platform.machine(),
-    }
+def _hardware() -> Hardware:
+    return Hardware(
+        cpu=_cpu_model(),
+        physical_cores=psutil.cpu_count(logical=False),
+        logical_cores=os.cpu_count(),
+        ram_bytes=psutil.virtual_memory().total,
+        os=platform.platform(),
+        machine=platform.machine(),
+    )
 
 
 def _cpu_model() -> str:

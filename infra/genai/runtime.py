@@ -1,8 +1,7 @@
-"""onnxruntime-genai, the runtime that serves: a model folder's answers and distributions."""
+"""onnxruntime-genai, the runtime that serves: a model folder that is opened, its answers and its logits."""
 
 import itertools
 import json
-import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -13,12 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.genai.distributions import PositionComparison, are_comparable, compare_position
+from slmops.infra.genai.calls import Generate, Generated
 from slmops.infra.process.call import Progress
-from slmops.infra.transformers.reference import LOGITS_FILE, REFERENCE_FILE, choose_positions, matches, share_of
-
-# Bound on one chunk's float32 logits: 220 positions of a vocabulary of 152 k.
-LOGITS_CHUNK_BYTES = 128 * 2**20
+from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
 # Neutral values for whatever a folder's genai_config.json says about search: pure greedy decoding.
 GREEDY = {
@@ -118,10 +114,6 @@ class GenaiModel:
         stream = self.tokenizer.create_stream()
         return "".join(stream.decode(token) for token in answer_ids)
 
-    def decode_whole(self, answer_ids: Sequence[int]) -> str:
-        """Like `decode`, but in one piece: the text ends at the first bytes that are not UTF-8."""
-        return str(self.tokenizer.decode(np.asarray(answer_ids, np.int32))) if answer_ids else ""
-
     def logits_at(
         self, token_ids: Sequence[int], positions: Sequence[int], chunk_bytes: int = LOGITS_CHUNK_BYTES
     ) -> Iterator[NDArray[np.float32]]:
@@ -219,255 +211,33 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).replace("\n", " ").rstrip(".")
 
 
-def generate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def generate(call: Generate, progress: Progress) -> Generated:
     """Answer one chat greedily.
 
-    Request: `model_dir`, `messages`, `max_new_tokens`, `threads`, `execution_provider` (or null),
-    `repetition_penalty` (optional).
-    Result: `answer` (as streamed), `answer_whole` (decoded in one piece: the same for well-formed text), `prompt`,
-    `prompt_tokens`, `new_tokens`, `finish` ("stop" or "length").
     Raises `StageFailed` for a model that cannot be run or whose logits are not finite.
     """
     progress(0, 1, "loading the model")
-    model = _open(request)
-    prompt, prompt_ids = model.render(request["messages"])
+    model = GenaiModel(
+        call.model_dir,
+        threads=call.threads,
+        execution_provider=call.execution_provider,
+        repetition_penalty=call.repetition_penalty,
+    )
+    prompt, prompt_ids = model.render(call.messages)
     (logits,) = model.logits_at(prompt_ids, [len(prompt_ids) - 1])
     if not np.isfinite(logits).all():
         raise StageFailed(
             f"The model in {model.model_dir} gives logits that are not finite.",
             "Its weights hold NaN or infinity, or overflow in their precision: choose another precision.",
         )
-    answer_ids = model.answer(prompt_ids, request["max_new_tokens"])
-    return {
-        "answer": model.decode(answer_ids),
-        "answer_whole": model.decode_whole(answer_ids),
-        "prompt": prompt,
-        "prompt_tokens": len(prompt_ids),
-        "new_tokens": len(answer_ids),
-        "finish": "stop" if len(answer_ids) < model.room_after(prompt_ids, request["max_new_tokens"]) else "length",
-    }
-
-
-def execution_providers(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Name the execution providers of the installed onnxruntime: `{"available": [str]}`, as onnxruntime spells them."""
-    import onnxruntime
-
-    return {"available": onnxruntime.get_available_providers()}
-
-
-def _open(request: dict[str, Any]) -> GenaiModel:
-    return GenaiModel(
-        Path(request["model_dir"]),
-        threads=request["threads"],
-        execution_provider=request.get("execution_provider"),
-        repetition_penalty=request.get("repetition_penalty", 1.0),
+    answer_ids = model.answer(prompt_ids, call.max_new_tokens)
+    return Generated(
+        answer=model.decode(answer_ids),
+        prompt=prompt,
+        prompt_tokens=len(prompt_ids),
+        new_tokens=len(answer_ids),
+        finish="stop" if len(answer_ids) < model.room_after(prompt_ids, call.max_new_tokens) else "length",
     )
-
-
-def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Answer the rows greedily and compare the next-token distributions with the reference's.
-
-    Request: `model_dir`, `rows` [{id, messages, expected?}], `reference_dir` (written by
-    `slmops.infra.transformers.reference:reference` for the same rows, or null), `max_new_tokens`, `max_positions` (used
-    without a reference), `threads`, `execution_provider` (or null), `chunk_bytes` (optional).
-
-    Prompts for the answers are rendered by the runtime itself; the distributions are teacher-forced over the
-    reference's own token ids (without a reference: over the variant's own answers, only to see whether they are
-    finite). Figures over positions are None when a position is not finite, or without a reference.
-
-    A variant whose vocabulary is not the reference's is not compared either: it is looked at as without a reference,
-    and `comparable` is false. Where its tokenizer's ids are beyond what it takes, it cannot answer at all: then the
-    answer is empty and has no positions.
-
-    Result:
-    - `rows` [{id, answer, reference_answer, exact_match, identical_to_reference (token for token), prompt_tokens,
-      template_matches, positions, finite_positions, top1_agreement, kl_divergence}];
-    - `template_mismatches` {count, example: {id, reference, variant, reference_ids, variant_ids} or null};
-    - `positions`, and over them: `finite_logits` (share; 0 without any), `top1_agreement` (share), `kl_divergence`
-      (mean of KL(reference || variant), nats per token), `kl_divergence_p99`, `perplexity` and `reference_perplexity`
-      of the reference's answers;
-    - `exact_match`, `reference_exact_match`, `identical_answers` (shares), `empty_answers`;
-    - `vocabulary` {variant, reference, compared, comparable}, `threads`, `versions`.
-
-    Raises `StageFailed` for a model that cannot be run, or a reference of other rows.
-    """
-    rows: list[dict[str, Any]] = request["rows"]
-    progress(0, len(rows), "loading the model")
-    model = _open(request)
-    reference = _Reference(Path(request["reference_dir"]), rows) if request.get("reference_dir") else None
-    vocabulary = _vocabulary(model, reference)
-    evaluated = []
-    own: list[tuple[list[int], list[int]]] = []
-    example: dict[str, Any] | None = None
-    for done, row in enumerate(rows):
-        progress(done, 2 * len(rows), "answers")
-        text, prompt_ids = model.render(row["messages"])
-        expected = reference.rows[done] if reference else None
-        template_matches = None if expected is None else prompt_ids == expected["prompt_ids"]
-        if expected is not None and not template_matches and example is None:
-            example = {
-                "id": row["id"],
-                "reference": expected["prompt"],
-                "variant": text,
-                "reference_ids": expected["prompt_ids"],
-                "variant_ids": prompt_ids,
-            }
-        budget = expected["max_new_tokens"] if expected else request["max_new_tokens"]
-        if vocabulary["comparable"]:
-            answer_ids = model.answer(prompt_ids, budget)
-            own.append((prompt_ids, answer_ids))
-        else:
-            possible = _answer_if_possible(model, vocabulary["variant"], prompt_ids, budget)
-            answer_ids = possible or []
-            own.append(([], []) if possible is None else (prompt_ids, possible))
-        answer = model.decode(answer_ids)
-        evaluated.append(
-            {
-                "id": row["id"],
-                "answer": answer,
-                "reference_answer": None if expected is None else expected["answer"],
-                "exact_match": matches(answer, row.get("expected")),
-                "identical_to_reference": None
-                if expected is None
-                else answer_ids == model.without_end(expected["answer_ids"]),
-                "prompt_tokens": len(prompt_ids),
-                "template_matches": template_matches,
-            }
-        )
-    chunk_bytes = request.get("chunk_bytes", LOGITS_CHUNK_BYTES)
-    found: list[PositionComparison] = []
-    finite: list[bool] = []
-    chosen = choose_positions([len(prompt) + len(answer) for prompt, answer in own], request["max_positions"])
-    for done, row in enumerate(evaluated):
-        progress(len(rows) + done, 2 * len(rows), "distributions")
-        if reference and vocabulary["comparable"]:
-            comparisons = list(reference.compare(model, done, vocabulary["compared"], chunk_bytes))
-            found += comparisons
-            flags = [comparison.finite for comparison in comparisons]
-            row.update(_figures(comparisons))
-        else:
-            prompt_ids, answer_ids = own[done]
-            flags = _finite_flags(model, prompt_ids + answer_ids, chosen[done], chunk_bytes)
-            row.update(_figures([]))
-        finite += flags
-        row.update({"positions": len(flags), "finite_positions": sum(flags)})
-    log_probabilities = [comparison.log_probability for comparison in found]
-    return {
-        "rows": evaluated,
-        "template_mismatches": {
-            "count": sum(row["template_matches"] is False for row in evaluated),
-            "example": example,
-        },
-        "positions": len(finite),
-        "finite_logits": sum(finite) / max(1, len(finite)),
-        **_figures(found),
-        "kl_divergence_p99": _percentile([comparison.kl_divergence for comparison in found], 99),
-        "perplexity": _perplexity(log_probabilities),
-        "reference_perplexity": _perplexity([comparison.reference_log_probability for comparison in found]),
-        "exact_match": share_of([row["exact_match"] for row in evaluated]),
-        "reference_exact_match": reference.exact_match if reference else None,
-        "identical_answers": share_of([row["identical_to_reference"] for row in evaluated]),
-        "empty_answers": sum(not row["answer"].strip() for row in evaluated),
-        "vocabulary": vocabulary,
-        "threads": request["threads"],
-        "versions": package_versions(),
-    }
-
-
-class _Reference:
-    """The reference's tokens and logits, as its child function wrote them."""
-
-    def __init__(self, directory: Path, rows: Sequence[dict[str, Any]]) -> None:
-        content = json.loads((directory / REFERENCE_FILE).read_text("utf-8"))
-        self.rows: list[dict[str, Any]] = content["rows"]
-        self.exact_match: float | None = content["exact_match"]
-        self.vocabulary_size: int = content["vocabulary_size"]
-        self._tokenizer_size: int = content["tokenizer_size"]
-        if [row["id"] for row in self.rows] != [row["id"] for row in rows]:
-            raise StageFailed(
-                f"The reference in {directory} was made for other evaluation rows.", "Make the reference again."
-            )
-        self._logits = np.load(directory / LOGITS_FILE, mmap_mode="r")
-        self._offsets = np.cumsum([0, *(len(row["positions"]) for row in self.rows)])
-
-    def is_comparable(self, variant_size: int) -> bool:
-        """See `are_comparable`."""
-        return are_comparable(variant_size, self.vocabulary_size, self._tokenizer_size)
-
-    def compare(self, model: GenaiModel, index: int, vocabulary: int, chunk_bytes: int) -> Iterator[PositionComparison]:
-        row = self.rows[index]
-        if not row["positions"]:
-            return
-        token_ids = row["prompt_ids"] + row["answer_ids"]
-        expected = self._logits[self._offsets[index] : self._offsets[index + 1]]
-        found = model.logits_at(token_ids, row["positions"], chunk_bytes)
-        for position, reference, variant in zip(row["positions"], expected, found, strict=True):
-            yield compare_position(reference[:vocabulary], variant[:vocabulary], token_ids[position + 1])
-
-
-def _vocabulary(model: GenaiModel, reference: _Reference | None) -> dict[str, Any]:
-    try:
-        size = model.vocabulary_size
-    except StageFailed:
-        declared = model.declared_vocabulary_size if reference else None
-        if reference is None or declared is None or reference.is_comparable(declared):
-            raise
-        size = declared  # a model cut down to it may not even start: that is what the figure is to tell
-    comparable = reference is None or reference.is_comparable(size)
-    return {
-        "variant": size,
-        "reference": reference.vocabulary_size if reference else None,
-        "compared": min(size, reference.vocabulary_size if reference else size) if comparable else 0,
-        "comparable": comparable,
-    }
-
-
-def _answer_if_possible(
-    model: GenaiModel, vocabulary_size: int, prompt_ids: list[int], max_new_tokens: int
-) -> list[int] | None:
-    """Token ids of the answer of a model with a vocabulary of its own; None when it cannot take the prompt."""
-    if max(prompt_ids, default=0) >= vocabulary_size:
-        return None
-    try:
-        return model.answer(prompt_ids, max_new_tokens)
-    except StageFailed:
-        return None
-
-
-def _finite_flags(
-    model: GenaiModel, token_ids: Sequence[int], positions: Sequence[int], chunk_bytes: int
-) -> list[bool]:
-    if not positions:
-        return []
-    return [bool(np.isfinite(logits).all()) for logits in model.logits_at(token_ids, positions, chunk_bytes)]
-
-
-def _figures(comparisons: Sequence[PositionComparison]) -> dict[str, float | None]:
-    return {
-        "top1_agreement": share_of([comparison.agrees for comparison in comparisons]),
-        "kl_divergence": _mean([comparison.kl_divergence for comparison in comparisons]),
-    }
-
-
-def _all_known(values: Sequence[float | None]) -> list[float] | None:
-    known = [value for value in values if value is not None]
-    return known if known and len(known) == len(values) else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = _all_known(values)
-    return math.fsum(known) / len(known) if known else None
-
-
-def _percentile(values: Sequence[float | None], percent: float) -> float | None:
-    known = _all_known(values)
-    return float(np.percentile(known, percent)) if known else None
-
-
-def _perplexity(log_probabilities: Sequence[float | None]) -> float | None:
-    """exp of the mean negative log-likelihood; None when unknown or beyond what a float64 holds."""
-    mean = _mean(log_probabilities)
-    return math.exp(-mean) if mean is not None and -mean < 700 else None
 
 
 def package_versions() -> dict[str, str]:

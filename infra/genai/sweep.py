@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any
+
+from slmops.infra.genai.calls import SweptRequest
 
 SHORTEST_PROMPT_TOKENS = 32
 MAX_ROUNDS = 3  # a cliff is believed when it shows in all of them
@@ -48,22 +49,22 @@ def sweep_lengths(context_length: int, new_tokens: int, max_prompt_tokens: int |
     return [*powers, longest]
 
 
-def speed_by_length(rows: Sequence[dict[str, Any]]) -> list[LengthSpeed]:
+def speed_by_length(rows: Sequence[SweptRequest]) -> list[LengthSpeed]:
     """Speeds by ascending length, from the sweep's rows.
 
     A length that was measured in several rounds counts with the best round's median, TTFT and throughput each for
     itself: what else a machine does only ever slows a request.
     """
-    ordered = sorted(rows, key=lambda row: (row["prompt_tokens"], row["round"]))
+    ordered = sorted(rows, key=lambda row: (row.prompt_tokens, row.round))
     speeds = []
-    for length, group in groupby(ordered, key=lambda row: int(row["prompt_tokens"])):
-        rounds = [list(requests) for _, requests in groupby(group, key=lambda row: int(row["round"]))]
-        name = "token_generation_throughput_tps"
+    for length, group in groupby(ordered, key=lambda row: row.prompt_tokens):
+        rounds = [list(requests) for _, requests in groupby(group, key=lambda row: row.round)]
+        throughputs = [[row.token_generation_throughput_tps for row in requests] for requests in rounds]
         speeds.append(
             LengthSpeed(
                 prompt_tokens=length,
-                ttft_ms=min(statistics.median(row["ttft_ms"] for row in one) for one in rounds),
-                token_generation_throughput_tps=max(statistics.median(row[name] for row in one) for one in rounds),
+                ttft_ms=min(statistics.median(row.ttft_ms for row in requests) for requests in rounds),
+                token_generation_throughput_tps=max(statistics.median(values) for values in throughputs),
             )
         )
     return speeds
@@ -102,28 +103,43 @@ class SweepPlan:
     first_s: float
 
 
+@dataclass(frozen=True)
+class TimedRequest:
+    """What one request of the sweep gave; see `slmops.infra.genai.calls.SweptRequest`."""
+
+    new_tokens: int
+    ttft_ms: float
+    token_generation_throughput_tps: float
+    e2e_latency_ms: float
+    finite_logits: bool
+    answered: bool | None
+
+
 def sweep(
     plan: SweepPlan,
-    request: Callable[[int], dict[str, Any]],
+    request: Callable[[int], TimedRequest],
     has_room: Callable[[int], bool],
     on_request: Callable[[str], None],
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[SweptRequest], list[str]]:
     """Make requests of growing length; returns their rows and notes on what was left out or measured again.
 
-    `request(prompt_tokens)` returns a row with at least `prompt_tokens`, `ttft_ms`,
-    `token_generation_throughput_tps` and `e2e_latency_ms`; `has_room(prompt_tokens)` says whether the memory
-    suffices. The sweep stops before a length that would take it beyond the budget, its time being predicted from
-    the two lengths before. The two lengths of a loss beyond `max_cliff_ratio` are measured again, beyond the budget
-    if need be, for a model may be rejected for it.
+    `request(prompt_tokens)` makes one; `has_room(prompt_tokens)` says whether the memory suffices. The sweep stops
+    before a length that would take it beyond the budget, its time being predicted from the two lengths before. The two
+    lengths of a loss beyond `max_cliff_ratio` are measured again, beyond the budget if need be, for a model may be
+    rejected for it.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[SweptRequest] = []
     notes: list[str] = []
     spent: list[tuple[int, float]] = []
 
-    def measure(length: int, number: int) -> None:
+    def measure(length: int, number: int) -> float:
+        seconds = 0.0
         for repetition in range(plan.repetitions):
             on_request(f"sweep, {length} prompt tokens")
-            rows.append({**request(length), "round": number, "repetition": repetition})
+            found = request(length)
+            seconds += found.e2e_latency_ms / 1000
+            rows.append(_row(found, length, number, repetition))
+        return seconds
 
     for length in plan.lengths:
         predicted_s = _predict(spent, length) if spent else plan.repetitions * plan.first_s
@@ -136,9 +152,7 @@ def sweep(
         if not has_room(length):
             notes.append(f"The sweep stopped before {length} prompt tokens: the memory might not suffice.")
             break
-        measure(length, 0)
-        seconds = sum(row["e2e_latency_ms"] for row in rows if row["prompt_tokens"] == length) / 1000
-        spent.append((length, seconds))
+        spent.append((length, measure(length, 0)))
 
     for number in range(1, MAX_ROUNDS):
         cliffs = _cliffs(rows, plan.max_cliff_ratio)
@@ -156,7 +170,20 @@ def sweep(
     return rows, notes
 
 
-def _cliffs(rows: Sequence[dict[str, Any]], max_cliff_ratio: float) -> list[ThroughputLoss]:
+def _row(found: TimedRequest, prompt_tokens: int, number: int, repetition: int) -> SweptRequest:
+    return SweptRequest(
+        prompt_tokens=prompt_tokens,
+        new_tokens=found.new_tokens,
+        repetition=repetition,
+        round=number,
+        ttft_ms=found.ttft_ms,
+        token_generation_throughput_tps=found.token_generation_throughput_tps,
+        finite_logits=found.finite_logits,
+        answered=found.answered,
+    )
+
+
+def _cliffs(rows: Sequence[SweptRequest], max_cliff_ratio: float) -> list[ThroughputLoss]:
     return [loss for loss in throughput_losses(speed_by_length(rows)) if loss.factor > max_cliff_ratio]
 
 

@@ -1,75 +1,61 @@
 """A genai model folder on a text: the log-probability of every token, and its distance from the source checkpoint."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.genai.distributions import PositionComparison, are_comparable, compare_position
-from slmops.infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
+from slmops.infra.genai.calls import ComparedText, CompareText, ScoredWindow
+from slmops.infra.genai.runtime import GenaiModel, package_versions
 from slmops.infra.process.call import Progress
-from slmops.infra.transformers.reference import LOGITS_FILE
-from slmops.infra.transformers.text import (
-    TEXT_REFERENCE_FILE,
-    begin_token_ids,
-    cut_windows,
+from slmops.infra.reference.answers import LOGITS_FILE
+from slmops.infra.reference.distributions import (
+    PositionComparison,
+    are_comparable,
+    compare_position,
     log_probability,
-    scored_positions,
 )
+from slmops.infra.reference.text import TEXT_FILE, SourceText, begin_token_ids, cut_windows, scored_positions
 
 # The runtime's own tensor, the binding's array, the chosen lines and their float32 copy: all exist at once.
 COPIES_OF_A_CHUNK = 4
 
 
-def compare_text(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def compare_text(call: CompareText, progress: Progress) -> ComparedText:
     """Score the tokens of a text and compare the next-token distributions with the reference's.
-
-    Request: `model_dir`, `text_file` (UTF-8), `reference_dir` (written by `infra.transformers.text:text_reference` for
-    the same text, or null), `max_tokens` and `window_tokens` (used without a reference), `threads`,
-    `execution_provider` (or null), `chunk_bytes` (optional).
 
     Tokens and windows are the reference's; without one the runtime's own tokenizer makes them, by the same rules.
     Each side's log-probabilities are over its whole vocabulary. No more than `chunk_bytes` of logits exist at once.
-
-    Result: `windows` [{tokens (scored), finite_tokens, log_probability (sum, nats; None when a token's logits are not
-    finite), reference_log_probability (sum; None without a reference), positions (compared), agreeing (of them),
-    kl_divergence (sum; None when one is unknown)}], `tokens` (of the text), `window_tokens`, `kl_divergence_p99`,
-    `last_position_only` (whether the model gives one position's logits at a time), `threads`, `versions`.
 
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` for a model that cannot be run, a vocabulary
     that is not the reference's, or a reference of another text.
     """
     progress(0, 1, "loading the model")
-    model = GenaiModel(
-        Path(request["model_dir"]),
-        threads=request["threads"],
-        execution_provider=request.get("execution_provider"),
-    )
-    content = Path(request["text_file"]).read_bytes()
-    reference = _TextReference(Path(request["reference_dir"]), content) if request.get("reference_dir") else None
+    model = GenaiModel(call.model_dir, threads=call.threads, execution_provider=call.execution_provider)
+    content = call.text_file.read_bytes()
+    reference = _TextReference(call.reference_dir, content) if call.reference_dir else None
+    windows: Sequence[Sequence[int]]
     if reference:
-        begin, windows = reference.begin, [window["token_ids"] for window in reference.windows]
+        begin: Sequence[int] = reference.begin
+        windows = [window.token_ids for window in reference.windows]
         vocabulary = reference.comparable_vocabulary(model.vocabulary_size)
     else:
         begin = begin_tokens_of(model.model_dir)
-        token_ids = [int(token) for token in model.tokenizer.encode(content.decode())][: request["max_tokens"]]
-        windows = cut_windows(token_ids, begin, min(request["window_tokens"], model.context_length - len(begin)))
+        token_ids = [int(token) for token in model.tokenizer.encode(content.decode())][: call.max_tokens]
+        windows = cut_windows(token_ids, begin, min(call.window_tokens, model.context_length - len(begin)))
         vocabulary = model.vocabulary_size
-    chunk_bytes = request.get("chunk_bytes", LOGITS_CHUNK_BYTES) // COPIES_OF_A_CHUNK
-    scored: list[dict[str, Any]] = []
+    chunk_bytes = call.chunk_bytes // COPIES_OF_A_CHUNK
+    scored: list[ScoredWindow] = []
     divergences: list[float | None] = []
     for done, window in enumerate(windows):
         progress(done, len(windows), "text")
         positions = scored_positions(window, begin)
         expected = reference.logits_of(done) if reference else iter(())
-        compared = set(reference.windows[done]["positions"]) if reference else set()
+        compared = set(reference.windows[done].positions) if reference else set()
         log_probabilities: list[float] = []
         comparisons: list[PositionComparison] = []
         for position, logits in zip(positions, model.logits_at(window, positions, chunk_bytes), strict=True):
@@ -79,27 +65,27 @@ def compare_text(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
             if position in compared:
                 comparisons.append(compare_position(next(expected)[:vocabulary], logits[:vocabulary], following))
         scored.append(
-            {
-                "tokens": len(positions),
-                "finite_tokens": sum(not math.isnan(value) for value in log_probabilities),
-                "log_probability": _sum(log_probabilities),
-                "reference_log_probability": reference.log_probability_of(done) if reference else None,
-                "positions": len(comparisons),
-                "agreeing": sum(comparison.agrees for comparison in comparisons),
-                "kl_divergence": _sum([_known(comparison.kl_divergence) for comparison in comparisons]),
-            }
+            ScoredWindow(
+                tokens=len(positions),
+                finite_tokens=sum(not math.isnan(value) for value in log_probabilities),
+                log_probability=_sum(log_probabilities),
+                reference_log_probability=reference.log_probability_of(done) if reference else None,
+                positions=len(comparisons),
+                agreeing=sum(comparison.agrees for comparison in comparisons),
+                kl_divergence=_sum([_known(comparison.kl_divergence) for comparison in comparisons]),
+            )
         )
         divergences += [comparison.kl_divergence for comparison in comparisons]
     known = [value for value in divergences if value is not None]
-    return {
-        "windows": scored,
-        "tokens": sum(len(window) - len(begin) for window in windows),
-        "window_tokens": max(len(window) - len(begin) for window in windows),
-        "kl_divergence_p99": float(np.percentile(known, 99)) if known and len(known) == len(divergences) else None,
-        "last_position_only": model.gives_last_position_only,
-        "threads": request["threads"],
-        "versions": {package: version(package) for package in ("onnxruntime", "onnxruntime-genai", "numpy")},
-    }
+    return ComparedText(
+        windows=tuple(scored),
+        tokens=sum(len(window) - len(begin) for window in windows),
+        window_tokens=max(len(window) - len(begin) for window in windows),
+        kl_divergence_p99=float(np.percentile(known, 99)) if known and len(known) == len(divergences) else None,
+        last_position_only=model.gives_last_position_only,
+        threads=call.threads,
+        versions=package_versions(),
+    )
 
 
 def begin_tokens_of(model_dir: Path) -> list[int]:
@@ -119,14 +105,12 @@ class _TextReference:
     """What the reference's child function wrote for a text; the logits are read a line at a time."""
 
     def __init__(self, directory: Path, text: bytes) -> None:
-        content = json.loads((directory / TEXT_REFERENCE_FILE).read_text("utf-8"))
-        if content["text_sha256"] != hashlib.sha256(text).hexdigest():
+        content = SourceText.model_validate_json((directory / TEXT_FILE).read_bytes())
+        if content.text_sha256 != hashlib.sha256(text).hexdigest():
             raise StageFailed(f"The reference in {directory} was made for another text.", "Make the reference again.")
-        self.windows: list[dict[str, Any]] = content["windows"]
-        self.begin: list[int] = content["begin"]
+        self.windows, self.begin = content.windows, content.begin
         self._path = directory / LOGITS_FILE
-        self._vocabulary_size: int = content["vocabulary_size"]
-        self._tokenizer_size: int = content["tokenizer_size"]
+        self._vocabulary_size, self._tokenizer_size = content.vocabulary_size, content.tokenizer_size
 
     def comparable_vocabulary(self, variant_size: int) -> int:
         """Size of the common vocabulary: what one side has beyond it must be padding that no token uses."""
@@ -140,16 +124,16 @@ class _TextReference:
 
     def log_probability_of(self, index: int) -> float:
         """Sum of the log-probabilities of a window's tokens."""
-        return math.fsum(self.windows[index]["log_probabilities"])
+        return math.fsum(self.windows[index].log_probabilities)
 
     def logits_of(self, index: int) -> Iterator[NDArray[np.float32]]:
         """Yield the logits at the compared positions of a window."""
-        before = sum(len(window["positions"]) for window in self.windows[:index])
+        before = sum(len(window.positions) for window in self.windows[:index])
         with self._path.open("rb") as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
             file.seek(4 * self._vocabulary_size * before, 1)
-            for _ in self.windows[index]["positions"]:
+            for _ in self.windows[index].positions:
                 yield np.fromfile(file, "<f4", self._vocabulary_size)
 
 

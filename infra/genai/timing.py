@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from slmops.infra.genai.runtime import GenaiModel
 
 BENCHMARK_TEXT = "The quick brown fox jumps over the lazy dog, and then it rests in the warm sun for a while. "
 
-OnLogits = Callable[[NDArray[Any]], None]
+OnLogits = Callable[[NDArray[np.float32]], None]
 OnAnswer = Callable[[list[int]], None]
 
 
@@ -55,6 +54,18 @@ def _alike(pair: tuple[int, ...]) -> bool:
     return pair[0] == pair[1]
 
 
+@dataclass(frozen=True)
+class Timing:
+    """The figures of one request: times in ms, throughputs in tokens per s, the latencies after the first token."""
+
+    ttft_ms: float
+    prompt_processing_throughput_tps: float
+    token_generation_throughput_tps: float
+    inter_token_latency_ms: float
+    inter_token_latencies_ms: tuple[float, ...]
+    e2e_latency_ms: float
+
+
 def time_request(
     model: GenaiModel,
     prompt_ids: NDArray[np.int32],
@@ -62,7 +73,7 @@ def time_request(
     *,
     on_logits: OnLogits | None = None,
     on_answer: OnAnswer | None = None,
-) -> dict[str, Any]:
+) -> Timing:
     """Time one greedy generation of exactly `new_tokens` tokens; the end token is suppressed.
 
     The terms are those of onnxruntime-genai's own benchmark/python/benchmark_e2e.py: the prompt is processed by
@@ -105,11 +116,11 @@ def time_request(
             "Its genai_config.json ends generation early: build it again.",
         )
     ttft_s = (fed - made) + (first - sampling)
-    return {
-        "ttft_ms": 1000 * ttft_s,
-        "prompt_processing_throughput_tps": len(prompt_ids) / (fed - made),
-        "token_generation_throughput_tps": len(gaps_s) / sum(gaps_s),
-        "inter_token_latency_ms": 1000 * sum(gaps_s) / len(gaps_s),
-        "inter_token_latencies_ms": [1000 * gap for gap in gaps_s],
-        "e2e_latency_ms": 1000 * ((made - asked) + ttft_s + sum(gaps_s)),
-    }
+    return Timing(
+        ttft_ms=1000 * ttft_s,
+        prompt_processing_throughput_tps=len(prompt_ids) / (fed - made),
+        token_generation_throughput_tps=len(gaps_s) / sum(gaps_s),
+        inter_token_latency_ms=1000 * sum(gaps_s) / len(gaps_s),
+        inter_token_latencies_ms=tuple(1000 * gap for gap in gaps_s),
+        e2e_latency_ms=1000 * ((made - asked) + ttft_s + sum(gaps_s)),
+    )

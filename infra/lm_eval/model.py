@@ -12,10 +12,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.genai.runtime import LOGITS_CHUNK_BYTES, GenaiModel
+from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.genai.text import COPIES_OF_A_CHUNK, begin_tokens_of
 from slmops.infra.process.call import Progress
-from slmops.infra.transformers.text import log_probability
+from slmops.infra.reference.distributions import log_probability
+from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default for a task that names none
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.lm_eval.calls import RunTasks, TaskMetric, TaskResults
 from slmops.infra.lm_eval.task_files import check_task_folder
 from slmops.infra.process.call import Progress
 
@@ -27,20 +28,12 @@ OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "LMEVAL_DISAB
 ONLINE = {**OFFLINE, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 
 
-def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def evaluate(call: RunTasks, progress: Progress) -> TaskResults:
     """Run lm-eval tasks by name.
-
-    Request: `model_dir` (genai) or `checkpoint_dir` (run by lm-eval's own HFLM in float32), the other null; `tasks`
-    (names of tasks, groups or tags), `include_path` (folder of the user's tasks, or null), `limit` (documents per
-    task, or null), `chat_template` (whether prompts are rendered as chats), `allow_code` (whether the user's tasks may
-    run code), `allow_network`, `threads`, `execution_provider` (or null).
 
     Relative paths in the user's tasks count from `include_path`. Templates run in a sandbox unless `allow_code`;
     metrics that would be fetched as code, and tasks that run what the model wrote, are refused in any case. Without
     `allow_network` this process reaches no other machine from then on.
-
-    Result: `results` [{task, metric, filter, value, stderr (or null), n_samples, higher_is_better (or null),
-    num_fewshot (or null), task_version (or null), task_digest}], `notes`, `versions`.
 
     Raises `BadInput` where lm-eval is missing, and for tasks that are unknown, cannot be loaded or cannot be run;
     `StageFailed` for a model that cannot be run.
@@ -50,24 +43,24 @@ def evaluate(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise BadInput("lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.") from error
 
-    if not request["allow_network"]:
+    if not call.allow_network:
         sys.addaudithook(_stay_on_this_machine)
-    include = Path(request["include_path"]) if request["include_path"] else None
+    include = call.include_path
     progress(0, 1, "loading the tasks")
     if include:
-        check_task_folder(include, allow_code=request["allow_code"])
+        check_task_folder(include, allow_code=call.allow_code)
         os.chdir(include)
-    loaded = _load_tasks(request["tasks"], include, allow_code=request["allow_code"])
+    loaded = _load_tasks(call.tasks, include, allow_code=call.allow_code)
     progress(0, 1, "loading the model")
-    lm = _open(request, progress)
-    found = _evaluate(lm, loaded, request)
+    lm = _open(call, progress)
+    found = _evaluate(lm, loaded, call)
     packages = ["lm-eval", "datasets"]
-    packages += ["onnxruntime", "onnxruntime-genai"] if request["model_dir"] else ["torch", "transformers"]
-    return {
-        "results": list(_results(found)),
-        "notes": sorted(getattr(lm, "notes", ())),
-        "versions": {package: version(package) for package in packages},
-    }
+    packages += ["onnxruntime", "onnxruntime-genai"] if call.model_dir else ["torch", "transformers"]
+    return TaskResults(
+        results=tuple(_results(found)),
+        notes=tuple(sorted(getattr(lm, "notes", ()))),
+        versions={package: version(package) for package in packages},
+    )
 
 
 def _stay_on_this_machine(event: str, arguments: tuple[Any, ...]) -> None:
@@ -167,28 +160,25 @@ def _sandboxed(environment: Any) -> Any:
     return safe
 
 
-def _open(request: dict[str, Any], progress: Progress) -> Any:
-    if request["model_dir"]:
+def _open(call: RunTasks, progress: Progress) -> Any:
+    if call.model_dir:
         from slmops.infra.genai.runtime import GenaiModel
         from slmops.infra.lm_eval.model import GenaiLM
 
-        model = GenaiModel(
-            Path(request["model_dir"]),
-            threads=request["threads"],
-            execution_provider=request.get("execution_provider"),
-        )
+        model = GenaiModel(call.model_dir, threads=call.threads, execution_provider=call.execution_provider)
         return GenaiLM(model, progress)
+    assert call.checkpoint_dir
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    from slmops.infra.transformers.reference import load_checkpoint
+    from slmops.infra.transformers.answers import load_checkpoint
 
-    torch.set_num_threads(request["threads"])
-    tokenizer, checkpoint = load_checkpoint(request["checkpoint_dir"], "float32")
+    torch.set_num_threads(call.threads)
+    tokenizer, checkpoint = load_checkpoint(call.checkpoint_dir, "float32")
     return HFLM(pretrained=checkpoint, tokenizer=tokenizer, batch_size=1)
 
 
-def _evaluate(lm: Any, loaded: Any, request: dict[str, Any]) -> Any:
+def _evaluate(lm: Any, loaded: Any, call: RunTasks) -> Any:
     """What `lm_eval.simple_evaluate` does with loaded tasks, without its look at the machine and its git folders."""
     import lm_eval
     import numpy as np
@@ -203,11 +193,11 @@ def _evaluate(lm: Any, loaded: Any, request: dict[str, Any]) -> Any:
         return lm_eval.evaluate(
             lm=lm,
             task_dict=loaded,
-            limit=request["limit"],
+            limit=call.limit,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
             log_samples=False,
-            apply_chat_template=request["chat_template"],
-            fewshot_as_multiturn=request["chat_template"],
+            apply_chat_template=call.chat_template,
+            fewshot_as_multiturn=call.chat_template,
         )
     except SlmopsError:
         raise
@@ -217,7 +207,7 @@ def _evaluate(lm: Any, loaded: Any, request: dict[str, Any]) -> Any:
         ) from error
 
 
-def _results(found: Any) -> Iterator[dict[str, Any]]:
+def _results(found: Any) -> Iterator[TaskMetric]:
     for name, figures in found["results"].items():
         for key, value in figures.items():
             metric, comma, filter_name = key.partition(",")
@@ -228,18 +218,18 @@ def _results(found: Any) -> Iterator[dict[str, Any]]:
                     f"The metric {metric} of the task {name} is {value}.",
                     "The model gives the right text no probability at all: its figures on the evaluation tell more.",
                 )
-            yield {
-                "task": name,
-                "metric": metric,
-                "filter": filter_name,
-                "value": float(value),
-                "stderr": _finite(figures.get(f"{metric}_stderr,{filter_name}")),
-                "n_samples": int(figures["sample_len"]),
-                "higher_is_better": found["higher_is_better"].get(name, {}).get(metric),
-                "num_fewshot": found["n-shot"].get(name),
-                "task_version": _text(found["versions"].get(name)),
-                "task_digest": _digest(found["configs"].get(name, found["group_subtasks"].get(name))),
-            }
+            yield TaskMetric(
+                task=name,
+                metric=metric,
+                filter=filter_name,
+                value=float(value),
+                stderr=_finite(figures.get(f"{metric}_stderr,{filter_name}")),
+                n_samples=int(figures["sample_len"]),
+                higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
+                num_fewshot=found["n-shot"].get(name),
+                task_version=_text(found["versions"].get(name)),
+                task_digest=_digest(found["configs"].get(name, found["group_subtasks"].get(name))),
+            )
 
 
 def _finite(value: Any) -> float | None:

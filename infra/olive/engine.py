@@ -1,4 +1,4 @@
-"""Run Olive: the child function that turns a checkpoint into an onnxruntime-genai folder."""
+"""Run Olive, which turns a checkpoint into an onnxruntime-genai folder."""
 
 import copy
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.olive.architectures import check_architecture
+from slmops.infra.olive.calls import Build, Built
 from slmops.infra.olive.lean_files import spare_reads_and_writes
 from slmops.infra.olive.lean_import import import_olive_workflows
 from slmops.infra.olive.options import read_olive_package_config
@@ -34,32 +35,24 @@ class _LastFailure(logging.Handler):
             self.exception = record.exc_info[1]
 
 
-def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def build(call: Build, progress: Progress) -> Built:
     """Build one variant with Olive.
-
-    Request: `{"olive_config": {...}, "checkpoint_dir": str, "output_dir": str, "cache_dir": str, "threads": int}`; the
-    configuration is complete but for its paths. The finished folder is written to `output_dir`, which must be empty or
-    missing; everything on the way there lives in a folder of its own under `cache_dir` and is removed at the end.
-
-    Result: `{"precision": str, "warnings": [str], "files": [str]}`, the files' names sorted.
 
     Raises `BadInput` for an architecture that is not supported, `StageFailed` when the build does not give a model.
     """
-    checkpoint_dir, output_dir = Path(request["checkpoint_dir"]).absolute(), Path(request["output_dir"]).absolute()
-    check_architecture(json.loads((checkpoint_dir / "config.json").read_text("utf-8")))
-    os.environ["OMP_NUM_THREADS"] = str(request["threads"])  # read once, when torch is imported below
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if any(output_dir.iterdir()):
-        raise StageFailed(f"The output folder {output_dir} is not empty.", "Give the build a fresh folder.")
-    cache_dir = Path(request["cache_dir"]).absolute()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="olive-", dir=cache_dir) as work:
+    check_architecture(json.loads((call.checkpoint_dir / "config.json").read_text("utf-8")))
+    os.environ["OMP_NUM_THREADS"] = str(call.threads)  # read once, when torch is imported below
+    call.output_dir.mkdir(parents=True, exist_ok=True)
+    if any(call.output_dir.iterdir()):
+        raise StageFailed(f"The output folder {call.output_dir} is not empty.", "Give the build a fresh folder.")
+    call.cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="olive-", dir=call.cache_dir) as work:
         progress(0, 2, "building the model")
-        built = _run_olive(request["olive_config"], checkpoint_dir, Path(work))
+        built = _run_olive(call.olive_config, call.checkpoint_dir, Path(work))
         progress(1, 2, "writing the model's folder")
-        files = _move_model(built, output_dir)
+        files = _move_model(built, call.output_dir)
     progress(2, 2, "built")
-    return {"precision": _builder_options(request["olive_config"])["precision"], "warnings": [], "files": files}
+    return Built(precision=_builder_options(call.olive_config)["precision"], warnings=(), files=tuple(files))
 
 
 def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -> Path:

@@ -56,12 +56,14 @@ class ChildResult(Generic[R]):
 def perform(target: str, request: JsonValue, progress: Progress) -> JsonValue:
     """Perform a call that came from another process, and return its answer as JSON.
 
-    Raises `pydantic.ValidationError` for a request that is not of the call's type, `TypeError` for a target that is
-    no call, and what the call raises.
+    Raises `pydantic.ValidationError` for a request or an answer that is not of the call's type, `TypeError` for a
+    target that is no call, and what the call raises.
     """
     module, _, name = target.partition(":")
     kind = getattr(importlib.import_module(module), name)
     if not (isinstance(kind, type) and issubclass(kind, Call)):
         raise TypeError(f"{target} is no call")
-    answer: JsonValue = kind.answer_type().dump_python(kind.model_validate(request).perform(progress), mode="json")
-    return answer
+    answer_type = kind.answer_type()
+    answer = answer_type.validate_python(kind.model_validate(request).perform(progress))
+    sent: JsonValue = answer_type.dump_python(answer, mode="json")
+    return sent

@@ -1,7 +1,7 @@
-"""The child's side: run functions of `infra` as often as the supervisor asks, and report to it.
+"""The child's side: perform calls of `infra` as often as the supervisor asks, and report to it.
 
-Started as `python -m infra.process.child MODULE:FUNCTION`, which names the first call to whoever lists processes. Each
-line of standard input is a call, a JSON object `{"function": "MODULE:FUNCTION", "request": {...}, "log_path": str,
+Started as `python -m slmops.infra.process.child MODULE:CLASS`, which names the first call to whoever lists processes.
+Each line of standard input is a call, a JSON object `{"call": "MODULE:CLASS", "request": {...}, "log_path": str,
 "work_dir": str, "is_last": bool}`; after the last one the child ends. The input is a lifeline too: when it closes, the
 supervisor is gone and the child ends itself. Standard output carries one JSON message a line; whatever libraries print
 goes to standard error, which is the log of the call.
@@ -10,7 +10,6 @@ goes to standard error, which is the log of the call.
 import contextlib
 import ctypes
 import gc
-import importlib
 import json
 import os
 import queue
@@ -18,14 +17,15 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from slmops.infra.errors import SlmopsError
-from slmops.infra.process.call import Progress
+from pydantic import JsonValue
 
-ChildFunction = Callable[[dict[str, Any], Progress], dict[str, Any]]
+from slmops.infra.errors import SlmopsError
+from slmops.infra.process.call import Progress, perform
+from slmops.infra.records import Json
 
 
 class _Calls:
@@ -54,14 +54,8 @@ class _Calls:
             self._is_idle = True
 
 
-def _load(target: str) -> ChildFunction:
-    module_name, _, function_name = target.partition(":")
-    function: ChildFunction = getattr(importlib.import_module(module_name), function_name)
-    return function
-
-
 def main() -> None:
-    """Run the function of each call; the exit status is 0 if the last one returned."""
+    """Perform each call; the exit status is 0 if the last one was answered."""
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # native libraries print to descriptor 1 as well: keep the message channel clean
     sys.stdout = sys.stderr
@@ -76,7 +70,7 @@ def main() -> None:
     for call in _Calls(sys.stdin.buffer):
         _log_to(call["log_path"])
         os.chdir(call["work_dir"])
-        answer = _answer(call["function"], call["request"], progress)
+        answer = _answer(call["call"], call["request"], progress)
         sys.stderr.flush()
         if not call["is_last"]:
             _give_memory_back()
@@ -100,9 +94,9 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _answer(function: str, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _answer(target: str, request: JsonValue, progress: Progress) -> Json:
     try:
-        return {"result": _load(function)(request, progress)}
+        return {"result": perform(target, request, progress)}
     except SlmopsError as error:
         traceback.print_exc()
         return {"error": {"kind": type(error).__name__, "message": error.message, "what_to_do": error.what_to_do}}

@@ -13,13 +13,13 @@ import traceback
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import psutil
 
 from slmops.infra.errors import SlmopsError, StageFailed
-from slmops.infra.process.call import Progress
+from slmops.infra.process.call import Call, Progress
+from slmops.infra.records import AbsolutePath, Record
 
 Messages = Sequence[dict[str, str]]
 
@@ -44,12 +44,35 @@ class OpenedModel(Protocol):
         """Whether the text of a control token inside a user's message becomes that token."""
 
 
-def exercise(model: OpenedModel, request: dict[str, Any], progress: Progress) -> None:
-    """Soak an opened model, then give it the edge inputs; what happened is in the journal.
+class TypedInput(Record):
+    """A difficult conversation; `control_tokens` are (text, id) of those that a user typed in it."""
 
-    Request: `conversations` (at least one; they are cycled over, and the first is the ordinary request), `requests`
-    (0: no soak), `new_tokens` (at most, per answer), `edge_inputs` [{name, messages, control_tokens: [[text, id]]}],
-    `step_deadline_s` (the process ends itself when one step takes longer), `journal` (path of a file to append to).
+    name: str
+    messages: tuple[dict[str, str], ...]
+    control_tokens: tuple[tuple[str, int], ...] = ()
+
+
+class Endure(Call[None]):
+    """Soak a model folder in a runtime, then give it the edge inputs; what happened is in the journal.
+
+    `conversations` (at least one) are cycled over, and the first is the ordinary request; `requests` 0: no soak;
+    `new_tokens` at most, per answer. The process ends itself when one step takes longer than `step_deadline_s`.
+    `cache_dir` is empty, for a runtime that writes beside the model; `journal` is a file to append to.
+    """
+
+    model_dir: AbsolutePath
+    cache_dir: AbsolutePath
+    threads: int
+    conversations: tuple[tuple[dict[str, str], ...], ...]
+    requests: int
+    new_tokens: int
+    edge_inputs: tuple[TypedInput, ...]
+    step_deadline_s: float
+    journal: AbsolutePath
+
+
+def exercise(model: OpenedModel, call: Endure, progress: Progress) -> None:
+    """Soak an opened model, then give it the edge inputs.
 
     The journal is JSON Lines: `{"begun": name, "request": int or null, "at": time.time()}` before each step;
     `{"rss_bytes": [int]}` after a soak that ended; `{"outcome": {...}}`, the fields of
@@ -58,25 +81,23 @@ def exercise(model: OpenedModel, request: dict[str, Any], progress: Progress) ->
 
     Raises `StageFailed` when the model does not answer an ordinary request before the first edge input.
     """
-    requests, new_tokens = request["requests"], request["new_tokens"]
-    conversations: list[Messages] = request["conversations"]
-    edge_inputs: list[dict[str, Any]] = request["edge_inputs"]
-    total = requests + len(edge_inputs)
-    with Path(request["journal"]).open("a", encoding="utf-8") as file:
-        journal = _Journal(file, request["step_deadline_s"])
+    requests, new_tokens = call.requests, call.new_tokens
+    total = requests + len(call.edge_inputs)
+    with call.journal.open("a", encoding="utf-8") as file:
+        journal = _Journal(file, call.step_deadline_s)
         if requests:
-            turns = itertools.islice(itertools.cycle(conversations), requests)
+            turns = itertools.islice(itertools.cycle(call.conversations), requests)
             _soak(model, list(turns), new_tokens, journal, lambda done: progress(done, total, LONG_USE))
-        if edge_inputs:
-            ordinary = _OrdinaryRequest(model, conversations[0], new_tokens, journal)
-            for done, edge_input in enumerate(edge_inputs, requests):
-                progress(done, total, f"edge input: {edge_input['name']}")
+        if call.edge_inputs:
+            ordinary = _OrdinaryRequest(model, call.conversations[0], new_tokens, journal)
+            for done, edge_input in enumerate(call.edge_inputs, requests):
+                progress(done, total, f"edge input: {edge_input.name}")
                 journal.write({"outcome": _try_edge_input(model, edge_input, new_tokens, ordinary, journal)})
     progress(total, total, "exercised")
 
 
 class _Journal:
-    def __init__(self, file: Any, step_deadline_s: float) -> None:
+    def __init__(self, file: TextIO, step_deadline_s: float) -> None:
         self._file = file
         self._step_deadline_s = step_deadline_s
 
@@ -149,10 +170,10 @@ class _OrdinaryRequest:
 
 
 def _try_edge_input(
-    model: OpenedModel, edge_input: dict[str, Any], new_tokens: int, ordinary: _OrdinaryRequest, journal: _Journal
+    model: OpenedModel, edge_input: TypedInput, new_tokens: int, ordinary: _OrdinaryRequest, journal: _Journal
 ) -> dict[str, Any]:
-    with journal.step(edge_input["name"]):
-        messages, prompt_tokens = _fitting(model, edge_input["name"], edge_input["messages"], journal)
+    with journal.step(edge_input.name):
+        messages, prompt_tokens = _fitting(model, edge_input.name, edge_input.messages, journal)
         started = time.perf_counter()
         try:
             outcome, detail = "answered", model.answer(messages, new_tokens)
@@ -160,12 +181,12 @@ def _try_edge_input(
             outcome, detail = "refused", _reason(error)
         wall_ms = 1000 * (time.perf_counter() - started)
         return _outcome(
-            edge_input["name"],
+            edge_input.name,
             outcome,
             _shown(detail),
             prompt_tokens=prompt_tokens,
             alive=ordinary.is_answered_as_before(),
-            control_tokens=_control_tokens(model, edge_input["control_tokens"], journal),
+            control_tokens=_control_tokens(model, edge_input.control_tokens, journal),
             wall_ms=wall_ms,
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from slmops.infra import errors
-from slmops.infra.process.call import ChildResult, OnProgress
+from slmops.infra.process.call import Call, ChildResult, OnProgress, R
 
 SAMPLE_INTERVAL_S = 0.05
 # Finding descendants looks at every process of the machine: at each sample it would take a tenth of a core.
@@ -48,8 +48,7 @@ PYTHON = (sys.executable, "-P")
 
 
 def run_in_child(
-    function: str,
-    request: dict[str, Any],
+    call: Call[R],
     *,
     deadline_s: float,
     log_path: Path,
@@ -57,20 +56,19 @@ def run_in_child(
     on_progress: OnProgress | None = None,
     environment: Mapping[str, str] | None = None,
     within: "ChildProcess | None" = None,
-) -> ChildResult[dict[str, Any]]:
-    """Run `MODULE:FUNCTION` of infra in a process of its own, or `within` one that there is, and return its result.
+) -> ChildResult[R]:
+    """Perform a call in a process of its own, or `within` one that there is, and return its answer.
 
-    `request` and the result are JSON objects. The child runs in `work_dir`, writes its log to `log_path`,
-    and is killed with all its descendants when `deadline_s` is over or when this call is left by any
-    exception (a cancelled flow run, Ctrl-C). If this process dies, the child ends itself.
+    The child runs in `work_dir`, writes its log to `log_path`, and is killed with all its descendants when `deadline_s`
+    is over or when this is left by any exception (a cancelled flow run, Ctrl-C). If this process dies, the child ends
+    itself.
 
     Raises `DeadlineExceeded`; the child's own `SlmopsError`; `PassingFault` when it was killed from
     outside; `StageFailed` with the end of the log for anything else.
     """
     with contextlib.nullcontext(within) if within else ChildProcess(environment) as child:
-        return child.call(
-            function,
-            request,
+        return child.run(
+            call,
             deadline_s=deadline_s,
             log_path=log_path,
             work_dir=work_dir,
@@ -96,18 +94,17 @@ class ChildProcess:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def call(
+    def run(
         self,
-        function: str,
-        request: dict[str, Any],
+        call: Call[R],
         *,
         deadline_s: float,
         log_path: Path,
         work_dir: Path,
         on_progress: OnProgress | None = None,
         is_last: bool = False,
-    ) -> ChildResult[dict[str, Any]]:
-        """Run `MODULE:FUNCTION` once, as `run_in_child` does; `is_last` lets the process end with it.
+    ) -> ChildResult[R]:
+        """Perform a call once, as `run_in_child` does; `is_last` lets the process end with it.
 
         The peak of the memory counts what earlier calls left.
         """
@@ -117,10 +114,11 @@ class ChildProcess:
         started = time.monotonic()
         if self._process and self._process.poll() is not None:  # it was killed since the last call
             self._end()
-        process = self._process or self._start(function, log_path, work_dir)
-        call = {
-            "function": function,
-            "request": request,
+        target = call.target()
+        process = self._process or self._start(target, log_path, work_dir)
+        line = {
+            "call": target,
+            "request": call.model_dump(mode="json"),
             "log_path": str(log_path.absolute()),
             "work_dir": str(work_dir.absolute()),
             "is_last": is_last,
@@ -129,12 +127,12 @@ class ChildProcess:
         try:
             assert process.stdin
             with contextlib.suppress(BrokenPipeError):  # a child that died at once is reported by its exit status
-                process.stdin.write(json.dumps(call).encode() + b"\n")
+                process.stdin.write(json.dumps(line).encode() + b"\n")
                 process.stdin.flush()
             message, peak_rss_bytes = _follow(process, self._messages, started + deadline_s, on_progress)
         except TimeoutError:
             raise errors.DeadlineExceeded(
-                f"{function} was stopped at its deadline of {deadline_s:.0f} s.",
+                f"{target} was stopped at its deadline of {deadline_s:.0f} s.",
                 f"Raise the stage's timeout (slmops config lists them) or see its log: {log_path}",
             ) from None
         finally:
@@ -142,8 +140,8 @@ class ChildProcess:
                 self._end()
         wall_s = time.monotonic() - started
         if "result" in message:
-            return ChildResult(message["result"], wall_s, peak_rss_bytes)
-        raise _error_of(function, message, process.returncode, log_path)
+            return ChildResult(call.answer_type().validate_python(message["result"]), wall_s, peak_rss_bytes)
+        raise _error_of(target, message, process.returncode, log_path)
 
     def close(self) -> None:
         """End the process, which waits for a call, with all its descendants."""
@@ -157,10 +155,10 @@ class ChildProcess:
         if process:
             _end_tree(process)
 
-    def _start(self, function: str, log_path: Path, work_dir: Path) -> "subprocess.Popen[bytes]":
+    def _start(self, target: str, log_path: Path, work_dir: Path) -> "subprocess.Popen[bytes]":
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [*PYTHON, "-m", "slmops.infra.process.child", function],
+                [*PYTHON, "-m", "slmops.infra.process.child", target],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -255,7 +253,7 @@ def _end_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _error_of(function: str, message: dict[str, Any], returncode: int, log_path: Path) -> errors.SlmopsError:
+def _error_of(target: str, message: dict[str, Any], returncode: int, log_path: Path) -> errors.SlmopsError:
     error = message.get("error")
     if error and error["kind"]:
         kind: type[errors.SlmopsError] = getattr(errors, error["kind"], errors.StageFailed)
@@ -263,13 +261,13 @@ def _error_of(function: str, message: dict[str, Any], returncode: int, log_path:
     tail = "\n".join(log_path.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:])
     advice = f"The end of its log ({log_path}):\n{tail}"
     if error:
-        return errors.StageFailed(f"{function} failed: {error['message']}.", advice)
+        return errors.StageFailed(f"{target} failed: {error['message']}.", advice)
     if returncode in (-9, -15, 137):
         return errors.PassingFault(
-            f"{function} was killed from outside (status {returncode}), "
+            f"{target} was killed from outside (status {returncode}), "
             "most often because the machine ran out of memory.",
             advice,
         )
     if returncode < 0:
-        return errors.StageFailed(f"{function} crashed with {signal.Signals(-returncode).name}.", advice)
-    return errors.StageFailed(f"{function} ended with status {returncode} without a result.", advice)
+        return errors.StageFailed(f"{target} crashed with {signal.Signals(-returncode).name}.", advice)
+    return errors.StageFailed(f"{target} ended with status {returncode} without a result.", advice)

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base with peft; a child function of `slmops.infra.process`."""
+"""Merge a LoRA adapter into its base with peft."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from typing import Any
 
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import Progress
+from slmops.infra.transformers.calls import MergeAdapter, Merged
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -35,14 +36,11 @@ def read_adapter_config(adapter_dir: Path) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def merge_adapter(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Merge the LoRA adapter into its base and write a checkpoint of the base's form and dtype.
+def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
+    """Merge the adapter (safetensors only) into its base and write a checkpoint of the base's form and dtype.
 
-    Request: `adapter_dir` (peft, safetensors only), `base_dir` (a local checkpoint), `output_dir` (must not exist).
     The tokenizer, `eval.jsonl` and `output_schema.json` are the adapter's if it has them, else the tokenizer is the
     base's. If the adapter carries embeddings of another vocabulary size, the base's are resized to it.
-
-    Result: `parameters`, `dtype`, `merged_tensors` (the adapter's), `tokenizer_from` ("adapter" or "base").
 
     Raises `BadInput` if the adapter is pickled, is no LoRA or does not fit the base.
     """
@@ -50,7 +48,7 @@ def merge_adapter(request: dict[str, Any], progress: Progress) -> dict[str, Any]
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapter_dir, base_dir, output_dir = (Path(request[key]) for key in ("adapter_dir", "base_dir", "output_dir"))
+    adapter_dir, base_dir, output_dir = call.adapter_dir, call.base_dir, call.output_dir
     read_adapter_config(adapter_dir)
     shapes = _adapter_shapes(adapter_dir)
     progress(0, 3, "loading the base")
@@ -98,12 +96,12 @@ def merge_adapter(request: dict[str, Any], progress: Progress) -> dict[str, Any]
         if (adapter_dir / name).exists():
             shutil.copyfile(adapter_dir / name, output_dir / name)
     progress(3, 3, "merged")
-    return {
-        "parameters": merged.num_parameters(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "merged_tensors": len(shapes),
-        "tokenizer_from": "adapter" if own_tokenizer else "base",
-    }
+    return Merged(
+        parameters=merged.num_parameters(),
+        dtype=str(dtype).removeprefix("torch."),
+        merged_tensors=len(shapes),
+        tokenizer_from="adapter" if own_tokenizer else "base",
+    )
 
 
 def _adapter_shapes(adapter_dir: Path) -> dict[str, list[int]]:

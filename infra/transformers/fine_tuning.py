@@ -1,4 +1,4 @@
-"""Fine-tune a checkpoint on chats with transformers' Trainer; a child function of `slmops.infra.process`."""
+"""Fine-tune a checkpoint on chats with transformers' Trainer."""
 
 import json
 import math
@@ -9,6 +9,8 @@ from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import Progress
+from slmops.infra.reference.answers import Message
+from slmops.infra.transformers.calls import Chat, FineTune, FineTuned, Loss
 
 IGNORED_LABEL = -100  # what torch's cross entropy skips
 # Attention and MLP projections, by the names they have in Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite; then Phi-3's.
@@ -23,20 +25,10 @@ LOGS_PER_RUN = 100
 MAX_NAMED_ROWS = 3
 
 
-def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def fine_tune(call: FineTune, progress: Progress) -> FineTuned:
     """Fine-tune a checkpoint and write the result: a LoRA adapter, or a whole checkpoint of the base's dtype.
 
-    Request: `base_dir`, `train` and `held_out` [{number, messages: [{role, content}]}] (chats that end with an
-    assistant's turn, and their rows in the dataset, from 1 on; without held-out ones nothing is stopped early),
-    `method` (lora or full), `lora_rank`, `epochs`, `learning_rate`, `batch_size`, `max_length` (tokens; None: the
-    base's context), `patience` (epochs without improvement), `seed`, `threads`, `state_dir` (keeps the state of each
-    epoch; a run that broke off goes on from there), `output_dir` (must not exist).
-
     Only the assistant's turns are learned. Trained in float32 on a CPU, in bfloat16 where a GPU can.
-
-    Result: `losses` [{step, train_loss?, held_out_loss?}] (nats per token), `steps`, `best_step`, `held_out_loss` and
-    `loaded_held_out_loss` (of the best state, in memory and as saved and loaded back; None without held-out chats),
-    `resumed_at_step`, `trained_tokens` (per epoch), `seconds`, `device`, `versions`.
 
     Raises `BadInput` for chats longer than the context, or a chat template under which a turn's text depends on what
     follows it; `StageFailed` for a base that cannot be loaded, a loss that is not finite, or a result that does not
@@ -45,54 +37,51 @@ def fine_tune(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     import torch
     import transformers
 
-    from slmops.infra.transformers.reference import load_checkpoint
+    from slmops.infra.transformers.answers import load_checkpoint
 
-    torch.set_num_threads(request["threads"])
-    transformers.set_seed(request["seed"])
-    output_dir, state_dir = Path(request["output_dir"]), Path(request["state_dir"])
+    torch.set_num_threads(call.threads)
+    transformers.set_seed(call.seed)
     gpu = torch.cuda.is_available()
     progress(0, 1, "loading the base")
-    tokenizer, model = load_checkpoint(request["base_dir"], "bfloat16" if gpu else "float32")
-    context = _context(model, request["max_length"])
-    train = _encode(tokenizer, request["train"], context)
-    held_out = _encode(tokenizer, request["held_out"], context)
-    if request["method"] == "lora":
-        model = _with_lora(model, request["lora_rank"], request["seed"])
+    tokenizer, model = load_checkpoint(call.base_dir, "bfloat16" if gpu else "float32")
+    context = _context(model, call.max_length)
+    train = _encode(tokenizer, call.train, context)
+    held_out = _encode(tokenizer, call.held_out, context)
+    if call.method == "lora":
+        model = _with_lora(model, call.lora_rank, call.seed)
     else:
         model.requires_grad_(True)
-    trainer = _trainer(model, train, held_out, request, progress)
-    last = _last_state(state_dir)
+    trainer = _trainer(model, train, held_out, call, progress)
+    last = _last_state(call.state_dir)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = time.monotonic() - started
     losses = _losses(trainer.state.log_history)
-    if not all(math.isfinite(value) for entry in losses for value in entry.values()):
-        raise StageFailed("The loss is not finite: the training diverged.", "Lower the learning rate.")
     in_memory = trainer.evaluate()["eval_loss"] if held_out else None
 
     progress(trainer.state.max_steps, trainer.state.max_steps, "saving")
-    _save(trainer.model, tokenizer, Path(request["base_dir"]), request["method"], output_dir)
+    _save(trainer.model, tokenizer, call)
     loaded = None
     if held_out:
-        loaded = _loss_of_saved(request, output_dir, held_out, trainer)
+        loaded = _loss_of_saved(call, held_out, trainer)
         assert in_memory is not None
         if abs(loaded - in_memory) > LOADED_LOSS_TOLERANCE * max(1.0, in_memory):
             raise StageFailed(
                 f"What was saved has a loss of {loaded:.3f} on the held-out chats, in memory it was {in_memory:.3f}.",
                 "Train with the other method (lora or full); see the log.",
             )
-    return {
-        "losses": losses,
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step or trainer.state.global_step,
-        "held_out_loss": in_memory,
-        "loaded_held_out_loss": loaded,
-        "resumed_at_step": None if last is None else int(last.name.rpartition("-")[2]),
-        "trained_tokens": sum(label != IGNORED_LABEL for one in train for label in one["labels"]),
-        "seconds": seconds,
-        "device": "cuda" if gpu else "cpu",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    return FineTuned(
+        losses=losses,
+        steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step or trainer.state.global_step,
+        held_out_loss=in_memory,
+        loaded_held_out_loss=loaded,
+        resumed_at_step=None if last is None else int(last.name.rpartition("-")[2]),
+        trained_tokens=sum(label != IGNORED_LABEL for chat in train for label in chat["labels"]),
+        seconds=seconds,
+        device="cuda" if gpu else "cpu",
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
 
 
 def _context(model: Any, max_length: int | None) -> int:
@@ -100,10 +89,10 @@ def _context(model: Any, max_length: int | None) -> int:
     return min(context, max_length or context)
 
 
-def _encode(tokenizer: Any, chats: Sequence[Any], context: int) -> list[dict[str, list[int]]]:
+def _encode(tokenizer: Any, chats: Sequence[Chat], context: int) -> list[dict[str, list[int]]]:
     """Return input_ids and labels of each chat; only the assistant's turns have labels."""
-    encoded = [_encode_chat(tokenizer, chat["messages"]) for chat in chats]
-    lengths = [(chat["number"], len(one["input_ids"])) for chat, one in zip(chats, encoded, strict=True)]
+    encoded = [_encode_chat(tokenizer, list(chat.messages)) for chat in chats]
+    lengths = [(chat.number, len(one["input_ids"])) for chat, one in zip(chats, encoded, strict=True)]
     long = [(number, tokens) for number, tokens in lengths if tokens > context]
     if long:
         named = ", ".join(f"row {number} has {tokens} tokens" for number, tokens in long[:MAX_NAMED_ROWS])
@@ -114,7 +103,7 @@ def _encode(tokenizer: Any, chats: Sequence[Any], context: int) -> list[dict[str
     return encoded
 
 
-def _encode_chat(tokenizer: Any, chat: Sequence[dict[str, str]]) -> dict[str, list[int]]:
+def _encode_chat(tokenizer: Any, chat: list[Message]) -> dict[str, list[int]]:
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     answers: list[tuple[int, int]] = []
     for index, turn in enumerate(chat):
@@ -156,7 +145,7 @@ def _trainer(
     model: Any,
     train: list[dict[str, list[int]]],
     held_out: list[dict[str, list[int]]],
-    request: dict[str, Any],
+    call: FineTune,
     progress: Progress,
 ) -> Any:
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -173,14 +162,14 @@ def _trainer(
                 state.global_step, state.max_steps, f"training: step {state.global_step} of {state.max_steps}{loss}"
             )
 
-    steps = request["epochs"] * math.ceil(len(train) / request["batch_size"])
+    steps = call.epochs * math.ceil(len(train) / call.batch_size)
     by_epoch = "epoch" if held_out else "no"
     arguments = TrainingArguments(
-        output_dir=request["state_dir"],
-        num_train_epochs=request["epochs"],
-        per_device_train_batch_size=request["batch_size"],
-        per_device_eval_batch_size=request["batch_size"],
-        learning_rate=request["learning_rate"],
+        output_dir=str(call.state_dir),
+        num_train_epochs=call.epochs,
+        per_device_train_batch_size=call.batch_size,
+        per_device_eval_batch_size=call.batch_size,
+        learning_rate=call.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(WARM_UP_SHARE * steps)),
         logging_steps=max(1, steps // LOGS_PER_RUN),
@@ -190,15 +179,15 @@ def _trainer(
         load_best_model_at_end=bool(held_out),
         metric_for_best_model="eval_loss" if held_out else None,
         greater_is_better=False if held_out else None,
-        seed=request["seed"],
-        data_seed=request["seed"],
+        seed=call.seed,
+        data_seed=call.seed,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
-    callbacks = [Told(), *([EarlyStoppingCallback(request["patience"])] if held_out else [])]
+    callbacks = [Told(), *([EarlyStoppingCallback(call.patience)] if held_out else [])]
     return Trainer(model, arguments, _padded, train, held_out or None, callbacks=callbacks)
 
 
@@ -223,39 +212,40 @@ def _last_state(state_dir: Path) -> Path | None:
     return max(states, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _losses(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def _losses(log: Sequence[dict[str, float]]) -> tuple[Loss, ...]:
+    """Return the losses in a trainer's log; raises `StageFailed` for one that is not finite."""
     names = {"loss": "train_loss", "eval_loss": "held_out_loss"}
     by_step: dict[int, dict[str, float]] = {}
     for entry in log:
         found = {new: float(entry[old]) for old, new in names.items() if old in entry}
+        if not all(map(math.isfinite, found.values())):
+            raise StageFailed("The loss is not finite: the training diverged.", "Lower the learning rate.")
         if found:
             by_step.setdefault(int(entry["step"]), {}).update(found)
-    return [{"step": step, **found} for step, found in sorted(by_step.items())]
+    return tuple(Loss(step=step, **found) for step, found in sorted(by_step.items()))
 
 
-def _save(model: Any, tokenizer: Any, base_dir: Path, method: str, output_dir: Path) -> None:
+def _save(model: Any, tokenizer: Any, call: FineTune) -> None:
     import torch
 
-    if method == "full":
-        declared = json.loads((base_dir / "config.json").read_text("utf-8"))
+    if call.method == "full":
+        declared = json.loads((call.base_dir / "config.json").read_text("utf-8"))
         dtype = declared.get("dtype") or declared.get("torch_dtype") or "float32"
         model.to(getattr(torch, str(dtype)))
-    model.save_pretrained(output_dir, safe_serialization=True) if method == "lora" else model.save_pretrained(
-        output_dir
-    )
-    tokenizer.save_pretrained(output_dir)
+    model.save_pretrained(call.output_dir, **({"safe_serialization": True} if call.method == "lora" else {}))
+    tokenizer.save_pretrained(call.output_dir)
 
 
-def _loss_of_saved(request: dict[str, Any], output_dir: Path, held_out: list[Any], trainer: Any) -> float:
-    from slmops.infra.transformers.reference import load_checkpoint
+def _loss_of_saved(call: FineTune, held_out: list[Any], trainer: Any) -> float:
+    from slmops.infra.transformers.answers import load_checkpoint
 
     dtype = str(trainer.model.dtype).removeprefix("torch.")
-    if request["method"] == "lora":
+    if call.method == "lora":
         from peft import PeftModel
 
-        _, base = load_checkpoint(request["base_dir"], dtype)
-        model = PeftModel.from_pretrained(base, output_dir, local_files_only=True, use_safetensors=True)
+        _, base = load_checkpoint(call.base_dir, dtype)
+        model = PeftModel.from_pretrained(base, call.output_dir, local_files_only=True, use_safetensors=True)
     else:
-        _, model = load_checkpoint(str(output_dir), dtype)
+        _, model = load_checkpoint(call.output_dir, dtype)
     trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
     return float(trainer.evaluate()["eval_loss"])

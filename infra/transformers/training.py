@@ -1,4 +1,4 @@
-"""Train a small chat model from nothing and prove it as a saved checkpoint; a child function of `infra.process`."""
+"""Train a small chat model from nothing and prove it as a saved checkpoint."""
 
 import json
 import math
@@ -11,6 +11,8 @@ from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import Progress
+from slmops.infra.records import Json
+from slmops.infra.transformers.calls import TrainChatModel, TrainedChatModel
 
 END_OF_TURN = "<|im_end|>"
 TURN_MARKERS = (END_OF_TURN, "<|im_start|>")
@@ -23,62 +25,55 @@ WARM_UP_SHARE = 0.06
 Row = dict[str, Any]
 
 
-def train_chat_model(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def train_chat_model(call: TrainChatModel, progress: Progress) -> TrainedChatModel:
     """Train a Qwen2-architecture chat model with a tokenizer of its own; write a Hugging Face checkpoint.
 
-    Request: `train_file`, `eval_file` (JSONL rows `{id, messages, expected, category}`), `architecture` (arguments of
-    `Qwen2Config`), `chat_template` (Jinja, ChatML's markers), `vocabulary_size`, `epochs`, `learning_rate`,
-    `weight_decay`, `prompt_loss_weight`, `batch_size`, `seed`, `threads`, `max_new_tokens`, `min_exact_match`,
-    `output_dir` (must not exist).
-
-    Result: `exact_match` (share of all rows of `eval_file` answered exactly, greedily, by the checkpoint as loaded
-    back), `eval_rows`, `parameters`, `steps`, `train_loss` (mean of the last epoch, nats per weighted token), `seconds`
-    (training alone). The same request on the same machine writes the same bytes.
+    The same request on the same machine writes the same bytes.
 
     Raises `BadInput` for data that cannot be read; `StageFailed` if `exact_match` is below `min_exact_match` or the
     loaded tokenizer is not the trained one.
     """
     import torch
 
-    torch.set_num_threads(request["threads"])
+    torch.set_num_threads(call.threads)
     torch.use_deterministic_algorithms(True)
-    torch.manual_seed(request["seed"])
-    train_rows = _read_rows(Path(request["train_file"]))
-    eval_rows = _read_rows(Path(request["eval_file"]))
-    output_dir = Path(request["output_dir"])
+    torch.manual_seed(call.seed)
+    train_rows = _read_rows(call.train_file)
+    eval_rows = _read_rows(call.eval_file)
+    output_dir = call.output_dir
     output_dir.mkdir(parents=True)
-    total = float(request["epochs"] * math.ceil(len(train_rows) / request["batch_size"]))
+    total = float(call.epochs * math.ceil(len(train_rows) / call.batch_size))
 
     progress(0, total, "training the tokenizer")
-    tokenizer = _train_tokenizer(train_rows, request, output_dir)
-    model = _new_model(request["architecture"], tokenizer)
+    tokenizer = _train_tokenizer(train_rows, call, output_dir)
+    model = _new_model(call.architecture, tokenizer)
     examples = [_encode(tokenizer, row) for row in train_rows]
     started = time.monotonic()
-    train_loss = _fit(model, examples, request, tokenizer.pad_token_id, progress)
+    train_loss = _fit(model, examples, call, tokenizer.pad_token_id, progress)
     seconds = time.monotonic() - started
 
     # bfloat16 is what fine-tuned checkpoints come in, and fp16 holds nearly all of its values exactly.
     model.to(torch.bfloat16).save_pretrained(output_dir)
-    shutil.copyfile(request["eval_file"], output_dir / "eval.jsonl")
+    shutil.copyfile(call.eval_file, output_dir / "eval.jsonl")
     progress(total, total, "checking the saved checkpoint")
-    answers = _answers(output_dir, eval_rows, request["max_new_tokens"])
+    answers = _answers(output_dir, eval_rows, call.max_new_tokens)
     wrong = [(row, answer) for row, answer in zip(eval_rows, answers, strict=True) if answer != row["expected"]]
     exact_match = 1 - len(wrong) / len(eval_rows)
-    if exact_match < request["min_exact_match"]:
+    if exact_match < call.min_exact_match:
         row, answer = wrong[0]
         raise StageFailed(
             f"The trained checkpoint answers {exact_match:.3f} of the held-out rows exactly, less than "
-            f"{request['min_exact_match']}; row {row['id']}: expected {row['expected']!r}, found {answer!r}.",
+            f"{call.min_exact_match}; row {row['id']}: expected {row['expected']!r}, found {answer!r}.",
             "Train for more epochs or with another seed.",
         )
-    return {
-        "exact_match": exact_match,
-        "eval_rows": len(eval_rows),
-        "parameters": model.num_parameters(),
-        "steps": int(total),
-        "train_loss": train_loss,
-        "seconds": seconds,
-    }
+    return TrainedChatModel(
+        exact_match=exact_match,
+        eval_rows=len(eval_rows),
+        parameters=model.num_parameters(),
+        steps=int(total),
+        train_loss=train_loss,
+        seconds=seconds,
+    )
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -88,7 +83,7 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _train_tokenizer(rows: Sequence[Row], request: dict[str, Any], output_dir: Path) -> Any:
+def _train_tokenizer(rows: Sequence[Row], call: TrainChatModel, output_dir: Path) -> Any:
     """Train a byte-level BPE tokenizer, save it, and return what `AutoTokenizer` makes of the saved files.
 
     `AutoTokenizer` gives a Qwen2 checkpoint Qwen2's own pre-tokenizer whatever tokenizer.json says, so that one is
@@ -101,7 +96,7 @@ def _train_tokenizer(rows: Sequence[Row], request: dict[str, Any], output_dir: P
     markers = [END_OF_TEXT, *TURN_MARKERS]
     blank = Qwen2Tokenizer()
     trainer = trainers.BpeTrainer(
-        vocab_size=request["vocabulary_size"],
+        vocab_size=call.vocabulary_size,
         special_tokens=markers,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -114,9 +109,9 @@ def _train_tokenizer(rows: Sequence[Row], request: dict[str, Any], output_dir: P
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
         additional_special_tokens=list(TURN_MARKERS),
-        model_max_length=request["architecture"]["max_position_embeddings"],
+        model_max_length=call.architecture["max_position_embeddings"],
     )
-    trained.chat_template = request["chat_template"]
+    trained.chat_template = call.chat_template
     trained.save_pretrained(output_dir)
     (output_dir / "config.json").write_text('{"model_type": "qwen2"}', "utf-8")  # by which AutoTokenizer chooses
     loaded = AutoTokenizer.from_pretrained(output_dir)
@@ -126,7 +121,7 @@ def _train_tokenizer(rows: Sequence[Row], request: dict[str, Any], output_dir: P
     return loaded
 
 
-def _new_model(architecture: dict[str, Any], tokenizer: Any) -> Any:
+def _new_model(architecture: Json, tokenizer: Any) -> Any:
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     tokens = {
@@ -157,17 +152,17 @@ def _encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:
 
 
 def _fit(
-    model: Any, examples: list[tuple[list[int], int]], request: dict[str, Any], pad_id: int, progress: Progress
+    model: Any, examples: list[tuple[list[int], int]], call: TrainChatModel, pad_id: int, progress: Progress
 ) -> float:
     import torch
 
-    steps_per_epoch = math.ceil(len(examples) / request["batch_size"])
-    steps = request["epochs"] * steps_per_epoch
+    steps_per_epoch = math.ceil(len(examples) / call.batch_size)
+    steps = call.epochs * steps_per_epoch
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": request["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
-        lr=request["learning_rate"],
+        [{"params": decayed, "weight_decay": call.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=call.learning_rate,
         betas=(0.9, 0.98),
         fused=True,
     )
@@ -175,10 +170,10 @@ def _fit(
     model.train()
     step = 0
     epoch_losses: list[float] = []
-    for epoch in range(request["epochs"]):
+    for epoch in range(call.epochs):
         epoch_losses = []
-        for batch in _batches(examples, request["batch_size"], random.Random(f"{request['seed']}-{epoch}")):  # noqa: S311
-            loss = _loss(model, batch, request["prompt_loss_weight"], pad_id)
+        for batch in _batches(examples, call.batch_size, random.Random(f"{call.seed}-{epoch}")):  # noqa: S311
+            loss = _loss(model, batch, call.prompt_loss_weight, pad_id)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
             optimizer.step()

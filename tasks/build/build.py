@@ -16,6 +16,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from slmops.infra.genai.model_files import detect_precision
+from slmops.infra.olive.calls import Build
 from slmops.infra.olive.options import BITS, BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
 from slmops.infra.process.slots import slot
 from slmops.infra.process.supervisor import ChildProcess
@@ -484,15 +485,14 @@ def build_variant(
         log.unlink(missing_ok=True)
         slots = settings.cache_dir / "build-slots"
         with slot(slots, settings.worker.builds, on_progress), work_folder(settings) as work:
-            child = torch_child.call(
-                "slmops.infra.olive.engine:build",
-                {
-                    "olive_config": olive_run_config(recipe),
-                    "checkpoint_dir": str(prepared.folder),
-                    "output_dir": str(work / "model"),
-                    "cache_dir": str(work / "cache"),
-                    "threads": settings.threads,
-                },
+            child = torch_child.run(
+                Build(
+                    olive_config=olive_run_config(recipe),
+                    checkpoint_dir=prepared.folder,
+                    output_dir=work / "model",
+                    cache_dir=work / "cache",
+                    threads=settings.threads,
+                ),
                 deadline_s=settings.timeout.build_s,
                 log_path=log,
                 work_dir=work,
@@ -512,7 +512,7 @@ def build_variant(
             wall_s=child.wall_s,
             peak_rss_bytes=child.peak_rss_bytes,
             log=log.read_text("utf-8", "replace"),
-            warnings=(*recipe.warnings, *child.value["warnings"]),
+            warnings=(*recipe.warnings, *child.value.warnings),
             passes=recipe.passes,
         )
         write_whole(record, built.model_dump_json(indent=2))

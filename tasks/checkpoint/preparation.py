@@ -31,6 +31,7 @@ from slmops.infra.storage.manifest import Manifest, digest_of, digest_of_file
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.transformers.adapters import read_adapter_config
+from slmops.infra.transformers.calls import MergeAdapter
 from slmops.tasks.request.deploy_request import DeployRequest, read_chat_template_file
 from slmops.tasks.request.inputs import inputs_dir
 from slmops.tasks.runs.progress import stage_progress
@@ -366,12 +367,7 @@ def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_prog
     if not merged.is_dir():
         with work_folder(settings) as work:
             run_in_child(
-                "slmops.infra.transformers.adapters:merge_adapter",
-                {
-                    "adapter_dir": str(adapter.absolute()),
-                    "base_dir": str(base_folder.absolute()),
-                    "output_dir": str(work / "merged"),
-                },
+                MergeAdapter(adapter_dir=adapter, base_dir=base_folder, output_dir=work / "merged"),
                 deadline_s=settings.timeout.merge_s,
                 log_path=settings.cache_dir / "logs" / f"merge-{key[:12]}.log",
                 work_dir=work,

@@ -14,7 +14,9 @@ from packaging.version import Version
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.foundry.calls import DescribeRuntime
 from slmops.infra.foundry.command import CommandFailed, installed_command
+from slmops.infra.genai.calls import ListExecutionProviders
 from slmops.infra.process.programs import installed_program
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
@@ -366,8 +368,7 @@ def check_foundry_runtime(settings: Settings) -> Check:
     try:
         with work_folder(settings) as work:
             child = run_in_child(
-                "slmops.infra.foundry.runtime:runtime_versions",
-                {},
+                DescribeRuntime(),
                 deadline_s=settings.timeout.foundry_s,
                 log_path=settings.cache_dir / "logs" / "foundry-runtime.log",
                 work_dir=work,
@@ -375,7 +376,7 @@ def check_foundry_runtime(settings: Settings) -> Check:
     except StageFailed as error:
         advice = error.what_to_do.splitlines()[0]
         return Check(name="Foundry Local", required="runtime loads", found=error.message, ok=False, what_to_do=advice)
-    found = f"runtime {child.value['native']}"
+    found = f"runtime {child.value.native}"
     return Check(name="Foundry Local", required="runtime loads", found=found, ok=True)
 
 
@@ -402,13 +403,12 @@ def check_environment(execution_provider: str, settings: Settings) -> None:
     if execution_provider != "cpu":
         with work_folder(settings) as work:
             child = run_in_child(
-                "slmops.infra.genai.runtime:execution_providers",
-                {},
+                ListExecutionProviders(),
                 deadline_s=settings.timeout.measure_s,
                 log_path=settings.cache_dir / "logs" / "execution-providers.log",
                 work_dir=work,
             )
-        checks.append(check_execution_provider(execution_provider, child.value["available"]))
+        checks.append(check_execution_provider(execution_provider, child.value))
     require_packages(checks)
 
 

@@ -3,21 +3,23 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
+from slmops.infra.genai.calls import AnsweredRow, Evaluate, Evaluated
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
+from slmops.infra.reference.answers import Question, RowId, Share
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.transformers.calls import AnswerAsSource
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, weighted_mean
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.source import ComparedExam
-from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, RowId, digest_of
+from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, digest_of
 from slmops.tasks.questions.output_format import OutputFormat, output_faults
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S
 from slmops.tasks.workshop import Workshop
@@ -25,8 +27,6 @@ from slmops.tasks.workshop import Workshop
 # Raised whenever a record of an evaluation says more, or something else: records of another number are not reused.
 EVALUATION_SCHEMA = 2
 MAX_WORST_EXAMPLES = 5
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Result(BaseModel):
@@ -59,25 +59,17 @@ class Reference(_Result):
     peak_rss_bytes: int
 
 
-class EvaluatedRow(_Result):
-    """A variant's answer to one row and how its distributions compare there (None: no reference, or not finite).
+class EvaluatedRow(AnsweredRow):
+    """A variant's answer to one row, with what follows from it.
 
     `exact_match` is None for rows of other scorers, the scores are None for rows without an expected answer, and the
     output faults, what is wrong with an answer's form, are None where nothing is or no format was asked for.
     """
 
-    id: RowId
-    answer: str
-    exact_match: bool | None
-    identical_to_reference: bool | None
-    prompt_tokens: int
-    template_matches: bool | None
-    positions: int
-    finite_positions: int
-    top1_agreement: Share | None
-    kl_divergence: FiniteFloat | None
-    category: str | None = None
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
     reference_answer: str | None = None
+    category: str | None = None
     score: Share | None = None
     reference_score: Share | None = None
     output_fault: str | None = None
@@ -93,37 +85,8 @@ class CategoryScore(_Result):
     reference_score: Estimate | None
 
 
-class TemplateMismatch(_Result):
-    """A prompt that the serving runtime renders or tokenizes otherwise than transformers does."""
-
-    id: RowId
-    reference: str
-    variant: str
-    reference_ids: tuple[int, ...]
-    variant_ids: tuple[int, ...]
-
-
-class TemplateMismatches(_Result):
-    """How many rows' prompts differ, and the first of them."""
-
-    count: int
-    example: TemplateMismatch | None
-
-
-class Vocabulary(_Result):
-    """Lengths of the logits, and of the part that was compared.
-
-    Not `comparable` are vocabularies that differ in tokens of the reference's tokenizer: nothing was compared then.
-    """
-
-    variant: int
-    reference: int | None
-    compared: int
-    comparable: bool = True
-
-
-class Evaluation(_Result):
-    """A variant's answers and its distance from the reference; see `infra.genai.runtime.evaluate` for each figure.
+class Evaluation(Evaluated):
+    """A variant's answers and its distance from the reference.
 
     `score` and `reference_score` are the means over the rows with expected answers, `quality_loss` is the reference's
     score minus the variant's over the same rows; all are None without such rows or without a reference. The output
@@ -132,20 +95,9 @@ class Evaluation(_Result):
     reference scores higher than the variant, the largest loss first.
     """
 
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
     rows: tuple[EvaluatedRow, ...]
-    template_mismatches: TemplateMismatches
-    positions: int
-    finite_logits: Share
-    top1_agreement: Share | None
-    kl_divergence: FiniteFloat | None
-    kl_divergence_p99: FiniteFloat | None
-    perplexity: FiniteFloat | None
-    reference_perplexity: FiniteFloat | None
-    exact_match: Share | None
-    reference_exact_match: Share | None
-    identical_answers: Share | None
-    empty_answers: int
-    vocabulary: Vocabulary
     score: Estimate | None = None
     reference_score: Estimate | None = None
     quality_loss: Estimate | None = None
@@ -157,8 +109,6 @@ class Evaluation(_Result):
     worst_examples: tuple[RowId, ...] = ()
     notes: tuple[str, ...] = ()
     rows_sha256: str
-    threads: int
-    versions: dict[str, str]
     wall_s: FiniteFloat
     peak_rss_bytes: int
 
@@ -183,19 +133,16 @@ def run_reference(
     Raises `BadInput` for a row that the model cannot take, `StageFailed` and its kinds as `run_in_child` does.
     """
     used = rows[: settings.evaluation.max_rows]
-    request = {
-        "checkpoint_dir": str(checkpoint_dir.absolute()),
-        "rows": _asked(used),
-        "max_new_tokens": settings.evaluation.max_new_tokens,
-        "max_positions": settings.evaluation.max_positions,
-        "batch_size": settings.evaluation.batch_size,
-        "threads": settings.threads,
-        "dtype": "float32",
-        "output_dir": str(work_dir.absolute()),
-    }
     child = run_in_child(
-        "slmops.infra.transformers.reference:reference",
-        request,
+        AnswerAsSource(
+            checkpoint_dir=checkpoint_dir,
+            rows=_asked(used),
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            max_positions=settings.evaluation.max_positions,
+            batch_size=settings.evaluation.batch_size,
+            threads=settings.threads,
+            output_dir=work_dir,
+        ),
         deadline_s=settings.timeout.reference_s,
         log_path=work_dir / "reference.log",
         work_dir=work_dir,
@@ -203,7 +150,10 @@ def run_reference(
         within=torch_child,
     )
     return Reference(
-        **child.value, rows_sha256=digest_of(used), wall_s=child.wall_s, peak_rss_bytes=child.peak_rss_bytes
+        **child.value.model_dump(),
+        rows_sha256=digest_of(used),
+        wall_s=child.wall_s,
+        peak_rss_bytes=child.peak_rss_bytes,
     )
 
 
@@ -226,34 +176,40 @@ def evaluate_variant(
     Raises `StageFailed` and its kinds: a model that cannot be opened or run.
     """
     used = rows[: settings.evaluation.max_rows]
-    request = {
-        "model_dir": str(model_dir.absolute()),
-        "rows": _asked(used),
-        "reference_dir": None if reference_dir is None else str(reference_dir.absolute()),
-        "max_new_tokens": settings.evaluation.max_new_tokens,
-        "max_positions": settings.evaluation.max_positions,
-        "threads": settings.threads,
-        "execution_provider": execution_provider,
-    }
     child = run_in_child(
-        "slmops.infra.genai.runtime:evaluate",
-        request,
+        Evaluate(
+            model_dir=model_dir,
+            rows=_asked(used),
+            reference_dir=reference_dir,
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            max_positions=settings.evaluation.max_positions,
+            threads=settings.threads,
+            execution_provider=execution_provider,
+        ),
         deadline_s=settings.timeout.evaluate_s,
         log_path=work_dir / "evaluate.log",
         work_dir=work_dir,
         on_progress=on_progress,
     )
     found = Evaluation(
-        **child.value, rows_sha256=digest_of(used), wall_s=child.wall_s, peak_rss_bytes=child.peak_rss_bytes
+        **child.value.model_dump(),
+        rows_sha256=digest_of(used),
+        wall_s=child.wall_s,
+        peak_rss_bytes=child.peak_rss_bytes,
     )
     return score_evaluation(found, used, output_format)
 
 
-def _asked(rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
+def _asked(rows: Sequence[EvaluationRow]) -> tuple[Question, ...]:
     """What the children are asked; they know no scorer but exact_match."""
-    asked = [row.model_dump(mode="json", include={"id", "messages", "expected"}) for row in rows]
-    exact = [row.scorer.name == "exact_match" for row in rows]
-    return [one if is_exact else {**one, "expected": None} for one, is_exact in zip(asked, exact, strict=True)]
+    return tuple(
+        Question(
+            id=row.id,
+            messages=[message.model_dump() for message in row.messages],
+            expected=row.expected if row.scorer.name == "exact_match" else None,
+        )
+        for row in rows
+    )
 
 
 def score_evaluation(

@@ -4,8 +4,9 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import StageFailed
+from slmops.infra.foundry.calls import EndureInFoundry
+from slmops.infra.genai.calls import EndureInGenai
 from slmops.infra.process.call import OnProgress
-from slmops.infra.process.endurance import LONG_USE
+from slmops.infra.process.endurance import LONG_USE, Endure, TypedInput
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
@@ -29,10 +32,7 @@ from slmops.tasks.workshop import Workshop
 
 Runtime = Literal["genai", "foundry"]
 
-CHILD_FUNCTIONS: dict[Runtime, str] = {
-    "genai": "slmops.infra.genai.endurance:exercise",
-    "foundry": "slmops.infra.foundry.endurance:exercise",
-}
+CALLS: dict[Runtime, type[Endure]] = {"genai": EndureInGenai, "foundry": EndureInFoundry}
 PACKAGES: dict[Runtime, tuple[str, ...]] = {
     "genai": ("onnxruntime", "onnxruntime-genai"),
     "foundry": ("foundry-local-sdk", "onnxruntime", "onnxruntime-genai-core"),
@@ -197,13 +197,13 @@ def exercise_variant(
     work_dir: Path,
     on_progress: OnProgress | None = None,
     *,
-    child_function: str | None = None,
+    kind: type[Endure] | None = None,
 ) -> Exercise:
     """Soak a genai model folder in a runtime and give it the edge inputs, in a child process of its own.
 
     A child that dies at an input is replaced, at most three times, and the remaining inputs go on. The first of the
     conversations is the ordinary request, and the soak cycles over the first few (`soak_conversations`).
-    `child_function` names another function than the runtime's own (see `slmops.infra.process.endurance`).
+    `kind` is another call than the runtime's own.
 
     Raises `StageFailed` and its kinds: a model that does not load or does not answer an ordinary request.
     """
@@ -215,8 +215,8 @@ def exercise_variant(
     if not typed:
         course.notes.append("The tokenizer names no control token: none was typed.")
     rows = conversations[: soak_conversations(soak.requests, len(conversations))]
-    request = {
-        "model_dir": str(model_dir.absolute()),
+    shared = {
+        "model_dir": model_dir,
         "conversations": [[message.model_dump() for message in row.messages] for row in rows],
         "new_tokens": soak.new_tokens,
         "threads": settings.threads,
@@ -230,8 +230,7 @@ def exercise_variant(
             break
         done = course.total - course.steps
         restarts += _crashed(
-            child_function or CHILD_FUNCTIONS[runtime],
-            request,
+            partial(kind or CALLS[runtime], **shared),
             course,
             deadline_s=left_s,
             work_dir=work_dir,
@@ -262,8 +261,7 @@ def runtime_versions(runtime: Runtime) -> dict[str, str]:
 
 
 def _crashed(
-    function: str,
-    request: dict[str, Any],
+    endure: Callable[..., Endure],
     course: _Course,
     *,
     deadline_s: float,
@@ -273,38 +271,35 @@ def _crashed(
     """Run a child for the rest of the course; whether it died on the way."""
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work_dir, ignore_cleanup_errors=True) as folder:
-        journal = Path(folder) / "journal.jsonl"
-        asked = {
-            **request,
-            "requests": course.requests,
-            "edge_inputs": [
-                {
-                    "name": one.name,
-                    "messages": one.messages,
-                    "control_tokens": [(token.text, token.id) for token in one.control_tokens],
-                }
-                for one in course.edge_inputs
+        call = endure(
+            requests=course.requests,
+            edge_inputs=[
+                TypedInput(
+                    name=edge_input.name,
+                    messages=edge_input.messages,
+                    control_tokens=[(token.text, token.id) for token in edge_input.control_tokens],
+                )
+                for edge_input in course.edge_inputs
             ],
-            "cache_dir": str(Path(folder) / "foundry"),
-            "journal": str(journal),
-        }
+            cache_dir=Path(folder) / "foundry",
+            journal=Path(folder) / "journal.jsonl",
+        )
         try:
             run_in_child(
-                function,
-                asked,
+                call,
                 deadline_s=deadline_s,
                 log_path=work_dir / "exercise.log",
                 work_dir=work_dir,
                 on_progress=on_progress,
             )
         except StageFailed as error:
-            step = course.read(journal)
+            step = course.read(call.journal)
             if step is None:  # no step's fault: the model did not load, or answers nothing at all
                 raise
-            hung = time.time() - step["at"] >= request["step_deadline_s"]
-            course.crashed(step, f"no answer in {request['step_deadline_s']:.0f} s" if hung else error.message)
+            hung = time.time() - step["at"] >= call.step_deadline_s
+            course.crashed(step, f"no answer in {call.step_deadline_s:.0f} s" if hung else error.message)
             return True
-        course.read(journal)
+        course.read(call.journal)
         return False
 
 

@@ -49,8 +49,7 @@ class Steadiness(_Record):
 
 def steadiness_of(measurement: Measurement) -> Steadiness:
     """Return what the sweep of a measurement says; a measurement without one has no lengths."""
-    rows = [row.model_dump() for row in measurement.sweep]
-    speeds = speed_by_length(rows)
+    speeds = speed_by_length(measurement.sweep)
     lengths = tuple(
         LengthFigures(
             prompt_tokens=speed.prompt_tokens,

@@ -3,9 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from slmops.infra.errors import BadInput
+from slmops.infra.lm_eval.calls import RunTasks, TaskMetric
 from slmops.infra.lm_eval.run import OFFLINE, ONLINE
 from slmops.infra.lm_eval.task_files import digest_of_task_folder
 from slmops.infra.process.call import OnProgress
@@ -25,23 +26,9 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LmEvalResult(_Record):
-    """One metric of one lm-eval task (or group of tasks) after one filter.
+class LmEvalResult(TaskMetric):
+    """One metric of one lm-eval task, with the versions that it was measured with and what is to be told of it."""
 
-    `stderr` is lm-eval's standard error of `value`, None where it has none (a single document, a metric without one);
-    `n_samples` counts documents. `task_digest` is the SHA-256 of the task's configuration.
-    """
-
-    task: str
-    metric: str
-    filter: str
-    value: FiniteFloat
-    stderr: FiniteFloat | None
-    n_samples: int
-    higher_is_better: bool | None
-    num_fewshot: int | None
-    task_version: str | None
-    task_digest: str
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
 
@@ -79,27 +66,26 @@ def run_lm_eval_tasks(
     """
     _check(tasks)
     child = run_in_child(
-        "slmops.infra.lm_eval.run:evaluate",
-        {
-            "model_dir": None if model_dir is None else str(model_dir.absolute()),
-            "checkpoint_dir": None if checkpoint_dir is None else str(checkpoint_dir.absolute()),
-            "tasks": list(tasks.names),
-            "include_path": None if tasks.include_path is None else str(_folder(tasks.include_path)),
-            "limit": tasks.limit,
-            "chat_template": tasks.chat_template,
-            "allow_code": tasks.allow_code,
-            "allow_network": tasks.allow_network,
-            "threads": settings.threads,
-            "execution_provider": execution_provider,
-        },
+        RunTasks(
+            model_dir=model_dir,
+            checkpoint_dir=checkpoint_dir,
+            tasks=tasks.names,
+            include_path=None if tasks.include_path is None else _folder(tasks.include_path),
+            limit=tasks.limit,
+            chat_template=tasks.chat_template,
+            allow_code=tasks.allow_code,
+            allow_network=tasks.allow_network,
+            threads=settings.threads,
+            execution_provider=execution_provider,
+        ),
         deadline_s=settings.timeout.lm_eval_s,
         log_path=work_dir / "lm-eval.log",
         work_dir=work_dir,
         on_progress=on_progress,
         environment=ONLINE if tasks.allow_network else OFFLINE,
     )
-    shared = {"versions": child.value["versions"], "notes": child.value["notes"]}
-    return tuple(LmEvalResult(**result, **shared) for result in child.value["results"])
+    shared = {"versions": child.value.versions, "notes": child.value.notes}
+    return tuple(LmEvalResult(**result.model_dump(), **shared) for result in child.value.results)
 
 
 def _check(tasks: LmEvalTasks) -> None:

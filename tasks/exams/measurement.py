@@ -3,11 +3,12 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter
 
 from slmops.infra.errors import StageFailed
+from slmops.infra.genai.calls import Hardware, Measure, Measured, RequestFigures, Sweep, SweptRequest
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
@@ -56,54 +57,12 @@ class Statistics(_Record):
     count: int
 
 
-class RequestFigures(_Record):
-    """The raw figures of one measured request; see `slmops.infra.genai.timing.time_request`."""
-
-    prompt_tokens: int
-    new_tokens: int
-    repetition: int
-    ttft_ms: FiniteFloat
-    prompt_processing_throughput_tps: FiniteFloat
-    token_generation_throughput_tps: FiniteFloat
-    inter_token_latency_ms: FiniteFloat
-    inter_token_latencies_ms: tuple[FiniteFloat, ...]
-    e2e_latency_ms: FiniteFloat
-
-
-class SweptRequest(_Record):
-    """The raw figures of one request of the sweep over prompt lengths.
-
-    `round` is above 0 where a loss of throughput made the length be measured again. `answered` says whether the
-    answer decoded to a text that is not empty; None where the prompt was no chat.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    repetition: int
-    round: int
-    ttft_ms: FiniteFloat
-    token_generation_throughput_tps: FiniteFloat
-    finite_logits: bool
-    answered: bool | None
-
-
 class PromptLengthStatistics(_Record):
     """Statistics of the requests of one prompt length; the inter-token latency's are over every decoding step."""
 
     prompt_tokens: int
     new_tokens: int
     statistics: dict[MetricName, Statistics]
-
-
-class Hardware(_Record):
-    """The machine that was measured on."""
-
-    cpu: str
-    physical_cores: int | None
-    logical_cores: int | None
-    ram_bytes: int
-    os: str
-    machine: str
 
 
 class Measurement(_Record):
@@ -140,12 +99,12 @@ def statistics_of(values: Sequence[float]) -> Statistics:
     )
 
 
-def summarize(result: dict[str, Any], *, warmup: int, wall_s: float) -> Measurement:
-    """Make the record from the child's raw result.
+def summarize(measured: Measured, *, warmup: int, wall_s: float) -> Measurement:
+    """Make the record from the child's raw figures.
 
     Raises `StageFailed` when nothing was measured.
     """
-    rows = tuple(RequestFigures(**row) for row in result["rows"])
+    rows = measured.rows
     if not rows:
         raise StageFailed("The benchmark ran no request.", "Set at least one repetition and one prompt length.")
     lengths = list(dict.fromkeys((row.prompt_tokens, row.new_tokens) for row in rows))
@@ -153,7 +112,7 @@ def summarize(result: dict[str, Any], *, warmup: int, wall_s: float) -> Measurem
         _statistics_by_length([row for row in rows if (row.prompt_tokens, row.new_tokens) == length])
         for length in lengths
     )
-    process = {name: result[name] for name in PER_PROCESS}
+    process = {name: getattr(measured, name) for name in PER_PROCESS}
     medians = {name: by_length[0].statistics[name].p50 for name in PER_REQUEST}
     return Measurement(
         metrics={"load_ms": process["load_ms"], **medians, **process},
@@ -161,13 +120,13 @@ def summarize(result: dict[str, Any], *, warmup: int, wall_s: float) -> Measurem
         rows=rows,
         quantile_method=QUANTILE_METHOD,
         warmup=warmup,
-        notes=tuple(result["notes"]),
-        sweep=tuple(SweptRequest(**row) for row in result["sweep"]),
-        sweep_notes=tuple(result["sweep_notes"]),
-        threads=result["threads"],
-        execution_provider=result["execution_provider"],
-        hardware=Hardware(**result["hardware"]),
-        versions=result["versions"],
+        notes=measured.notes,
+        sweep=measured.sweep,
+        sweep_notes=measured.sweep_notes,
+        threads=measured.threads,
+        execution_provider=measured.execution_provider,
+        hardware=measured.hardware,
+        versions=measured.versions,
         wall_s=wall_s,
     )
 
@@ -196,20 +155,16 @@ def measure_variant(
     """
     benchmark = settings.benchmark
     child = run_in_child(
-        "slmops.infra.genai.measurement:measure",
-        {
-            "model_dir": str(model_dir.absolute()),
-            "prompt_tokens": list(benchmark.prompt_tokens),
-            "new_tokens": benchmark.new_tokens,
-            "warmup": benchmark.warmup,
-            "repetitions": benchmark.repetitions,
-            "threads": settings.threads,
-            "execution_provider": execution_provider,
-            "sweep": {
-                **settings.sweep.model_dump(mode="json"),
-                "max_cliff_ratio": settings.gate.max_cliff_ratio,
-            },
-        },
+        Measure(
+            model_dir=model_dir,
+            prompt_tokens=benchmark.prompt_tokens,
+            new_tokens=benchmark.new_tokens,
+            warmup=benchmark.warmup,
+            repetitions=benchmark.repetitions,
+            threads=settings.threads,
+            execution_provider=execution_provider,
+            sweep=Sweep(**settings.sweep.model_dump(), max_cliff_ratio=settings.gate.max_cliff_ratio),
+        ),
         deadline_s=settings.timeout.measure_s,
         log_path=work_dir / "measure.log",
         work_dir=work_dir,

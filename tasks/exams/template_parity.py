@@ -3,18 +3,21 @@
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
-from slmops.infra.process.call import OnProgress
+from slmops.infra.foundry.calls import CountedPrompts, CountPrompts
+from slmops.infra.genai.calls import RenderChats, RenderedChat, RenderedChats
+from slmops.infra.process.call import Call, OnProgress, R
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.foundry.registration import Message, describe_model
 from slmops.tasks.workshop import Workshop
@@ -209,7 +212,7 @@ def check_parity(
         settings, model_dir.absolute(), (checkpoint_dir or model_dir).absolute(), work_dir, on_progress, torch_child
     )
     expected = runtimes.transformers()
-    refused = {name: one["refusal"] for name, one in expected["conversations"].items() if "refusal" in one}
+    refused = {name: found.refusal for name, found in expected.conversations.items() if found.refusal is not None}
     if len(refused) == len(CONVERSATIONS):
         raise StageFailed(
             f"transformers renders no conversation with the chat template of {runtimes.reference_dir}: "
@@ -218,14 +221,15 @@ def check_parity(
         )
     compared = {name: messages for name, messages in CONVERSATIONS.items() if name not in refused}
     compositions, notes = _compositions(model_dir, compared)
-    genai = runtimes.genai(compared, expected["control_tokens"], compositions)
-    foundry = runtimes.foundry(compared) if genai["fault"] is None else None
+    genai = runtimes.genai(compared, expected.control_tokens, compositions)
+    foundry = runtimes.foundry(compared) if genai.fault is None else None
     mismatches = list(_mismatches(compared, expected, genai, foundry))
-    if mismatches and expected["dated"]:
+    if mismatches and expected.dated:
         # Midnight may have passed, or the template writes the time of day: look at the moments that the others saw.
         moments = {name: _moments(name, genai, foundry) for name in compared}
-        again = runtimes.transformers(moments)["conversations"]
-        expected["conversations"] |= {name: one for name, one in again.items() if "renderings" in one}
+        again = runtimes.transformers(moments).conversations
+        rendered = {name: found for name, found in again.items() if found.renderings}
+        expected = expected.model_copy(update={"conversations": expected.conversations | rendered})
         mismatches = list(_mismatches(compared, expected, genai, foundry))
     return TemplateParity(
         conversations=len(compared),
@@ -256,48 +260,40 @@ class _Runtimes:
         self._on_progress, self._torch_child = on_progress, torch_child
         self._done = 0
 
-    def transformers(self, moments: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
-        return self._run(
-            "slmops.infra.transformers.templates:render",
-            within=self._torch_child,
-            tokenizer_dir=str(self.reference_dir),
+    def transformers(self, moments: Mapping[str, Sequence[str]] | None = None) -> RenderedConversations:
+        call = RenderConversations(
+            tokenizer_dir=self.reference_dir,
             conversations=CONVERSATIONS,
             moments=moments or {},
             marks=MARKS,
             context=CONTEXT,
         )
+        return self._run(call, within=self._torch_child)
 
     def genai(
         self, conversations: Mapping[str, Sequence[Message]], control_tokens: Iterable[str], texts: Mapping[str, str]
-    ) -> dict[str, Any]:
+    ) -> RenderedChats:
         return self._run(
-            "slmops.infra.genai.templates:render",
-            model_dir=str(self.model_dir),
-            conversations=conversations,
-            control_tokens=list(control_tokens),
-            context=CONTEXT,
-            compositions=texts,
+            RenderChats(
+                model_dir=self.model_dir,
+                conversations=conversations,
+                control_tokens=tuple(control_tokens),
+                context=CONTEXT,
+                compositions=texts,
+            )
         )
 
-    def foundry(self, conversations: Mapping[str, Sequence[Message]]) -> dict[str, Any]:
-        return self._run(
-            "slmops.infra.foundry.templates:count",
-            deadline_s=self.settings.timeout.foundry_s,
-            model_dir=str(self.model_dir),
-            cache_dir=str(self.work_dir.absolute() / "foundry"),
-            conversations=conversations,
-        )
+    def foundry(self, conversations: Mapping[str, Sequence[Message]]) -> CountedPrompts:
+        call = CountPrompts(model_dir=self.model_dir, cache_dir=self.work_dir / "foundry", conversations=conversations)
+        return self._run(call, deadline_s=self.settings.timeout.foundry_s)
 
-    def _run(
-        self, function: str, *, deadline_s: float | None = None, within: ChildProcess | None = None, **request: Any
-    ) -> dict[str, Any]:
+    def _run(self, call: Call[R], *, deadline_s: float | None = None, within: ChildProcess | None = None) -> R:
         def follow(done: float, total: float, what: str) -> None:
             if self._on_progress:
                 self._on_progress(min(self._done, 3), 3, what)
 
         child = run_in_child(
-            function,
-            request,
+            call,
             deadline_s=deadline_s or self.settings.timeout.evaluate_s,
             log_path=self.work_dir / "parity.log",
             work_dir=self.work_dir,
@@ -309,81 +305,81 @@ class _Runtimes:
 
 
 def _mismatches(
-    compared: Iterable[str], expected: dict[str, Any], genai: dict[str, Any], foundry: dict[str, Any] | None
+    compared: Iterable[str],
+    expected: RenderedConversations,
+    genai: RenderedChats,
+    foundry: CountedPrompts | None,
 ) -> Iterable[ParityMismatch]:
     """Yield what differs; a runtime agrees when it does with one of transformers' renderings."""
     for name in compared:
-        renderings = expected["conversations"][name]["renderings"]
+        renderings = expected.conversations[name].renderings
         first = renderings[0]
-        if genai["fault"] is not None:
-            found = {"error": f"The tokenizer cannot be opened: {genai['fault']}"}
+        if genai.fault is not None:
+            found = RenderedChat(error=f"The tokenizer cannot be opened: {genai.fault}", moments=("", ""))
         else:
-            found = genai["conversations"][name]
-        if found.get("ids") not in [one["ids"] for one in renderings]:
-            same = found.get("text") == first["text"]
+            found = genai.conversations[name]
+        if found.ids not in [rendering.ids for rendering in renderings]:
+            same = found.ids is not None and found.text == first.text
             yield ParityMismatch(
                 conversation=name,
                 runtime="genai",
-                expected=_shown(first, with_ids=same),
-                found=_shown(found, with_ids=same),
-                expected_tokens=len(first["ids"]),
-                found_tokens=len(found.get("ids", ())),
+                expected=_shown(first.text, first.ids, with_ids=same),
+                found=found.error or _shown(found.text, found.ids, with_ids=same),
+                expected_tokens=len(first.ids),
+                found_tokens=len(found.ids or ()),
             )
         if foundry is None:
             continue
-        counted = foundry["conversations"][name]
-        if counted.get("prompt_tokens") not in [len(one["ids"]) for one in renderings]:
-            told = counted.get("error") or (
+        counted = foundry.conversations[name]
+        if counted.prompt_tokens not in [len(rendering.ids) for rendering in renderings]:
+            told = counted.error or (
                 "(Foundry Local tells only the number of tokens; onnxruntime-genai makes of this model:) "
-                + _shown(found, with_ids=False)
+                + (found.error or found.text)
             )
             yield ParityMismatch(
                 conversation=name,
                 runtime="foundry",
-                expected=first["text"],
+                expected=first.text,
                 found=told,
-                expected_tokens=len(first["ids"]),
-                found_tokens=counted.get("prompt_tokens", 0),
+                expected_tokens=len(first.ids),
+                found_tokens=counted.prompt_tokens or 0,
             )
 
 
-def _shown(rendering: Mapping[str, Any], *, with_ids: bool) -> str:
-    if "error" in rendering:
-        return str(rendering["error"])
-    return f"{rendering['text']}\n(tokens {rendering['ids']})" if with_ids else str(rendering["text"])
+def _shown(text: str, ids: Sequence[int] | None, *, with_ids: bool) -> str:
+    return f"{text}\n(tokens {list(ids or ())})" if with_ids else text
 
 
-def _moments(name: str, *runtimes: dict[str, Any] | None) -> list[str]:
-    return [
-        moment for one in runtimes if one and "conversations" in one for moment in one["conversations"][name]["moments"]
-    ]
+def _moments(name: str, genai: RenderedChats, foundry: CountedPrompts | None) -> list[str]:
+    seen = [runtime.conversations[name].moments for runtime in (genai, foundry) if runtime and runtime.conversations]
+    return [moment for moments in seen for moment in moments]
 
 
-def _broken_control_tokens(expected: dict[str, Any], genai: dict[str, Any]) -> Iterable[str]:
+def _broken_control_tokens(expected: RenderedConversations, genai: RenderedChats) -> Iterable[str]:
     """Yield the control tokens that genai does not tokenize as transformers does, alone or inside a text."""
-    for text, token in expected["control_tokens"].items():
-        found = genai.get("control_tokens", {}).get(text)
+    for text, token in expected.control_tokens.items():
+        found = genai.control_tokens.get(text)
         if found is None:
             continue  # the tokenizer cannot be opened, which is a mismatch of every conversation
-        is_one = token["alone"] != [token["id"]] or found["alone"] == [token["id"]]
-        if not is_one or found["in_context"].count(token["id"]) != token["in_context"].count(token["id"]):
+        is_one = token.alone != (token.id,) or found.alone == (token.id,)
+        if not is_one or found.in_context.count(token.id) != token.in_context.count(token.id):
             yield text
 
 
 def _reference_notes(
-    model_dir: Path, checkpoint_dir: Path | None, expected: dict[str, Any], refused: Mapping[str, str]
+    model_dir: Path, checkpoint_dir: Path | None, expected: RenderedConversations, refused: Mapping[str, str]
 ) -> Iterable[str]:
     if checkpoint_dir is None:
         yield "There is no source checkpoint: the reference is the variant's own tokenizer in transformers."
     for reason in dict.fromkeys(refused.values()):
         names = ", ".join(name for name, found in refused.items() if found == reason)
         yield f"Not compared, as the chat template refuses them ({reason}): {names}."
-    if expected["dated"]:
+    if expected.dated:
         yield (
             "The chat template writes the date: the same conversation has another prompt every day. "
             "All runtimes take it from the machine's clock."
         )
-    plain = [mark for mark, tokens in expected["marks"].items() if tokens > 1]
+    plain = [mark for mark, tokens in expected.marks.items() if tokens > 1]
     if plain:
         yield (
             f"{', '.join(plain)} look{'s' if len(plain) == 1 else ''} like control tokens, "
@@ -436,21 +432,21 @@ def _compositions(
 
 
 def _composition_notes(
-    compositions: Mapping[str, str], expected: dict[str, Any], genai: dict[str, Any]
+    compositions: Mapping[str, str], expected: RenderedConversations, genai: RenderedChats
 ) -> Iterable[str]:
     """Say where inference_model.json's strings make other prompts, or other tokens, than the chat template.
 
     Foundry 0.8 puts these strings together and leaves the begin token to the tokenizer.
     """
-    begin = expected["begin_token"] or ""
+    begin = expected.begin_token or ""
     other_text: list[str] = []
     other_tokens: dict[str, list[str]] = {}
     for name, text in compositions.items():
-        renderings = expected["conversations"][name]["renderings"]
-        if text not in [one["text"].removeprefix(begin) for one in renderings]:
+        renderings = expected.conversations[name].renderings
+        if text not in [rendering.text.removeprefix(begin) for rendering in renderings]:
             other_text.append(name)
-        elif genai["fault"] is None:
-            found, ids = genai["compositions"][name], [one["ids"] for one in renderings]
+        elif genai.fault is None:
+            found, ids = genai.compositions[name], [rendering.ids for rendering in renderings]
             if found not in ids:
                 why = ""
                 if found in [one[1:] for one in ids]:

@@ -5,16 +5,17 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
 
 from slmops.infra.errors import BadInput
+from slmops.infra.genai.calls import ComparedText, CompareText, ScoredWindow
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.transformers.calls import ScoreTextAsSource
 from slmops.tasks.exams.estimates import Estimate, weighted_mean
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.source import ComparedExam
@@ -111,17 +112,15 @@ def run_text_reference(
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` and its kinds as `run_in_child` does.
     """
     run_in_child(
-        "slmops.infra.transformers.text:text_reference",
-        {
-            "checkpoint_dir": str(checkpoint_dir.absolute()),
-            "text_file": _write(text, work_dir),
-            "max_tokens": settings.evaluation.max_text_tokens,
-            "window_tokens": WINDOW_TOKENS,
-            "max_positions": settings.evaluation.max_positions,
-            "threads": settings.threads,
-            "dtype": "float32",
-            "output_dir": str(work_dir.absolute()),
-        },
+        ScoreTextAsSource(
+            checkpoint_dir=checkpoint_dir,
+            text_file=_write(text, work_dir),
+            max_tokens=settings.evaluation.max_text_tokens,
+            window_tokens=WINDOW_TOKENS,
+            max_positions=settings.evaluation.max_positions,
+            threads=settings.threads,
+            output_dir=work_dir,
+        ),
         deadline_s=settings.timeout.reference_s,
         log_path=work_dir / "text.log",
         work_dir=work_dir,
@@ -148,16 +147,15 @@ def compare_on_text(
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` and its kinds for a model that cannot be run.
     """
     child = run_in_child(
-        "slmops.infra.genai.text:compare_text",
-        {
-            "model_dir": str(model_dir.absolute()),
-            "text_file": _write(text, work_dir),
-            "reference_dir": None if reference_dir is None else str(reference_dir.absolute()),
-            "max_tokens": settings.evaluation.max_text_tokens,
-            "window_tokens": WINDOW_TOKENS,
-            "threads": settings.threads,
-            "execution_provider": execution_provider,
-        },
+        CompareText(
+            model_dir=model_dir,
+            text_file=_write(text, work_dir),
+            reference_dir=reference_dir,
+            max_tokens=settings.evaluation.max_text_tokens,
+            window_tokens=WINDOW_TOKENS,
+            threads=settings.threads,
+            execution_provider=execution_provider,
+        ),
         deadline_s=settings.timeout.evaluate_s,
         log_path=work_dir / "text.log",
         work_dir=work_dir,
@@ -166,38 +164,38 @@ def compare_on_text(
     return summarize(child.value, text.origin)
 
 
-def _write(text: TextSample, work_dir: Path) -> str:
+def _write(text: TextSample, work_dir: Path) -> Path:
     work_dir.mkdir(parents=True, exist_ok=True)
-    path = work_dir.absolute() / "text.txt"
+    path = work_dir / "text.txt"
     path.write_bytes(text.text.encode())
-    return str(path)
+    return path
 
 
-def summarize(result: dict[str, Any], origin: str) -> TextComparison:
-    """Make the record from the child's raw result (see `slmops.infra.genai.text.compare_text`).
+def summarize(compared: ComparedText, origin: str) -> TextComparison:
+    """Make the record from the child's raw figures.
 
     The ratio of perplexities is exp of the mean difference of the log-probabilities per token, and so is its
     interval; like the other intervals it is bootstrapped over windows, weighted by their tokens.
     """
-    windows: list[dict[str, Any]] = result["windows"]
-    scored = sum(window["tokens"] for window in windows)
-    compared = [window for window in windows if window["positions"]]
-    positions = [window["positions"] for window in compared]
+    windows = compared.windows
+    scored = sum(window.tokens for window in windows)
+    beside = [window for window in windows if window.positions]
+    positions = [window.positions for window in beside]
     notes = []
-    if result["last_position_only"]:
+    if compared.last_position_only:
         notes.append("The model gives one position's logits at a time, so that the text was read token by token.")
     return TextComparison(
         origin=origin,
-        tokens=result["tokens"],
+        tokens=compared.tokens,
         positions=sum(positions),
-        finite_logits=sum(window["finite_tokens"] for window in windows) / scored,
-        perplexity=_perplexity([window["log_probability"] for window in windows], scored),
-        reference_perplexity=_perplexity([window["reference_log_probability"] for window in windows], scored),
+        finite_logits=sum(window.finite_tokens for window in windows) / scored,
+        perplexity=_perplexity([window.log_probability for window in windows], scored),
+        reference_perplexity=_perplexity([window.reference_log_probability for window in windows], scored),
         perplexity_ratio=_perplexity_ratio(windows),
-        top1_agreement=_weighted([window["agreeing"] for window in compared], positions),
-        kl_divergence=_weighted([window["kl_divergence"] for window in compared], positions),
-        kl_divergence_p99=result["kl_divergence_p99"],
-        window_tokens=result["window_tokens"],
+        top1_agreement=_weighted([window.agreeing for window in beside], positions),
+        kl_divergence=_weighted([window.kl_divergence for window in beside], positions),
+        kl_divergence_p99=compared.kl_divergence_p99,
+        window_tokens=compared.window_tokens,
         notes=tuple(notes),
     )
 
@@ -211,11 +209,15 @@ def _perplexity(log_probabilities: Sequence[float | None], tokens: int) -> float
     return math.exp(mean) if mean < LARGEST_EXPONENT else None
 
 
-def _perplexity_ratio(windows: Sequence[dict[str, Any]]) -> Estimate | None:
-    pairs = [(window["reference_log_probability"], window["log_probability"]) for window in windows]
-    if any(value is None for pair in pairs for value in pair):
+def _perplexity_ratio(windows: Sequence[ScoredWindow]) -> Estimate | None:
+    differences = [
+        window.reference_log_probability - window.log_probability
+        for window in windows
+        if window.reference_log_probability is not None and window.log_probability is not None
+    ]
+    if len(differences) < len(windows):
         return None
-    found = _weighted([reference - variant for reference, variant in pairs], [window["tokens"] for window in windows])
+    found = _weighted(differences, [window.tokens for window in windows])
     if found is None or found.high >= LARGEST_EXPONENT:
         return None
     return Estimate(value=math.exp(found.value), low=math.exp(found.low), high=math.exp(found.high))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.calls import CatalogModel, ListModels, OnCatalog, Prove, ProvenAnswer, Register, Unregister
 from slmops.infra.foundry.command import seen_by_command
 from slmops.infra.foundry.model_folder import (
     INFERENCE_MODEL,
@@ -19,7 +20,8 @@ from slmops.infra.foundry.model_folder import (
     remove_model_folder,
     write_model_folder,
 )
-from slmops.infra.process.call import OnProgress
+from slmops.infra.genai.calls import Generate
+from slmops.infra.process.call import OnProgress, R
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
@@ -364,8 +366,13 @@ def register_variant(
             inference_model=inference_model(model_id, manifest.version, description, template, defaults),
             model_card=card,
         )
-        request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, description)}
-        changed = ask_foundry("register", request, settings, on_progress)["changed"]
+        call = Register(
+            cache_dir=settings.foundry_dir,
+            folder=folder,
+            model_id=model_id,
+            metadata=_metadata(manifest, variant, description),
+        )
+        changed = ask_foundry(call, settings, on_progress).changed
         on_progress(1, 1, "registered" if changed else "registered before")
     return Registration(model_id=model_id, changed=changed, notes=template.notes)
 
@@ -400,18 +407,19 @@ def register_champion(manifest: Manifest, variant: StoredVariant, settings: Sett
 def set_champion_ids(name: str, champions: Sequence[tuple[Manifest, StoredVariant]], settings: Settings) -> None:
     """Register these variants as `NAME:VERSION`, and then no other version under the plain name."""
     registered = registered_models(settings)
-    folders = {model["model_id"]: model["folder"] for model in registered if model["folder_exists"]}
+    folders = {model.model_id: model.folder for model in registered if model.folder_exists}
     for manifest, variant in champions:
         folder = model_folder(settings.foundry_dir, name, variant.precision, manifest.version)
         model_id = champion_model_id(name, manifest.version)
         if folders.get(model_id) == str(folder.absolute()):
             continue
-        request = {"folder": str(folder), "model_id": model_id, "metadata": _metadata(manifest, variant, "")}
-        ask_foundry("register", request, settings)
+        metadata = _metadata(manifest, variant, "")
+        call = Register(cache_dir=settings.foundry_dir, folder=folder, model_id=model_id, metadata=metadata)
+        ask_foundry(call, settings)
     kept = {champion_model_id(name, manifest.version) for manifest, _ in champions}
     for model in registered:
-        if model["name"] == name and model["model_id"] not in kept:
-            ask_foundry("unregister", {"model_id": model["model_id"]}, settings)
+        if model.name == name and model.model_id not in kept:
+            ask_foundry(Unregister(cache_dir=settings.foundry_dir, model_id=model.model_id), settings)
 
 
 def _metadata(manifest: Manifest, variant: StoredVariant, description: str) -> dict[str, str]:
@@ -453,25 +461,25 @@ def prove_variant(
     """
     model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
     messages = [message.model_dump() for message in row.messages]
-    asked = {"messages": messages, "max_new_tokens": settings.evaluation.max_new_tokens}
+    max_new_tokens = settings.evaluation.max_new_tokens
+    call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
     with stage_progress(f"prove {variant.precision}") as on_progress:
         try:
-            expected = _expected_answer(variant, asked, evaluated_answer, registry, settings)
-            proven = ask_foundry("prove", {"model_id": model_id, **asked}, settings, on_progress)
-            if proven["answer"].strip() != expected.strip():
+            expected = _expected_answer(variant, call.messages, evaluated_answer, registry, settings)
+            proven = ask_foundry(call, settings, on_progress)
+            if proven.answer.strip() != expected.strip():
                 raise StageFailed(
-                    f"Through Foundry Local {model_id} answers {proven['answer']!r}, "
+                    f"Through Foundry Local {model_id} answers {proven.answer!r}, "
                     f"onnxruntime-genai with the same model {expected!r}.",
                     "See whether its chat template renders alike in both (the evaluation's template mismatches).",
                 )
         except StageFailed as error:
             unregister_variant(manifest, variant, settings)
             raise type(error)(f"{error.message} It was unregistered again.", error.what_to_do) from error
-        figures = {name: proven[name] for name in ("load_ms", "e2e_latency_ms", "prompt_tokens", "completion_tokens")}
         question = row.messages[-1].content
         note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
         notes = (note,) if note else ()
-        proof = Proof(model_id=model_id, question=question, answer=proven["answer"], notes=notes, **figures)
+        proof = _proof(proven, question, notes)
         registry.add_evidence(manifest, f"proof-{variant.precision}", proof.model_dump())
     return proof
 
@@ -487,17 +495,30 @@ def repeat_proof(
     model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
     messages = [message.model_dump() for message in row.messages]
     # As long as the recorded answer was, whatever the limit is today: what it was cut by may have been another one.
-    asked = {"messages": messages, "max_new_tokens": max(recorded.completion_tokens, 1)}
+    max_new_tokens = max(recorded.completion_tokens, 1)
+    call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
     with stage_progress(f"prove {variant.precision}") as on_progress:
-        proven = ask_foundry("prove", {"model_id": model_id, **asked}, settings, on_progress)
-    if proven["answer"].strip() != recorded.answer.strip():
+        proven = ask_foundry(call, settings, on_progress)
+    if proven.answer.strip() != recorded.answer.strip():
         raise StageFailed(
-            f"Through Foundry Local {model_id} answers {proven['answer']!r}, "
+            f"Through Foundry Local {model_id} answers {proven.answer!r}, "
             f"and when it was proven it answered {recorded.answer!r}.",
             "See with slmops verify whether its files are whole; slmops regate judges and proves the version anew.",
         )
-    figures = {name: proven[name] for name in ("load_ms", "e2e_latency_ms", "prompt_tokens", "completion_tokens")}
-    return Proof(model_id=model_id, question=recorded.question, answer=proven["answer"], **figures)
+    return _proof(proven, recorded.question)
+
+
+def _proof(proven: ProvenAnswer, question: str, notes: tuple[str, ...] = ()) -> Proof:
+    return Proof(
+        model_id=proven.model_id,
+        question=question,
+        answer=proven.answer,
+        load_ms=proven.load_ms,
+        e2e_latency_ms=proven.e2e_latency_ms,
+        prompt_tokens=proven.prompt_tokens,
+        completion_tokens=proven.completion_tokens,
+        notes=notes,
+    )
 
 
 def last_proof(manifest: Manifest, variant: StoredVariant, row: EvaluationRow, registry: ModelRegistry) -> Proof | None:
@@ -510,7 +531,7 @@ def last_proof(manifest: Manifest, variant: StoredVariant, row: EvaluationRow, r
 
 def _expected_answer(
     variant: StoredVariant,
-    asked: dict[str, Any],
+    messages: Sequence[Message],
     evaluated_answer: str,
     registry: ModelRegistry,
     settings: Settings,
@@ -526,21 +547,26 @@ def _expected_answer(
         if penalty == 1.0:
             return evaluated_answer
         child = run_in_child(
-            "slmops.infra.genai.runtime:generate",
-            {"model_dir": str(work / "model"), "threads": settings.threads, "repetition_penalty": penalty, **asked},
+            Generate(
+                model_dir=work / "model",
+                messages=messages,
+                max_new_tokens=settings.evaluation.max_new_tokens,
+                threads=settings.threads,
+                repetition_penalty=penalty,
+            ),
             deadline_s=settings.timeout.evaluate_s,
             log_path=settings.cache_dir / "logs" / "generate.log",
             work_dir=work,
         )
-    return str(child.value["answer"])
+    return child.value.answer
 
 
 def unregister_variant(manifest: Manifest, variant: StoredVariant, settings: Settings) -> list[str]:
     """Take a variant out of Foundry Local, under all its ids, and out of its cache; returns those ids."""
     folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
-    ids = [model["model_id"] for model in registered_models(settings) if model["folder"] == str(folder)]
+    ids = [model.model_id for model in registered_models(settings) if model.folder == str(folder)]
     for model_id in ids:
-        ask_foundry("unregister", {"model_id": model_id}, settings)
+        ask_foundry(Unregister(cache_dir=settings.foundry_dir, model_id=model_id), settings)
     remove_model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
     return ids
 
@@ -550,22 +576,18 @@ def unregister_version(manifest: Manifest, settings: Settings) -> list[str]:
     return [model_id for variant in manifest.variants for model_id in unregister_variant(manifest, variant, settings)]
 
 
-def registered_models(settings: Settings) -> list[dict[str, Any]]:
-    """Return Foundry's local catalog; see `slmops.infra.foundry.runtime.list_models`."""
-    models: list[dict[str, Any]] = ask_foundry("list_models", {}, settings)["models"]
-    return models
+def registered_models(settings: Settings) -> tuple[CatalogModel, ...]:
+    """Return Foundry's local catalog."""
+    return ask_foundry(ListModels(cache_dir=settings.foundry_dir), settings)
 
 
-def ask_foundry(
-    function: str, request: dict[str, Any], settings: Settings, on_progress: OnProgress | None = None
-) -> dict[str, Any]:
-    """Call a function of `slmops.infra.foundry.runtime` on the settings' Foundry cache, in a process of its own."""
+def ask_foundry(call: OnCatalog[R], settings: Settings, on_progress: OnProgress | None = None) -> R:
+    """Perform a call on a Foundry cache, in a process of its own."""
     with work_folder(settings) as work:
         return run_in_child(
-            f"slmops.infra.foundry.runtime:{function}",
-            {"cache_dir": str(settings.foundry_dir), **request},
+            call,
             deadline_s=settings.timeout.foundry_s,
-            log_path=settings.cache_dir / "logs" / f"foundry-{function}.log",
+            log_path=settings.cache_dir / "logs" / f"foundry-{type(call).__name__.lower()}.log",
             work_dir=work,
             on_progress=on_progress,
         ).value

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
 from slmops.infra.errors import BadInput
+from slmops.infra.reference.answers import RowId
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import digest_of as digest_of_json
 from slmops.tasks.checkpoint.preparation import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
@@ -21,9 +22,6 @@ MAX_LINE_BYTES = 1_000_000
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-RowId = StrictInt | Annotated[StrictStr, Field(min_length=1)]
 
 
 class Message(_Record):

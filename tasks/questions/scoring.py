@@ -14,7 +14,7 @@ import regex
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer, ValidationError
 
 from slmops.infra.errors import BadInput
-from slmops.infra.transformers.reference import matches
+from slmops.infra.reference.answers import matches
 from slmops.tasks.questions.patterns import compile_pattern, is_found
 from slmops.tasks.questions.strict_json import parse_json, shorten
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from slmops.infra.transformers.calls import Loss
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.report.records import DeployReport, VariantReport
 from slmops.tasks.report.wording import decimal
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Formatter
 
-    from slmops.tasks.training.fine_tune import Loss
 
 PlotName = Literal["quality", "throughput", "latency", "memory", "losses"]
 

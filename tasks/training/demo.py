@@ -21,6 +21,7 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
+from slmops.infra.transformers.calls import TrainChatModel
 from slmops.tasks.checkpoint.preparation import OUTPUT_SCHEMA_FILE
 
 Row = dict[str, Any]
@@ -514,14 +515,13 @@ def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnPro
         for name, rows in (("train.jsonl", recipe.train_rows), ("eval.jsonl", recipe.held_out_rows)):
             (work_dir / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
         result = run_in_child(
-            "slmops.infra.transformers.training:train_chat_model",
-            {
+            TrainChatModel(
                 **TRAINING,
-                "seed": recipe.seed,
-                "train_file": str(work_dir / "train.jsonl"),
-                "eval_file": str(work_dir / "eval.jsonl"),
-                "output_dir": str(work_dir / "checkpoint"),
-            },
+                seed=recipe.seed,
+                train_file=work_dir / "train.jsonl",
+                eval_file=work_dir / "eval.jsonl",
+                output_dir=work_dir / "checkpoint",
+            ),
             deadline_s=settings.timeout.train_s,
             log_path=target.with_suffix(".log"),
             work_dir=work_dir,
@@ -529,7 +529,7 @@ def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnPro
         ).value
         schema = json.dumps(output_schema(), indent=2) + "\n"
         (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8")
-        _write_record(work_dir / "checkpoint", recipe, {name: result[name] for name in _RESULTS})
+        _write_record(work_dir / "checkpoint", recipe, result.model_dump(include=set(_RESULTS)))
         try:
             (work_dir / "checkpoint").rename(target)
         except OSError:
@@ -537,7 +537,7 @@ def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnPro
                 raise
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
-    return float(result["seconds"])
+    return result.seconds
 
 
 def _write_record(directory: Path, recipe: _Recipe, results: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Stage "fine-tune": a base and a dataset become an adapter or a checkpoint, once for the same question."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,13 @@ from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import check_name, digest_of
+from slmops.infra.transformers.calls import Chat, FineTune, Loss
 from slmops.tasks.checkpoint.preparation import content_digest, fetch_checkpoint, inspect_checkpoint
 from slmops.tasks.questions.evaluation_set import read_evaluation_set
 from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
-from slmops.tasks.training.dataset import Dataset, read_dataset, split
+from slmops.tasks.training.dataset import Dataset, TrainingRow, read_dataset, split
 
 Method = Literal["lora", "full"]
 HELD_OUT_SHARE = 0.1
@@ -54,14 +55,6 @@ class Hyperparameters(_Record):
                 f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()
             )
             raise BadInput(f"The fine-tuning cannot be done so: {faults}.", "Correct these values.") from None
-
-
-class Loss(_Record):
-    """Losses at one step, in nats per token."""
-
-    step: int
-    train_loss: FiniteFloat | None = None
-    held_out_loss: FiniteFloat | None = None
 
 
 class FineTuning(_Record):
@@ -136,19 +129,18 @@ def fine_tune_once(
             return str(target / RESULT), FineTuning.model_validate_json((target / RECORD_FILE).read_bytes())
         state_dir = settings.cache_dir / "fine-tuning-states" / key
         train, held_out = split(dataset.rows, HELD_OUT_SHARE)
-        request = {
-            "base_dir": base.uri,
-            "train": [{"number": number, **row.model_dump(mode="json")} for number, row in train],
-            "held_out": [{"number": number, **row.model_dump(mode="json")} for number, row in held_out],
-            **hyperparameters.model_dump(mode="json", exclude={"early_stopping_patience"}),
-            "patience": hyperparameters.early_stopping_patience,
-            "threads": settings.threads,
-            "state_dir": str(state_dir),
-        }
         with work_folder(settings) as work:
             child = run_in_child(
-                "slmops.infra.transformers.fine_tuning:fine_tune",
-                request | {"output_dir": str(work / "tuned" / RESULT)},
+                FineTune(
+                    base_dir=base.folder,
+                    train=_numbered(train),
+                    held_out=_numbered(held_out),
+                    **hyperparameters.model_dump(exclude={"early_stopping_patience"}),
+                    patience=hyperparameters.early_stopping_patience,
+                    threads=settings.threads,
+                    state_dir=state_dir,
+                    output_dir=work / "tuned" / RESULT,
+                ),
                 deadline_s=settings.timeout.fine_tune_s,
                 log_path=settings.cache_dir / "logs" / f"fine-tune-{key[:12]}.log",
                 work_dir=work,
@@ -163,12 +155,16 @@ def fine_tune_once(
                 base_digest=base.digest,
                 hyperparameters=hyperparameters,
                 peak_rss_bytes=child.peak_rss_bytes,
-                **child.value,
+                **dict(child.value),
             )
             (work / "tuned" / RECORD_FILE).write_text(record.model_dump_json(indent=2), "utf-8")
             place(work / "tuned", target)
         shutil.rmtree(state_dir, ignore_errors=True)
     return str(target / RESULT), record
+
+
+def _numbered(chats: Sequence[tuple[int, TrainingRow]]) -> list[Chat]:
+    return [Chat(number=number, messages=[turn.model_dump() for turn in row.messages]) for number, row in chats]
 
 
 def check_retrain(parameters: Mapping[str, Any], settings: Settings) -> None:

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from slmops.infra.errors import BadInput
+from slmops.infra.reference.answers import Share
 from slmops.infra.settings import GateSettings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
-from slmops.tasks.exams.answers import Evaluation, Share
+from slmops.tasks.exams.answers import Evaluation
 from slmops.tasks.exams.endurance import Exercise
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.length_sweep import Steadiness

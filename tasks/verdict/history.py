@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
+from slmops.infra.genai.calls import Hardware, RequestFigures
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
 from slmops.tasks.exams.estimates import Estimate, paired_loss, ratio_of_medians, weighted_mean
-from slmops.tasks.exams.measurement import Hardware, Measurement, MetricName, RequestFigures, measurements_of
+from slmops.tasks.exams.measurement import Measurement, MetricName, measurements_of
 
 Trend = Literal["better", "worse", "same"]
 

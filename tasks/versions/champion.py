@@ -166,7 +166,7 @@ def look_at_present(change: Change, registry: ModelRegistry, settings: Settings)
     name = change.name
     if registry.alias(name, CHAMPION) != change.former:
         raise _overtaken(change, registry)
-    found = {model["version"]: model["folder"] for model in registered_models(settings) if model["name"] == name}
+    found = {model.version: model.folder for model in registered_models(settings) if model.name == name}
     registered = [
         (manifest, variant)
         for manifest in registry.versions(name)

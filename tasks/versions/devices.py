@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slmops.infra.errors import SlmopsError, StageFailed
+from slmops.infra.foundry.calls import Prove, Register, Unregister
 from slmops.infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
 from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import FoundrySettings, Settings
@@ -56,7 +57,7 @@ def bring_to_device(version: Version, foundry_cache: Path, settings: Settings, o
     precision = variant.precision
     model_id = champion_model_id(manifest.name, manifest.version)
     there = settings.model_copy(update={"foundry": FoundrySettings(cache_dir=foundry_cache)})
-    before = [one for one in registered_models(there) if one["name"] == manifest.name]
+    before = [model.model_id for model in registered_models(there) if model.name == manifest.name]
     with work_folder(settings) as work:
         variant.place(work / "model", on_progress)
         if settings.store.require_signature:
@@ -73,8 +74,9 @@ def bring_to_device(version: Version, foundry_cache: Path, settings: Settings, o
             inference_model=inference_model(model_id, manifest.version, description, template, defaults),
             model_card=f"# {manifest.reference}\n\n{description}\n",
         )
-    with _taken_back(manifest, model_id, [str(one["model_id"]) for one in before], there):
-        ask_foundry("register", {"folder": str(folder), "model_id": model_id}, there, on_progress)
+    with _taken_back(manifest, model_id, before, there):
+        call = Register(cache_dir=there.foundry_dir, folder=folder, model_id=model_id)
+        ask_foundry(call, there, on_progress)
         answer = _answered(registry, manifest, precision, model_id, there, on_progress)
     replaced = _replace(manifest, model_id, there)
     return BroughtModel(model_id, precision, str(folder), answer, replaced)
@@ -88,7 +90,7 @@ def _taken_back(manifest: Manifest, model_id: str, before: list[str], there: Set
     except BaseException:
         if model_id not in before:
             with contextlib.suppress(SlmopsError):
-                ask_foundry("unregister", {"model_id": model_id}, there)
+                ask_foundry(Unregister(cache_dir=there.foundry_dir, model_id=model_id), there)
             remove_model_folder(there.foundry_dir, manifest.name, ROLE, manifest.version)
         raise
 
@@ -107,8 +109,8 @@ def _answered(
     if evaluation and proof:
         messages = [message.model_dump() for message in evaluation.rows[0].messages]
     tokens = proof.completion_tokens if proof else FALLBACK_TOKENS
-    request = {"model_id": model_id, "messages": messages, "max_new_tokens": tokens}
-    answer = str(ask_foundry("prove", request, there, on_progress)["answer"])
+    call = Prove(cache_dir=there.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=tokens)
+    answer = ask_foundry(call, there, on_progress).answer
     if proof and answer.strip() != proof.answer.strip():
         raise StageFailed(
             f"{model_id} answers {answer!r} there; recorded is {proof.answer!r}.",
@@ -122,9 +124,9 @@ def _replace(manifest: Manifest, model_id: str, there: Settings) -> tuple[str, .
     own = model_folder(there.foundry_dir, manifest.name, ROLE, manifest.version).parent
     gone = []
     for model in registered_models(there):
-        folder = Path(model["folder"])
-        if model["name"] == manifest.name and model["model_id"] != model_id and folder.parent == own:
-            ask_foundry("unregister", {"model_id": model["model_id"]}, there)
-            remove_model_folder(there.foundry_dir, manifest.name, ROLE, int(model["version"]))
-            gone.append(str(model["model_id"]))
+        ours = Path(model.folder).parent == own
+        if model.name == manifest.name and model.model_id != model_id and ours:
+            ask_foundry(Unregister(cache_dir=there.foundry_dir, model_id=model.model_id), there)
+            remove_model_folder(there.foundry_dir, manifest.name, ROLE, model.version)
+            gone.append(model.model_id)
     return tuple(gone)

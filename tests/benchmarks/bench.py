@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from slmops.infra.olive import calls
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import BenchmarkSettings, MachineSettings, Settings
 from slmops.tasks.build.build import load_recipe, olive_run_config
@@ -194,15 +195,14 @@ class Bench:
     ) -> Build:
         """Build a variant, by its default recipe or another, into a folder of `into`, as `build_variant` does."""
         self.say(f"building {precision} of {checkpoint.name}")
-        result = child.call(
-            "slmops.infra.olive.engine:build",
-            {
-                "olive_config": olive_run_config(load_recipe(recipe or precision)),
-                "checkpoint_dir": str(checkpoint),
-                "output_dir": str(into / precision / "model"),
-                "cache_dir": str(into / precision / "cache"),
-                "threads": THREADS,
-            },
+        result = child.run(
+            calls.Build(
+                olive_config=olive_run_config(load_recipe(recipe or precision)),
+                checkpoint_dir=checkpoint,
+                output_dir=into / precision / "model",
+                cache_dir=into / precision / "cache",
+                threads=THREADS,
+            ),
             deadline_s=DEADLINE_S,
             log_path=into / f"{precision}.log",
             work_dir=into / precision,

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from slmops.infra.olive.calls import Build
 from slmops.infra.settings import Settings
 from slmops.tasks.build.build import load_recipe, olive_run_config
 from slmops.tasks.checkpoint.preparation import inspect_checkpoint
@@ -35,15 +36,14 @@ def measure(checkpoint: Path, precision: str, folder: Path) -> dict[str, Any]:
     config = olive_run_config(load_recipe("fp16" if precision == "fp32" else precision, "cpu"))
     config["passes"]["builder"]["precision"] = precision
     with torch_process(Settings(home=folder)) as child:
-        result = child.call(
-            "slmops.infra.olive.engine:build",
-            {
-                "olive_config": config,
-                "checkpoint_dir": str(checkpoint),
-                "output_dir": str(folder / precision),
-                "cache_dir": str(folder / "cache"),
-                "threads": 2,
-            },
+        result = child.run(
+            Build(
+                olive_config=config,
+                checkpoint_dir=checkpoint,
+                output_dir=folder / precision,
+                cache_dir=folder / "cache",
+                threads=2,
+            ),
             deadline_s=1800,
             log_path=folder / f"{precision}.log",
             work_dir=folder / "work",

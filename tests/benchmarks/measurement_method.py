@@ -56,7 +56,7 @@ def our_method(folder: Path, prompt_tokens: int, new_tokens: int, threads: int) 
     def request() -> dict[str, float]:
         with PeakMemory():
             figures = time_request(model, prompt_ids, new_tokens)
-        return {name: figures[name] for name in METRICS}
+        return {name: getattr(figures, name) for name in METRICS}
 
     return request
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
 from slmops.tasks.build.build import Recipe, known_recipes, load_recipe, olive_run_config
@@ -39,14 +40,13 @@ EVALUATIONS = 3
 def build(recipe: Recipe, checkpoint: Path, folder: Path, threads: int) -> float:
     """Build a recipe into `folder`/model; return the wall time in s."""
     child = run_in_child(
-        "slmops.infra.olive.engine:build",
-        {
-            "olive_config": olive_run_config(recipe),
-            "checkpoint_dir": str(checkpoint),
-            "output_dir": str(folder / "model"),
-            "cache_dir": str(folder / "cache"),
-            "threads": threads,
-        },
+        Build(
+            olive_config=olive_run_config(recipe),
+            checkpoint_dir=checkpoint,
+            output_dir=folder / "model",
+            cache_dir=folder / "cache",
+            threads=threads,
+        ),
         deadline_s=1800,
         log_path=folder / "build.log",
         work_dir=folder / "work",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slmops.infra.genai.calls import Measure
 from slmops.infra.process.supervisor import run_in_child
 from tests.benchmarks.bench import DEADLINE_S, NEW_TOKENS, PROMPT_TOKENS, THREADS, Bench, Row, row_below, row_beside
 from tests.benchmarks.llama_cpp import BenchResult
@@ -81,19 +82,18 @@ def _rows_of(recipe: str, ours: list[dict[str, Any]], theirs: list[BenchResult])
 def _measure(bench: Bench, folder: Path, name: str) -> dict[str, Any]:
     """Measure as a deploy does, without the sweep over prompt lengths, which is no part of these figures."""
     child = run_in_child(
-        "slmops.infra.genai.measurement:measure",
-        {
-            "model_dir": str(folder),
-            "prompt_tokens": [PROMPT_TOKENS],
-            "new_tokens": NEW_TOKENS,
-            "warmup": 1,
-            "repetitions": REPETITIONS,
-            "threads": THREADS,
-            "execution_provider": None,
-            "sweep": None,
-        },
+        Measure(
+            model_dir=folder,
+            prompt_tokens=[PROMPT_TOKENS],
+            new_tokens=NEW_TOKENS,
+            warmup=1,
+            repetitions=REPETITIONS,
+            threads=THREADS,
+            execution_provider=None,
+            sweep=None,
+        ),
         deadline_s=DEADLINE_S,
         log_path=bench.folder / f"measure-{name}.log",
         work_dir=bench.folder / "measure",
     )
-    return child.value
+    return child.value.model_dump(mode="json")

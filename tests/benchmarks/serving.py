@@ -26,6 +26,7 @@ import httpx
 import numpy as np
 import psutil
 
+from slmops.infra.genai.calls import Measure
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
@@ -143,13 +144,12 @@ def in_process(model_dir: Path, folder: Path, prompt_tokens: int, new_tokens: in
         "sweep": None,
     }
     child = run_in_child(
-        "slmops.infra.genai.measurement:measure",
-        request,
+        Measure(**request),
         deadline_s=600,
         log_path=folder / "measure.log",
         work_dir=folder / "work",
     )
-    latencies_ms = [row["e2e_latency_ms"] for row in child.value["rows"]]
+    latencies_ms = [row.e2e_latency_ms for row in child.value.rows]
     return 1000 * new_tokens / float(np.median(latencies_ms))
 
 

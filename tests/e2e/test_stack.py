@@ -23,6 +23,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from slmops.infra.errors import BadInput
+from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 from slmops.tasks.runs.dispatch import check_pool
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
@@ -103,7 +104,7 @@ def builds_of(stack: Stack, name: str) -> list[psutil.Process]:
     found = []
     for process in stack.tree(name):
         try:
-            if "slmops.infra.olive.engine:build" in process.cmdline():
+            if Build.target() in process.cmdline():
                 found.append(process)
         except psutil.Error:  # it has ended
             continue

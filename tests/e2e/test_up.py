@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from slmops.infra.olive.calls import Build
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
 from tests.e2e.test_prefect_server import answer_of, call, query
@@ -190,7 +191,7 @@ def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> Non
     run = call("POST", f"{api}/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
 
     def builds() -> list[psutil.Process]:
-        return [one for one in up.tree if "slmops.infra.olive.engine:build" in command_line(one)]
+        return [one for one in up.tree if Build.target() in command_line(one)]
 
     (child,) = wait_for(builds)
     call("POST", f"{api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})

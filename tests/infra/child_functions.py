@@ -12,60 +12,91 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.process.call import Progress
-from slmops.infra.process.endurance import Messages, exercise
+from slmops.infra.olive.calls import Build
+from slmops.infra.process.call import Call, Progress
+from slmops.infra.process.endurance import Endure, Messages, exercise
+from slmops.infra.records import Record
 
 
-def double(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    print("a library's chatter")  # must not disturb the message channel
-    os.write(1, b"a native library's chatter\n")
-    progress(1, 2, "half way")
-    return {"value": 2 * request["value"], "directory": str(Path.cwd()), "ci": os.environ["CI"]}
+class Doubled(Record):
+    value: int
+    directory: str
+    ci: str
+
+
+class Double(Call[Doubled]):
+    value: int
+
+    def perform(self, progress: Progress) -> Doubled:
+        print("a library's chatter")  # must not disturb the message channel
+        os.write(1, b"a native library's chatter\n")
+        progress(1, 2, "half way")
+        return Doubled(value=2 * self.value, directory=str(Path.cwd()), ci=os.environ["CI"])
 
 
 CALLS: list[int] = []
 
 
-def count_calls(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    CALLS.append(request["value"])
-    print(f"called with {CALLS[-1]}")
-    if CALLS[-1] < 0:
-        raise RuntimeError("negative")
-    if CALLS[-1] == 0:
+class Counted(Record):
+    pid: int
+    calls: int
+    directory: str
+
+
+class CountCalls(Call[Counted]):
+    value: int
+
+    def perform(self, progress: Progress) -> Counted:
+        CALLS.append(self.value)
+        print(f"called with {CALLS[-1]}")
+        if CALLS[-1] < 0:
+            raise RuntimeError("negative")
+        if CALLS[-1] == 0:
+            time.sleep(300)
+        return Counted(pid=os.getpid(), calls=len(CALLS), directory=str(Path.cwd()))
+
+
+class Refuse(Call[None]):
+    def perform(self, progress: Progress) -> None:
+        raise BadInput("The input is odd.", "Make it even.")
+
+
+class Crash(Call[None]):
+    def perform(self, progress: Progress) -> None:
+        print("about to fail", file=sys.stderr)
+        raise RuntimeError("disk on fire")
+
+
+class KillItself(Call[None]):
+    def perform(self, progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class EndSilently(Call[None]):
+    def perform(self, progress: Progress) -> None:
+        os._exit(4)
+
+
+class AnswerOtherwise(Call[int]):
+    def perform(self, progress: Progress) -> int:
+        return "seven"  # type: ignore[return-value]
+
+
+class SleepWithAGrandchild(Call[None]):
+    def perform(self, progress: Progress) -> None:
+        grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+        progress(0, 1, f"{os.getpid()} {grandchild.pid}")
         time.sleep(300)
-    return {"pid": os.getpid(), "calls": len(CALLS), "directory": str(Path.cwd())}
 
 
-def refuse(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    raise BadInput("The input is odd.", "Make it even.")
+class UseMemory(Call[int]):
+    size_bytes: int
 
-
-def crash(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    print("about to fail", file=sys.stderr)
-    raise RuntimeError("disk on fire")
-
-
-def kill_itself(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return {}
-
-
-def end_silently(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    os._exit(4)
-
-
-def sleep_with_a_grandchild(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-    progress(0, 1, f"{os.getpid()} {grandchild.pid}")
-    time.sleep(300)
-    return {}
-
-
-def use_memory(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    block = bytearray(request["size_bytes"])
-    block[::4096] = b"x" * len(block[::4096])
-    time.sleep(0.5)
-    return {"size_bytes": len(block)}
+    def perform(self, progress: Progress) -> int:
+        block = bytearray(self.size_bytes)
+        block[::4096] = b"x" * len(block[::4096])
+        time.sleep(0.5)
+        return len(block)
 
 
 class FakeModel:
@@ -109,27 +140,33 @@ class FakeModel:
         return trouble in self._fault and any(self._fault[trouble] in message["content"] for message in messages)
 
 
-def exercise_fake(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+class EndureFake(Endure):
     """Exercise a fake runtime; `fault.json` in the model folder says what is wrong with it."""
-    fault = json.loads((Path(request["model_dir"]) / "fault.json").read_text())
-    if fault.get("does_not_open"):
-        raise StageFailed("The model does not open.")
-    exercise(FakeModel(fault), request, progress)
-    return {"journal": request["journal"]}
+
+    def perform(self, progress: Progress) -> None:
+        fault = json.loads((self.model_dir / "fault.json").read_text())
+        if fault.get("does_not_open"):
+            raise StageFailed("The model does not open.")
+        exercise(FakeModel(fault), self, progress)
 
 
-def counted_build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Build with Olive; return what it read and wrote by system calls and held in memory at most, in bytes."""
-    from slmops.infra.olive import engine
+class CountedBuild(Call[dict[str, int]]):
+    """Build with Olive; answer what it read and wrote by system calls and held in memory at most, in bytes."""
 
-    if request.pop("as_olive_does"):
-        engine.spare_reads_and_writes = lambda: None
-    Path("/proc/self/clear_refs").write_text("5")
-    read, written = _bytes_moved()
-    engine.build(request, progress)
-    read, written = (now - before for now, before in zip(_bytes_moved(), (read, written), strict=True))
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"read": read, "written": written, "peak": int(peak.split()[1]) * 1024}
+    build: Build
+    as_olive_does: bool
+
+    def perform(self, progress: Progress) -> dict[str, int]:
+        from slmops.infra.olive import engine
+
+        if self.as_olive_does:
+            engine.spare_reads_and_writes = lambda: None
+        Path("/proc/self/clear_refs").write_text("5")
+        read, written = _bytes_moved()
+        self.build.perform(progress)
+        read, written = (now - before for now, before in zip(_bytes_moved(), (read, written), strict=True))
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return {"read": read, "written": written, "peak": int(peak.split()[1]) * 1024}
 
 
 def _bytes_moved() -> tuple[int, int]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slmops.infra.errors import BadInput
 from slmops.infra.transformers.adapters import merge_adapter, read_adapter_config
+from slmops.infra.transformers.calls import MergeAdapter
 from tests.checkpoints import make_tiny_checkpoint
 
 TOKEN_IDS = torch.arange(40, 72).reshape(2, 16)
@@ -22,7 +23,8 @@ def _silent(done: float, total: float, what: str) -> None:
 
 
 def _merge(adapter: Path, base: Path, output: Path) -> dict[str, Any]:
-    return merge_adapter({"adapter_dir": str(adapter), "base_dir": str(base), "output_dir": str(output)}, _silent)
+    call = MergeAdapter(adapter_dir=adapter, base_dir=base, output_dir=output)
+    return merge_adapter(call, _silent).model_dump(mode="json")
 
 
 def _logits(model: Any) -> torch.Tensor:

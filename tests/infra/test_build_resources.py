@@ -12,6 +12,7 @@ import pytest
 from slmops.infra.settings import Settings
 from slmops.tasks.workshop import torch_process
 from tests.checkpoints import make_tiny_checkpoint
+from tests.infra.child_functions import CountedBuild
 from tests.olive_builds import build_request
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux counts what a process reads and writes.")
@@ -33,12 +34,11 @@ def measured(folder: Path, builds: list[tuple[Path, str]], *, as_olive_does: boo
     """Build, each after the one before, and return what each but the first took."""
     with torch_process(Settings(home=folder)) as child:
         done = [
-            child.call(
-                "tests.infra.child_functions:counted_build",
-                {
-                    **build_request(checkpoint, folder / str(number), precision=precision),
-                    "as_olive_does": as_olive_does,
-                },
+            child.run(
+                CountedBuild(
+                    build=build_request(checkpoint, folder / str(number), precision=precision),
+                    as_olive_does=as_olive_does,
+                ),
                 deadline_s=600,
                 log_path=folder / "log",
                 work_dir=folder / "work",

@@ -4,8 +4,8 @@ import pytest
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import run_in_child
+from tests.infra.child_functions import EndureFake
 
-FAKE = "tests.infra.child_functions:exercise_fake"
 ORDINARY = [{"role": "user", "content": "Hello."}]
 
 
@@ -19,20 +19,20 @@ def run(tmp_path):
 
     def run(fault, *, requests=0, edge_inputs=(), step_deadline_s=60):
         (tmp_path / "fault.json").write_text(json.dumps(fault))
-        request = {
-            "model_dir": str(tmp_path),
-            "conversations": [ORDINARY],
-            "requests": requests,
-            "new_tokens": 4,
-            "edge_inputs": list(edge_inputs),
-            "step_deadline_s": step_deadline_s,
-            "journal": str(tmp_path / "journal.jsonl"),
-        }
+        call = EndureFake(
+            model_dir=tmp_path,
+            cache_dir=tmp_path / "cache",
+            threads=1,
+            conversations=[ORDINARY],
+            requests=requests,
+            new_tokens=4,
+            edge_inputs=list(edge_inputs),
+            step_deadline_s=step_deadline_s,
+            journal=tmp_path / "journal.jsonl",
+        )
         error = None
         try:
-            run_in_child(
-                FAKE, request, deadline_s=120, log_path=tmp_path / "child.log", work_dir=tmp_path, on_progress=None
-            )
+            run_in_child(call, deadline_s=120, log_path=tmp_path / "child.log", work_dir=tmp_path, on_progress=None)
         except StageFailed as raised:
             error = raised
         return [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()], error

@@ -10,6 +10,7 @@ import pytest
 from slmops.infra.errors import BadInput, PassingFault
 from slmops.infra.process.call import ChildResult
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.transformers.calls import FineTune, FineTuned
 from tests.checkpoints import make_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -51,10 +52,9 @@ def asked(base: Path, folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
-def tune(base: Path, folder: Path, *, on_progress: Any = None, **options: Any) -> ChildResult[dict[str, Any]]:
+def tune(base: Path, folder: Path, *, on_progress: Any = None, **options: Any) -> ChildResult[FineTuned]:
     return run_in_child(
-        "slmops.infra.transformers.fine_tuning:fine_tune",
-        asked(base, folder, **options),
+        FineTune(**asked(base, folder, **options)),
         deadline_s=300,
         log_path=folder / "log",
         work_dir=folder / "work",
@@ -66,10 +66,10 @@ def tune(base: Path, folder: Path, *, on_progress: Any = None, **options: Any) -
 def test_it_learns_and_loads_back_to_the_same_loss(tiny_checkpoint: Path, tmp_path: Path, method: str) -> None:
     steps: list[tuple[float, float, str]] = []
     found = tune(tiny_checkpoint, tmp_path, method=method, on_progress=lambda *step: steps.append(step)).value
-    first, last = found["losses"][0], found["losses"][-1]
-    assert last["train_loss"] < first["train_loss"] / 2
-    assert found["loaded_held_out_loss"] == pytest.approx(found["held_out_loss"], rel=0.01, abs=0.01)
-    assert found["steps"] == 18
+    first, last = found.losses[0], found.losses[-1]
+    assert last.train_loss < first.train_loss / 2
+    assert found.loaded_held_out_loss == pytest.approx(found.held_out_loss, rel=0.01, abs=0.01)
+    assert found.steps == 18
     assert any("step 18 of 18, loss" in what for _, _, what in steps)
     names = {path.name for path in (tmp_path / "tuned").iterdir()}
     weights = {
@@ -81,8 +81,8 @@ def test_it_learns_and_loads_back_to_the_same_loss(tiny_checkpoint: Path, tmp_pa
 
 
 def test_only_answers_are_learned(tiny_checkpoint: Path) -> None:
+    from slmops.infra.transformers.answers import load_checkpoint
     from slmops.infra.transformers.fine_tuning import IGNORED_LABEL, _encode_chat
-    from slmops.infra.transformers.reference import load_checkpoint
 
     tokenizer, _ = load_checkpoint(str(tiny_checkpoint), "float32")
     encoded = _encode_chat(tokenizer, [*chat(1, "first"), *chat(2, "second")])
@@ -95,7 +95,7 @@ def test_only_answers_are_learned(tiny_checkpoint: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_losses(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    one, two = (tune(tiny_checkpoint, tmp_path / name, epochs=1).value["losses"] for name in ("one", "two"))
+    one, two = (tune(tiny_checkpoint, tmp_path / name, epochs=1).value.losses for name in ("one", "two"))
     assert one == two
 
 
@@ -111,17 +111,17 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tiny_checkpoint: Path, tmp_pat
         tune(tiny_checkpoint, tmp_path, on_progress=kill_in_the_second_epoch)
     assert not (tmp_path / "tuned").exists()
     found = tune(tiny_checkpoint, tmp_path).value
-    assert found["resumed_at_step"] in (6, 12)
-    assert found["steps"] == 18
+    assert found.resumed_at_step in (6, 12)
+    assert found.steps == 18
     whole = tune(tiny_checkpoint, tmp_path / "whole").value
-    assert found["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=0.05)
+    assert found.held_out_loss == pytest.approx(whole.held_out_loss, rel=0.05)
 
 
 def test_it_stops_when_the_held_out_loss_does_not_fall(tiny_checkpoint: Path, tmp_path: Path) -> None:
     contrary = numbered([chat(number, "no") for number in range(7)])
     found = tune(tiny_checkpoint, tmp_path, held_out=contrary, epochs=12, patience=1).value
-    assert found["steps"] < 12 * 6
-    assert found["best_step"] < found["steps"]
+    assert found.steps < 12 * 6
+    assert found.best_step < found.steps
 
 
 def test_a_chat_longer_than_the_context_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:

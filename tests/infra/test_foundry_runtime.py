@@ -4,21 +4,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.calls import DescribeRuntime, ListModels, Prove, Register, Unregister, Unregistered
 from slmops.infra.foundry.chat import FoundryChat
 from slmops.infra.foundry.model_folder import write_model_folder
 from slmops.infra.foundry.runtime import check_model_id
 from slmops.infra.genai.runtime import GenaiModel
+from slmops.infra.process.call import Call, Progress
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
 from tests.checkpoints import BEGIN_AND_END_TOKENS, make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.tasks.chat_templates import FAMILIES, TEMPLATES
 
-RUNTIME = "slmops.infra.foundry.runtime"
-HERE = "tests.infra.test_foundry_runtime"
 ROOT = Path(__file__).parents[2]
 STRACE = ["strace", "-f", "-e", "trace=network,openat,mkdir,mkdirat", "-o"]
 NEW_TOKENS = 12
@@ -50,28 +51,34 @@ print(json.dumps({"listed": listed, "text": text}))
 """
 
 
-def genai_answers(request, progress):
-    answers = {}
-    for folder, conversations in request["conversations"].items():
-        model = GenaiModel(Path(folder), threads=2, execution_provider=None)
-        rendered = [model.render(messages)[1] for messages in conversations]
-        answers[folder] = [
-            {"prompt_tokens": len(ids), "answer": model.decode(model.answer(ids, NEW_TOKENS))} for ids in rendered
-        ]
-    return answers
+class AnswerInGenai(Call[dict[str, list[dict[str, Any]]]]):
+    conversations: dict[str, list[list[dict[str, str]]]]
+
+    def perform(self, progress: Progress) -> dict[str, list[dict[str, Any]]]:
+        answers = {}
+        for folder, conversations in self.conversations.items():
+            model = GenaiModel(Path(folder), threads=2, execution_provider=None)
+            rendered = [model.render(messages)[1] for messages in conversations]
+            answers[folder] = [
+                {"prompt_tokens": len(ids), "answer": model.decode(model.answer(ids, NEW_TOKENS))} for ids in rendered
+            ]
+        return answers
 
 
-def transformers_prompt_tokens(request, progress):
-    from transformers import AutoTokenizer
+class CountInTransformers(Call[dict[str, list[int]]]):
+    conversations: dict[str, list[list[dict[str, str]]]]
 
-    return {
-        folder: [
-            len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-            for messages in conversations
-        ]
-        for folder, conversations in request["conversations"].items()
-        for tokenizer in [AutoTokenizer.from_pretrained(folder)]
-    }
+    def perform(self, progress: Progress) -> dict[str, list[int]]:
+        from transformers import AutoTokenizer
+
+        return {
+            folder: [
+                len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+                for messages in conversations
+            ]
+            for folder, conversations in self.conversations.items()
+            for tokenizer in [AutoTokenizer.from_pretrained(folder)]
+        }
 
 
 class Foundry:
@@ -80,15 +87,16 @@ class Foundry:
     def __init__(self, directory, model_dir):
         self.directory, self.cache_dir, self.model_dir = directory, directory / "foundry", model_dir
 
-    def run(self, function, **request):
-        target = function if ":" in function else f"slmops.infra.foundry.runtime:{function}"
+    def run(self, kind, **request):
         return run_in_child(
-            target,
-            {"cache_dir": str(self.cache_dir), **request},
+            kind(**request),
             deadline_s=120,
             log_path=self.directory / "child.log",
             work_dir=self.directory / "work",
         ).value
+
+    def ask(self, kind, **request):
+        return self.run(kind, cache_dir=self.cache_dir, **request)
 
     def write(self, precision="int4", version=1, model_dir=None):
         files = {path.name: path for path in (model_dir or self.model_dir).iterdir()}
@@ -98,17 +106,17 @@ class Foundry:
         )
 
     def register(self, model_id, folder):
-        return self.run("register", model_id=model_id, folder=str(folder))
+        return self.ask(Register, model_id=model_id, folder=folder)
 
     def ids(self):
-        return [model["model_id"] for model in self.run("list_models")["models"]]
+        return [model.model_id for model in self.ask(ListModels)]
 
     def prove(self, model_id, messages=PLAIN, max_new_tokens=NEW_TOKENS):
-        return self.run("prove", model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
+        return self.ask(Prove, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
 
     def genai(self, messages):
         folder = str(self.model_dir)
-        return self.run(f"{HERE}:genai_answers", conversations={folder: [messages]})[folder][0]
+        return self.run(AnswerInGenai, conversations={folder: [messages]})[folder][0]
 
 
 @pytest.fixture(scope="module")
@@ -152,18 +160,18 @@ def test_a_registered_model_answers_another_program_as_genai_does(foundry, tmp_p
 def test_variants_versions_and_the_champion_live_side_by_side(foundry):
     folders = {f"{INT4}:1": foundry.write(), f"{INT4}:2": foundry.write(version=2), f"{INT8}:1": foundry.write("int8")}
     for model_id, folder in folders.items():
-        assert foundry.register(model_id, folder)["changed"]
+        assert foundry.register(model_id, folder).changed
     for version in (1, 2):
-        assert foundry.register(f"home:{version}", folders[f"{INT4}:{version}"])["alias"] == "home"
+        assert foundry.register(f"home:{version}", folders[f"{INT4}:{version}"]).alias == "home"
     everything = {**folders, "home:1": folders[f"{INT4}:1"], "home:2": folders[f"{INT4}:2"]}
-    models = foundry.run("list_models")["models"]
+    models = foundry.ask(ListModels)
     assert {model["model_id"]: model["folder"] for model in models} == {
         key: str(path) for key, path in everything.items()
     }
     assert all(model["folder_exists"] and model["context_length"] == 1024 for model in models)
 
-    assert foundry.run("unregister", model_id=f"{INT4}:1") == {"model_id": f"{INT4}:1", "changed": True}
-    assert foundry.run("unregister", model_id=f"{INT4}:1")["changed"] is False
+    assert foundry.ask(Unregister, model_id=f"{INT4}:1") == Unregistered(model_id=f"{INT4}:1", changed=True)
+    assert foundry.ask(Unregister, model_id=f"{INT4}:1").changed is False
     assert sorted(foundry.ids()) == sorted(everything.keys() - {f"{INT4}:1"})
     with pytest.raises(
         StageFailed, match="does not know home-int4-generic-cpu:1; registered are: home-int4-generic-cpu:2"
@@ -173,12 +181,10 @@ def test_variants_versions_and_the_champion_live_side_by_side(foundry):
 
 def test_registering_again_changes_nothing_and_another_folder_moves_the_id(foundry):
     first, second = foundry.write(), foundry.write(version=2)
-    assert foundry.register("home:1", first)["changed"] is True
-    assert foundry.register("home:1", first)["changed"] is False
-    assert foundry.register("home:1", second)["changed"] is True
-    assert [(model["model_id"], model["folder"]) for model in foundry.run("list_models")["models"]] == [
-        ("home:1", str(second))
-    ]
+    assert foundry.register("home:1", first).changed is True
+    assert foundry.register("home:1", first).changed is False
+    assert foundry.register("home:1", second).changed is True
+    assert [(model.model_id, model.folder) for model in foundry.ask(ListModels)] == [("home:1", str(second))]
 
 
 def test_a_folder_that_is_gone_or_damaged_is_told_apart(foundry):
@@ -193,13 +199,13 @@ def test_a_folder_that_is_gone_or_damaged_is_told_apart(foundry):
     with pytest.raises(StageFailed, match=r"failed to parse genai_config\.json"):
         foundry.prove(f"{INT4}:1")
     shutil.rmtree(folder)
-    assert foundry.run("list_models")["models"][0]["folder_exists"] is False
+    assert foundry.ask(ListModels)[0].folder_exists is False
     with pytest.raises(StageFailed, match="model not found at path"):
         foundry.prove(f"{INT4}:1")
     with pytest.raises(StageFailed, match=r"genai_config\.json is missing"):
         foundry.register(f"{INT4}:2", folder)
     assert foundry.write() == folder
-    assert foundry.prove(f"{INT4}:1")["answer"]
+    assert foundry.prove(f"{INT4}:1").answer
 
 
 @pytest.mark.parametrize(
@@ -234,8 +240,8 @@ def families(model_dir, tmp_path_factory):
         (folder / "genai_config.json").write_text(json.dumps(config))
     runner = Foundry(directory, model_dir)
     conversations = {str(folder): conversations_of(family) for family, folder in folders.items()}
-    reference = runner.run(f"{HERE}:transformers_prompt_tokens", conversations=conversations)
-    answers = runner.run(f"{HERE}:genai_answers", conversations=conversations)
+    reference = runner.run(CountInTransformers, conversations=conversations)
+    answers = runner.run(AnswerInGenai, conversations=conversations)
     return {family: (folder, reference[str(folder)], answers[str(folder)]) for family, folder in folders.items()}
 
 
@@ -283,7 +289,7 @@ def test_a_chat_with_an_unknown_model_says_so(foundry, tmp_path):
 
 
 def test_the_runtime_is_made_of_the_versions_that_the_sdk_asks_for(foundry):
-    versions = foundry.run("runtime_versions")
+    versions = foundry.run(DescribeRuntime)
     assert set(versions["required"]) == {"onnxruntime", "onnxruntime-genai-core"}
     assert versions["installed"] == versions["required"]
     assert versions["native"] == versions["sdk"]
@@ -305,7 +311,7 @@ def test_nothing_leaves_the_machine_or_the_cache_directory(foundry, tmp_path):
             "-B",
             "-m",
             "slmops.infra.process.child",
-            f"{RUNTIME}:prove",
+            Prove.target(),
         ],
         env=environment,
         cwd=home,
@@ -316,7 +322,7 @@ def test_nothing_leaves_the_machine_or_the_cache_directory(foundry, tmp_path):
     )
     assert process.stdin and process.stdout
     call = {
-        "function": f"{RUNTIME}:prove",
+        "call": Prove.target(),
         "request": request,
         "log_path": os.devnull,
         "work_dir": str(home),

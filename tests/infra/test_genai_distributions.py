@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from slmops.infra.genai.distributions import compare_position, kl_divergence, log_softmax
+from slmops.infra.reference.distributions import compare_position, kl_divergence, log_softmax
 
 LOGITS = st.floats(-30, 30, width=32)
 

@@ -7,6 +7,7 @@ import pytest
 from onnx import numpy_helper
 
 from slmops.infra.errors import StageFailed
+from slmops.infra.genai.calls import Measure
 from slmops.infra.genai.measurement import measure
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.genai.timing import benchmark_prompt, chat_prompt, time_request
@@ -31,7 +32,7 @@ def run_measure(model_dir, **changes):
         "threads": 1,
         "execution_provider": None,
     }
-    return measure(request | changes, ignore_progress)
+    return measure(Measure(**request | changes), ignore_progress).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")

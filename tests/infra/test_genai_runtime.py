@@ -7,7 +7,10 @@ import pytest
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai import runtime
-from slmops.infra.transformers.reference import reference
+from slmops.infra.genai.calls import Evaluate, Generate
+from slmops.infra.genai.evaluation import evaluate
+from slmops.infra.transformers.answers import answer
+from slmops.infra.transformers.calls import AnswerAsSource
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 
@@ -33,7 +36,7 @@ def ignore_progress(done, total, what):
 def run_reference(checkpoint, directory, rows=ROWS):
     request = {"checkpoint_dir": str(checkpoint), "output_dir": str(directory), "rows": rows}
     sizes = {"max_new_tokens": NEW_TOKENS, "max_positions": 60, "batch_size": 2, "threads": 2, "dtype": "float32"}
-    return reference(request | sizes, ignore_progress)
+    return answer(AnswerAsSource(**request | sizes), ignore_progress).model_dump(mode="json")
 
 
 def run_evaluate(model_dir, reference_dir, **changes):
@@ -46,7 +49,7 @@ def run_evaluate(model_dir, reference_dir, **changes):
         "threads": 2,
         "execution_provider": "cpu",
     }
-    return runtime.evaluate(request | changes, ignore_progress)
+    return evaluate(Evaluate(**request | changes), ignore_progress).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +179,8 @@ def test_weights_that_are_not_numbers_leave_no_figures(fp32, reference_dir, tmp_
     assert run_evaluate(sabotaged, None)["finite_logits"] == 0.0
     json.dumps(result, allow_nan=False)
     with pytest.raises(StageFailed, match="not finite"):
-        runtime.generate(
-            {"model_dir": str(sabotaged), "messages": ROWS[0]["messages"], "max_new_tokens": 4, "threads": 1},
-            ignore_progress,
-        )
+        call = Generate(model_dir=sabotaged, messages=ROWS[0]["messages"], max_new_tokens=4, threads=1)
+        runtime.generate(call, ignore_progress)
 
 
 def test_without_a_reference_only_the_variant_itself_is_looked_at(fp32):
@@ -328,7 +329,7 @@ def test_an_execution_provider_that_is_not_there_is_a_clear_error(fp32):
 
 def test_generate_gives_the_evaluation_s_answer(fp32):
     request = {"model_dir": str(fp32), "messages": ROWS[0]["messages"], "max_new_tokens": NEW_TOKENS, "threads": 1}
-    result = runtime.generate(request, ignore_progress)
+    result = runtime.generate(Generate(**request), ignore_progress).model_dump(mode="json")
     assert result["answer"] == run_evaluate(fp32, None)["rows"][0]["answer"]
     assert result["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert result["new_tokens"] <= NEW_TOKENS
@@ -338,5 +339,5 @@ def test_generate_gives_the_evaluation_s_answer(fp32):
 def test_generate_stops_at_any_of_the_end_tokens(damaged):
     change_genai_config(damaged, lambda config: config["model"].update(eos_token_id=list(range(512))))
     request = {"model_dir": str(damaged), "messages": ROWS[0]["messages"], "max_new_tokens": 5, "threads": 1}
-    result = runtime.generate(request, ignore_progress)
+    result = runtime.generate(Generate(**request), ignore_progress).model_dump(mode="json")
     assert (result["answer"], result["new_tokens"], result["finish"]) == ("", 0, "stop")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from slmops.infra.genai.sweep import (
     LengthSpeed,
     SweepPlan,
+    TimedRequest,
     speed_by_length,
     sweep,
     sweep_lengths,
@@ -42,12 +43,14 @@ class Machine:
         turn = self.asked.count(length)
         self.asked.append(length)
         ttft_ms, tps = self.ttft_ms(length, turn), self.tps(length, turn)
-        return {
-            "prompt_tokens": length,
-            "ttft_ms": ttft_ms,
-            "token_generation_throughput_tps": tps,
-            "e2e_latency_ms": ttft_ms + 7000 / tps,
-        }
+        return TimedRequest(
+            new_tokens=8,
+            ttft_ms=ttft_ms,
+            token_generation_throughput_tps=tps,
+            e2e_latency_ms=ttft_ms + 7000 / tps,
+            finite_logits=True,
+            answered=None,
+        )
 
     def run(self, *, budget_s=1000.0, has_room=lambda length: True, first_s=0.01):
         plan = SweepPlan(
@@ -60,8 +63,8 @@ def test_a_steady_machine_is_measured_once_per_length():
     machine = Machine(lambda length, turn: float(length))
     rows, notes = machine.run()
     assert machine.asked == [length for length in (32, 64, 128, 256, 512) for _ in range(3)]
-    assert [row["repetition"] for row in rows] == [0, 1, 2] * 5
-    assert {row["round"] for row in rows} == {0}
+    assert [row.repetition for row in rows] == [0, 1, 2] * 5
+    assert {row.round for row in rows} == {0}
     assert notes == []
 
 
@@ -69,8 +72,8 @@ def test_a_hiccup_is_measured_again_and_forgotten():
     # Everything at 128 tokens takes ten times as long, but only the first three times.
     machine = Machine(lambda length, turn: length * (10.0 if length == 128 and turn < 3 else 1.0))
     rows, notes = machine.run()
-    assert [row["prompt_tokens"] for row in rows if row["round"] == 1] == [64] * 3 + [128] * 3
-    assert {row["round"] for row in rows} == {0, 1}
+    assert [row.prompt_tokens for row in rows if row.round == 1] == [64] * 3 + [128] * 3
+    assert {row.round for row in rows} == {0, 1}
     assert max(loss.factor for loss in throughput_losses(speed_by_length(rows))) == pytest.approx(1.0)
     assert notes == [
         "Throughput fell by a factor of 10.0 from 64 to 128 prompt tokens; both were measured again: it is gone."
@@ -84,8 +87,8 @@ def test_a_cliff_is_there_in_every_round_and_stays(which):
     else:
         machine = Machine(lambda length, turn: float(length), lambda length, turn: 10.0 if length >= 256 else 100.0)
     rows, notes = machine.run()
-    assert [row["round"] for row in rows if row["prompt_tokens"] == 256] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert [row["round"] for row in rows if row["prompt_tokens"] == 512] == [0, 0, 0]
+    assert [row.round for row in rows if row.prompt_tokens == 256] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [row.round for row in rows if row.prompt_tokens == 512] == [0, 0, 0]
     worst = max(throughput_losses(speed_by_length(rows)), key=lambda loss: loss.factor)
     assert (worst.shorter, worst.longer, worst.factor) == (128, 256, pytest.approx(10.0))
     assert len(notes) == 2
@@ -96,7 +99,7 @@ def test_the_sweep_stops_before_the_length_that_its_budget_does_not_have():
     # Quadratic: 3 requests take 0.96 s, 3.84 s and 15.4 s at 128, 256 and 512 tokens; by the second the growth is seen.
     machine = Machine(lambda length, turn: 0.02 * length**2, lambda length, turn: 1e9)
     rows, notes = machine.run(budget_s=12.0)
-    assert max(row["prompt_tokens"] for row in rows) == 256
+    assert max(row.prompt_tokens for row in rows) == 256
     (note,) = notes
     assert note.startswith("The sweep stopped before 512 prompt tokens: their 3 requests would take about 16 s")
 
@@ -109,7 +112,7 @@ def test_a_slow_model_is_not_swept_at_all():
 
 def test_the_sweep_stops_before_the_memory_ends():
     rows, notes = Machine(lambda length, turn: 1.0).run(has_room=lambda length: length < 128)
-    assert {row["prompt_tokens"] for row in rows} == {32, 64}
+    assert {row.prompt_tokens for row in rows} == {32, 64}
     assert notes == ["The sweep stopped before 128 prompt tokens: the memory might not suffice."]
 
 

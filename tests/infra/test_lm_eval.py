@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.lm_eval import run
+from slmops.infra.lm_eval.calls import RunTasks
 from slmops.infra.lm_eval.model import GenaiLM
 from slmops.infra.lm_eval.task_files import check_task_folder, digest_of_task_folder
 from slmops.infra.process.supervisor import child_environment
@@ -341,7 +342,7 @@ def test_nothing_leaves_the_machine(pair, tmp_path, data):
     trace = tmp_path / "trace.txt"
     environment = child_environment({**run.OFFLINE, "HOME": str(tmp_path / "empty-home")})
     child = subprocess.Popen(
-        [*STRACE, str(trace), sys.executable, "-m", "slmops.infra.process.child", "slmops.infra.lm_eval.run:evaluate"],
+        [*STRACE, str(trace), sys.executable, "-m", "slmops.infra.process.child", RunTasks.target()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -349,7 +350,7 @@ def test_nothing_leaves_the_machine(pair, tmp_path, data):
         env=environment | {"CI": "1"},
     )
     call = {
-        "function": "slmops.infra.lm_eval.run:evaluate",
+        "call": RunTasks.target(),
         "request": request,
         "log_path": os.devnull,
         "work_dir": str(tmp_path),

@@ -178,7 +178,6 @@ def test_a_child_builds_and_leaves_nothing_but_the_folder(tmp_path: Path) -> Non
     home = tmp_path / "home"
     steps: list[str] = []
     result = run_in_child(
-        "slmops.infra.olive.engine:build",
         build_request(checkpoint, tmp_path / "built", precision="int4", search={"temperature": 0.5}),
         deadline_s=300,
         log_path=tmp_path / "log",
@@ -186,9 +185,9 @@ def test_a_child_builds_and_leaves_nothing_but_the_folder(tmp_path: Path) -> Non
         on_progress=lambda done, total, what: steps.append(what),
         environment={"HOME": str(home), "MPLCONFIGDIR": str(tmp_path / "matplotlib")},
     )
-    assert result.value["precision"] == "int4"
-    assert result.value["files"] == sorted(_contents(tmp_path / "built"))
-    assert {"genai_config.json", "model.onnx", "model.onnx.data", "tokenizer.json"} <= set(result.value["files"])
+    assert result.value.precision == "int4"
+    assert list(result.value.files) == sorted(_contents(tmp_path / "built"))
+    assert {"genai_config.json", "model.onnx", "model.onnx.data", "tokenizer.json"} <= set(result.value.files)
     assert json.loads((tmp_path / "built" / "genai_config.json").read_text())["search"]["temperature"] == 0.5
     assert steps[-1] == "built"
     assert _contents(checkpoint) == before
@@ -199,12 +198,12 @@ def test_a_child_builds_and_leaves_nothing_but_the_folder(tmp_path: Path) -> Non
 def test_a_further_olive_pass_runs_after_the_builder(tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "qwen2")
     request = build_request(checkpoint, tmp_path / "built", precision="int4")
-    request["olive_config"]["passes"]["peephole"] = {"type": "OnnxPeepholeOptimizer"}
-    given = json.dumps(request)
+    request.olive_config["passes"]["peephole"] = {"type": "OnnxPeepholeOptimizer"}
+    given = request.model_dump_json()
     result = build(request, lambda done, total, what: None)
-    assert json.dumps(request) == given
-    assert {"genai_config.json", "model.onnx", "tokenizer.json"} <= set(result["files"])
-    assert "model_config.json" not in result["files"]
+    assert request.model_dump_json() == given
+    assert {"genai_config.json", "model.onnx", "tokenizer.json"} <= set(result.files)
+    assert "model_config.json" not in result.files
     assert len(_generate(tmp_path / "built", "Turn on the lights", 4)) == 4
 
 

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.transformers.reference import choose_positions, reference
+from slmops.infra.reference.answers import choose_positions
+from slmops.infra.transformers.answers import answer
+from slmops.infra.transformers.calls import AnswerAsSource
 from tests.checkpoints import make_tiny_checkpoint
 
 ROWS = [
@@ -28,7 +30,7 @@ def run(checkpoint, directory, **changes):
         "dtype": "float32",
         "output_dir": str(directory),
     }
-    return reference(request | changes, lambda done, total, what: None)
+    return answer(AnswerAsSource(**request | changes), lambda done, total, what: None).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")

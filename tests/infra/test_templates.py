@@ -6,7 +6,9 @@ from datetime import datetime
 import pytest
 
 from slmops.infra.errors import StageFailed
+from slmops.infra.genai.calls import RenderChats
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.transformers.calls import RenderConversations
 from tests.family_tokenizers import FAMILIES, save_tokenizer
 
 ASKING = [{"role": "user", "content": "What is the capital of France?"}]
@@ -25,15 +27,15 @@ def tokenizer_dir(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    def ask(function, environment=None, **request):
-        return run_in_child(
-            f"slmops.infra.{function}",
-            request,
+    def ask(call, environment=None):
+        answer = run_in_child(
+            call,
             deadline_s=120,
             log_path=tmp_path / "child.log",
             work_dir=tmp_path / "work",
             environment=environment,
         ).value
+        return answer.model_dump(mode="json")
 
     return ask
 
@@ -42,26 +44,17 @@ def run(tmp_path):
 def transformers(run, tokenizer_dir):
     def ask(conversations, folder=tokenizer_dir, **request):
         defaults = {"moments": {}, "marks": r"<\|\w+\|>", "context": ["a ", " b"]}
-        return run(
-            "transformers.templates:render",
-            tokenizer_dir=str(folder),
-            conversations=conversations,
-            **{**defaults, **request},
-        )
+        return run(RenderConversations(tokenizer_dir=folder, conversations=conversations, **{**defaults, **request}))
 
     return ask
 
 
 @pytest.fixture
 def genai(run, tokenizer_dir):
-    def ask(conversations, **request):
+    def ask(conversations, environment=None, **request):
         defaults = {"control_tokens": [], "context": ["a ", " b"], "compositions": {}}
-        return run(
-            "genai.templates:render",
-            model_dir=str(tokenizer_dir),
-            conversations=conversations,
-            **{**defaults, **request},
-        )
+        call = RenderChats(model_dir=tokenizer_dir, conversations=conversations, **{**defaults, **request})
+        return run(call, environment)
 
     return ask
 
@@ -118,7 +111,7 @@ def test_what_a_template_refuses_is_told_conversation_by_conversation(transforme
     (tokenizer_dir / "chat_template.jinja").write_text(refusing, "utf-8")
     conversations = {"plain": ASKING, "system": WITH_SYSTEM}
     expected, found = transformers(conversations)["conversations"], genai(conversations)["conversations"]
-    assert expected["system"] == {"refusal": "No system"}
+    assert expected["system"] == {"renderings": [], "refusal": "No system"}
     assert found["system"]["error"].startswith("No system.")
     assert found["plain"]["text"] == expected["plain"]["renderings"][0]["text"] == "hi"
 
@@ -131,4 +124,4 @@ def test_a_tokenizer_that_does_not_open(transformers, genai, tokenizer_dir, tmp_
     (tokenizer_dir / "tokenizer.json").write_text("[]", "utf-8")
     found = genai({"plain": ASKING})
     assert found["fault"]
-    assert "conversations" not in found
+    assert found["conversations"] == {}

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from scipy import special
 
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.genai.calls import CompareText
 from slmops.infra.genai.text import begin_tokens_of, compare_text
 from slmops.infra.process.supervisor import run_in_child
-from slmops.infra.transformers import text as reference_text
-from slmops.infra.transformers.text import compared_positions, cut_windows, scored_positions, text_reference
+from slmops.infra.reference.text import LOGITS_CHUNK_BYTES, compared_positions, cut_windows, scored_positions
+from slmops.infra.transformers.calls import ScoreTextAsSource
+from slmops.infra.transformers.text import score_text
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 from tests.lm_eval_tasks import add_begin_token
@@ -86,7 +88,7 @@ def run_reference(checkpoint, directory, text_file, **changes):
         "dtype": "float32",
         "output_dir": str(directory),
     }
-    return text_reference(request | changes, ignore_progress)
+    return score_text(ScoreTextAsSource(**request | changes), ignore_progress).model_dump(mode="json")
 
 
 def run_compare(model_dir, reference_dir, text_file, **changes):
@@ -99,7 +101,7 @@ def run_compare(model_dir, reference_dir, text_file, **changes):
         "threads": 2,
         "execution_provider": "cpu",
     }
-    return compare_text(request | changes, ignore_progress)
+    return compare_text(CompareText(**request | changes), ignore_progress).model_dump(mode="json")
 
 
 def whole_passes(checkpoint, text_file, max_tokens=250):
@@ -271,24 +273,20 @@ def test_memory_does_not_grow_with_the_text_for_a_vocabulary_of_152_k(tmp_path):
     for tokens in (256, 1856):
         folder = tmp_path / str(tokens)
         shared = {
-            "text_file": str(tmp_path / "text.txt"),
+            "text_file": tmp_path / "text.txt",
             "max_tokens": tokens,
             "window_tokens": 256,
-            "max_positions": tokens // 2,
             "threads": 2,
         }
-        reference = {"checkpoint_dir": str(checkpoint), "dtype": "float32", "output_dir": str(folder)}
-        variant = {"model_dir": str(model_dir), "reference_dir": str(folder), "execution_provider": "cpu"}
+        calls = (
+            ScoreTextAsSource(checkpoint_dir=checkpoint, output_dir=folder, max_positions=tokens // 2, **shared),
+            CompareText(model_dir=model_dir, reference_dir=folder, execution_provider="cpu", **shared),
+        )
         peaks[tokens] = [
-            run_in_child(
-                target, shared | own, deadline_s=600, log_path=folder / "child.log", work_dir=folder
-            ).peak_rss_bytes
-            for target, own in (
-                ("slmops.infra.transformers.text:text_reference", reference),
-                ("slmops.infra.genai.text:compare_text", variant),
-            )
+            run_in_child(call, deadline_s=600, log_path=folder / "child.log", work_dir=folder).peak_rss_bytes
+            for call in calls
         ]
     for short, long in zip(peaks[256], peaks[1856], strict=True):
-        assert long < short + reference_text.LOGITS_CHUNK_BYTES
+        assert long < short + LOGITS_CHUNK_BYTES
         assert long < 2 * 2**30
     print({tokens: [round(peak / 2**20) for peak in found] for tokens, found in peaks.items()})

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.transformers.calls import TrainChatModel, TrainedChatModel
 from slmops.tasks.training.demo import TRAINING
 
 COLORS = ("red", "green", "blue", "white")
@@ -45,11 +46,10 @@ def _request(directory: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def _train(directory: Path, progress: Any = None, **changes: Any) -> dict[str, Any]:
+def _train(directory: Path, progress: Any = None, **changes: Any) -> TrainedChatModel:
     request = _request(directory, **changes)
     return run_in_child(
-        "slmops.infra.transformers.training:train_chat_model",
-        request,
+        TrainChatModel(**request),
         deadline_s=300,
         log_path=directory / "log",
         work_dir=directory,
@@ -77,9 +77,9 @@ def test_the_saved_checkpoint_answers_with_the_ordinary_auto_classes(trained: An
         output = model.generate(**inputs)  # the generation config alone must be greedy and must end the answer
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
         exact += answer == row["expected"] + "<|im_end|>"
-    assert result["exact_match"] == exact / 8 == 1.0
-    assert result["eval_rows"] == 8
-    assert result["parameters"] == model.num_parameters()
+    assert result.exact_match == exact / 8 == 1.0
+    assert result.eval_rows == 8
+    assert result.parameters == model.num_parameters()
 
 
 def test_it_is_a_normal_checkpoint(trained: Any) -> None:
@@ -111,8 +111,8 @@ def test_the_tokenizer_gives_every_text_back(text: str, trained: Any) -> None:
 def test_progress_names_the_loss(trained: Any) -> None:
     _, result, seen = trained
     steps = [(done, what) for done, _, what in seen if what.startswith("training: loss ")]
-    assert [done for done, _ in steps] == list(range(1, result["steps"] + 1))
-    assert {total for _, total, _ in seen} == {result["steps"]}
+    assert [done for done, _ in steps] == list(range(1, result.steps + 1))
+    assert {total for _, total, _ in seen} == {result.steps}
     assert float(steps[-1][1].removeprefix("training: loss ")) < float(steps[0][1].removeprefix("training: loss "))
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from slmops.infra.errors import BadInput
+from slmops.infra.olive.calls import Build
 from slmops.infra.olive.engine import build
 from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
 from slmops.tasks.build.build import (
@@ -375,14 +376,14 @@ class Built:
     PROMPT = tuple((7 * i * i + 13 * i) % 470 for i in range(40))
 
     def __init__(self, name: str, checkpoint: Path, folder: Path) -> None:
-        request = {
-            "olive_config": olive_run_config(load_recipe(name)),
-            "checkpoint_dir": str(checkpoint),
-            "output_dir": str(folder / "model"),
-            "cache_dir": str(folder / "cache"),
-            "threads": 2,
-        }
-        build(request, lambda done, total, what: None)
+        call = Build(
+            olive_config=olive_run_config(load_recipe(name)),
+            checkpoint_dir=checkpoint,
+            output_dir=folder / "model",
+            cache_dir=folder / "cache",
+            threads=2,
+        )
+        build(call, lambda done, total, what: None)
         graph = onnx.load(folder / "model" / "model.onnx").graph
         self.weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
         self.nodes = {node.name: node for node in graph.node if node.op_type == "MatMulNBits"}

@@ -14,7 +14,7 @@ from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams.endurance import (
-    CHILD_FUNCTIONS,
+    CALLS,
     EnduranceExam,
     Exercise,
     control_tokens,
@@ -29,8 +29,8 @@ from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts
 from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
+from tests.infra.child_functions import EndureFake
 
-FAKE = "tests.infra.child_functions:exercise_fake"
 CONTEXT_LENGTH = 1024
 NAMES = [one.name for one in edge_inputs(CONTEXT_LENGTH, [ControlToken("<end>", 5)])]
 SEGFAULTS = pytest.param(
@@ -57,7 +57,7 @@ def run(tmp_path):
             timeout=TimeoutSettings(exercise_s=exercise_s),
         )
         work_dir = tmp_path / "work"
-        found = exercise_variant(settings, model_dir, ROWS, "genai", work_dir, on_progress, child_function=FAKE)
+        found = exercise_variant(settings, model_dir, ROWS, "genai", work_dir, on_progress, kind=EndureFake)
         assert [path.name for path in work_dir.iterdir()] == ["exercise.log"]
         assert Exercise.model_validate_json(found.model_dump_json()) == found
         return found
@@ -190,7 +190,7 @@ def model_dir(tmp_path_factory):
 
 
 class TestRealRuntimes:
-    @pytest.mark.parametrize("runtime", CHILD_FUNCTIONS)
+    @pytest.mark.parametrize("runtime", CALLS)
     def test_all_edge_inputs_are_handled_and_memory_does_not_grow(self, runtime, model_dir, settings, tmp_path):
         before = {path.name: path.stat().st_mtime_ns for path in model_dir.iterdir()}
         found = exercise_variant(settings, model_dir, chat_prompts(), runtime, tmp_path / "work")
@@ -208,7 +208,7 @@ class TestRealRuntimes:
         assert found.memory.bytes_per_request.low <= settings.gate.max_memory_growth_bytes_per_request
         assert found.versions["onnxruntime"]
 
-    @pytest.mark.parametrize("runtime", CHILD_FUNCTIONS)
+    @pytest.mark.parametrize("runtime", CALLS)
     def test_a_text_that_only_resembles_a_control_token_is_told_apart(self, runtime, model_dir, tmp_path):
         (end,) = (one for one in control_tokens(model_dir) if one.text == "<|im_end|>")
         typed = {"whole": end.text, "broken": "<|im_end|"}
@@ -216,19 +216,18 @@ class TestRealRuntimes:
             {"name": name, "messages": [{"role": "user", "content": text}], "control_tokens": [[text, end.id]]}
             for name, text in typed.items()
         ]
-        request = {
-            "model_dir": str(model_dir),
-            "conversations": [inputs[0]["messages"]],
-            "requests": 0,
-            "new_tokens": 4,
-            "edge_inputs": inputs,
-            "threads": 2,
-            "step_deadline_s": 60,
-            "cache_dir": str(tmp_path / "cache"),
-            "journal": str(tmp_path / "journal.jsonl"),
-        }
-        function = CHILD_FUNCTIONS[runtime]
-        run_in_child(function, request, deadline_s=120, log_path=tmp_path / "child.log", work_dir=tmp_path)
+        call = CALLS[runtime](
+            model_dir=model_dir,
+            conversations=[inputs[0]["messages"]],
+            requests=0,
+            new_tokens=4,
+            edge_inputs=inputs,
+            threads=2,
+            step_deadline_s=60,
+            cache_dir=tmp_path / "cache",
+            journal=tmp_path / "journal.jsonl",
+        )
+        run_in_child(call, deadline_s=120, log_path=tmp_path / "child.log", work_dir=tmp_path)
         lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
         found = {line["outcome"]["name"]: line["outcome"]["control_tokens"] for line in lines if "outcome" in line}
         assert found == {"whole": True, "broken": False}

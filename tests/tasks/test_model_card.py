@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 
+from slmops.infra.foundry.calls import Register
 from slmops.infra.foundry.model_folder import write_model_folder
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.storage.manifest import Manifest, Source
@@ -120,10 +121,8 @@ def test_its_examples_run_as_they_stand(tiny_checkpoint: Path, tmp_path: Path) -
     cache = tmp_path / "foundry"
     folder = write_model_folder(cache, "home", "int4", 3, sources=files, inference_model=name, model_card=card)
     assert read_back((folder / "README.md").read_text("utf-8"), tmp_path)
-    request = {"cache_dir": str(cache), "model_id": name["Name"], "folder": str(folder)}
     run_in_child(
-        "slmops.infra.foundry.runtime:register",
-        request,
+        Register(cache_dir=cache, model_id=name["Name"], folder=folder),
         deadline_s=120,
         log_path=tmp_path / "child.log",
         work_dir=tmp_path / "work",

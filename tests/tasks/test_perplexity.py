@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput
+from slmops.infra.genai.calls import ComparedText
 from slmops.infra.settings import EvaluationSettings, Settings
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant, digest_of
 from slmops.infra.storage.opening import open_registry
@@ -120,7 +121,7 @@ def summarized(*windows, **changes):
         "kl_divergence_p99": 0.5,
         "last_position_only": False,
     }
-    return summarize(result | changes, "text.txt")
+    return summarize(ComparedText(**result | changes, threads=1, versions={}), "text.txt")
 
 
 def test_figures_are_means_per_token_over_the_windows():

@@ -12,6 +12,7 @@ from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
 
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.call import Call
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, GateSettings, MachineSettings, Settings
 from slmops.infra.storage.opening import open_registry
@@ -209,10 +210,10 @@ class TestSearch:
         assert blobs == {f"blobs/sha256/{file.sha256}" for file in variant.files}
 
         # Again: no child process is started, for the search or for the version that comes of it.
-        def no_child(child: ChildProcess, function: str, *request: Any, **options: Any) -> None:
-            raise AssertionError(f"{function} was run again")
+        def no_child(child: ChildProcess, call: Call[Any], **options: Any) -> None:
+            raise AssertionError(f"{call} was run again")
 
-        monkeypatch.setattr(ChildProcess, "call", no_child)
+        monkeypatch.setattr(ChildProcess, "run", no_child)
         steps: list[tuple[str, str]] = []
         with listening(lambda stage, share, what: steps.append((stage, what))):
             again = search()

@@ -57,3 +57,11 @@ def compare_position(reference: NDArray[Any], variant: NDArray[Any], next_token:
         log_probability=float(found[next_token]),
         reference_log_probability=float(expected[next_token]),
     )
+
+
+def log_probability(logits: NDArray[np.float32], token: int) -> float:
+    """Log-probability of a token in nats, computed in float64; NaN when the logits are not finite."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    shifted = float(wide[token])
+    return shifted - float(np.log(np.exp(wide, out=wide).sum()))

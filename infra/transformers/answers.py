@@ -1,7 +1,6 @@
 """The source checkpoint, run in transformers: variants are held to its greedy answers and next-token logits."""
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -10,100 +9,88 @@ from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import Progress
-
-REFERENCE_FILE = "reference.json"
-LOGITS_FILE = "logits.npy"
-
-
-def choose_positions(lengths: Sequence[int], max_positions: int) -> list[list[int]]:
-    """Choose indices into sequences of `lengths`, `max_positions` in all or every one where there are no more.
-
-    They are evenly spaced over the sequences laid end to end, so that every part of a sequence has the same weight
-    and different rows give different parts.
-    """
-    total = sum(lengths)
-    count = min(total, max_positions)
-    laid_out = [(2 * step + 1) * total // (2 * count) for step in range(count)]
-    starts = [0, *itertools.accumulate(lengths)]
-    bounds = itertools.pairwise(starts)
-    return [[position - start for position in laid_out if start <= position < end] for start, end in bounds]
+from slmops.infra.reference.answers import (
+    ANSWERS_FILE,
+    LOGITS_FILE,
+    Question,
+    SourceAnswer,
+    SourceAnswers,
+    choose_positions,
+    matches,
+    share_of,
+)
+from slmops.infra.transformers.calls import AnswerAsSource
 
 
-def matches(answer: str, expected: str | None) -> bool | None:
-    """Exact match after stripping white space at both ends; None without an expected answer."""
-    return None if expected is None else answer.strip() == expected.strip()
-
-
-def share_of(flags: Sequence[bool | None]) -> float | None:
-    """Share of True among the flags that are set; None when none is."""
-    counted = [flag for flag in flags if flag is not None]
-    return sum(counted) / len(counted) if counted else None
-
-
-def reference(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     """Answer the rows greedily and write the logits at the compared positions.
-
-    Request: `checkpoint_dir`, `rows` [{id, messages, expected?}], `max_new_tokens`, `max_positions`, `batch_size`,
-    `threads`, `dtype` (auto, float32 or bfloat16: what the weights are loaded as), `output_dir`.
 
     Decoding is pure greedy, whatever the checkpoint's generation config asks for, except for its end tokens. The
     compared positions are those of the prompt and of the reference's own answer, teacher-forced over both, each the
-    distribution of the token that follows; the last one predicts the answer's end. `output_dir` gets `logits.npy`
-    (float32, [positions, vocabulary], row by row in the order of `rows`) and `reference.json`, a copy of the result.
-
-    Result: `rows` [{id, prompt, prompt_ids, answer, answer_ids, max_new_tokens, positions, exact_match}], where
-    `positions` are indices into prompt_ids + answer_ids of the token before the predicted one; `exact_match`
-    (share, None without expected answers), `positions`, `vocabulary_size`, `tokenizer_size` (highest token id + 1),
-    `logits_sha256`, `answers_sha256`, `dtype`, `versions`.
+    distribution of the token that follows; the last one predicts the answer's end.
 
     Raises `BadInput` for a row that the chat template or the model's context cannot take, and `StageFailed` for a
     checkpoint that cannot be loaded or whose logits are not finite.
     """
     import torch
 
-    torch.set_num_threads(request["threads"])
-    output_dir = Path(request["output_dir"])
-    output_dir.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = request["rows"]
+    torch.set_num_threads(call.threads)
+    call.output_dir.mkdir(parents=True, exist_ok=True)
     progress(0, 1, "loading the source checkpoint")
-    tokenizer, model = load_checkpoint(request["checkpoint_dir"], request["dtype"])
-    prompts = [_render(tokenizer, row) for row in rows]
-    budgets = _token_budgets(rows, prompts, model, request["max_new_tokens"])
-    answer_ids = _answer(tokenizer, model, prompts, budgets, batch_size=request["batch_size"], progress=progress)
+    tokenizer, model = load_checkpoint(call.checkpoint_dir, call.dtype)
+    prompts = [_render(tokenizer, row) for row in call.rows]
+    budgets = _token_budgets(call.rows, prompts, model, call.max_new_tokens)
+    answer_ids = _answer(tokenizer, model, prompts, budgets, batch_size=call.batch_size, progress=progress)
     lengths = [len(prompt_ids) + len(ids) - 1 for (_, prompt_ids), ids in zip(prompts, answer_ids, strict=True)]
-    chosen = choose_positions(lengths, request["max_positions"])
-    answered = []
-    for row, (text, prompt_ids), ids, budget, indices in zip(rows, prompts, answer_ids, budgets, chosen, strict=True):
-        answer = tokenizer.decode(ids, skip_special_tokens=True)
-        answered.append(
-            {
-                "id": row["id"],
-                "prompt": text,
-                "prompt_ids": prompt_ids,
-                "answer": answer,
-                "answer_ids": ids,
-                "max_new_tokens": budget,
-                "positions": indices,
-                "exact_match": matches(answer, row.get("expected")),
-            }
-        )
-    positions, vocabulary_size = _write_logits(model, answered, output_dir / LOGITS_FILE, progress)
-    result = {
-        "rows": answered,
-        "exact_match": share_of([row["exact_match"] for row in answered]),
-        "positions": positions,
-        "vocabulary_size": vocabulary_size,
-        "tokenizer_size": max(tokenizer.get_vocab().values()) + 1,
-        "logits_sha256": _sha256_of_file(output_dir / LOGITS_FILE),
-        "answers_sha256": hashlib.sha256(json.dumps(answered, sort_keys=True).encode()).hexdigest(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
-    }
-    (output_dir / REFERENCE_FILE).write_text(json.dumps(result), "utf-8")
-    return result
+    chosen = choose_positions(lengths, call.max_positions)
+    rows = tuple(
+        _answered(tokenizer, row, prompt, ids, budget, indices)
+        for row, prompt, ids, budget, indices in zip(call.rows, prompts, answer_ids, budgets, chosen, strict=True)
+    )
+    positions, vocabulary_size = _write_logits(model, rows, call.output_dir / LOGITS_FILE, progress)
+    answers = SourceAnswers(
+        rows=rows,
+        exact_match=share_of([row.exact_match for row in rows]),
+        positions=positions,
+        vocabulary_size=vocabulary_size,
+        tokenizer_size=max(tokenizer.get_vocab().values()) + 1,
+        logits_sha256=_sha256_of_file(call.output_dir / LOGITS_FILE),
+        answers_sha256=_digest(rows),
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions={package: version(package) for package in ("torch", "transformers", "tokenizers")},
+    )
+    (call.output_dir / ANSWERS_FILE).write_text(answers.model_dump_json(), "utf-8")
+    return answers
 
 
-def load_checkpoint(checkpoint_dir: str, dtype: str) -> tuple[Any, Any]:
+def _answered(
+    tokenizer: Any,
+    question: Question,
+    prompt: tuple[str, list[int]],
+    answer_ids: list[int],
+    max_new_tokens: int,
+    positions: list[int],
+) -> SourceAnswer:
+    text, prompt_ids = prompt
+    answer_text = tokenizer.decode(answer_ids, skip_special_tokens=True)
+    return SourceAnswer(
+        id=question.id,
+        prompt=text,
+        prompt_ids=tuple(prompt_ids),
+        answer=answer_text,
+        answer_ids=tuple(answer_ids),
+        max_new_tokens=max_new_tokens,
+        positions=tuple(positions),
+        exact_match=matches(answer_text, question.expected),
+    )
+
+
+def _digest(rows: Sequence[SourceAnswer]) -> str:
+    content = [row.model_dump(mode="json") for row in rows]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
     """Return a checkpoint's tokenizer and its model, ready to answer; no code of the checkpoint's is run.
 
     `dtype` is auto, float32 or bfloat16. Raises `StageFailed` when transformers cannot load it.
@@ -126,12 +113,12 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
 
 
-def _render(tokenizer: Any, row: dict[str, Any]) -> tuple[str, list[int]]:
+def _render(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
     try:
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the checkpoint's author and may raise anything
         raise BadInput(
-            f"The chat template cannot render row {row['id']!r}: {_last_line(error)}.",
+            f"The chat template cannot render row {row.id!r}: {_last_line(error)}.",
             "Change the row's messages or the chat template.",
         ) from error
     # The template writes the begin token itself where the model has one.
@@ -139,7 +126,7 @@ def _render(tokenizer: Any, row: dict[str, Any]) -> tuple[str, list[int]]:
 
 
 def _token_budgets(
-    rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[str, list[int]]], model: Any, max_new_tokens: int
+    rows: Sequence[Question], prompts: Sequence[tuple[str, list[int]]], model: Any, max_new_tokens: int
 ) -> list[int]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     budgets = []
@@ -147,7 +134,7 @@ def _token_budgets(
         budget = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
         if budget < 1:
             raise BadInput(
-                f"Row {row['id']!r} has a prompt of {len(ids)} tokens, and the model's context is {context}.",
+                f"Row {row.id!r} has a prompt of {len(ids)} tokens, and the model's context is {context}.",
                 "Shorten or remove the row.",
             )
         budgets.append(budget)
@@ -211,26 +198,26 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids
 
 
-def _write_logits(model: Any, rows: Sequence[dict[str, Any]], path: Path, progress: Progress) -> tuple[int, int]:
+def _write_logits(model: Any, rows: Sequence[SourceAnswer], path: Path, progress: Progress) -> tuple[int, int]:
     """Write the logits at each row's positions, one exact unbatched pass per row; return the array's shape."""
     import numpy as np
     import torch
 
-    total = sum(len(row["positions"]) for row in rows)
+    total = sum(len(row.positions) for row in rows)
     vocabulary_size = model.get_output_embeddings().weight.shape[0]
     array = np.lib.format.open_memmap(path, "w+", np.float32, (total, vocabulary_size))
     written = 0
     for done, row in enumerate(rows):
         progress(done, len(rows), "reference distributions")
-        if not row["positions"]:
+        if not row.positions:
             continue
-        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"][:-1]])
+        ids = torch.tensor([row.prompt_ids + row.answer_ids[:-1]])
         with torch.inference_mode():
-            output = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(row["positions"]))
+            output = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(row.positions))
         logits = output.logits[0].float().numpy()
         if not np.isfinite(logits).all():
             raise StageFailed(
-                f"The source checkpoint itself gives logits that are not finite, for row {row['id']!r}.",
+                f"The source checkpoint itself gives logits that are not finite, for row {row.id!r}.",
                 "Its weights hold NaN or infinity, or overflow: repair the training before it is deployed.",
             )
         array[written : written + len(logits)] = logits

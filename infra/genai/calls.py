@@ -1,0 +1,352 @@
+"""What child processes are asked to do with onnxruntime-genai, and what they answer."""
+
+from typing import Generic, Literal
+
+from pydantic import Field, FiniteFloat
+
+from slmops.infra.process.call import Call, Progress, R
+from slmops.infra.process.endurance import Endure
+from slmops.infra.records import AbsolutePath, Record
+from slmops.infra.reference.answers import Message, Question, RowId, Share
+from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
+
+
+class _OnModel(Call[R], Generic[R]):
+    """A call on a model folder.
+
+    `execution_provider` names the provider to run on ("cpu", "cuda", ...), or is None for what the folder's
+    genai_config.json says.
+    """
+
+    model_dir: AbsolutePath
+    threads: int
+    execution_provider: str | None = None
+
+
+class RequestFigures(Record):
+    """The raw figures of one measured request; see `slmops.infra.genai.timing.time_request`."""
+
+    prompt_tokens: int
+    new_tokens: int
+    repetition: int
+    ttft_ms: FiniteFloat
+    prompt_processing_throughput_tps: FiniteFloat
+    token_generation_throughput_tps: FiniteFloat
+    inter_token_latency_ms: FiniteFloat
+    inter_token_latencies_ms: tuple[FiniteFloat, ...]
+    e2e_latency_ms: FiniteFloat
+
+
+class SweptRequest(Record):
+    """The raw figures of one request of the sweep over prompt lengths.
+
+    `round` is above 0 where a loss of throughput made the length be measured again. `finite_logits` says whether the
+    logits of the last position were finite after the prompt and after each generated token, `answered` whether the
+    answer decoded to a text that is not empty; None where the prompt was no chat, which a chat model need not answer.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    repetition: int
+    round: int
+    ttft_ms: FiniteFloat
+    token_generation_throughput_tps: FiniteFloat
+    finite_logits: bool
+    answered: bool | None
+
+
+class Hardware(Record):
+    """The machine that was measured on."""
+
+    cpu: str
+    physical_cores: int | None
+    logical_cores: int | None
+    ram_bytes: int
+    os: str
+    machine: str
+
+
+class Measured(Record):
+    """The raw figures of a model folder.
+
+    `load_ms` is of model and tokenizer; `cpu_percent` over the measured requests (100 is one core busy) and
+    `peak_rss_bytes` from before the load to the last of them, both of the child's own process.
+    """
+
+    load_ms: FiniteFloat
+    rows: tuple[RequestFigures, ...]
+    cpu_percent: FiniteFloat
+    peak_rss_bytes: int
+    size_bytes: int
+    notes: tuple[str, ...]
+    sweep: tuple[SweptRequest, ...]
+    sweep_notes: tuple[str, ...]
+    threads: int
+    execution_provider: str | None
+    hardware: Hardware
+    versions: dict[str, str]
+
+
+class Sweep(Record):
+    """The sweep that is asked for; `max_prompt_tokens` None goes to the end of the model's context."""
+
+    max_prompt_tokens: int | None
+    new_tokens: int
+    repetitions: int
+    budget_s: float
+    max_cliff_ratio: float
+
+
+class Measure(_OnModel[Measured]):
+    """Measure speed and memory; `prompt_tokens` are lengths, and without `sweep` there is none."""
+
+    prompt_tokens: tuple[int, ...]
+    new_tokens: int
+    warmup: int
+    repetitions: int
+    sweep: Sweep | None = None
+
+    def perform(self, progress: Progress) -> Measured:
+        """See `slmops.infra.genai.measurement.measure`."""
+        from slmops.infra.genai.measurement import measure
+
+        return measure(self, progress)
+
+
+class AnsweredRow(Record):
+    """A variant's answer to one row and how its distributions compare there (None: no reference, or not finite).
+
+    `exact_match` is None without an expected answer; `identical_to_reference` is token for token.
+    """
+
+    id: RowId
+    answer: str
+    reference_answer: str | None
+    exact_match: bool | None
+    identical_to_reference: bool | None
+    prompt_tokens: int
+    template_matches: bool | None
+    positions: int
+    finite_positions: int
+    top1_agreement: Share | None
+    kl_divergence: FiniteFloat | None
+
+
+class TemplateMismatch(Record):
+    """A prompt that the serving runtime renders or tokenizes otherwise than transformers does."""
+
+    id: RowId
+    reference: str
+    variant: str
+    reference_ids: tuple[int, ...]
+    variant_ids: tuple[int, ...]
+
+
+class TemplateMismatches(Record):
+    """How many rows' prompts differ, and the first of them."""
+
+    count: int
+    example: TemplateMismatch | None
+
+
+class Vocabulary(Record):
+    """Lengths of the logits, and of the part that was compared.
+
+    Not `comparable` are vocabularies that differ in tokens of the reference's tokenizer: nothing was compared then.
+    """
+
+    variant: int
+    reference: int | None
+    compared: int
+    comparable: bool = True
+
+
+class Evaluated(Record):
+    """A variant's answers and distributions.
+
+    Over all `positions`: `finite_logits` (share; 0 without any), `top1_agreement` (share), `kl_divergence` (mean of
+    KL(reference || variant), nats per token), its 99th percentile, and the perplexities of the reference's answers.
+    Figures over positions are None when a position is not finite, or without a reference.
+    """
+
+    rows: tuple[AnsweredRow, ...]
+    template_mismatches: TemplateMismatches
+    positions: int
+    finite_logits: Share
+    top1_agreement: Share | None
+    kl_divergence: FiniteFloat | None
+    kl_divergence_p99: FiniteFloat | None
+    perplexity: FiniteFloat | None
+    reference_perplexity: FiniteFloat | None
+    exact_match: Share | None
+    reference_exact_match: Share | None
+    identical_answers: Share | None
+    empty_answers: int
+    vocabulary: Vocabulary
+    threads: int
+    versions: dict[str, str]
+
+
+class Evaluate(_OnModel[Evaluated]):
+    """Answer questions greedily and compare the next-token distributions with the reference's.
+
+    `reference_dir` was written by `slmops.infra.transformers.calls.AnswerAsSource` for the same questions, or is None;
+    `max_positions` is used without one.
+    """
+
+    rows: tuple[Question, ...]
+    reference_dir: AbsolutePath | None
+    max_new_tokens: int
+    max_positions: int
+    chunk_bytes: int = LOGITS_CHUNK_BYTES
+
+    def perform(self, progress: Progress) -> Evaluated:
+        """See `slmops.infra.genai.evaluation.evaluate`."""
+        from slmops.infra.genai.evaluation import evaluate
+
+        return evaluate(self, progress)
+
+
+class ScoredWindow(Record):
+    """A window of a text: sums over its scored tokens, and over the `positions` that were compared, in nats.
+
+    None is what is not known: a token's logits that are not finite, or no reference.
+    """
+
+    tokens: int
+    finite_tokens: int
+    log_probability: float | None
+    reference_log_probability: float | None
+    positions: int
+    agreeing: int
+    kl_divergence: float | None
+
+
+class ComparedText(Record):
+    """A variant on a text.
+
+    `tokens` counts those of the text; `last_position_only` says that the model gives one position's logits at a time.
+    """
+
+    windows: tuple[ScoredWindow, ...]
+    tokens: int
+    window_tokens: int
+    kl_divergence_p99: float | None
+    last_position_only: bool
+    threads: int
+    versions: dict[str, str]
+
+
+class CompareText(_OnModel[ComparedText]):
+    """Score the tokens of a UTF-8 text file and compare the next-token distributions with the reference's.
+
+    `reference_dir` was written by `slmops.infra.transformers.calls.ScoreTextAsSource` for the same text, or is None;
+    `max_tokens` and `window_tokens` are used without one.
+    """
+
+    text_file: AbsolutePath
+    reference_dir: AbsolutePath | None
+    max_tokens: int
+    window_tokens: int
+    chunk_bytes: int = LOGITS_CHUNK_BYTES
+
+    def perform(self, progress: Progress) -> ComparedText:
+        """See `slmops.infra.genai.text.compare_text`."""
+        from slmops.infra.genai.text import compare_text
+
+        return compare_text(self, progress)
+
+
+class Generated(Record):
+    """One greedy answer, as it is streamed; `finish` is "length" where an end token was not reached."""
+
+    answer: str
+    prompt: str
+    prompt_tokens: int
+    new_tokens: int
+    finish: Literal["stop", "length"]
+
+
+class Generate(_OnModel[Generated]):
+    """Answer one chat greedily."""
+
+    messages: tuple[Message, ...]
+    max_new_tokens: int
+    repetition_penalty: float = 1.0
+
+    def perform(self, progress: Progress) -> Generated:
+        """See `slmops.infra.genai.runtime.generate`."""
+        from slmops.infra.genai.runtime import generate
+
+        return generate(self, progress)
+
+
+class ListExecutionProviders(Call[tuple[str, ...]]):
+    """Name the execution providers of the installed onnxruntime, as it spells them."""
+
+    def perform(self, progress: Progress) -> tuple[str, ...]:
+        """Ask onnxruntime."""
+        import onnxruntime
+
+        return tuple(onnxruntime.get_available_providers())
+
+
+class RenderedChat(Record):
+    """The prompt of a conversation and its token ids, or the `error` why there is none.
+
+    `moments` are the local times, ISO 8601, right before and after.
+    """
+
+    text: str = ""
+    ids: tuple[int, ...] | None = None
+    error: str | None = None
+    moments: tuple[str, str]
+
+
+class EncodedToken(Record):
+    """Token ids of a control token's text, alone and in the context."""
+
+    alone: tuple[int, ...]
+    in_context: tuple[int, ...]
+
+
+class RenderedChats(Record):
+    """What the runtime makes of conversations; with a `fault`, why it cannot open the tokenizer, there is nothing else.
+
+    `compositions` are token ids by name, with the special tokens that the tokenizer itself puts around a text.
+    """
+
+    fault: str | None = None
+    conversations: dict[str, RenderedChat] = Field(default_factory=dict)
+    control_tokens: dict[str, EncodedToken] = Field(default_factory=dict)
+    compositions: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    versions: dict[str, str]
+
+
+class RenderChats(Call[RenderedChats]):
+    """Render conversations with a model folder's tokenizer; the model itself is not loaded.
+
+    `context` is what stands before and behind a control token, `compositions` are whole prompts by name.
+    """
+
+    model_dir: AbsolutePath
+    conversations: dict[str, tuple[Message, ...]]
+    control_tokens: tuple[str, ...]
+    context: tuple[str, str]
+    compositions: dict[str, str]
+
+    def perform(self, progress: Progress) -> RenderedChats:
+        """See `slmops.infra.genai.templates.render`."""
+        from slmops.infra.genai.templates import render
+
+        return render(self, progress)
+
+
+class EndureInGenai(Endure):
+    """Open a model folder once, and soak and try it; what happened is in the journal."""
+
+    def perform(self, progress: Progress) -> None:
+        """See `slmops.infra.genai.endurance.exercise`."""
+        from slmops.infra.genai.endurance import exercise
+
+        exercise(self, progress)

@@ -1,0 +1,235 @@
+"""A model folder's answers and distributions in onnxruntime-genai, beside the source checkpoint's."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slmops.infra.errors import StageFailed
+from slmops.infra.genai.calls import AnsweredRow, Evaluate, Evaluated, TemplateMismatch, TemplateMismatches, Vocabulary
+from slmops.infra.genai.runtime import GenaiModel, package_versions
+from slmops.infra.process.call import Progress
+from slmops.infra.reference.answers import (
+    ANSWERS_FILE,
+    LOGITS_FILE,
+    Question,
+    SourceAnswer,
+    SourceAnswers,
+    choose_positions,
+    matches,
+    share_of,
+)
+from slmops.infra.reference.distributions import PositionComparison, are_comparable, compare_position
+
+
+def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
+    """Answer questions greedily and compare the next-token distributions with the reference's.
+
+    Prompts for the answers are rendered by the runtime itself; the distributions are teacher-forced over the
+    reference's own token ids (without a reference: over the variant's own answers, only to see whether they are
+    finite).
+
+    A variant whose vocabulary is not the reference's is not compared either: it is looked at as without a reference,
+    and `comparable` is false. Where its tokenizer's ids are beyond what it takes, it cannot answer at all: then the
+    answer is empty and has no positions.
+
+    Raises `StageFailed` for a model that cannot be run, or a reference of other rows.
+    """
+    progress(0, len(call.rows), "loading the model")
+    model = GenaiModel(call.model_dir, threads=call.threads, execution_provider=call.execution_provider)
+    reference = _Reference(call.reference_dir, call.rows) if call.reference_dir else None
+    vocabulary = _vocabulary(model, reference)
+    answers: list[_Answer] = []
+    for done, question in enumerate(call.rows):
+        progress(done, 2 * len(call.rows), "answers")
+        expected = reference.rows[done] if reference else None
+        answers.append(_answer(model, question, expected, vocabulary, call.max_new_tokens))
+    found: list[PositionComparison] = []
+    finite: list[bool] = []
+    rows: list[AnsweredRow] = []
+    chosen = choose_positions([len(answer.token_ids) for answer in answers], call.max_positions)
+    for done, answer in enumerate(answers):
+        progress(len(answers) + done, 2 * len(answers), "distributions")
+        comparisons: list[PositionComparison] = []
+        if reference and vocabulary.comparable:
+            comparisons = list(reference.compare(model, done, vocabulary.compared, call.chunk_bytes))
+            flags = [comparison.finite for comparison in comparisons]
+        else:
+            flags = _finite_flags(model, answer.token_ids, chosen[done], call.chunk_bytes)
+        found += comparisons
+        finite += flags
+        rows.append(_row(answer, reference.rows[done] if reference else None, model, comparisons, flags))
+    return Evaluated(
+        rows=tuple(rows),
+        template_mismatches=_template_mismatches(answers, reference),
+        positions=len(finite),
+        finite_logits=sum(finite) / max(1, len(finite)),
+        top1_agreement=share_of([comparison.agrees for comparison in found]),
+        kl_divergence=_mean([comparison.kl_divergence for comparison in found]),
+        kl_divergence_p99=_percentile([comparison.kl_divergence for comparison in found], 99),
+        perplexity=_perplexity([comparison.log_probability for comparison in found]),
+        reference_perplexity=_perplexity([comparison.reference_log_probability for comparison in found]),
+        exact_match=share_of([row.exact_match for row in rows]),
+        reference_exact_match=reference.exact_match if reference else None,
+        identical_answers=share_of([row.identical_to_reference for row in rows]),
+        empty_answers=sum(not row.answer.strip() for row in rows),
+        vocabulary=vocabulary,
+        threads=call.threads,
+        versions=package_versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A variant's answer; `answer_ids` are None where it cannot take the prompt."""
+
+    question: Question
+    prompt: str
+    prompt_ids: list[int]
+    answer_ids: list[int] | None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [] if self.answer_ids is None else self.prompt_ids + self.answer_ids
+
+
+def _answer(
+    model: GenaiModel, question: Question, expected: SourceAnswer | None, vocabulary: Vocabulary, max_new_tokens: int
+) -> _Answer:
+    prompt, prompt_ids = model.render(question.messages)
+    budget = expected.max_new_tokens if expected else max_new_tokens
+    if vocabulary.comparable:
+        answer_ids: list[int] | None = model.answer(prompt_ids, budget)
+    else:
+        answer_ids = _answer_if_possible(model, vocabulary.variant, prompt_ids, budget)
+    return _Answer(question, prompt, prompt_ids, answer_ids)
+
+
+def _row(
+    answer: _Answer,
+    expected: SourceAnswer | None,
+    model: GenaiModel,
+    comparisons: Sequence[PositionComparison],
+    finite: Sequence[bool],
+) -> AnsweredRow:
+    answer_ids = answer.answer_ids or []
+    text = model.decode(answer_ids)
+    return AnsweredRow(
+        id=answer.question.id,
+        answer=text,
+        reference_answer=expected.answer if expected else None,
+        exact_match=matches(text, answer.question.expected),
+        identical_to_reference=answer_ids == model.without_end(expected.answer_ids) if expected else None,
+        prompt_tokens=len(answer.prompt_ids),
+        template_matches=answer.prompt_ids == list(expected.prompt_ids) if expected else None,
+        positions=len(finite),
+        finite_positions=sum(finite),
+        top1_agreement=share_of([comparison.agrees for comparison in comparisons]),
+        kl_divergence=_mean([comparison.kl_divergence for comparison in comparisons]),
+    )
+
+
+def _template_mismatches(answers: Sequence[_Answer], reference: "_Reference | None") -> TemplateMismatches:
+    pairs = zip(answers, reference.rows, strict=True) if reference else ()
+    differing = [(answer, row) for answer, row in pairs if answer.prompt_ids != list(row.prompt_ids)]
+    example = None
+    if differing:
+        answer, row = differing[0]
+        example = TemplateMismatch(
+            id=row.id,
+            reference=row.prompt,
+            variant=answer.prompt,
+            reference_ids=row.prompt_ids,
+            variant_ids=tuple(answer.prompt_ids),
+        )
+    return TemplateMismatches(count=len(differing), example=example)
+
+
+class _Reference:
+    """The reference's tokens and logits, as its child function wrote them."""
+
+    def __init__(self, directory: Path, questions: Sequence[Question]) -> None:
+        content = SourceAnswers.model_validate_json((directory / ANSWERS_FILE).read_bytes())
+        self.rows, self.exact_match = content.rows, content.exact_match
+        self.vocabulary_size = content.vocabulary_size
+        self._tokenizer_size = content.tokenizer_size
+        if [row.id for row in self.rows] != [question.id for question in questions]:
+            raise StageFailed(
+                f"The reference in {directory} was made for other evaluation rows.", "Make the reference again."
+            )
+        self._logits = np.load(directory / LOGITS_FILE, mmap_mode="r")
+        self._offsets = np.cumsum([0, *(len(row.positions) for row in self.rows)])
+
+    def is_comparable(self, variant_size: int) -> bool:
+        """See `are_comparable`."""
+        return are_comparable(variant_size, self.vocabulary_size, self._tokenizer_size)
+
+    def compare(self, model: GenaiModel, index: int, vocabulary: int, chunk_bytes: int) -> Iterator[PositionComparison]:
+        row = self.rows[index]
+        if not row.positions:
+            return
+        token_ids = row.prompt_ids + row.answer_ids
+        expected = self._logits[self._offsets[index] : self._offsets[index + 1]]
+        found = model.logits_at(token_ids, row.positions, chunk_bytes)
+        for position, reference, variant in zip(row.positions, expected, found, strict=True):
+            yield compare_position(reference[:vocabulary], variant[:vocabulary], token_ids[position + 1])
+
+
+def _vocabulary(model: GenaiModel, reference: _Reference | None) -> Vocabulary:
+    try:
+        size = model.vocabulary_size
+    except StageFailed:
+        declared = model.declared_vocabulary_size if reference else None
+        if reference is None or declared is None or reference.is_comparable(declared):
+            raise
+        size = declared  # a model cut down to it may not even start: that is what the figure is to tell
+    comparable = reference is None or reference.is_comparable(size)
+    return Vocabulary(
+        variant=size,
+        reference=reference.vocabulary_size if reference else None,
+        compared=min(size, reference.vocabulary_size if reference else size) if comparable else 0,
+        comparable=comparable,
+    )
+
+
+def _answer_if_possible(
+    model: GenaiModel, vocabulary_size: int, prompt_ids: list[int], max_new_tokens: int
+) -> list[int] | None:
+    """Token ids of the answer of a model with a vocabulary of its own; None when it cannot take the prompt."""
+    if max(prompt_ids, default=0) >= vocabulary_size:
+        return None
+    try:
+        return model.answer(prompt_ids, max_new_tokens)
+    except StageFailed:
+        return None
+
+
+def _finite_flags(
+    model: GenaiModel, token_ids: Sequence[int], positions: Sequence[int], chunk_bytes: int
+) -> list[bool]:
+    if not positions:
+        return []
+    return [bool(np.isfinite(logits).all()) for logits in model.logits_at(token_ids, positions, chunk_bytes)]
+
+
+def _all_known(values: Sequence[float | None]) -> list[float] | None:
+    known = [value for value in values if value is not None]
+    return known if known and len(known) == len(values) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = _all_known(values)
+    return math.fsum(known) / len(known) if known else None
+
+
+def _percentile(values: Sequence[float | None], percent: float) -> float | None:
+    known = _all_known(values)
+    return float(np.percentile(known, percent)) if known else None
+
+
+def _perplexity(log_probabilities: Sequence[float | None]) -> float | None:
+    """exp of the mean negative log-likelihood; None when unknown or beyond what a float64 holds."""
+    mean = _mean(log_probabilities)
+    return math.exp(-mean) if mean is not None and -mean < 700 else None

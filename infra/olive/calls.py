@@ -1,0 +1,32 @@
+"""What child processes are asked to do with Olive, and what they answer."""
+
+from slmops.infra.process.call import Call, Progress
+from slmops.infra.records import AbsolutePath, Json, Record
+
+
+class Built(Record):
+    """A finished model folder; the files' names are sorted."""
+
+    precision: str
+    warnings: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+class Build(Call[Built]):
+    """Build one variant of a checkpoint.
+
+    `olive_config` is complete but for its paths. The finished folder is written to `output_dir`, which must be empty or
+    missing; everything on the way there lives in a folder of its own under `cache_dir` and is removed at the end.
+    """
+
+    olive_config: Json
+    checkpoint_dir: AbsolutePath
+    output_dir: AbsolutePath
+    cache_dir: AbsolutePath
+    threads: int
+
+    def perform(self, progress: Progress) -> Built:
+        """See `slmops.infra.olive.engine.build`."""
+        from slmops.infra.olive.engine import build
+
+        return build(self, progress)

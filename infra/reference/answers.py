@@ -1,0 +1,84 @@
+"""A source checkpoint's answers: the form in which transformers writes them and onnxruntime-genai reads them."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field, StrictInt, StrictStr
+
+from slmops.infra.records import Record
+
+ANSWERS_FILE = "reference.json"
+LOGITS_FILE = "logits.npy"
+
+RowId = StrictInt | Annotated[StrictStr, Field(min_length=1)]
+Message = dict[str, str]  # role, content
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Question(Record):
+    """A chat that ends with a user's turn; `expected` is the whole answer that is right, where one is known."""
+
+    id: RowId
+    messages: tuple[Message, ...]
+    expected: str | None = None
+
+
+class SourceAnswer(Record):
+    """The greedy answer to one question.
+
+    `positions` are indices into `prompt_ids + answer_ids`, each of the token before the predicted one;
+    `exact_match` is None without an expected answer.
+    """
+
+    id: RowId
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    answer: str
+    answer_ids: tuple[int, ...]
+    max_new_tokens: int
+    positions: tuple[int, ...]
+    exact_match: bool | None
+
+
+class SourceAnswers(Record):
+    """The source checkpoint's greedy answers, and the shape and digest of its logits at the compared positions.
+
+    `logits.npy` beside it is float32, [positions, vocabulary_size], row by row in the order of `rows`.
+    `tokenizer_size` is the highest token id + 1, `dtype` what the weights were loaded as.
+    """
+
+    rows: tuple[SourceAnswer, ...]
+    exact_match: Share | None
+    positions: int
+    vocabulary_size: int
+    tokenizer_size: int
+    logits_sha256: str
+    answers_sha256: str
+    dtype: str
+    versions: dict[str, str]
+
+
+def choose_positions(lengths: Sequence[int], max_positions: int) -> list[list[int]]:
+    """Choose indices into sequences of `lengths`, `max_positions` in all or every one where there are no more.
+
+    They are evenly spaced over the sequences laid end to end, so that every part of a sequence has the same weight
+    and different rows give different parts.
+    """
+    total = sum(lengths)
+    count = min(total, max_positions)
+    laid_out = [(2 * step + 1) * total // (2 * count) for step in range(count)]
+    starts = [0, *itertools.accumulate(lengths)]
+    bounds = itertools.pairwise(starts)
+    return [[position - start for position in laid_out if start <= position < end] for start, end in bounds]
+
+
+def matches(answer: str, expected: str | None) -> bool | None:
+    """Exact match after stripping white space at both ends; None without an expected answer."""
+    return None if expected is None else answer.strip() == expected.strip()
+
+
+def share_of(flags: Sequence[bool | None]) -> float | None:
+    """Share of True among the flags that are set; None when none is."""
+    counted = [flag for flag in flags if flag is not None]
+    return sum(counted) / len(counted) if counted else None
