@@ -2,9 +2,7 @@
 
 An archive is an uncompressed tar of `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>` and
 `blobs/sha256/<64 hex>`, in this order, each kind sorted by name. A version and its evidence make one archive, to the
-byte, and import takes nothing else. So it needs none of what tar has besides plain files (links, devices, sparse files,
-names in three dialects) and reads the headers itself: `tarfile` would follow all of these, keep what an extended header
-holds in memory, and end quietly at a header that is damaged.
+byte, and import takes nothing else (`slmops.infra.storage.tar`).
 """
 
 import errno
@@ -12,8 +10,6 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
-import tarfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -30,12 +26,14 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.copying import CopiedVersion, copy_version
+from slmops.infra.storage.disk import check_room, disk_errors
 from slmops.infra.storage.local import CHUNK_BYTES, LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant
 from slmops.infra.storage.objects import Blob, OnBytes
 from slmops.infra.storage.origin import unmarked
 from slmops.infra.storage.progress import byte_progress
 from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.tar import Member, TarReader, TarWriter, opened_tar, shown
 
 MOST_MANIFEST_BYTES = 16 << 20
 MOST_KEYS = 200  # of one object in a manifest
@@ -48,21 +46,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _EVIDENCE = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][A-Za-z0-9._-]*\.(?:json|md|html)")
 _RECORD_FIELDS = {"kind": str, "manifest": str, "recorded_at": str, "content": dict}
 
-_BLOCK = tarfile.BLOCKSIZE
-_MEMBER = re.compile(r"[A-Za-z0-9._/-]+")
-# A long name, or a size of 8 GiB or more, does not fit into a header: it stands in a block of its own before it.
-_EXTENSION = re.compile(rb"[0-9]+ (?:path=([A-Za-z0-9._/-]+)|size=([0-9]{1,20}))\n")
-_KINDS = {
-    **{tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.DIRTYPE: "a folder"},
-    **{tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a pipe"},
-    tarfile.GNUTYPE_SPARSE: "a sparse file",
-}
-_COMPRESSED = {
-    **{b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"},
-    **{b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7-Zip"},
-}
 
-_REFUSED = "Nothing was imported. Copy it or export it anew, and compare the SHA-256 that slmops export tells."
 _DAMAGED = "See with slmops verify what else, and push the version again from a machine that has it whole."
 
 
@@ -85,7 +69,7 @@ def export_version(
     """
     _check_target(file)
     blobs = _named_blobs(manifest)
-    _check_room([(file.parent, sum(blob.size_bytes for blob in blobs))])
+    check_room([(file.parent, sum(blob.size_bytes for blob in blobs))])
     on_bytes = byte_progress(on_progress, blobs, "exporting")
     with _written_aside(file) as archive:
         for name, data in _manifest_and_evidence(registry, manifest):
@@ -113,9 +97,9 @@ def import_version(
     in a local store on the same disk once more what is new there. Raises `BadInput` for anything that `export_version`
     does not write and for a number that is taken, `StageFailed` for a disk without room.
     """
-    with _opened(file) as archive, _new_folder(staging) as folder:
+    with opened_tar(file) as archive, _new_folder(staging) as folder:
         staged = ModelRegistry(LocalObjectStore(folder))
-        with _disk_errors(f"{file} cannot be unpacked below {staging}"):
+        with disk_errors(f"{file} cannot be unpacked below {staging}"):
             manifest = _unpack(archive, staged, registry, folder, on_progress)
         return copy_version(
             staged.of(manifest), registry, renumber=renumber, on_progress=on_progress, settings=settings
@@ -147,7 +131,7 @@ def _fault_of_manifest(data: bytes, manifest: Manifest) -> str | None:
     for variant in manifest.variants:
         bad = _unplaceable(file.path for file in variant.files)
         if bad is not None:
-            return f"has a file {_shown(bad)} that cannot be placed"
+            return f"has a file {shown(bad)} that cannot be placed"
     sizes = Counter(blob.sha256 for blob in _named_blobs(manifest))
     bad = next((sha256 for sha256, count in sizes.items() if count > 1), None)
     return f"gives {bad} two sizes" if bad else None
@@ -185,7 +169,7 @@ def _fault_of_record(record: Any, digest: str) -> str | None:
     if record["kind"] == "deploy" and not _has_statuses(record["content"]):
         return "is a deploy's and does not tell its variants' status"
     if record["manifest"] != digest:
-        return f"is on another manifest, {_shown(record['manifest'])}: this one's SHA-256 is {digest}"
+        return f"is on another manifest, {shown(record['manifest'])}: this one's SHA-256 is {digest}"
     return None
 
 
@@ -195,79 +179,7 @@ def _has_statuses(content: dict[str, Any]) -> bool:
     return isinstance(variants, list) and all(isinstance(one, dict) and "status" in one for one in variants)
 
 
-def _header(name: str, size_bytes: int) -> bytes:
-    """Return a member's header: mode 0644, nobody's, of no time, so that the same content is the same archive."""
-    member = tarfile.TarInfo(name)
-    member.size = size_bytes
-    return member.tobuf(tarfile.PAX_FORMAT, "ascii", "strict")
-
-
-def _padding(size_bytes: int) -> int:
-    return -size_bytes % _BLOCK
-
-
-def _whole(size_bytes: int) -> int:
-    """Return the size of an archive whose members take so many bytes: zeros follow, two blocks and to a full record."""
-    return -(-(size_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-
-
-def _check_room(needs: Iterable[tuple[Path, int]]) -> None:
-    """Raise `StageFailed` when the disk of a folder (which may not exist yet) has less room than all that it takes."""
-    taken: Counter[int] = Counter()
-    for place, size_bytes in needs:
-        folder = next(one for one in (place, *place.absolute().parents) if one.is_dir())
-        device = folder.stat().st_dev
-        taken[device] += size_bytes
-        free = shutil.disk_usage(folder).free
-        if free < taken[device]:
-            raise StageFailed(
-                f"The disk of {folder} has {free / 1e6:,.1f} MB free, and this takes {taken[device] / 1e6:,.1f} MB.",
-                "Make room, or name a folder on another disk.",
-            )
-
-
-@contextmanager
-def _disk_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StageFailed(
-            f"{what}: {error.strerror or error}.", "Check the disk's free space, and whether it holds such large files."
-        ) from error
-
-
-def _shown(name: str) -> str:
-    return ascii(name) if len(name) <= 100 else f"{name[:100]!a}…"
-
-
 # Writing
-
-
-class _Writer:
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._hash = hashlib.sha256()
-        self.size_bytes = 0
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def add(self, name: str, size_bytes: int, chunks: Iterable[bytes]) -> None:
-        self._write(_header(name, size_bytes))
-        for chunk in chunks:
-            self._write(chunk)
-        self._write(bytes(_padding(size_bytes)))
-
-    def end(self) -> None:
-        self._write(bytes(_whole(self.size_bytes) - self.size_bytes))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-
-    def _write(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._hash.update(data)
-        self.size_bytes += len(data)
 
 
 def _check_target(file: Path) -> None:
@@ -278,7 +190,7 @@ def _check_target(file: Path) -> None:
 
 
 @contextmanager
-def _written_aside(file: Path) -> Iterator[_Writer]:
+def _written_aside(file: Path) -> Iterator[TarWriter]:
     aside = file.parent / f".{uuid.uuid4().hex}.export"
     try:
         stream = aside.open("xb")
@@ -288,9 +200,9 @@ def _written_aside(file: Path) -> Iterator[_Writer]:
             f"{file.parent} cannot be written to: {error.strerror or error}.", "Name a file in another folder."
         ) from error
     try:
-        with _disk_errors(f"{file} cannot be written"):
+        with disk_errors(f"{file} cannot be written"):
             with stream:
-                yield _Writer(stream)
+                yield TarWriter(stream)
             _check_target(file)  # another export may have been faster
             aside.replace(file)
     finally:
@@ -316,7 +228,7 @@ def _manifest_and_evidence(registry: ModelRegistry, manifest: Manifest) -> Itera
             )
         for name in names:
             data = unmarked(registry.objects.read_bytes(evidence + name))
-            _refuse(manifest, f"evidence {_shown(name)}", _fault_of_evidence(name, data, digest))
+            _refuse(manifest, f"evidence {shown(name)}", _fault_of_evidence(name, data, digest))
             yield evidence + name, data
     except KeyError as error:
         raise StageFailed(f"The store no longer has {error.args[0]}.", _DAMAGED) from None
@@ -361,117 +273,9 @@ def _verified(path: Path, blob: Blob, what: str, on_bytes: OnBytes) -> Iterator[
 # Reading
 
 
-@dataclass(frozen=True)
-class _Member:
-    name: str
-    size_bytes: int
-
-
-class _Reader:
-    """The members of an archive, each at its turn: `next`, then its `chunks`; refuses what `_Writer` does not write."""
-
-    def __init__(self, file: Path, stream: IO[bytes]) -> None:
-        self._file = file
-        self._stream = stream
-        self._offset = 0
-        self.size_bytes = os.fstat(stream.fileno()).st_size
-
-    def refusal(self, what: str, fault: str) -> BadInput:
-        return BadInput(f"{self._file} cannot be imported: {what} {fault}.", _REFUSED)
-
-    def check_compression(self) -> None:
-        """Raise `BadInput` for what is compressed."""
-        start = self._stream.read(_BLOCK)
-        self._stream.seek(0)
-        compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
-        if compression:
-            raise BadInput(
-                f"{self._file} cannot be imported: it is compressed ({compression}).", "Decompress it to a .tar first."
-            )
-
-    def next(self) -> _Member | None:
-        """Return the next member, None at the end of the archive."""
-        raw = self._read(_BLOCK)
-        if not any(raw):
-            self._check_end()
-            return None
-        header = self._parsed(raw)
-        name, size_bytes = header.name, header.size
-        if header.type == tarfile.XHDTYPE:
-            extension, last = self._read(_BLOCK), self._read(_BLOCK)
-            raw += extension + last
-            header = self._parsed(last)
-            name, size_bytes = header.name, header.size
-            for path, number in _EXTENSION.findall(extension):
-                name = path.decode() or name
-                size_bytes = int(number or size_bytes)
-        if header.type != tarfile.REGTYPE:
-            raise self.refusal(_shown(name), f"is {_KINDS.get(header.type, 'of a kind of tar')}, not a plain file")
-        if not _MEMBER.fullmatch(name):
-            raise self.refusal(_shown(name), "is no name in an archive")
-        if not 0 <= size_bytes <= self.size_bytes - self._offset:
-            raise self.refusal(_shown(name), f"has {size_bytes:,} bytes by its header, and fewer are left")
-        if raw != _header(name, size_bytes):
-            raise self.refusal(_shown(name), "has a header that slmops export does not write")
-        return _Member(name, size_bytes)
-
-    def chunks(self, member: _Member) -> Iterator[bytes]:
-        """Yield the bytes of the member that `next` returned."""
-        left = member.size_bytes
-        while left:
-            chunk = self._read(min(left, CHUNK_BYTES))
-            left -= len(chunk)
-            yield chunk
-        if any(self._read(_padding(member.size_bytes))):
-            raise self.refusal(_shown(member.name), "is followed by bytes that are not its own")
-
-    def content(self, member: _Member, at_most_bytes: int) -> bytes:
-        """Return the bytes of the member that `next` returned, unless they are too many."""
-        if member.size_bytes > at_most_bytes:
-            fault = f"has {member.size_bytes:,} bytes by its header, and at most {at_most_bytes:,} are allowed"
-            raise self.refusal(_shown(member.name), fault)
-        return b"".join(self.chunks(member))
-
-    def _parsed(self, block: bytes) -> tarfile.TarInfo:
-        try:
-            return tarfile.TarInfo.frombuf(block, "ascii", "surrogateescape")
-        except tarfile.TarError as error:
-            if self._offset == _BLOCK:
-                raise self.refusal("it", "is not a tar, as slmops export writes") from None
-            raise self.refusal(f"its header at byte {self._offset - _BLOCK:,}", f"is damaged ({error})") from None
-
-    def _check_end(self) -> None:
-        whole = _whole(self._offset - _BLOCK)
-        if self.size_bytes != whole:
-            raise self.refusal("it", f"has {self.size_bytes:,} bytes and should have {whole:,}")
-        if any(self._read(whole - self._offset)):
-            raise self.refusal("it", "has something after its last member")
-
-    def _read(self, size_bytes: int) -> bytes:
-        data = self._stream.read(size_bytes)
-        self._offset += len(data)
-        if len(data) < size_bytes:
-            raise self.refusal("it", f"ends too early, at byte {self._offset:,}")
-        return data
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[_Reader]:
-    if not file.is_file():
-        raise BadInput(f"There is no file {file}.", "Name what slmops export has written.")
-    try:
-        stream = file.open("rb")
-    except OSError as error:
-        raise BadInput(f"{file} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
-    with stream:
-        archive = _Reader(file, stream)
-        archive.check_compression()
-        yield archive
-
-
 @contextmanager
 def _new_folder(staging: Path) -> Iterator[Path]:
-    with _disk_errors(f"{staging} cannot be written to"):
+    with disk_errors(f"{staging} cannot be written to"):
         staging.mkdir(parents=True, exist_ok=True)
         folder = TemporaryDirectory(dir=staging, prefix="import-", ignore_cleanup_errors=True)
     with folder as name:
@@ -479,7 +283,7 @@ def _new_folder(staging: Path) -> Iterator[Path]:
 
 
 def _unpack(
-    archive: _Reader, staged: ModelRegistry, target: ModelRegistry, folder: Path, on_progress: OnProgress | None
+    archive: TarReader, staged: ModelRegistry, target: ModelRegistry, folder: Path, on_progress: OnProgress | None
 ) -> Manifest:
     """Bring an archive's version into the staged store and return it; all of it is verified."""
     manifest = _read_manifest(archive)
@@ -511,7 +315,7 @@ def _unpack(
     return manifest
 
 
-def _read_manifest(archive: _Reader) -> Manifest:
+def _read_manifest(archive: TarReader) -> Manifest:
     member = archive.next()
     name = member.name if member else "it"
     if member is None or not name.endswith("/manifest.json"):
@@ -522,7 +326,7 @@ def _read_manifest(archive: _Reader) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(one) for one in first["loc"])
-        raise archive.refusal(name, f"is not valid: {_shown(where)}: {first['msg']:.200}") from None
+        raise archive.refusal(name, f"is not valid: {shown(where)}: {first['msg']:.200}") from None
     except ValueError as error:
         raise archive.refusal(name, f"is not valid: {error}") from None
     fault = _fault_of_manifest(data, manifest)
@@ -557,7 +361,7 @@ def _has_large_object(value: Any) -> bool:
     return isinstance(value, list) and any(map(_has_large_object, value))
 
 
-def _check_sizes(archive: _Reader, blobs: Iterable[Blob], folder: Path, target: ModelRegistry) -> None:
+def _check_sizes(archive: TarReader, blobs: Iterable[Blob], folder: Path, target: ModelRegistry) -> None:
     """Raise `BadInput` for an archive that is smaller than the files it should hold, `StageFailed` for too little room.
 
     What is unpacked is never larger than the archive.
@@ -569,10 +373,10 @@ def _check_sizes(archive: _Reader, blobs: Iterable[Blob], folder: Path, target: 
     if isinstance(target.objects, LocalObjectStore):
         missing = target.objects.missing(blobs)
         needs.append((target.objects.aside, sum(blob.size_bytes for blob in missing)))
-    _check_room(needs)
+    check_room(needs)
 
 
-def _unpack_evidence(archive: _Reader, member: _Member, name: str, digest: str, staged: ModelRegistry) -> None:
+def _unpack_evidence(archive: TarReader, member: Member, name: str, digest: str, staged: ModelRegistry) -> None:
     data = archive.content(member, MOST_EVIDENCE_BYTES)
     fault = _fault_of_evidence(name, data, digest)
     if fault:
@@ -580,7 +384,7 @@ def _unpack_evidence(archive: _Reader, member: _Member, name: str, digest: str, 
     staged.objects.put_bytes(member.name, data)
 
 
-def _unpack_blob(archive: _Reader, member: _Member, blob: Blob, folder: Path, on_bytes: OnBytes) -> None:
+def _unpack_blob(archive: TarReader, member: Member, blob: Blob, folder: Path, on_bytes: OnBytes) -> None:
     if member.size_bytes != blob.size_bytes:
         fault = f"has {member.size_bytes:,} bytes by its header, and {blob.size_bytes:,} by the manifest"
         raise archive.refusal(member.name, fault)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage import archive
+from slmops.infra.storage import tar as tar_file
 from slmops.infra.storage.archive import export_version, import_version
 from slmops.infra.storage.garbage import delete_version
 from slmops.infra.storage.local import LocalObjectStore
@@ -242,10 +243,10 @@ class TestRoundTrip:
     def test_a_member_of_8_gib_and_more(self, tmp_path: Path) -> None:
         size_bytes = (8 << 30) + 5
         with (tmp_path / "large.tar").open("wb") as file:
-            file.write(archive._header(f"{BLOBS}{'a' * 64}", size_bytes))
-            file.truncate(archive._whole(file.tell() + size_bytes))
-        with archive._opened(tmp_path / "large.tar") as reader:
-            assert reader.next() == archive._Member(f"{BLOBS}{'a' * 64}", size_bytes)
+            file.write(tar_file.header_of(f"{BLOBS}{'a' * 64}", size_bytes))
+            file.truncate(tar_file.whole_size(file.tell() + size_bytes))
+        with tar_file.opened_tar(tmp_path / "large.tar") as reader:
+            assert reader.next() == tar_file.Member(f"{BLOBS}{'a' * 64}", size_bytes)
         with tarfile.open(tmp_path / "large.tar", "r:") as tar:
             assert [member.size for member in tar.getmembers()] == [size_bytes]
 
@@ -764,7 +765,7 @@ class TestSizes:
             offset = max((one.offset_data + -(-one.size // 512) * 512 for one in tar.getmembers()), default=0)
         with file.open("r+b") as stream:
             stream.seek(offset)
-            stream.write(archive._header(members[index][0].name, size_bytes))
+            stream.write(tar_file.header_of(members[index][0].name, size_bytes))
             stream.truncate(100 << 20)  # a sparse file: 100 MiB for everybody who asks
         kept.assert_refused(said, file)
 

@@ -1,0 +1,35 @@
+"""The disk's room, and what it says when it has none."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slmops.infra.errors import StageFailed
+
+
+def check_room(needs: Iterable[tuple[Path, int]]) -> None:
+    """Raise `StageFailed` when the disk of a folder (which may not exist yet) has less room than all that it takes."""
+    taken: Counter[int] = Counter()
+    for place, size_bytes in needs:
+        folder = next(one for one in (place, *place.absolute().parents) if one.is_dir())
+        device = folder.stat().st_dev
+        taken[device] += size_bytes
+        free = shutil.disk_usage(folder).free
+        if free < taken[device]:
+            raise StageFailed(
+                f"The disk of {folder} has {free / 1e6:,.1f} MB free, and this takes {taken[device] / 1e6:,.1f} MB.",
+                "Make room, or name a folder on another disk.",
+            )
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Make `StageFailed` of an error of the disk; `what` is the half sentence before its reason."""
+    try:
+        yield
+    except OSError as error:
+        raise StageFailed(
+            f"{what}: {error.strerror or error}.", "Check the disk's free space, and whether it holds such large files."
+        ) from error

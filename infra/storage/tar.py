@@ -1,0 +1,203 @@
+"""Archives as tar files of plain files, to the byte: what is read is what `TarWriter` writes, and nothing else.
+
+So reading needs none of what tar has besides plain files (links, devices, sparse files, names in three dialects). Each
+header is parsed by `tarfile.TarInfo` and compared with the one that would be written. `tarfile.TarFile` would follow
+all of these, keep in memory what an extended header holds, and end quietly at a header that is damaged.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from slmops.infra.errors import BadInput
+from slmops.infra.storage.local import CHUNK_BYTES
+
+_BLOCK = tarfile.BLOCKSIZE
+_MEMBER = re.compile(r"[A-Za-z0-9._/-]+")
+# A long name, or a size of 8 GiB or more, does not fit into a header: it stands in a block of its own before it.
+_EXTENSION = re.compile(rb"[0-9]+ (?:path=([A-Za-z0-9._/-]+)|size=([0-9]{1,20}))\n")
+_KINDS = {
+    **{tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.DIRTYPE: "a folder"},
+    **{tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a pipe"},
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+_COMPRESSED = {
+    **{b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"},
+    **{b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7-Zip"},
+}
+_REFUSED = "Nothing was imported. Copy it or export it anew, and compare the SHA-256 that slmops export tells."
+
+
+def header_of(name: str, size_bytes: int) -> bytes:
+    """Return a member's header: mode 0644, nobody's, of no time, so that the same content is the same archive."""
+    member = tarfile.TarInfo(name)
+    member.size = size_bytes
+    return member.tobuf(tarfile.PAX_FORMAT, "ascii", "strict")
+
+
+def padding(size_bytes: int) -> int:
+    """Return how many zeros follow a member of this size."""
+    return -size_bytes % _BLOCK
+
+
+def whole_size(size_bytes: int) -> int:
+    """Return the size of an archive whose members take so many bytes: zeros follow, two blocks and to a full record."""
+    return -(-(size_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def shown(name: str) -> str:
+    """Return a foreign name as a message may show it."""
+    return ascii(name) if len(name) <= 100 else f"{name[:100]!a}…"
+
+
+class TarWriter:
+    """Writes an archive into a stream: `add` for each member, then `end`."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 (hex) of what was written so far."""
+        return self._hash.hexdigest()
+
+    def add(self, name: str, size_bytes: int, chunks: Iterable[bytes]) -> None:
+        """Write a member, whose chunks have this many bytes."""
+        self._write(header_of(name, size_bytes))
+        for chunk in chunks:
+            self._write(chunk)
+        self._write(bytes(padding(size_bytes)))
+
+    def end(self) -> None:
+        """Write what ends an archive, and wait until the disk has all of it."""
+        self._write(bytes(whole_size(self.size_bytes) - self.size_bytes))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def _write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._hash.update(data)
+        self.size_bytes += len(data)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in an archive."""
+
+    name: str
+    size_bytes: int
+
+
+class TarReader:
+    """The members of an archive, each at its turn: `next`, then its `chunks`.
+
+    Raises `BadInput` for what `TarWriter` does not write.
+    """
+
+    def __init__(self, file: Path, stream: IO[bytes]) -> None:
+        self._file = file
+        self._stream = stream
+        self._offset = 0
+        self.size_bytes = os.fstat(stream.fileno()).st_size
+
+    def refusal(self, what: str, fault: str) -> BadInput:
+        """Return the error that tells what of the archive is at fault."""
+        return BadInput(f"{self._file} cannot be imported: {what} {fault}.", _REFUSED)
+
+    def check_compression(self) -> None:
+        """Raise `BadInput` for what is compressed."""
+        start = self._stream.read(_BLOCK)
+        self._stream.seek(0)
+        compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+        if compression:
+            raise BadInput(
+                f"{self._file} cannot be imported: it is compressed ({compression}).", "Decompress it to a .tar first."
+            )
+
+    def next(self) -> Member | None:
+        """Return the next member, None at the end of the archive."""
+        raw = self._read(_BLOCK)
+        if not any(raw):
+            self._check_end()
+            return None
+        header = self._parsed(raw)
+        name, size_bytes = header.name, header.size
+        if header.type == tarfile.XHDTYPE:
+            extension, last = self._read(_BLOCK), self._read(_BLOCK)
+            raw += extension + last
+            header = self._parsed(last)
+            name, size_bytes = header.name, header.size
+            for path, number in _EXTENSION.findall(extension):
+                name = path.decode() or name
+                size_bytes = int(number or size_bytes)
+        if header.type != tarfile.REGTYPE:
+            raise self.refusal(shown(name), f"is {_KINDS.get(header.type, 'of a kind of tar')}, not a plain file")
+        if not _MEMBER.fullmatch(name):
+            raise self.refusal(shown(name), "is no name in an archive")
+        if not 0 <= size_bytes <= self.size_bytes - self._offset:
+            raise self.refusal(shown(name), f"has {size_bytes:,} bytes by its header, and fewer are left")
+        if raw != header_of(name, size_bytes):
+            raise self.refusal(shown(name), "has a header that slmops export does not write")
+        return Member(name, size_bytes)
+
+    def chunks(self, member: Member) -> Iterator[bytes]:
+        """Yield the bytes of the member that `next` returned."""
+        left = member.size_bytes
+        while left:
+            chunk = self._read(min(left, CHUNK_BYTES))
+            left -= len(chunk)
+            yield chunk
+        if any(self._read(padding(member.size_bytes))):
+            raise self.refusal(shown(member.name), "is followed by bytes that are not its own")
+
+    def content(self, member: Member, at_most_bytes: int) -> bytes:
+        """Return the bytes of the member that `next` returned, unless they are too many."""
+        if member.size_bytes > at_most_bytes:
+            fault = f"has {member.size_bytes:,} bytes by its header, and at most {at_most_bytes:,} are allowed"
+            raise self.refusal(shown(member.name), fault)
+        return b"".join(self.chunks(member))
+
+    def _parsed(self, block: bytes) -> tarfile.TarInfo:
+        try:
+            return tarfile.TarInfo.frombuf(block, "ascii", "surrogateescape")
+        except tarfile.TarError as error:
+            if self._offset == _BLOCK:
+                raise self.refusal("it", "is not a tar, as slmops export writes") from None
+            raise self.refusal(f"its header at byte {self._offset - _BLOCK:,}", f"is damaged ({error})") from None
+
+    def _check_end(self) -> None:
+        whole = whole_size(self._offset - _BLOCK)
+        if self.size_bytes != whole:
+            raise self.refusal("it", f"has {self.size_bytes:,} bytes and should have {whole:,}")
+        if any(self._read(whole - self._offset)):
+            raise self.refusal("it", "has something after its last member")
+
+    def _read(self, size_bytes: int) -> bytes:
+        data = self._stream.read(size_bytes)
+        self._offset += len(data)
+        if len(data) < size_bytes:
+            raise self.refusal("it", f"ends too early, at byte {self._offset:,}")
+        return data
+
+
+@contextmanager
+def opened_tar(file: Path) -> Iterator[TarReader]:
+    """Open an archive; raises `BadInput` for what is no file, cannot be read or is compressed."""
+    if not file.is_file():
+        raise BadInput(f"There is no file {file}.", "Name what slmops export has written.")
+    try:
+        stream = file.open("rb")
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
+    with stream:
+        archive = TarReader(file, stream)
+        archive.check_compression()
+        yield archive
