@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from slmops.infra.storage.objects import Blob
-from slmops.infra.storage.s3.store import PART_BYTES, S3ObjectStore
+from slmops.infra.storage.s3.bucket import PART_BYTES
+from slmops.infra.storage.s3.store import S3ObjectStore
 from tests.s3_proxy import FaultProxy
 from tests.s3_servers import S3Server
 from tests.stores import StoreCase, empty_store

@@ -95,7 +95,7 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: None) -
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr("slmops.infra.storage.s3.store.PART_BYTES", PART_BYTES)
+    monkeypatch.setattr("slmops.infra.storage.s3.bucket.PART_BYTES", PART_BYTES)
 
 
 @pytest.fixture

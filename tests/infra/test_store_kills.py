@@ -30,7 +30,7 @@ WORK = f"""
 import sys
 from pathlib import Path
 
-import slmops.infra.storage.s3.store
+import slmops.infra.storage.s3.bucket
 from slmops.infra.settings import load_settings
 from slmops.infra.storage.copying import copy_version
 from slmops.infra.storage.garbage import collect_garbage
@@ -38,7 +38,7 @@ from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 
-slmops.infra.storage.s3.store.PART_BYTES = {PART_BYTES}
+slmops.infra.storage.s3.bucket.PART_BYTES = {PART_BYTES}
 doing, reference, folder = sys.argv[1:]
 here, team = ModelRegistry(LocalObjectStore(Path(folder))), open_registry(load_settings())
 list(team.objects.entries("leases"))  # what is imported at the first use is imported now

@@ -42,6 +42,16 @@ _FULL = {"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "Se
 _PASSING = {"408", "429", "SlowDown", "RequestTimeout", "TooManyRequests", "OperationAborted"}
 _PASSING |= {"ConditionalRequestConflict", "BadDigest", "XAmzContentSHA256Mismatch", "InvalidPart"}
 NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
+# Codes by which servers refuse a body that does not have the SHA-256 sent with it.
+BAD_CHECKSUM = {
+    "BadDigest",
+    "InvalidDigest",
+    "InvalidRequest",
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
+    "ChecksumMismatch",
+}
+NO_UPLOAD = NOT_FOUND | {"NoSuchUpload"}
 
 
 def parse_s3_uri(uri: str) -> tuple[str, str]:

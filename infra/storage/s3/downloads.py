@@ -1,0 +1,106 @@
+"""Files come down: each is verified before it is put in its place."""
+
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future, as_completed
+from pathlib import Path
+from typing import Any
+
+from slmops.infra.errors import StageFailed
+from slmops.infra.storage.local import aside_prefix, flush_to_disk
+from slmops.infra.storage.objects import Blob, OnBytes
+from slmops.infra.storage.s3.bucket import MIB, TRANSFERS, Bucket, workers
+from slmops.infra.storage.s3.client import NOT_FOUND, error_code, s3_errors
+from slmops.infra.storage.s3.told import Told
+
+SMALL_BYTES = 4 * MIB  # TRANSFERS of them are held in memory
+
+
+def download(
+    bucket: Bucket, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes
+) -> list[tuple[Blob, Path]]:
+    """Download, verify and place files by way of the folder `aside`; returns those that came altered.
+
+    Raises `KeyError` for one that is not there, `StageFailed` where this machine cannot keep it.
+    """
+    with (
+        s3_errors(bucket.uri),
+        workers(TRANSFERS) as pool,
+        bucket.transfers(max(blob.size_bytes for blob, _ in files)) as (manager, _),
+    ):
+        under_way = {}
+        for blob, path in files:
+            part = aside / f"{aside_prefix()}{uuid.uuid4().hex}"
+            if blob.size_bytes <= SMALL_BYTES:
+                fetched = pool.submit(_fetch_small, bucket, part, blob, path, on_bytes)
+            else:
+                told: Any = [Told(on_bytes, size_bytes=blob.size_bytes)]
+                future = manager.download(bucket.name, bucket.key(blob.key), str(part), None, told)
+                fetched = pool.submit(_await_and_place, future, part, blob, path)
+            under_way[fetched] = (blob, path)
+        return [file for done in as_completed(under_way) if not _placed(bucket, done, (file := under_way[done])[0])]
+
+
+def _fetch_small(bucket: Bucket, part: Path, blob: Blob, path: Path, on_bytes: OnBytes) -> bool:
+    """Fetch a file that is verified before it is written, and faster than by the transfer manager's threads."""
+    chunks = bucket.again(lambda: list(bucket.chunks(blob.key)))
+    on_bytes(blob.size_bytes)
+    found = hashlib.sha256()
+    for chunk in chunks:
+        found.update(chunk)
+    if found.hexdigest() != blob.sha256:
+        return False
+    try:
+        with part.open("wb") as stream:
+            stream.writelines(chunks)
+            flush_to_disk(stream)
+        _move_in(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def _placed(bucket: Bucket, done: "Future[bool]", blob: Blob) -> bool:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return done.result()
+    except ClientError as error:
+        if error_code(error) in NOT_FOUND:
+            raise KeyError(blob.key) from None
+        raise
+    except BotoCoreError:  # some are `OSError` too
+        raise
+    except OSError as error:
+        raise StageFailed(
+            f"The files of {bucket.uri} cannot be kept: {error.strerror or error}.",
+            "Check the disk's free space and the permissions under SLMOPS_HOME.",
+        ) from error
+
+
+def _await_and_place(future: Any, part: Path, blob: Blob, path: Path) -> bool:
+    try:
+        future.result()
+        return _place(part, blob, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _place(part: Path, blob: Blob, path: Path) -> bool:
+    """Move a fetched file to its place if it has the blob's digest; False, and nothing done, otherwise."""
+    with part.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != blob.sha256:
+            return False
+        os.fsync(stream.fileno())
+    _move_in(part, path)
+    return True
+
+
+def _move_in(part: Path, path: Path) -> None:
+    # A model folder may be a hard link to this file: whoever writes there must not alter it.
+    part.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.replace(path)

@@ -1,0 +1,23 @@
+"""What boto3's transfer manager tells of bytes that moved."""
+
+from typing import Any
+
+from slmops.infra.storage.objects import OnBytes
+
+
+class Told:
+    """A subscriber of boto3's transfer manager that passes on how many bytes moved."""
+
+    def __init__(self, on_bytes: OnBytes, size_bytes: int | None = None) -> None:
+        self._on_bytes = on_bytes
+        self._size_bytes = size_bytes
+
+    def on_queued(self, future: Any, **_: Any) -> None:
+        if self._size_bytes is not None:  # known from the manifest: it need not be asked for
+            future.meta.provide_transfer_size(self._size_bytes)
+
+    def on_progress(self, bytes_transferred: int, **_: Any) -> None:
+        self._on_bytes(bytes_transferred)
+
+    def on_done(self, **_: Any) -> None:
+        pass
