@@ -16,7 +16,7 @@ endif
 
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test coverage lint format types bench apt clean
+.PHONY: setup demo test coverage lint format types links bench apt clean
 
 setup: $(INSTALLED)
 
@@ -41,20 +41,23 @@ coverage: setup
 	$(BIN)/python -m pytest -m "not demo" -n $(PYTEST_WORKERS) --dist loadgroup \
 		--cov --cov-append --cov-report=term $(PYTEST_ARGS)
 
-lint: setup
+lint: links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=build/package $(BIN)/lint-imports --no-cache
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# mypy does not follow the finder of an editable install: it reads the package as a folder of links.
-types: setup
+types: links
+	$(BIN)/mypy
+
+# mypy and import-linter do not follow the finder of an editable install: they read the package as a folder of links.
+links: setup
 	mkdir -p build/package/slmops
 	ln -sfn ../../../deployments ../../../flows ../../../infra ../../../tasks build/package/slmops/
 	cd build/package/slmops && ln -sf ../../../deployments/slmops/*.py .
-	$(BIN)/mypy
 
 # What tests/benchmarks measures, on an otherwise idle machine; needs 6 GB of memory and 20 GB of disk. First what is
 # promised, beside llama.cpp, which is built once into the user's cache where there is a C++ compiler (ten minutes).

@@ -21,6 +21,7 @@ from slmops.tasks.environment.checks import check_environment, check_room
 from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.source import sources_in_use
 from slmops.tasks.exams.text import read_text
+from slmops.tasks.plan import parse_request
 from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.report.assemble import failed_report
 from slmops.tasks.report.publish import publish_report, write_model_cards
@@ -29,7 +30,6 @@ from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.request.inputs import with_local_files
 from slmops.tasks.request.parameters import DeployParameters
-from slmops.tasks.request.plan import parse_request
 from slmops.tasks.runs.limits import one_at_a_time
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.verdict.search import record_trials, search_recipes

@@ -1,4 +1,4 @@
-"""The house has one direction: deployments -> flows -> tasks -> infra, and infra does not know Prefect."""
+"""What `make lint` cannot say of imports: the package by its own name only, cheap to import, without side effect."""
 
 import ast
 import subprocess
@@ -23,17 +23,13 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_imports_run_one_way(room: str) -> None:
-    rooms_above = ROOMS[ROOMS.index(room) + 1 :]
+def test_modules_are_imported_by_their_whole_names(room: str) -> None:
     files = list((ROOT / room).rglob("*.py"))
     assert files
     for path in files:
         for module in imports_of(path):
-            top, _, below = module.partition(".")
+            top = module.partition(".")[0]
             assert top not in (*ROOMS, "tests"), f"{path.relative_to(ROOT)} imports {module}, which is slmops.{module}"
-            if top == "slmops":
-                assert below.split(".")[0] not in rooms_above, f"{path.relative_to(ROOT)} imports {module}"
-            assert not (room == "infra" and top == "prefect"), f"{path} imports Prefect"
 
 
 def modules_of_infra() -> list[str]:

@@ -10,8 +10,8 @@ from slmops.deployments.cli.running import end_with, load_settings, run_flow, ve
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, RegateParameters
 
 if TYPE_CHECKING:
+    from slmops.tasks.plan import DeployPlan
     from slmops.tasks.report.records import DeployReport
-    from slmops.tasks.request.plan import DeployPlan
 
 
 @asks_for(DeployParameters)
@@ -25,7 +25,7 @@ def deploy(
     if not dry_run:
         deploy_checkpoint(parameters, as_json=as_json)
         return
-    from slmops.tasks.request.plan import plan_deploy
+    from slmops.tasks.plan import plan_deploy
 
     plan = plan_deploy(load_settings(), parameters)
     if as_json:
@@ -63,7 +63,7 @@ def deploy_checkpoint(parameters: dict[str, Any], *, as_json: bool) -> None:
 
     server = begin_embedded_server()  # its imports and those of the plan take as long
     try:
-        from slmops.tasks.request.plan import plan_deploy
+        from slmops.tasks.plan import plan_deploy
 
         plan_deploy(load_settings(), parameters)  # refuses bad input before anything is written
     except BaseException:

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
-from slmops.tasks.verdict.pareto import Candidate
+
+if TYPE_CHECKING:
+    from slmops.tasks.verdict.pareto import Candidate
 
 EXAMPLES = "max-size=300MB, max-rss=1GB, max-ttft=200ms, min-tps=20, max-quality-loss=0.02"
 TIME = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?(ms|s)", re.ASCII | re.IGNORECASE)
@@ -29,7 +31,7 @@ class Budget(BaseModel):
     min_tps: Limit | None = None
     max_quality_loss: FiniteFloat | None = Field(None, ge=0, le=1)
 
-    def excesses(self, candidate: Candidate) -> dict[str, float]:
+    def excesses(self, candidate: "Candidate") -> dict[str, float]:
         """Return by how much a candidate exceeds each limit that it does not keep, as text and factor (above 1).
 
         A quality loss that is not known does not keep its limit.

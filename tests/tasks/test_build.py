@@ -29,8 +29,8 @@ from slmops.tasks.build.build import (
     plan_search,
     read_olive_config,
 )
+from slmops.tasks.plan import parse_request
 from slmops.tasks.request.deploy_request import DeployRequest
-from slmops.tasks.request.plan import parse_request
 from tests.checkpoints import make_tiny_checkpoint
 
 OLD_FORM: dict[str, Any] = {

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput
+from slmops.tasks.plan import parse_request
 from slmops.tasks.request.deploy_request import (
     DeployRequest,
     check_output,
@@ -15,7 +16,6 @@ from slmops.tasks.request.deploy_request import (
     read_chat_template_file,
 )
 from slmops.tasks.request.parameters import PRECISIONS
-from slmops.tasks.request.plan import parse_request
 from tests.checkpoints import CHAT_TEMPLATES
 
 ALLOWED = "abcdefghijklmnopqrstuvwxyz0123456789-"

@@ -21,9 +21,9 @@ from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, content_dige
 from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.measurement import MeasurementExam
+from slmops.tasks.plan import parse_request
 from slmops.tasks.questions.evaluation_set import EvaluationSet, chat_prompts
 from slmops.tasks.request.deploy_request import DeployRequest
-from slmops.tasks.request.plan import parse_request
 from slmops.tasks.runs.progress import listening
 from slmops.tasks.verdict.pareto import Candidate
 from slmops.tasks.verdict.search import SearchOutcome, Trial, choose_recipes, last_search, record_trials, search_recipes
