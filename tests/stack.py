@@ -88,7 +88,6 @@ class Stack:
             "PREFECT_SERVER_DATABASE_PORT": str(self.ports["postgres"]),
             "PREFECT_REDIS_MESSAGING_HOST": "127.0.0.1",
             "PREFECT_REDIS_MESSAGING_PORT": str(self.ports["redis"]),
-            "PREFECT_SERVER_UI_API_URL": self.api_url,
             "PREFECT_API_URL": self.api_url,
             "PREFECT_WORKER_WEBSERVER_PORT": str(self.ports.get(name, 0)),
             "SLMOPS_SECRETS_DIR": f"{home}/secrets",

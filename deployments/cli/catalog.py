@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 import typer
 
-from slmops.deployments.cli.listening import check_address, listen
 from slmops.deployments.cli.output import print_line
 from slmops.deployments.cli.running import load_settings
+from slmops.deployments.server.listening import check_address, listen
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from slmops.deployments.cli.listening import check_address, listen
 from slmops.deployments.cli.running import load_settings
+from slmops.deployments.server.listening import check_address, listen
 
 DEFAULT_PORT = 5273
 

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from slmops.deployments.cli.options import Json
-from slmops.deployments.cli.output import print_json, print_table
+from slmops.deployments.cli.output import print_json, print_line, print_note, print_table
 from slmops.deployments.cli.running import load_settings
+from slmops.deployments.server.work_pool import DEFAULT_POOL
 from slmops.infra.errors import BadInput
 
 DEFAULT_PORT = 4200
-DEFAULT_POOL = "slmops"
 
 Pool = Annotated[str, typer.Option(help="Work pool that this machine's worker takes runs from.")]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port of the server where one is started; 0: a free one.")]
@@ -38,7 +38,7 @@ def up(
             raise BadInput("--json goes with --check.", "Leave it out, or add --check.")
         from slmops.deployments.server.up import run_up
 
-        run_up(settings, pool, port, limit)
+        run_up(settings, pool, port, limit, say=print_line, note=print_note)
         return
     from slmops.deployments.server.registration import read_deployments
     from slmops.deployments.server.up_check import check_running

@@ -3,12 +3,12 @@
 from datetime import timedelta
 from typing import Any
 
-from slmops.deployments.server.registration import HEARTBEAT_S
+from slmops.deployments.server.work_pool import TAG
 from slmops.events import CHECKPOINT_READY
 from slmops.infra.settings import Settings
 
 REGRESSION = "slmops.benchmark.regression"
-TAG = "prefect.tag.slmops"
+OF_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
 NOTICES_BLOCK = "slmops-notices"
 
 DEPLOY_ON_EVENT = "slmops: deploy a checkpoint that is ready"
@@ -16,6 +16,9 @@ LOST_RUNS = "slmops: a run without a sign of life has crashed"
 FAILURE_NOTICE = "slmops: notice of a failed run"
 REGRESSION_NOTICE = "slmops: notice of a regression"
 
+# The shortest interval that Prefect takes. Workers' environments have it, and their runs take it from there.
+HEARTBEAT_VARIABLE = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+HEARTBEAT_S = 30
 # A run that misses three signs of life in a row is lost.
 LOST_AFTER_S = 3 * HEARTBEAT_S
 
@@ -60,7 +63,7 @@ def automations(deploy_id: Any, webhook_block_id: Any | None) -> list[Any]:
             description="A worker was killed or lost its network: its run is marked as crashed.",
             trigger=EventTrigger(
                 match={"prefect.resource.id": "prefect.flow-run.*"},
-                match_related={"prefect.resource.id": TAG, "prefect.resource.role": "tag"},
+                match_related=OF_OURS,
                 after={"prefect.flow-run.heartbeat"},
                 expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
                 for_each={"prefect.resource.id"},
@@ -87,7 +90,7 @@ def automations(deploy_id: Any, webhook_block_id: Any | None) -> list[Any]:
             trigger=EventTrigger(
                 expect={f"prefect.flow-run.{state}" for state in FAILED},
                 match={"prefect.resource.id": "prefect.flow-run.*"},
-                match_related={"prefect.resource.id": TAG, "prefect.resource.role": "tag"},
+                match_related=OF_OURS,
                 posture=Posture.Reactive,
                 threshold=1,
                 within=timedelta(0),
@@ -128,17 +131,17 @@ def register_automations(settings: Settings) -> list[str]:
     with get_client(sync_client=True) as client:
         deploy_id = client.read_deployment_by_name("deploy/deploy").id
         wanted = automations(deploy_id, _webhook_block(settings))
-        for name in {FAILURE_NOTICE, REGRESSION_NOTICE} - {one.name for one in wanted}:
+        for name in {FAILURE_NOTICE, REGRESSION_NOTICE} - {automation.name for automation in wanted}:
             for unwanted in client.read_automations_by_name(name):
                 client.delete_automation(unwanted.id)
-        for one in wanted:
-            known = next(iter(client.read_automations_by_name(one.name)), None)
+        for automation in wanted:
+            known = next(iter(client.read_automations_by_name(automation.name)), None)
             if known:
-                one.id, one.enabled = known.id, known.enabled
-                one.update()
+                automation.id, automation.enabled = known.id, known.enabled
+                automation.update()
             else:
-                one.create()
-    return [one.name for one in wanted]
+                automation.create()
+    return [automation.name for automation in wanted]
 
 
 def _webhook_block(settings: Settings) -> Any | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
+from slmops.deployments.server.access import OTHERS_MAY_NOTHING, closed_to_others, new_password
 from slmops.deployments.server.embedded_database import make_database
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import PYTHON, child_environment
@@ -45,16 +46,19 @@ class EmbeddedServer:
 
     It begins at once with what takes it seconds, its imports, so that a command's own go on meanwhile. Nothing is
     written before `serve`. It stays for the client's last logs and events, which are sent while the interpreter exits.
+    It takes calls with `password` only, a user and password of its own.
     """
 
     def __init__(self) -> None:
+        self.password = new_password()
         self._process = subprocess.Popen(
             [*PYTHON, "-m", "slmops.deployments.server.embedded"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=Path(__file__).parent,  # Prefect takes settings from files of its current directory
-            env=child_environment(SERVER_ENVIRONMENT),
+            umask=OTHERS_MAY_NOTHING,
+            env=child_environment(SERVER_ENVIRONMENT | closed_to_others(self.password)),
             start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle; the server ends after it
         )
         atexit.register(self.end)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slmops.deployments.server.access import kept_password, make_private
 from slmops.deployments.server.current_folder import read_no_settings_here
 from slmops.deployments.server.embedded import EmbeddedServer
 from slmops.infra.errors import BadInput
@@ -35,6 +36,8 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
         os.environ.setdefault(variable, value)
     if not os.environ.get("PREFECT_API_URL") and (url := running_server(settings)):
         os.environ["PREFECT_API_URL"] = url
+        if not os.environ.get("PREFECT_API_AUTH_STRING") and (password := kept_password(prefect_home(settings))):
+            os.environ["PREFECT_API_AUTH_STRING"] = password
         _reach_loopback_directly()
     # Prefect makes its home at its import. Where ours is not there yet that fails, and bad input must not make it.
     warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
@@ -69,7 +72,7 @@ def running_server(settings: Settings) -> str | None:
 def announced_server(settings: Settings, url: str) -> Iterator[None]:
     """Let other commands of this home directory find the server that this process started."""
     path = _server_record(settings)
-    write_whole(path, json.dumps({"process": this_process(), "url": url}))
+    write_whole(path, json.dumps({"process": this_process(), "url": url}), mode=0o600)
     try:
         yield
     finally:
@@ -93,16 +96,21 @@ def begin_embedded_server() -> EmbeddedServer | None:
 @contextmanager
 def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iterator[None]:
     """Have an API for flow runs: the configured one, or an embedded one, which may have `begun` its start."""
+    make_private(prefect_home(settings))  # the server makes its database there, but no folder
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
     server = begun or EmbeddedServer()
-    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect import settings as prefect
 
-    prefect_home(settings).mkdir(parents=True, exist_ok=True)  # the server makes its database there, but no folder
-    url = server.serve(settings.cache_dir / "logs" / "prefect-server.log", settings.user_cache_dir)
-    # Nobody waits for a sign of life there, and the end of a run waits up to a second for who gives them.
-    with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+    log = settings.cache_dir / "logs" / "prefect-server.log"
+    here = {
+        prefect.PREFECT_API_URL: server.serve(log, settings.user_cache_dir),
+        prefect.PREFECT_API_AUTH_STRING: server.password,
+        # Nobody waits for a sign of life there, and the end of a run waits up to a second for who gives them.
+        prefect.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+    }
+    with prefect.temporary_settings(here):
         yield
 
 

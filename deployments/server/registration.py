@@ -1,6 +1,5 @@
-"""What `slmops up` makes known to a Prefect server: the work pools, and the deployments of `prefect.yaml`."""
+"""What `slmops up` makes known to a Prefect server: the deployments of `prefect.yaml`, and those of each pool."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -9,17 +8,13 @@ from typing import Any
 
 import yaml
 
+from slmops.deployments.server.work_pool import TAG
 from slmops.infra.errors import BadInput
 
 PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
-POOL_TYPE = "process"
-
-# The shortest interval that Prefect takes. It goes with the deployments, so that every worker's runs keep it.
-HEARTBEAT_VARIABLE = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
-HEARTBEAT_S = 30
 
 # A deployment without a pull step has each of its runs copy the folder in which it was registered, or the worker's own.
-# This one has runs stay in the worker's folder: what they import is installed.
+# This one has a run stay in the empty folder that the worker makes for it: what it imports is installed.
 PULL_STEPS = [{"prefect.deployments.steps.set_working_directory": {"directory": "."}}]
 
 
@@ -57,8 +52,8 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
             "entrypoint": f"slmops.flows.variants.{what}_variant_on_worker",
             "description": f"{what.capitalize()} one variant of a deploy. Started by deploys, not by hand.",
             "version": package_version(),
-            "tags": ["slmops"],
-            "work_pool": {"name": pool, "job_variables": {"env": {HEARTBEAT_VARIABLE: str(HEARTBEAT_S)}}},
+            "tags": [TAG],
+            "work_pool": {"name": pool},
         }
         for what in ("build", "measure")
     ]
@@ -81,8 +76,9 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
                 known = client.read_deployment_by_name(name)
             except ObjectNotFound:
                 known = None
-            wanted = (entry["version"], entry["entrypoint"], entry["work_pool"]["job_variables"], PULL_STEPS)
-            if known and (known.version, known.entrypoint, known.job_variables, known.pull_steps) == wanted:
+            wanted = (entry["version"], entry["entrypoint"], PULL_STEPS)
+            found = known and (known.version, known.entrypoint, known.pull_steps)
+            if known and found == wanted and not known.job_variables:
                 done.append(Registered(name, "unchanged"))
                 continue
             deployment_of(entry, with_schedules=known is None).apply()
@@ -104,14 +100,16 @@ def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> Any:
     deployment = RunnerDeployment.from_entrypoint(
         entrypoint=entry["entrypoint"],
         name=entry["name"],
-        schedules=[schedule_of(one, entry["name"]) for one in entry.get("schedules", ())] if with_schedules else None,
+        schedules=[schedule_of(schedule, entry["name"]) for schedule in entry.get("schedules", ())]
+        if with_schedules
+        else None,
         concurrency_limit=ConcurrencyLimitConfig.model_validate(limit) if limit else None,
         parameters=dict(entry.get("parameters", {})),
         description=entry.get("description"),
         tags=list(entry["tags"]),
         version=entry["version"],
         work_pool_name=entry["work_pool"]["name"],
-        job_variables=dict(entry["work_pool"]["job_variables"]),
+        job_variables={},
     )
     deployment.storage = Installed(".")
     return deployment
@@ -134,28 +132,6 @@ def schedule_of(schedule: dict[str, Any], name: str) -> Any:
             "Write five fields and a time zone, such as 0 3 * * 0 and Europe/Berlin.",
         ) from None
     return made
-
-
-def ensure_pool(name: str) -> None:
-    """Make a work pool of processes unless there is one; raises `BadInput` for one of another type."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-    from prefect.workers.process import ProcessWorker
-
-    with get_client(sync_client=True) as client:
-        try:
-            pool = client.read_work_pool(name)
-        except ObjectNotFound:
-            template = ProcessWorker.get_default_base_job_template()
-            with contextlib.suppress(ObjectAlreadyExists):  # another machine's `slmops up` was first
-                client.create_work_pool(WorkPoolCreate(name=name, type=POOL_TYPE, base_job_template=template))
-            return
-    if pool.type != POOL_TYPE:
-        raise BadInput(
-            f"The work pool {name!r} is of the type {pool.type!r}; slmops runs in pools of the type {POOL_TYPE!r}.",
-            "Choose another with --pool.",
-        )
 
 
 def package_version() -> str:

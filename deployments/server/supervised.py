@@ -5,6 +5,7 @@ input is the lifeline, as in `slmops.infra.process.child`: when it closes, the c
 while ended.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,13 +26,16 @@ STEADY_S = 60.0  # what ran for so long had started well
 
 
 class Supervised:
-    """One command of Prefect's; `name` is what it is called in messages."""
+    """One command of Prefect's; `name` is what it is called in messages, `umask` is of the files that it makes."""
 
-    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path, umask: int = -1
+    ) -> None:
         self.name = name
         self.log_path = log_path
         self._arguments = list(arguments)
         self._environment = dict(environment)
+        self._umask = umask
         self._process: subprocess.Popen[bytes] | None = None
         self._delay_s = FIRST_DELAY_S
         self._started_at = 0.0
@@ -48,6 +52,7 @@ class Supervised:
                 stderr=log,
                 cwd=self.log_path.parent,  # Prefect takes settings from files of its current directory
                 env=self._environment,
+                umask=self._umask,
                 start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle
             )
         self._started_at = time.monotonic()
@@ -65,16 +70,19 @@ class Supervised:
                 self._delay_s = FIRST_DELAY_S
             return None
         if self._process is not None:
-            status = self._process.returncode
-            self._process, self._start_at = None, now + self._delay_s
-            told = (
-                f"{self.name} ended with status {status}; it starts again in {self._delay_s:.0f} s ({self.log_path})."
-            )
-            self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
-            return told
+            status, self._process = self._process.returncode, None
+            return f"{self.name} ended with status {status}; {self._put_off(now)} ({self.log_path})."
         if now >= self._start_at:
-            self.start()
+            try:
+                self.start()
+            except OSError as error:  # a full disk or table of processes passes
+                return f"{self.name} could not be started: {error}; {self._put_off(now)}."
         return None
+
+    def _put_off(self, now: float) -> str:
+        delay_s, self._delay_s = self._delay_s, min(2 * self._delay_s, LONGEST_DELAY_S)
+        self._start_at = now + delay_s
+        return f"it starts again in {delay_s:.0f} s"
 
     def stop(self) -> None:
         """Ask it to stop, and end it and all its descendants when it does not."""
@@ -88,11 +96,9 @@ class Supervised:
             process.wait(STOP_GRACE_S)
         except subprocess.TimeoutExpired:
             descendants += _descendants(process.pid)
-        for one in descendants:
-            try:
-                one.kill()
-            except psutil.Error:  # it has ended
-                continue
+        for descendant in descendants:
+            with contextlib.suppress(psutil.Error):  # it has ended
+                descendant.kill()
         process.kill()
         process.wait()
 
@@ -105,20 +111,16 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 
 def _stop_with_the_starter() -> None:
-    sys.stdin.buffer.read()
-    here = psutil.Process()
-    for one in here.children(recursive=True):  # flow runs: they end their own children
-        try:
-            one.send_signal(signal.SIGTERM)
-        except psutil.Error:
-            continue
+    with contextlib.suppress(OSError):
+        sys.stdin.buffer.read()
+    for run in _descendants(os.getpid()):  # they end their own children
+        with contextlib.suppress(psutil.Error):
+            run.send_signal(signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT if os.name == "posix" else signal.SIGTERM)
     time.sleep(STOP_GRACE_S / 2)
-    for one in here.children(recursive=True):
-        try:
-            one.kill()
-        except psutil.Error:
-            continue
+    for run in _descendants(os.getpid()):
+        with contextlib.suppress(psutil.Error):
+            run.kill()
     os._exit(1)
 
 

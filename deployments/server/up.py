@@ -1,21 +1,29 @@
 """What `slmops up` runs: a Prefect server if none is set, the deployments, and a worker, until it is stopped."""
 
 import contextlib
+import hashlib
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from slmops.deployments.cli.listening import listen
-from slmops.deployments.cli.output import print_line, print_note
-from slmops.deployments.cli.up import DEFAULT_POOL
-from slmops.deployments.server.automations import register_automations
+from slmops.deployments.server.access import (
+    AUTH_FILE,
+    OTHERS_MAY_NOTHING,
+    closed_to_others,
+    make_password,
+    make_private,
+)
+from slmops.deployments.server.automations import HEARTBEAT_S, HEARTBEAT_VARIABLE, register_automations
 from slmops.deployments.server.environment import QUIET, announced_server, prefect_home
-from slmops.deployments.server.registration import ensure_pool, read_deployments, register_deployments, variant_entries
+from slmops.deployments.server.listening import listen
+from slmops.deployments.server.registration import read_deployments, register_deployments, variant_entries
 from slmops.deployments.server.supervised import Supervised
 from slmops.deployments.server.up_check import server_fault
+from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import SHADOWING
 from slmops.infra.settings import Settings
@@ -36,47 +44,88 @@ WORKER_ENVIRONMENT = {
     "PREFECT_WORKER_QUERY_SECONDS": "2",
     "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+    HEARTBEAT_VARIABLE: str(HEARTBEAT_S),
 }
 
+Tell = Callable[[str], None]
 
-def run_up(settings: Settings, pool: str, port: int, limit: int | None) -> None:
-    """Start all of it and look after it; `port` is the server's, `limit` is of runs at once, None for the default."""
+
+def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: Tell, note: Tell) -> None:
+    """Start all of it and look after it; `port` is the server's, `limit` is of runs at once, None for the default.
+
+    `say` shows what was asked for, `note` what happens meanwhile.
+    """
     stopping = threading.Event()
-    with _stopped_by_signals(stopping), contextlib.ExitStack() as started:
-        children: list[Supervised] = []
+    with _stopped_by_signals(stopping), _Children(stopping, note) as children:
         url = os.environ.get("PREFECT_API_URL")
-        if not url:
-            url = _start_server(settings, port, children, started, stopping)
-        print_line(f"API: {url}")
-        _wait_until_healthy(url, children, stopping)
+        if url:
+            make_private(prefect_home(settings))
+            say(f"API: {url}")
+            children.wait_until_healthy(url)
+        else:
+            url = _start_server(settings, port, children, say)
         if stopping.is_set():
             return
-        _register(settings, pool)
-        # A worker takes all that it finds: without a limit, the first of several machines would take every variant of
-        # a deploy. In the default pool deploys wait for their variants, and would hold the places that these need.
-        at_once = limit or (None if pool == DEFAULT_POOL else settings.worker.builds)
-        worker = Supervised(
-            "The worker",
-            [
-                *("worker", "start", "--pool", pool, "--type", "process", "--name", _worker_name(settings)),
-                *(("--limit", str(at_once)) if at_once else ()),
-                # Whoever names a port wants to be told there whether the worker lives, such as docker-compose.yml.
-                *(("--with-healthcheck",) if os.environ.get("PREFECT_WORKER_WEBSERVER_PORT") else ()),
-            ],
-            _environment(**WORKER_ENVIRONMENT, PREFECT_API_URL=url),
-            settings.cache_dir / "logs" / "prefect-worker.log",
-        )
-        worker.start()
-        children.append(worker)
-        started.callback(worker.stop)
-        print_line(f"UI: {url.removesuffix('/api')}")
-        print_line(f"A worker takes runs from the work pool {pool!r}; its log: {worker.log_path}")
-        print_line("Stop with Ctrl-C; slmops up --check says what is running.")
-        while not stopping.wait(POLL_INTERVAL_S):
-            for child in children:
-                if told := child.look_after():
-                    print_note(told)
-        print_note("Stopping the worker, its runs and what was started beside it.")
+        _register(settings, pool, say, note)
+        worker = _worker(settings, pool, limit)
+        children.start(worker)
+        say(f"UI: {url.removesuffix('/api')}")
+        say(f"A worker takes runs from the work pool {pool!r}; its log: {worker.log_path}")
+        say("Stop with Ctrl-C; slmops up --check says what is running.")
+        children.look_after_them()
+        note("Stopping the worker, its runs and what was started beside it.")
+
+
+class _Children:
+    """The server, if any, and the worker: started one by one, looked after together, and stopped with this command."""
+
+    def __init__(self, stopping: threading.Event, note: Tell) -> None:
+        self._stopping = stopping
+        self._note = note
+        self._children: list[Supervised] = []
+        self._started = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Children":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._started.close()
+
+    def start(self, child: Supervised) -> None:
+        child.start()
+        self._children.append(child)
+        self._started.callback(child.stop)
+
+    def enter(self, context: contextlib.AbstractContextManager[None]) -> None:
+        """Leave a context before the children started so far are stopped."""
+        self._started.enter_context(context)
+
+    def wait_until_healthy(self, url: str) -> None:
+        """Wait until the API can be used; raises `StageFailed` where it cannot."""
+        deadline = time.monotonic() + (STARTUP_TIMEOUT_S if self._children else 10)
+        told_at = time.monotonic()
+        while (fault := server_fault(url)) is not None and not self._stopping.wait(POLL_INTERVAL_S):
+            if time.monotonic() > deadline or any(not child.is_running for child in self._children):
+                advice = (
+                    f"See its log: {self._children[0].log_path}"
+                    if self._children
+                    else "Start it, or correct PREFECT_API_URL or PREFECT_API_AUTH_STRING."
+                )
+                raise StageFailed(f"Prefect's API at {url} cannot be used: {fault}.", advice)
+            if time.monotonic() - told_at > 2:
+                self._note("Waiting for Prefect's server.")
+                told_at = time.monotonic() + 8
+
+    def look_after_them(self) -> None:
+        """Start again what ends, until this command is stopped, whatever happens meanwhile."""
+        while not self._stopping.wait(POLL_INTERVAL_S):
+            for child in self._children:
+                try:
+                    told = child.look_after()
+                except Exception as error:
+                    told = f"{child.name} could not be looked after: {type(error).__name__}: {error}."
+                if told:
+                    self._note(told)
 
 
 @contextlib.contextmanager
@@ -90,31 +139,53 @@ def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _start_server(
-    settings: Settings,
-    port: int,
-    children: list[Supervised],
-    started: contextlib.ExitStack,
-    stopping: threading.Event,
-) -> str:
+def _start_server(settings: Settings, port: int, children: _Children, say: Tell) -> str:
     with listen(LOOPBACK, port) as free:  # refuses a port that is taken before anything is written
         port = free.getsockname()[1]
     home = prefect_home(settings)
-    home.mkdir(parents=True, exist_ok=True)
+    make_private(home)
+    password, where = _password(home)
     url = f"http://{LOOPBACK}:{port}/api"
+    os.environ["PREFECT_API_AUTH_STRING"] = password
     server = Supervised(
         "Prefect's server",
         ["server", "start", "--host", LOOPBACK, "--port", str(port)],
-        _environment(**SERVER_ENVIRONMENT, PREFECT_UI_API_URL=url),
+        _environment(**SERVER_ENVIRONMENT, **closed_to_others(password)),
         settings.cache_dir / "logs" / "prefect-server.log",
+        umask=OTHERS_MAY_NOTHING,
     )
-    server.start()
-    children.append(server)
-    started.callback(server.stop)
-    _wait_until_healthy(url, children, stopping)
-    started.enter_context(announced_server(settings, url))
+    children.start(server)
+    say(f"API: {url}")
+    children.wait_until_healthy(url)
+    children.enter(announced_server(settings, url))
     os.environ["PREFECT_API_URL"] = url
+    say(f"The UI asks for the user and password {where}; clients give them as PREFECT_API_AUTH_STRING.")
     return url
+
+
+def _password(home: Path) -> tuple[str, str]:
+    """Return the server's user and password, and where they are: the user's own, or those of the file."""
+    for variable in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"):
+        if password := os.environ.get(variable):
+            return password, f"of {variable}"
+    return make_password(home), f"in {home / AUTH_FILE}"
+
+
+def _worker(settings: Settings, pool: str, limit: int | None) -> Supervised:
+    # A worker takes all that it finds: without a limit, the first of several machines would take every variant of
+    # a deploy. In the default pool deploys wait for their variants, and would hold the places that these need.
+    at_once = limit or (None if pool == DEFAULT_POOL else settings.worker.builds)
+    return Supervised(
+        "The worker",
+        [
+            *("worker", "start", "--pool", pool, "--type", "process", "--name", _worker_name(settings)),
+            *(("--limit", str(at_once)) if at_once else ()),
+            # Whoever names a port wants to be told there whether the worker lives, such as docker-compose.yml.
+            *(("--with-healthcheck",) if os.environ.get("PREFECT_WORKER_WEBSERVER_PORT") else ()),
+        ],
+        _environment(**WORKER_ENVIRONMENT, PREFECT_API_URL=os.environ["PREFECT_API_URL"]),
+        settings.cache_dir / "logs" / "prefect-worker.log",
+    )
 
 
 def _environment(**extra: str) -> dict[str, str]:
@@ -123,42 +194,26 @@ def _environment(**extra: str) -> dict[str, str]:
     return {**inherited, **QUIET, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **extra}
 
 
-def _wait_until_healthy(url: str, children: list[Supervised], stopping: threading.Event) -> None:
-    deadline = time.monotonic() + (STARTUP_TIMEOUT_S if children else 10)
-    told_at = time.monotonic()
-    while (fault := server_fault(url)) is not None and not stopping.wait(POLL_INTERVAL_S):
-        if time.monotonic() > deadline or any(not child.is_running for child in children):
-            advice = (
-                f"See its log: {children[0].log_path}"
-                if children
-                else "Start it, or correct PREFECT_API_URL or PREFECT_API_AUTH_STRING."
-            )
-            raise StageFailed(f"Prefect's API at {url} cannot be used: {fault}.", advice)
-        if time.monotonic() - told_at > 2:
-            print_note("Waiting for Prefect's server.")
-            told_at = time.monotonic() + 8
-
-
-def _register(settings: Settings, pool: str) -> None:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+def _register(settings: Settings, pool: str, say: Tell, note: Tell) -> None:
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     from slmops.tasks.runs.limits import only_holder
 
     pools = dict.fromkeys((DEFAULT_POOL, pool))
     variants = [entry for name in pools for entry in variant_entries(name)]
-    with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+    password = os.environ.get("PREFECT_API_AUTH_STRING")
+    with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"], PREFECT_API_AUTH_STRING: password}):
         for name in pools:
-            ensure_pool(name)
+            if told := ensure_pool(name):
+                note(told)
         # Of machines that start together each would find no automation, and make one.
         with only_holder("slmops-registration"):
-            for one in register_deployments([*read_deployments(), *variants]):
-                print_line(f"Deployment {one.name}: {one.outcome}.")
+            for deployment in register_deployments([*read_deployments(), *variants]):
+                say(f"Deployment {deployment.name}: {deployment.outcome}.")
             for automation in register_automations(settings):
-                print_line(f"Automation {automation!r} is set up.")
+                say(f"Automation {automation!r} is set up.")
 
 
 def _worker_name(settings: Settings) -> str:
-    import hashlib
-
     home = hashlib.sha256(str(settings.home_dir).encode()).hexdigest()[:6]
     return f"{socket.gethostname()}-{home}"

@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict
 
+from slmops.deployments.server.access import authorization
 from slmops.deployments.server.registration import full_name
 
 TIMEOUT_S = 10.0
@@ -35,22 +36,22 @@ class Running(BaseModel):
         """Return the rows of a table for people."""
         return [
             {
-                "what": one.what,
-                "verdict": "ok" if one.ok else "missing",
-                "found": one.found,
-                "what to do": one.what_to_do,
+                "what": check.what,
+                "verdict": "ok" if check.ok else "missing",
+                "found": check.found,
+                "what to do": check.what_to_do,
             }
-            for one in self.checks
+            for check in self.checks
         ]
 
 
 def server_fault(url: str) -> str | None:
     """Return why the API at a URL does not answer that it is healthy, or None when it does."""
-    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+    password = os.environ.get("PREFECT_API_AUTH_STRING")
     try:
         answer = httpx.get(f"{url}/health", timeout=TIMEOUT_S)
         # That call is open to all.
-        called = httpx.get(f"{url}/version", timeout=TIMEOUT_S, auth=(user, password) if user else None)
+        called = httpx.get(f"{url}/version", timeout=TIMEOUT_S, headers=authorization(password) if password else None)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__
     if called.status_code == httpx.codes.UNAUTHORIZED and not os.environ.get("PREFECT_API_KEY"):
@@ -68,8 +69,11 @@ def check_running(url: str | None, pool: str, entries: list[dict[str, Any]]) -> 
         return Running(ok=False, api_url=url, checks=(Check(what="server", ok=False, found=found, what_to_do=advice),))
     with get_client(sync_client=True) as client:
         checks = [Check(what="server", ok=True, found=f"Prefect {client.api_version()} at {url}")]
-        checks += [*_check_pool(client, pool), *(one for entry in entries for one in _check_deployment(client, entry))]
-    return Running(ok=all(one.ok for one in checks), api_url=url, checks=tuple(checks))
+        checks += [
+            *_check_pool(client, pool),
+            *(check for entry in entries for check in _check_deployment(client, entry)),
+        ]
+    return Running(ok=all(check.ok for check in checks), api_url=url, checks=tuple(checks))
 
 
 def _check_pool(client: Any, pool: str) -> list[Check]:
@@ -79,7 +83,7 @@ def _check_pool(client: Any, pool: str) -> list[Check]:
         found = client.read_work_pool(pool)
     except ObjectNotFound:
         return [Check(what=f"work pool {pool}", ok=False, found="none", what_to_do=f"slmops up --pool {pool}")]
-    online = [one.name for one in client.read_workers_for_work_pool(pool) if one.status == "ONLINE"]
+    online = [worker.name for worker in client.read_workers_for_work_pool(pool) if worker.status == "ONLINE"]
     return [
         Check(
             what=f"work pool {pool}",
@@ -105,16 +109,18 @@ def _check_deployment(client: Any, entry: dict[str, Any]) -> list[Check]:
     except ObjectNotFound:
         return [Check(what=f"deployment {name}", ok=False, found="none", what_to_do="slmops up registers it.")]
     checks = [Check(what=f"deployment {name}", ok=True, found=f"version {found.version}")]
-    for one in found.schedules:
-        if not one.active or found.paused:
-            checks.append(Check(what=f"schedule of {name}", ok=True, found=f"{_shown(one.schedule)}, switched off"))
+    for schedule in found.schedules:
+        if not schedule.active or found.paused:
+            checks.append(
+                Check(what=f"schedule of {name}", ok=True, found=f"{_shown(schedule.schedule)}, switched off")
+            )
             continue
         due = _next_run(client, found.id)
         checks.append(
             Check(
                 what=f"schedule of {name}",
                 ok=due is not None,
-                found=f"{_shown(one.schedule)}, next run {due or 'never'}",
+                found=f"{_shown(schedule.schedule)}, next run {due or 'never'}",
                 what_to_do="" if due else "Its times are past, or never come: change it.",
             )
         )

@@ -1,6 +1,7 @@
 """`slmops up`: everything on one machine, started over the API as the documentation says, by event and by schedule."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,13 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from slmops.infra.olive.calls import Build
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
 from tests.e2e.test_prefect_server import answer_of, call, query
+from tests.e2e.up_home import NIGHTLY, SECRET, hostile_folder, make_home_of_the_version_before
 from tests.e2e.up_process import Up
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("up")]
@@ -77,11 +82,13 @@ def webhook() -> Iterator[Webhook]:
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterator[Up]:
     """A running `slmops up` that started its own server; tests follow each other on it, the last one stops it."""
-    home = tmp_path_factory.mktemp("up") / "home"
+    folder = tmp_path_factory.mktemp("up")
+    home = folder / "home"
+    make_home_of_the_version_before(home)
     environment = unmeasured_environment() | OPEN_GATE | SMALL | {"SLMOPS_SOAK__REQUESTS": "0"}
     environment["SLMOPS_NOTICES__WEBHOOK_URL"] = f"http://127.0.0.1:{webhook.server_port}/secret-path"
     environment.pop("PREFECT_API_URL", None)
-    started = Up(home, environment)
+    started = Up(home, environment, hostile_folder(folder / "hostile"))
     try:
         started.start("--port", "0")
         started.wait_until_ready()
@@ -92,10 +99,8 @@ def up(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterator[U
 
 @pytest.fixture(scope="module")
 def api(up: Up) -> str:
-    """The API's address, as it was printed."""
-    found = re.search(r"^API: (\S+)$", up.log.read_text(), re.MULTILINE)
-    assert found
-    return found[1]
+    """The API's address, with the user and password that it asks for."""
+    return up.api_url.replace("://", f"://{up.password}@")
 
 
 @pytest.fixture
@@ -110,11 +115,11 @@ def ended_runs(api: str, **parameters: str) -> list[dict[str, Any]]:
     return [run for run in runs if parameters.items() <= run["parameters"].items() and run["state"]["type"] in ENDED]
 
 
-def test_check_finds_what_up_started_without_being_told_where(slmops: Slmops, api: str) -> None:
+def test_check_finds_what_up_started_without_being_told_where(up: Up, slmops: Slmops, api: str) -> None:
     wait_for(lambda: slmops.run("up", "--check", status=0) if workers_online(api) else None)
     found = slmops.json("up", "--check")
     assert found["ok"]
-    assert found["api_url"] == api
+    assert found["api_url"] == up.api_url
     whats = {one["what"] for one in found["checks"]}
     names = ("deploy", "retrain", "benchmark", "promote", "rollback", "gc")
     assert {"server", "workers", "work pool slmops", *(f"deployment {name}/{name}" for name in names)} <= whats
@@ -123,6 +128,87 @@ def test_check_finds_what_up_started_without_being_told_where(slmops: Slmops, ap
 def workers_online(api: str) -> bool:
     found = call("POST", f"{api}/work_pools/slmops/workers/filter", {})
     return any(one["status"] == "ONLINE" for one in found)
+
+
+FOREIGN_PAGE = {"Origin": "http://page.example"}
+
+
+@pytest.mark.parametrize("headers", [{}, FOREIGN_PAGE], ids=["another user", "a page in the browser"])
+@pytest.mark.parametrize("password", [None, "slmops:guessed"])
+def test_a_caller_without_the_password_starts_and_reads_nothing(
+    up: Up, headers: dict[str, str], password: str | None
+) -> None:
+    auth = tuple(password.split(":")) if password else None
+    here = up.api_url.replace("://", f"://{up.password}@")
+    deployment = call("GET", f"{here}/deployments/name/deploy/deploy")["id"]
+    before = len(query(here, "flow_runs"))
+    for path, body in (
+        (f"deployments/{deployment}/create_flow_run", {"job_variables": {"command": "touch /tmp/ran"}}),
+        ("block_documents/filter", {"include_secrets": True}),
+        ("events", []),
+        ("deployments/filter", {}),
+    ):
+        # As pages may send it without asking first, and as clients do.
+        for sent in ({"json": body}, {"content": json.dumps(body), "headers": {"Content-Type": "text/plain"}}):
+            sent["headers"] = {**headers, **sent.get("headers", {})}
+            answer = httpx.post(f"{up.api_url}/{path}", auth=auth, **sent)
+            assert answer.status_code == httpx.codes.UNAUTHORIZED
+            assert "access-control-allow-origin" not in answer.headers
+    assert len(query(here, "flow_runs")) == before
+
+
+def test_no_page_of_another_origin_may_ask(up: Up, api: str) -> None:
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    asked = httpx.options(f"{up.api_url}/deployments/filter", headers={**FOREIGN_PAGE, **wanted})
+    assert asked.status_code == 400
+    assert "access-control-allow-origin" not in asked.headers
+    answer = httpx.get(f"{api}/version", headers=FOREIGN_PAGE).raise_for_status()  # who has the password is no page
+    assert "access-control-allow-origin" not in answer.headers
+    ui = httpx.get(f"{up.api_url.removesuffix('/api')}/ui-settings").json()
+    assert (ui["auth"], ui["api_url"]) == ("BASIC", "/api")
+
+
+@pytest.mark.parametrize("subprotocols", [[], ["prefect"]])
+def test_no_event_is_taken_by_a_socket_without_the_password(up: Up, subprotocols: list[Any]) -> None:
+    address = up.api_url.replace("http://", "ws://") + "/events/in"
+    with pytest.raises((ConnectionClosed, InvalidStatus)), connect(address, subprotocols=subprotocols) as socket:
+        socket.send(json.dumps({"type": "auth", "token": "slmops:guessed"}))
+        socket.recv()
+        socket.recv()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"command": "touch ran"},
+        {"env": {"PYTHONPATH": "/tmp"}},
+        {"env.LD_PRELOAD": "/tmp/library.so"},
+        {"working_dir": "/tmp"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_nobody_says_what_a_worker_runs(api: str, variables: dict[str, Any]) -> None:
+    deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
+    before = len(query(api, "flow_runs"))
+    body = {"parameters": {"checkpoint": "here", "name": "by-caller"}, "job_variables": variables}
+    answer = answer_of("POST", f"{api}/deployments/{deployment}/create_flow_run", body)
+    assert answer.status_code == 422
+    assert f"'{next(iter(variables))}' was unexpected" in answer.json()["detail"]
+    assert len(query(api, "flow_runs")) == before
+
+
+def test_a_home_of_the_version_before_is_taken_over(up: Up, api: str) -> None:
+    assert "Deployment deploy/deploy: updated." in up.log.read_text()
+    for name in ("deploy", "gc"):
+        found = call("GET", f"{api}/deployments/name/{name}/{name}")
+        assert (found["entrypoint"], found["job_variables"]) == (f"slmops.flows.{name}.{name}", {})
+    (schedule,) = found["schedules"]  # the user's own stays
+    assert NIGHTLY.items() <= schedule["schedule"].items()
+    (secret,) = query(api, "block_documents", include_secrets=True, block_documents={"name": {"any_": ["kept"]}})
+    assert secret["data"]["value"] == SECRET
+    if os.name == "posix":
+        home = up.home / "prefect"
+        assert [path.name for path in (home, *home.iterdir()) if path.stat().st_mode & 0o077] == []
 
 
 def test_check_says_what_is_missing(slmops: Slmops, tmp_path: Path) -> None:
@@ -135,7 +221,7 @@ def test_check_says_what_is_missing(slmops: Slmops, tmp_path: Path) -> None:
 
 
 def test_the_documented_calls_deploy_once_and_fetch_the_report(up: Up, api: str, tiny: Path) -> None:
-    variables = {**up.environment, "PREFECT_API_URL": api, "CHECKPOINT": str(tiny), "NAME": "by-api"}
+    variables = {**up.environment, **up.client, "CHECKPOINT": str(tiny), "NAME": "by-api"}
     with_curl = run_example(["sh", "-c", example("sh", "curl")], variables)
     assert "by-api@1 int4 registered." in with_curl
     assert "# by-api@1" in with_curl
@@ -156,7 +242,7 @@ def test_a_parameter_of_the_wrong_type_is_refused_by_name(api: str) -> None:
 
 def test_an_event_deploys_its_checkpoint(up: Up, api: str, tiny: Path) -> None:
     program = f"from slmops.events import checkpoint_ready; checkpoint_ready({str(tiny)!r}, 'by-api', 'run-7')"
-    environment = {**up.environment, "PREFECT_API_URL": api}
+    environment = {**up.environment, **up.client}
     before = len(ended_runs(api, name="by-api"))
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
     wait_for(lambda: len(ended_runs(api, name="by-api")) > before)
@@ -172,7 +258,7 @@ def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
     assert script
     without = script[0].replace('"checkpoint": "\'"$CHECKPOINT"\'", ', "")
     assert without != script[0]
-    variables = {**up.environment, "PREFECT_API_URL": api, "NAME": "by-event"}
+    variables = {**up.environment, **up.client, "NAME": "by-event"}
     subprocess.run(["sh", "-c", without], env=variables, check=True)
     (run,) = wait_for(lambda: ended_runs(api, name="by-event"))
     assert run["state"]["type"] == "FAILED"
@@ -181,7 +267,11 @@ def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
     (notice,) = wait_for(lambda: [one for one in webhook.notices if one["subject"] == "deploy-by-event"])
     assert notice["event"] == "prefect.flow-run.Failed"
     assert "No checkpoint is named." in notice["message"]
-    assert "secret-path" not in up.log.read_text()
+    written = [up.log, *(up.home / "cache" / "logs").glob("prefect-*.log")]
+    assert len(written) == 3
+    for log in written:
+        assert "secret-path" not in log.read_text("utf-8")
+        assert up.password not in log.read_text("utf-8")
 
 
 def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> None:
@@ -194,6 +284,13 @@ def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> Non
         return [one for one in up.tree if Build.target() in command_line(one)]
 
     (child,) = wait_for(builds)
+    (engine,) = [one for one in up.tree if command_line(one)[1:] == ["-m", "prefect.engine"]]
+    environment = engine.environ()
+    # A folder of its own that is empty, which Prefect names, and none that somebody could have written.
+    assert environment["PYTHONSAFEPATH"] == "1"
+    assert environment["PYTHONPATH"] == engine.cwd()
+    assert list(Path(engine.cwd()).iterdir()) == []
+    assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
     call("POST", f"{api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     wait_for(lambda: call("GET", f"{api}/flow_runs/{run}")["state"]["type"] == "CANCELLED")
     assert not child.is_running()
@@ -247,6 +344,7 @@ def test_a_schedule_that_never_comes_again_is_told(slmops: Slmops, api: str) -> 
 
 
 def test_a_signal_ends_all_that_was_started(up: Up, slmops: Slmops) -> None:
+    assert not (up.folder / "ran").exists()  # nothing of the folder that it was started in, all the time
     tree = up.tree
     assert len(tree) > 2
     up.process.terminate()

@@ -1,5 +1,6 @@
 """`slmops up` as a user's service manager runs it."""
 
+import re
 import subprocess
 import sys
 import time
@@ -14,19 +15,20 @@ START_DEADLINE_S = 240  # a hang, not a slow machine, fails here
 
 
 class Up:
-    """One `slmops up` with a home directory of its own."""
+    """One `slmops up` with a home directory of its own, started in `folder`."""
 
-    def __init__(self, home: Path, environment: dict[str, str]) -> None:
+    def __init__(self, home: Path, environment: dict[str, str], folder: Path = ROOT) -> None:
         self.home = home
+        self.folder = folder
         self.environment = {**environment, "SLMOPS_HOME": str(home)}
         self.log = home.with_name(f"{home.name}.log")
 
     def start(self, *arguments: str) -> None:
         """Start it; `wait_until_ready` waits for it."""
-        command = [sys.executable, "-m", "slmops", "up", *arguments]
+        command = [sys.executable, "-P", "-m", "slmops", "up", *arguments]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait_until_ready(self) -> None:
@@ -36,6 +38,25 @@ class Up:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.2)
+
+    @property
+    def api_url(self) -> str:
+        """The API's address, as it was printed."""
+        found = re.search(r"^API: (\S+)$", self.log.read_text(), re.MULTILINE)
+        assert found
+        return found[1]
+
+    @property
+    def password(self) -> str:
+        """The API's user and password, where the message says that they are."""
+        found = re.search(r"asks for the user and password in (\S+);", self.log.read_text())
+        assert found
+        return Path(found[1]).read_text().strip()
+
+    @property
+    def client(self) -> dict[str, str]:
+        """The environment of a client elsewhere, as the documentation says."""
+        return {"PREFECT_API_URL": self.api_url, "PREFECT_API_AUTH_STRING": self.password}
 
     @property
     def tree(self) -> list[psutil.Process]:

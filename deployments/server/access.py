@@ -1,0 +1,95 @@
+"""Who may use the Prefect API that slmops starts: whoever has its password, and no page of another origin.
+
+Whoever may use the API may run programs as the user of the worker: it registers deployments.
+"""
+
+import base64
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from slmops.infra.errors import BadInput
+
+AUTH_FILE = "auth-string"
+OTHERS_MAY_NOTHING = 0o077  # as a umask
+
+
+def new_password() -> str:
+    """Return a new user and password, as `PREFECT_API_AUTH_STRING` has them."""
+    return f"slmops:{secrets.token_urlsafe(32)}"
+
+
+def closed_to_others(password: str) -> dict[str, str]:
+    """Return the environment in which a Prefect server asks for the password, and answers to its own UI only.
+
+    Prefect's protection against forged requests stays off: it protects passwords that a browser sends by itself, and
+    this one is sent by the UI's script. With it, every call of a client that is not Prefect's would take two.
+    """
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        # No other origin. The UI asks the server that it came from, under whatever name or tunnel it was reached.
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": "",
+        "PREFECT_SERVER_UI_API_URL": "/api",
+    }
+
+
+def authorization(password: str) -> dict[str, str]:
+    """Return the HTTP header that says a user and password."""
+    return {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"}
+
+
+def kept_password(folder: Path) -> str | None:
+    """Return the password that is kept in Prefect's home, or None where there is none."""
+    try:
+        return (folder / AUTH_FILE).read_text("utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def make_password(folder: Path) -> str:
+    """Return the password that is kept in Prefect's home, which is private, and make it where there is none.
+
+    Raises `BadInput` where it cannot be written.
+    """
+    if found := kept_password(folder):
+        return found
+    path = folder / AUTH_FILE
+    with _ours(folder):
+        with NamedTemporaryFile("w", dir=folder, prefix=f"{AUTH_FILE}.", delete=False) as aside:  # 0600
+            aside.write(new_password() + "\n")
+        try:
+            os.link(aside.name, path)  # unlike a rename, it never replaces what another command has written
+        except OSError:  # which was first; or no links here, or a file without content
+            if not kept_password(folder):
+                Path(aside.name).replace(path)
+        finally:
+            Path(aside.name).unlink(missing_ok=True)
+        return path.read_text("utf-8").strip()
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner can enter, and take from others what they may do with what it contains.
+
+    Raises `BadInput` where that is not possible.
+    """
+    with _ours(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.name != "posix":  # a user's folders are private there
+            return
+        for path in (folder, *(path for path in folder.iterdir() if not path.is_symlink())):
+            with contextlib.suppress(FileNotFoundError):  # a file of SQLite's, or one aside
+                path.chmod(path.stat().st_mode & 0o700)
+
+
+@contextlib.contextmanager
+def _ours(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(
+            f"{folder} cannot be kept from other users: {error}.",
+            "Let it and its content belong to you, or set SLMOPS_HOME to another folder.",
+        ) from None

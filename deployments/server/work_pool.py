@@ -1,0 +1,73 @@
+"""The work pools that runs are taken from, and what whoever starts a run may not say about its process."""
+
+import contextlib
+import copy
+from typing import Any
+
+from slmops.infra.errors import BadInput
+
+DEFAULT_POOL = "slmops"
+POOL_TYPE = "process"
+TAG = "slmops"  # of every deployment of ours
+
+# With each of these a caller of the API names a program of its own, or what stands in for a module of ours.
+LOCKED = ("command", "env", "working_dir")
+
+
+def ensure_pool(name: str) -> str | None:
+    """Make a work pool of processes, or lock the one that is there; returns what to tell about it, if anything.
+
+    A pool in which other deployments than ours run stays as it is: they may need what would be locked.
+    Raises `BadInput` for a pool of another type.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.client.schemas.filters import WorkPoolFilter
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    default = ProcessWorker.get_default_base_job_template()
+    with get_client(sync_client=True) as client:
+        try:
+            pool = client.read_work_pool(name)
+        except ObjectNotFound:
+            wanted = WorkPoolCreate(name=name, type=POOL_TYPE, base_job_template=locked(default))
+            with contextlib.suppress(ObjectAlreadyExists):  # another machine's `slmops up` was first
+                client.create_work_pool(wanted)
+            pool = client.read_work_pool(name)
+        if pool.type != POOL_TYPE:
+            raise BadInput(
+                f"The work pool {name!r} is of the type {pool.type!r}; slmops runs in pools of the type {POOL_TYPE!r}.",
+                "Choose another with --pool.",
+            )
+        template = locked(pool.base_job_template or default)
+        if template == pool.base_job_template:
+            return None
+        in_pool = WorkPoolFilter.model_validate({"name": {"any_": [name]}})
+        others = [one.name for one in client.read_deployments(work_pool_filter=in_pool) if TAG not in one.tags]
+        if others:
+            return (
+                f"Whoever starts a run of the work pool {name!r} may name its command and its environment. It was left "
+                f"so, since others' deployments run there ({', '.join(others)}); --pool names one of slmops alone."
+            )
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+        return f"Who starts a run of the work pool {name!r} may no longer name its command and its environment."
+
+
+def locked(template: dict[str, Any]) -> dict[str, Any]:
+    """Return a job template whose runs have the program, environment and folder that the template says.
+
+    A default that the pool's owner gave becomes fixed.
+    """
+    template = copy.deepcopy(template)
+    variables, job = template["variables"], template["job_configuration"]
+    for name in LOCKED:
+        variable = variables.get("properties", {}).pop(name, {})
+        if job.get(name) != f"{{{{ {name} }}}}":  # said already
+            continue
+        if default := variable.get("default"):
+            job[name] = default
+        else:
+            del job[name]
+    variables["additionalProperties"] = False  # the API refuses a run that says any of them
+    return template

@@ -1,0 +1,68 @@
+"""What `slmops up` finds when it starts: a home of the version before, in a folder that a stranger wrote."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect.workers.process import ProcessWorker
+
+from tests.conftest import unmeasured_environment
+from tests.prefect_server import prefect_server
+
+SECRET = "a-secret-that-was-kept"
+BEFORE = {  # of the package whose folders lay at the top
+    "deploy": "flows.deploy.deploy",
+    "gc": "flows.gc.gc",
+}
+NIGHTLY = {"cron": "0 4 * * *", "timezone": "Europe/Berlin"}
+
+
+def make_home_of_the_version_before(home: Path) -> None:
+    """A home as the version before left it: an API open to all, deployments of its modules, files that all may read."""
+    folder = home / "prefect"
+    folder.mkdir(parents=True)
+    with prefect_server(folder, unmeasured_environment()) as url, httpx.Client(base_url=url, timeout=60) as client:
+
+        def call(path: str, **body: Any) -> Any:
+            return client.post(path, json=body).raise_for_status().json()
+
+        template = ProcessWorker.get_default_base_job_template()
+        call("/work_pools/", name="slmops", type="process", base_job_template=template)
+        for name, entrypoint in BEFORE.items():
+            schedules = [{"schedule": NIGHTLY, "active": False, "slug": "mine"}] if name == "gc" else []
+            call(
+                "/deployments/",
+                name=name,
+                flow_id=call("/flows/", name=name)["id"],
+                entrypoint=entrypoint,
+                version="0.1.0",
+                tags=["slmops"],
+                work_pool_name="slmops",
+                pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": "."}}],
+                job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}},
+                schedules=schedules,
+            )
+        client.post("/block_types/install_system_block_types").raise_for_status()
+        secret = client.get("/block_types/slug/secret").raise_for_status().json()["id"]
+        schema = call("/block_schemas/filter", block_schemas={"block_type_id": {"any_": [secret]}})[0]["id"]
+        call("/block_documents/", name="kept", data={"value": SECRET}, block_type_id=secret, block_schema_id=schema)
+    folder.chmod(0o755)
+    for path in folder.glob("prefect.db*"):
+        path.chmod(0o644)
+
+
+def hostile_folder(folder: Path) -> Path:
+    """A folder, such as a checkpoint's, whose modules and settings of Prefect's leave a file `ran` behind."""
+    folder.mkdir()
+    touch = f"open({str(folder / 'ran')!r}, 'a').write(__name__)\n"
+    for name in ("infra", "slmops", "prefect", "queue", "sitecustomize"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(touch)
+    (folder / ".env").write_text(f"PREFECT_LOGGING_SETTINGS_PATH={folder / 'logging.yml'}\n")
+    (folder / "prefect.toml").write_text('[api]\nurl = "http://127.0.0.1:9/api"\n')
+    (folder / "pyproject.toml").write_text("[tool.prefect.flows]\ndefault_retries = 7\n")
+    handler = f"{{'()': os.system, command: \"touch '{folder / 'ran'}'\"}}"
+    (folder / "logging.yml").write_text(
+        f"version: 1\ndisable_existing_loggers: false\nhandlers:\n  hostile: {handler}\nloggers: {{}}\n"
+    )
+    return folder
