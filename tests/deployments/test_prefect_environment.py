@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from slmops.deployments.server.environment import prepare_prefect
+from slmops.deployments.server.access import make_password, make_private
+from slmops.deployments.server.environment import announced_server, prefect_home, prepare_prefect
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 
@@ -96,6 +97,29 @@ class TestWhichApi:
         assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "intranet,127.0.0.1,localhost"
         prepare_prefect(settings)
         assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "intranet,127.0.0.1,localhost"
+
+    @pytest.mark.parametrize("given", ["", "mine:secret"])
+    def test_a_running_ups_with_its_password_unless_the_user_gives_one(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch, given: str
+    ) -> None:
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", given)
+        make_private(prefect_home(settings))
+        password = make_password(prefect_home(settings))
+        with announced_server(settings, URL):
+            prepare_prefect(settings)
+        assert os.environ["PREFECT_API_URL"] == URL
+        assert os.environ["PREFECT_API_AUTH_STRING"] == (given or password)
+
+    def test_a_server_of_the_users_is_not_told_that_password(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
+        make_private(prefect_home(settings))
+        make_password(prefect_home(settings))
+        with announced_server(settings, URL):
+            prepare_prefect(settings)
+        assert os.environ["PREFECT_API_URL"] == "http://elsewhere/api"
+        assert "PREFECT_API_AUTH_STRING" not in os.environ
 
     def test_a_broken_profiles_file_is_bad_input(self, settings: Settings, tmp_path: Path) -> None:
         write_profiles(tmp_path / "user" / ".prefect")
