@@ -101,7 +101,7 @@ def ship(request: DeployRequest, shop: Workshop) -> State[DeployReport]:
         manifest = commit_version(request, prepared, built, registry)
         record_provenance(registry.of(manifest), settings.store)
         if outcome:
-            record_trials(manifest, outcome, registry, settings)
+            record_trials(registry.of(manifest), outcome)
         version = Qualification(
             manifest=manifest,
             prepared=prepared,

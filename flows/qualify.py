@@ -143,7 +143,7 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
         warnings=(*warnings, *standing.warnings),
         provenance=provenance_of(manifest),
         history=history_of(registry.of(manifest), settings.threads),
-        search=last_search(manifest, registry),
+        search=last_search(registry.of(manifest)),
     )
     report = publish_report(report, registry.of(manifest), settings)
     if standing.refusal:
@@ -158,8 +158,9 @@ def needs_source(
 ) -> bool:
     """Whether some variant has yet to be compared with the source checkpoint."""
     shop = workshop()
+    variants = shop.registry.of(manifest).variants
     exams = compared_exams(evaluation, text)
-    return any(exam.needs_source(manifest, shop) for exam in exams) or needs_parity(manifest, shop.registry)
+    return any(exam.needs_source(variants, shop.settings) for exam in exams) or needs_parity(variants)
 
 
 def compared_exams(evaluation: EvaluationSet, text: TextSample | None) -> list[ComparedExam[Any]]:
@@ -172,7 +173,7 @@ def run_references(version: Qualification) -> None:
     if version.prepared is None:
         return
     for exam in compared_exams(version.evaluation, version.text):
-        if exam.needs_source(version.manifest, workshop()):
+        if exam.needs_source(version.registry.of(version.manifest).variants, version.settings):
             run_source_once(exam, version.prepared)
 
 
@@ -193,7 +194,7 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: 
         recipe=variant.recipe,
     )
     try:
-        evaluated = examine(AnswersExam(version.evaluation), manifest, variant)
+        evaluated = examine(AnswersExam(version.evaluation), registry.of(manifest).variant(variant.precision))
         details = examined(version, variant, evaluated, elsewhere)
         figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
         report = report.model_copy(update={"details": details, **figures})
@@ -247,14 +248,14 @@ def examined(
     """
     if not evaluated.vocabulary.comparable:
         return VariantDetails(evaluation=evaluated)
-    manifest, rows = version.manifest, version.evaluation.rows
-    measured = elsewhere.measured if elsewhere else examine(MeasurementExam(), manifest, variant)
+    rows, asked = version.evaluation.rows, version.registry.of(version.manifest).variant(variant.precision)
+    measured = elsewhere.measured if elsewhere else examine(MeasurementExam(), asked)
     exercises = (
         elsewhere.exercises
         if elsewhere
         else (
-            examine(EnduranceExam("genai", rows), manifest, variant),
-            examine(EnduranceExam("foundry", rows), manifest, variant),
+            examine(EnduranceExam("genai", rows), asked),
+            examine(EnduranceExam("foundry", rows), asked),
         )
     )
     checkpoint = version.prepared.folder if version.has_reference and version.prepared else None
@@ -262,8 +263,8 @@ def examined(
         measurement=measured,
         evaluation=evaluated,
         steadiness=steadiness_of(measured),
-        parity=examine(ParityExam(checkpoint), manifest, variant),
-        text=examine(TextExam(version.text), manifest, variant) if version.text else None,
+        parity=examine(ParityExam(checkpoint), asked),
+        text=examine(TextExam(version.text), asked) if version.text else None,
         exercises=exercises,
     )
 

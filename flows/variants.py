@@ -88,14 +88,14 @@ def measure_variant_on_worker(reference: str, precision: str, order: str) -> Non
     """
     registry = workshop().registry
     rows = [EvaluationRow.model_validate(row) for row in read_order(registry, order)["rows"]]
-    manifest = registry.find(reference).manifest
-    variant = manifest.variant(precision)
-    with registry.in_use(manifest):
+    version = registry.find(reference)
+    variant = version.variant(precision)
+    with version.in_use():
         done = Examined(
-            measurement=examine(MeasurementExam(), manifest, variant),
+            measurement=examine(MeasurementExam(), variant),
             exercises=(
-                examine(EnduranceExam("genai", rows), manifest, variant),
-                examine(EnduranceExam("foundry", rows), manifest, variant),
+                examine(EnduranceExam("genai", rows), variant),
+                examine(EnduranceExam("foundry", rows), variant),
             ),
         )
     hand_back(registry, order, flow_run.id, done.model_dump(mode="json"))

@@ -13,12 +13,13 @@ from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
 from slmops.infra.reference.answers import Question, RowId, Share
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.version import Variant
 from slmops.infra.transformers.calls import AnswerAsSource
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, weighted_mean
 from slmops.tasks.exams.exam import Bench
-from slmops.tasks.exams.source import ComparedExam
+from slmops.tasks.exams.source import ComparedExam, has_source
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, digest_of
 from slmops.tasks.questions.output_format import OutputFormat, output_faults
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S
@@ -356,19 +357,19 @@ class AnswersExam(ComparedExam[Evaluation]):
         self.evaluation = evaluation
         self.compared = compared
 
-    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def question(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.question`."""
         output_format = self.evaluation.output_format
         return {
             "schema": EVALUATION_SCHEMA,
             "variant": variant.digest,
-            "source": manifest.source.digest,
+            "source": variant.version.manifest.source.digest,
             "rows": digest_of(self.evaluation.rows),
             "output_format": output_format.model_dump(mode="json") if output_format else None,
             "settings": settings.evaluation.model_dump(mode="json"),
         }
 
-    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def record(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.record`."""
         return {"precision": variant.precision, **self.evaluation.model_dump(mode="json")}
 
@@ -384,14 +385,15 @@ class AnswersExam(ComparedExam[Evaluation]):
         """See `ComparedExam.run_source`."""
         run_reference(shop.settings, checkpoint, self.evaluation.rows, folder, on_progress, shop.torch_child)
 
-    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> Evaluation:
+    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Evaluation:
         """See `Exam.take`."""
-        has_reference = self.compared and manifest.source.parameters > 0
+        source = variant.version.manifest.source.digest
+        has_reference = self.compared and has_source(variant)
         return evaluate_variant(
             shop.settings,
             bench.model,
             self.evaluation.rows,
-            reference_dir=self.source_folder(manifest.source.digest, shop.settings) if has_reference else None,
+            reference_dir=self.source_folder(source, shop.settings) if has_reference else None,
             work_dir=bench.work,
             output_format=self.evaluation.output_format,
             on_progress=bench.on_progress,

@@ -22,8 +22,8 @@ from slmops.infra.process.endurance import LONG_USE, Endure, TypedInput
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.manifest import digest_of as digest_of_json
+from slmops.infra.storage.version import Variant
 from slmops.tasks.exams.estimates import DRIFT_BLOCKS, Estimate, drift
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, EdgeInput, edge_inputs
@@ -325,7 +325,7 @@ class EnduranceExam(Exam[Exercise]):
         """See `Exam.title`."""
         return f"exercise {precision} in {self.runtime}"
 
-    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def question(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.question`."""
         return {
             "variant": variant.digest,
@@ -336,7 +336,7 @@ class EnduranceExam(Exam[Exercise]):
             "edge_inputs": digest_of_json(json.dumps([asdict(one) for one in edge_inputs(0, [])])),
         }
 
-    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> Exercise:
+    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Exercise:
         """See `Exam.take`."""
         return exercise_variant(
             shop.settings, bench.model, self.conversations, self.runtime, bench.work, bench.on_progress

@@ -11,8 +11,10 @@ from pydantic import TypeAdapter
 from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.folders import work_folder
-from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
+from slmops.infra.storage.manifest import digest_of
+from slmops.infra.storage.version import Variant
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
@@ -39,20 +41,20 @@ class Exam(ABC, Generic[R]):
     answer: TypeAdapter[R]
 
     @abstractmethod
-    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def question(self, variant: Variant, settings: Settings) -> Json:
         """Return all that decides the answer."""
 
     @abstractmethod
-    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> R:
+    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> R:
         """Find the answer; raises `StageFailed` and its kinds, and `BadInput` for what the question names."""
 
     def stands(self, found: R) -> bool:
         """Whether an answer on record may be taken for the answer."""
         return True
 
-    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def record(self, variant: Variant, settings: Settings) -> Json:
         """Return what stands beside the answer in its record."""
-        return self.question(manifest, variant, settings)
+        return self.question(variant, settings)
 
     def run_name(self, precision: str) -> str:
         """Return the name of the task run for a variant."""
@@ -62,17 +64,19 @@ class Exam(ABC, Generic[R]):
         """Return what progress calls the exam of a variant."""
         return f"{self.name} {precision}"
 
-    def key(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> str:
+    def key(self, variant: Variant, settings: Settings) -> str:
         """Return the key of the evidence: the same question has the same key."""
-        return digest_of(self.question(manifest, variant, settings))[:16]
+        return digest_of(self.question(variant, settings))[:16]
 
-    def known(self, manifest: Manifest, variant: StoredVariant, shop: Workshop) -> R | None:
-        """Return the answer on record, None where there is none that stands."""
-        key = self.key(manifest, variant, shop.settings)
-        record = shop.registry.latest_evidence(manifest, self.kind, key)
-        if record is None:
+    def known(self, variant: Variant, settings: Settings) -> R | None:
+        """Return the answer on record, None where there is none that stands.
+
+        Raises `DamagedEvidence`.
+        """
+        content = variant.version.latest(Kind(self.kind, dict), self.key(variant, settings))
+        if content is None:
             return None
-        found = self.answer.validate_python(record[self.field])
+        found = self.answer.validate_python(content[self.field])
         return found if self.stands(found) else None
 
 
@@ -81,24 +85,24 @@ def _run_name(parameters: Mapping[str, Any]) -> str:
 
 
 @stage("examine", run_name=_run_name)
-def examine(exam: Exam[R], manifest: Manifest, variant: StoredVariant, *, fresh: bool = False) -> R:
+def examine(exam: Exam[R], variant: Variant, *, fresh: bool = False) -> R:
     """Ask a variant of the store, and keep the answer as evidence; one on record is reused.
 
     A `fresh` answer is added to those that there are. Raises what `Exam.take` does.
     """
     shop = workshop()
     with stage_progress(exam.title(variant.precision)) as on_progress:
-        known = None if fresh else exam.known(manifest, variant, shop)
+        known = None if fresh else exam.known(variant, shop.settings)
         if known is not None:
             on_progress(1, 1, exam.done_before)
             return known
         with work_folder(shop.settings) as work:
-            shop.registry.place_model(variant, work / "model", on_progress)
-            found = exam.take(Bench(work / "model", work, on_progress), manifest, shop)
+            variant.place(work / "model", on_progress)
+            found = exam.take(Bench(work / "model", work, on_progress), variant, shop)
         record = {
-            **exam.record(manifest, variant, shop.settings),
+            **exam.record(variant, shop.settings),
             exam.field: exam.answer.dump_python(found, mode="json"),
         }
-        key = None if fresh else exam.key(manifest, variant, shop.settings)
-        shop.registry.add_evidence(manifest, exam.kind, record, key)
+        key = None if fresh else exam.key(variant, shop.settings)
+        variant.version.record_content(exam.kind, record, key)
     return found

@@ -1,6 +1,7 @@
 """Standard benchmarks: lm-eval's tasks, or the user's own in its format, on a variant and on its checkpoint."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -13,8 +14,10 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.folders import work_folder
-from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
+from slmops.infra.storage.manifest import digest_of
+from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.runs.progress import stage_progress
@@ -109,7 +112,7 @@ def lm_eval_question(subject_digest: str, tasks: LmEvalTasks) -> Json:
     """
     _check(tasks)
     try:
-        lm_eval_version = version("lm-eval")
+        lm_eval_version = version_of("lm-eval")
     except PackageNotFoundError:
         raise BadInput("lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.") from None
     return {
@@ -136,15 +139,15 @@ class LmEvalExam(Exam[tuple[LmEvalResult, ...]]):
     def __init__(self, tasks: LmEvalTasks) -> None:
         self.tasks = tasks
 
-    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def question(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.question`; raises `BadInput` as `lm_eval_question` does."""
         return lm_eval_question(variant.digest, self.tasks)
 
-    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def record(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.record`."""
         return {"subject": variant.precision, "tasks": self.tasks.model_dump(mode="json")}
 
-    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> tuple[LmEvalResult, ...]:
+    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> tuple[LmEvalResult, ...]:
         """See `Exam.take`."""
         return run_lm_eval_tasks(
             shop.settings, self.tasks, model_dir=bench.model, work_dir=bench.work, on_progress=bench.on_progress
@@ -153,14 +156,14 @@ class LmEvalExam(Exam[tuple[LmEvalResult, ...]]):
 
 @stage("run lm-eval on checkpoint", run_name="lm-eval-checkpoint")
 def run_lm_eval_on_checkpoint(
-    manifest: Manifest, prepared: PreparedCheckpoint, asked: LmEvalTasks
+    version: Version, prepared: PreparedCheckpoint, asked: LmEvalTasks
 ) -> tuple[LmEvalResult, ...]:
     """Run the same tasks on a version's source checkpoint, by lm-eval's own runner, to stand beside its variants."""
     shop = workshop()
     answer = LmEvalExam.answer
     key = digest_of(lm_eval_question(prepared.digest, asked))[:16]
     with stage_progress("lm-eval checkpoint") as on_progress:
-        known = shop.registry.latest_evidence(manifest, LmEvalExam.kind, key)
+        known = version.latest(Kind(LmEvalExam.kind, dict), key)
         if known:
             on_progress(1, 1, LmEvalExam.done_before)
             return answer.validate_python(known["results"])
@@ -170,5 +173,5 @@ def run_lm_eval_on_checkpoint(
             )
         tasks, found = asked.model_dump(mode="json"), answer.dump_python(results, mode="json")
         record = {"subject": "checkpoint", "tasks": tasks, "results": found}
-        shop.registry.add_evidence(manifest, LmEvalExam.kind, record, key)
+        version.record_content(LmEvalExam.kind, record, key)
     return results

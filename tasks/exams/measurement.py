@@ -13,8 +13,8 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.evidence import Kind
+from slmops.infra.storage.version import Variant
 from slmops.tasks.environment.checks import host_facts
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.workshop import Workshop
@@ -180,7 +180,7 @@ class MeasurementExam(Exam[Measurement]):
     kind, field, name, done_before = "measurement", "measurement", "measure", "measured before"
     answer = TypeAdapter(Measurement)
 
-    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def question(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.question`."""
         return {
             "schema": MEASUREMENT_SCHEMA,
@@ -192,16 +192,15 @@ class MeasurementExam(Exam[Measurement]):
             "host": {**host_facts()},
         }
 
-    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> Measurement:
+    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Measurement:
         """See `Exam.take`."""
         return measure_variant(shop.settings, bench.model, bench.work, bench.on_progress)
 
 
-def measurements_of(manifest: Manifest, variant: StoredVariant, registry: ModelRegistry) -> list[Measurement]:
+def measurements_of(variant: Variant) -> list[Measurement]:
     """Return a variant's measurements on record, oldest first; those by another method are left out."""
-    records = sorted(registry.evidence(manifest, "measurement"), key=lambda record: str(record["recorded_at"]))
     return [
         Measurement.model_validate(record["measurement"])
-        for record in records
+        for record in variant.version.all(Kind("measurement", dict))
         if (record.get("schema"), record["variant"]) == (MEASUREMENT_SCHEMA, variant.digest)
     ]

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,7 +11,8 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, shared_folder, work_folder
-from slmops.infra.storage.manifest import Manifest, digest_of
+from slmops.infra.storage.manifest import digest_of
+from slmops.infra.storage.version import Variant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.exam import Exam
 from slmops.tasks.runs.progress import stage_progress
@@ -42,11 +43,14 @@ class ComparedExam(Exam[R]):
         """Keep what the checkpoint made, which other runs share: see `infra.storage.folders.shared_folder`."""
         return shared_folder(self.source_folder(source_digest, settings))
 
-    def needs_source(self, manifest: Manifest, shop: Workshop) -> bool:
+    def needs_source(self, variants: Iterable[Variant], settings: Settings) -> bool:
         """Whether some variant has yet to be compared with its source checkpoint."""
-        if manifest.source.parameters == 0:
-            return False
-        return any(self.known(manifest, variant, shop) is None for variant in manifest.variants)
+        return any(has_source(variant) and self.known(variant, settings) is None for variant in variants)
+
+
+def has_source(variant: Variant) -> bool:
+    """Whether a variant was built from a checkpoint that it can be compared with."""
+    return variant.version.manifest.source.parameters > 0
 
 
 @contextlib.contextmanager

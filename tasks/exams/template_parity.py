@@ -15,10 +15,12 @@ from slmops.infra.process.call import Call, OnProgress, R
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.evidence import Kind
+from slmops.infra.storage.manifest import digest_of
+from slmops.infra.storage.version import Variant
 from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
 from slmops.tasks.exams.exam import Bench, Exam
+from slmops.tasks.exams.source import has_source
 from slmops.tasks.foundry.registration import Message, describe_model
 from slmops.tasks.workshop import Workshop
 
@@ -136,53 +138,48 @@ class ParityExam(Exam[TemplateParity]):
         """Whose tokenizer the runtimes are held to."""
         return "checkpoint" if self.checkpoint else "variant"
 
-    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def question(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.question`."""
-        return _question(manifest, variant, self.reference)
+        return _question(variant, self.reference)
 
-    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def record(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.record`."""
         return {"precision": variant.precision, "reference": self.reference, "versions": dict(_versions())}
 
-    def known(self, manifest: Manifest, variant: StoredVariant, shop: Workshop) -> TemplateParity | None:
+    def known(self, variant: Variant, settings: Settings) -> TemplateParity | None:
         """Return the comparison on record; without a checkpoint one with its tokenizer counts as well."""
-        return known_parity(manifest, variant, shop.registry, with_checkpoint=self.checkpoint is not None)
+        return known_parity(variant, with_checkpoint=self.checkpoint is not None)
 
-    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> TemplateParity:
+    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> TemplateParity:
         """See `Exam.take`."""
         return check_parity(
             shop.settings, bench.model, self.checkpoint, bench.work, bench.on_progress, shop.torch_child
         )
 
 
-def _question(manifest: Manifest, variant: StoredVariant, reference: Reference) -> Json:
+def _question(variant: Variant, reference: Reference) -> Json:
     return {
         "files": {file.path: file.sha256 for file in variant.files if file.path in DECIDING_FILES},
-        "source": manifest.source.digest,
+        "source": variant.version.manifest.source.digest,
         "reference": reference,
         "conversations": {name: [dict(message) for message in messages] for name, messages in CONVERSATIONS.items()},
         "versions": dict(_versions()),
     }
 
 
-def known_parity(
-    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, *, with_checkpoint: bool
-) -> TemplateParity | None:
+def known_parity(variant: Variant, *, with_checkpoint: bool) -> TemplateParity | None:
     """Return the comparison on record; `with_checkpoint` False takes one with the variant's own tokenizer too."""
     references: tuple[Reference, ...] = ("checkpoint", "variant")
     for reference in references[: 1 if with_checkpoint else 2]:
-        key = digest_of(_question(manifest, variant, reference))[:16]
-        known = registry.latest_evidence(manifest, "parity", key)
-        if known:
-            return TemplateParity.model_validate(known["parity"])
+        content = variant.version.latest(Kind("parity", dict), digest_of(_question(variant, reference))[:16])
+        if content:
+            return TemplateParity.model_validate(content["parity"])
     return None
 
 
-def needs_parity(manifest: Manifest, registry: ModelRegistry) -> bool:
+def needs_parity(variants: Iterable[Variant]) -> bool:
     """Whether some variant's templates have yet to be compared with those of its source checkpoint."""
-    if manifest.source.parameters == 0:
-        return False
-    return any(known_parity(manifest, one, registry, with_checkpoint=True) is None for one in manifest.variants)
+    return any(has_source(variant) and known_parity(variant, with_checkpoint=True) is None for variant in variants)
 
 
 def _versions() -> dict[str, str]:

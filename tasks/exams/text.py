@@ -14,11 +14,11 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.version import Variant
 from slmops.infra.transformers.calls import ScoreTextAsSource
 from slmops.tasks.exams.estimates import Estimate, weighted_mean
 from slmops.tasks.exams.exam import Bench
-from slmops.tasks.exams.source import ComparedExam
+from slmops.tasks.exams.source import ComparedExam, has_source
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
 
@@ -239,11 +239,11 @@ class TextExam(ComparedExam[TextComparison]):
     def __init__(self, text: TextSample) -> None:
         self.text = text
 
-    def question(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def question(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.question`."""
-        return {"variant": variant.digest, **self.source_question(manifest.source.digest, settings)}
+        return {"variant": variant.digest, **self.source_question(variant.version.manifest.source.digest, settings)}
 
-    def record(self, manifest: Manifest, variant: StoredVariant, settings: Settings) -> Json:
+    def record(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.record`."""
         return {"precision": variant.precision, "text": self.text.digest}
 
@@ -261,14 +261,14 @@ class TextExam(ComparedExam[TextComparison]):
         """See `ComparedExam.run_source`."""
         run_text_reference(shop.settings, checkpoint, self.text, folder, on_progress, shop.torch_child)
 
-    def take(self, bench: Bench, manifest: Manifest, shop: Workshop) -> TextComparison:
+    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> TextComparison:
         """See `Exam.take`."""
-        has_reference = manifest.source.parameters > 0
+        source = variant.version.manifest.source.digest
         return compare_on_text(
             shop.settings,
             bench.model,
             self.text,
-            reference_dir=self.source_folder(manifest.source.digest, shop.settings) if has_reference else None,
+            reference_dir=self.source_folder(source, shop.settings) if has_source(variant) else None,
             work_dir=bench.work,
             on_progress=bench.on_progress,
         )

@@ -63,6 +63,11 @@ class BenchmarkReport(_Record):
         return tuple(one.precision for one in self.variants if one.error)
 
     @property
+    def faults(self) -> str:
+        """Why those could not be measured."""
+        return " ".join(f"{variant.precision}: {variant.error}" for variant in self.variants if variant.error)
+
+    @property
     def summary(self) -> str:
         """One sentence on how it ended."""
         figures = [f"{one.precision} {_title(one.metric)} {factor(one.change.value)}" for one in self.worse]

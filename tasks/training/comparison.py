@@ -97,8 +97,7 @@ def challenge_champion(
     exam = AnswersExam(evaluation, compared=False)
     scores = []
     for manifest in (champion, challenger):
-        variant = registry.of(manifest).require_serving().stored
-        answered = examine.fn(exam, manifest, variant)
+        answered = examine.fn(exam, registry.of(manifest).require_serving())
         scores.append([row.score or 0.0 for row in answered.rows])
     loss = paired_loss(scores[0], scores[1])
     return Challenge(

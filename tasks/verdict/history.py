@@ -310,7 +310,7 @@ def _figures(variant: Variant, *, threads: int | None = None, rows_sha256: str |
         if record["precision"] == variant.precision
     ]
     fitting = [one for one in evaluations if one.rows_sha256 == rows_sha256]
-    measurements = measurements_of(manifest, variant.stored, registry)
+    measurements = measurements_of(variant)
     return Figures(
         measurements=tuple(one for one in measurements if threads in (None, one.threads)),
         evaluation=next(reversed(fitting or evaluations), None),

@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, digest_of
 from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import AnswersExam, Evaluation
@@ -28,10 +30,7 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Judged, choose_variant
 from slmops.tasks.verdict.gate import GateVerdict, judge, thresholds_for
 from slmops.tasks.verdict.pareto import Candidate, pareto_front
-from slmops.tasks.workshop import working_with, workshop
-
-SEARCH = "search"
-RECORDED = ("measurement", "evaluation")  # kinds of evidence that a trial hands on to its version
+from slmops.tasks.workshop import Workshop, workshop
 
 
 class _Record(BaseModel):
@@ -79,6 +78,9 @@ class SearchOutcome(_Record):
         return {precision: error for precision, error in failed.items() if precision not in self.chosen}
 
 
+SEARCH = Kind("search", SearchOutcome)
+
+
 class TrialRegistry(ModelRegistry):
     """A registry in the cache for what a search builds and finds; files that the store has already are read there.
 
@@ -112,16 +114,10 @@ class TrialRegistry(ModelRegistry):
         own = [file for file in wanted if super(TrialRegistry, self).has_files([file])]
         return [file for file in wanted if file not in own], own
 
-    def key_of(self, manifest: Manifest, kind: str, figures: dict[str, Any]) -> str:
-        """Return the key under which a stage recorded these figures of a trial."""
-        names = (entry.key.rsplit("/", 1)[1] for entry in self.evidence_entries(manifest))
-        keys = [name.removeprefix(f"{kind}-").removesuffix(".json") for name in names if name.startswith(f"{kind}-")]
-        return next(key for key in keys if any(one.get(kind) == figures for one in self.evidence(manifest, kind, key)))
 
-
-def open_trials(registry: ModelRegistry, settings: Settings) -> TrialRegistry:
+def open_trials(shop: Workshop) -> TrialRegistry:
     """Return the registry of trials under the cache, beside the store's own."""
-    return TrialRegistry(registry, settings.cache_dir / "trials")
+    return TrialRegistry(shop.registry, shop.settings.cache_dir / "trials")
 
 
 def trial_manifest(name: str, variant: StoredVariant, prepared: PreparedCheckpoint) -> Manifest:
@@ -159,76 +155,70 @@ def search_recipes(
     if prepared.inspection.kind == "genai":
         refuse_recipes(request)
     shop = workshop()
-    registry, settings = shop.registry, shop.settings
-    trials = open_trials(registry, settings)
-    found = [_Tried(recipe) for recipe in plan_search(request)]
-    for one in found:
+    settings, trials = shop.settings, open_trials(shop)
+    exams = MeasurementExam(), AnswersExam(evaluation)
+    found = [_Tried(recipe, exams) for recipe in plan_search(request)]
+    for tried in found:
         try:
-            one.built = build_variant(one.recipe, prepared, request, trials, settings, shop.torch)
+            tried.built = build_variant(tried.recipe, prepared, request, trials, settings, shop.torch)
         except StageFailed as error:
-            one.error = str(error)
-    manifests = {
-        one.recipe.name: trial_manifest(one.recipe.name, one.built.variant, prepared) for one in found if one.built
-    }
+            tried.error = str(error)
+        else:
+            manifest = trial_manifest(tried.recipe.name, tried.built.variant, prepared)
+            (tried.variant,) = trials.of(manifest).variants
     answers = AnswersExam(evaluation)
-    with working_with(trials) as of_trials:
-        if any(answers.needs_source(manifest, of_trials) for manifest in manifests.values()):
-            run_source_once(answers, prepared)
-        for one in found:
-            if one.built:
-                _examine(one, manifests[one.recipe.name], answers)
-    outcome = choose_recipes(
-        [one.trial(trials, manifests, request, settings) for one in found], _scores(found), request
-    )
+    if answers.needs_source([tried.variant for tried in found if tried.variant], settings):
+        run_source_once(answers, prepared)
+    for tried in found:
+        tried.take_exams()
+    outcome = choose_recipes([tried.trial(request, settings) for tried in found], _scores(found), request)
     chosen = set(outcome.chosen.values())
-    built = [one.built for one in found if one.built and one.recipe.name in chosen]
+    built = [tried.built for tried in found if tried.built and tried.recipe.name in chosen]
     for variant in built:
-        keep_variant(variant.variant, trials, registry, settings)
+        keep_variant(variant.variant)
     return built, outcome
 
 
 class _Tried:
     """A recipe on its way through a search."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, exams: tuple[MeasurementExam, AnswersExam]) -> None:
         self.recipe = recipe
+        self.exams = exams
         self.built: BuiltVariant | None = None
+        self.variant: Variant | None = None
         self.measured: Measurement | None = None
         self.evaluated: Evaluation | None = None
         self.error: str | None = None
 
-    def trial(
-        self, trials: TrialRegistry, manifests: dict[str, Manifest], request: DeployRequest, settings: Settings
-    ) -> Trial:
+    def take_exams(self) -> None:
+        """Measure and evaluate what could be built."""
+        if self.variant is None:
+            return
+        measurement, answers = self.exams
+        try:
+            self.measured = examine(measurement, self.variant)
+            self.evaluated = examine(answers, self.variant)
+        except StageFailed as error:
+            self.error = str(error)
+
+    def trial(self, request: DeployRequest, settings: Settings) -> Trial:
         """Return the record of what was found, before the choice."""
         trial = Trial(recipe=self.recipe.name, precision=self.recipe.precision, error=self.error)
         if self.built:
             update = {"variant_digest": self.built.variant.digest, "build_s": self.built.wall_s}
             trial = trial.model_copy(update=update)
-        if not (self.built and self.measured and self.evaluated):
+        if not (self.variant and self.measured and self.evaluated):
             return trial.model_copy(update={"reason": "it failed"})
-        manifest = manifests[self.recipe.name]
-        figures: Sequence[BaseModel] = (self.measured, self.evaluated)
+        variant = self.variant
         return trial.model_copy(
             update={
                 "candidate": candidate_of(self.recipe.name, self.measured, self.evaluated),
                 "score": _score_of(self.evaluated),
                 "passed_gate": _judge(self.evaluated, self.recipe.precision, request, settings).passed,
-                "records": {
-                    kind: trials.key_of(manifest, kind, one.model_dump(mode="json"))
-                    for kind, one in zip(RECORDED, figures, strict=True)
-                },
+                "records": {exam.kind: exam.key(variant, settings) for exam in self.exams},
             }
         )
-
-
-def _examine(tried: _Tried, manifest: Manifest, answers: AnswersExam) -> None:
-    variant = manifest.variants[0]
-    try:
-        tried.measured = examine(MeasurementExam(), manifest, variant)
-        tried.evaluated = examine(answers, manifest, variant)
-    except StageFailed as error:
-        tried.error = str(error)
 
 
 def candidate_of(name: str, measured: Measurement, evaluated: Evaluation) -> Candidate:
@@ -321,33 +311,33 @@ def _why(others_on_front: int, ran: int) -> str:
 
 
 @stage("keep variant", run_name="keep-{variant.recipe}")
-def keep_variant(variant: StoredVariant, trials: TrialRegistry, registry: ModelRegistry, settings: Settings) -> None:
+def keep_variant(variant: StoredVariant) -> None:
     """Bring the files of a chosen trial into the store."""
+    shop = workshop()
+    registry = shop.registry
     with stage_progress(f"keep {variant.precision}") as on_progress:
         if not registry.claim_files(variant.files):
             return
-        with work_folder(settings) as work:
-            trials.place_model(variant, work / "model")
+        with work_folder(shop.settings) as work:
+            open_trials(shop).place_model(variant, work / "model")
             registry.add_files(work / "model", on_progress)
 
 
 @stage("record search", run_name="record-search")
-def record_trials(manifest: Manifest, outcome: SearchOutcome, registry: ModelRegistry, settings: Settings) -> None:
-    """Append the outcome to a version, and its variants' figures under the keys that the stages look for them by."""
-    trials = open_trials(registry, settings)
+def record_trials(version: Version, outcome: SearchOutcome) -> None:
+    """Append the outcome to a version, and its variants' figures under the keys that their exams look for them by."""
+    trials = open_trials(workshop())
     for trial in outcome.trials:
         if trial.chosen:
-            for kind, key, content in _recorded(trial, manifest, trials):
-                if registry.latest_evidence(manifest, kind, key) is None:
-                    registry.add_evidence(manifest, kind, content, key)
-    record = outcome.model_dump(mode="json")
-    registry.add_evidence(manifest, SEARCH, record, digest_of(record)[:16])
+            for kind, key, content in _recorded(trial, version.manifest, trials):
+                if version.latest(Kind(kind, dict), key) is None:
+                    version.record_content(kind, content, key)
+    version.record(SEARCH, outcome, digest_of(SEARCH.to_content(outcome))[:16])
 
 
-def last_search(manifest: Manifest, registry: ModelRegistry) -> SearchOutcome | None:
+def last_search(version: Version) -> SearchOutcome | None:
     """Return the outcome of the search that a version's variants come from, None where there was none."""
-    record = registry.latest_evidence(manifest, SEARCH)
-    return SearchOutcome.model_validate({"trials": record["trials"]}) if record else None
+    return version.latest(SEARCH)
 
 
 def _recorded(trial: Trial, manifest: Manifest, trials: TrialRegistry) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -355,9 +345,8 @@ def _recorded(trial: Trial, manifest: Manifest, trials: TrialRegistry) -> Iterat
     source = manifest.source.model_copy(update={"origin": ""})
     of_trial = _manifest_of(variant.model_copy(update={"precision": trial.recipe}), source)
     for kind, key in trial.records.items():
-        content = trials.latest_evidence(of_trial, kind, key)
+        content: dict[str, Any] | None = trials.of(of_trial).latest(Kind(kind, dict), key)
         if content is not None:
-            content.pop("recorded_at")
             if "precision" in content:
                 content["precision"] = trial.precision
             yield kind, key, content

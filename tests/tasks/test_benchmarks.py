@@ -110,11 +110,11 @@ def test_results_are_evidence_and_the_same_question_is_asked_once(
 
     def on_variant():
         with working_in(Workshop(settings, registry)):
-            return examine.fn(LmEvalExam(asked), manifest, variant)
+            return examine.fn(LmEvalExam(asked), registry.of(manifest).variant(variant.precision))
 
     def on_checkpoint():
         with working_in(Workshop(settings, registry)):
-            return run_lm_eval_on_checkpoint.fn(manifest, prepared, asked)
+            return run_lm_eval_on_checkpoint.fn(registry.of(manifest), prepared, asked)
 
     found = on_variant()
     assert {one.n_samples for one in found} == {2}
@@ -151,7 +151,7 @@ def test_without_lm_eval_the_extra_is_named_before_anything_starts(monkeypatch):
     def no_version(package):
         raise benchmarks.PackageNotFoundError(package)
 
-    monkeypatch.setattr(benchmarks, "version", no_version)
+    monkeypatch.setattr(benchmarks, "version_of", no_version)
     with pytest.raises(BadInput, match="not installed") as caught:
         lm_eval_question("a" * 64, LmEvalTasks(names=NAMES))
     assert "pip install 'slmops[lm-eval]'" in caught.value.what_to_do

@@ -30,7 +30,6 @@ from slmops.tasks.exams.estimates import mean_score, paired_loss, weighted_mean
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, chat_prompts, digest_of
 from slmops.tasks.questions.output_format import OutputFormat
 from slmops.tasks.verdict.gate import judge, thresholds_for
-from slmops.tasks.workshop import Workshop
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
 
@@ -194,7 +193,8 @@ def stored(tmp_path: Path) -> tuple[ModelRegistry, Manifest, StoredVariant]:
 def test_another_question_has_another_key(
     stored: tuple[ModelRegistry, Manifest, StoredVariant], settings: Settings
 ) -> None:
-    _, manifest, variant = stored
+    registry, manifest, _ = stored
+    variant = registry.of(manifest).variants[0]
     sets = [
         EvaluationSet(rows=(row(0, expected="5"),), origin="a"),
         EvaluationSet(rows=(row(0, expected="5", scorer="numeric"),), origin="a"),
@@ -202,10 +202,10 @@ def test_another_question_has_another_key(
         EvaluationSet(rows=(row(0, expected="5"),), origin="a", output_format=OutputFormat(regex="a")),
         EvaluationSet(rows=(row(0, expected="5"),), origin="a", output_format=OutputFormat(json_schema={})),
     ]
-    keys = [AnswersExam(one).key(manifest, variant, settings) for one in sets]
+    keys = [AnswersExam(one).key(variant, settings) for one in sets]
     assert len(set(keys)) == len(sets)
     same = EvaluationSet.model_validate_json(sets[3].model_dump_json()).model_copy(update={"origin": "b"})
-    assert AnswersExam(same).key(manifest, variant, settings) == keys[3]
+    assert AnswersExam(same).key(variant, settings) == keys[3]
 
 
 OLD_ROWS = [
@@ -222,7 +222,8 @@ OLD_ROWS = [
 def test_an_evaluation_on_record_from_an_earlier_slmops_gives_its_rows_and_is_not_reused(
     stored: tuple[ModelRegistry, Manifest, StoredVariant], settings: Settings
 ) -> None:
-    registry, manifest, variant = stored
+    registry, manifest, _ = stored
+    variant = registry.of(manifest).variants[0]
     assert last_evaluation_set(manifest, registry) is None
     content = evaluated({"answer": "on"}).model_dump(mode="json")
     earlier = {
@@ -238,7 +239,7 @@ def test_an_evaluation_on_record_from_an_earlier_slmops_gives_its_rows_and_is_no
     registry.add_evidence(manifest, "evaluation", record, "0123456789abcdef")
     found = last_evaluation_set(manifest, registry)
     assert found == EvaluationSet(rows=(EvaluationRow.model_validate(OLD_ROWS[0]),), origin="eval.jsonl")
-    assert AnswersExam(found).known(manifest, variant, Workshop(settings, registry)) is None
+    assert AnswersExam(found).known(variant, settings) is None
     assert Evaluation.model_validate(record["evaluation"]).vocabulary.comparable
     assert digest_of(found.rows) == digest_of_json(OLD_ROWS)  # what was on record is the same question still
 

@@ -248,7 +248,7 @@ class TestRealRuntimes:
 
         def exercised(rows, runtime="genai"):
             with working_in(Workshop(settings, registry)):
-                return examine.fn(EnduranceExam(runtime, rows), manifest, variant)
+                return examine.fn(EnduranceExam(runtime, rows), registry.of(manifest).variants[0])
 
         first = exercised(ROWS)
         assert exercised(ROWS) == first  # its wall time too

@@ -305,7 +305,7 @@ def test_variants_with_the_same_tokenizer_are_compared_once(case, settings):
 
     def compared(precision, checkpoint):
         with working_in(Workshop(settings, registry)):
-            return examine.fn(ParityExam(checkpoint), manifest, manifest.variant(precision))
+            return examine.fn(ParityExam(checkpoint), registry.of(manifest).variant(precision))
 
     own = compared("int4", None)
     assert own.holds and "no source checkpoint" in own.notes[0]

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import ComparedText
 from slmops.infra.settings import EvaluationSettings, Settings
+from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant, digest_of
 from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.version import Version
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, inspect_checkpoint
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.source import run_source_once, sources_in_use
@@ -193,24 +196,24 @@ def test_variants_are_compared_once_and_the_reference_is_kept_until_then(checkpo
     registry = open_registry(settings)
     changed = with_weights_set(model_dir, tmp_path / "changed", "final_norm", 0.5)
     manifest, prepared = store(registry, checkpoint, {"fp16": model_dir, "int4": changed})
-    exact, worse = manifest.variant("fp16"), manifest.variant("int4")
+    exact, worse = registry.of(manifest).variant("fp16"), registry.of(manifest).variant("int4")
     draw = random.Random(0)
     (tmp_path / "home.txt").write_text("\n".join(draw.choice(SENTENCES) for _ in range(60)), "utf-8")
-    with working_in(Workshop(settings, registry)) as shop:
+    with working_in(Workshop(settings, registry)):
         exam = TextExam(read_text.fn(str(tmp_path / "home.txt")))
         folder = exam.source_folder(prepared.digest, settings)
-        assert exam.needs_source(manifest, shop)
+        assert exam.needs_source([exact, worse], settings)
         with sources_in_use([exam], prepared.digest):
             run_source_once.fn(exam, prepared)
             written = (folder / "logits.npy").stat()
             run_source_once.fn(exam, prepared)
             assert (folder / "logits.npy").stat().st_mtime_ns == written.st_mtime_ns
-            compared = examine.fn(exam, manifest, exact)
-            assert exam.needs_source(manifest, shop)
-            other = examine.fn(exam, manifest, worse)
-            assert not exam.needs_source(manifest, shop)
-        again = examine.fn(exam, manifest, exact)
-        assert again == compared == exam.known(manifest, exact, shop)
+            compared = examine.fn(exam, exact)
+            assert exam.needs_source([exact, worse], settings)
+            other = examine.fn(exam, worse)
+            assert not exam.needs_source([exact, worse], settings)
+        again = examine.fn(exam, exact)
+        assert again == compared == exam.known(exact, settings)
     assert not folder.exists()
 
     assert compared.tokens == 400
@@ -243,21 +246,22 @@ def test_a_text_of_one_token_is_bad_input_not_a_failed_stage(model_dir, settings
         compare_on_text(settings, model_dir, text, reference_dir=None, work_dir=tmp_path / "work")
 
 
-def manifest_of(variant, source_digest):
+def variant_of(source_digest):
+    stored = StoredVariant(
+        precision="int4", device="cpu", execution_provider="cpu", recipe="r", recipe_digest="b" * 64, files=()
+    )
     source = Source(digest=source_digest, origin="x", architecture="x", parameters=1)
-    return Manifest(name="home", version=1, source=source, builder={}, variants=(variant,), created_at="")
+    manifest = Manifest(name="home", version=1, source=source, builder={}, variants=(stored,), created_at="")
+    return Version(ModelRegistry(LocalObjectStore(Path("unused"))), manifest).variants[0]
 
 
 def test_the_key_depends_on_variant_source_text_and_size():
-    variant = StoredVariant(
-        precision="int4", device="cpu", execution_provider="cpu", recipe="r", recipe_digest="b" * 64, files=()
-    )
     text = TextSample(origin="a.txt", text="a b", digest="1" * 64)
     settings = Settings()
     smaller = Settings(evaluation=EvaluationSettings(max_text_tokens=100))
 
     def key(text, settings, source="a"):
-        return TextExam(text).key(manifest_of(variant, source * 64), variant, settings)
+        return TextExam(text).key(variant_of(source * 64), settings)
 
     keys = [
         key(text, settings),

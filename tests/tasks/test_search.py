@@ -224,15 +224,16 @@ class TestSearch:
         def commit() -> None:
             manifest = commit_version(request, prepared, built, registry)
             for _ in range(2):
-                record_trials(manifest, outcome, registry, settings)
+                with working_in(Workshop(settings, registry)):
+                    record_trials(registry.of(manifest), outcome)
             with working_in(Workshop(settings, registry)):
-                measured = examine(MeasurementExam(), manifest, manifest.variant("int8"))
-                evaluated = examine(AnswersExam(evaluation), manifest, manifest.variant("int8"))
+                measured = examine(MeasurementExam(), registry.of(manifest).variant("int8"))
+                evaluated = examine(AnswersExam(evaluation), registry.of(manifest).variant("int8"))
             chosen = _of(outcome, outcome.chosen["int8"]).candidate
             assert chosen is not None
             assert measured.metrics["ttft_ms"] == chosen.ttft_ms
             assert evaluated.kl_divergence == chosen.kl_divergence
-            assert last_search(manifest, registry) == outcome
+            assert last_search(registry.of(manifest)) == outcome
             assert len(list(registry.evidence(manifest, "search"))) == 1
             (record,) = registry.evidence(manifest, "evaluation")
             assert record["precision"] == "int8"

@@ -190,7 +190,7 @@ def test_what_it_answers_is_not_asked_again(
     manifest = registry.version("home", number)
     names = {entry.key for entry in registry.evidence_entries(manifest)}
     with working_in(Workshop(settings, registry)):
-        found = examine.fn(exam(settings), manifest, manifest.variant(precision))
+        found = examine.fn(exam(settings), registry.of(manifest).variant(precision))
     assert found is not None
     assert {entry.key for entry in registry.evidence_entries(manifest)} == names
 
@@ -201,7 +201,7 @@ def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry
     assert proof is not None
     assert proof.question == "Turn on the light"
     assert last_budget(registry.of(first)) == ("max-size=1GB",)
-    searched = last_search(first, registry)
+    searched = last_search(registry.of(first))
     assert searched is not None
     assert searched.chosen == {"int4": "int4-fast"}
     retrained = last_retrain("home", "0123456789abcdef", registry)
@@ -215,7 +215,7 @@ def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry
     assert history is not None
     assert history.previous == "home@1"
     assert {change.metric for change in history.changes} >= {"ttft_ms", "size_bytes", "score"}
-    assert len(measurement.measurements_of(first, first.variant("int4"), registry)) == 2
+    assert len(measurement.measurements_of(registry.of(first).variant("int4"))) == 2
 
 
 def test_the_same_record_has_the_same_name_and_bytes(registry: ModelRegistry) -> None:
