@@ -58,6 +58,7 @@ class ModelBuilder(Pass):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         _create_model(Path(model.model_name_or_path), folder, options)
         _finish_genai_config(folder / "genai_config.json", options)
+        _leave_code_out(folder)
         files = sorted(str(path) for path in folder.iterdir() if not path.name.startswith(MODEL_FILE))
         return ONNXModelHandler(folder, onnx_file_name=MODEL_FILE, model_attributes={"additional_files": files})
 
@@ -131,6 +132,14 @@ def _builder_can_share(options: dict[str, Any]) -> bool:
     asymmetric = not options.get("is_symmetric", True)
     mixed = "last_matmul" in options.get("extra_options", {}).get("matmul_mixed_precision", ())
     return not ((asymmetric or mixed) and options.get("algo_config", "default") == "default")
+
+
+def _leave_code_out(folder: Path) -> None:
+    """Take the checkpoint's classes out of what was copied from it: no runtime has them, and none may look for them."""
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_text("utf-8"))
+        if config.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _finish_genai_config(path: Path, options: dict[str, Any]) -> None:
