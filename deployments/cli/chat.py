@@ -5,6 +5,8 @@ import sys
 from slmops.deployments.cli.output import print_line, print_note
 from slmops.infra.errors import BadInput
 from slmops.infra.foundry.chat import FoundryChat
+from slmops.infra.foundry.model_folder import model_folder
+from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.settings import Settings
 from slmops.infra.storage.version import Version
 
@@ -14,9 +16,12 @@ MAX_NEW_TOKENS = 512
 def chat_with(version: Version, settings: Settings) -> None:
     """Read the user's turns from standard input and print the answers as they come; an empty line ends it.
 
-    Raises `BadInput` when no variant of the version is registered.
+    Raises `BadInput` when no variant of the version is registered, and for one that no runtime may open.
     """
-    model_id = _registered_id(version)
+    precision, model_id = _registered_variant(version)
+    folder = model_folder(settings.foundry_dir, version.name, precision, version.number)
+    if folder.is_dir():  # an earlier slmops may have registered what is refused today
+        screen_model(folder)
     messages: list[dict[str, str]] = []
     with FoundryChat(settings.foundry_dir, model_id, log_path=settings.cache_dir / "logs" / "chat.log") as chat:
         print_note(f"{model_id} is loaded ({chat.load_ms:.0f} ms). An empty line ends the chat.")
@@ -38,11 +43,11 @@ def _next_turn() -> str:
     return sys.stdin.readline().strip()
 
 
-def _registered_id(version: Version) -> str:
-    """Return the id of the variant that may serve, or else of the smallest that is registered."""
+def _registered_variant(version: Version) -> tuple[str, str]:
+    """Return precision and id of the variant that may serve, or else of the smallest that is registered."""
     ids = {variant.precision: variant.foundry_model_id for variant in version.deployed.variants}
     serving = version.serving
     for precision in ((serving.precision,) if serving else ()) + ("int4", "int8", "fp16", "fp32"):
         if model_id := ids.get(precision):
-            return model_id
+            return precision, model_id
     raise BadInput(f"No variant of {version.reference} is registered.", "Deploy it again; slmops show tells why.")

@@ -102,6 +102,11 @@ def test_a_version_goes_around(team: StoreCase, tiny: Path, tmp_path: Path, serv
     assert "SHA-256" in offline.run("import", tmp_path / "home.tar", "--sha256", "0" * 64, status=2).stderr
     assert offline.json("import", tmp_path / "home.tar", "--sha256", packed["sha256"])["is_new"]
     assert offline.json("verify", "home@1")["ok"]
+    assert offline.json("list")["models"][0]["aliases"] == []
+    promoted = offline.json("promote", "home@1")  # by somebody who trusts its origin; its proof is repeated
+    assert (promoted["status"], promoted["former"]) == ("promoted", None)
+    assert offline.json("list")["models"][0]["aliases"] == ["champion"]
+    assert offline.json("show", "home@1")["says_origin"]
     assert "exists" in alone.run("export", "home", tmp_path / "home.tar", status=2).stderr
 
     # Another content under the same number
