@@ -4,16 +4,19 @@
 class SlmopsError(Exception):
     """A failure that a user can act on.
 
-    `message` is one sentence on what was wrong and what was found; `what_to_do` one on the way out.
+    `message` is one sentence on what was wrong and what was found; `what_to_do` one on the way out. `code` names the
+    fault for programs and tests, and stays when the sentences are reworded; one that is raised without has its class's.
     `exit_code` is the command line's exit status for it.
     """
 
+    code = "failed"
     exit_code = 1
 
-    def __init__(self, message: str, what_to_do: str = "") -> None:
-        super().__init__(message, what_to_do)
+    def __init__(self, message: str, what_to_do: str = "", code: str = "") -> None:
+        super().__init__(message, what_to_do, code)
         self.message = message
         self.what_to_do = what_to_do
+        self.code = code or self.code
 
     def __str__(self) -> str:
         return f"{self.message} {self.what_to_do}".strip()
@@ -22,16 +25,23 @@ class SlmopsError(Exception):
 class BadInput(SlmopsError):
     """The user's input cannot be used as it stands; nothing was written."""
 
+    code = "bad-input"
     exit_code = 2
 
 
 class StageFailed(SlmopsError):
     """A stage did its work and could not finish it."""
 
+    code = "stage-failed"
+
 
 class PassingFault(StageFailed):
     """A stage failed for a reason that may be gone at the next attempt (killed child, lost connection)."""
 
+    code = "passing-fault"
+
 
 class DeadlineExceeded(StageFailed):
     """A child process did not end within its deadline and was stopped."""
+
+    code = "deadline-exceeded"

@@ -316,7 +316,7 @@ def load_settings() -> Settings:
             faults = f"{', '.join(named) or error}: Input should be JSON, such as [128, 512]"
     except (OSError, UnicodeDecodeError) as error:
         faults = f"{_variable(('secrets_dir',))}: a file in it cannot be read: {error}"
-    raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.")
+    raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.", code="settings-not-valid")
 
 
 def _found(fault: ErrorDetails) -> str:

@@ -48,13 +48,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BadInput(
             f"{path.parent} has no {path.name}.",
             "Give the folder that save_pretrained wrote: config, tokenizer, weights.",
+            code="file-missing",
         ) from None
     except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}.", "Save the checkpoint again.") from None
+        raise BadInput(
+            f"{path} cannot be read: {error.strerror}.", "Save the checkpoint again.", code="file-unreadable"
+        ) from None
     except (ValueError, RecursionError) as error:  # broken, not UTF-8, nested too deep
-        raise BadInput(f"{path} is not valid JSON: {error}.", "Save the checkpoint again.") from None
+        raise BadInput(
+            f"{path} is not valid JSON: {error}.", "Save the checkpoint again.", code="file-not-json"
+        ) from None
     if not isinstance(value, dict):
-        raise BadInput(f"{path} is not a JSON object.", "Save the checkpoint again.")
+        raise BadInput(f"{path} is not a JSON object.", "Save the checkpoint again.", code="file-not-object")
     return value
 
 
@@ -69,31 +74,44 @@ def read_tensor_headers(folder: Path, weights: str = WEIGHTS) -> dict[str, Tenso
         headers |= _read_file(folder, name)
     missing = sorted(set(index) - set(headers))
     if missing:
-        raise BadInput(f"{folder / WEIGHTS_INDEX} lists {missing[0]}, which no file has.", "Save the checkpoint again.")
+        raise BadInput(
+            f"{folder / WEIGHTS_INDEX} lists {missing[0]}, which no file has.",
+            "Save the checkpoint again.",
+            code="tensor-without-file",
+        )
     if not headers:
-        raise BadInput(f"The weights in {folder} hold no tensor.", "Save the checkpoint again.")
+        raise BadInput(f"The weights in {folder} hold no tensor.", "Save the checkpoint again.", code="no-tensors")
     return headers
 
 
 def _read_index(path: Path) -> dict[str, str]:
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise BadInput(f"{path} has no weight_map from tensors to files.", "Save the checkpoint again.")
+        raise BadInput(
+            f"{path} has no weight_map from tensors to files.", "Save the checkpoint again.", code="index-not-valid"
+        )
     return files
 
 
 def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
     path = folder / name
     if not name or Path(name).name != name:
-        raise BadInput(f"{folder / WEIGHTS_INDEX} names {name!r}, which is no file of this folder.", "Save it again.")
+        raise BadInput(
+            f"{folder / WEIGHTS_INDEX} names {name!r}, which is no file of this folder.",
+            "Save it again.",
+            code="index-names-foreign-file",
+        )
     if not path.is_file():
         pickled = next((found.name for pattern in PICKLED_WEIGHTS for found in folder.glob(pattern)), None)
         if pickled:
             raise BadInput(
                 f"{folder} has its weights as {pickled} only, a pickle, which can run code when it is loaded.",
                 "Save them as safetensors: model.save_pretrained(folder).",
+                code="weights-pickled",
             )
-        raise BadInput(f"{folder} has no {name}.", "Save the checkpoint again with save_pretrained.")
+        raise BadInput(
+            f"{folder} has no {name}.", "Save the checkpoint again with save_pretrained.", code="shard-missing"
+        )
     try:
         with safe_open(path, framework="numpy") as weights:
             slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
@@ -102,6 +120,7 @@ def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
         raise BadInput(
             f"{path} is not a whole safetensors file ({path.stat().st_size:,} bytes): {error}.",
             "It was cut off or damaged: copy or save it again.",
+            code="weights-damaged",
         ) from None
 
 
@@ -115,7 +134,7 @@ def read_chat_template(folder: Path) -> str | None:
         try:
             return path.read_text("utf-8") or None
         except UnicodeDecodeError:
-            raise BadInput(f"{path} is not UTF-8 text.", "Save the tokenizer again.") from None
+            raise BadInput(f"{path} is not UTF-8 text.", "Save the tokenizer again.", code="file-not-utf8") from None
     for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
         template = read_json(path).get("chat_template") if path.is_file() else None
         if isinstance(template, list):  # several named templates

@@ -87,22 +87,31 @@ def _download(call: DownloadSnapshot, progress: Progress) -> Path:
         raise BadInput(
             f"The Hub does not give {repo_id} to this user: the model is gated.",
             "Accept its terms on its page and log in with `hf auth login`.",
+            code="hub-gated",
         ) from None
     except errors.RepositoryNotFoundError:
         raise BadInput(
             f"The Hugging Face Hub has no model {repo_id}, or it is private.",
             "Correct OWNER/NAME, log in with `hf auth login`, or give a folder.",
+            code="hub-model-missing",
         ) from None
     except errors.RevisionNotFoundError:
-        raise BadInput(f"{repo_id} has no revision {revision!r}.", "Give a branch, a tag or a commit of it.") from None
+        raise BadInput(
+            f"{repo_id} has no revision {revision!r}.",
+            "Give a branch, a tag or a commit of it.",
+            code="hub-revision-missing",
+        ) from None
     except errors.HfHubHTTPError as error:
         raise PassingFault(
-            f"The Hugging Face Hub failed to give {repo_id} (HTTP status {error.response.status_code}).", "Try again."
+            f"The Hugging Face Hub failed to give {repo_id} (HTTP status {error.response.status_code}).",
+            "Try again.",
+            code="hub-failed",
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):
         raise BadInput(
             f"{repo_id} is no local folder, and the Hugging Face Hub cannot be reached to look for it.",
             "Connect to the network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded checkpoint.",
+            code="hub-unreachable",
         ) from None
     progress(1, 1, f"downloaded {repo_id}")
     return Path(directory)

@@ -70,6 +70,7 @@ def _fetch(
                 raise BadInput(
                     f"There is nothing in {uri}/" if only is None else f"There is no {uri}",
                     "Give the folder that holds the checkpoint's config.json, or a file's whole address.",
+                    code="s3-nothing-there",
                 )
             listing = json.dumps([bucket, *(asdict(each) for each in objects)], sort_keys=True)
             target = directory / hashlib.sha256(listing.encode()).hexdigest()[:32]
@@ -85,7 +86,9 @@ def _fetch(
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
     except KeyError:
-        raise StageFailed(f"{uri} was changed while it was fetched.", "Fetch it again.") from None
+        raise StageFailed(
+            f"{uri} was changed while it was fetched.", "Fetch it again.", code="s3-changed-meanwhile"
+        ) from None
     return target
 
 
@@ -108,7 +111,11 @@ def _check_path(path: str, key: str) -> None:
     parts = path.split("/")
     unsafe = any(part in ("", ".", "..") for part in parts) or any(mark in path for mark in ("\\", ":", "\0"))
     if unsafe or PurePosixPath(path).is_absolute():
-        raise BadInput(f"The object key {key!r} is not a path inside its folder.", "Rename or remove the object.")
+        raise BadInput(
+            f"The object key {key!r} is not a path inside its folder.",
+            "Rename or remove the object.",
+            code="s3-key-not-valid",
+        )
 
 
 def _download(client: "S3Client", bucket: str, each: _Object, folder: Path, on_bytes: OnBytes) -> None:
@@ -120,6 +127,7 @@ def _download(client: "S3Client", bucket: str, each: _Object, folder: Path, on_b
         raise StageFailed(
             f"{each.key} was listed with {each.size_bytes} bytes, but {size_bytes} bytes came.",
             "Fetch the checkpoint again; it may have been written to meanwhile.",
+            code="s3-truncated",
         )
 
 

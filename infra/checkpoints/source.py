@@ -55,16 +55,28 @@ def parse_checkpoint(text: str, revision: str | None = None) -> CheckpointSource
     if path is not None:
         return _local_source(text, path, revision)
     if _looks_like_a_path(text):
-        raise BadInput(f"There is no such folder: {text}", "Give the folder that holds the checkpoint's config.json.")
+        raise BadInput(
+            f"There is no such folder: {text}",
+            "Give the folder that holds the checkpoint's config.json.",
+            code="folder-missing",
+        )
     return _hub_source(text, revision)
 
 
 def check_hub_id(repo_id: str, revision: str | None) -> None:
     """Raise `BadInput` unless `repo_id` is `OWNER/NAME` and `revision` a plain branch, tag or commit."""
     if not _HUB_ID.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
-        raise BadInput(f"{repo_id!r} is not a Hub id.", "Write OWNER/NAME, as in the model's page address.")
+        raise BadInput(
+            f"{repo_id!r} is not a Hub id.",
+            "Write OWNER/NAME, as in the model's page address.",
+            code="hub-id-not-valid",
+        )
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise BadInput(f"{revision!r} is not a revision.", "Give a branch, a tag or a commit of the Hub repository.")
+        raise BadInput(
+            f"{revision!r} is not a revision.",
+            "Give a branch, a tag or a commit of the Hub repository.",
+            code="revision-not-valid",
+        )
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
@@ -73,7 +85,11 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.rstrip("/")
     if scheme != "s3" or not _BUCKET.fullmatch(bucket) or not prefix or ".." in prefix.split("/"):
-        raise BadInput(f"{uri!r} is not the address of a checkpoint.", "Write s3://BUCKET/FOLDER.")
+        raise BadInput(
+            f"{uri!r} is not the address of a checkpoint.",
+            "Write s3://BUCKET/FOLDER.",
+            code="checkpoint-address-not-valid",
+        )
     return bucket, prefix
 
 
@@ -98,7 +114,11 @@ def _s3_source(text: str, revision: str | None) -> CheckpointSource:
 
 def _local_source(text: str, path: Path, revision: str | None) -> CheckpointSource:
     if not path.is_dir():
-        raise BadInput(f"{text} is a file, not a folder.", "Give the folder that holds the checkpoint's config.json.")
+        raise BadInput(
+            f"{text} is a file, not a folder.",
+            "Give the folder that holds the checkpoint's config.json.",
+            code="checkpoint-is-file",
+        )
     _refuse_revision(text, revision)
     return CheckpointSource(SourceKind.LOCAL, str(path.resolve()))
 
@@ -109,9 +129,10 @@ def _hub_source(text: str, revision: str | None) -> CheckpointSource:
         raise BadInput(
             f"There is no such folder: {text!r}",
             "Give a folder with a checkpoint, s3://BUCKET/FOLDER, or OWNER/NAME of a model on the Hugging Face Hub.",
+            code="folder-missing",
         )
     if at and revision not in (None, written):
-        raise BadInput(f"Two revisions are given: {written!r} and {revision!r}.", "Give one.")
+        raise BadInput(f"Two revisions are given: {written!r} and {revision!r}.", "Give one.", code="revision-twice")
     chosen = written if at else revision
     check_hub_id(repo_id, chosen)
     return CheckpointSource(SourceKind.HUB, repo_id, chosen)
@@ -119,4 +140,8 @@ def _hub_source(text: str, revision: str | None) -> CheckpointSource:
 
 def _refuse_revision(text: str, revision: str | None) -> None:
     if revision is not None:
-        raise BadInput(f"{text} has no revisions, found {revision!r}.", "Only models of the Hugging Face Hub have any.")
+        raise BadInput(
+            f"{text} has no revisions, found {revision!r}.",
+            "Only models of the Hugging Face Hub have any.",
+            code="revision-without-hub",
+        )

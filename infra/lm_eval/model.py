@@ -51,7 +51,9 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
         found = value[0] if isinstance(value, list) and value else value
         if not isinstance(found, int):
             raise StageFailed(
-                f"The model in {self._model.model_dir} names no end token.", "Give its tokenizer an eos_token."
+                f"The model in {self._model.model_dir} names no end token.",
+                "Give its tokenizer an eos_token.",
+                code="model-without-end-token",
             )
         return found
 
@@ -113,6 +115,7 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
                 f"A task asks for the likelihood of {len(continuation)} tokens after {len(context)}; the model takes "
                 f"1 to {self.max_length} after at least 1.",
                 "Choose a task with shorter answers, or a model with a longer context.",
+                code="lm-eval-too-long",
             )
         tokens = [*context, *continuation][:-1]
         if len(tokens) > self.max_length:
@@ -132,6 +135,7 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
                 raise StageFailed(
                     f"The model in {self._model.model_dir} gives logits that are not finite.",
                     "Its weights hold NaN or infinity, or overflow in their precision: choose another precision.",
+                    code="logits-not-finite",
                 )
             best = int(logits.argmax())
             for line, continuation in enumerate(continuations):
@@ -170,6 +174,7 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
                 raise BadInput(
                     f"A task asks for answers of {new_tokens} tokens, and the model's context is {self.max_length}.",
                     "Set a smaller max_gen_toks in the task, or choose a model with a longer context.",
+                    code="lm-eval-answer-too-long",
                 )
             ids = self.tok_encode(context)
             if len(ids) > self.max_length - new_tokens:
@@ -206,6 +211,8 @@ def _special_tokens(model: GenaiModel) -> dict[str, str | None]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise StageFailed(f"{path} cannot be read: {error}.", "Build the model again.") from error
+        raise StageFailed(
+            f"{path} cannot be read: {error}.", "Build the model again.", code="file-unreadable"
+        ) from error
     found = {name: config.get(name) for name in ("bos_token", "eos_token")}
     return {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}

@@ -41,7 +41,9 @@ def evaluate(call: RunTasks, progress: Progress) -> TaskResults:
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as error:
-        raise BadInput("lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.") from error
+        raise BadInput(
+            "lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.", code="lm-eval-missing"
+        ) from error
 
     if not call.allow_network:
         sys.addaudithook(_stay_on_this_machine)
@@ -106,6 +108,7 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
             raise BadInput(
                 f"lm-eval has no task {name!r}.",
                 f"Close to it: {', '.join(close)}." if close else "List them: lm-eval ls tasks.",
+                code="lm-eval-task-unknown",
             )
     try:
         loaded = manager.load(list(names))
@@ -116,6 +119,7 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
             f"The tasks {', '.join(names)} cannot be loaded: {_reason(error)}.",
             "For a task of your own, correct its file. A standard task's data must have been prepared once by the "
             "datasets library (docs/benchmarks.md), or the network be allowed.",
+            code="lm-eval-task-not-valid",
         ) from error
     if refused:
         raise _foreign_metric(refused[0])
@@ -128,6 +132,7 @@ def _foreign_metric(name: str) -> BadInput:
     return BadInput(
         f"A task uses the metric {name!r}, which lm-eval does not have and would run as code from elsewhere.",
         "Choose a task with lm-eval's own metrics.",
+        code="lm-eval-metric-unknown",
     )
 
 
@@ -135,15 +140,20 @@ def _check_task(name: str, one: Any) -> None:
     from lm_eval.models.utils import normalize_gen_kwargs
 
     if getattr(one, "UNSAFE_CODE", False):
-        raise BadInput(f"The task {name} runs code that the model wrote.", "Choose another task.")
+        raise BadInput(
+            f"The task {name} runs code that the model wrote.", "Choose another task.", code="lm-eval-code-of-model"
+        )
     if getattr(one, "MULTIMODAL", False):
-        raise BadInput(f"The task {name} asks about images or sound.", "Choose a task of text.")
+        raise BadInput(
+            f"The task {name} asks about images or sound.", "Choose a task of text.", code="lm-eval-not-text"
+        )
     if one.OUTPUT_TYPE == "generate_until":
         options = one.get_config("generation_kwargs") or {}
         if normalize_gen_kwargs(options).get("do_sample"):
             raise BadInput(
                 f"The task {name} asks for sampled answers; slmops measures greedy ones.",
                 "Choose another task, or include it in one of your own with generation_kwargs: {do_sample: false}.",
+                code="lm-eval-samples",
             )
 
 
@@ -203,7 +213,9 @@ def _evaluate(lm: Any, loaded: Any, call: RunTasks) -> Any:
         raise
     except Exception as error:  # tasks are programs of many authors
         raise StageFailed(
-            f"lm-eval failed: {_reason(error)}.", "The stage's log has the whole message; try another task."
+            f"lm-eval failed: {_reason(error)}.",
+            "The stage's log has the whole message; try another task.",
+            code="lm-eval-failed",
         ) from error
 
 
@@ -217,6 +229,7 @@ def _results(found: Any) -> Iterator[TaskMetric]:
                 raise StageFailed(
                     f"The metric {metric} of the task {name} is {value}.",
                     "The model gives the right text no probability at all: its figures on the evaluation tell more.",
+                    code="lm-eval-score-not-finite",
                 )
             yield TaskMetric(
                 task=name,

@@ -34,10 +34,18 @@ def check_task_folder(folder: Path, *, allow_code: bool) -> None:
     Raises `BadInput` naming the file: no folder, no task file in it, no YAML, or code.
     """
     if not folder.is_dir():
-        raise BadInput(f"There is no folder {folder} with lm-eval tasks.", "Name the folder that holds the YAML files.")
+        raise BadInput(
+            f"There is no folder {folder} with lm-eval tasks.",
+            "Name the folder that holds the YAML files.",
+            code="lm-eval-folder-missing",
+        )
     waiting = sorted(folder.rglob("*.yaml"))
     if not waiting:
-        raise BadInput(f"The folder {folder} has no task file (*.yaml).", "Name the folder that holds the YAML files.")
+        raise BadInput(
+            f"The folder {folder} has no task file (*.yaml).",
+            "Name the folder that holds the YAML files.",
+            code="lm-eval-folder-empty",
+        )
     seen: set[Path] = set()
     while waiting:
         path = waiting.pop().resolve()
@@ -60,7 +68,11 @@ def digest_of_task_folder(folder: Path) -> str:
     Raises `BadInput` for a folder or a file that cannot be read.
     """
     if not folder.is_dir():
-        raise BadInput(f"There is no folder {folder} with lm-eval tasks.", "Name the folder that holds the YAML files.")
+        raise BadInput(
+            f"There is no folder {folder} with lm-eval tasks.",
+            "Name the folder that holds the YAML files.",
+            code="lm-eval-folder-missing",
+        )
     files = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     for path in sorted(folder.rglob("*.yaml")):
         content = _read(path, allow_code=True)
@@ -75,7 +87,11 @@ def digest_of_task_folder(folder: Path) -> str:
             with path.open("rb") as file:
                 content_digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise BadInput(f"{path} cannot be read: {error.strerror or error}.", "Make it readable.") from error
+            raise BadInput(
+                f"{path} cannot be read: {error.strerror or error}.",
+                "Make it readable.",
+                code="lm-eval-file-unreadable",
+            ) from error
         shown = path.relative_to(folder) if path.is_relative_to(folder) else path
         digest.update(f"{content_digest} {shown.as_posix()}\n".encode())
     return digest.hexdigest()
@@ -91,13 +107,18 @@ def _read(path: Path, *, allow_code: bool) -> Any:
                 raise BadInput(
                     f"{path} asks for code to run ({tag}, line {line}).",
                     "Write the task without it, or allow code if you trust the folder.",
+                    code="lm-eval-code",
                 )
         return yaml.load(text, _DataLoader)  # noqa: S506 a subclass of SafeLoader
     except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror or error}.", "Make it readable.") from error
+        raise BadInput(
+            f"{path} cannot be read: {error.strerror or error}.", "Make it readable.", code="lm-eval-file-unreadable"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or "nested too deep"
-        raise BadInput(f"{path} is not YAML: {reason}.", "Correct the file, or move it elsewhere.") from error
+        raise BadInput(
+            f"{path} is not YAML: {reason}.", "Correct the file, or move it elsewhere.", code="lm-eval-file-not-yaml"
+        ) from error
 
 
 def _check_dataset(path: Path, name: Any) -> None:
@@ -106,6 +127,7 @@ def _check_dataset(path: Path, name: Any) -> None:
             f"{path} has the dataset_path {name!r}, which is neither a format of plain data "
             f"({', '.join(sorted(DATA_FORMATS))}) nor a dataset of the Hub (owner/name).",
             "Correct the dataset_path.",
+            code="lm-eval-dataset-not-allowed",
         )
 
 

@@ -53,6 +53,7 @@ def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, Any], public_
         raise StageFailed(
             f"The manifest was not signed with the key that {public_key} belongs to.",
             "Verify it with the public key of its signer, or do not use the version.",
+            code="signature-of-other-key",
         )
     # The library leaves out of its comparison what the signature says to leave out: a signature of an empty folder
     # that ignores the manifest would pass for every manifest.
@@ -60,6 +61,7 @@ def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, Any], public_
         raise StageFailed(
             "The signature is of another manifest.",
             "The manifest or the signature was altered: do not use the version.",
+            code="signature-of-other-manifest",
         )
     from cryptography.exceptions import InvalidSignature
     from model_signing.verifying import Config
@@ -75,6 +77,7 @@ def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, Any], public_
             raise StageFailed(
                 f"The signature does not verify with the key {public_key}.",
                 "The signature was altered: do not use the version.",
+                code="signature-not-valid",
             ) from error
 
 
@@ -85,6 +88,7 @@ def _require_library() -> None:
         raise BadInput(
             f"Signatures need the package model-signing, which cannot be imported: {error}.",
             "pip install 'slmops[signing]'",
+            code="signing-missing",
         ) from error
 
 
@@ -105,6 +109,7 @@ def _claims(signature: Mapping[str, Any]) -> tuple[Any, Any]:
         raise StageFailed(
             "The signature is malformed: it is no bundle that model-signing made with a key.",
             "Do not use the version, or sign it again if you trust it.",
+            code="signature-malformed",
         ) from error
 
 
@@ -121,15 +126,29 @@ def _check_private_key(path: Path, secret: bytes | None) -> None:
         key = load_pem_private_key(content, secret)
     except TypeError:
         raise (
-            BadInput(f"The key {path} is not encrypted, but a password was given.", "Leave the password out.")
+            BadInput(
+                f"The key {path} is not encrypted, but a password was given.",
+                "Leave the password out.",
+                code="key-not-encrypted",
+            )
             if secret
-            else BadInput(f"The key {path} is encrypted, and no password was given.", "Give the key's password.")
+            else BadInput(
+                f"The key {path} is encrypted, and no password was given.",
+                "Give the key's password.",
+                code="key-encrypted",
+            )
         ) from None
     except (ValueError, UnsupportedAlgorithm):
         raise (
-            BadInput(f"The key {path} cannot be decrypted with this password.", "Give the key's own password.")
+            BadInput(
+                f"The key {path} cannot be decrypted with this password.",
+                "Give the key's own password.",
+                code="key-password-wrong",
+            )
             if secret
-            else BadInput(f"The key {path} is damaged or of an unknown kind.", f"Make one with {NEW_KEY}")
+            else BadInput(
+                f"The key {path} is damaged or of an unknown kind.", f"Make one with {NEW_KEY}", code="key-damaged"
+            )
         ) from None
     _check_curve(path, key)
 
@@ -149,7 +168,9 @@ def _check_public_key(path: Path) -> str:
         key = load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm):
         raise BadInput(
-            f"The key {path} is damaged or of an unknown kind.", f"Make it of the private one with {PUBLIC_KEY}"
+            f"The key {path} is damaged or of an unknown kind.",
+            f"Make it of the private one with {PUBLIC_KEY}",
+            code="key-damaged",
         ) from None
     _check_curve(path, key)
     return hashlib.sha256(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
@@ -157,7 +178,11 @@ def _check_public_key(path: Path) -> str:
 
 def _read_key(path: Path) -> bytes:
     if "-----BEGIN" in str(path):
-        raise BadInput("A key itself was given in place of its file.", "Write the key to a file and give its path.")
+        raise BadInput(
+            "A key itself was given in place of its file.",
+            "Write the key to a file and give its path.",
+            code="key-in-setting",
+        )
     try:
         # A pipe could be read only once, and the library reads the file again.
         if path.is_file():
@@ -165,13 +190,17 @@ def _read_key(path: Path) -> bytes:
         reason = "it is no file" if path.exists() else "it does not exist"
     except OSError as error:
         reason = error.strerror or type(error).__name__
-    raise BadInput(f"The key {path} cannot be read: {reason}.", "Give the path of a PEM file that you may read.")
+    raise BadInput(
+        f"The key {path} cannot be read: {reason}.",
+        "Give the path of a PEM file that you may read.",
+        code="key-unreadable",
+    )
 
 
 def _no_key(path: Path, content: bytes, wanted: str, what_to_do: str) -> BadInput:
     kinds = {"certificate": b"CERTIFICATE-----", "private key": b"PRIVATE KEY-----", "public key": b"PUBLIC KEY-----"}
     found = next((f"a {kind}" for kind, mark in kinds.items() if mark in content), "no key in PEM form")
-    return BadInput(f"{path} holds {found}; a {wanted} key is needed.", what_to_do)
+    return BadInput(f"{path} holds {found}; a {wanted} key is needed.", what_to_do, code="key-of-other-role")
 
 
 def _check_curve(path: Path, key: Any) -> None:
@@ -181,6 +210,7 @@ def _check_curve(path: Path, key: Any) -> None:
         raise BadInput(
             f"The key {path} is of the kind {found}; signatures need one on {', '.join(CURVES.values())}.",
             f"Make one with {NEW_KEY}",
+            code="key-kind",
         )
 
 

@@ -99,7 +99,8 @@ def _answer(target: str, request: JsonValue, progress: Progress) -> Json:
         return {"result": perform(target, request, progress)}
     except SlmopsError as error:
         traceback.print_exc()
-        return {"error": {"kind": type(error).__name__, "message": error.message, "what_to_do": error.what_to_do}}
+        said = {"message": error.message, "what_to_do": error.what_to_do, "code": error.code}
+        return {"error": {"kind": type(error).__name__, **said}}
     except BaseException as error:
         traceback.print_exc()
         text = str(error).strip() or type(error).__name__

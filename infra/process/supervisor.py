@@ -257,7 +257,7 @@ def _error_of(target: str, message: dict[str, Any], returncode: int, log_path: P
     error = message.get("error")
     if error and error["kind"]:
         kind: type[errors.SlmopsError] = getattr(errors, error["kind"], errors.StageFailed)
-        return kind(error["message"], error["what_to_do"])
+        return kind(error["message"], error["what_to_do"], error["code"])
     tail = "\n".join(log_path.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:])
     advice = f"The end of its log ({log_path}):\n{tail}"
     if error:

@@ -68,10 +68,16 @@ def ingest(registry: ModelRegistry, path: Path, on_progress: OnProgress | None =
         outside = next((name for name, one in paths.items() if not one.resolve().is_relative_to(root)), None)
         if outside or not paths:
             fault = f"holds a link out of it: {outside}" if outside else "holds no file"
-            raise BadInput(f"{path} {fault}.", "Give a folder that holds the checkpoint's own files.")
+            raise BadInput(
+                f"{path} {fault}.", "Give a folder that holds the checkpoint's own files.", code="input-not-valid"
+            )
         found = StoredInput(kind="folder", name=path.resolve().name, files=registry.add_paths(paths, on_progress))
     else:
-        raise BadInput(f"There is no file or folder {path}.", "Give a checkpoint's folder or an evaluation file.")
+        raise BadInput(
+            f"There is no file or folder {path}.",
+            "Give a checkpoint's folder or an evaluation file.",
+            code="input-missing",
+        )
     registry.objects.put_bytes(_key(found.digest), (found.model_dump_json(indent=2) + "\n").encode())
     registry.release_files()
     return found
@@ -81,12 +87,18 @@ def read_input(registry: ModelRegistry, address: str) -> StoredInput:
     """Return the input at an address; raises `BadInput` for one that is malformed or not there."""
     digest = address.removeprefix(SCHEME)
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise BadInput(f"{address!r} is not the address of an input.", "Write what slmops ingest printed.")
+        raise BadInput(
+            f"{address!r} is not the address of an input.",
+            "Write what slmops ingest printed.",
+            code="input-address-not-valid",
+        )
     try:
         return _parse(registry, digest)
     except KeyError:
         raise BadInput(
-            f"The store has no input {address}.", "Put it in with slmops ingest, or name the store that has it."
+            f"The store has no input {address}.",
+            "Put it in with slmops ingest, or name the store that has it.",
+            code="input-missing",
         ) from None
 
 
@@ -127,6 +139,7 @@ def _parse(registry: ModelRegistry, digest: str) -> StoredInput:
         raise StageFailed(
             f"The input {SCHEME}{digest} is not valid: {fault}.",
             f"It was altered after it was stored: remove {registry.objects.uri(_key(digest))} and ingest it again.",
+            code="input-damaged",
         )
     return found
 

@@ -141,7 +141,7 @@ class Manifest(_Record):
             if variant.precision == precision:
                 return variant
         known = ", ".join(one.precision for one in self.variants)
-        raise BadInput(f"{self.reference} has no variant {precision!r}.", f"It has: {known}.")
+        raise BadInput(f"{self.reference} has no variant {precision!r}.", f"It has: {known}.", code="variant-missing")
 
 
 def digest_of(value: Any) -> str:
@@ -162,6 +162,7 @@ def check_name(name: str) -> str:
         raise BadInput(
             f"The name {shown!r} is not valid.",
             "A name has 1 to 63 characters: lower-case letters, digits and hyphens, not starting with a hyphen.",
+            code="name-not-valid",
         )
     return name
 
@@ -173,7 +174,11 @@ def parse_reference(text: str) -> tuple[str, int | None]:
     if not at:
         return name, None
     if not re.fullmatch(r"[1-9][0-9]{0,8}", number):
-        raise BadInput(f"{text!r} names no version.", "Write NAME@VERSION with a positive integer, such as home@3.")
+        raise BadInput(
+            f"{text!r} names no version.",
+            "Write NAME@VERSION with a positive integer, such as home@3.",
+            code="reference-not-valid",
+        )
     return name, int(number)
 
 

@@ -29,7 +29,9 @@ def open_object_store(uri: str, settings: Settings) -> ObjectStore:
         return LocalObjectStore(Path(url2pathname(parts.path)))
     shown = f"of the scheme {scheme!r}" if "@" in uri else repr(uri)  # what stands before an @ may be a password
     raise BadInput(
-        f"The store {shown} cannot be opened.", "SLMOPS_STORE__URI takes file:///folder or s3://bucket/prefix."
+        f"The store {shown} cannot be opened.",
+        "SLMOPS_STORE__URI takes file:///folder or s3://bucket/prefix.",
+        code="store-not-valid",
     )
 
 

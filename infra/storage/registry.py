@@ -132,6 +132,7 @@ class ModelRegistry:
             raise StageFailed(
                 f"The store has lost the content of {lost} ({sha256}).",
                 "Push the version again from a machine that has it, or delete it and deploy again.",
+                code="content-lost",
             ) from None
         finally:
             with suppress(OSError):
@@ -146,7 +147,7 @@ class ModelRegistry:
         try:
             screen_model(folder)
         except BadInput as error:
-            raise StageFailed(error.message, error.what_to_do) from None
+            raise StageFailed(error.message, error.what_to_do, code="content-lost") from None
 
     def local_files(self, files: Sequence[StoredFile], on_progress: OnProgress | None = None) -> dict[str, Path]:
         """Return the path of each file -> where its content is on this machine, fetched into the cache if need be.
@@ -211,7 +212,9 @@ class ModelRegistry:
         files = [file for variant in draft.variants for file in variant.files]
         if missing := self.claim_files(files):
             lost = next(file.path for file in files if blob_of(file) in missing)
-            raise PassingFault(f"The store lost {lost} before its version was complete.", "Try again.")
+            raise PassingFault(
+                f"The store lost {lost} before its version was complete.", "Try again.", code="content-lost-meanwhile"
+            )
         taken = self._numbers(name)  # before its versions are read: one that comes between is read, or tried for below
         existing = self.same_version(draft)
         if existing:
@@ -239,6 +242,7 @@ class ModelRegistry:
         return BadInput(
             f"The store has, or had, another {draft.reference} ({self.objects.uri('models')}).",
             "Take the next free number there with --renumber.",
+            code="version-taken",
         )
 
     def _numbers(self, name: str) -> set[int]:
@@ -298,7 +302,9 @@ class ModelRegistry:
         if manifest is None or self._is_deleted(name, number):
             known = ", ".join(one.reference for one in self.versions(name)) or ", ".join(self.names()) or "nothing yet"
             raise BadInput(
-                f"The store has no {f'{name}@{number}' if number else name}.", f"It has: {known}. See slmops list."
+                f"The store has no {f'{name}@{number}' if number else name}.",
+                f"It has: {known}. See slmops list.",
+                code="version-missing",
             )
         return manifest
 
@@ -320,6 +326,7 @@ class ModelRegistry:
             raise BadInput(
                 f"{reference!r} names no version.",
                 f"Write NAME@VERSION with a positive integer, such as home@3, or an alias of {name}'s: {aliases}.",
+                code="reference-not-valid",
             )
         return self.of(self.version(name, number))
 
@@ -352,6 +359,7 @@ class ModelRegistry:
                 f"The manifest of {name}@{number} is not valid: {fault}.",
                 "It was altered after it was stored: put it back as it was, or remove "
                 f"{self.objects.uri(_manifest(name, number))} and deploy again.",
+                code="manifest-damaged",
             )
         return manifest
 
@@ -415,7 +423,9 @@ class ModelRegistry:
             return int(json.loads(record)["version"])
         except (ValueError, TypeError, KeyError):
             raise StageFailed(
-                f"The alias {self.objects.uri(key)} is not valid.", "It was altered: set it again, or remove the file."
+                f"The alias {self.objects.uri(key)} is not valid.",
+                "It was altered: set it again, or remove the file.",
+                code="alias-damaged",
             ) from None
 
     def alias(self, name: str, alias: str) -> int | None:
@@ -443,7 +453,11 @@ class ModelRegistry:
         like a name, or is all digits.
         """
         if not re.fullmatch(ALIAS_PATTERN, alias) or alias.isdecimal():
-            raise BadInput(f"The alias {alias!r} is not valid.", "It is spelled like a model name, and is no number.")
+            raise BadInput(
+                f"The alias {alias!r} is not valid.",
+                "It is spelled like a model name, and is no number.",
+                code="alias-not-valid",
+            )
         if alias == CHAMPION:
             former = self.alias(name, CHAMPION)
             if former is not None and only_if_free:

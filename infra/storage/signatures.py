@@ -17,7 +17,11 @@ def sign_version(version: Version, settings: StoreSettings) -> None:
     from slmops.infra.model_signing.signature import sign_manifest
 
     if settings.signing_key is None:
-        raise BadInput("No key to sign with is named.", "Set SLMOPS_STORE__SIGNING_KEY to a private key (PEM).")
+        raise BadInput(
+            "No key to sign with is named.",
+            "Set SLMOPS_STORE__SIGNING_KEY to a private key (PEM).",
+            code="signing-key-not-named",
+        )
     password = settings.signing_key_password
     bundle = sign_manifest(
         _intact(version),
@@ -36,7 +40,11 @@ def check_signature(version: Version, settings: StoreSettings) -> None:
 
     key = verification_key(settings)
     stored = _intact(version)
-    fault = StageFailed(f"{version.reference} is not signed.", "Sign it: slmops sign (with SLMOPS_STORE__SIGNING_KEY).")
+    fault = StageFailed(
+        f"{version.reference} is not signed.",
+        "Sign it: slmops sign (with SLMOPS_STORE__SIGNING_KEY).",
+        code="version-not-signed",
+    )
     for signature in version.all(SIGNATURE):
         try:
             return verify_manifest(stored, signature.bundle, key)
@@ -54,7 +62,9 @@ def verification_key(settings: StoreSettings) -> Path:
     """Return the public key that signatures are verified with; raises `BadInput` when none is named."""
     if settings.verification_key is None:
         raise BadInput(
-            "No key to verify signatures with is named.", "Set SLMOPS_STORE__VERIFICATION_KEY to a public key (PEM)."
+            "No key to verify signatures with is named.",
+            "Set SLMOPS_STORE__VERIFICATION_KEY to a public key (PEM).",
+            code="verification-key-not-named",
         )
     return settings.verification_key.expanduser()
 
@@ -65,5 +75,6 @@ def _intact(version: Version) -> bytes:
         raise StageFailed(
             f"The manifest of {version.reference} was altered after it was stored.",
             "See with slmops verify; push the version again from a machine that has it whole.",
+            code="manifest-altered",
         )
     return stored

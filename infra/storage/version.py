@@ -103,6 +103,7 @@ class Version:
             raise BadInput(
                 f"{self.reference} has no variant that passed and was selected ({told}).",
                 f"Judge it with slmops regate {self.reference}; slmops show tells what is on record.",
+                code="version-not-proven",
             )
         return serving
 

@@ -25,13 +25,21 @@ def read_adapter_config(adapter_dir: Path) -> str | None:
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"{adapter_dir} has no {ADAPTER_CONFIG}.", "Give the folder that peft saved.") from None
+        raise BadInput(
+            f"{adapter_dir} has no {ADAPTER_CONFIG}.", "Give the folder that peft saved.", code="file-missing"
+        ) from None
     except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON: {error}.", "Save the adapter again with peft.") from None
+        raise BadInput(
+            f"{path} is not valid JSON: {error}.", "Save the adapter again with peft.", code="file-not-json"
+        ) from None
     if not isinstance(config, dict):
-        raise BadInput(f"{path} is not a JSON object.", "Save the adapter again with peft.")
+        raise BadInput(f"{path} is not a JSON object.", "Save the adapter again with peft.", code="file-not-object")
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"{path} has peft_type {config.get('peft_type')!r}.", "Only LORA adapters can be merged.")
+        raise BadInput(
+            f"{path} has peft_type {config.get('peft_type')!r}.",
+            "Only LORA adapters can be merged.",
+            code="adapter-kind",
+        )
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
@@ -71,12 +79,14 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
         raise BadInput(
             f"The adapter {adapter_dir.name} does not fit the base {base_dir.name}: {_short(error)}",
             "Name the base that the adapter was trained on.",
+            code="adapter-does-not-fit",
         ) from error
     if missing:
         raise BadInput(
             f"The adapter {adapter_dir.name} does not fit the base {base_dir.name}: "
             f"the base has no place for {len(missing)} of {len(shapes)} tensors, first {missing[0]}.",
             "Name the base that the adapter was trained on.",
+            code="adapter-does-not-fit",
         )
 
     progress(2, 3, "saving the merged checkpoint")
@@ -88,6 +98,7 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
             f"The tokenizer of {tokenizer_dir.name} has {len(tokenizer)} tokens, the merged model only "
             f"{merged.get_input_embeddings().num_embeddings} embeddings.",
             "Save the adapter with its embeddings (peft: save_embedding_layers=True), or remove its tokenizer.",
+            code="adapter-vocabulary",
         )
     output_dir.mkdir(parents=True)
     merged.to(dtype).save_pretrained(output_dir)
@@ -114,12 +125,15 @@ def _adapter_shapes(adapter_dir: Path) -> dict[str, list[int]]:
         raise BadInput(
             f"{adapter_dir} has no {ADAPTER_WEIGHTS}, found {found}.",
             "Save the adapter as safetensors (peft: safe_serialization=True); a pickle could run code.",
+            code="adapter-without-weights",
         )
     try:
         with safe_open(path, framework="numpy") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise BadInput(f"{path} is not a whole safetensors file: {error}.", "Copy it again.") from None
+        raise BadInput(
+            f"{path} is not a whole safetensors file: {error}.", "Copy it again.", code="weights-damaged"
+        ) from None
 
 
 def _embedding_rows(shapes: dict[str, list[int]]) -> int | None:

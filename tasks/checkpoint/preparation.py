@@ -81,10 +81,16 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
     """
     if not folder.exists():
         raise BadInput(
-            f"There is no checkpoint at {folder}.", "Give a folder, a Hub id (owner/name) or an s3:// folder."
+            f"There is no checkpoint at {folder}.",
+            "Give a folder, a Hub id (owner/name) or an s3:// folder.",
+            code="checkpoint-missing",
         )
     if not folder.is_dir():
-        raise BadInput(f"{folder} is a file, not a checkpoint folder.", "Give the folder that holds config.json.")
+        raise BadInput(
+            f"{folder} is a file, not a checkpoint folder.",
+            "Give the folder that holds config.json.",
+            code="checkpoint-is-file",
+        )
     if (folder / "genai_config.json").is_file():
         return _inspect_genai(folder, chat_template_given)
     if (folder / "adapter_config.json").is_file():
@@ -121,6 +127,7 @@ def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
         raise BadInput(
             f"{folder} has a genai_config.json without its ONNX model (model.decoder.filename: {file!r}).",
             "Give the whole folder that the model builder wrote.",
+            code="genai-model-missing",
         )
     screen_model(folder)
     _check_tokenizer(folder, chat_template_given)
@@ -148,7 +155,9 @@ def _size(config: dict[str, Any], key: str, *, default: int | None = None) -> in
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
-        raise BadInput(f"The config has {key}: {value!r}, which is no size.", "Save the checkpoint again.")
+        raise BadInput(
+            f"The config has {key}: {value!r}, which is no size.", "Save the checkpoint again.", code="size-not-valid"
+        )
     return value
 
 
@@ -160,9 +169,12 @@ def _inspect_adapter(folder: Path) -> Inspection:
         raise BadInput(
             f"{folder} has its weights as adapter_model.bin only, a pickle, which can run code when it is loaded.",
             "Save the adapter as safetensors: model.save_pretrained(folder).",
+            code="weights-pickled",
         )
     else:
-        raise BadInput(f"{folder} has no adapter_model.safetensors.", "Save the adapter again.")
+        raise BadInput(
+            f"{folder} has no adapter_model.safetensors.", "Save the adapter again.", code="adapter-without-weights"
+        )
     return Inspection(
         kind="adapter",
         architecture=str(config.get("peft_type", "unknown")),
@@ -181,11 +193,13 @@ def _check_tokenizer(folder: Path, chat_template_given: bool) -> None:
         raise BadInput(
             f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             "Save it beside the weights: tokenizer.save_pretrained(folder).",
+            code="tokenizer-missing",
         )
     if not chat_template_given and read_chat_template(folder) is None:
         raise BadInput(
             f"The tokenizer in {folder} has no chat template.",
             "Pass the one that the model was trained with: --chat-template FILE (Jinja, as in chat_template.jinja).",
+            code="chat-template-missing",
         )
 
 
@@ -198,11 +212,13 @@ def _check_shapes(folder: Path, config: dict[str, Any], headers: dict[str, Tenso
             raise BadInput(
                 f"{folder} has no tensor {name}, which config.json calls for.",
                 "The weights and config.json are not of the same model: save both again.",
+                code="tensor-missing",
             )
         if found.shape != shape:
             raise BadInput(
                 f"The tensor {name} in {folder} has shape {list(found.shape)}, config.json says {list(shape)}.",
                 "The weights and config.json are not of the same model: save both again.",
+                code="tensor-shape",
             )
 
 
@@ -212,7 +228,9 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     intermediate, heads = _size(config, "intermediate_size"), _size(config, "num_attention_heads")
     layers = _size(config, "num_hidden_layers")
     if layers > LARGEST_LAYERS:
-        raise BadInput(f"config.json has num_hidden_layers: {layers}.", "Save the checkpoint again.")
+        raise BadInput(
+            f"config.json has num_hidden_layers: {layers}.", "Save the checkpoint again.", code="layers-not-valid"
+        )
     kv_heads = _size(config, "num_key_value_heads", default=heads)
     head_dim = _size(config, "head_dim", default=hidden // heads)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
@@ -310,7 +328,11 @@ def fetched_from_store(address: str, digest: str, settings: Settings) -> Prepare
         folder = fetch_input(open_registry(settings), address, inputs_dir(settings), on_progress)
         found = content_digest(folder)
     if found != digest:
-        raise StageFailed(f"{address} has the digest {found}, not {digest}.", "Deploy its checkpoint again.")
+        raise StageFailed(
+            f"{address} has the digest {found}, not {digest}.",
+            "Deploy its checkpoint again.",
+            code="checkpoint-changed",
+        )
     inspection = inspect_checkpoint(folder, chat_template_given=True)
     return PreparedCheckpoint(uri=folder.absolute().as_uri(), origin=address, digest=digest, inspection=inspection)
 
@@ -337,6 +359,7 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
         f"The checkpoint of {manifest.reference} ({manifest.source.origin}) is gone or was changed.",
         "Deploy the checkpoint again; or, where its last verdict is enough, judge it on the rows of that (without "
         f"--eval), or trust its origin: slmops promote {manifest.reference}.",
+        code="checkpoint-gone",
     )
 
 
@@ -358,10 +381,16 @@ def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_prog
     """Return the folder of an adapter merged into its base; merged once per content of the two."""
     declared = base or read_adapter_config(adapter)
     if not declared:
-        raise BadInput(f"{adapter} does not say which base it belongs to.", "Name it with --base.")
+        raise BadInput(
+            f"{adapter} does not say which base it belongs to.", "Name it with --base.", code="adapter-base-unknown"
+        )
     base_folder = fetch_checkpoint(declared, None, settings, on_progress)
     if inspect_checkpoint(base_folder, chat_template_given=True).kind != "checkpoint":
-        raise BadInput(f"The base {declared} is not a whole checkpoint.", "Name the model that was fine-tuned.")
+        raise BadInput(
+            f"The base {declared} is not a whole checkpoint.",
+            "Name the model that was fine-tuned.",
+            code="adapter-base-not-whole",
+        )
     key = digest_of({"adapter": content_digest(adapter), "base": content_digest(base_folder)})
     merged = settings.cache_dir / "checkpoints" / key
     if not merged.is_dir():

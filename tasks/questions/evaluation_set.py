@@ -114,10 +114,16 @@ def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, Eval
                 rows.append((number, row))
     except OSError as error:
         raise BadInput(
-            f"The evaluation file {path} cannot be read: {error.strerror or error}.", "Name a readable file."
+            f"The evaluation file {path} cannot be read: {error.strerror or error}.",
+            "Name a readable file.",
+            code="evaluation-file-unreadable",
         ) from error
     if not rows:
-        raise BadInput(f"The evaluation file {path} has no rows.", "Write at least one JSON object on a line.")
+        raise BadInput(
+            f"The evaluation file {path} has no rows.",
+            "Write at least one JSON object on a line.",
+            code="evaluation-file-empty",
+        )
     return rows
 
 
@@ -168,7 +174,11 @@ def _fault(fault: Any) -> str:
 
 
 def _bad_line(path: Path, number: int, fault: str) -> BadInput:
-    return BadInput(f"Line {number} of the evaluation file {path} cannot be used: {fault}.", "Correct that line.")
+    return BadInput(
+        f"Line {number} of the evaluation file {path} cannot be used: {fault}.",
+        "Correct that line.",
+        code="evaluation-row-not-valid",
+    )
 
 
 class EvaluationSet(_Record):
@@ -213,7 +223,9 @@ def read_evaluation_set(
 
 def _named_format(output_schema_file: str | None, output_regex: str | None) -> OutputFormat | None:
     if output_schema_file is not None and output_regex is not None:
-        raise BadInput("Both an output schema and an output regex are named.", "Name one of them.")
+        raise BadInput(
+            "Both an output schema and an output regex are named.", "Name one of them.", code="output-format-twice"
+        )
     if output_schema_file is not None:
         return read_output_schema(Path(output_schema_file).expanduser())
     return None if output_regex is None else parse_output_regex(output_regex)

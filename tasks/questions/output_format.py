@@ -61,7 +61,9 @@ def read_output_schema(path: Path) -> OutputFormat:
             content = file.read(MAX_SCHEMA_BYTES + 1)
     except OSError as error:
         raise BadInput(
-            f"The output schema {path} cannot be read: {error.strerror or error}.", "Name a readable JSON Schema file."
+            f"The output schema {path} cannot be read: {error.strerror or error}.",
+            "Name a readable JSON Schema file.",
+            code="output-schema-unreadable",
         ) from error
     try:
         if len(content) > MAX_SCHEMA_BYTES:
@@ -75,7 +77,9 @@ def read_output_schema(path: Path) -> OutputFormat:
         fault = f"it is not UTF-8 at byte {error.start + 1}"
     except ValueError as error:
         fault = str(error)
-    raise BadInput(f"The output schema {path} cannot be used: {fault}.", "Correct the file.")
+    raise BadInput(
+        f"The output schema {path} cannot be used: {fault}.", "Correct the file.", code="output-schema-not-valid"
+    )
 
 
 def parse_output_regex(pattern: str) -> OutputFormat:
@@ -83,7 +87,9 @@ def parse_output_regex(pattern: str) -> OutputFormat:
     try:
         _check_output_regex(pattern)
     except ValueError as error:
-        raise BadInput(f"The output regex cannot be used: {error}.", "Correct the pattern.") from None
+        raise BadInput(
+            f"The output regex cannot be used: {error}.", "Correct the pattern.", code="output-regex-not-valid"
+        ) from None
     return OutputFormat(regex=pattern)
 
 

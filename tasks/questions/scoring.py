@@ -229,6 +229,7 @@ def parse_scorer_text(text: str) -> Scorer:
         raise BadInput(
             f"The scorer {shorten(text, 100)!r} cannot be used: {error}.",
             'Write a name, such as json_equality, or JSON: {"name": "numeric", "absolute_tolerance": 0.5}.',
+            code="scorer-not-valid",
         ) from None
 
 

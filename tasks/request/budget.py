@@ -71,13 +71,19 @@ def parse_budget(pairs: Sequence[str]) -> Budget | None:
         key, equals, text = pair.partition("=")
         name = key.strip().replace("-", "_")
         if not equals or name not in Budget.model_fields:
-            raise BadInput(f"The budget {pair!r} is unknown.", f"Write KEY=VALUE, such as {EXAMPLES}.")
+            raise BadInput(
+                f"The budget {pair!r} is unknown.", f"Write KEY=VALUE, such as {EXAMPLES}.", code="budget-key-unknown"
+            )
         if name in values:
-            raise BadInput(f"The budget names {key.strip()} twice.", "Name it once.")
+            raise BadInput(f"The budget names {key.strip()} twice.", "Name it once.", code="budget-key-twice")
         try:
             values[name] = _value(name, text.strip())
         except (ValueError, ValidationError):
-            raise BadInput(f"The budget {pair!r} has no valid value.", f"Write, for example, {EXAMPLES}.") from None
+            raise BadInput(
+                f"The budget {pair!r} has no valid value.",
+                f"Write, for example, {EXAMPLES}.",
+                code="budget-value-not-valid",
+            ) from None
     if not values:
         return None
     try:
@@ -86,7 +92,7 @@ def parse_budget(pairs: Sequence[str]) -> Budget | None:
         fault = error.errors()[0]
         key = str(fault["loc"][0]).replace("_", "-")
         message = f"The budget {key}: {fault['msg']}, found {fault['input']!r}."
-        raise BadInput(message, f"Examples: {EXAMPLES}.") from None
+        raise BadInput(message, f"Examples: {EXAMPLES}.", code="budget-out-of-range") from None
 
 
 def _value(name: str, text: str) -> float:

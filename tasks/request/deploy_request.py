@@ -35,7 +35,11 @@ class DeployRequest(DeployParameters):
             return REQUEST.validate_python(parameters)
         except ValidationError as error:
             fault = error.errors()[0]
-            raise BadInput(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}.", "Correct it.") from None
+            raise BadInput(
+                f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}.",
+                "Correct it.",
+                code="parameter-not-valid",
+            ) from None
 
     def given(self, names: Set[str]) -> dict[str, Any]:
         """Return those of the named parameters that are not left at their defaults, as JSON can hold them."""
@@ -46,18 +50,23 @@ class DeployRequest(DeployParameters):
         """Return the request with duplicates removed; raises `BadInput` for what no deploy can do."""
         if not self.checkpoint.strip():
             raise BadInput(
-                "No checkpoint is named.", "Name a folder, a Hub id, or an s3:// or store:// address; so does an event."
+                "No checkpoint is named.",
+                "Name a folder, a Hub id, or an s3:// or store:// address; so does an event.",
+                code="checkpoint-not-named",
             )
         check_name(self.name)
         if not self.precisions:
-            raise BadInput("No precision is named.", f"Name at least one of {', '.join(PRECISIONS)}.")
+            raise BadInput(
+                "No precision is named.", f"Name at least one of {', '.join(PRECISIONS)}.", code="precision-not-named"
+            )
         if DEVICE_OF_PROVIDER[self.execution_provider] != self.device and self.device != "npu":
             raise BadInput(
                 f"The execution provider {self.execution_provider!r} does not run on the device {self.device!r}.",
                 f"Use --device {DEVICE_OF_PROVIDER[self.execution_provider]} with it.",
+                code="provider-of-other-device",
             )
         if self.device == "npu":
-            raise BadInput("There is no recipe for NPUs yet.", "Use --device cpu or gpu.")
+            raise BadInput("There is no recipe for NPUs yet.", "Use --device cpu or gpu.", code="no-recipe-for-npu")
         _check_range("min_top1_agreement", self.min_top1_agreement, 0, 1)
         _check_range("max_kl_divergence", self.max_kl_divergence, 0, sys.float_info.max)
         _check_range("max_quality_loss", self.max_quality_loss, 0, 1)
@@ -70,13 +79,20 @@ class DeployRequest(DeployParameters):
             raise BadInput(
                 f"An Olive configuration leaves no {'recipe to name' if self.recipes else 'recipes to search'}.",
                 "Leave it out, or leave the other out.",
+                code="recipe-beside-olive-config",
             )
         if self.training_run is not None and not 0 < len(self.training_run) <= LONGEST_TRAINING_RUN:
             raise BadInput(
-                f"The training run has {len(self.training_run)} characters.", f"Give 1 to {LONGEST_TRAINING_RUN}."
+                f"The training run has {len(self.training_run)} characters.",
+                f"Give 1 to {LONGEST_TRAINING_RUN}.",
+                code="training-run-length",
             )
         if self.training_run and (urlsplit(self.training_run).username or urlsplit(self.training_run).password):
-            raise BadInput("The training run's address holds a user or a password.", "Leave them out.")
+            raise BadInput(
+                "The training run's address holds a user or a password.",
+                "Leave them out.",
+                code="training-run-with-password",
+            )
         if self.chat_template_file:
             read_chat_template_file(Path(self.chat_template_file))
         if self.output:
@@ -104,7 +120,11 @@ def check_precisions(names: Sequence[str]) -> tuple[Precision, ...]:
     """Return the named precisions; raises `BadInput` naming the first that is unknown."""
     for name in names:
         if name not in PRECISIONS:
-            raise BadInput(f"The precision {name!r} is unknown.", f"slmops builds {', '.join(PRECISIONS)}.")
+            raise BadInput(
+                f"The precision {name!r} is unknown.",
+                f"slmops builds {', '.join(PRECISIONS)}.",
+                code="precision-unknown",
+            )
     return tuple(name for name in names if name in PRECISIONS)
 
 
@@ -114,15 +134,23 @@ def read_chat_template_file(path: Path) -> str:
         text = path.expanduser().read_text("utf-8")
         SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(GENERATION_TAG, "", text))
     except OSError as error:
-        raise BadInput(f"The chat template {path} cannot be read: {error.strerror}.", "Name a Jinja file.") from None
+        raise BadInput(
+            f"The chat template {path} cannot be read: {error.strerror}.",
+            "Name a Jinja file.",
+            code="chat-template-unreadable",
+        ) from None
     except UnicodeDecodeError:
-        raise BadInput(f"The chat template {path} is not UTF-8 text.", "Name a Jinja file.") from None
+        raise BadInput(
+            f"The chat template {path} is not UTF-8 text.", "Name a Jinja file.", code="chat-template-not-utf8"
+        ) from None
     except TemplateSyntaxError as error:
         raise BadInput(
-            f"The chat template {path} is not valid Jinja: {error.message}, line {error.lineno}.", "Correct it."
+            f"The chat template {path} is not valid Jinja: {error.message}, line {error.lineno}.",
+            "Correct it.",
+            code="chat-template-not-jinja",
         ) from None
     if not text.strip():
-        raise BadInput(f"The chat template {path} is empty.", "Name a Jinja file.")
+        raise BadInput(f"The chat template {path} is empty.", "Name a Jinja file.", code="chat-template-empty")
     return text
 
 
@@ -130,11 +158,17 @@ def check_output(path: Path) -> None:
     """Raise `BadInput` when a plain copy cannot be written to a folder: it must be new or empty."""
     nearest = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
     if not nearest.is_dir():
-        raise BadInput(f"The output {path} cannot be a folder: {nearest} is a file.", "Name a new folder.")
+        raise BadInput(
+            f"The output {path} cannot be a folder: {nearest} is a file.", "Name a new folder.", code="output-is-file"
+        )
     if nearest == path and any(path.iterdir()):
-        raise BadInput(f"The output {path} exists and is not an empty folder.", "Name a new folder.")
+        raise BadInput(
+            f"The output {path} exists and is not an empty folder.", "Name a new folder.", code="output-not-empty"
+        )
 
 
 def _check_range(name: str, value: float | None, lowest: float, highest: float) -> None:
     if value is not None and not lowest <= value <= highest:
-        raise BadInput(f"{name} is {value}.", f"It must lie between {lowest} and {highest}.")
+        raise BadInput(
+            f"{name} is {value}.", f"It must lie between {lowest} and {highest}.", code="parameter-out-of-range"
+        )

@@ -26,7 +26,11 @@ def local_file(text: str, settings: Settings) -> str:
     if is_input_address(text):
         registry = open_registry(settings)
         if read_input(registry, text).kind != "file":
-            raise BadInput(f"{text} is a folder, not a file.", "Ingest the file itself, and give its address.")
+            raise BadInput(
+                f"{text} is a folder, not a file.",
+                "Ingest the file itself, and give its address.",
+                code="input-is-folder",
+            )
         return str(fetch_input(registry, text, inputs_dir(settings)))
     if text.startswith("s3://"):
         return str(fetch_file_from_s3(text, settings, settings.cache_dir / "s3"))

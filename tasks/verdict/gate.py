@@ -62,7 +62,11 @@ def thresholds_for(
     """
     if precision not in DEFAULT_THRESHOLDS:
         known = ", ".join(DEFAULT_THRESHOLDS)
-        raise BadInput(f"There are no gate thresholds for the precision {precision!r}.", f"Use one of {known}.")
+        raise BadInput(
+            f"There are no gate thresholds for the precision {precision!r}.",
+            f"Use one of {known}.",
+            code="gate-precision-unknown",
+        )
     parameters = {
         "min_top1_agreement": min_top1_agreement,
         "max_kl_divergence": max_kl_divergence,
@@ -81,7 +85,9 @@ def thresholds_for(
         return GateThresholds(**values)
     except ValidationError as error:
         faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors())
-        raise BadInput(f"Gate thresholds are not valid: {faults}.", "Correct them.") from None
+        raise BadInput(
+            f"Gate thresholds are not valid: {faults}.", "Correct them.", code="gate-threshold-not-valid"
+        ) from None
 
 
 CheckName = Literal[

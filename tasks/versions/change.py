@@ -45,7 +45,11 @@ def plan_promotion(reference: str, reason: str, registry: ModelRegistry) -> Chan
     name, at, _ = reference.partition("@")
     check_name(name)
     if not at:
-        raise BadInput(f"{reference!r} names no version.", f"Write, for example, {name}@{CANDIDATE} or {name}@2.")
+        raise BadInput(
+            f"{reference!r} names no version.",
+            f"Write, for example, {name}@{CANDIDATE} or {name}@2.",
+            code="reference-not-valid",
+        )
     version = registry.find(reference)
     return Change(
         version.manifest, version.require_serving().stored, registry.alias(name, CHAMPION), reason.strip() or PROMOTED
@@ -66,12 +70,14 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
         raise BadInput(
             f"There is nothing to go back to: no champion of {name} before {present} is known.",
             f"See slmops history {name} and slmops list; name a version with --to.",
+            code="no-former-champion",
         )
     versions = {manifest.version: manifest for manifest in registry.versions(name)}
     if back_to not in versions:
         raise BadInput(
             f"{name}@{back_to} is not in the store any more, or never was.",
             f"Use --to with one of {', '.join(map(str, versions))}.",
+            code="version-missing",
         )
     manifest = versions[back_to]
     held = f"{name}@{champion}" if champion else "no champion"

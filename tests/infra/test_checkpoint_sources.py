@@ -22,6 +22,7 @@ from slmops.infra.checkpoints.s3 import fetch_from_s3
 from slmops.infra.checkpoints.source import CheckpointSource, SourceKind, parse_checkpoint, split_s3_uri
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.settings import Settings, StoreSettings
+from tests.errors import coded
 
 SECRET = "very-secret-key-of-the-store"
 
@@ -68,12 +69,12 @@ class TestParseCheckpoint:
         self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(BadInput, match="There is no such folder"):
+        with pytest.raises(BadInput, check=coded("folder-missing")):
             parse_checkpoint(text)
 
     def test_a_file_is_not_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").touch()
-        with pytest.raises(BadInput, match="is a file, not a folder"):
+        with pytest.raises(BadInput, check=coded("checkpoint-is-file")):
             parse_checkpoint(str(tmp_path / "model.safetensors"))
 
     @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ class TestParseCheckpoint:
             parse_checkpoint(text, revision)
 
     def test_a_folder_has_no_revision(self, tmp_path: Path) -> None:
-        with pytest.raises(BadInput, match="has no revisions"):
+        with pytest.raises(BadInput, check=coded("revision-without-hub")):
             parse_checkpoint(str(tmp_path), "main")
 
     @given(st.text(max_size=60))
@@ -175,12 +176,12 @@ class TestFetchFromS3:
     ) -> None:
         bucket.put_object(Key="home/config.json", Body=b"{}")
         bucket.put_object(Key=key, Body=b"!")
-        with pytest.raises(BadInput, match="not a path inside"):
+        with pytest.raises(BadInput, check=coded("s3-key-not-valid")):
             fetch_from_s3(f"s3://{bucket.name}/home", s3_settings, tmp_path / "fetched")
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
     def test_an_empty_folder_and_a_missing_bucket(self, s3_settings: Settings, bucket: Any, tmp_path: Path) -> None:
-        with pytest.raises(BadInput, match="nothing in"):
+        with pytest.raises(BadInput, check=coded("s3-nothing-there")):
             fetch_from_s3(f"s3://{bucket.name}/home", s3_settings, tmp_path / "fetched")
         with pytest.raises(BadInput, match="no such bucket"):
             fetch_from_s3("s3://no-such-bucket/home", s3_settings, tmp_path / "fetched")
@@ -250,9 +251,9 @@ class TestFetchFromHub:
     def test_a_model_that_is_not_there(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
         with _serving(_Hub) as endpoint:
             monkeypatch.setenv("HF_ENDPOINT", endpoint)
-            with pytest.raises(BadInput, match="has no model owner/other"):
+            with pytest.raises(BadInput, check=coded("hub-model-missing", "owner/other")):
                 fetch_from_hub("owner/other", None, settings)
-            with pytest.raises(BadInput, match="has no revision 'v9'"):
+            with pytest.raises(BadInput, check=coded("hub-revision-missing", "'v9'")):
                 fetch_from_hub("owner/name", "v9", settings)
 
     @pytest.mark.parametrize("offline", ["0", "1"])
@@ -262,13 +263,13 @@ class TestFetchFromHub:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{_free_port()}")
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         started = time.monotonic()
-        with pytest.raises(BadInput, match="cannot be reached"):
+        with pytest.raises(BadInput, check=coded("hub-unreachable")):
             fetch_from_hub("owner/name", None, settings)
         assert time.monotonic() - started < 60  # a hang, not a slow machine, fails here
 
     @pytest.mark.parametrize("repo_id", ["owner", "owner/name/more", "../x", "owner/na me", "owner/name?x=1"])
     def test_a_malformed_id_reaches_no_url(self, repo_id: str, settings: Settings) -> None:
-        with pytest.raises(BadInput, match="is not a Hub id"):
+        with pytest.raises(BadInput, check=coded("hub-id-not-valid")):
             fetch_from_hub(repo_id, None, settings)
         assert not settings.cache_dir.exists()
 

@@ -23,6 +23,7 @@ from slmops.infra.lm_eval.model import GenaiLM
 from slmops.infra.lm_eval.task_files import check_task_folder, digest_of_task_folder
 from slmops.infra.process.supervisor import child_environment
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
+from tests.errors import coded
 from tests.genai_models import build_genai_model, with_weights_set
 from tests.lm_eval_tasks import GENERATION, MULTIPLE_CHOICE, QUESTIONS, add_begin_token, write_tasks
 
@@ -138,7 +139,7 @@ def test_chats_are_rendered_as_by_lm_evals_own_runner(pair):
 
 def test_requests_that_the_model_cannot_take_are_named(pair):
     _, ours = pair
-    with pytest.raises(BadInput, match="asks for the likelihood of"):
+    with pytest.raises(BadInput, check=coded("lm-eval-too-long")):
         ours.loglikelihood(instances("loglikelihood", ("Turn", " ".join(SENTENCES))))
     with pytest.raises(BadInput, match=f"answers of {CONTEXT} tokens"):
         ours.generate_until(instances("generate_until", ("Turn", {"until": [], "max_gen_toks": CONTEXT})))
@@ -147,7 +148,7 @@ def test_requests_that_the_model_cannot_take_are_named(pair):
 def test_logits_that_are_not_finite_are_named(pair, tmp_path):
     broken = with_weights_set(pair[1]._model.model_dir, tmp_path / "broken", "final_norm", float("nan"))
     ours = GenaiLM(GenaiModel(broken, threads=2, execution_provider=None), ignore_progress)
-    with pytest.raises(StageFailed, match="not finite"):
+    with pytest.raises(StageFailed, check=coded("logits-not-finite")):
         ours.loglikelihood(instances("loglikelihood", ("Turn", " on")))
 
 
@@ -179,10 +180,10 @@ def test_an_included_file_is_looked_at_wherever_it_lies_but_lm_evals_own_is_trus
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "a.yaml").write_text("task: x\ninclude: ../elsewhere/_base\n")
-    with pytest.raises(BadInput, match="_base asks for code"):
+    with pytest.raises(BadInput, check=coded("lm-eval-code")):
         check_task_folder(folder, allow_code=False)
     (folder / "a.yaml").write_text(f"task: x\ninclude: [{elsewhere / 'missing'}]\n")
-    with pytest.raises(BadInput, match="missing cannot be read"):
+    with pytest.raises(BadInput, check=coded("lm-eval-file-unreadable")):
         check_task_folder(folder, allow_code=False)
     (folder / "a.yaml").write_text("task: x\ninclude: a.yaml\n")  # itself: no endless loop
     check_task_folder(folder, allow_code=False)
@@ -214,9 +215,9 @@ def test_any_task_file_is_taken_or_refused_in_words(tmp_path_factory, content):
 
 def test_no_folder_and_no_task_file_are_refused(tmp_path):
     for call in (digest_of_task_folder, lambda folder: check_task_folder(folder, allow_code=False)):
-        with pytest.raises(BadInput, match="There is no folder"):
+        with pytest.raises(BadInput, check=coded("lm-eval-folder-missing")):
             call(tmp_path / "none")
-    with pytest.raises(BadInput, match="has no task file"):
+    with pytest.raises(BadInput, check=coded("lm-eval-folder-empty")):
         check_task_folder(tmp_path, allow_code=False)
 
 
@@ -310,7 +311,7 @@ def test_an_unknown_task_is_answered_with_close_names(load):
     with pytest.raises(BadInput) as caught:
         load("helaswag")
     assert "hellaswag" in caught.value.what_to_do
-    with pytest.raises(BadInput, match="no task"):  # a file outside the folder is no name
+    with pytest.raises(BadInput, check=coded("lm-eval-task-unknown")):  # a file outside the folder is no name
         load("tasks/choice.yaml")
 
 

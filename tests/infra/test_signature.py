@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.model_signing.signature import sign_manifest, verify_manifest
 from slmops.infra.storage.manifest import Manifest, Source
+from tests.errors import coded
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = Manifest(
@@ -96,7 +97,7 @@ class TestSigning:
                 sign_manifest(MANIFEST, folder / "locked.pem", password)
 
     def test_a_password_for_an_open_key_is_refused_and_an_empty_one_is_none(self, folder: Path) -> None:
-        with pytest.raises(BadInput, match="not encrypted"):
+        with pytest.raises(BadInput, check=coded("key-not-encrypted")):
             sign_manifest(MANIFEST, folder / "key.pem", PASSWORD)
         verify_manifest(MANIFEST, sign_manifest(MANIFEST, folder / "key.pem", ""), folder / "key.pub")
 
@@ -123,19 +124,19 @@ class TestRefusals:
         for position in range(len(MANIFEST)):
             altered = bytearray(MANIFEST)
             altered[position] ^= 1 << position % 8
-            with pytest.raises(StageFailed, match="another manifest"):
+            with pytest.raises(StageFailed, check=coded("signature-of-other-manifest")):
                 verify_manifest(bytes(altered), signature, folder / "key.pub")
         for altered in (MANIFEST[:-1], MANIFEST + b" ", b"", MANIFEST.replace(b"\n", b"\r\n")):
-            with pytest.raises(StageFailed, match="another manifest"):
+            with pytest.raises(StageFailed, check=coded("signature-of-other-manifest")):
                 verify_manifest(altered, signature, folder / "key.pub")
 
     def test_another_key_does_not_verify(self, folder: Path, signature: dict[str, Any]) -> None:
-        with pytest.raises(StageFailed, match="not signed with the key"):
+        with pytest.raises(StageFailed, check=coded("signature-of-other-key")):
             verify_manifest(MANIFEST, signature, folder / "other.pub")
         (folder / "other.pem").write_bytes(private_pem(OTHER_KEY))
         hint = sign_manifest(MANIFEST, folder / "other.pem", None)["verificationMaterial"]["publicKey"]["hint"]
         signature["verificationMaterial"]["publicKey"]["hint"] = hint
-        with pytest.raises(StageFailed, match="does not verify"):
+        with pytest.raises(StageFailed, check=coded("signature-not-valid")):
             verify_manifest(MANIFEST, signature, folder / "other.pub")
 
     def test_a_manifest_that_was_put_into_the_signature_is_not_taken(
@@ -144,7 +145,7 @@ class TestRefusals:
         altered = MANIFEST.replace(b"home", b"away")
         unsigned = sign_manifest(altered, folder / "key.pem", None)["dsseEnvelope"]["payload"]
         signature["dsseEnvelope"]["payload"] = unsigned
-        with pytest.raises(StageFailed, match="does not verify"):
+        with pytest.raises(StageFailed, check=coded("signature-not-valid")):
             verify_manifest(altered, signature, folder / "key.pub")
 
     def test_a_signature_that_leaves_the_manifest_out_is_not_taken(self, folder: Path) -> None:
@@ -159,7 +160,7 @@ class TestRefusals:
         signer.set_hashing_config(leave_out).sign(empty, folder / "made.json")
         (empty / "manifest.json").write_bytes(MANIFEST)
         verifying.Config().use_elliptic_key_verifier(public_key=folder / "key.pub").verify(empty, folder / "made.json")
-        with pytest.raises(StageFailed, match="another manifest"):
+        with pytest.raises(StageFailed, check=coded("signature-of-other-manifest")):
             verify_manifest(MANIFEST, json.loads((folder / "made.json").read_bytes()), folder / "key.pub")
 
     @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("value", [{}, [], None, "text", 1])
     def test_what_is_no_bundle_at_all_is_refused(self, value: Any, folder: Path) -> None:
-        with pytest.raises(StageFailed, match="malformed"):
+        with pytest.raises(StageFailed, check=coded("signature-malformed")):
             verify_manifest(MANIFEST, value, folder / "key.pub")
 
     def test_every_changed_character_of_the_signed_parts_is_found(
@@ -290,25 +291,25 @@ class TestKeys:
     def test_a_file_that_cannot_be_read_is_refused(
         self, use: Callable[[Path], None], folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with pytest.raises(BadInput, match="does not exist"):
+        with pytest.raises(BadInput, check=coded("key-unreadable", "does not exist")):
             use(folder / "none")
-        with pytest.raises(BadInput, match="no file"):
+        with pytest.raises(BadInput, check=coded("key-unreadable", "no file")):
             use(folder)
-        with pytest.raises(BadInput, match="cannot be read"):
+        with pytest.raises(BadInput, check=coded("key-unreadable", "cannot be read")):
             use(folder / ("x" * 5000))
-        with pytest.raises(BadInput, match="cannot be read"):
+        with pytest.raises(BadInput, check=coded("key-unreadable", "cannot be read")):
             use(folder / "nul\0")
 
         def refuse(self: Path) -> bytes:
             raise PermissionError(13, "Permission denied", str(self))
 
         monkeypatch.setattr(Path, "read_bytes", refuse)
-        with pytest.raises(BadInput, match="Permission denied"):
+        with pytest.raises(BadInput, check=coded("key-unreadable", "Permission denied")):
             use(folder / "key.pem")
 
     @pytest.mark.parametrize("use", [use_private, use_public])
     def test_a_key_in_place_of_its_path_is_not_shown(self, use: Callable[[Path], None]) -> None:
-        with pytest.raises(BadInput, match="in place of its file") as caught:
+        with pytest.raises(BadInput, check=coded("key-in-setting")) as caught:
             use(Path(private_pem(KEY).decode()))
         assert_tells_no_secret(caught.value)
 

@@ -24,6 +24,7 @@ from slmops.tasks.questions.evaluation_set import (
 )
 from slmops.tasks.questions.output_format import read_output_schema
 from slmops.tasks.questions.scoring import SCORERS, parse_scorer
+from tests.errors import coded
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -164,13 +165,13 @@ def test_a_bad_line_is_named_with_its_fault(tmp_path, line, fault):
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(tmp_path, content):
     (tmp_path / "eval.jsonl").write_bytes(content)
-    with pytest.raises(BadInput, match="has no rows"):
+    with pytest.raises(BadInput, check=coded("evaluation-file-empty")):
         read_evaluation_file(tmp_path / "eval.jsonl")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(BadInput, match="cannot be read"):
+        with pytest.raises(BadInput, check=coded("evaluation-file-unreadable")):
             read_evaluation_file(path)
 
 
@@ -196,7 +197,7 @@ def test_a_line_of_50_mb_is_refused_quickly_and_in_little_memory(tmp_path: Path)
             file.write(b"x" * 1_000_000)
     tracemalloc.start()
     started = time.process_time()
-    with pytest.raises(BadInput, match=r"Line 1 .* longer than 1,000,000 bytes"):
+    with pytest.raises(BadInput, check=coded("evaluation-row-not-valid", "Line 1", "1,000,000")):
         read_evaluation_file(path)
     assert time.process_time() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
@@ -217,10 +218,10 @@ def test_a_row_without_a_scorer_has_that_of_the_file(tmp_path: Path) -> None:
     assert first.scorer == parse_scorer({"name": "numeric", "absolute_tolerance": 0.5})
     digests = {digest_of(read_rows(path, None, scorer=name)) for name in (None, "exact_match", "numeric", option)}
     assert len(digests) == 3
-    with pytest.raises(BadInput, match="The scorer 'bleu' cannot be used"):
+    with pytest.raises(BadInput, check=coded("scorer-not-valid", "'bleu'")):
         read_rows(path, None, scorer="bleu")
     write_rows(tmp_path / "e.jsonl", {"expected": "5"}, {"expected": "five"})
-    with pytest.raises(BadInput, match=r"Line 2 .* the scorer numeric and no number, found 'five'"):
+    with pytest.raises(BadInput, check=coded("evaluation-row-not-valid", "Line 2", "'five'")):
         read_rows(path, None, scorer="numeric")
 
 
@@ -246,12 +247,12 @@ def test_the_output_format_is_the_named_one_or_that_beside_the_checkpoints_rows(
     assert by_regex.output_format.regex == "a+"
     assert EvaluationSet.model_validate_json(by_regex.model_dump_json()) == by_regex
 
-    with pytest.raises(BadInput, match="Both an output schema and an output regex"):
+    with pytest.raises(BadInput, check=coded("output-format-twice")):
         read_evaluation_set(None, folder, output_schema_file=str(named), output_regex="a")
-    with pytest.raises(BadInput, match="The output regex cannot be used"):
+    with pytest.raises(BadInput, check=coded("output-regex-not-valid")):
         read_rows(None, folder, output_regex="(a|a)*$")
     (folder / "output_schema.json").write_text("{")
-    with pytest.raises(BadInput, match=r"output_schema\.json cannot be used"):
+    with pytest.raises(BadInput, check=coded("output-schema-not-valid", "output_schema.json")):
         read_rows(None, folder)
 
 
@@ -263,7 +264,7 @@ def test_only_as_many_rows_are_used_as_the_settings_say(tmp_path: Path) -> None:
     assert found.output_format
     assert found.summary == f"2 rows of {path}"
     write_rows(tmp_path / "e.jsonl", {}, {}, {"scorer": "bleu"})
-    with pytest.raises(BadInput, match="Line 3"):
+    with pytest.raises(BadInput, check=coded("evaluation-row-not-valid", "Line 3")):
         read_evaluation.fn(path, None, settings)
 
 

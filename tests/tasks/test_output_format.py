@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from slmops.infra.errors import BadInput
 from slmops.tasks.questions.output_format import OutputFormat, output_faults, parse_output_regex, read_output_schema
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S
+from tests.errors import coded
 
 ACTION = {
     "type": "object",
@@ -168,7 +169,7 @@ def test_a_schema_that_cannot_be_used_is_named_with_place_and_fault(tmp_path: Pa
 
 def test_a_missing_schema_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(BadInput, match="cannot be read"):
+        with pytest.raises(BadInput, check=coded("output-schema-unreadable")):
             read_output_schema(path)
 
 
@@ -184,7 +185,7 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["", "(", "(a|a)*$", "(?R)?a"])
 def test_a_pattern_that_cannot_be_used_is_refused(pattern: str) -> None:
-    with pytest.raises(BadInput, match="The output regex cannot be used: "):
+    with pytest.raises(BadInput, check=coded("output-regex-not-valid")):
         parse_output_regex(pattern)
 
 

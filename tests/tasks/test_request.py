@@ -17,6 +17,7 @@ from slmops.tasks.request.deploy_request import (
 )
 from slmops.tasks.request.parameters import PRECISIONS
 from tests.checkpoints import CHAT_TEMPLATES
+from tests.errors import coded
 
 ALLOWED = "abcdefghijklmnopqrstuvwxyz0123456789-"
 
@@ -32,7 +33,7 @@ class TestNames:
          "a" * 64, "a" * 300, " a", "٣"],
     )  # fmt: skip
     def test_these_are_refused(self, name: str) -> None:
-        with pytest.raises(BadInput, match="not valid") as caught:
+        with pytest.raises(BadInput, check=coded("name-not-valid")) as caught:
             parse(name=name)
         assert len(caught.value.message) < 200
         assert "\n" not in caught.value.message
@@ -61,7 +62,7 @@ class TestPrecisions:
             check_precisions([precision])
 
     def test_none_is_refused(self) -> None:
-        with pytest.raises(BadInput, match="No precision"):
+        with pytest.raises(BadInput, check=coded("precision-not-named")):
             parse(precisions=[])
 
 
@@ -112,7 +113,7 @@ class TestRanges:
         if 0 <= value < float("inf"):
             assert parse(max_kl_divergence=value).max_kl_divergence == value
         else:
-            with pytest.raises(BadInput, match="max_kl_divergence"):
+            with pytest.raises(BadInput, check=coded("parameter-out-of-range", "max_kl_divergence")):
                 parse(max_kl_divergence=value)
 
     @pytest.mark.parametrize("value", [0, -1, 10**9, 1.5, "many"])
@@ -125,7 +126,7 @@ class TestRanges:
         assert parse(temperature=0.0, max_length=99).generation_defaults == {"max_length": 99, "temperature": 0.0}
 
     def test_an_unknown_parameter_is_refused(self) -> None:
-        with pytest.raises(BadInput, match="temprature"):
+        with pytest.raises(BadInput, check=coded("parameter-not-valid", "temprature")):
             parse(temprature=0.5)
 
 
@@ -156,7 +157,7 @@ class TestChatTemplateFile:
 
     def test_a_missing_file_and_a_folder_are_refused(self, tmp_path: Path) -> None:
         for path in (tmp_path / "gone.jinja", tmp_path):
-            with pytest.raises(BadInput, match="cannot be read"):
+            with pytest.raises(BadInput, check=coded("chat-template-unreadable")):
                 parse(chat_template_file=str(path))
 
 
@@ -167,12 +168,12 @@ class TestOutput:
         check_output(tmp_path / "empty")
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "file").touch()
-        with pytest.raises(BadInput, match="not an empty folder"):
+        with pytest.raises(BadInput, check=coded("output-not-empty")):
             parse(output=str(tmp_path / "full"))
         assert not (tmp_path / "new").exists()
 
     def test_a_file_and_a_folder_below_one_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         for output in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
-            with pytest.raises(BadInput, match="file is a file"):
+            with pytest.raises(BadInput, check=coded("output-is-file")):
                 parse(output=str(output))

@@ -15,6 +15,7 @@ from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S, PROBE_TIMEOUT_S, compile_pattern, is_found
 from slmops.tasks.questions.scoring import MAX_ROUGE_WORDS, SCORERS, parse_scorer, parse_scorer_text
 from slmops.tasks.questions.strict_json import parse_json
+from tests.errors import coded
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -297,6 +298,6 @@ def test_a_parameter_names_a_scorer_or_writes_it_as_json() -> None:
         '["numeric"]',
         '{"name": "regex", "name": "x"}',
     ):
-        with pytest.raises(BadInput, match="The scorer") as caught:
+        with pytest.raises(BadInput, check=coded("scorer-not-valid")) as caught:
             parse_scorer_text(wrong)
         assert "absolute_tolerance" in caught.value.what_to_do
