@@ -3,10 +3,9 @@
 from prefect import State, flow
 from prefect.states import Completed
 
-from slmops.infra.settings import load_settings
-from slmops.infra.storage.opening import open_registry
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection
+from slmops.tasks.workshop import open_workshop
 
 
 @flow(name="gc", flow_run_name="gc")
@@ -23,9 +22,8 @@ def gc(keep: int | None = None, dry_run: bool = False) -> State[Collection]:
     Returns:
         What was removed, in a completed state.
     """
-    settings = load_settings()
-    registry = open_registry(settings)
-    registry.objects.check()
-    collection = collect_in_store(registry, settings, keep=keep, dry_run=dry_run)
+    with open_workshop() as shop:
+        shop.registry.objects.check()
+        collection = collect_in_store(keep=keep, dry_run=dry_run)
     publish_collection(collection)
     return Completed(message=collection.summary, data=collection)

@@ -27,7 +27,7 @@ def promote(reference: str, reason: str = "") -> State[Promotion]:
     settings = load_settings()
     registry = open_registry(settings)
     registry.objects.check()
-    return promoted(change_champion(plan_promotion(reference, reason, registry), registry, settings))
+    return promoted(change_champion(plan_promotion(reference, reason, registry), settings))
 
 
 def promoted(promotion: Promotion) -> State[Promotion]:

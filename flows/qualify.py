@@ -119,8 +119,8 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
     record_choice(registry.of(manifest), choice, version.budget)
     standing = Standing()
     if choice.selected:
-        chosen = manifest.variant(choice.selected)
-        standing = settle_champion(manifest, chosen, registry, settings, promote=version.promote)
+        chosen = registry.of(manifest).variant(choice.selected)
+        standing = settle_champion(chosen, settings, promote=version.promote)
     variants = with_reasons(in_order_of_size([*failures, *(one.report for one in outcomes)]), choice)
     report = DeployReport(
         name=manifest.name,

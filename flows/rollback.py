@@ -28,4 +28,4 @@ def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promot
     settings = load_settings()
     registry = open_registry(settings)
     registry.objects.check()
-    return promoted(change_champion(plan_rollback(name, to, reason, registry), registry, settings))
+    return promoted(change_champion(plan_rollback(name, to, reason, registry), settings))

@@ -186,15 +186,14 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove what nothing needs from the store and from this machine, beside running deploys."""
-    settings = load_settings()
     from slmops.tasks.versions.garbage import collect
+    from slmops.tasks.workshop import Workshop
 
     registry = the_registry()
     registry.objects.check()
     with stage_display() as display:
         found = collect(
-            registry,
-            settings,
+            Workshop(load_settings(), registry),
             keep=keep,
             dry_run=dry_run,
             on_progress=lambda done, total, what: display("collect", done / total if total else 0, what),

@@ -29,10 +29,11 @@ from slmops.infra.storage.copying import CopiedVersion, copy_version
 from slmops.infra.storage.disk import check_room, disk_errors
 from slmops.infra.storage.local import CHUNK_BYTES, LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant
+from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import Blob, OnBytes
 from slmops.infra.storage.origin import unmarked
 from slmops.infra.storage.progress import byte_progress
-from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.tar import Member, TarReader, TarWriter, opened_tar, shown
 
 MOST_MANIFEST_BYTES = 16 << 20

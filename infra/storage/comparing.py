@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.storage.manifest import Manifest, StoredVariant
-from slmops.infra.storage.registry import blob_of
+from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.version import Version
 
 

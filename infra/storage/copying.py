@@ -13,9 +13,10 @@ from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.evidence import DEPLOY, SELECTION, SIGNATURE
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile
+from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.origin import marked
 from slmops.infra.storage.progress import byte_progress
-from slmops.infra.storage.registry import CHAMPION, ModelRegistry, blob_of
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature, is_signed
 from slmops.infra.storage.version import Version
 

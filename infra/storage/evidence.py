@@ -20,11 +20,7 @@ T_co = TypeVar("T_co", covariant=True)
 class DamagedEvidence(StageFailed):
     """A record of evidence cannot be read as what its kind holds."""
 
-    def __init__(self, uri: str, reference: str, fault: str) -> None:
-        super().__init__(
-            f"The evidence {uri} of {reference} is not valid: {fault}.",
-            "It was altered, or another version of slmops wrote it: put it back as it was, or remove the file.",
-        )
+    code = "evidence-damaged"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.inputs import stored_inputs
 from slmops.infra.storage.leases import WRITE_LEASE, collecting
 from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import BLOBS, Blob, Entry
-from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
 
 REMOVED_AT_ONCE = 500

@@ -9,34 +9,23 @@ Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evi
 import itertools
 import json
 import re
-import shutil
-import tempfile
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
-from slmops.infra.genai.model_screening import screen_model
-from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.champions import ChampionChange, champion_changes, next_change, record_change
-from slmops.infra.storage.leases import WriteLease
-from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import (
     NAME_PATTERN,
     Manifest,
     Source,
-    StoredFile,
     StoredVariant,
     check_name,
-    digest_of_file,
     now,
 )
-from slmops.infra.storage.objects import Blob, Entry, ObjectStore
-from slmops.infra.storage.progress import byte_progress
+from slmops.infra.storage.model_files import ModelFiles, blob_of
+from slmops.infra.storage.objects import Entry
 from slmops.infra.storage.version import Version
 
 ALIAS_PATTERN = NAME_PATTERN
@@ -44,140 +33,8 @@ CHAMPION = "champion"
 CANDIDATE = "candidate"
 
 
-class ModelRegistry:
-    """The versions, evidence and aliases in an object store.
-
-    A store that is not on this machine has a `cache` here, of verified blobs.
-    """
-
-    def __init__(self, objects: ObjectStore, cache: LocalObjectStore | None = None) -> None:
-        self.objects = objects
-        self.cache = cache
-        self._lease = WriteLease(objects)
-
-    # Files
-
-    def add_files(self, folder: Path, on_progress: OnProgress | None = None) -> tuple[StoredFile, ...]:
-        """Store every file under a folder; see `add_paths`."""
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        return self.add_paths({path.relative_to(folder).as_posix(): path for path in paths}, on_progress)
-
-    def add_paths(self, paths: Mapping[str, Path], on_progress: OnProgress | None = None) -> tuple[StoredFile, ...]:
-        """Store files as blobs, by the names that a manifest calls them, and return what it says of them.
-
-        What is there is not stored again. All are kept from being collected as garbage until `release_files`.
-        """
-        files = tuple(
-            StoredFile(path=name, sha256=digest_of_file(path), size_bytes=path.stat().st_size)
-            for name, path in paths.items()
-        )
-        sources = {blob_of(file): path for file, path in zip(files, paths.values(), strict=True)}
-        missing = self._claim(sources)
-        on_bytes = byte_progress(on_progress, missing, "storing")
-        self.objects.put_blobs([(blob, sources[blob]) for blob in missing], on_bytes)
-        if self.cache:
-            self.cache.put_blobs([(blob, sources[blob]) for blob in self.cache.missing(sources)])
-        return files
-
-    def has_files(self, files: Iterable[StoredFile]) -> bool:
-        """Whether every blob is there in full size."""
-        return not self.objects.missing(map(blob_of, files))
-
-    def claim_files(self, files: Iterable[StoredFile]) -> list[Blob]:
-        """Rely on files until `release_files`; returns the blobs that are missing.
-
-        Those that are there stay there. Raises `PassingFault` when a collection of garbage does not end.
-        """
-        return self._claim(map(blob_of, files))
-
-    def _claim(self, blobs: Iterable[Blob]) -> list[Blob]:
-        wanted = list(dict.fromkeys(blobs))
-        self._lease.claim(wanted)  # first, and only then looked for: see slmops.infra.storage.leases
-        return self.objects.missing(wanted)
-
-    def release_files(self) -> None:
-        """Rely on no file any more."""
-        self._lease.release()
-
-    @contextmanager
-    def in_use(self, manifest: Manifest) -> Iterator[None]:
-        """Keep a version from being collected by `gc --keep` while this process works with it."""
-        self.claim_files(file for variant in manifest.variants for file in variant.files)
-        try:
-            yield
-        finally:
-            self.release_files()
-
-    def local_file(self, file: StoredFile) -> Path | None:
-        """Return a file of this machine that is the stored one, or None where it would have to be fetched."""
-        for store in (self.objects, self.cache):
-            if isinstance(store, LocalObjectStore) and not store.missing([blob_of(file)]):
-                return store.blob_path(blob_of(file))
-        return None
-
-    def materialize(self, files: Iterable[StoredFile], folder: Path, on_progress: OnProgress | None = None) -> None:
-        """Place files of the store under a folder that does not have them yet: hard links where that is possible.
-
-        What is not on this machine is fetched into the cache first, and verified. Raises `StageFailed` for a file whose
-        content the store has lost.
-        """
-        wanted = list(files)
-        aside = folder.with_name(f".{uuid.uuid4().hex}.aside")
-        try:
-            source = self._on_this_machine(wanted, on_progress)
-            source.fetch_blobs([(blob_of(file), folder / file.path) for file in wanted], aside)
-        except KeyError as error:
-            sha256 = str(error.args[0]).rpartition("/")[2]
-            lost = next((file.path for file in wanted if file.sha256 == sha256), "a file")
-            raise StageFailed(
-                f"The store has lost the content of {lost} ({sha256}).",
-                "Push the version again from a machine that has it, or delete it and deploy again.",
-                code="content-lost",
-            ) from None
-        finally:
-            with suppress(OSError):
-                aside.rmdir()
-
-    def place_model(self, variant: StoredVariant, folder: Path, on_progress: OnProgress | None = None) -> None:
-        """Materialize a variant for a runtime to open, whoever made it: every model comes out of the store here.
-
-        Raises `StageFailed` also for a model that `slmops.infra.genai.model_screening` refuses.
-        """
-        self.materialize(variant.files, folder, on_progress)
-        try:
-            screen_model(folder)
-        except BadInput as error:
-            raise StageFailed(error.message, error.what_to_do, code="content-lost") from None
-
-    def local_files(self, files: Sequence[StoredFile], on_progress: OnProgress | None = None) -> dict[str, Path]:
-        """Return the path of each file -> where its content is on this machine, fetched into the cache if need be.
-
-        Raises `KeyError` for content that the store has lost.
-        """
-        here = self._on_this_machine(files, on_progress)
-        assert isinstance(here, LocalObjectStore)  # a store elsewhere has a cache here
-        if lost := here.missing([blob_of(file) for file in files]):
-            raise KeyError(lost[0].key)
-        return {file.path: here.blob_path(blob_of(file)) for file in files}
-
-    def _on_this_machine(self, files: Sequence[StoredFile], on_progress: OnProgress | None) -> ObjectStore:
-        if self.cache is None:
-            return self.objects
-        missing = self.cache.missing(dict.fromkeys(map(blob_of, files)))
-        on_bytes = byte_progress(on_progress, missing, "fetching")
-        self.objects.fetch_blobs([(blob, self.cache.blob_path(blob)) for blob in missing], self.cache.aside, on_bytes)
-        return self.cache
-
-    def copy_files(self, files: Iterable[StoredFile], folder: Path) -> None:
-        """Write the user's own copy of files of the store: independent of the store's, and writable."""
-        wanted = list(files)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            self.materialize(wanted, Path(aside) / "files")
-            for file in wanted:
-                path = folder / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(Path(aside) / "files" / file.path, path)
+class ModelRegistry(ModelFiles):
+    """The versions, evidence and aliases in an object store, beside the files of its models."""
 
     # Versions
 
@@ -517,11 +374,6 @@ class ModelRegistry:
 
 def _to_json(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def blob_of(file: StoredFile) -> Blob:
-    """Return the content of a file."""
-    return Blob(file.sha256, file.size_bytes)
 
 
 def _is_version(keys: set[str]) -> bool:

@@ -9,9 +9,9 @@ from typing import Literal
 
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.progress import byte_progress
-from slmops.infra.storage.registry import blob_of
 from slmops.infra.storage.version import Version
 
 

@@ -178,7 +178,10 @@ class Version:
             raise self._damaged(entry, first_fault(error)) from None
 
     def _damaged(self, entry: Entry, fault: str) -> DamagedEvidence:
-        return DamagedEvidence(self.registry.objects.uri(entry.key), self.reference, fault)
+        return DamagedEvidence(
+            f"The evidence {self.registry.objects.uri(entry.key)} of {self.reference} is not valid: {fault}.",
+            "It was altered, or another version of slmops wrote it: put it back as it was, or remove the file.",
+        )
 
     def evidence_key(self, file: str) -> str:
         """Return the store's key of a file of evidence."""

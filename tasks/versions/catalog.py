@@ -9,8 +9,9 @@ from typing import Any
 from slmops.infra.errors import PassingFault, SlmopsError
 from slmops.infra.foundry.catalog import CatalogModel
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
+from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import Entry
-from slmops.infra.storage.registry import CHAMPION, ModelRegistry, blob_of
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.build import OLIVE_PROVIDERS
 from slmops.tasks.foundry.registration import champion_model_id, foundry_model_id

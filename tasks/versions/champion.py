@@ -15,7 +15,8 @@ from slmops.infra.foundry.server_client import RunningServer, running_servers
 from slmops.infra.process.slots import slot
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant
-from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.infra.storage.registry import CANDIDATE, CHAMPION
+from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.answers import last_evaluation_set
 from slmops.tasks.foundry.registration import (
     Proof,
@@ -55,47 +56,45 @@ class Standing:
         return (str(self.refusal),) if self.refusal else ()
 
 
-def settle_champion(
-    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, settings: Settings, *, promote: bool
-) -> Standing:
-    """Make a version that was just proven the champion, where that is due, and else the candidate of its name.
+def settle_champion(variant: Variant, settings: Settings, *, promote: bool) -> Standing:
+    """Make the version of a variant that was just proven the champion, where that is due, and else the candidate.
 
     A refused change leaves the store, Foundry Local and the servers as they were. It is returned, for the report to be
     published before the run ends with it.
     """
-    change = choose_champion(manifest, variant, registry, promote=promote)
+    change = choose_champion(variant, promote=promote)
     if change is None:
         return Standing()
     try:
-        return Standing(change_champion(change, registry, settings).foundry_model_id)
+        return Standing(change_champion(change, settings).foundry_model_id)
     except ChampionChanged as error:
         if promote:
             return Standing(refusal=error)
-        name_candidate(manifest, registry)  # of two first versions at once, wherever they come from, one is first
+        name_candidate(variant.version)  # of two first versions at once, wherever they come from, one is first
         return Standing()
     except SlmopsError as error:
         return Standing(refusal=error)
 
 
-def change_champion(change: Change, registry: ModelRegistry, settings: Settings) -> Promotion:
+def change_champion(change: Change, settings: Settings) -> Promotion:
     """Prove a version, let it serve, and call it the champion; undo all of it when any of that fails.
 
     One change of a name at a time is made on a machine. Raises `ChampionChanged` for one that was overtaken.
     """
     with slot(settings.cache_dir / "promotions" / change.name, 1):
-        present = look_at_present(change, registry, settings)
+        present = look_at_present(change, settings)
         if present.is_in_step_with(change):
             return outcome(change, "unchanged")
-        recorded = None if change.is_proven else recall_proof(change, registry, settings)
-        with registry.in_use(change.manifest), all_or_nothing(change) as undo:
-            proof = prove_again(change, recorded, undo, registry, settings) if recorded else None
+        recorded = None if change.is_proven else recall_proof(change, settings)
+        with change.version.in_use(), all_or_nothing(change) as undo:
+            proof = prove_again(change, recorded, undo, settings) if recorded else None
             undo.add("Foundry Local", partial(set_champion_ids, change.name, present.registered, settings))
-            register_champion(change.manifest, change.variant, settings)
+            register_champion(change.version.manifest, change.variant.stored, settings)
             for server, version in present.servers:
-                undo.add(server.url, partial(hand_back, server, change, version, registry))
+                undo.add(server.url, partial(hand_back, server, change, version))
                 hand_over(server, change)
-            undo.add("the alias", partial(restore_alias, change, registry))
-            set_champion(change, registry)
+            undo.add("the alias", partial(restore_alias, change))
+            set_champion(change)
     return outcome(change, change.kind, proof=proof, servers=len(present.servers))
 
 
@@ -109,12 +108,12 @@ class RecordedProof:
     card: str
 
 
-def prove_again(
-    change: Change, recorded: RecordedProof, undo: Undo, registry: ModelRegistry, settings: Settings
-) -> Proof:
+def prove_again(change: Change, recorded: RecordedProof, undo: Undo, settings: Settings) -> Proof:
     """Register a variant where it is not, compare its files with the manifest, and let it answer as it did before."""
-    manifest, variant = change.manifest, change.variant
-    registration = register_variant(manifest, variant, recorded.description, recorded.card, registry, settings)
+    manifest, variant = change.version.manifest, change.variant.stored
+    registration = register_variant(
+        manifest, variant, recorded.description, recorded.card, change.version.registry, settings
+    )
     if registration.changed:
         undo.add(registration.model_id, partial(unregister_variant, manifest, variant, settings))
     check_files(change, settings)
@@ -132,40 +131,38 @@ class Present:
     def is_in_step_with(self, change: Change) -> bool:
         """Whether a change has nothing to do."""
         return (
-            change.former == change.manifest.version
+            change.former == change.version.number
             and [(manifest.version, variant.precision) for manifest, variant in self.registered]
-            == [(change.manifest.version, change.variant.precision)]
-            and all(version == change.manifest.version for _, version in self.servers)
+            == [(change.version.number, change.variant.precision)]
+            and all(version == change.version.number for _, version in self.servers)
         )
 
 
-@stage("choose champion", run_name="choose-champion-{manifest.name}")
-def choose_champion(
-    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, *, promote: bool
-) -> Change | None:
+@stage("choose champion", run_name="choose-champion-{variant.version.name}")
+def choose_champion(variant: Variant, *, promote: bool) -> Change | None:
     """Return the change that makes a version the champion; a version that does not become it is the candidate."""
-    change = plan_deployed(manifest, variant, registry, promote=promote)
+    change = plan_deployed(variant, promote=promote)
     if change is None:
-        name_candidate.fn(manifest, registry)
+        name_candidate.fn(variant.version)
     return change
 
 
-@stage("name candidate", run_name="candidate-{manifest.name}")
-def name_candidate(manifest: Manifest, registry: ModelRegistry) -> None:
+@stage("name candidate", run_name="candidate-{version.name}")
+def name_candidate(version: Version) -> None:
     """Point the alias of the newest version that can be promoted to this one."""
-    champion = registry.alias(manifest.name, CHAMPION)
-    registry.set_alias(manifest.name, CANDIDATE, manifest.version, f"deployed while {champion} was the champion")
+    champion = version.registry.alias(version.name, CHAMPION)
+    version.registry.set_alias(version.name, CANDIDATE, version.number, f"deployed while {champion} was the champion")
 
 
 @stage("look at what serves", run_name="present-{change.name}")
-def look_at_present(change: Change, registry: ModelRegistry, settings: Settings) -> Present:
+def look_at_present(change: Change, settings: Settings) -> Present:
     """Find what serves under a name.
 
     Raises `StageFailed` for a running server that does not answer, and `ChampionChanged`.
     """
-    name = change.name
+    name, registry = change.name, change.version.registry
     if registry.alias(name, CHAMPION) != change.former:
-        raise _overtaken(change, registry)
+        raise _overtaken(change)
     found = {model.version: model.folder for model in registered_models(settings) if model.name == name}
     registered = [
         (manifest, variant)
@@ -180,50 +177,51 @@ def look_at_present(change: Change, registry: ModelRegistry, settings: Settings)
 
 
 @stage("recall proof", run_name="recall-proof-{change.name}")
-def recall_proof(change: Change, registry: ModelRegistry, settings: Settings) -> RecordedProof:
+def recall_proof(change: Change, settings: Settings) -> RecordedProof:
     """Return what is on record of a variant; raises `BadInput` where there is no proof that can be repeated."""
-    evaluation = last_evaluation_set(change.manifest, registry)
+    version = change.version
+    evaluation = last_evaluation_set(version.manifest, version.registry)
     row = evaluation.rows[0] if evaluation else None
-    proof = last_proof(change.manifest, change.variant, row, registry) if row else None
+    proof = last_proof(version.manifest, change.variant.stored, row, version.registry) if row else None
     if row is None or proof is None:
         raise BadInput(
-            f"{change.manifest.reference} {change.variant.precision} has no proof on record that can be repeated.",
-            f"Prove it with slmops regate {change.manifest.reference}.",
+            f"{version.reference} {change.variant.precision} has no proof on record that can be repeated.",
+            f"Prove it with slmops regate {version.reference}.",
         )
-    return RecordedProof(row, proof, *_card_of(change, registry, settings))
+    return RecordedProof(row, proof, *_card_of(change, settings))
 
 
-def _card_of(change: Change, registry: ModelRegistry, settings: Settings) -> tuple[str, str]:
+def _card_of(change: Change, settings: Settings) -> tuple[str, str]:
     """Return a variant's description and model card as its deploy wrote them."""
-    manifest, precision = change.manifest, change.variant.precision
-    deployed = registry.latest_evidence(manifest, "deploy") or {}
-    description = str(deployed.get("description", ""))
-    written = model_folder(settings.foundry_dir, change.name, precision, manifest.version) / MODEL_CARD
+    version, precision = change.version, change.variant.precision
+    deployed = version.deployed
+    written = model_folder(settings.foundry_dir, change.name, precision, version.number) / MODEL_CARD
     if written.is_file():
-        return description, written.read_text("utf-8")
+        return deployed.description, written.read_text("utf-8")
+    recorded = deployed.variant(precision)
     try:
-        report = next(
-            VariantReport.model_validate(variant)
-            for variant in deployed["variants"]
-            if variant["precision"] == precision
-        )
+        report = VariantReport.model_validate(recorded and recorded.model_dump(exclude_unset=True))
     except ValidationError:  # another version of slmops has recorded it
-        return description, f"# {manifest.reference} {precision}\n"
-    evaluation = str(deployed.get("evaluation", ""))
-    base_model = base_model_of(manifest.source.origin)
-    card = model_card(manifest, report, evaluation=evaluation, description=description, base_model=base_model)
-    return description, card
+        return deployed.description, f"# {version.reference} {precision}\n"
+    card = model_card(
+        version.manifest,
+        report,
+        evaluation=deployed.evaluation,
+        description=deployed.description,
+        base_model=base_model_of(version.manifest.source.origin),
+    )
+    return deployed.description, card
 
 
 @stage("check files", run_name="check-files-{change.name}")
 def check_files(change: Change, settings: Settings) -> None:
     """Raise `StageFailed` when a variant's folder in Foundry's cache is not what the version's manifest says."""
     with stage_progress(f"check {change.variant.precision}"):
-        altered = altered_in_foundry(change.manifest, change.variant, settings)
+        altered = altered_in_foundry(change.version.manifest, change.variant.stored, settings)
     if altered:
         raise StageFailed(
-            f"{', '.join(altered)} of {change.manifest.reference} {change.variant.precision} was altered.",
-            f"See slmops verify {change.manifest.reference}, and --repair where another copy is whole.",
+            f"{', '.join(altered)} of {change.version.reference} {change.variant.precision} was altered.",
+            f"See slmops verify {change.version.reference}, and --repair where another copy is whole.",
         )
 
 
@@ -231,27 +229,27 @@ def check_files(change: Change, settings: Settings) -> None:
 def hand_over(server: RunningServer, change: Change) -> None:
     """Let a running server serve the new version; raises `StageFailed` with the server's reason."""
     with stage_progress(f"hand over {server.url}"):
-        server.hand_over(change.name, change.manifest.version, change.variant.precision)
+        server.hand_over(change.name, change.version.number, change.variant.precision)
 
 
 @stage("set champion", run_name="champion-{change.name}")
-def set_champion(change: Change, registry: ModelRegistry) -> None:
+def set_champion(change: Change) -> None:
     """Point the alias to the new champion, which is in its history from then on; a candidate is none any more.
 
     Raises `ChampionChanged`.
     """
-    name, version = change.name, change.manifest.version
+    name, version, registry = change.name, change.version.number, change.version.registry
     is_champion = registry.alias(name, CHAMPION) == version or registry.replace_champion(
         name, version, change.former, change.reason, rolled_back=change.rolled_back
     )
     if not is_champion:
-        raise _overtaken(change, registry)
+        raise _overtaken(change)
     if registry.alias(name, CANDIDATE) == version:
         registry.remove_alias(name, CANDIDATE)
 
 
-def _overtaken(change: Change, registry: ModelRegistry) -> ChampionChanged:
-    present = registry.alias(change.name, CHAMPION)
+def _overtaken(change: Change) -> ChampionChanged:
+    present = change.version.registry.alias(change.name, CHAMPION)
     return ChampionChanged(
         f"Meanwhile {f'{change.name}@{present}' if present else 'nobody'} became the champion.",
         f"See slmops history {change.name}, and try again.",

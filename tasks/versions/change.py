@@ -5,8 +5,9 @@ from typing import Literal
 
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.champions import champion_before
-from slmops.infra.storage.manifest import Manifest, StoredVariant, check_name
+from slmops.infra.storage.manifest import check_name
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.infra.storage.version import Variant, Version
 
 PROMOTED = "promoted by hand"
 DEPLOYED = "promoted by its deploy"
@@ -17,22 +18,26 @@ ChangeKind = Literal["promoted", "rolled back"]
 
 @dataclass(frozen=True)
 class Change:
-    """The version that is to become the champion, its variant that serves, the champion before it, and why.
+    """The variant that is to serve, as the champion of its name, the champion before it, and why.
 
     `is_proven` says that the run which asks for the change has just registered and proven the variant itself.
     """
 
-    manifest: Manifest
-    variant: StoredVariant
+    variant: Variant
     former: int | None
     reason: str
     rolled_back: bool = False
     is_proven: bool = False
 
     @property
+    def version(self) -> Version:
+        """The version that is to become the champion."""
+        return self.variant.version
+
+    @property
     def name(self) -> str:
         """Name of the model."""
-        return self.manifest.name
+        return self.version.name
 
     @property
     def kind(self) -> ChangeKind:
@@ -50,10 +55,8 @@ def plan_promotion(reference: str, reason: str, registry: ModelRegistry) -> Chan
             f"Write, for example, {name}@{CANDIDATE} or {name}@2.",
             code="reference-not-valid",
         )
-    version = registry.find(reference)
-    return Change(
-        version.manifest, version.require_serving().stored, registry.alias(name, CHAMPION), reason.strip() or PROMOTED
-    )
+    variant = registry.find(reference).require_serving()
+    return Change(variant, registry.alias(name, CHAMPION), reason.strip() or PROMOTED)
 
 
 def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistry) -> Change:
@@ -79,26 +82,23 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
             f"Use --to with one of {', '.join(map(str, versions))}.",
             code="version-missing",
         )
-    manifest = versions[back_to]
     held = f"{name}@{champion}" if champion else "no champion"
     return Change(
-        manifest,
-        registry.of(manifest).require_serving().stored,
+        registry.of(versions[back_to]).require_serving(),
         champion,
         reason.strip() or f"rolled back from {held}",
         rolled_back=True,
     )
 
 
-def plan_deployed(
-    manifest: Manifest, variant: StoredVariant, registry: ModelRegistry, *, promote: bool
-) -> Change | None:
-    """Return the change that a deploy asks for when it has proven a version; None: the version is only a candidate.
+def plan_deployed(variant: Variant, *, promote: bool) -> Change | None:
+    """Return the change that a deploy asks for when it has proven a variant; None: its version is only a candidate.
 
     A name's first version that can be served becomes its champion; a later one does by `promote`. The champion itself
     is brought in step with the variant that was chosen.
     """
-    former = registry.alias(manifest.name, CHAMPION)
-    if former is not None and former != manifest.version and not promote:
+    version = variant.version
+    former = version.registry.alias(version.name, CHAMPION)
+    if former is not None and former != version.number and not promote:
         return None
-    return Change(manifest, variant, former, FIRST if former is None else DEPLOYED, is_proven=True)
+    return Change(variant, former, FIRST if former is None else DEPLOYED, is_proven=True)

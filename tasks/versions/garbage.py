@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import OnProgress
-from slmops.infra.settings import Settings
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
 from slmops.infra.storage.leases import WRITE_LEASE
 from slmops.infra.storage.local import LocalObjectStore
@@ -20,6 +19,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.foundry.registration import unregister_version
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import Workshop, workshop
 
 
 class Collection(BaseModel):
@@ -52,8 +52,7 @@ class Collection(BaseModel):
 
 
 def collect(
-    registry: ModelRegistry,
-    settings: Settings,
+    shop: Workshop,
     *,
     keep: int | None,
     dry_run: bool,
@@ -67,6 +66,7 @@ def collect(
     """
     if keep is not None and keep < 1:
         raise BadInput(f"--keep is {keep}.", "Keep at least one version of each name.")
+    registry, cache_dir = shop.registry, shop.settings.cache_dir
     needed = {blob.sha256 for blob in needed_blobs(registry)}  # every manifest can be read, or nothing is touched
     claimed = claimed_blobs(registry)
     old = [] if keep is None else [one for name in registry.names() for one in _old_versions(registry, name, keep)]
@@ -74,7 +74,7 @@ def collect(
     freed_bytes = 0
     for manifest in old:
         if manifest not in in_use and not dry_run:
-            unregister_version(manifest, settings)
+            unregister_version(manifest, shop.settings)
             freed_bytes += delete_version(registry.of(manifest), even_in_use=False) or 0
     deleted = [one for one in old if one not in in_use]
     found = collect_garbage(registry, dry_run=dry_run, without=deleted, on_progress=on_progress)
@@ -86,7 +86,7 @@ def collect(
         leftovers=len(found.leftovers) + len(found.evidence),
         freed_bytes=freed_bytes + found.size_bytes,
         spared_blobs=found.spared_blobs,
-        cached_bytes=_clean_cache(registry, needed | claimed, settings, dry_run=dry_run),
+        cached_bytes=_clean_cache(registry.cache, needed | claimed, cache_dir, dry_run=dry_run),
     )
 
 
@@ -99,41 +99,41 @@ def _blobs_of(manifest: Manifest) -> set[str]:
     return {file.sha256 for variant in manifest.variants for file in variant.files}
 
 
-def _clean_cache(registry: ModelRegistry, needed: set[str], settings: Settings, *, dry_run: bool) -> int:
+def _clean_cache(cache: LocalObjectStore | None, needed: set[str], cache_dir: Path, *, dry_run: bool) -> int:
     """Remove cached files that no version needs, trials of recipes that were not chosen, and work that broke off."""
     freed = 0
-    if registry.cache:
-        unneeded = [one for one in registry.cache.entries(BLOBS) if one.key.rpartition("/")[2] not in needed]
-        unneeded += registry.cache.leftovers(datetime.now(UTC) - WRITE_LEASE)
+    if cache:
+        unneeded = [entry for entry in cache.entries(BLOBS) if entry.key.rpartition("/")[2] not in needed]
+        unneeded += cache.leftovers(datetime.now(UTC) - WRITE_LEASE)
         freed += sum(entry.size_bytes for entry in unneeded)
         if not dry_run:
-            registry.cache.delete(entry.key for entry in unneeded)
-    for folder in (*_abandoned_work(settings), *_trials(settings)):
+            cache.delete(entry.key for entry in unneeded)
+    for folder in (*_abandoned_work(cache_dir), *_trials(cache_dir)):
         freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if not dry_run:
             shutil.rmtree(folder, ignore_errors=True)
     return freed
 
 
-def _abandoned_work(settings: Settings) -> list[Path]:
-    root = settings.cache_dir / "work"
+def _abandoned_work(cache_dir: Path) -> list[Path]:
+    root = cache_dir / "work"
     oldest = time.time() - WRITE_LEASE.total_seconds()
     return [path for path in root.iterdir() if path.stat().st_mtime < oldest] if root.is_dir() else []
 
 
-def _trials(settings: Settings) -> list[Path]:
+def _trials(cache_dir: Path) -> list[Path]:
     """Return the folder of a search's trials, unless a search is at work in it."""
-    folder = settings.cache_dir / "trials"
+    folder = cache_dir / "trials"
     if not folder.is_dir() or claimed_blobs(ModelRegistry(LocalObjectStore(folder))):
         return []
     return [folder]
 
 
 @stage("collect garbage", run_name="collect-garbage")
-def collect_in_store(registry: ModelRegistry, settings: Settings, *, keep: int | None, dry_run: bool) -> Collection:
+def collect_in_store(*, keep: int | None, dry_run: bool) -> Collection:
     """Run `collect` and show its progress."""
     with stage_progress("collect") as on_progress:
-        return collect(registry, settings, keep=keep, dry_run=dry_run, on_progress=on_progress)
+        return collect(workshop(), keep=keep, dry_run=dry_run, on_progress=on_progress)
 
 
 @stage("report garbage", run_name="report-garbage")

@@ -55,12 +55,12 @@ def outcome(change: Change, status: PromotionStatus, *, proof: Proof | None = No
     """Return the record of a change that was made, or (`unchanged`) had nothing to do."""
     return Promotion(
         name=change.name,
-        version=change.manifest.version,
+        version=change.version.number,
         former=change.former,
         status=status,
         reason=change.reason,
         precision=change.variant.precision,
-        foundry_model_id=champion_model_id(change.name, change.manifest.version),
+        foundry_model_id=champion_model_id(change.name, change.version.number),
         servers=servers,
         proof=proof,
     )

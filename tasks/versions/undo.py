@@ -7,7 +7,7 @@ from typing import Any
 
 from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.foundry.server_client import RunningServer
-from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.infra.storage.registry import CHAMPION
 from slmops.tasks.versions.change import Change
 
 
@@ -56,27 +56,28 @@ def _as_told(error: Exception) -> SlmopsError:
 
 def _refusal(change: Change, error: SlmopsError, left: Sequence[str]) -> tuple[str, str]:
     held = f"{change.name}@{change.former} still is the champion" if change.former else "There still is no champion"
-    message = f"{change.manifest.reference} was not promoted: {error.message} {held}."
+    message = f"{change.version.reference} was not promoted: {error.message} {held}."
     if not left:
         return message, error.what_to_do
     again = f"slmops promote {change.name}@{change.former}" if change.former else "slmops unregister"
     return f"{message} Not put back: {'; '.join(left)}.", f"Put it in step with {again}. {error.what_to_do}".strip()
 
 
-def restore_alias(change: Change, registry: ModelRegistry) -> None:
+def restore_alias(change: Change) -> None:
     """Let the former champion be it again, where this change had made another one."""
-    name, version = change.name, change.manifest.version
+    name, version, registry = change.name, change.version.number, change.version.registry
     if change.former != version and registry.alias(name, CHAMPION) == version:
-        reason = f"the promotion of {change.manifest.reference} did not end"
+        reason = f"the promotion of {change.version.reference} did not end"
         if change.former is None:
             registry.remove_alias(name, CHAMPION, reason)
         else:
             registry.set_alias(name, CHAMPION, change.former, reason, rolled_back=True)
 
 
-def hand_back(server: RunningServer, change: Change, version: int, registry: ModelRegistry) -> None:
+def hand_back(server: RunningServer, change: Change, version: int) -> None:
     """Let a server serve what it served before; raises `StageFailed` when it then serves something else."""
     try:
+        registry = change.version.registry
         former = registry.version(change.name, version)
         server.hand_over(change.name, version, registry.of(former).require_serving().precision)
     except SlmopsError:

@@ -49,7 +49,8 @@ from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.copying import copy_version
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant, digest_of, digest_of_file
-from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.model_files import blob_of
+from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.s3.store import S3ObjectStore
 from tests.s3_proxy import FaultProxy
 from tests.s3_servers import S3Server, rclone_binary, rclone_server

@@ -61,7 +61,7 @@ class TestPlans:
     ) -> None:
         registry.set_alias("home", CANDIDATE, 3, "later")
         planned = plan_promotion("home@candidate", " it is better ", registry)
-        assert (planned.manifest, planned.former, planned.reason) == (versions[2], 1, "it is better")
+        assert (planned.version.manifest, planned.former, planned.reason) == (versions[2], 1, "it is better")
         assert plan_promotion("home@2", "", registry).reason == "promoted by hand"
 
     @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ class TestPlans:
         for number in (2, 3):
             registry.set_alias("home", CHAMPION, number, "better")
         planned = plan_rollback("home", None, "", registry)
-        assert (planned.manifest, planned.former, planned.reason) == (versions[1], 3, "rolled back from home@3")
-        assert plan_rollback("home", 1, "", registry).manifest == versions[0]
+        assert (planned.version.manifest, planned.former, planned.reason) == (versions[1], 3, "rolled back from home@3")
+        assert plan_rollback("home", 1, "", registry).version.manifest == versions[0]
 
     def test_a_rollback_to_what_is_gone_is_refused(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
         registry.set_alias("home", CHAMPION, 2, "better")
@@ -160,10 +160,10 @@ class TestUndoing:
         self, api: None, registry: ModelRegistry, versions: list[Manifest]
     ) -> None:
         change = plan_promotion("home@2", "better", registry)
-        restore_alias(change, registry)  # nothing was changed yet
-        set_champion.fn(change, registry)
+        restore_alias(change)  # nothing was changed yet
+        set_champion.fn(change)
         assert registry.alias("home", CHAMPION) == 2
-        restore_alias(change, registry)
+        restore_alias(change)
         assert registry.alias("home", CHAMPION) == 1
         newest, promoted, _ = registry.champion_history("home")
         assert (promoted.version, promoted.reason) == (2, "better")
@@ -175,8 +175,8 @@ class TestUndoing:
         change = plan_promotion("home@2", "", registry)
         registry.set_alias("home", CHAMPION, 3, "theirs")
         with pytest.raises(StageFailed, match="Meanwhile home@3 became the champion"):
-            set_champion.fn(change, registry)
-        restore_alias(change, registry)
+            set_champion.fn(change)
+        restore_alias(change)
         assert registry.alias("home", CHAMPION) == 3
 
     def test_a_server_gets_back_what_it_served(
@@ -185,12 +185,12 @@ class TestUndoing:
         change = plan_promotion("home@2", "", registry)
         with ModelServer({"home": 2}).running(settings.home_dir) as model_server:
             (running,) = running_servers(settings.home_dir)
-            hand_back(running, change, 1, registry)
+            hand_back(running, change, 1)
             assert model_server.models == {"home": 1}
             model_server.refuses |= {1, 3}
-            hand_back(running, change, 1, registry)  # it serves it: that it refuses to load it again is no failure
+            hand_back(running, change, 1)  # it serves it: that it refuses to load it again is no failure
             with pytest.raises(StageFailed, match="does not fit"):
-                hand_back(running, change, 3, registry)
+                hand_back(running, change, 3)
 
 
 class Foundry:
@@ -238,7 +238,7 @@ class TestDeploys:
     def settle(
         self, manifest: Manifest, registry: ModelRegistry, settings: Settings, promote: bool = False
     ) -> Standing:
-        return settle_champion(manifest, manifest.variant("int4"), registry, settings, promote=promote)
+        return settle_champion(registry.of(manifest).variant("int4"), settings, promote=promote)
 
     def test_the_first_version_becomes_the_champion_and_the_next_a_candidate(
         self, first: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
@@ -308,7 +308,7 @@ class TestDeploys:
 
         def overtaken_once(manifest: Manifest, *_: Any, **__: Any) -> Change:
             registry.set_alias("home", CHAMPION, first.version, FIRST)  # another machine's, since this was planned
-            return Change(manifest, manifest.variant("int4"), None, FIRST, is_proven=True)
+            return Change(registry.of(manifest).variant("int4"), None, FIRST, is_proven=True)
 
         monkeypatch.setattr("slmops.tasks.versions.champion.plan_deployed", overtaken_once)
         assert self.settle(second, registry, settings) == Standing()
@@ -318,11 +318,11 @@ class TestDeploys:
         self, first: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
     ) -> None:
         versions = [passed(registry, tmp_path, number) for number in (2, 3)]
-        changes = [Change(one, one.variant("int4"), 1, "better", is_proven=True) for one in versions]
+        changes = [Change(registry.of(one).variant("int4"), 1, "better", is_proven=True) for one in versions]
 
         def promote_one(change: Change) -> object:
             try:
-                return change_champion(change, registry, settings)
+                return change_champion(change, settings)
             except ChampionChanged as error:
                 return error
 

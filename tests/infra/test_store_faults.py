@@ -31,9 +31,10 @@ from slmops.infra.settings import Settings, StoreSettings
 from slmops.infra.storage.copying import CopiedVersion, copy_version
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import BLOBS, Blob
 from slmops.infra.storage.opening import open_local_registry, open_registry
-from slmops.infra.storage.registry import ModelRegistry, blob_of
+from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.s3.client import ATTEMPTS, make_client, parse_s3_uri
 from slmops.infra.storage.verification import verify_version
 from tests.infra.test_registry import COMMITTER
