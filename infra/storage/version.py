@@ -147,7 +147,9 @@ class Version:
         has looked into here: it counts where this store has nothing of the kind, and never as the answer to a question.
         """
         prefix = self.evidence_key(f"{kind}-{f'{key}.json' if key else ''}")
-        files = [entry for entry in self.evidence_entries() if entry.key.startswith(prefix)]
+        # Only these are records, and marked when they are copied: reports lie beside them, whatever they are called.
+        records = [entry for entry in self.evidence_entries() if entry.key.endswith(".json")]
+        files = [entry for entry in records if entry.key.startswith(prefix)]
         found = [(entry, envelope) for entry in files for envelope in self._read(entry)]
         fitting = [one for one in found if (one[1].kind, one[1].manifest) == (kind, self.manifest.digest)]
         own = [one for one in fitting if one[1].copied_from is None]

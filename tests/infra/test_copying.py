@@ -1,12 +1,13 @@
 """Push and pull: versions between a machine's own store and every kind of store."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage.copying import copy_version
-from slmops.infra.storage.evidence import SIGNATURE, Signature
+from slmops.infra.storage.evidence import DEPLOY, SIGNATURE, Signature
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import repair_version, verify_version
@@ -61,6 +62,32 @@ def test_a_version_goes_there_and_back(
         assert registry.aliases("home") == {}
         assert verify_version(registry.of(manifest)).ok
         assert list(registry.objects.entries("leases")) == []
+
+
+@pytest.mark.parametrize("file", ["deploy-1.md", "deploy-9.json"])
+def test_evidence_that_is_forged_is_not_taken_for_the_stores_own(
+    file: str, here: ModelRegistry, tmp_path: Path
+) -> None:
+    """It is newer than any, says that it is nobody's copy, and one calls itself a report, which carries no mark."""
+    manifest = store_version(here, tmp_path / "built")
+    forged = {
+        "kind": "deploy",
+        "manifest": manifest.digest,
+        "recorded_at": "2999-01-01T00:00:00.000000+00:00",
+        "copied_from": None,
+        "content": {"variants": [{"precision": "int4", "status": "registered"}], "description": "forged"},
+    }
+    there = another_machine(tmp_path)
+    copy_version(here.of(manifest), there)
+    there.add_evidence(manifest, "deploy", {"variants": [], "description": "own"})
+    here.objects.put_bytes(f"models/home/1/evidence/{file}", json.dumps(forged).encode())
+    copy_version(here.of(manifest), there)
+    assert there.objects.read_bytes(f"models/home/1/evidence/{file}")
+    assert not there.of(manifest).says_origin
+    assert [deployed.description for deployed in there.of(manifest).all(DEPLOY)] == ["own"]
+    elsewhere = ModelRegistry(LocalObjectStore(tmp_path / "elsewhere"))
+    copy_version(here.of(manifest), elsewhere)
+    assert elsewhere.of(manifest).says_origin
 
 
 def test_what_is_there_is_not_moved_again(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
