@@ -11,8 +11,9 @@ from slmops.flows.endings import RunEnded
 from slmops.flows.variants import Examined, measure_on_workers
 from slmops.infra.errors import StageFailed
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.version import Variant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import (
     AnswersExam,
@@ -29,8 +30,8 @@ from slmops.tasks.exams.text import (
     TextSample,
 )
 from slmops.tasks.foundry.registration import (
-    foundry_model_id,
     last_proof,
+    model_id_of,
     prove_variant,
     register_variant,
     unregister_variant,
@@ -112,21 +113,21 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
     manifest, registry, settings = version.manifest, version.registry, version.settings
     run_references(version)
     elsewhere = measure_on_workers(manifest, version.evaluation.rows, registry, settings)
-    outcomes = [_qualify_variant(version, variant, elsewhere.get(variant.precision)) for variant in manifest.variants]
+    stored = registry.of(manifest)
+    outcomes = [_qualify_variant(version, variant, elsewhere.get(variant.precision)) for variant in stored.variants]
 
     passed = [judged(one.report) for one in outcomes if one.report.status == "registered"]
     choice = choose_variant(passed, parse_budget(version.budget))
-    record_choice(registry.of(manifest), choice, version.budget)
+    record_choice(stored, choice, version.budget)
     standing = Standing()
     if choice.selected:
-        chosen = registry.of(manifest).variant(choice.selected)
-        standing = settle_champion(chosen, settings, promote=version.promote)
+        standing = settle_champion(stored.variant(choice.selected), settings, promote=version.promote)
     variants = with_reasons(in_order_of_size([*failures, *(one.report for one in outcomes)]), choice)
     report = DeployReport(
         name=manifest.name,
         version=manifest.version,
         status=overall_status(variants, choice, unchanged=not any(outcome.changed for outcome in outcomes)),
-        aliases=registry.aliases_of(manifest),
+        aliases=stored.aliases,
         selected=choice.selected,
         reason=choice.reason,
         budget=tuple(version.budget),
@@ -142,10 +143,10 @@ def _qualify(version: Qualification, failures: Sequence[VariantReport], warnings
         description=version.description,
         warnings=(*warnings, *standing.warnings),
         provenance=provenance_of(manifest),
-        history=history_of(registry.of(manifest), settings.threads),
-        search=last_search(registry.of(manifest)),
+        history=history_of(stored, settings.threads),
+        search=last_search(stored),
     )
-    report = publish_report(report, registry.of(manifest), settings)
+    report = publish_report(report, stored, settings)
     if standing.refusal:
         raise standing.refusal
     return report
@@ -183,24 +184,24 @@ class _Outcome:
     changed: bool
 
 
-def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: Examined | None) -> _Outcome:
-    manifest, registry, settings = version.manifest, version.registry, version.settings
+def _qualify_variant(version: Qualification, variant: Variant, elsewhere: Examined | None) -> _Outcome:
+    manifest, settings = version.manifest, version.settings
     report = VariantReport(
         precision=variant.precision,
         status="failed",
         size_bytes=variant.size_bytes,
-        uri=registry.uri(manifest, variant.precision),
+        uri=variant.uri,
         digest=variant.digest,
         recipe=variant.recipe,
     )
     try:
-        evaluated = examine(AnswersExam(version.evaluation), registry.of(manifest).variant(variant.precision))
+        evaluated = examine(AnswersExam(version.evaluation), variant)
         details = examined(version, variant, evaluated, elsewhere)
         figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
         report = report.model_copy(update={"details": details, **figures})
         thresholds = thresholds_for(variant.precision, settings.gate, **vars(version.gate))
         verdict: GateVerdict = judge_stored_variant(
-            registry.of(manifest).variant(variant.precision),
+            variant,
             evaluated,
             thresholds,
             steadiness=details.steadiness,
@@ -210,10 +211,9 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: 
         )
         report = report.model_copy(update={"gate": verdict})
         if not verdict.passed:
-            removed = unregister_variant(manifest, variant, settings)
+            removed = unregister_variant(variant, settings)
             return _Outcome(report.model_copy(update={"status": "rejected"}), bool(removed))
-        model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
-        report = report.model_copy(update={"foundry_model_id": model_id})
+        report = report.model_copy(update={"foundry_model_id": model_id_of(variant)})
         card = model_card(
             manifest,
             report,
@@ -221,12 +221,12 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: 
             description=version.description,
             base_model=base_model_of(manifest.source.origin),
         )
-        registration = register_variant(manifest, variant, version.description, card, registry, settings)
+        registration = register_variant(variant, version.description, card, settings)
         row, answer = version.evaluation.rows[0], evaluated.rows[0].answer
-        proof = None if registration.changed else last_proof(manifest, variant, row, registry)
+        proof = None if registration.changed else last_proof(variant, row)
         is_new = proof is None
         if proof is None:
-            proof = prove_variant(manifest, variant, row, answer, registry, settings)
+            proof = prove_variant(variant, row, answer, settings)
     except StageFailed as error:
         return _Outcome(report.model_copy(update={"error": str(error), "foundry_model_id": None}), True)
     update = {
@@ -238,7 +238,7 @@ def _qualify_variant(version: Qualification, variant: StoredVariant, elsewhere: 
 
 
 def examined(
-    version: Qualification, variant: StoredVariant, evaluated: Evaluation, elsewhere: Examined | None = None
+    version: Qualification, variant: Variant, evaluated: Evaluation, elsewhere: Examined | None = None
 ) -> VariantDetails:
     """Measure a variant in every way that the gate judges; what is on record is not measured again.
 
@@ -248,14 +248,14 @@ def examined(
     """
     if not evaluated.vocabulary.comparable:
         return VariantDetails(evaluation=evaluated)
-    rows, asked = version.evaluation.rows, version.registry.of(version.manifest).variant(variant.precision)
-    measured = elsewhere.measured if elsewhere else examine(MeasurementExam(), asked)
+    rows = version.evaluation.rows
+    measured = elsewhere.measured if elsewhere else examine(MeasurementExam(), variant)
     exercises = (
         elsewhere.exercises
         if elsewhere
         else (
-            examine(EnduranceExam("genai", rows), asked),
-            examine(EnduranceExam("foundry", rows), asked),
+            examine(EnduranceExam("genai", rows), variant),
+            examine(EnduranceExam("foundry", rows), variant),
         )
     )
     checkpoint = version.prepared.folder if version.has_reference and version.prepared else None
@@ -263,8 +263,8 @@ def examined(
         measurement=measured,
         evaluation=evaluated,
         steadiness=steadiness_of(measured),
-        parity=examine(ParityExam(checkpoint), asked),
-        text=examine(TextExam(version.text), asked) if version.text else None,
+        parity=examine(ParityExam(checkpoint), variant),
+        text=examine(TextExam(version.text), variant) if version.text else None,
         exercises=exercises,
     )
 

@@ -152,7 +152,7 @@ def delete(
         raise typer.Exit(1)
     from slmops.tasks.foundry.registration import unregister_version
 
-    unregister_version(version.manifest, settings)
+    unregister_version(version, settings)
     freed = delete_version(version)
     print_line(f"Deleted {version.reference}; {(freed or 0) / 1e6:,.1f} MB freed.")
 
@@ -174,7 +174,7 @@ def unregister(reference: Reference) -> None:
     version = version_of(reference)
     from slmops.tasks.foundry.registration import unregister_version
 
-    removed = unregister_version(version.manifest, settings)
+    removed = unregister_version(version, settings)
     print_line(f"Unregistered {', '.join(removed) or 'nothing: ' + version.reference + ' was not registered'}.")
 
 

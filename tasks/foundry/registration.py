@@ -24,10 +24,11 @@ from slmops.infra.genai.calls import Generate
 from slmops.infra.process.call import OnProgress, R
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.folders import work_folder
-from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant, digest_of_file
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.manifest import StoredFile, digest_of_file
 from slmops.infra.storage.signatures import check_signature
+from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
@@ -337,47 +338,56 @@ class Proof(BaseModel):
     notes: tuple[str, ...] = ()
 
 
+def proof_of(precision: str) -> Kind[Proof]:
+    """Return the kind of evidence that the proofs of a precision are."""
+    return Kind(f"proof-{precision}", Proof)
+
+
+def model_id_of(variant: Variant) -> str:
+    """Return a variant's own Foundry id."""
+    version = variant.version
+    return foundry_model_id(version.name, variant.precision, variant.device, version.number)
+
+
+def folder_of(variant: Variant, settings: Settings) -> Path:
+    """Return a variant's folder in Foundry's cache."""
+    return model_folder(settings.foundry_dir, variant.version.name, variant.precision, variant.version.number)
+
+
 @stage("register variant", run_name="register-{variant.precision}")
-def register_variant(
-    manifest: Manifest,
-    variant: StoredVariant,
-    description: str,
-    card: str,
-    registry: ModelRegistry,
-    settings: Settings,
-) -> Registration:
+def register_variant(variant: Variant, description: str, card: str, settings: Settings) -> Registration:
     """Write a variant's folder, with its model card, into Foundry's cache and register it.
 
     Nothing but the card changes where it is registered already.
     """
-    model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+    version, model_id = variant.version, model_id_of(variant)
     with stage_progress(f"register {variant.precision}") as on_progress, work_folder(settings) as work:
-        registry.place_model(variant, work / "model", on_progress)
+        variant.place(work / "model", on_progress)
         if settings.store.require_signature:
-            check_signature(registry.of(manifest), settings.store)
+            check_signature(version, settings.store)
             _check_unaltered(variant, work / "model", settings)
         template, defaults = describe_model(work / "model")
         folder = write_model_folder(
             settings.foundry_dir,
-            manifest.name,
+            version.name,
             variant.precision,
-            manifest.version,
+            version.number,
             sources={file.path: work / "model" / file.path for file in variant.files},
-            inference_model=inference_model(model_id, manifest.version, description, template, defaults),
+            inference_model=inference_model(model_id, version.number, description, template, defaults),
             model_card=card,
         )
         call = Register(
             cache_dir=settings.foundry_dir,
             folder=folder,
             model_id=model_id,
-            metadata=_metadata(manifest, variant, description),
+            metadata=_metadata(variant, description),
         )
         changed = ask_foundry(call, settings, on_progress).changed
         on_progress(1, 1, "registered" if changed else "registered before")
     return Registration(model_id=model_id, changed=changed, notes=template.notes)
 
 
-def _check_unaltered(variant: StoredVariant, folder: Path, settings: Settings) -> None:
+def _check_unaltered(variant: Variant, folder: Path, settings: Settings) -> None:
     if altered := altered_files(variant.files, folder):
         raise StageFailed(
             f"{altered[0]} is not what the version's manifest says it is.",
@@ -391,39 +401,39 @@ def altered_files(files: Sequence[StoredFile], folder: Path) -> list[str]:
     return [file.path for file, path in paths if not path.is_file() or digest_of_file(path) != file.sha256]
 
 
-def altered_in_foundry(manifest: Manifest, variant: StoredVariant, settings: Settings) -> list[str]:
+def altered_in_foundry(variant: Variant, settings: Settings) -> list[str]:
     """Return the files of a variant that its folder in Foundry's cache does not hold as the manifest has them."""
-    folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
-    return altered_files([one for one in variant.files if one.path not in (INFERENCE_MODEL, MODEL_CARD)], folder)
+    files = [file for file in variant.files if file.path not in (INFERENCE_MODEL, MODEL_CARD)]
+    return altered_files(files, folder_of(variant, settings))
 
 
 @stage("register champion", run_name="register-champion")
-def register_champion(manifest: Manifest, variant: StoredVariant, settings: Settings) -> str:
+def register_champion(variant: Variant, settings: Settings) -> str:
     """Register a version's selected variant as `NAME:VERSION`, in place of the former champion's; returns that id."""
-    set_champion_ids(manifest.name, [(manifest, variant)], settings)
-    return champion_model_id(manifest.name, manifest.version)
+    set_champion_ids(variant.version.name, [variant], settings)
+    return champion_model_id(variant.version.name, variant.version.number)
 
 
-def set_champion_ids(name: str, champions: Sequence[tuple[Manifest, StoredVariant]], settings: Settings) -> None:
+def set_champion_ids(name: str, champions: Sequence[Variant], settings: Settings) -> None:
     """Register these variants as `NAME:VERSION`, and then no other version under the plain name."""
     registered = registered_models(settings)
     folders = {model.model_id: model.folder for model in registered if model.folder_exists}
-    for manifest, variant in champions:
-        folder = model_folder(settings.foundry_dir, name, variant.precision, manifest.version)
-        model_id = champion_model_id(name, manifest.version)
+    for variant in champions:
+        folder = folder_of(variant, settings)
+        model_id = champion_model_id(name, variant.version.number)
         if folders.get(model_id) == str(folder.absolute()):
             continue
-        metadata = _metadata(manifest, variant, "")
+        metadata = _metadata(variant, "")
         call = Register(cache_dir=settings.foundry_dir, folder=folder, model_id=model_id, metadata=metadata)
         ask_foundry(call, settings)
-    kept = {champion_model_id(name, manifest.version) for manifest, _ in champions}
+    kept = {champion_model_id(name, variant.version.number) for variant in champions}
     for model in registered:
         if model.name == name and model.model_id not in kept:
             ask_foundry(Unregister(cache_dir=settings.foundry_dir, model_id=model.model_id), settings)
 
 
-def _metadata(manifest: Manifest, variant: StoredVariant, description: str) -> dict[str, str]:
-    shown = {"display_name": f"{manifest.name} {variant.precision}", "description": description}
+def _metadata(variant: Variant, description: str) -> dict[str, str]:
+    shown = {"display_name": f"{variant.version.name} {variant.precision}", "description": description}
     return {key: text for key, text in shown.items() if text}
 
 
@@ -445,27 +455,20 @@ def _token_text(token: Any) -> str | None:
 
 
 @stage("prove variant", run_name="prove-{variant.precision}")
-def prove_variant(
-    manifest: Manifest,
-    variant: StoredVariant,
-    row: EvaluationRow,
-    evaluated_answer: str,
-    registry: ModelRegistry,
-    settings: Settings,
-) -> Proof:
+def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, settings: Settings) -> Proof:
     """Let a registered variant answer in a fresh process, and compare with onnxruntime-genai's own answer.
 
     A variant that is not found, does not load or answers otherwise is unregistered again. Raises `StageFailed`. Where
     the `foundry` command serves this cache, it is asked too; it renders prompts in its own way, so that what it makes
     of the model is a note.
     """
-    model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+    model_id = model_id_of(variant)
     messages = [message.model_dump() for message in row.messages]
     max_new_tokens = settings.evaluation.max_new_tokens
     call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
     with stage_progress(f"prove {variant.precision}") as on_progress:
         try:
-            expected = _expected_answer(variant, call.messages, evaluated_answer, registry, settings)
+            expected = _expected_answer(variant, call.messages, evaluated_answer, settings)
             proven = ask_foundry(call, settings, on_progress)
             if proven.answer.strip() != expected.strip():
                 raise StageFailed(
@@ -474,25 +477,23 @@ def prove_variant(
                     "See whether its chat template renders alike in both (the evaluation's template mismatches).",
                 )
         except StageFailed as error:
-            unregister_variant(manifest, variant, settings)
+            unregister_variant(variant, settings)
             raise type(error)(f"{error.message} It was unregistered again.", error.what_to_do) from error
         question = row.messages[-1].content
         note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
         notes = (note,) if note else ()
         proof = _proof(proven, question, notes)
-        registry.add_evidence(manifest, f"proof-{variant.precision}", proof.model_dump())
+        variant.version.record(proof_of(variant.precision), proof)
     return proof
 
 
 @stage("repeat proof", run_name="prove-{variant.precision}")
-def repeat_proof(
-    manifest: Manifest, variant: StoredVariant, row: EvaluationRow, recorded: Proof, settings: Settings
-) -> Proof:
+def repeat_proof(variant: Variant, row: EvaluationRow, recorded: Proof, settings: Settings) -> Proof:
     """Let a registered variant answer the row of a recorded proof in a fresh process, and compare the answers.
 
     Raises `StageFailed` when it is not found, does not load or answers otherwise.
     """
-    model_id = foundry_model_id(manifest.name, variant.precision, variant.device, manifest.version)
+    model_id = model_id_of(variant)
     messages = [message.model_dump() for message in row.messages]
     # As long as the recorded answer was, whatever the limit is today: what it was cut by may have been another one.
     max_new_tokens = max(recorded.completion_tokens, 1)
@@ -521,27 +522,19 @@ def _proof(proven: ProvenAnswer, question: str, notes: tuple[str, ...] = ()) -> 
     )
 
 
-def last_proof(manifest: Manifest, variant: StoredVariant, row: EvaluationRow, registry: ModelRegistry) -> Proof | None:
+def last_proof(variant: Variant, row: EvaluationRow) -> Proof | None:
     """Return the last proof of a variant if it was asked this row."""
-    record = registry.latest_evidence(manifest, f"proof-{variant.precision}")
-    if record is None or record["question"] != row.messages[-1].content:
-        return None
-    return Proof(**{name: record[name] for name in Proof.model_fields if name in record})
+    proof = variant.version.latest(proof_of(variant.precision))
+    return proof if proof and proof.question == row.messages[-1].content else None
 
 
-def _expected_answer(
-    variant: StoredVariant,
-    messages: Sequence[Message],
-    evaluated_answer: str,
-    registry: ModelRegistry,
-    settings: Settings,
-) -> str:
+def _expected_answer(variant: Variant, messages: Sequence[Message], evaluated_answer: str, settings: Settings) -> str:
     """Return genai's answer with the repetition penalty of the model's own configuration, as Foundry uses it.
 
     The evaluation's answers are without one; they are the same where the model has none.
     """
     with work_folder(settings) as work:
-        registry.place_model(variant, work / "model")
+        variant.place(work / "model")
         search = read_json(work / "model" / "genai_config.json").get("search", {})
         penalty = float(search.get("repetition_penalty", 1.0))
         if penalty == 1.0:
@@ -561,19 +554,19 @@ def _expected_answer(
     return child.value.answer
 
 
-def unregister_variant(manifest: Manifest, variant: StoredVariant, settings: Settings) -> list[str]:
+def unregister_variant(variant: Variant, settings: Settings) -> list[str]:
     """Take a variant out of Foundry Local, under all its ids, and out of its cache; returns those ids."""
-    folder = model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
+    folder = folder_of(variant, settings)
     ids = [model.model_id for model in registered_models(settings) if model.folder == str(folder)]
     for model_id in ids:
         ask_foundry(Unregister(cache_dir=settings.foundry_dir, model_id=model_id), settings)
-    remove_model_folder(settings.foundry_dir, manifest.name, variant.precision, manifest.version)
+    remove_model_folder(settings.foundry_dir, variant.version.name, variant.precision, variant.version.number)
     return ids
 
 
-def unregister_version(manifest: Manifest, settings: Settings) -> list[str]:
+def unregister_version(version: Version, settings: Settings) -> list[str]:
     """Take all variants of a version out of Foundry Local; returns the ids that were registered."""
-    return [model_id for variant in manifest.variants for model_id in unregister_variant(manifest, variant, settings)]
+    return [model_id for variant in version.variants for model_id in unregister_variant(variant, settings)]
 
 
 def registered_models(settings: Settings) -> tuple[CatalogModel, ...]:

@@ -14,13 +14,13 @@ from slmops.infra.foundry.model_folder import MODEL_CARD, model_folder
 from slmops.infra.foundry.server_client import RunningServer, running_servers
 from slmops.infra.process.slots import slot
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.answers import last_evaluation_set
 from slmops.tasks.foundry.registration import (
     Proof,
     altered_in_foundry,
+    folder_of,
     last_proof,
     register_champion,
     register_variant,
@@ -89,7 +89,7 @@ def change_champion(change: Change, settings: Settings) -> Promotion:
         with change.version.in_use(), all_or_nothing(change) as undo:
             proof = prove_again(change, recorded, undo, settings) if recorded else None
             undo.add("Foundry Local", partial(set_champion_ids, change.name, present.registered, settings))
-            register_champion(change.version.manifest, change.variant.stored, settings)
+            register_champion(change.variant, settings)
             for server, version in present.servers:
                 undo.add(server.url, partial(hand_back, server, change, version))
                 hand_over(server, change)
@@ -110,14 +110,12 @@ class RecordedProof:
 
 def prove_again(change: Change, recorded: RecordedProof, undo: Undo, settings: Settings) -> Proof:
     """Register a variant where it is not, compare its files with the manifest, and let it answer as it did before."""
-    manifest, variant = change.version.manifest, change.variant.stored
-    registration = register_variant(
-        manifest, variant, recorded.description, recorded.card, change.version.registry, settings
-    )
+    variant = change.variant
+    registration = register_variant(variant, recorded.description, recorded.card, settings)
     if registration.changed:
-        undo.add(registration.model_id, partial(unregister_variant, manifest, variant, settings))
+        undo.add(registration.model_id, partial(unregister_variant, variant, settings))
     check_files(change, settings)
-    return repeat_proof(manifest, variant, recorded.row, recorded.proof, settings)
+    return repeat_proof(variant, recorded.row, recorded.proof, settings)
 
 
 @dataclass(frozen=True)
@@ -125,14 +123,14 @@ class Present:
     """What serves under a name on this machine now: the versions that Foundry Local has as `NAME:VERSION`, each with
     its variant, and the running servers that serve the name, each with its version."""
 
-    registered: tuple[tuple[Manifest, StoredVariant], ...]
+    registered: tuple[Variant, ...]
     servers: tuple[tuple[RunningServer, int], ...]
 
     def is_in_step_with(self, change: Change) -> bool:
         """Whether a change has nothing to do."""
         return (
             change.former == change.version.number
-            and [(manifest.version, variant.precision) for manifest, variant in self.registered]
+            and [(variant.version.number, variant.precision) for variant in self.registered]
             == [(change.version.number, change.variant.precision)]
             and all(version == change.version.number for _, version in self.servers)
         )
@@ -165,11 +163,10 @@ def look_at_present(change: Change, settings: Settings) -> Present:
         raise _overtaken(change)
     found = {model.version: model.folder for model in registered_models(settings) if model.name == name}
     registered = [
-        (manifest, variant)
-        for manifest in registry.versions(name)
-        for variant in manifest.variants
-        if found.get(manifest.version)
-        == str(model_folder(settings.foundry_dir, name, variant.precision, manifest.version))
+        variant
+        for version in map(registry.of, registry.versions(name))
+        for variant in version.variants
+        if found.get(version.number) == str(folder_of(variant, settings))
     ]
     servers = running_servers(settings.home_dir, settings.timeout.foundry_s)
     serving = [(server, version) for server in servers if (version := server.serves(name)) is not None]
@@ -182,7 +179,7 @@ def recall_proof(change: Change, settings: Settings) -> RecordedProof:
     version = change.version
     evaluation = last_evaluation_set(version.manifest, version.registry)
     row = evaluation.rows[0] if evaluation else None
-    proof = last_proof(version.manifest, change.variant.stored, row, version.registry) if row else None
+    proof = last_proof(change.variant, row) if row else None
     if row is None or proof is None:
         raise BadInput(
             f"{version.reference} {change.variant.precision} has no proof on record that can be repeated.",
@@ -217,7 +214,7 @@ def _card_of(change: Change, settings: Settings) -> tuple[str, str]:
 def check_files(change: Change, settings: Settings) -> None:
     """Raise `StageFailed` when a variant's folder in Foundry's cache is not what the version's manifest says."""
     with stage_progress(f"check {change.variant.precision}"):
-        altered = altered_in_foundry(change.version.manifest, change.variant.stored, settings)
+        altered = altered_in_foundry(change.variant, settings)
     if altered:
         raise StageFailed(
             f"{', '.join(altered)} of {change.version.reference} {change.variant.precision} was altered.",

@@ -104,7 +104,7 @@ def _answered(
     on_progress: OnProgress,
 ) -> str:
     evaluation = last_evaluation_set(manifest, registry)
-    proof = last_proof(manifest, manifest.variant(precision), evaluation.rows[0], registry) if evaluation else None
+    proof = last_proof(registry.of(manifest).variant(precision), evaluation.rows[0]) if evaluation else None
     messages = FALLBACK_MESSAGES
     if evaluation and proof:
         messages = [message.model_dump() for message in evaluation.rows[0].messages]

@@ -74,7 +74,7 @@ def collect(
     freed_bytes = 0
     for manifest in old:
         if manifest not in in_use and not dry_run:
-            unregister_version(manifest, shop.settings)
+            unregister_version(registry.of(manifest), shop.settings)
             freed_bytes += delete_version(registry.of(manifest), even_in_use=False) or 0
     deleted = [one for one in old if one not in in_use]
     found = collect_garbage(registry, dry_run=dry_run, without=deleted, on_progress=on_progress)

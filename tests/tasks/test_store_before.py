@@ -197,7 +197,7 @@ def test_what_it_answers_is_not_asked_again(
 
 def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry, settings: Settings) -> None:
     first, second = registry.version("home", 1), registry.version("home", 2)
-    proof = last_proof(first, first.variant("int4"), asked_rows().rows[0], registry)
+    proof = last_proof(registry.of(first).variant("int4"), asked_rows().rows[0])
     assert proof is not None
     assert proof.question == "Turn on the light"
     assert last_budget(registry.of(first)) == ("max-size=1GB",)
