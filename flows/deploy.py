@@ -8,14 +8,10 @@ from prefect import State, flow
 from slmops.flows.qualify import Gate, Qualification, ended, qualify
 from slmops.flows.variants import build_on_workers, check_workers
 from slmops.infra.errors import StageFailed
-from slmops.tasks.build.build import (
-    BuiltVariant,
-    Recipe,
-    build_variant,
-    copy_out,
-    plan_recipes,
-    take_model,
-)
+from slmops.tasks.build.build import BuiltVariant, build_variant, copy_out
+from slmops.tasks.build.given import take_model
+from slmops.tasks.build.planning import plan_recipes
+from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, prepare_checkpoint
 from slmops.tasks.environment.checks import check_environment, check_room
 from slmops.tasks.exams.answers import AnswersExam

@@ -17,7 +17,8 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.orders import forget_order, give_order, hand_back, read_order, take_back
 from slmops.infra.storage.registry import ModelRegistry
-from slmops.tasks.build.build import BuiltVariant, Recipe, build_variant
+from slmops.tasks.build.build import BuiltVariant, build_variant
+from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetched_from_store, put_into_store
 from slmops.tasks.environment.checks import builder_versions, check_room, host_facts
 from slmops.tasks.exams.endurance import EnduranceExam, Exercise

@@ -13,7 +13,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.signatures import verification_key
 from slmops.infra.transformers.adapters import read_adapter_config
-from slmops.tasks.build.build import plan_recipes, plan_search, refuse_recipes
+from slmops.tasks.build.planning import plan_recipes, plan_search, refuse_recipes
 from slmops.tasks.checkpoint.preparation import Inspection, inspect_checkpoint
 from slmops.tasks.environment.checks import (
     StageEstimate,

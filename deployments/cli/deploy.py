@@ -43,7 +43,8 @@ def regate(parameters: dict[str, Any], log_level: LogLevel = None, as_json: Json
 
 def recipes(as_json: Json = False) -> None:
     """List the recipes that --recipe takes, and that --search tries."""
-    from slmops.tasks.build.build import OLIVE_PROVIDERS, known_recipes
+    from slmops.tasks.build.olive_config import OLIVE_PROVIDERS
+    from slmops.tasks.build.recipes import known_recipes
 
     found = [
         {"recipe": name, "precision": precision, "execution_provider": provider}

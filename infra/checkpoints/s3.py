@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from slmops.infra.checkpoints.source import split_s3_uri
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
+from slmops.infra.process.slots import only_maker
 from slmops.infra.settings import Settings
 from slmops.infra.storage.objects import OnBytes
 from slmops.infra.storage.progress import byte_progress
@@ -74,17 +75,18 @@ def _fetch(
                 )
             listing = json.dumps([bucket, *(asdict(each) for each in objects)], sort_keys=True)
             target = directory / hashlib.sha256(listing.encode()).hexdigest()[:32]
-            if (target / COMPLETE).exists():
-                return target
-            aside = directory / f".{target.name}-{uuid.uuid4().hex}"
-            try:
-                on_bytes = byte_progress(on_progress, objects, "fetching")
-                for each in objects:
-                    _download(client, bucket, each, aside / FETCHED, on_bytes)
-                (aside / COMPLETE).write_text(listing, "utf-8")
-                _publish(aside, target)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            with only_maker(target, on_progress):
+                if (target / COMPLETE).exists():
+                    return target
+                aside = directory / f".{target.name}-{uuid.uuid4().hex}"
+                try:
+                    on_bytes = byte_progress(on_progress, objects, "fetching")
+                    for each in objects:
+                        _download(client, bucket, each, aside / FETCHED, on_bytes)
+                    (aside / COMPLETE).write_text(listing, "utf-8")
+                    aside.rename(target)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
     except KeyError:
         raise StageFailed(
             f"{uri} was changed while it was fetched.", "Fetch it again.", code="s3-changed-meanwhile"
@@ -129,11 +131,3 @@ def _download(client: "S3Client", bucket: str, each: _Object, folder: Path, on_b
             "Fetch the checkpoint again; it may have been written to meanwhile.",
             code="s3-truncated",
         )
-
-
-def _publish(aside: Path, target: Path) -> None:
-    try:
-        aside.rename(target)
-    except OSError:
-        if not (target / COMPLETE).exists():  # else another process has published the same bytes
-            raise

@@ -1,7 +1,7 @@
-"""How much heavy work runs at once under one home directory, over all its processes."""
+"""Who works and who waits under one home directory, over all its processes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +18,29 @@ def slot(folder: Path, count: int, on_progress: OnProgress | None = None) -> Ite
 
     A slot is a lock that the operating system takes back when its process ends, however that comes about.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     locks = [FileLock(folder / f"{number}.lock") for number in range(count)]
+    with _held(locks, "waiting for another build on this machine", on_progress):
+        yield
+
+
+@contextmanager
+def only_maker(path: Path, on_progress: OnProgress | None = None) -> Iterator[None]:
+    """Be the only one that makes the file or folder `path`, waiting for another one as long as it takes.
+
+    Look for it within: whoever was waited for has made it. An empty file beside it is the lock.
+    """
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    with _held([lock], "waiting for another run that makes the same", on_progress):
+        yield
+
+
+@contextmanager
+def _held(locks: Sequence[FileLock], waiting: str, on_progress: OnProgress | None) -> Iterator[None]:
+    for lock in locks:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     while (held := _free(locks)) is None:
         if on_progress:
-            on_progress(0, 1, "waiting for another build on this machine")
+            on_progress(0, 1, waiting)
         time.sleep(POLL_INTERVAL_S)
     try:
         yield
@@ -30,7 +48,7 @@ def slot(folder: Path, count: int, on_progress: OnProgress | None = None) -> Ite
         held.release()
 
 
-def _free(locks: list[FileLock]) -> FileLock | None:
+def _free(locks: Sequence[FileLock]) -> FileLock | None:
     for lock in locks:
         try:
             lock.acquire(blocking=False)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
+from slmops.infra.process.slots import only_maker
 from slmops.infra.storage.folders import place
 from slmops.infra.storage.manifest import Sha256, StoredFile, digest_of
 from slmops.infra.storage.registry import ModelRegistry
@@ -112,13 +113,14 @@ def fetch_input(registry: ModelRegistry, address: str, directory: Path, on_progr
     """Return the local folder or file of an input, below `directory`; what is there already is not fetched again."""
     found = read_input(registry, address)
     target = directory / found.digest
-    if not target.is_dir():
-        aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-        try:
-            registry.materialize(found.files, aside, on_progress)
-            place(aside, target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with only_maker(target, on_progress):
+        if not target.is_dir():
+            aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+            try:
+                registry.materialize(found.files, aside, on_progress)
+                place(aside, target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     return target / found.files[0].path if found.kind == "file" else target
 
 

@@ -23,6 +23,7 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.olive.architectures import check_architecture
 from slmops.infra.process.call import OnProgress
+from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import link_or_copy, place, work_folder
@@ -393,7 +394,9 @@ def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_prog
         )
     key = digest_of({"adapter": content_digest(adapter), "base": content_digest(base_folder)})
     merged = settings.cache_dir / "checkpoints" / key
-    if not merged.is_dir():
+    with only_maker(merged, on_progress):
+        if merged.is_dir():
+            return merged
         with work_folder(settings) as work:
             run_in_child(
                 MergeAdapter(adapter_dir=adapter, base_dir=base_folder, output_dir=work / "merged"),

@@ -198,7 +198,7 @@ def estimate_stages(
 ) -> list[StageEstimate]:
     """Estimate what each stage of a deploy takes on two cores; the memory of a stage is that of its child process.
 
-    `whole_model` are the precisions whose weights are quantized all at once (`slmops.tasks.build.build.Recipe`).
+    `whole_model` are the precisions whose weights are quantized all at once (`slmops.tasks.build.recipes.Recipe`).
     """
     parameters = inspection.parameters
     billions = parameters / 1e9

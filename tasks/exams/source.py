@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from slmops.infra.process.call import OnProgress
+from slmops.infra.process.slots import only_maker
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, shared_folder, work_folder
@@ -71,7 +72,7 @@ def run_source_once(exam: ComparedExam[Any], prepared: PreparedCheckpoint) -> No
     """Run the source checkpoint in transformers on an exam's question, unless what it made waits already."""
     shop = workshop()
     folder = exam.source_folder(prepared.digest, shop.settings)
-    with stage_progress(exam.source_name) as on_progress:
+    with stage_progress(exam.source_name) as on_progress, only_maker(folder, on_progress):
         if folder.is_dir():
             return
         with work_folder(shop.settings) as work:

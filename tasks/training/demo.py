@@ -19,6 +19,7 @@ from typing import Any
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
+from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.transformers.calls import TrainChatModel
@@ -491,9 +492,10 @@ def make_demo_checkpoint(
             )
     cached = settings.cache_dir / "demo" / recipe.key[:32]
     training_s = None
-    if not _is_whole(cached, recipe.key):
-        shutil.rmtree(cached, ignore_errors=True)
-        training_s = _train(recipe, cached, settings, on_progress)
+    with only_maker(cached, on_progress):
+        if not _is_whole(cached, recipe.key):
+            shutil.rmtree(cached, ignore_errors=True)
+            training_s = _train(recipe, cached, settings, on_progress)
     aside = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
     try:
         shutil.copytree(cached, aside)
@@ -530,11 +532,7 @@ def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnPro
         schema = json.dumps(output_schema(), indent=2) + "\n"
         (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8")
         _write_record(work_dir / "checkpoint", recipe, result.model_dump(include=set(_RESULTS)))
-        try:
-            (work_dir / "checkpoint").rename(target)
-        except OSError:
-            if not _is_whole(target, recipe.key):  # else another process has trained the same meanwhile
-                raise
+        (work_dir / "checkpoint").rename(target)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
     return result.seconds

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput
+from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, work_folder
@@ -123,7 +124,7 @@ def fine_tune_once(
     """
     key = key_of(dataset, base, hyperparameters)
     target = settings.cache_dir / "fine-tunings" / key
-    with stage_progress("fine-tune") as on_progress:
+    with stage_progress("fine-tune") as on_progress, only_maker(target, on_progress):
         if target.is_dir():
             on_progress(1, 1, "trained before")
             return str(target / RESULT), FineTuning.model_validate_json((target / RECORD_FILE).read_bytes())

@@ -16,7 +16,9 @@ from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVa
 from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Variant, Version
-from slmops.tasks.build.build import BuiltVariant, Recipe, build_variant, plan_search, refuse_recipes
+from slmops.tasks.build.build import BuiltVariant, build_variant
+from slmops.tasks.build.planning import plan_search, refuse_recipes
+from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import AnswersExam, Evaluation
 from slmops.tasks.exams.exam import examine

@@ -13,7 +13,8 @@ import psutil
 from slmops.infra.olive import calls
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import BenchmarkSettings, MachineSettings, Settings
-from slmops.tasks.build.build import load_recipe, olive_run_config
+from slmops.tasks.build.olive_config import olive_run_config
+from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.workshop import torch_process
 from tests.benchmarks.llama_cpp import LlamaCpp
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint

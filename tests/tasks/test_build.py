@@ -18,17 +18,9 @@ from slmops.infra.errors import BadInput
 from slmops.infra.olive.calls import Build
 from slmops.infra.olive.engine import build
 from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
-from slmops.tasks.build.build import (
-    KNOWN_KEYS,
-    RECIPES_DIR,
-    Recipe,
-    known_recipes,
-    load_recipe,
-    olive_run_config,
-    plan_recipes,
-    plan_search,
-    read_olive_config,
-)
+from slmops.tasks.build.olive_config import KNOWN_KEYS, olive_run_config, read_olive_config
+from slmops.tasks.build.planning import plan_recipes, plan_search
+from slmops.tasks.build.recipes import RECIPES_DIR, Recipe, known_recipes, load_recipe
 from slmops.tasks.plan import parse_request
 from slmops.tasks.request.deploy_request import DeployRequest
 from tests.checkpoints import make_tiny_checkpoint

@@ -16,7 +16,8 @@ from slmops.infra.process.call import Call
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, GateSettings, MachineSettings, Settings
 from slmops.infra.storage.opening import open_registry
-from slmops.tasks.build.build import BuiltVariant, Recipe
+from slmops.tasks.build.build import BuiltVariant
+from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, content_digest, inspect_checkpoint
 from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.exam import examine

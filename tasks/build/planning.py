@@ -1,0 +1,71 @@
+"""Which recipes a deploy builds: the defaults, those that are named, those that are searched, or the user's own."""
+
+from pathlib import Path
+
+from slmops.infra.errors import BadInput
+from slmops.tasks.build.olive_config import read_olive_config
+from slmops.tasks.build.recipes import Recipe, known_recipes, load_recipe
+from slmops.tasks.request.deploy_request import DeployRequest
+
+
+def plan_recipes(request: DeployRequest) -> list[Recipe]:
+    """Return one recipe per precision, or the one that the user's Olive configuration makes.
+
+    Raises `BadInput` for a named recipe that is unknown, of a precision that is not asked for, or the second of one.
+    """
+    if request.olive_config_file:
+        return [read_olive_config(Path(request.olive_config_file).expanduser())]
+    named = _named_recipes(request)
+    return [
+        named.get(precision) or load_recipe(precision, request.execution_provider) for precision in request.precisions
+    ]
+
+
+def plan_search(request: DeployRequest) -> list[Recipe]:
+    """Return every recipe of each precision that is asked for, the default first.
+
+    A precision whose recipe is named keeps that one, and is not searched. Raises `BadInput` as `plan_recipes` does.
+    """
+    named = _named_recipes(request)
+    provider = request.execution_provider
+    return [
+        recipe
+        for precision in request.precisions
+        for recipe in (
+            [named[precision]]
+            if precision in named
+            # Without any recipe, the default's absence is the error to tell.
+            else [load_recipe(name, provider) for name in known_recipes(precision, provider) or (precision,)]
+        )
+    ]
+
+
+def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
+    named: dict[str, Recipe] = {}
+    for name in request.recipes:
+        recipe = load_recipe(name, request.execution_provider)
+        if recipe.precision not in request.precisions:
+            fitting = [
+                one for precision in request.precisions for one in known_recipes(precision, recipe.execution_provider)
+            ]
+            raise BadInput(
+                f"The recipe {name!r} is of a precision that is not asked for.",
+                f"Ask for {recipe.precision} too, or use one of: {', '.join(fitting)}.",
+            )
+        if recipe.precision in named:
+            known = ", ".join(known_recipes(recipe.precision, recipe.execution_provider))
+            raise BadInput(
+                f"The recipes {named[recipe.precision].name!r} and {name!r} are of one precision.",
+                f"A version has one variant a precision: name one of {known}, or search for the best of them.",
+            )
+        named[recipe.precision] = recipe
+    return named
+
+
+def refuse_recipes(request: DeployRequest) -> None:
+    """Raise `BadInput` for recipes where there is nothing to build: the model came as ONNX."""
+    if request.recipes or request.search or request.olive_config_file:
+        raise BadInput(
+            f"{request.checkpoint} is built already.",
+            "Leave --recipe, --search and --olive-config out, or deploy its checkpoint.",
+        )

@@ -1,0 +1,99 @@
+"""Recipes: what Olive is told for a precision on an execution provider."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from slmops.infra.checkpoints.folder import read_json
+from slmops.infra.errors import BadInput
+from slmops.infra.olive.options import BITS
+from slmops.tasks.request.parameters import ExecutionProvider, Precision
+
+# One recipe a file: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another one.
+RECIPES_DIR = Path(__file__).parent / "recipes"
+OLIVE_CONFIG = "olive-config"  # the id of a recipe that a user's Olive configuration makes
+
+
+class Recipe(BaseModel):
+    """What one variant is built by.
+
+    `passes` are Olive's, by name and in order, the first of type ModelBuilder; `warnings` are for the user. `id` says
+    where it comes from, such as `cpu-int4-block128`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = OLIVE_CONFIG
+    precision: Precision
+    execution_provider: ExecutionProvider
+    passes: dict[str, dict[str, Any]]
+    data_configs: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The id without the provider, as users name it; the precision for a user's own configuration."""
+        return self.precision if self.id == OLIVE_CONFIG else self.id.partition("-")[2]
+
+    @property
+    def quantizes_at_once(self) -> bool:
+        """Whether all weights are quantized at once, in memory: see infra/olive/streamed_quantization.py."""
+        builder = next(iter(self.passes.values()))
+        has_own_widths = "matmul_mixed_precision" in builder.get("extra_options", {})
+        is_plain = (
+            builder.get("algo_config", "default") == "default" and not builder.get("use_qdq") and not has_own_widths
+        )
+        return self.precision in BITS and not is_plain
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, without its id and the warnings.
+
+        The passes keep their order in it, for another order is another model.
+        """
+        content = self.model_dump(mode="json", exclude={"id", "warnings"})
+        content["passes"] = list(content["passes"].items())
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_recipe(name: str, execution_provider: str = "cpu") -> Recipe:
+    """Return slmops' own recipe of a name: a precision for its default (`int4`), or `int4-block128` for another one.
+
+    Raises `BadInput`, listing what is known, for a precision, a provider or a name without a recipe.
+    """
+    files = _recipe_files()
+    precision = name.partition("-")[0]
+    precisions = sorted({known_precision for _, known_precision in files})
+    providers = sorted({provider for provider, _ in files})
+    if precision not in precisions:
+        raise BadInput(f"The precision {precision!r} is not known.", f"Known are: {', '.join(precisions)}.")
+    if execution_provider not in providers:
+        raise BadInput(
+            f"The execution provider {execution_provider!r} is not known.", f"Known are: {', '.join(providers)}."
+        )
+    if (execution_provider, precision) not in files:
+        fitting = ", ".join(sorted(p for provider, p in files if provider == execution_provider))
+        raise BadInput(f"There is no {precision} for {execution_provider}.", f"It has: {fitting}.")
+    known = known_recipes(precision, execution_provider)
+    if name not in known:
+        raise BadInput(f"There is no recipe {name!r} for {execution_provider}.", f"Known are: {', '.join(known)}.")
+    path = files[execution_provider, precision][name]
+    return Recipe.model_validate({**read_json(path), "id": path.stem})
+
+
+def known_recipes(precision: str, execution_provider: str = "cpu") -> tuple[str, ...]:
+    """Return the names of a precision's recipes for a provider, its default first; none where there is no recipe."""
+    return tuple(sorted(_recipe_files().get((execution_provider, precision), ())))
+
+
+def _recipe_files() -> dict[tuple[str, str], dict[str, Path]]:
+    """Return provider and precision -> name -> file."""
+    files: dict[tuple[str, str], dict[str, Path]] = {}
+    for path in RECIPES_DIR.glob("*.json"):
+        provider, _, name = path.stem.partition("-")
+        files.setdefault((provider, name.partition("-")[0]), {})[name] = path
+    return files
