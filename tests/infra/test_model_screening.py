@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.process.supervisor import run_in_child
-from slmops.tasks.build.build import load_recipe, olive_run_config
+from slmops.tasks.build.recipes import load_recipe, olive_run_config
 from tests.genai_models import EMPTY_GRAPH
 
 CONFIG: dict[str, Any] = {
