@@ -10,11 +10,13 @@ import pytest
 
 from slmops.infra.errors import PassingFault
 from slmops.infra.foundry.catalog import CatalogModel
+from slmops.infra.storage.copying import copy_version
 from slmops.infra.storage.evidence import SELECTION, Selection
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.tasks.versions.catalog import StoreCatalog, version_models
+from tests.genai_models import EMPTY_GRAPH
 from tests.stores import StoreCase
 
 GENAI_CONFIG = json.dumps({"model": {"context_length": 2048}}).encode()
@@ -36,7 +38,8 @@ def commit(registry: ModelRegistry, tmp_path: Path, name: str, content: str, con
     for precision in ("fp16", "int4"):
         folder = tmp_path / f"{name}-{content}-{precision}"
         folder.mkdir()
-        (folder / "model.onnx").write_text(f"{content} {precision}")
+        (folder / "model.onnx").write_bytes(EMPTY_GRAPH)
+        (folder / "NOTICE").write_text(f"{content} {precision}")
         (folder / "genai_config.json").write_bytes(config)
         variants.append(
             StoredVariant(
@@ -97,6 +100,21 @@ def test_registered_variants_are_listed_and_the_selected_one_under_the_plain_nam
     )
     int4 = by_id["home-int4-generic-cpu:1"]
     assert (int4.alias, int4.device, int4.execution_provider) == ("home-int4", "cpu", "CPUExecutionProvider")
+
+
+def test_what_a_copy_says_of_itself_is_listed_only_of_the_champion(local: ModelRegistry, tmp_path: Path) -> None:
+    there = ModelRegistry(LocalObjectStore(tmp_path / "there"))
+    manifest = commit(there, tmp_path, "home", "a")
+    record_deploy(there, manifest, "int4", fp16="rejected", int4="registered")
+    copy_version(there.of(manifest), local)
+    catalog = StoreCatalog(local, listing_age_s=0)
+    assert catalog.models() == []
+    local.set_alias("home", CHAMPION, 1, "promoted by hand")
+    assert ids(catalog.models()) == ["home-int4-generic-cpu:1", "home:1"]
+    local.remove_alias("home", CHAMPION)
+    assert catalog.models() == []
+    record_deploy(local, manifest, "int4", fp16="rejected", int4="registered")
+    assert ids(catalog.models()) == ["home-int4-generic-cpu:1", "home:1"]
 
 
 def test_only_versions_on_which_something_was_stored_are_read_again(
