@@ -18,6 +18,7 @@ from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.orders import forget_order, give_order, hand_back, read_order, take_back
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.build.build import BuiltVariant, build_variant
+from slmops.tasks.build.olive_config import ordered_recipe
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetched_from_store, put_into_store
 from slmops.tasks.environment.checks import builder_versions, check_room, host_facts
@@ -67,7 +68,7 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> None:
     asked = read_order(registry, order)
     _check_builder(asked["builder"])
     prepared = fetched_from_store(asked["checkpoint"], asked["digest"], settings)
-    wanted = Recipe.model_validate(asked["recipe"])
+    wanted = ordered_recipe(asked["recipe"])
     whole_model = [wanted.precision] if wanted.quantizes_at_once else []
     check_room(prepared.inspection, [wanted.precision], 0, settings, whole_model=whole_model)
     request = DeployRequest.of(asked["request"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
 from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
-from slmops.tasks.build.recipes import Recipe, load_recipe
+from slmops.tasks.build.recipes import OLIVE_CONFIG, Recipe, load_recipe
 from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
 MODEL_BUILDER = "ModelBuilder"
@@ -41,6 +42,9 @@ KNOWN_KEYS = IGNORED_KEYS | {"data_configs", "engine", "host", "input_model", "p
 INPUT_MODEL_KEYS = frozenset({"type", "model_path", "task"})
 SYSTEM_KEYS = frozenset({"type", "accelerators"})
 ACCELERATOR_KEYS = frozenset({"device", "execution_providers"})
+
+# What has Olive run somebody's code, in a pass or in a data configuration. In a user's own file that is theirs to do.
+CODE_KEYS = frozenset({"script_dir", "trust_remote_code", "user_script"})
 
 # The pass's options by the names that Olive's own ModelBuilder gives or gave them.
 OPTION_ALIASES = {
@@ -92,6 +96,27 @@ def read_olive_config(path: Path) -> Recipe:
         raise BadInput(
             f"The Olive configuration {path.name} cannot be used: {'; '.join(reader.faults)}.",
             "Correct or remove these entries.",
+        )
+    return recipe
+
+
+def ordered_recipe(record: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that another machine's deploy has ordered: one of slmops' own, or what a user's file may say.
+
+    Raises `BadInput` for anything else, and for one that names code.
+    """
+    recipe = Recipe.model_validate(record)
+    if recipe.id != OLIVE_CONFIG and recipe.digest == load_recipe(recipe.name, recipe.execution_provider).digest:
+        return recipe
+    config = olive_run_config(recipe)
+    for entry in config["passes"].values():
+        entry.pop("execution_provider", None)  # the target's, which the reader puts there itself
+    reader = _Reader()
+    reader.recipe(config)
+    faults = [*reader.faults, *(f"{key} names code" for key in sorted(_keys(config) & CODE_KEYS))]
+    if faults:
+        raise BadInput(
+            f"The order's recipe is refused: {'; '.join(faults)}.", "Deploy on this machine what needs that."
         )
     return recipe
 
@@ -257,6 +282,12 @@ class _Reader:
         except ValidationError as error:
             reason = error.errors()[0]["msg"].lower()
             self.faults.append(f"{key} {value!r} of the pass {name!r} is not valid ({reason})")
+
+
+def _keys(value: Any) -> set[str]:
+    """Return the keys of a JSON value at any depth."""
+    inner = [*value.values()] if isinstance(value, dict) else _list(value)
+    return {str(key) for key in _dict(value)}.union(*map(_keys, inner))
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.olive.calls import Build
 from slmops.infra.olive.engine import build
 from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
-from slmops.tasks.build.olive_config import KNOWN_KEYS, olive_run_config, read_olive_config
+from slmops.tasks.build.olive_config import KNOWN_KEYS, olive_run_config, ordered_recipe, read_olive_config
 from slmops.tasks.build.planning import plan_recipes, plan_search
 from slmops.tasks.build.recipes import RECIPES_DIR, Recipe, known_recipes, load_recipe
 from slmops.tasks.plan import parse_request
@@ -488,3 +488,36 @@ class TestBuiltRecipes:
         assert (chosen.weight_of(DOWN) != rounded.weight_of(DOWN)).any()
         bits = mixed.attribute("bits")
         assert (bits[DOWN], bits[GATE], bits[HEAD]) == (8, 4, 8)
+
+
+BUILDER = {"type": "ModelBuilder", "precision": "int4"}
+
+
+class TestOrders:
+    """What a worker takes from an order in the store, which another machine wrote."""
+
+    @pytest.mark.parametrize("path", sorted(RECIPES_DIR.glob("*.json")), ids=lambda path: path.stem)
+    def test_slmops_own_recipes(self, path: Path) -> None:
+        provider, _, name = path.stem.partition("-")
+        recipe = load_recipe(name, provider)
+        assert ordered_recipe(recipe.model_dump(mode="json")) == recipe
+
+    def test_what_a_users_file_says(self, tmp_path: Path) -> None:
+        recipe = _read(tmp_path, {"passes": {"builder": {"type": "ModelBuilder", "precision": "int4"}}})
+        assert ordered_recipe(recipe.model_dump(mode="json")) == recipe
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"passes": {"builder": {**BUILDER, "extra_options": {"hf_remote": True}}}}, "hf_remote"),
+            ({"passes": {"builder": BUILDER, "other": {"type": "Foreign"}}}, "Foreign"),
+            ({"data_configs": [{"user_script": "/tmp/x.py"}]}, "user_script"),
+            ({"data_configs": [{"load_dataset_config": {"trust_remote_code": True}}]}, "trust_remote_code"),
+        ],
+    )
+    @pytest.mark.parametrize("recipe_id", ["olive-config", "cpu-int4"])
+    def test_one_that_names_code(self, changes: dict[str, Any], said: str, recipe_id: str) -> None:
+        record = {**load_recipe("int4").model_dump(mode="json"), "id": recipe_id, **changes}
+        with pytest.raises(BadInput, match="refused") as caught:
+            ordered_recipe(record)
+        assert said in caught.value.message
