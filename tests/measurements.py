@@ -58,7 +58,6 @@ def raw_result(rows: Sequence[dict[str, Any]], **changes: Any) -> Measured:
         "sweep": [],
         "sweep_notes": [],
         "threads": 2,
-        "execution_provider": None,
         "hardware": HARDWARE,
         "versions": {"onnxruntime": "1"},
     }

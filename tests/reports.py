@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+from slmops.infra.genai.calls import Measured
 from slmops.tasks.exams.answers import Evaluation
 from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise, MemoryGrowth
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, slope
@@ -88,11 +89,10 @@ def measurement(precision: str) -> Measurement:
         "size_bytes": size,
         "notes": [],
         "threads": 2,
-        "execution_provider": None,
         "hardware": HARDWARE,
         "versions": VERSIONS,
     }
-    return summarize(result, warmup=1, wall_s=4.2)
+    return summarize(Measured.model_validate(result), warmup=1, wall_s=4.2)
 
 
 def evaluation(precision: str) -> Evaluation:

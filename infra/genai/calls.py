@@ -12,15 +12,10 @@ from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
 
 class _OnModel(Call[R], Generic[R]):
-    """A call on a model folder.
-
-    `execution_provider` names the provider to run on ("cpu", "cuda", ...), or is None for what the folder's
-    genai_config.json says.
-    """
+    """A call on a model folder, which runs on what its genai_config.json says."""
 
     model_dir: AbsolutePath
     threads: int
-    execution_provider: str | None = None
 
 
 class RequestFigures(Record):
@@ -82,7 +77,6 @@ class Measured(Record):
     sweep: tuple[SweptRequest, ...]
     sweep_notes: tuple[str, ...]
     threads: int
-    execution_provider: str | None
     hardware: Hardware
     versions: dict[str, str]
 

@@ -15,7 +15,7 @@ def exercise(call: exercises.Endure, progress: Progress) -> None:
     Raises `StageFailed` for a model that cannot be opened.
     """
     progress(0, 1, "loading the model")
-    opened = GenaiModel(call.model_dir, threads=call.threads, execution_provider=None)
+    opened = GenaiModel(call.model_dir, threads=call.threads)
     exercises.exercise(_Opened(opened), call, progress)
 
 

@@ -38,7 +38,7 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
     Raises `StageFailed` for a model that cannot be run, or a reference of other rows.
     """
     progress(0, len(call.rows), "loading the model")
-    model = GenaiModel(call.model_dir, threads=call.threads, execution_provider=call.execution_provider)
+    model = GenaiModel(call.model_dir, threads=call.threads)
     reference = _Reference(call.reference_dir, call.rows) if call.reference_dir else None
     vocabulary = _vocabulary(model, reference)
     answers: list[_Answer] = []

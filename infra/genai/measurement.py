@@ -39,7 +39,7 @@ def measure(call: Measure, progress: Progress) -> Measured:
     progress(0, 1, "loading the model")
     with PeakMemory() as memory:
         started = time.perf_counter()
-        model = GenaiModel(call.model_dir, threads=call.threads, execution_provider=call.execution_provider)
+        model = GenaiModel(call.model_dir, threads=call.threads)
         load_ms = 1000 * (time.perf_counter() - started)
         notes: list[str] = []
         lengths = _lengths(call.prompt_tokens, call.new_tokens, model.context_length, notes)
@@ -75,7 +75,6 @@ def measure(call: Measure, progress: Progress) -> Measured:
         sweep=tuple(sweep_rows),
         sweep_notes=tuple(sweep_notes),
         threads=call.threads,
-        execution_provider=call.execution_provider,
         hardware=_hardware(),
         versions=package_versions(),
     )

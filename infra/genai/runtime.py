@@ -31,13 +31,10 @@ GREEDY = {
 class GenaiModel:
     """A model folder opened for greedy decoding; the folder is only read.
 
-    `execution_provider` names the provider to run on ("cpu", "cuda", ...), or is None for what the folder's
-    genai_config.json says. Raises `StageFailed` for a folder that the runtime cannot open.
+    It runs on what its genai_config.json says. Raises `StageFailed` for a folder that the runtime cannot open.
     """
 
-    def __init__(
-        self, model_dir: Path, *, threads: int, execution_provider: str | None, repetition_penalty: float = 1.0
-    ) -> None:
+    def __init__(self, model_dir: Path, *, threads: int, repetition_penalty: float = 1.0) -> None:
         import onnxruntime_genai as og
 
         self._og = og
@@ -52,8 +49,6 @@ class GenaiModel:
             config = og.Config(str(model_dir))
             threading_options = {"session_options": {"intra_op_num_threads": threads}}
             config.overlay(json.dumps({"model": {"decoder": threading_options}}))
-            if execution_provider is not None:
-                _choose_provider(config, execution_provider)
             self._model = og.Model(config)
             self.tokenizer = og.Tokenizer(self._model)
         except Exception as error:  # the binding raises RuntimeError and, for some faults, bare exceptions
@@ -200,13 +195,6 @@ def _read_genai_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _choose_provider(config: Any, execution_provider: str) -> None:
-    name = execution_provider.removesuffix("ExecutionProvider").lower()
-    config.clear_providers()
-    if name != "cpu":
-        config.append_provider(name)
-
-
 def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).replace("\n", " ").rstrip(".")
 
@@ -217,12 +205,7 @@ def generate(call: Generate, progress: Progress) -> Generated:
     Raises `StageFailed` for a model that cannot be run or whose logits are not finite.
     """
     progress(0, 1, "loading the model")
-    model = GenaiModel(
-        call.model_dir,
-        threads=call.threads,
-        execution_provider=call.execution_provider,
-        repetition_penalty=call.repetition_penalty,
-    )
+    model = GenaiModel(call.model_dir, threads=call.threads, repetition_penalty=call.repetition_penalty)
     prompt, prompt_ids = model.render(call.messages)
     (logits,) = model.logits_at(prompt_ids, [len(prompt_ids) - 1])
     if not np.isfinite(logits).all():

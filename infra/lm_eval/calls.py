@@ -49,7 +49,6 @@ class RunTasks(Call[TaskResults]):
     allow_code: bool = False
     allow_network: bool = False
     threads: int
-    execution_provider: str | None = None
 
     def perform(self, progress: Progress) -> TaskResults:
         """See `slmops.infra.lm_eval.run.evaluate`."""

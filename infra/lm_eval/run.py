@@ -175,7 +175,7 @@ def _open(call: RunTasks, progress: Progress) -> Any:
         from slmops.infra.genai.runtime import GenaiModel
         from slmops.infra.lm_eval.model import GenaiLM
 
-        model = GenaiModel(call.model_dir, threads=call.threads, execution_provider=call.execution_provider)
+        model = GenaiModel(call.model_dir, threads=call.threads)
         return GenaiLM(model, progress)
     assert call.checkpoint_dir
     import torch

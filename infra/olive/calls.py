@@ -7,8 +7,6 @@ from slmops.infra.records import AbsolutePath, Json, Record
 class Built(Record):
     """A finished model folder; the files' names are sorted."""
 
-    precision: str
-    warnings: tuple[str, ...]
     files: tuple[str, ...]
 
 

@@ -52,7 +52,7 @@ def build(call: Build, progress: Progress) -> Built:
         progress(1, 2, "writing the model's folder")
         files = _move_model(built, call.output_dir)
     progress(2, 2, "built")
-    return Built(precision=_builder_options(call.olive_config)["precision"], warnings=(), files=tuple(files))
+    return Built(files=tuple(files))
 
 
 def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -> Path:
@@ -110,10 +110,3 @@ def _move_model(built: Path, output_dir: Path) -> list[str]:
             "Check the passes after ModelBuilder in the Olive configuration.",
         )
     return sorted(path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file())
-
-
-def _builder_options(olive_config: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = next(
-        options for options in olive_config["passes"].values() if options["type"] == MODEL_BUILDER
-    )
-    return options

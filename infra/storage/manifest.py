@@ -167,21 +167,6 @@ def check_name(name: str) -> str:
     return name
 
 
-def parse_reference(text: str) -> tuple[str, int | None]:
-    """Split `NAME` or `NAME@VERSION`; raises `BadInput` for anything else."""
-    name, at, number = text.partition("@")
-    check_name(name)
-    if not at:
-        return name, None
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", number):
-        raise BadInput(
-            f"{text!r} names no version.",
-            "Write NAME@VERSION with a positive integer, such as home@3.",
-            code="reference-not-valid",
-        )
-    return name, int(number)
-
-
 def now() -> str:
     """Return the present time in UTC, ISO 8601, to the microsecond: records of one process sort by it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")

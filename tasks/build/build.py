@@ -108,7 +108,7 @@ def build_variant(
             wall_s=child.wall_s,
             peak_rss_bytes=child.peak_rss_bytes,
             log=log.read_text("utf-8", "replace"),
-            warnings=(*recipe.warnings, *child.value.warnings),
+            warnings=recipe.warnings,
             passes=recipe.passes,
         )
         write_whole(record, built.model_dump_json(indent=2))

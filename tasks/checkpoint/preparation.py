@@ -278,12 +278,6 @@ class PreparedCheckpoint(BaseModel):
         """The checkpoint's folder on this machine."""
         return folder_of(self.uri)
 
-    @property
-    def evaluation_file(self) -> Path | None:
-        """The evaluation file that the checkpoint brings along, if it does."""
-        path = self.folder / EVALUATION_FILE
-        return path if path.is_file() else None
-
 
 def folder_of(uri: str) -> Path:
     """Return the local folder that a `file://` URI names."""

@@ -167,12 +167,11 @@ def evaluate_variant(
     work_dir: Path,
     output_format: OutputFormat | None = None,
     on_progress: OnProgress | None = None,
-    execution_provider: str | None = None,
 ) -> Evaluation:
     """Run a genai model folder on the rows in a child process, and score its answers.
 
     `reference_dir` is the `work_dir` that `run_reference` was given for the same rows, or None for a model without a
-    source checkpoint. `execution_provider` None runs on what the folder's own configuration says.
+    source checkpoint.
 
     Raises `StageFailed` and its kinds: a model that cannot be opened or run.
     """
@@ -185,7 +184,6 @@ def evaluate_variant(
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             threads=settings.threads,
-            execution_provider=execution_provider,
         ),
         deadline_s=settings.timeout.evaluate_s,
         log_path=work_dir / "evaluate.log",

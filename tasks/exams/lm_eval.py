@@ -60,7 +60,6 @@ def run_lm_eval_tasks(
     checkpoint_dir: Path | None = None,
     work_dir: Path,
     on_progress: OnProgress | None = None,
-    execution_provider: str | None = None,
 ) -> tuple[LmEvalResult, ...]:
     """Run lm-eval tasks in a child process, on a genai model folder or on a checkpoint: one of the two.
 
@@ -79,7 +78,6 @@ def run_lm_eval_tasks(
             allow_code=tasks.allow_code,
             allow_network=tasks.allow_network,
             threads=settings.threads,
-            execution_provider=execution_provider,
         ),
         deadline_s=settings.timeout.lm_eval_s,
         log_path=work_dir / "lm-eval.log",

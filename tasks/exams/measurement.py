@@ -82,7 +82,7 @@ class Measurement(_Record):
     sweep: tuple[SweptRequest, ...] = ()
     sweep_notes: tuple[str, ...] = ()
     threads: int
-    execution_provider: str | None
+    execution_provider: str | None = None  # what older records may name; None: what the folder says
     hardware: Hardware
     versions: dict[str, str]
     wall_s: FiniteFloat
@@ -124,7 +124,6 @@ def summarize(measured: Measured, *, warmup: int, wall_s: float) -> Measurement:
         sweep=measured.sweep,
         sweep_notes=measured.sweep_notes,
         threads=measured.threads,
-        execution_provider=measured.execution_provider,
         hardware=measured.hardware,
         versions=measured.versions,
         wall_s=wall_s,
@@ -146,12 +145,10 @@ def measure_variant(
     model_dir: Path,
     work_dir: Path,
     on_progress: OnProgress | None = None,
-    *,
-    execution_provider: str | None = None,
 ) -> Measurement:
     """Measure a genai model folder in a child process of its own.
 
-    `execution_provider` None runs on what the folder's own configuration says. Raises `StageFailed` and its kinds.
+    Raises `StageFailed` and its kinds.
     """
     benchmark = settings.benchmark
     child = run_in_child(
@@ -162,7 +159,6 @@ def measure_variant(
             warmup=benchmark.warmup,
             repetitions=benchmark.repetitions,
             threads=settings.threads,
-            execution_provider=execution_provider,
             sweep=Sweep(**settings.sweep.model_dump(), max_cliff_ratio=settings.gate.max_cliff_ratio),
         ),
         deadline_s=settings.timeout.measure_s,

@@ -137,7 +137,6 @@ def compare_on_text(
     reference_dir: Path | None,
     work_dir: Path,
     on_progress: OnProgress | None = None,
-    execution_provider: str | None = None,
 ) -> TextComparison:
     """Score the text with a genai model folder in a child process and compare it with the reference.
 
@@ -154,7 +153,6 @@ def compare_on_text(
             max_tokens=settings.evaluation.max_text_tokens,
             window_tokens=WINDOW_TOKENS,
             threads=settings.threads,
-            execution_provider=execution_provider,
         ),
         deadline_s=settings.timeout.evaluate_s,
         log_path=work_dir / "text.log",

@@ -57,7 +57,7 @@ class AnswerInGenai(Call[dict[str, list[dict[str, Any]]]]):
     def perform(self, progress: Progress) -> dict[str, list[dict[str, Any]]]:
         answers = {}
         for folder, conversations in self.conversations.items():
-            model = GenaiModel(Path(folder), threads=2, execution_provider=None)
+            model = GenaiModel(Path(folder), threads=2)
             rendered = [model.render(messages)[1] for messages in conversations]
             answers[folder] = [
                 {"prompt_tokens": len(ids), "answer": model.decode(model.answer(ids, NEW_TOKENS))} for ids in rendered

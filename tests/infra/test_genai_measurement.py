@@ -30,7 +30,6 @@ def run_measure(model_dir, **changes):
         "warmup": 1,
         "repetitions": 3,
         "threads": 1,
-        "execution_provider": None,
     }
     return measure(Measure(**request | changes), ignore_progress).model_dump(mode="json")
 
@@ -163,7 +162,7 @@ def test_a_small_context_has_few_lengths(damaged, context_length, lengths):
 
 
 def test_a_chat_of_any_length_keeps_the_template_whole(fp32):
-    model = GenaiModel(fp32, threads=1, execution_provider=None)
+    model = GenaiModel(fp32, threads=1)
     chat = chat_prompt(model)
     begin, end = (
         model.tokenizer.encode(text) for text in ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
@@ -178,7 +177,7 @@ def test_a_chat_of_any_length_keeps_the_template_whole(fp32):
 
 
 def test_the_checked_logits_are_those_that_the_tokens_were_chosen_by(fp32):
-    model = GenaiModel(fp32, threads=1, execution_provider=None)
+    model = GenaiModel(fp32, threads=1)
     chosen, answer = [], []
     time_request(
         model,

@@ -47,7 +47,6 @@ def run_evaluate(model_dir, reference_dir, **changes):
         "max_new_tokens": NEW_TOKENS,
         "max_positions": 60,
         "threads": 2,
-        "execution_provider": "cpu",
     }
     return evaluate(Evaluate(**request | changes), ignore_progress).model_dump(mode="json")
 
@@ -133,7 +132,7 @@ def row_mean(content, row, values):
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_runtime_computes_with_the_asked_number_of_threads(fp32, threads):
     before = psutil.Process().num_threads()
-    model = runtime.GenaiModel(fp32, threads=threads, execution_provider=None)
+    model = runtime.GenaiModel(fp32, threads=threads)
     assert psutil.Process().num_threads() - before == threads - 1
     del model
 
@@ -322,9 +321,12 @@ def test_answers_that_are_all_empty_are_counted_and_still_compared(damaged):
     assert result["finite_logits"] == 1.0
 
 
-def test_an_execution_provider_that_is_not_there_is_a_clear_error(fp32):
+def test_an_execution_provider_that_is_not_there_is_a_clear_error(fp32, tmp_path):
+    other = shutil.copytree(fp32, tmp_path / "cuda")
+    options = {"provider_options": [{"cuda": {}}]}
+    change_genai_config(other, lambda config: config["model"]["decoder"]["session_options"].update(options))
     with pytest.raises(StageFailed, match="cannot open"):
-        run_evaluate(fp32, None, execution_provider="CUDAExecutionProvider")
+        run_evaluate(other, None)
 
 
 def test_generate_gives_the_evaluation_s_answer(fp32):

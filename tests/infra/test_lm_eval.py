@@ -70,7 +70,7 @@ def pair(request, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     theirs = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=1)
     folder = build_genai_model(checkpoint, work / "model")
-    return theirs, GenaiLM(GenaiModel(folder, threads=2, execution_provider=None), ignore_progress)
+    return theirs, GenaiLM(GenaiModel(folder, threads=2), ignore_progress)
 
 
 def instances(kind, *arguments):
@@ -147,7 +147,7 @@ def test_requests_that_the_model_cannot_take_are_named(pair):
 
 def test_logits_that_are_not_finite_are_named(pair, tmp_path):
     broken = with_weights_set(pair[1]._model.model_dir, tmp_path / "broken", "final_norm", float("nan"))
-    ours = GenaiLM(GenaiModel(broken, threads=2, execution_provider=None), ignore_progress)
+    ours = GenaiLM(GenaiModel(broken, threads=2), ignore_progress)
     with pytest.raises(StageFailed, check=coded("logits-not-finite")):
         ours.loglikelihood(instances("loglikelihood", ("Turn", " on")))
 

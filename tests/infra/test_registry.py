@@ -26,7 +26,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.garbage import collect_garbage, delete_version
 from slmops.infra.storage.holders import has_ended, this_process
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name, parse_reference
+from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name
 from slmops.infra.storage.objects import Blob, ObjectStore, OnBytes, untold
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
@@ -511,12 +511,11 @@ class TestNames:
             with pytest.raises(BadInput, check=coded("name-not-valid")):
                 check_name(name)
 
-    def test_references(self) -> None:
-        assert parse_reference("home") == ("home", None)
-        assert parse_reference("home@12") == ("home", 12)
+    def test_what_is_no_reference_is_refused(self, tmp_path: Path) -> None:
+        registry = ModelRegistry(LocalObjectStore(tmp_path))
         for text in ("home@", "home@0", "home@01", "home@-1", "home@1.0", "home@1\n", "home@٣", "home@1/int4", "@1"):
             with pytest.raises(BadInput):
-                parse_reference(text)
+                registry.find(text)
 
 
 class Crash(BaseException):

@@ -99,7 +99,6 @@ def run_compare(model_dir, reference_dir, text_file, **changes):
         "max_tokens": 250,
         "window_tokens": WINDOW,
         "threads": 2,
-        "execution_provider": "cpu",
     }
     return compare_text(CompareText(**request | changes), ignore_progress).model_dump(mode="json")
 
@@ -280,7 +279,7 @@ def test_memory_does_not_grow_with_the_text_for_a_vocabulary_of_152_k(tmp_path):
         }
         calls = (
             ScoreTextAsSource(checkpoint_dir=checkpoint, output_dir=folder, max_positions=tokens // 2, **shared),
-            CompareText(model_dir=model_dir, reference_dir=folder, execution_provider="cpu", **shared),
+            CompareText(model_dir=model_dir, reference_dir=folder, **shared),
         )
         peaks[tokens] = [
             run_in_child(call, deadline_s=600, log_path=folder / "child.log", work_dir=folder).peak_rss_bytes

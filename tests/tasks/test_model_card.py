@@ -40,13 +40,10 @@ def read_back(text: str, tmp_path: Path) -> ModelCard:
 
 
 def test_its_metadata_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    text = model_card(
-        manifest(), full_variant("int4"), evaluation=EVALUATION, base_model="owner/home-1b", license_id="apache-2.0"
-    )
+    text = model_card(manifest(), full_variant("int4"), evaluation=EVALUATION, base_model="owner/home-1b")
     data = read_back(text, tmp_path).data.to_dict()
     assert data["base_model"] == "owner/home-1b"
     assert data["base_model_relation"] == "quantized"
-    assert data["license"] == "apache-2.0"
     assert data["pipeline_tag"] == "text-generation"
     assert data["library_name"] == "onnxruntime-genai"
     assert {"onnx", "foundry-local", "int4"} <= set(data["tags"])
