@@ -140,7 +140,6 @@ def in_process(model_dir: Path, folder: Path, prompt_tokens: int, new_tokens: in
         "warmup": 20,
         "repetitions": 200,
         "threads": psutil.cpu_count(logical=False) or 1,
-        "execution_provider": None,
         "sweep": None,
     }
     child = run_in_child(
