@@ -1,8 +1,6 @@
 """`slmops catalog`: the store's registered versions as a catalog that Foundry Local's runtime asks."""
 
 import contextlib
-import logging
-import signal
 import socket
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -11,7 +9,13 @@ import typer
 
 from slmops.deployments.cli.output import print_line
 from slmops.deployments.cli.running import load_settings
-from slmops.deployments.server.listening import check_address, listen
+from slmops.deployments.server.listening import (
+    check_address,
+    listen,
+    log_to_terminal,
+    serve_until_stopped,
+    shown_url,
+)
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:
@@ -48,25 +52,18 @@ def _check_upstream(upstream: str | None) -> None:
 
 
 def _serve(host: str, listener: socket.socket, upstream: str | None, settings: "Settings") -> None:
-    import uvicorn
+    import asyncio
 
     from slmops.infra.foundry.catalog import CATALOG_PATH
     from slmops.infra.foundry.catalog_server import catalog_app
     from slmops.infra.storage.opening import open_registry
     from slmops.tasks.versions.catalog import StoreCatalog
 
-    # In place of what Prefect's import left there: it shows nothing of ours.
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
+    log_to_terminal()
     registry = open_registry(settings)
     registry.objects.check()
     token = settings.catalog.token.get_secret_value() if settings.catalog.token else None
     app = catalog_app(StoreCatalog(registry).models, upstream, token)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
-    )
-    shown = f"[{host}]" if ":" in host else host
     query = "?token=$SLMOPS_CATALOG__TOKEN" if token else ""
-    print_line(f"Catalog at http://{shown}:{listener.getsockname()[1]}{CATALOG_PATH}{query}")
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what ended it again, when all is done
-        signal.signal(number, lambda *_: None)
-    server.run(sockets=[listener])
+    print_line(f"Catalog at {shown_url(host, listener)}{CATALOG_PATH}{query}")
+    asyncio.run(serve_until_stopped(app, listener, drain_s=SHUTDOWN_S))

@@ -2,63 +2,43 @@
 
 import contextlib
 import json
-import logging
 import os
 import secrets
-import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from slmops.deployments.cli.output import print_line, print_note
+from slmops.deployments.server.listening import log_to_terminal, serve_until_stopped, shown_url
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 
 
 async def serve_models(names: list[str], host: str, listener: socket.socket, settings: Settings) -> None:
     """Serve the named models, or all, on a socket that listens; `host` is what was asked for, and is only shown."""
-    import uvicorn
-
+    from slmops.infra.foundry.following import Following
     from slmops.infra.foundry.model_host import ModelHost
-    from slmops.infra.foundry.openai_server import openai_server, served
+    from slmops.infra.foundry.openai_server.app import openai_server
     from slmops.infra.storage.opening import open_registry
     from slmops.tasks.versions.serving import StoredModels
 
-    # Prefect, which the imports above bring, has set up logging for its own commands.
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("slmops").setLevel(logging.INFO)
+    log_to_terminal()
     source = StoredModels(open_registry(settings), settings)
     models = ModelHost(source, settings.serve, settings.cache_dir / "serving", settings.cache_dir / "logs")
     control_token = secrets.token_urlsafe(32)
-    shown = f"[{host}]" if ":" in host else host
-    port = listener.getsockname()[1]
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
-        async with served(models, settings.serve):
-            yield
-
     try:
         await models.start(names)
         if not models.champions:
             _wait_for_the_first(settings)
-        for notice in source.notices:
-            print_note(f"note: {notice}")
-        app = openai_server(models, settings.serve, control_token, lifespan)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(settings.serve.drain_s) + 1
-            )
-        )
-        own = "127.0.0.1" if shown in ("0.0.0.0", "[::]") else shown  # noqa: S104  (it is only compared)
-        with _announced(settings.home_dir / "serve", f"http://{own}:{port}", control_token):
-            for name, one in models.champions.items():
-                print_line(f"{name} is {one.model_id} ({one.precision}).")
-            print_line(f"Serving at http://{shown}:{port}/v1")
-            for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what ended it again, when all is done
-                signal.signal(number, lambda *_: None)
-            await server.serve(sockets=[listener])
+        following = Following(models, source, settings.serve.follow_s, takes_new_names=not names)
+        app = openai_server(models, following, settings.serve, control_token)
+        own = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104  (it is only compared)
+        with _announced(settings.home_dir / "serve", shown_url(own, listener), control_token):
+            for name, served in models.champions.items():
+                print_line(f"{name} is {served.model_id} ({served.precision}).")
+            print_line(f"Serving at {shown_url(host, listener)}/v1")
+            async with following.running():
+                await serve_until_stopped(app, listener, drain_s=settings.serve.drain_s + 1)
     finally:
         await models.close()
 

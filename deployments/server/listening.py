@@ -1,11 +1,17 @@
-"""Where a command that serves listens: loopback, or another address with a token."""
+"""How a command serves: on loopback, or another address with a token, until it is stopped."""
 
 import contextlib
 import ipaddress
+import logging
 import os
+import signal
 import socket
+from typing import TYPE_CHECKING
 
 from slmops.infra.errors import BadInput
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 
 def check_address(host: str, token_variable: str, how_sent: str, *, has_token: bool) -> None:
@@ -38,3 +44,25 @@ def listen(host: str, port: int) -> socket.socket:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise BadInput(f"Nothing can listen at {host}, port {port}: {reason}.", "Choose another with --port.") from None
     return listener
+
+
+def shown_url(host: str, listener: socket.socket) -> str:
+    """Return the address of a socket that listens, with the host as it was asked for."""
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def log_to_terminal() -> None:
+    """Show what slmops logs on standard error, in place of what Prefect's import has set up for its own commands."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("slmops").setLevel(logging.INFO)
+
+
+async def serve_until_stopped(app: "Starlette", listener: socket.socket, *, drain_s: float) -> None:
+    """Serve an application until SIGINT or SIGTERM; then requests under way have `drain_s` seconds to end."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(drain_s))
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what ended it again, when all is done
+        signal.signal(number, lambda *_: None)
+    await uvicorn.Server(config).serve(sockets=[listener])

@@ -8,102 +8,24 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
 from slmops.infra import errors
 from slmops.infra.foundry.model_process import ModelProcess
+from slmops.infra.foundry.served_model import Busy, ModelSource, NotServed, RunningModel, ServedVersion
 from slmops.infra.settings import ServeSettings
 
 LOG = logging.getLogger("slmops.serve")
 FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
+STEADY_S = 60.0  # a process that ran for so long had started well
 # Weights and the runtime itself; the KV cache comes on top of it with use.
 MEMORY_PER_SIZE = 1.2
 MEMORY_OF_RUNTIME_BYTES = 100_000_000
 PROBE = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1, "temperature": 0}
-
-
-class NotServed(errors.SlmopsError):
-    """No served model has the name that was asked for."""
-
-
-class Busy(errors.SlmopsError):
-    """Too many wait for the model, or there is no memory for it now."""
-
-
-@dataclass(frozen=True)
-class ServedVersion:
-    """A version's variant that is served, by its Foundry id `NAME:VERSION`."""
-
-    name: str
-    version: int
-    precision: str
-
-    @property
-    def model_id(self) -> str:
-        """The id that the runtime serves it under."""
-        return f"{self.name}:{self.version}"
-
-
-@dataclass(frozen=True)
-class PlacedModel:
-    """A model folder that is ready to be loaded: size in bytes, and the texts that its tokenizer takes for control."""
-
-    size_bytes: int
-    control_tokens: tuple[str, ...]
-
-
-class ModelSource(Protocol):
-    """Where versions come from; every call may block."""
-
-    def names(self) -> list[str]:
-        """Return the names that have a champion; raises the store's own errors."""
-
-    def champion(self, name: str) -> ServedVersion:
-        """Return the champion of a name; raises `BadInput` when there is none, and the store's own errors."""
-
-    def version(self, name: str, version: int) -> ServedVersion:
-        """Return a version's selected variant; raises `BadInput` when there is none that passed the gate."""
-
-    def place(self, served: ServedVersion, folder: Path) -> PlacedModel:
-        """Write the verified model into a folder that is not there yet; raises `StageFailed`."""
-
-
-class RunningModel:
-    """A version that is served: its process, and who uses it."""
-
-    def __init__(self, served: ServedVersion, settings: ServeSettings) -> None:
-        self.served = served
-        self.process: ModelProcess | None = None
-        self.placed = PlacedModel(0, ())
-        self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(settings.request_timeout_s, connect=5), limits=httpx.Limits(max_connections=None)
-        )
-        self.waiting = 0
-        self.active = 0
-        self.used_at = time.monotonic()
-        self.is_retired = False
-        self.failures = 0
-        self.not_before = 0.0
-        self.turns = asyncio.Semaphore(settings.max_concurrency)
-        self.loading = asyncio.Lock()
-        self.unused = asyncio.Event()
-        self.unused.set()
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether its process runs."""
-        return self.process is not None and not self.process.has_ended
-
-    @property
-    def url(self) -> str:
-        """The web service's address."""
-        assert self.process
-        return self.process.url
 
 
 class ModelHost:
@@ -119,7 +41,6 @@ class ModelHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Lock()
         self._is_closing = False
-        self._takes_new_names = False
 
     @property
     def models(self) -> list[RunningModel]:
@@ -128,16 +49,14 @@ class ModelHost:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every name's champion that must stay loaded is."""
+        """Whether a model is loaded, and the server is not stopping."""
         return bool(self.champions) and not self._is_closing and any(one.is_loaded for one in self.models)
 
     async def start(self, names: Sequence[str] = ()) -> None:
         """Learn the champions of these names and load them while there is memory for them.
 
-        Without names it is every name's, also of those that come later. Raises what the source raises, and
-        `StageFailed` when none can be loaded.
+        Without names it is every name's. Raises what the source raises, and `StageFailed` when none can be loaded.
         """
-        self._takes_new_names = not names
         for name in names or await asyncio.to_thread(self._source.names):
             self.champions[name] = await asyncio.to_thread(self._source.champion, name)
         failures = []
@@ -163,8 +82,11 @@ class ModelHost:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for model in self.models:
-            await self._unload(model)
-            await model.client.aclose()
+            try:
+                await self._unload(model)
+                await model.client.aclose()
+            except Exception:
+                LOG.exception("%s could not be ended", model.served.model_id)
 
     async def resolve(self, model: str) -> ServedVersion:
         """Return what a request's `model` names: `NAME` (its champion), `NAME:VERSION` or `NAME@VERSION`.
@@ -226,9 +148,15 @@ class ModelHost:
         if former is None:
             raise NotServed(f"{name} is not served here.", f"Served are: {', '.join(sorted(self.champions))}.")
         served = await asyncio.to_thread(self._source.version, name, version)
-        if served == former and self._model(served).is_loaded:
-            return served, former
+        await self.go_over(served)
+        return served, former
+
+    async def go_over(self, served: ServedVersion) -> None:
+        """Let a version's name mean it from now on, as `hand_over` does; the name may be a new one."""
+        former = self.champions.get(served.name)
         running = self._model(served)
+        if served == former and running.is_loaded:
+            return
         try:
             await self.ensure_loaded(running)
             await self._probe(running)
@@ -236,46 +164,11 @@ class ModelHost:
             if served != former:
                 self._retire(running)
             raise
-        self.champions[name] = served
+        self.champions[served.name] = served
         running.is_retired = False
-        LOG.info("%s is %s now", name, served.model_id)
-        if former != served and former in self._models:
+        LOG.info("%s is %s now", served.name, served.model_id)
+        if former is not None and former != served and former in self._models:
             self._retire(self._models[former])
-        return served, former
-
-    async def follow(self, interval_s: float) -> None:
-        """Go over to each name's new champion when somebody, anywhere, promotes one in the store; never ends."""
-        seen = dict(self.champions)
-        while True:
-            await asyncio.sleep(interval_s)
-            if self._takes_new_names:
-                await self._take_new_names(seen)
-            for name in list(self.champions):
-                try:
-                    champion = await asyncio.to_thread(self._source.champion, name)
-                    # A promotion on this machine hands over first and writes the alias last: what counts is a change.
-                    if champion != seen.get(name):
-                        await self.hand_over(name, champion.version)
-                    seen[name] = champion
-                except errors.SlmopsError as error:
-                    LOG.warning("the champion of %s cannot be looked up: %s", name, error.message)
-
-    async def _take_new_names(self, seen: dict[str, ServedVersion]) -> None:
-        """Serve names that have got their first champion; one that cannot be loaded is tried again when it changes."""
-        try:
-            names = await asyncio.to_thread(self._source.names)
-            for name in names:
-                if name in self.champions:
-                    continue
-                champion = await asyncio.to_thread(self._source.champion, name)
-                if champion == seen.get(name):
-                    continue
-                seen[name] = champion
-                await self.ensure_loaded(self._model(champion))
-                self.champions[name] = champion
-                LOG.info("%s is %s now", name, champion.model_id)
-        except errors.SlmopsError as error:
-            LOG.warning("new names cannot be served: %s", error.message)
 
     def _model(self, served: ServedVersion) -> RunningModel:
         if served not in self._models:
@@ -322,6 +215,7 @@ class ModelHost:
 
     async def _watch(self, running: RunningModel, process: ModelProcess, folder: Path) -> None:
         """Clean up after a process, and start it again if it crashed."""
+        began = time.monotonic()
         try:
             status = await process.ended()
         finally:
@@ -329,11 +223,21 @@ class ModelHost:
         if running.process is not process or self._is_closing:
             return
         running.process = None
+        if time.monotonic() - began > STEADY_S:
+            running.failures = 0
         self._put_off(running)
         LOG.error("the process of %s ended with status %d", running.served.model_id, status)
-        if running.served in self.champions.values():
-            with contextlib.suppress(errors.SlmopsError):
+        await self._start_again(running)
+
+    async def _start_again(self, running: RunningModel) -> None:
+        """Load a champion whose process crashed, with a growing delay, until it is loaded or nobody's champion."""
+        while running.served in self.champions.values() and not running.is_loaded and not self._is_closing:
+            try:
                 await self.ensure_loaded(running)
+            except Busy:  # it is loaded when somebody asks for it
+                return
+            except Exception as error:
+                LOG.warning("%s cannot be started again: %s", running.served.model_id, error)
 
     async def _probe(self, running: RunningModel) -> None:
         body = {**PROBE, "model": running.served.model_id}
@@ -387,4 +291,9 @@ class ModelHost:
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._let_go)
+
+    def _let_go(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            LOG.error("what looked after a model failed", exc_info=error)

@@ -1,6 +1,7 @@
 """What is served: a name's champion and other versions, from the store, or from what this machine kept of it."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,26 +9,28 @@ from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL
-from slmops.infra.foundry.model_host import PlacedModel, ServedVersion
+from slmops.infra.foundry.served_model import PlacedModel, ServedVersion
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of_file
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
 from slmops.tasks.foundry.registration import champion_model_id, describe_model, inference_model
 
+LOG = logging.getLogger("slmops.serve")
+
 
 class StoredModels:
     """The `ModelSource` of a store.
 
     What was served once can be served again while the store cannot be reached: its manifest, and which version is the
-    champion, are kept under the home directory, and its files in the store's cache. `notices` then says so.
+    champion, are kept under the home directory, and its files in the store's cache; the log then says so.
     """
 
     def __init__(self, registry: ModelRegistry, settings: Settings) -> None:
         self._registry = registry
         self._settings = settings
         self._kept = settings.cache_dir / "serve"
-        self.notices: list[str] = []
+        self._outage: str | None = None
 
     def names(self) -> list[str]:
         """Return the names that have a champion."""
@@ -50,6 +53,7 @@ class StoredModels:
                 raise
             self._notice(error)
             return ServedVersion(name, kept["champion"], kept["versions"][str(kept["champion"])]["precision"])
+        self._outage = None
         if number is None:
             raise BadInput(f"{name} has no champion.", "Deploy a version of it; slmops list shows the names.")
         served = self.version(name, number)
@@ -101,9 +105,9 @@ class StoredModels:
             return Manifest.model_validate(kept["manifest"])
 
     def _notice(self, error: SlmopsError) -> None:
-        text = f"{error.message} Served is what this machine has kept of it."
-        if text not in self.notices:
-            self.notices.append(text)
+        if error.message != self._outage:  # once per outage: the store is asked often
+            LOG.warning("%s Served is what this machine has kept of it.", error.message)
+        self._outage = error.message
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

@@ -310,6 +310,18 @@ class TestFaults:
             os.kill(server.runtimes()[0], signal.SIGKILL)
             assert ask(server).model == "home:1"
 
+    def test_a_runtime_that_cannot_be_started_again_is_tried_until_it_can(self, home: Path) -> None:
+        with serving(home, "home") as server:
+            models = home / "cache/serving"
+            shutil.rmtree(models)
+            models.write_bytes(b"")  # no folder of a model can be made, as on a full disk
+            os.kill(server.runtimes()[0], signal.SIGKILL)
+            eventually(lambda: "home:1 cannot be started again" in server.log.read_text())
+            assert httpx.get(f"{server.url}/ready").json() == {"status": "not ready", "reason": "No model is loaded."}
+            models.unlink()
+            eventually(lambda: len(server.runtimes()) == 1)  # without being asked
+            assert ask(server).model == "home:1"
+
     def test_an_altered_model_is_not_served(self, home: Path) -> None:
         registry = registry_of(home)
         (file,) = [one for one in registry.version("home", 1).variants[0].files if one.path == "genai_config.json"]
@@ -433,6 +445,28 @@ class TestHandOver:
             assert ask(server).model == "home:1"
             registry_of(home).set_alias("home", "champion", 2, "better")
             eventually(lambda: ask(server).model == "home:2")
+
+    def test_a_look_at_the_store_that_fails_ends_no_following(self, home: Path) -> None:
+        with serving(home, environment={"SLMOPS_SERVE__FOLLOW_S": "0.1"}) as server:
+            kept = home / "cache/serve"
+            aside = kept.rename(home / "cache/aside")
+            kept.write_bytes(b"")  # nothing can be kept there, as on a full disk
+            registry_of(home).set_alias("home", "champion", 2, "better")
+            eventually(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+            told = httpx.get(f"{server.url}/ready").json()
+            assert (told["status"], told["reason"].partition(":")[0]) == ("behind", "home")
+            assert ask(server).model == "home:1"
+            registry_of(home).set_alias("other", "champion", 9, "no such version")
+            eventually(lambda: "other: " in httpx.get(f"{server.url}/ready").json()["reason"])
+            kept.unlink()
+            aside.rename(kept)
+            eventually(lambda: ask(server).model == "home:2")
+            assert httpx.get(f"{server.url}/ready").json()["reason"].startswith("other: ")
+            registry_of(home).set_alias("other", "champion", 1, "the one that is there")
+            eventually(lambda: httpx.get(f"{server.url}/ready").json() == {"status": "ready"})
+            log = server.log.read_text()
+            assert log.count("home cannot be followed") == 1
+            assert "home is followed again" in log
 
 
 def status_of(server: RunningServer, **options: Any) -> int:

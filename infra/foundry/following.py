@@ -1,0 +1,91 @@
+"""Following the store: what somebody promotes on another machine is served here a little later."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from slmops.infra.errors import SlmopsError
+from slmops.infra.foundry.model_host import ModelHost
+from slmops.infra.foundry.served_model import ModelSource, ServedVersion
+
+LOG = logging.getLogger("slmops.serve")
+NAMES = "the list of names"
+
+
+class Following:
+    """Lets a host go over to each name's new champion, and to new names where it is to serve all.
+
+    Whatever a look at the store meets is logged once and told as `fault`; the next look tries again, so that the host
+    goes on following as soon as the cause is gone.
+    """
+
+    def __init__(self, host: ModelHost, source: ModelSource, interval_s: float, *, takes_new_names: bool) -> None:
+        self._host = host
+        self._source = source
+        self._interval_s = interval_s
+        self._takes_new_names = takes_new_names
+        self._seen: dict[str, ServedVersion] = dict(host.champions)
+        self._faults: dict[str, str] = {}
+
+    @property
+    def fault(self) -> str | None:
+        """Why the host may serve other versions than the store's champions; None while it is in step."""
+        return " ".join(f"{what}: {reason}" for what, reason in sorted(self._faults.items())) or None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Look at the store every so often, whatever a look meets; an interval of 0 s is never."""
+        looking = asyncio.create_task(self._run()) if self._interval_s else None
+        try:
+            yield
+        finally:
+            if looking:
+                looking.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look at every name once; each is looked at whatever becomes of the others."""
+        names = await self._names()
+        self._faults = {what: reason for what, reason in self._faults.items() if what in {*names, NAMES}}
+        for name in names:
+            try:
+                await self._look_at(name)
+            except Exception as error:
+                self._failed(name, error)
+            else:
+                self._succeeded(name)
+
+    async def _names(self) -> Iterable[str]:
+        names = set(self._host.champions)
+        if not self._takes_new_names:
+            return names
+        try:
+            names |= set(await asyncio.to_thread(self._source.names))
+        except Exception as error:
+            self._failed(NAMES, error)
+        else:
+            self._succeeded(NAMES)
+        return names
+
+    async def _look_at(self, name: str) -> None:
+        champion = await asyncio.to_thread(self._source.champion, name)
+        # A promotion on this machine hands over first and writes the alias last: what counts is a change.
+        if champion != self._seen.get(name):
+            await self._host.go_over(champion)
+        self._seen[name] = champion
+
+    def _failed(self, what: str, error: Exception) -> None:
+        reason = str(error) if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}."
+        if what not in self._faults:  # once: looks are frequent
+            known = isinstance(error, SlmopsError)
+            LOG.warning("%s cannot be followed: %s", what, reason, exc_info=None if known else error)
+        self._faults[what] = reason
+
+    def _succeeded(self, what: str) -> None:
+        if self._faults.pop(what, None):
+            LOG.info("%s is followed again", what)

@@ -1,0 +1,148 @@
+"""Answers: a request is sent to the model's process, and what it sends is passed on as it comes."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+import httpx
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from slmops.infra.foundry.model_host import ModelHost
+from slmops.infra.foundry.openai_server.errors import refusal_of, runtime_refusal
+from slmops.infra.foundry.openai_server.metrics import CountedRequest
+from slmops.infra.foundry.openai_server.requests import for_runtime, room_for_answer
+from slmops.infra.foundry.served_model import RunningModel
+
+DISCONNECT_POLL_S = 0.5
+CRASH_NOTICED_S = 0.2  # a connection breaks off a little before its process is seen to have ended
+_SENT_AGAIN = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+
+T = TypeVar("T")
+
+
+async def ask_runtime(host: ModelHost, running: RunningModel, body: Mapping[str, Any]) -> httpx.Response:
+    """Send a request to the model's process, once more where that died before it answered.
+
+    Returns the answer, of which the body is still to be read. Raises `Refused` as the runtime refuses, the host's
+    errors where the model cannot be loaded, and `httpx.HTTPError`.
+    """
+    sent = for_runtime(body, running)
+    try:
+        return await _asked(host, running, body, sent)
+    except _SENT_AGAIN:
+        await asyncio.sleep(CRASH_NOTICED_S)
+        return await _asked(host, running, body, sent)
+
+
+async def _asked(
+    host: ModelHost, running: RunningModel, body: Mapping[str, Any], sent: dict[str, Any]
+) -> httpx.Response:
+    await host.ensure_loaded(running)
+    upstream = await _send(running, sent)
+    if upstream.status_code == 200:
+        return upstream
+    refused = runtime_refusal(upstream.status_code, await upstream.aread())
+    room = room_for_answer(refused, body)
+    if room is None:
+        raise refused
+    sent["max_tokens"] = room
+    upstream = await _send(running, sent)
+    if upstream.status_code == 200:
+        return upstream
+    raise runtime_refusal(upstream.status_code, await upstream.aread())
+
+
+async def _send(running: RunningModel, body: Mapping[str, Any]) -> httpx.Response:
+    request = running.client.build_request("POST", f"{running.url}/v1/chat/completions", json=body)
+    return await running.client.send(request, stream=True)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` does; it is cancelled, and with it the runtime's answer, when the client hangs up."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait([task], timeout=DISCONNECT_POLL_S))[0]:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+
+
+class Relay(StreamingResponse):
+    """A stream of events, passed on; what it took (the model's turn, the connection) is given back at its end.
+
+    The usage, which the runtime is always asked for, is left out where the client did not ask for it.
+    """
+
+    def __init__(
+        self, upstream: httpx.Response, taken: AsyncExitStack, counted: CountedRequest, *, keep_usage: bool
+    ) -> None:
+        events = _passed_on(upstream, counted, keep_usage=keep_usage)
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._taken = taken
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        # Whatever becomes of the client, also before the first event: the turn ends, and the runtime stops.
+        async with self._taken:
+            await super().__call__(scope, receive, send)
+
+
+async def _passed_on(upstream: httpx.Response, counted: CountedRequest, *, keep_usage: bool) -> AsyncIterator[bytes]:
+    usage: Mapping[str, Any] = {}
+    is_first = True
+    try:
+        async for event in _events(upstream):
+            found = _usage_of_event(event)
+            if found:
+                usage = found
+                if not keep_usage:
+                    continue
+            elif is_first and _has_text(event):
+                is_first = False
+                counted.first_token()
+            yield event
+        counted.answered(200, usage)
+    except httpx.HTTPError as error:
+        counted.answered(502, usage)
+        yield b"data: " + json.dumps({"error": refusal_of(error).error}).encode() + b"\n\n"
+
+
+async def _events(upstream: httpx.Response) -> AsyncIterator[bytes]:
+    rest = b""
+    async for chunk in upstream.aiter_raw():
+        *events, rest = (rest + chunk).split(b"\n\n")
+        for event in events:
+            yield event + b"\n\n"
+    if rest.strip():
+        yield rest
+
+
+def _usage_of_event(event: bytes) -> Mapping[str, Any]:
+    if b'"usage"' not in event or not event.startswith(b"data: {"):
+        return {}
+    with contextlib.suppress(ValueError):
+        document = json.loads(event[len(b"data: ") :])
+        if not document.get("choices") and isinstance(document.get("usage"), dict):
+            usage: Mapping[str, Any] = document["usage"]
+            return usage
+    return {}
+
+
+def _has_text(event: bytes) -> bool:
+    return b'"content":"' in event and b'"content":""' not in event
+
+
+def usage_of(content: bytes) -> Mapping[str, Any]:
+    """Return the tokens that an answer tells."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(content).get("usage") or {}
+    return {}

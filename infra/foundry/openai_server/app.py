@@ -1,0 +1,133 @@
+"""The server in front of the models: OpenAI's API under stable names, a token, queues, metrics, and the hand-over.
+
+Foundry's web service answers to exact ids only, checks nobody and has no queue. What it sends is passed on as it comes.
+"""
+
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from slmops.infra import errors
+from slmops.infra.foundry.following import Following
+from slmops.infra.foundry.model_host import ModelHost
+from slmops.infra.foundry.openai_server.answers import Relay, ask_runtime, usage_of, while_connected
+from slmops.infra.foundry.openai_server.errors import HANDLERS, Refused
+from slmops.infra.foundry.openai_server.metrics import Metrics
+from slmops.infra.foundry.openai_server.requests import checked_chat, read_body
+from slmops.infra.foundry.openai_server.token import BearerToken
+from slmops.infra.foundry.served_model import NotServed
+from slmops.infra.settings import ServeSettings
+
+
+def openai_server(
+    host: ModelHost,
+    following: Following,
+    settings: ServeSettings,
+    control_token: str,
+) -> Starlette:
+    """Return the ASGI application: `/v1/models`, `/v1/chat/completions`, `/health`, `/ready`, `/metrics`.
+
+    `/v1` and `/metrics` ask for the settings' token where there is one, `/slmops/v1` for the control token, which only
+    this user's own processes can read.
+    """
+    front = _Front(host, following, settings)
+    token = settings.token.get_secret_value() if settings.token else None
+    wrong_key = Refused(401, "Incorrect API key provided.", code="invalid_api_key")
+    clients = [Middleware(BearerToken, token, wrong_key)]
+    control = [Middleware(BearerToken, control_token, Refused(401, "Incorrect control token."))]
+    return Starlette(
+        routes=[
+            Route("/health", front.health),
+            Route("/ready", front.ready),
+            Route("/metrics", front.metrics, middleware=clients),
+            Route("/v1/models", front.list_models, middleware=clients),
+            Route("/v1/models/{model:path}", front.show_model, middleware=clients),
+            Route("/v1/chat/completions", front.chat, methods=["POST"], middleware=clients),
+            Route("/slmops/v1/models", front.states, middleware=control),
+            Route("/slmops/v1/models/{name}/champion", front.change_champion, methods=["POST"], middleware=control),
+        ],
+        exception_handlers=HANDLERS,
+    )
+
+
+class _Front:
+    """The requests' handlers; what they raise becomes an answer by `HANDLERS`."""
+
+    def __init__(self, host: ModelHost, following: Following, settings: ServeSettings) -> None:
+        self._host = host
+        self._following = following
+        self._settings = settings
+        self._metrics = Metrics(host)
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        if not self._host.is_ready:
+            return JSONResponse({"status": "not ready", "reason": "No model is loaded."}, 503)
+        if self._following.fault:
+            return JSONResponse({"status": "behind", "reason": self._following.fault}, 503)
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def list_models(self, _: Request) -> Response:
+        ids = sorted({*self._host.champions, *(served.model_id for served in self._host.champions.values())})
+        return JSONResponse({"object": "list", "data": [_model(model_id) for model_id in ids]})
+
+    async def show_model(self, request: Request) -> Response:
+        model = request.path_params["model"]
+        await self._host.resolve(model)
+        return JSONResponse(_model(model))
+
+    async def states(self, _: Request) -> Response:
+        loaded = {running.served for running in self._host.models if running.is_loaded}
+        models = [
+            {
+                "name": name,
+                "version": served.version,
+                "precision": served.precision,
+                "state": "loaded" if served in loaded else "not loaded",
+            }
+            for name, served in sorted(self._host.champions.items())
+        ]
+        return JSONResponse({"models": models})
+
+    async def change_champion(self, request: Request) -> Response:
+        version = (await read_body(request, self._settings.max_request_bytes)).get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise Refused(400, "version must be a positive integer.", param="version")
+        try:
+            served, former = await self._host.hand_over(request.path_params["name"], version)
+        except errors.SlmopsError as error:
+            told = {"message": error.message, "what_to_do": error.what_to_do}
+            return JSONResponse({"error": told}, 404 if isinstance(error, NotServed) else 409)
+        return JSONResponse({"version": served.version, "former": former.version if former else None})
+
+    async def chat(self, request: Request) -> Response:
+        began = time.perf_counter()
+        body = await read_body(request, self._settings.max_request_bytes)
+        model, wants_usage = checked_chat(body)
+        with self._metrics.counted(model if model in self._host.champions else "", began) as counted:
+            async with AsyncExitStack() as taken:
+                running = await taken.enter_async_context(self._host.turn(model))
+                counted.model = running.served.name
+                upstream = await while_connected(request, ask_runtime(self._host, running, body))
+                taken.push_async_callback(upstream.aclose)
+                if body.get("stream"):
+                    return Relay(upstream, taken.pop_all(), counted, keep_usage=wants_usage)
+                content = await while_connected(request, upstream.aread())
+        counted.answered(200, usage_of(content))
+        return Response(content, media_type="application/json")
+
+
+def _model(model_id: str) -> dict[str, Any]:
+    return {"id": model_id, "object": "model", "created": 0, "owned_by": "slmops"}

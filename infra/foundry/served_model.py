@@ -1,0 +1,92 @@
+"""A served version: what it is called, where it comes from, its process, and who uses it."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+
+from slmops.infra import errors
+from slmops.infra.foundry.model_process import ModelProcess
+from slmops.infra.settings import ServeSettings
+
+
+class NotServed(errors.SlmopsError):
+    """No served model has the name that was asked for."""
+
+
+class Busy(errors.SlmopsError):
+    """Too many wait for the model, or there is no memory for it now."""
+
+
+@dataclass(frozen=True)
+class ServedVersion:
+    """A version's variant that is served, by its Foundry id `NAME:VERSION`."""
+
+    name: str
+    version: int
+    precision: str
+
+    @property
+    def model_id(self) -> str:
+        """The id that the runtime serves it under."""
+        return f"{self.name}:{self.version}"
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model folder that is ready to be loaded: size in bytes, and the texts that its tokenizer takes for control."""
+
+    size_bytes: int
+    control_tokens: tuple[str, ...]
+
+
+class ModelSource(Protocol):
+    """Where versions come from; every call may block."""
+
+    def names(self) -> list[str]:
+        """Return the names that have a champion; raises the store's own errors."""
+
+    def champion(self, name: str) -> ServedVersion:
+        """Return the champion of a name; raises `BadInput` when there is none, and the store's own errors."""
+
+    def version(self, name: str, version: int) -> ServedVersion:
+        """Return a version's selected variant; raises `BadInput` when there is none that passed the gate."""
+
+    def place(self, served: ServedVersion, folder: Path) -> PlacedModel:
+        """Write the verified model into a folder that is not there yet; raises `StageFailed`."""
+
+
+class RunningModel:
+    """A version that is served: its process, and who uses it."""
+
+    def __init__(self, served: ServedVersion, settings: ServeSettings) -> None:
+        self.served = served
+        self.process: ModelProcess | None = None
+        self.placed = PlacedModel(0, ())
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(settings.request_timeout_s, connect=5), limits=httpx.Limits(max_connections=None)
+        )
+        self.waiting = 0
+        self.active = 0
+        self.used_at = time.monotonic()
+        self.is_retired = False
+        self.failures = 0
+        self.not_before = 0.0
+        self.turns = asyncio.Semaphore(settings.max_concurrency)
+        self.loading = asyncio.Lock()
+        self.unused = asyncio.Event()
+        self.unused.set()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and not self.process.has_ended
+
+    @property
+    def url(self) -> str:
+        """The web service's address."""
+        assert self.process
+        return self.process.url
