@@ -7,7 +7,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ExceptionHandler
 
 from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.foundry.catalog import (
@@ -19,11 +27,7 @@ from slmops.infra.foundry.catalog import (
     page_document,
     parse_query,
 )
-
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
+from slmops.infra.foundry.request_body import TooLarge, bounded_body
 
 HEALTH_PATH = "/health"
 LARGEST_REQUEST_BYTES = 1 << 20
@@ -45,7 +49,7 @@ _logger = logging.getLogger(__name__)
 
 def catalog_app(
     models: Callable[[], Sequence[CatalogModel]], upstream: str | None = None, token: str | None = None
-) -> "Starlette":
+) -> Starlette:
     """Return the HTTP service: POST `CATALOG_PATH` is the catalog's request, GET `HEALTH_PATH` says that it serves.
 
     `models` is called for every request, in a thread of its own. The entries of the catalog at the URL `upstream` come
@@ -56,46 +60,44 @@ def catalog_app(
     A failure is answered as `{"error": {"message", "what_to_do"}}`: 400 for a request of another form, 401 without the
     token, 413 for one larger than `LARGEST_REQUEST_BYTES`, 503 while `models` raises.
     """
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.exceptions import HTTPException
-    from starlette.routing import Route
-
     other = _Upstream(upstream) if upstream else None
 
-    async def ask(request: "Request") -> "Response":
+    async def ask(request: Request) -> Response:
         given = request.query_params.get("token", "")
         if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
             return _failed(401, "The request has no valid token.", "Add ?token=... to the catalog's URL.")
-        body = await _bounded_body(request)
-        if body is None:
-            return _failed(413, f"The request is larger than {LARGEST_REQUEST_BYTES:,} bytes.", "Ask for fewer names.")
-        try:
-            query = parse_query(body)
-            ours = await run_in_threadpool(models)
-            return _json(await _answer(query, ours, other))
-        except BadInput as error:
-            return _failed(400, error.message, error.what_to_do)
-        except SlmopsError as error:
-            _logger.warning("The models cannot be listed: %s", error)
-            return _failed(503, error.message, error.what_to_do)
+        query = parse_query(await bounded_body(request, LARGEST_REQUEST_BYTES))
+        return _json(await _answer(query, await run_in_threadpool(models), other))
 
-    async def health(request: "Request") -> "Response":
-        try:
-            await run_in_threadpool(models)
-        except SlmopsError as error:
-            return _failed(503, error.message, error.what_to_do)
+    async def health(request: Request) -> Response:
+        await run_in_threadpool(models)
         return _json({"status": "ok"})
-
-    async def refuse(request: "Request", error: Exception) -> "Response":
-        assert isinstance(error, HTTPException)
-        return _failed(error.status_code, f"{error.detail}.", f"POST to {CATALOG_PATH}.")
 
     # The runtime follows no redirect, so that a URL with a slash at its end has a route too.
     routes = [Route(path, ask, methods=["POST"]) for path in (CATALOG_PATH, f"{CATALOG_PATH}/")]
-    app = Starlette(routes=[*routes, Route(HEALTH_PATH, health)], exception_handlers={HTTPException: refuse})
+    app = Starlette(routes=[*routes, Route(HEALTH_PATH, health)], exception_handlers=_HANDLERS)
     app.router.redirect_slashes = False
     return app
+
+
+async def _tell(request: Request, error: Exception) -> Response:
+    match error:
+        case HTTPException():
+            return _failed(error.status_code, f"{error.detail}.", f"POST to {CATALOG_PATH}.")
+        case TooLarge():
+            return _failed(413, str(error), "Ask for fewer names.")
+        case BadInput():
+            return _failed(400, error.message, error.what_to_do)
+        case SlmopsError():
+            _logger.warning("The models cannot be listed: %s", error)
+            return _failed(503, error.message, error.what_to_do)
+        case _:  # it is raised again when this is answered, and uvicorn logs it
+            return _failed(
+                503, f"The models cannot be listed: {type(error).__name__}.", "See the log of slmops catalog."
+            )
+
+
+_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys((HTTPException, TooLarge, SlmopsError, Exception), _tell)
 
 
 async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None") -> dict[str, Any]:
@@ -127,22 +129,11 @@ def _name_of(entry: Any) -> Any:
     return named.get("name") if isinstance(named, dict) else None
 
 
-async def _bounded_body(request: "Request") -> bytes | None:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST_REQUEST_BYTES:
-            return None
-    return bytes(body)
-
-
-def _json(document: dict[str, Any], status: int = 200) -> "Response":
-    from starlette.responses import Response
-
+def _json(document: dict[str, Any], status: int = 200) -> Response:
     return Response(json.dumps(document), status, media_type="application/json")
 
 
-def _failed(status: int, message: str, what_to_do: str) -> "Response":
+def _failed(status: int, message: str, what_to_do: str) -> Response:
     return _json({"error": {"message": message, "what_to_do": what_to_do}}, status)
 
 

@@ -231,7 +231,8 @@ def serving(app):
 
 def ask(app, method="POST", path=CATALOG_PATH, **request):
     async def send():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://catalog") as client:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # as a server has it
+        async with httpx.AsyncClient(transport=transport, base_url="http://catalog") as client:
             return await client.request(method, path, **request)
 
     return asyncio.run(send())
@@ -297,7 +298,7 @@ def test_what_cannot_be_answered_is_said_in_json():
     for answer, status, said in (
         (ask(app, content=b"{"), 400, "not JSON"),
         (post(app, {"continuationToken": "\ud800"}), 400, "continuationToken"),
-        (ask(app, content=b" " * (LARGEST_REQUEST_BYTES + 1)), 413, "larger than"),
+        (ask(app, content=b" " * (LARGEST_REQUEST_BYTES + 1)), 413, "more than"),
         (ask(app, "GET"), 405, "Method Not Allowed"),
         (ask(app, path="/other"), 404, "Not Found"),
     ):
@@ -318,6 +319,9 @@ def test_a_store_that_cannot_be_read_is_said_and_asked_again():
     for answer in (post(app, {}), ask(app, "GET", "/health")):
         assert answer.status_code == 503
         assert answer.json() == {"error": {"message": "The store is gone.", "what_to_do": "Bring it back."}}
+    answers[0] = OSError(28, "No space left on device")  # whatever it is: the next request is answered anew
+    for answer in (post(app, {}), ask(app, "GET", "/health")):
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, "The models cannot be listed: OSError.")
     answers.pop(0)
     assert post(app, {}).json()["totalCount"] == 4
     assert ask(app, "GET", "/health").json() == {"status": "ok"}

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ExceptionHandler
 
 from slmops.infra.errors import SlmopsError
+from slmops.infra.foundry.request_body import TooLarge
 from slmops.infra.foundry.served_model import Busy, NotServed
 
 RETRY_AFTER_S = 1
@@ -46,6 +47,7 @@ def refusal_of(error: Exception) -> Refused:
     told = f"{error.message} {error.what_to_do}" if isinstance(error, SlmopsError) else ""
     refusals: dict[type[Exception], tuple[int, str, str, str | None, str | None]] = {
         ClientDisconnect: (CLIENT_GONE, "The client hung up.", "invalid_request_error", None, None),
+        TooLarge: (413, str(error), "invalid_request_error", None, None),
         NotServed: (404, told, "invalid_request_error", "model_not_found", "model"),
         Busy: (429, told, "rate_limit_error", "rate_limit_exceeded", None),
         SlmopsError: (503, told, "server_error", "model_not_available", None),
@@ -91,5 +93,5 @@ async def _tell_of_route(request: Request, error: Exception) -> Response:
 
 HANDLERS: dict[Any, ExceptionHandler] = {
     HTTPException: _tell_of_route,
-    **dict.fromkeys((Refused, ClientDisconnect, SlmopsError, httpx.HTTPError, Exception), _tell),
+    **dict.fromkeys((Refused, ClientDisconnect, TooLarge, SlmopsError, httpx.HTTPError, Exception), _tell),
 }

@@ -7,18 +7,15 @@ from typing import Any
 from starlette.requests import Request
 
 from slmops.infra.foundry.openai_server.errors import OVER_CONTEXT, Refused
+from slmops.infra.foundry.request_body import bounded_body
 from slmops.infra.foundry.served_model import RunningModel
 
 BREAK = "\u200b"  # a zero-width space: a text with it inside is no control token any more
 
 
 async def read_body(request: Request, limit_bytes: int) -> dict[str, Any]:
-    """Return a request's JSON object; raises `Refused` for one that is none, or is too large."""
-    received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > limit_bytes:
-            raise Refused(413, f"The request has more than {limit_bytes:,} bytes.")
+    """Return a request's JSON object; raises `Refused` for one that is none, and `TooLarge`."""
+    received = await bounded_body(request, limit_bytes)
     try:
         body = json.loads(received.decode("utf-8"))
     except UnicodeDecodeError:

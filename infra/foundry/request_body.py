@@ -1,0 +1,20 @@
+"""Requests of clients that nobody knows: their bodies are read up to a bound."""
+
+from starlette.requests import Request
+
+
+class TooLarge(Exception):
+    """A request's body has more bytes than the bound."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request has more than {limit_bytes:,} bytes.")
+
+
+async def bounded_body(request: Request, limit_bytes: int) -> bytes:
+    """Return a request's body; raises `TooLarge` as soon as more than the bound has come."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise TooLarge(limit_bytes)
+    return bytes(body)
