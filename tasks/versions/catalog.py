@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from slmops.infra.errors import PassingFault, SlmopsError
+from slmops.infra.errors import PassingFault
 from slmops.infra.foundry.catalog import CatalogModel
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
 from slmops.infra.storage.model_files import blob_of
@@ -62,7 +62,7 @@ class StoreCatalog:
                 found[key] = stored, version_models(version)
             except PassingFault:
                 raise
-            except (SlmopsError, ValueError) as error:  # a manifest or evidence was altered
+            except Exception as error:  # a manifest or evidence was altered
                 fault = f"{key[0]}@{key[1]} is not in the catalog: {error}"
                 if fault not in self._faults:
                     _logger.warning("%s", fault)
