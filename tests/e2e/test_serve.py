@@ -46,7 +46,9 @@ def served_home(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for number in (1, 2):
         store_model(registry, model_dir, home / f"in/{number}", content=str(number))
     broken = shutil.copytree(model_dir, home / "in/broken")
-    (broken / "model.onnx").write_bytes(b"no graph")
+    config = json.loads((broken / "genai_config.json").read_bytes())
+    config["model"]["decoder"]["inputs"]["input_ids"] = "nobody"
+    (broken / "genai_config.json").write_text(json.dumps(config), "utf-8")
     store_model(registry, broken, home / "in/3")
     store_model(registry, model_dir, home / "in/other", name="other")
     shutil.rmtree(home / "in")

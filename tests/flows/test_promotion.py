@@ -15,6 +15,7 @@ from slmops.deployments.cli import app as cli
 from slmops.flows.promote import promote
 from slmops.flows.rollback import rollback
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.calls import CatalogModel, ListModels, OnCatalog, Register, Unregister
 from slmops.infra.foundry.server_client import running_servers
 from slmops.infra.settings import Settings
 from slmops.infra.storage.garbage import delete_version
@@ -200,23 +201,31 @@ class Foundry:
         self.folders: dict[str, str] = {}
         self.refuses: dict[str, Exception] = {}
 
-    def ask(self, function: str, request: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    def ask(self, call: OnCatalog[Any], settings: Settings) -> object:
         """Answer as `ask_foundry` does."""
-        if function == "list_models":
-            return {"models": [self._model(model_id, folder) for model_id, folder in self.folders.items()]}
-        if function == "unregister":
-            del self.folders[request["model_id"]]
-            return {}
-        assert function == "register"
-        if request["model_id"] in self.refuses:
-            raise self.refuses[request["model_id"]]
-        self.folders[request["model_id"]] = request["folder"]
-        return {"changed": True}
+        match call:
+            case ListModels():
+                return tuple(self._model(model_id, folder) for model_id, folder in self.folders.items())
+            case Unregister():
+                return self.folders.pop(call.model_id)
+            case Register():
+                if call.model_id in self.refuses:
+                    raise self.refuses[call.model_id]
+                self.folders[call.model_id] = str(call.folder)
+                return None
+        raise AssertionError(call)
 
-    def _model(self, model_id: str, folder: str) -> dict[str, Any]:
+    def _model(self, model_id: str, folder: str) -> CatalogModel:
         name, _, version = model_id.rpartition(":")
-        known = {"model_id": model_id, "name": name, "version": int(version)}
-        return {**known, "folder": folder, "folder_exists": True}
+        return CatalogModel(
+            model_id=model_id,
+            name=name,
+            version=int(version),
+            alias=name,
+            folder=folder,
+            folder_exists=True,
+            context_length=None,
+        )
 
 
 @pytest.fixture
