@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.model_screening import screen_model
+from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
 from slmops.tasks.build.recipes import load_recipe, olive_run_config
 from tests.genai_models import EMPTY_GRAPH
@@ -249,14 +250,13 @@ def test_what_slmops_builds_passes(recipe: str, tiny_checkpoint: Path, tmp_path:
     tokenizer["auto_map"] = {"AutoTokenizer": ["tokenization.Own", None]}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
     run_in_child(
-        "slmops.infra.olive.engine:build",
-        {
-            "olive_config": olive_run_config(load_recipe(name, provider)),
-            "checkpoint_dir": str(checkpoint),
-            "output_dir": str(tmp_path / "model"),
-            "cache_dir": str(tmp_path / "cache"),
-            "threads": 2,
-        },
+        Build(
+            olive_config=olive_run_config(load_recipe(name, provider)),
+            checkpoint_dir=checkpoint,
+            output_dir=tmp_path / "model",
+            cache_dir=tmp_path / "cache",
+            threads=2,
+        ),
         deadline_s=300,
         log_path=tmp_path / "log",
         work_dir=tmp_path / "work",
