@@ -29,13 +29,9 @@ from slmops.tasks.exams.text import (
     TextExam,
     TextSample,
 )
-from slmops.tasks.foundry.registration import (
-    last_proof,
-    model_id_of,
-    prove_variant,
-    register_variant,
-    unregister_variant,
-)
+from slmops.tasks.foundry.ids import model_id_of
+from slmops.tasks.foundry.proof import last_proof, prove_variant
+from slmops.tasks.foundry.registration import register_variant, unregister_variant
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.assemble import (
     in_order_of_size,

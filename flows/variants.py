@@ -21,7 +21,8 @@ from slmops.tasks.build.build import BuiltVariant, build_variant
 from slmops.tasks.build.olive_config import ordered_recipe
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetched_from_store, put_into_store
-from slmops.tasks.environment.checks import builder_versions, check_room, host_facts
+from slmops.tasks.environment.checks import check_room
+from slmops.tasks.environment.host import builder_versions, host_facts
 from slmops.tasks.exams.endurance import EnduranceExam, Exercise
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.measurement import Measurement, MeasurementExam

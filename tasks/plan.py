@@ -14,18 +14,17 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.signatures import verification_key
 from slmops.infra.transformers.adapters import read_adapter_config
 from slmops.tasks.build.planning import plan_recipes, plan_search, refuse_recipes
-from slmops.tasks.checkpoint.preparation import Inspection, inspect_checkpoint
+from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
 from slmops.tasks.environment.checks import (
-    StageEstimate,
     check_packages,
     check_resources,
     check_system,
-    estimate_stages,
     require_packages,
     require_resources,
 )
+from slmops.tasks.environment.estimates import StageEstimate, estimate_stages
 from slmops.tasks.exams.text import read_text_file
-from slmops.tasks.foundry.registration import foundry_model_id
+from slmops.tasks.foundry.ids import foundry_model_id
 from slmops.tasks.questions.evaluation_set import EvaluationRow, read_rows
 from slmops.tasks.request.deploy_request import DeployRequest, check_precisions
 from slmops.tasks.request.inputs import with_local_files

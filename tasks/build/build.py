@@ -22,7 +22,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
-from slmops.tasks.environment.checks import builder_versions
+from slmops.tasks.environment.host import builder_versions
 from slmops.tasks.request.deploy_request import DeployRequest, check_output
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage

@@ -8,7 +8,8 @@ from slmops.infra.storage.manifest import StoredVariant, digest_of
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.build.build import BuiltVariant, set_generation_defaults
 from slmops.tasks.build.planning import refuse_recipes
-from slmops.tasks.checkpoint.preparation import EVALUATION_FILE, OUTPUT_SCHEMA_FILE, PreparedCheckpoint
+from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage

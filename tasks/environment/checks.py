@@ -1,4 +1,4 @@
-"""Stage "environment": does this machine have the stack that was proven, and room for this checkpoint."""
+"""Checks: whether this machine, its packages and its room suffice, before anything is built."""
 
 import platform
 import re
@@ -22,7 +22,13 @@ from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.opening import open_object_store
-from slmops.tasks.checkpoint.preparation import Inspection, inspect_checkpoint
+from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
+from slmops.tasks.environment.estimates import (
+    GB,
+    StageEstimate,
+    estimate_stages,
+)
+from slmops.tasks.environment.host import installed_version
 from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.runs.stage import stage
 
@@ -38,8 +44,6 @@ STACK = (
 BUNDLED_BY_FOUNDRY = {"onnxruntime": "onnxruntime", "onnxruntime-genai-core": "onnxruntime-genai"}
 CMAKE_MIN = Version("3.31")
 
-GB = 1_000_000_000
-
 
 class Check(BaseModel):
     """One row of the environment table."""
@@ -51,38 +55,6 @@ class Check(BaseModel):
     found: str
     ok: bool
     what_to_do: str = ""
-
-
-class StageEstimate(BaseModel):
-    """What a stage is expected to take: wall time in s, peak memory and lasting disk space in bytes."""
-
-    model_config = ConfigDict(frozen=True)
-
-    stage: str
-    time_s: float
-    ram_bytes: int
-    disk_bytes: int
-
-
-# Peak resident memory of a build, in bytes: a floor for Python, torch, Olive and the builder; per parameter what is
-# fused before it is written (Q, K and V); and the largest tensor as it is read, in fp32, and quantized.
-# tests/benchmarks/build_resources.py prints the error of this estimate.
-BUILD_RAM_FLOOR_BYTES = 780_000_000
-BUILD_RAM_BYTES_PER_PARAMETER = 0.2
-BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR = {"fp16": 6.0, "int8": 7.3, "int4": 6.7}
-# Where weights are quantized all at once (infra/olive/streamed_quantization.py): per parameter, and per element of the
-# largest tensor on top.
-BUILD_RAM_BYTES_AT_ONCE = {"int8": (7.3, 11.4), "int4": (6.2, 7.9)}
-BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 18.0, "int8": 48.0, "int4": 48.0}
-BUILD_FLOOR_S = 8.0
-# Bytes per parameter on disk: weights, plus one fp32 scale per block of 32 for int8 and int4.
-DISK_BYTES_PER_PARAMETER = {"fp16": 2.0, "int8": 1.13, "int4": 0.66}
-TOKENIZER_BYTES = 20_000_000
-RUNTIME_RAM_FLOOR_BYTES = 600_000_000
-REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint is in
-REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
-VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
-EXERCISE_S_PER_BILLION_PARAMETERS = 600.0  # long use and difficult input, in two runtimes
 
 
 def locked_versions() -> dict[str, str]:
@@ -102,7 +74,7 @@ def check_packages() -> list[Check]:
     """Compare every installed package of the stack with the lock, and Foundry's runtime with the builder's."""
     checks = []
     for name, wanted in locked_versions().items():
-        found = _installed(name)
+        found = installed_version(name)
         proven = found is not None and Requirement(f"{name}{wanted}").specifier.contains(found, prereleases=True)
         checks.append(
             Check(
@@ -124,7 +96,7 @@ def _check_bundled_runtime() -> list[Check]:
             pins[requirement.name] = str(requirement.specifier).removeprefix("==")
     checks = []
     for runtime, builder in BUNDLED_BY_FOUNDRY.items():
-        bundled, installed = pins.get(runtime, "unknown"), _installed(builder) or "not installed"
+        bundled, installed = pins.get(runtime, "unknown"), installed_version(builder) or "not installed"
         # A Windows build of the SDK may bring another patch release; the model format follows major.minor.
         same = bundled.split(".")[:2] == installed.split(".")[:2]
         checks.append(
@@ -186,71 +158,6 @@ def check_execution_provider(execution_provider: str, available: Iterable[str]) 
         ok=ok,
         what_to_do="" if ok else f"Install the onnxruntime-genai package for {execution_provider}, or use cpu.",
     )
-
-
-def estimate_stages(
-    inspection: Inspection,
-    precisions: Sequence[str],
-    *,
-    rows: int,
-    positions: int = 1024,
-    whole_model: Collection[str] = (),
-) -> list[StageEstimate]:
-    """Estimate what each stage of a deploy takes on two cores; the memory of a stage is that of its child process.
-
-    `whole_model` are the precisions whose weights are quantized all at once (`slmops.tasks.build.recipes.Recipe`).
-    """
-    parameters = inspection.parameters
-    billions = parameters / 1e9
-    builds = [] if inspection.kind == "genai" else list(precisions)
-    estimates = [
-        StageEstimate(
-            stage=f"build {precision}",
-            time_s=BUILD_FLOOR_S + BUILD_S_PER_BILLION_PARAMETERS[precision] * billions,
-            ram_bytes=estimate_build_ram(inspection, precision, whole_model=precision in whole_model),
-            disk_bytes=int(DISK_BYTES_PER_PARAMETER[precision] * parameters) + TOKENIZER_BYTES,
-        )
-        for precision in builds
-    ]
-    if inspection.kind != "genai":
-        estimates.append(
-            StageEstimate(
-                stage="reference",
-                time_s=10 + REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows,
-                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + REFERENCE_BYTES_PER_PARAMETER * parameters,
-                disk_bytes=4 * positions * inspection.vocabulary_size,
-            )
-        )
-    for precision in precisions:
-        size = inspection.size_bytes if not builds else int(DISK_BYTES_PER_PARAMETER[precision] * parameters)
-        estimates += [
-            StageEstimate(
-                stage=f"{work} {precision}",
-                time_s=time_s,
-                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + 2 * size,
-                disk_bytes=0,
-            )
-            for work, time_s in (
-                ("measure", 5 + 80 * billions),
-                ("evaluate", 5 + VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows),
-                ("exercise", 6 + EXERCISE_S_PER_BILLION_PARAMETERS * billions),
-                ("register and prove", 5 + 5 * billions),
-            )
-        ]
-    return estimates
-
-
-def estimate_build_ram(inspection: Inspection, precision: str, *, whole_model: bool = False) -> int:
-    """Estimate the peak resident memory of a build, in bytes."""
-    # An adapter's own tensors say nothing of its base's: the embedding is the largest of nearly every small model.
-    largest = max(inspection.largest_tensor_elements, inspection.vocabulary_size * inspection.hidden_size)
-    per_parameter, per_element = (
-        BUILD_RAM_BYTES_PER_PARAMETER,
-        BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR[precision],
-    )
-    if whole_model:
-        per_parameter, per_element = BUILD_RAM_BYTES_AT_ONCE[precision]
-    return int(BUILD_RAM_FLOOR_BYTES + per_parameter * inspection.parameters + per_element * largest)
 
 
 def check_resources(estimates: Sequence[StageEstimate], settings: Settings) -> list[Check]:
@@ -323,29 +230,6 @@ def check_store(settings: Settings) -> Check:
         return Check(name="store", required=needed, found=error.message, ok=False, what_to_do=error.what_to_do)
     found = " ".join((f"{settings.store_uri}.", *objects.notices()))
     return Check(name="store", required=needed, found=found, ok=True)
-
-
-def builder_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide what a build writes; part of a version's identity."""
-    return {name: _installed(name) or "" for name in ("olive-ai", "onnxruntime-genai", "onnx-ir", "transformers")}
-
-
-def host_facts() -> dict[str, str | int]:
-    """Return what evidence records of this machine; no host name, no user name."""
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cores": psutil.cpu_count(logical=False) or 0,
-        "ram_bytes": psutil.virtual_memory().total,
-        "python": platform.python_version(),
-    }
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _requires(name: str) -> list[str]:

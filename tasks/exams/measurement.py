@@ -15,7 +15,7 @@ from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
-from slmops.tasks.environment.checks import host_facts
+from slmops.tasks.environment.host import host_facts
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.workshop import Workshop
 

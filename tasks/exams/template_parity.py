@@ -21,7 +21,7 @@ from slmops.infra.storage.version import Variant
 from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.exams.source import has_source
-from slmops.tasks.foundry.registration import Message, describe_model
+from slmops.tasks.foundry.prompt_template import Message, describe_model
 from slmops.tasks.workshop import Workshop
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -10,7 +10,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.reference.answers import RowId
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import digest_of as digest_of_json
-from slmops.tasks.checkpoint.preparation import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
+from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
 from slmops.tasks.questions.output_format import OutputFormat, parse_output_regex, read_output_schema
 from slmops.tasks.questions.scoring import ExactMatch, Scorer, ScorerField, parse_scorer_text
 from slmops.tasks.questions.strict_json import parse_json

@@ -1,6 +1,6 @@
 """The demo checkpoint: smart-home commands in English, answered by JSON actions.
 
-The data come from the tables below: an intent is a JSON action with slots and the ways in which people ask for it.
+The data come from demo_intents.json: an intent is a JSON action with slots and the ways in which people ask for it.
 Every (phrasing, slot values) pair is one command; a way of speaking (politeness, capitals, full stop) makes it a row.
 """
 
@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.transformers.calls import TrainChatModel
-from slmops.tasks.checkpoint.preparation import OUTPUT_SCHEMA_FILE
+from slmops.tasks.checkpoint.inspection import OUTPUT_SCHEMA_FILE
 
 Row = dict[str, Any]
 
@@ -31,31 +31,6 @@ TRAIN_ROWS = 9000
 HELD_OUT_ROWS = 200
 # Of each intent's commands, the share kept for evaluation; as many of its actions (JSON answers) are never trained on.
 HELD_OUT_SHARE = 0.08
-
-ROOMS = (
-    *("kitchen", "bedroom", "bathroom", "living room", "dining room"),
-    *("hallway", "office", "garage", "nursery", "basement"),
-)
-DOORS = ("front door", "back door", "garage door", "side door", "patio door", "cellar door")
-COLORS = ("red", "green", "blue", "yellow", "purple", "white")
-GENRES = ("jazz", "rock", "classical", "pop", "blues", "techno")
-LABELS = ("pasta", "eggs", "rice", "tea", "pizza", "laundry")
-SPEEDS = ("low", "medium", "high")
-PERCENT = (10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90)
-SLOTS: Mapping[str, tuple[str | int, ...]] = {
-    "room": ROOMS,
-    "door": DOORS,
-    "color": COLORS,
-    "genre": GENRES,
-    "label": LABELS,
-    "speed": SPEEDS,
-    "brightness": PERCENT,
-    "position": PERCENT,
-    "volume": PERCENT,
-    "temperature": tuple(range(16, 27)),
-    "minutes": (*range(1, 11), 12, 15, 20, 25, 30, 35, 40, 45, 50, 60),
-    "time": tuple(f"{hour:02}:{minute:02}" for hour in range(5, 13) for minute in (0, 15, 30, 45)),
-}
 
 
 @dataclass(frozen=True)
@@ -71,215 +46,11 @@ class Intent:
         return [value[1:-1] for value in self.action.values() if value.startswith("{")]
 
 
-INTENTS = (
-    Intent(
-        "light",
-        {"device": "light", "room": "{room}", "action": "on"},
-        (
-            "turn on the {room} lights",
-            "turn on the light in the {room}",
-            "turn the {room} light on",
-            "switch on the {room} lamp",
-            "switch the lights in the {room} on",
-            "lights on in the {room}",
-            "I need light in the {room}",
-            "it is too dark in the {room}",
-        ),
-    ),
-    Intent(
-        "light",
-        {"device": "light", "room": "{room}", "action": "off"},
-        (
-            "turn off the {room} lights",
-            "turn off the light in the {room}",
-            "turn the {room} light off",
-            "switch off the {room} lamp",
-            "switch the lights in the {room} off",
-            "lights out in the {room}",
-            "nobody needs light in the {room}",
-            "make it dark in the {room}",
-        ),
-    ),
-    Intent(
-        "brightness",
-        {"device": "light", "room": "{room}", "action": "dim", "brightness": "{brightness}"},
-        (
-            "dim the {room} lights to {brightness} percent",
-            "set the {room} light to {brightness} percent",
-            "set the brightness in the {room} to {brightness}",
-            "{room} lights at {brightness} percent",
-            "bring the lamp in the {room} to {brightness} percent",
-            "I want {brightness} percent brightness in the {room}",
-        ),
-    ),
-    Intent(
-        "color",
-        {"device": "light", "room": "{room}", "action": "color", "color": "{color}"},
-        (
-            "make the {room} lights {color}",
-            "turn the {room} light {color}",
-            "change the light in the {room} to {color}",
-            "I want {color} light in the {room}",
-            "give me {color} lights in the {room}",
-        ),
-    ),
-    Intent(
-        "thermostat",
-        {"device": "thermostat", "room": "{room}", "action": "set", "temperature": "{temperature}"},
-        (
-            "set the {room} to {temperature} degrees",
-            "set the thermostat in the {room} to {temperature}",
-            "make it {temperature} degrees in the {room}",
-            "heat the {room} to {temperature} degrees",
-            "keep the {room} at {temperature} degrees",
-            "change the {room} temperature to {temperature}",
-            "I want {temperature} degrees in the {room}",
-        ),
-    ),
-    Intent(
-        "blinds",
-        {"device": "blinds", "room": "{room}", "action": "open"},
-        (
-            "open the {room} blinds",
-            "open the blinds in the {room}",
-            "raise the {room} blinds",
-            "pull up the blinds in the {room}",
-            "let some sun into the {room}",
-        ),
-    ),
-    Intent(
-        "blinds",
-        {"device": "blinds", "room": "{room}", "action": "close"},
-        (
-            "close the {room} blinds",
-            "close the blinds in the {room}",
-            "lower the {room} blinds",
-            "pull down the blinds in the {room}",
-            "keep the sun out of the {room}",
-        ),
-    ),
-    Intent(
-        "blinds",
-        {"device": "blinds", "room": "{room}", "action": "move", "position": "{position}"},
-        (
-            "move the {room} blinds to {position} percent",
-            "open the blinds in the {room} to {position} percent",
-            "set the {room} blinds to {position} percent",
-            "{room} blinds at {position} percent",
-        ),
-    ),
-    Intent(
-        "lock",
-        {"device": "lock", "door": "{door}", "action": "lock"},
-        (
-            "lock the {door}",
-            "make sure the {door} is locked",
-            "bolt the {door}",
-            "secure the {door}",
-            "nobody should come in by the {door}",
-        ),
-    ),
-    Intent(
-        "lock",
-        {"device": "lock", "door": "{door}", "action": "unlock"},
-        (
-            "unlock the {door}",
-            "make sure the {door} is unlocked",
-            "unbolt the {door}",
-            "let me in by the {door}",
-            "a guest is at the {door} so let them in",
-        ),
-    ),
-    Intent(
-        "fan",
-        {"device": "fan", "room": "{room}", "action": "set", "speed": "{speed}"},
-        (
-            "set the {room} fan to {speed}",
-            "run the fan in the {room} on {speed}",
-            "put the {room} fan on {speed} speed",
-            "{speed} fan speed in the {room}",
-        ),
-    ),
-    Intent(
-        "fan",
-        {"device": "fan", "room": "{room}", "action": "off"},
-        (
-            "turn off the {room} fan",
-            "turn the fan in the {room} off",
-            "stop the {room} fan",
-            "no more fan in the {room}",
-        ),
-    ),
-    Intent(
-        "music",
-        {"device": "speaker", "room": "{room}", "action": "play", "genre": "{genre}"},
-        (
-            "play {genre} in the {room}",
-            "play some {genre} music in the {room}",
-            "put on some {genre} in the {room}",
-            "I feel like {genre} in the {room}",
-        ),
-    ),
-    Intent(
-        "music",
-        {"device": "speaker", "room": "{room}", "action": "stop"},
-        (
-            "stop the music in the {room}",
-            "turn off the music in the {room}",
-            "silence the {room} speaker",
-            "no more music in the {room}",
-        ),
-    ),
-    Intent(
-        "volume",
-        {"device": "speaker", "room": "{room}", "action": "volume", "volume": "{volume}"},
-        (
-            "set the {room} volume to {volume}",
-            "set the volume in the {room} to {volume} percent",
-            "turn the {room} speaker to {volume} percent",
-            "change the music volume in the {room} to {volume}",
-        ),
-    ),
-    Intent(
-        "timer",
-        {"device": "timer", "action": "start", "minutes": "{minutes}"},
-        (
-            "set a timer for {minutes} minutes",
-            "start a {minutes} minute timer",
-            "remind me in {minutes} minutes",
-            "count down {minutes} minutes",
-        ),
-    ),
-    Intent(
-        "timer",
-        {"device": "timer", "action": "start", "minutes": "{minutes}", "label": "{label}"},
-        (
-            "set a {label} timer for {minutes} minutes",
-            "start a {minutes} minute timer for the {label}",
-            "remind me of the {label} in {minutes} minutes",
-            "{minutes} minutes for the {label}",
-        ),
-    ),
-    Intent(
-        "alarm",
-        {"device": "alarm", "action": "set", "time": "{time}"},
-        (
-            "wake me up at {time}",
-            "set an alarm for {time}",
-            "I have to get up at {time}",
-            "the alarm should ring at {time}",
-        ),
-    ),
-    Intent(
-        "vacuum",
-        {"device": "vacuum", "room": "{room}", "action": "clean"},
-        (
-            "vacuum the {room}",
-            "clean the {room} floor",
-            "send the robot to the {room}",
-            "the {room} is dirty",
-        ),
-    ),
+_TABLES = json.loads((Path(__file__).parent / "demo_intents.json").read_text("utf-8"))
+# What may stand for each slot, by its name.
+SLOTS: Mapping[str, Sequence[str | int]] = _TABLES["slots"]
+INTENTS = tuple(
+    Intent(intent["category"], intent["action"], tuple(intent["phrasings"])) for intent in _TABLES["intents"]
 )
 
 # ChatML without a system prompt of its own.

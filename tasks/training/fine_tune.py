@@ -17,7 +17,8 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import check_name, digest_of
 from slmops.infra.transformers.calls import Chat, FineTune, Loss
-from slmops.tasks.checkpoint.preparation import content_digest, fetch_checkpoint, inspect_checkpoint
+from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
+from slmops.tasks.checkpoint.preparation import fetch_checkpoint
 from slmops.tasks.questions.evaluation_set import read_evaluation_set
 from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.runs.progress import stage_progress

@@ -14,7 +14,7 @@ from slmops.infra.storage.objects import Entry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.olive_config import OLIVE_PROVIDERS
-from slmops.tasks.foundry.registration import champion_model_id, foundry_model_id
+from slmops.tasks.foundry.ids import champion_model_id, foundry_model_id
 
 LISTING_AGE_S = 2.0
 

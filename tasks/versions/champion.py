@@ -17,15 +17,13 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.answers import last_evaluation_set
+from slmops.tasks.foundry.ids import folder_of
+from slmops.tasks.foundry.proof import Proof, last_proof, repeat_proof
 from slmops.tasks.foundry.registration import (
-    Proof,
     altered_in_foundry,
-    folder_of,
-    last_proof,
     register_champion,
     register_variant,
     registered_models,
-    repeat_proof,
     set_champion_ids,
     unregister_variant,
 )

@@ -11,7 +11,7 @@ from slmops.infra.storage.signatures import is_signed, sign_version
 from slmops.infra.storage.version import Version
 from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
-from slmops.tasks.environment.checks import builder_versions, host_facts
+from slmops.tasks.environment.host import builder_versions, host_facts
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Choice

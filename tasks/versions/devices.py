@@ -16,14 +16,10 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.signatures import check_signature
 from slmops.infra.storage.version import Version
 from slmops.tasks.exams.answers import last_evaluation_set
-from slmops.tasks.foundry.registration import (
-    ask_foundry,
-    champion_model_id,
-    describe_model,
-    inference_model,
-    last_proof,
-    registered_models,
-)
+from slmops.tasks.foundry.ids import champion_model_id
+from slmops.tasks.foundry.prompt_template import describe_model, inference_model
+from slmops.tasks.foundry.proof import last_proof
+from slmops.tasks.foundry.registration import ask_foundry, registered_models
 from slmops.tasks.versions.serving import check_unaltered
 
 # Its folder, `models/custom/NAME-champion/v3`, is apart from those that deploys on the same machine register.

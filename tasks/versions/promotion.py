@@ -5,7 +5,8 @@ from typing import Literal
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
-from slmops.tasks.foundry.registration import Proof, champion_model_id
+from slmops.tasks.foundry.ids import champion_model_id
+from slmops.tasks.foundry.proof import Proof
 from slmops.tasks.report.blocks import Code, Heading, Paragraph, Text, table
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.runs.stage import stage

@@ -14,7 +14,8 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of_file
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
-from slmops.tasks.foundry.registration import champion_model_id, describe_model, inference_model
+from slmops.tasks.foundry.ids import champion_model_id
+from slmops.tasks.foundry.prompt_template import describe_model, inference_model
 
 LOG = logging.getLogger("slmops.serve")
 

@@ -15,8 +15,8 @@ from slmops.infra.olive.calls import Build
 from slmops.infra.settings import Settings
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import load_recipe
-from slmops.tasks.checkpoint.preparation import inspect_checkpoint
-from slmops.tasks.environment.checks import estimate_build_ram
+from slmops.tasks.checkpoint.inspection import inspect_checkpoint
+from slmops.tasks.environment.estimates import estimate_build_ram
 from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.workshop import torch_process
 from tests.checkpoints import make_tiny_checkpoint

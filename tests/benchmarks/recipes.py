@@ -19,7 +19,7 @@ from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import Recipe, known_recipes, load_recipe
-from slmops.tasks.environment.checks import builder_versions
+from slmops.tasks.environment.host import builder_versions
 from slmops.tasks.exams.answers import Evaluation, evaluate_variant, run_reference
 from slmops.tasks.exams.measurement import Measurement, measure_variant
 from slmops.tasks.questions.evaluation_set import chat_prompts

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import psutil
 
-from slmops.tasks.checkpoint.preparation import inspect_checkpoint
-from slmops.tasks.environment.checks import estimate_build_ram
+from slmops.tasks.checkpoint.inspection import inspect_checkpoint
+from slmops.tasks.environment.estimates import estimate_build_ram
 from tests.benchmarks.bench import PRECISIONS, Bench, Row, row_below, row_beside, torch_pid
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.benchmarks.stock_olive import build_by_stock_olive

@@ -15,7 +15,8 @@ from slmops.infra.errors import BadInput
 from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
-from slmops.tasks.build.recipes import load_recipe, olive_run_config
+from slmops.tasks.build.olive_config import olive_run_config
+from slmops.tasks.build.recipes import load_recipe
 from tests.genai_models import EMPTY_GRAPH
 
 CONFIG: dict[str, Any] = {

@@ -13,7 +13,8 @@ from slmops.infra.settings import MachineSettings, Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.build.build import BuiltVariant, build_variant
 from slmops.tasks.build.recipes import load_recipe
-from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, content_digest, inspect_checkpoint
+from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.plan import parse_request
 from slmops.tasks.runs.progress import listening
 from slmops.tasks.workshop import torch_process

@@ -17,13 +17,8 @@ from safetensors.numpy import load_file, save_file
 from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
-from slmops.tasks.checkpoint.preparation import (
-    content_digest,
-    folder_of,
-    inspect_checkpoint,
-    merge_into_base,
-    with_chat_template,
-)
+from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
+from slmops.tasks.checkpoint.preparation import folder_of, merge_into_base, with_chat_template
 from tests.checkpoints import make_tiny_checkpoint, read_config
 from tests.genai_models import EMPTY_GRAPH
 

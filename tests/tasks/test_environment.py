@@ -10,22 +10,20 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.settings import MachineSettings, Settings
-from slmops.tasks.checkpoint.preparation import Inspection
+from slmops.tasks.checkpoint.inspection import Inspection
 from slmops.tasks.environment import checks as environment
 from slmops.tasks.environment.checks import (
     Check,
-    builder_versions,
     check_execution_provider,
     check_packages,
     check_resources,
     check_system,
-    estimate_build_ram,
-    estimate_stages,
-    host_facts,
     locked_versions,
     require_packages,
     require_resources,
 )
+from slmops.tasks.environment.estimates import estimate_build_ram, estimate_stages
+from slmops.tasks.environment.host import builder_versions, host_facts
 from slmops.tasks.request.parameters import PRECISIONS
 
 STACK = {"olive-ai", "onnxruntime-genai", "onnxruntime", "foundry-local-sdk", "transformers", "torch", "prefect"}

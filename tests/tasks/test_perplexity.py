@@ -15,7 +15,8 @@ from slmops.infra.storage.manifest import Manifest, Source, StoredVariant, diges
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
-from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, inspect_checkpoint
+from slmops.tasks.checkpoint.inspection import inspect_checkpoint
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.source import run_source_once, sources_in_use
 from slmops.tasks.exams.text import (

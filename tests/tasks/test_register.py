@@ -2,11 +2,10 @@ import pytest
 from jinja2.sandbox import SecurityError
 
 from slmops.infra.errors import BadInput
-from slmops.tasks.foundry.registration import (
-    champion_model_id,
+from slmops.tasks.foundry.ids import champion_model_id, foundry_model_id
+from slmops.tasks.foundry.prompt_template import (
     chat_template_renderer,
     derive_prompt_template,
-    foundry_model_id,
     generation_defaults,
     inference_model,
 )

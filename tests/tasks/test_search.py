@@ -18,7 +18,8 @@ from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, GateSet
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.build.recipes import Recipe
-from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, content_digest, inspect_checkpoint
+from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.measurement import MeasurementExam

@@ -22,7 +22,7 @@ from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
 from slmops.tasks.exams import answers, endurance, lm_eval, measurement, template_parity, text
 from slmops.tasks.exams.exam import Exam, examine
-from slmops.tasks.foundry.registration import last_proof
+from slmops.tasks.foundry.proof import last_proof
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation_set
 from slmops.tasks.training.comparison import last_retrain
 from slmops.tasks.verdict.history import history_of

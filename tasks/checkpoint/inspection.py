@@ -1,0 +1,242 @@
+"""What a checkpoint, an adapter or a given model is, read off its files before anything runs."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from slmops.infra.checkpoints.folder import (
+    TOKENIZER_FILES,
+    TensorHeader,
+    read_chat_template,
+    read_json,
+    read_tensor_headers,
+)
+from slmops.infra.errors import BadInput
+from slmops.infra.genai.model_screening import screen_model
+from slmops.infra.olive.architectures import check_architecture
+from slmops.infra.storage.manifest import digest_of, digest_of_file
+
+EVALUATION_FILE = "eval.jsonl"
+OUTPUT_SCHEMA_FILE = "output_schema.json"
+
+# What a checkpoint's digest covers: all that decides what the model answers. Model cards, training
+# states, the evaluation file and the output's schema may change without making it another model.
+CONTENT_SUFFIXES = (".safetensors", ".onnx", ".data", ".model", ".jinja", ".txt", ".json")
+NOT_CONTENT = (
+    *("README", "LICENSE", OUTPUT_SCHEMA_FILE),
+    *("trainer_state.json", "training_args.bin", "all_results.json", "train_results.json"),
+)
+
+
+# Far above any model's; a damaged config must not make us count for hours.
+LARGEST_SIZE = 100_000_000
+LARGEST_LAYERS = 10_000
+
+
+class Inspection(BaseModel):
+    """What is known of a checkpoint from its files' headers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["checkpoint", "adapter", "genai"]
+    architecture: str
+    parameters: int
+    dtype: str
+    size_bytes: int
+    largest_tensor_elements: int
+    vocabulary_size: int
+    hidden_size: int
+    context_length: int
+    tied_embeddings: bool = True
+    warnings: tuple[str, ...] = ()
+
+
+def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> Inspection:
+    """Look at a checkpoint folder, an adapter folder or an onnxruntime-genai folder without running any of it.
+
+    Raises `BadInput` for anything that cannot be deployed: no or broken config, an unsupported architecture,
+    damaged or pickled weights, shapes that disagree with the config, no tokenizer, no chat template, and an
+    onnxruntime-genai folder that names code or files elsewhere (`slmops.infra.genai.model_screening`).
+    """
+    if not folder.exists():
+        raise BadInput(
+            f"There is no checkpoint at {folder}.",
+            "Give a folder, a Hub id (owner/name) or an s3:// folder.",
+            code="checkpoint-missing",
+        )
+    if not folder.is_dir():
+        raise BadInput(
+            f"{folder} is a file, not a checkpoint folder.",
+            "Give the folder that holds config.json.",
+            code="checkpoint-is-file",
+        )
+    if (folder / "genai_config.json").is_file():
+        return _inspect_genai(folder, chat_template_given)
+    if (folder / "adapter_config.json").is_file():
+        return _inspect_adapter(folder)
+    config = read_json(folder / "config.json")
+    check_architecture(config)
+    _check_tokenizer(folder, chat_template_given)
+    headers = read_tensor_headers(folder)
+    _check_shapes(folder, config, headers)
+    warnings = []
+    if "auto_map" in config:
+        warnings.append("The checkpoint brings code of its own (auto_map); slmops never runs it.")
+    return Inspection(
+        kind="checkpoint",
+        architecture=config["architectures"][0],
+        parameters=sum(header.elements for header in headers.values()),
+        dtype=max((header.dtype for header in headers.values()), key=[h.dtype for h in headers.values()].count),
+        size_bytes=sum(header.size_bytes for header in headers.values()),
+        largest_tensor_elements=max(header.elements for header in headers.values()),
+        vocabulary_size=_size(config, "vocab_size"),
+        hidden_size=_size(config, "hidden_size"),
+        context_length=_size(config, "max_position_embeddings", default=0),
+        tied_embeddings="lm_head.weight" not in headers,
+        warnings=tuple(warnings),
+    )
+
+
+def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
+    config = read_json(folder / "genai_config.json")
+    model = _section(config, "model")
+    decoder = _section(model, "decoder")
+    file = decoder.get("filename")
+    if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+        raise BadInput(
+            f"{folder} has a genai_config.json without its ONNX model (model.decoder.filename: {file!r}).",
+            "Give the whole folder that the model builder wrote.",
+            code="genai-model-missing",
+        )
+    screen_model(folder)
+    _check_tokenizer(folder, chat_template_given)
+    return Inspection(
+        kind="genai",
+        architecture=str(model.get("type", "unknown")),
+        parameters=0,
+        dtype="onnx",
+        size_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        largest_tensor_elements=0,
+        vocabulary_size=_size(model, "vocab_size", default=0),
+        hidden_size=_size(decoder, "hidden_size", default=0),
+        context_length=_size(model, "context_length", default=0),
+    )
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _size(config: dict[str, Any], key: str, *, default: int | None = None) -> int:
+    """Return a size that a config states; raises `BadInput` when it is missing without a default, or no size."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
+        raise BadInput(
+            f"The config has {key}: {value!r}, which is no size.", "Save the checkpoint again.", code="size-not-valid"
+        )
+    return value
+
+
+def _inspect_adapter(folder: Path) -> Inspection:
+    config = read_json(folder / "adapter_config.json")
+    if (folder / "adapter_model.safetensors").is_file():
+        headers = read_tensor_headers(folder, "adapter_model.safetensors")
+    elif (folder / "adapter_model.bin").is_file():
+        raise BadInput(
+            f"{folder} has its weights as adapter_model.bin only, a pickle, which can run code when it is loaded.",
+            "Save the adapter as safetensors: model.save_pretrained(folder).",
+            code="weights-pickled",
+        )
+    else:
+        raise BadInput(
+            f"{folder} has no adapter_model.safetensors.", "Save the adapter again.", code="adapter-without-weights"
+        )
+    return Inspection(
+        kind="adapter",
+        architecture=str(config.get("peft_type", "unknown")),
+        parameters=sum(header.elements for header in headers.values()),
+        dtype=next((header.dtype for header in headers.values()), "F32"),
+        size_bytes=sum(header.size_bytes for header in headers.values()),
+        largest_tensor_elements=max((header.elements for header in headers.values()), default=0),
+        vocabulary_size=0,
+        hidden_size=0,
+        context_length=0,
+    )
+
+
+def _check_tokenizer(folder: Path, chat_template_given: bool) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise BadInput(
+            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
+            "Save it beside the weights: tokenizer.save_pretrained(folder).",
+            code="tokenizer-missing",
+        )
+    if not chat_template_given and read_chat_template(folder) is None:
+        raise BadInput(
+            f"The tokenizer in {folder} has no chat template.",
+            "Pass the one that the model was trained with: --chat-template FILE (Jinja, as in chat_template.jinja).",
+            code="chat-template-missing",
+        )
+
+
+def _check_shapes(folder: Path, config: dict[str, Any], headers: dict[str, TensorHeader]) -> None:
+    """Compare the weights with what config.json promises; the names are those of all supported architectures."""
+    expected = expected_shapes(config)
+    for name, shape in expected.items():
+        found = headers.get(name)
+        if found is None:
+            raise BadInput(
+                f"{folder} has no tensor {name}, which config.json calls for.",
+                "The weights and config.json are not of the same model: save both again.",
+                code="tensor-missing",
+            )
+        if found.shape != shape:
+            raise BadInput(
+                f"The tensor {name} in {folder} has shape {list(found.shape)}, config.json says {list(shape)}.",
+                "The weights and config.json are not of the same model: save both again.",
+                code="tensor-shape",
+            )
+
+
+def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the tensors that a Llama-like config.json calls for (biases and norms left out)."""
+    hidden, vocabulary = _size(config, "hidden_size"), _size(config, "vocab_size")
+    intermediate, heads = _size(config, "intermediate_size"), _size(config, "num_attention_heads")
+    layers = _size(config, "num_hidden_layers")
+    if layers > LARGEST_LAYERS:
+        raise BadInput(
+            f"config.json has num_hidden_layers: {layers}.", "Save the checkpoint again.", code="layers-not-valid"
+        )
+    kv_heads = _size(config, "num_key_value_heads", default=heads)
+    head_dim = _size(config, "head_dim", default=hidden // heads)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        if config.get("model_type") == "phi3":
+            shapes[f"{prefix}.self_attn.qkv_proj.weight"] = ((heads + 2 * kv_heads) * head_dim, hidden)
+            shapes[f"{prefix}.mlp.gate_up_proj.weight"] = (2 * intermediate, hidden)
+        else:
+            shapes[f"{prefix}.self_attn.q_proj.weight"] = (heads * head_dim, hidden)
+            shapes[f"{prefix}.self_attn.k_proj.weight"] = (kv_heads * head_dim, hidden)
+            shapes[f"{prefix}.self_attn.v_proj.weight"] = (kv_heads * head_dim, hidden)
+            shapes[f"{prefix}.mlp.gate_proj.weight"] = (intermediate, hidden)
+            shapes[f"{prefix}.mlp.up_proj.weight"] = (intermediate, hidden)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, heads * head_dim)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, intermediate)
+    if config.get("tie_word_embeddings") is False:
+        shapes["lm_head.weight"] = (vocabulary, hidden)
+    return shapes
+
+
+def content_digest(folder: Path) -> str:
+    """Return the SHA-256 (hex) over the names and bytes of the files that decide what the model answers."""
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix in CONTENT_SUFFIXES and not path.name.startswith(NOT_CONTENT)
+    )
+    return digest_of({path.name: digest_of_file(path) for path in paths})

@@ -1,0 +1,106 @@
+"""What each stage of a deploy takes of this machine: memory, disk and time, from figures that were measured."""
+
+from collections.abc import Collection, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from slmops.tasks.checkpoint.inspection import Inspection
+
+GB = 1_000_000_000
+
+
+class StageEstimate(BaseModel):
+    """What a stage is expected to take: wall time in s, peak memory and lasting disk space in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    time_s: float
+    ram_bytes: int
+    disk_bytes: int
+
+
+# Peak resident memory of a build, in bytes: a floor for Python, torch, Olive and the builder; per parameter what is
+# fused before it is written (Q, K and V); and the largest tensor as it is read, in fp32, and quantized.
+# tests/benchmarks/build_resources.py prints the error of this estimate.
+BUILD_RAM_FLOOR_BYTES = 780_000_000
+BUILD_RAM_BYTES_PER_PARAMETER = 0.2
+BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR = {"fp16": 6.0, "int8": 7.3, "int4": 6.7}
+# Where weights are quantized all at once (infra/olive/streamed_quantization.py): per parameter, and per element of the
+# largest tensor on top.
+BUILD_RAM_BYTES_AT_ONCE = {"int8": (7.3, 11.4), "int4": (6.2, 7.9)}
+BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 18.0, "int8": 48.0, "int4": 48.0}
+BUILD_FLOOR_S = 8.0
+# Bytes per parameter on disk: weights, plus one fp32 scale per block of 32 for int8 and int4.
+DISK_BYTES_PER_PARAMETER = {"fp16": 2.0, "int8": 1.13, "int4": 0.66}
+TOKENIZER_BYTES = 20_000_000
+RUNTIME_RAM_FLOOR_BYTES = 600_000_000
+REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint is in
+REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
+VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
+EXERCISE_S_PER_BILLION_PARAMETERS = 600.0  # long use and difficult input, in two runtimes
+
+
+def estimate_stages(
+    inspection: Inspection,
+    precisions: Sequence[str],
+    *,
+    rows: int,
+    positions: int = 1024,
+    whole_model: Collection[str] = (),
+) -> list[StageEstimate]:
+    """Estimate what each stage of a deploy takes on two cores; the memory of a stage is that of its child process.
+
+    `whole_model` are the precisions whose weights are quantized all at once (`slmops.tasks.build.recipes.Recipe`).
+    """
+    parameters = inspection.parameters
+    billions = parameters / 1e9
+    builds = [] if inspection.kind == "genai" else list(precisions)
+    estimates = [
+        StageEstimate(
+            stage=f"build {precision}",
+            time_s=BUILD_FLOOR_S + BUILD_S_PER_BILLION_PARAMETERS[precision] * billions,
+            ram_bytes=estimate_build_ram(inspection, precision, whole_model=precision in whole_model),
+            disk_bytes=int(DISK_BYTES_PER_PARAMETER[precision] * parameters) + TOKENIZER_BYTES,
+        )
+        for precision in builds
+    ]
+    if inspection.kind != "genai":
+        estimates.append(
+            StageEstimate(
+                stage="reference",
+                time_s=10 + REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows,
+                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + REFERENCE_BYTES_PER_PARAMETER * parameters,
+                disk_bytes=4 * positions * inspection.vocabulary_size,
+            )
+        )
+    for precision in precisions:
+        size = inspection.size_bytes if not builds else int(DISK_BYTES_PER_PARAMETER[precision] * parameters)
+        estimates += [
+            StageEstimate(
+                stage=f"{work} {precision}",
+                time_s=time_s,
+                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + 2 * size,
+                disk_bytes=0,
+            )
+            for work, time_s in (
+                ("measure", 5 + 80 * billions),
+                ("evaluate", 5 + VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows),
+                ("exercise", 6 + EXERCISE_S_PER_BILLION_PARAMETERS * billions),
+                ("register and prove", 5 + 5 * billions),
+            )
+        ]
+    return estimates
+
+
+def estimate_build_ram(inspection: Inspection, precision: str, *, whole_model: bool = False) -> int:
+    """Estimate the peak resident memory of a build, in bytes."""
+    # An adapter's own tensors say nothing of its base's: the embedding is the largest of nearly every small model.
+    largest = max(inspection.largest_tensor_elements, inspection.vocabulary_size * inspection.hidden_size)
+    per_parameter, per_element = (
+        BUILD_RAM_BYTES_PER_PARAMETER,
+        BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR[precision],
+    )
+    if whole_model:
+        per_parameter, per_element = BUILD_RAM_BYTES_AT_ONCE[precision]
+    return int(BUILD_RAM_FLOOR_BYTES + per_parameter * inspection.parameters + per_element * largest)

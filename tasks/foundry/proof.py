@@ -1,0 +1,142 @@
+"""Proof: a registered variant answers in a fresh process, as it did when it was evaluated."""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from slmops.infra.checkpoints.folder import read_json
+from slmops.infra.errors import StageFailed
+from slmops.infra.foundry.calls import Prove, ProvenAnswer
+from slmops.infra.foundry.command import seen_by_command
+from slmops.infra.genai.calls import Generate
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import Kind
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.version import Variant
+from slmops.tasks.foundry.ids import model_id_of
+from slmops.tasks.foundry.prompt_template import Message
+from slmops.tasks.foundry.registration import ask_foundry, unregister_variant
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
+
+
+class Proof(BaseModel):
+    """What a registered variant answered in a process of its own; times in ms."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model_id: str
+    question: str
+    answer: str
+    load_ms: float
+    e2e_latency_ms: float
+    prompt_tokens: int
+    completion_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def proof_of(precision: str) -> Kind[Proof]:
+    """Return the kind of evidence that the proofs of a precision are."""
+    return Kind(f"proof-{precision}", Proof)
+
+
+@stage("prove variant", run_name="prove-{variant.precision}")
+def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, settings: Settings) -> Proof:
+    """Let a registered variant answer in a fresh process, and compare with onnxruntime-genai's own answer.
+
+    A variant that is not found, does not load or answers otherwise is unregistered again. Raises `StageFailed`. Where
+    the `foundry` command serves this cache, it is asked too; it renders prompts in its own way, so that what it makes
+    of the model is a note.
+    """
+    model_id = model_id_of(variant)
+    messages = [message.model_dump() for message in row.messages]
+    max_new_tokens = settings.evaluation.max_new_tokens
+    call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
+    with stage_progress(f"prove {variant.precision}") as on_progress:
+        try:
+            expected = _expected_answer(variant, call.messages, evaluated_answer, settings)
+            proven = ask_foundry(call, settings, on_progress)
+            if proven.answer.strip() != expected.strip():
+                raise StageFailed(
+                    f"Through Foundry Local {model_id} answers {proven.answer!r}, "
+                    f"onnxruntime-genai with the same model {expected!r}.",
+                    "See whether its chat template renders alike in both (the evaluation's template mismatches).",
+                )
+        except StageFailed as error:
+            unregister_variant(variant, settings)
+            raise type(error)(f"{error.message} It was unregistered again.", error.what_to_do) from error
+        question = row.messages[-1].content
+        note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
+        notes = (note,) if note else ()
+        proof = _proof(proven, question, notes)
+        variant.version.record(proof_of(variant.precision), proof)
+    return proof
+
+
+@stage("repeat proof", run_name="prove-{variant.precision}")
+def repeat_proof(variant: Variant, row: EvaluationRow, recorded: Proof, settings: Settings) -> Proof:
+    """Let a registered variant answer the row of a recorded proof in a fresh process, and compare the answers.
+
+    Raises `StageFailed` when it is not found, does not load or answers otherwise.
+    """
+    model_id = model_id_of(variant)
+    messages = [message.model_dump() for message in row.messages]
+    # As long as the recorded answer was, whatever the limit is today: what it was cut by may have been another one.
+    max_new_tokens = max(recorded.completion_tokens, 1)
+    call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
+    with stage_progress(f"prove {variant.precision}") as on_progress:
+        proven = ask_foundry(call, settings, on_progress)
+    if proven.answer.strip() != recorded.answer.strip():
+        raise StageFailed(
+            f"Through Foundry Local {model_id} answers {proven.answer!r}, "
+            f"and when it was proven it answered {recorded.answer!r}.",
+            "See with slmops verify whether its files are whole; slmops regate judges and proves the version anew.",
+        )
+    return _proof(proven, recorded.question)
+
+
+def _proof(proven: ProvenAnswer, question: str, notes: tuple[str, ...] = ()) -> Proof:
+    return Proof(
+        model_id=proven.model_id,
+        question=question,
+        answer=proven.answer,
+        load_ms=proven.load_ms,
+        e2e_latency_ms=proven.e2e_latency_ms,
+        prompt_tokens=proven.prompt_tokens,
+        completion_tokens=proven.completion_tokens,
+        notes=notes,
+    )
+
+
+def last_proof(variant: Variant, row: EvaluationRow) -> Proof | None:
+    """Return the last proof of a variant if it was asked this row."""
+    proof = variant.version.latest(proof_of(variant.precision))
+    return proof if proof and proof.question == row.messages[-1].content else None
+
+
+def _expected_answer(variant: Variant, messages: Sequence[Message], evaluated_answer: str, settings: Settings) -> str:
+    """Return genai's answer with the repetition penalty of the model's own configuration, as Foundry uses it.
+
+    The evaluation's answers are without one; they are the same where the model has none.
+    """
+    with work_folder(settings) as work:
+        variant.place(work / "model")
+        search = read_json(work / "model" / "genai_config.json").get("search", {})
+        penalty = float(search.get("repetition_penalty", 1.0))
+        if penalty == 1.0:
+            return evaluated_answer
+        child = run_in_child(
+            Generate(
+                model_dir=work / "model",
+                messages=messages,
+                max_new_tokens=settings.evaluation.max_new_tokens,
+                threads=settings.threads,
+                repetition_penalty=penalty,
+            ),
+            deadline_s=settings.timeout.evaluate_s,
+            log_path=settings.cache_dir / "logs" / "generate.log",
+            work_dir=work,
+        )
+    return child.value.answer
