@@ -27,7 +27,6 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.transformers.adapters import read_adapter_config
 from slmops.infra.transformers.calls import MergeAdapter
 from slmops.tasks.checkpoint.inspection import (
-    EVALUATION_FILE,
     Inspection,
     content_digest,
     inspect_checkpoint,
