@@ -28,7 +28,7 @@ from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.copying import CopiedVersion, copy_version
 from slmops.infra.storage.disk import check_room, disk_errors
 from slmops.infra.storage.local import CHUNK_BYTES, LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant
+from slmops.infra.storage.manifest import Manifest, StoredFile, parse_foreign_manifest
 from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import Blob, OnBytes
 from slmops.infra.storage.origin import unmarked
@@ -37,7 +37,6 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.tar import Member, TarReader, TarWriter, opened_tar, shown
 
 MOST_MANIFEST_BYTES = 16 << 20
-MOST_KEYS = 200  # of one object in a manifest
 LONGEST_PATH = 1000  # characters
 LONGEST_PATH_PART_BYTES = 255
 MOST_EVIDENCE_BYTES = 64 << 20  # of one file
@@ -323,7 +322,7 @@ def _read_manifest(archive: TarReader) -> Manifest:
         raise archive.refusal(name, "does not begin with a manifest" if member is None else "comes before the manifest")
     data = archive.content(member, MOST_MANIFEST_BYTES)
     try:
-        manifest = _parse_manifest(data)
+        manifest = parse_foreign_manifest(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(one) for one in first["loc"])
@@ -336,30 +335,6 @@ def _read_manifest(archive: TarReader) -> Manifest:
     if fault:
         raise archive.refusal(name, fault)
     return manifest
-
-
-def _parse_manifest(data: bytes) -> Manifest:
-    """Return a valid manifest, or raise `ValueError`.
-
-    It is validated part by part: pydantic collects every error before it tells one, and a manifest can be made of
-    millions.
-    """
-    value = from_json(data, allow_inf_nan=False)
-    if _has_large_object(value):
-        raise ValueError(f"an object in it has more than {MOST_KEYS} keys")
-    variants = value.get("variants") if isinstance(value, dict) else None
-    for variant in variants if isinstance(variants, list) else ():
-        files = variant.get("files") if isinstance(variant, dict) else None
-        for file in files if isinstance(files, list) else ():
-            StoredFile.model_validate(file)
-        StoredVariant.model_validate(variant)
-    return Manifest.model_validate_json(data)
-
-
-def _has_large_object(value: Any) -> bool:
-    if isinstance(value, dict):
-        return len(value) > MOST_KEYS or any(map(_has_large_object, value.values()))
-    return isinstance(value, list) and any(map(_has_large_object, value))
 
 
 def _check_sizes(archive: TarReader, blobs: Iterable[Blob], folder: Path, target: ModelRegistry) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, field_validator
+from pydantic_core import from_json
 
 from slmops.infra.errors import BadInput
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 
 LONGEST_TRAINING_RUN = 2000
+MOST_KEYS = 200  # of one object in a foreign manifest
 
 # What becomes a part of a folder's name and of a model's id.
 PlainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -170,3 +172,27 @@ def check_name(name: str) -> str:
 def now() -> str:
     """Return the present time in UTC, ISO 8601, to the microsecond: records of one process sort by it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def parse_foreign_manifest(data: bytes) -> Manifest:
+    """Return a manifest that somebody else wrote; raises `ValueError` for one that is not valid.
+
+    It is validated part by part: pydantic collects every error before it tells one, and a manifest can be made of
+    millions.
+    """
+    value = from_json(data, allow_inf_nan=False)
+    if _has_large_object(value):
+        raise ValueError(f"an object in it has more than {MOST_KEYS} keys")
+    variants = value.get("variants") if isinstance(value, dict) else None
+    for variant in variants if isinstance(variants, list) else ():
+        files = variant.get("files") if isinstance(variant, dict) else None
+        for file in files if isinstance(files, list) else ():
+            StoredFile.model_validate(file)
+        StoredVariant.model_validate(variant)
+    return Manifest.model_validate_json(data)
+
+
+def _has_large_object(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value) > MOST_KEYS or any(map(_has_large_object, value.values()))
+    return isinstance(value, list) and any(map(_has_large_object, value))
