@@ -26,8 +26,8 @@ CLOSE_TIMEOUT_S = 2
 class FoundryChat:
     """A loaded model to talk to; a context manager that ends the process behind it.
 
-    `last` holds the last answer's record (see `infra.foundry.runtime.answer`). Raises `StageFailed` when the model is
-    not registered or does not load.
+    `last` holds the last answer's record (see `slmops.infra.foundry.runtime.answer`). Raises `StageFailed` when the
+    model is not registered or does not load.
     """
 
     def __init__(self, cache_dir: Path, model_id: str, *, log_path: Path) -> None:

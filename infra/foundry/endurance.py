@@ -10,9 +10,9 @@ REPEATS = 9
 
 
 def exercise(call: exercises.Endure, progress: Progress) -> None:
-    """Load a model folder that is registered nowhere, and soak and try it; see `infra.process.endurance.exercise`.
+    """Load a model folder that is registered nowhere, and soak and try it.
 
-    Raises `StageFailed` for a model that does not load.
+    See `slmops.infra.process.endurance.exercise`. Raises `StageFailed` for a model that does not load.
     """
     progress(0, 1, "loading the model")
     model = runtime.open_folder(call.model_dir, call.cache_dir)

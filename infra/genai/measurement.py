@@ -28,11 +28,11 @@ def measure(call: Measure, progress: Progress) -> Measured:
     """Measure speed and memory by the method of onnxruntime-genai's own benchmark/python/benchmark_e2e.py.
 
     A request is one greedy generation of exactly `new_tokens` tokens after a prompt of exactly the asked length;
-    see `infra.genai.timing.time_request` for what its figures count. tests/benchmarks/measurement_method.py compares
-    them with that benchmark's.
+    see `slmops.infra.genai.timing.time_request` for what its figures count. tests/benchmarks/measurement_method.py
+    compares them with that benchmark's.
 
-    The sweep follows the measured requests, at lengths by `infra.genai.sweep.sweep_lengths`; its prompts are chats
-    where the template leaves room for a text, and plain text else.
+    The sweep follows the measured requests, at lengths by `slmops.infra.genai.sweep.sweep_lengths`; its prompts are
+    chats where the template leaves room for a text, and plain text else.
 
     Raises `StageFailed` for a model that cannot be run.
     """

@@ -41,9 +41,9 @@ class Entry:
 class ObjectStore(Protocol):
     """Objects under `/`-separated keys. An object is either whole or not there.
 
-    Every method raises `infra.errors.BadInput` when the store cannot be used as it is named (no such bucket, refused
-    credentials), `StageFailed` when it cannot be used (full, gone), its kind `PassingFault` when another attempt may
-    succeed, and `KeyError` when a key that must be there is not.
+    Every method raises `slmops.infra.errors.BadInput` when the store cannot be used as it is named (no such bucket,
+    refused credentials), `StageFailed` when it cannot be used (full, gone), its kind `PassingFault` when another
+    attempt may succeed, and `KeyError` when a key that must be there is not.
     """
 
     def check(self, *, by_writing: bool = False) -> None:

@@ -80,8 +80,8 @@ class EdgeInputOutcome(_Record):
 class Exercise(_Record):
     """A variant's soak and edge inputs in one runtime; `memory` is None when the soak did not end.
 
-    A soak that did not end is among `edge_inputs` as well, under the name of `infra.process.endurance.LONG_USE`: its
-    input is ordinary, and is not handled.
+    A soak that did not end is among `edge_inputs` as well, under the name of
+    `slmops.infra.process.endurance.LONG_USE`: its input is ordinary, and is not handled.
     """
 
     runtime: Runtime

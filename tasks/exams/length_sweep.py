@@ -31,8 +31,8 @@ class Steadiness(_Record):
 
     `ttft_scaling_exponent` is that of TTFT ~ length^exponent (1: linear), fitted on the logarithms over the lengths
     from 64 on; None with fewer than three of them. `worst_cliff_ratio` is the largest loss of throughput from one
-    length to the next, as a factor (`infra.genai.sweep.throughput_losses`: 1 to 2 is what attention explains), and
-    `worst_cliff_prompt_tokens` the longer of the two lengths; None with a single length.
+    length to the next, as a factor (`slmops.infra.genai.sweep.throughput_losses`: 1 to 2 is what attention explains),
+    and `worst_cliff_prompt_tokens` the longer of the two lengths; None with a single length.
     """
 
     lengths: tuple[LengthFigures, ...]

@@ -41,7 +41,7 @@ class ComparedExam(Exam[R]):
         return settings.cache_dir / "references" / digest_of(self.source_question(source_digest, settings))
 
     def source_in_use(self, source_digest: str, settings: Settings) -> AbstractContextManager[None]:
-        """Keep what the checkpoint made, which other runs share: see `infra.storage.folders.shared_folder`."""
+        """Keep what the checkpoint made, which other runs share: see `slmops.infra.storage.folders.shared_folder`."""
         return shared_folder(self.source_folder(source_digest, settings))
 
     def needs_source(self, variants: Iterable[Variant], settings: Settings) -> bool:

@@ -35,7 +35,8 @@ class EvaluationRow(_Record):
     """A chat to answer and, where there is one, the answer that is expected and how answers are scored by it.
 
     A system message may come first; then user and assistant alternate, and the user has the last word. `scorer` is a
-    name or an object of a name and options (see `tasks.questions.scoring`); what `expected` holds has to suit it.
+    name or an object of a name and options (see `slmops.tasks.questions.scoring`); what `expected` holds has to suit
+    it.
     """
 
     id: RowId
