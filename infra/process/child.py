@@ -38,8 +38,9 @@ class _Calls:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        for line in self._lines:
-            self._waiting.put(json.loads(line))
+        with contextlib.suppress(ValueError):  # a line that the supervisor's end has cut short
+            for line in self._lines:
+                self._waiting.put(json.loads(line))
         if self._is_idle:
             os._exit(0)
         if os.name == "posix":

@@ -204,8 +204,9 @@ def _follow(
 
 
 def _read_messages(stream: Any, messages: "queue.Queue[dict[str, Any] | None]") -> None:
-    for line in stream:
-        messages.put(json.loads(line))
+    with contextlib.suppress(ValueError):  # a line that the child's end has cut short
+        for line in stream:
+            messages.put(json.loads(line))
     messages.put(None)
 
 

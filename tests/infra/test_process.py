@@ -23,6 +23,7 @@ from tests.infra.child_functions import (
     CountCalls,
     Counted,
     Crash,
+    DieWhileItAnswers,
     Double,
     Doubled,
     EndSilently,
@@ -113,6 +114,19 @@ def test_every_call_of_the_product_is_found_by_its_name_and_declares_its_answer(
 def test_a_killed_child_is_a_fault_that_may_pass(tmp_path: Path) -> None:
     with pytest.raises(PassingFault, match="killed from outside"):
         run(KillItself(), tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
+def test_a_child_that_dies_in_the_middle_of_its_answer_is_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(PassingFault, match="killed"):
+        run(DieWhileItAnswers(), tmp_path, deadline_s=30)
+
+
+def test_a_child_whose_supervisor_dies_in_the_middle_of_a_call_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "slmops.infra.process.child", "tests.infra.child_functions:Double"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True)
+    child.communicate(b'{"call": "tests', timeout=60)
+    assert child.returncode == 0
 
 
 def test_the_deadline_ends_the_whole_tree(tmp_path: Path) -> None:
