@@ -62,7 +62,7 @@ class ModelProcess:
             with contextlib.suppress(ConnectionError):  # the reason is in the log
                 await process.stdin.drain()
             line = await asyncio.wait_for(process.stdout.readline(), deadline_s)
-            message = json.loads(line) if line else {}
+            message = json.loads(line) if line.endswith(b"\n") else {}  # else its end has cut it short
             if "ready" in message:
                 return cls(process, message["ready"]["url"], message["ready"]["load_ms"])
             if "error" in message:
