@@ -36,8 +36,10 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
         os.environ.setdefault(variable, value)
     if not os.environ.get("PREFECT_API_URL") and (url := running_server(settings)):
         os.environ["PREFECT_API_URL"] = url
-        if not os.environ.get("PREFECT_API_AUTH_STRING") and (password := kept_password(prefect_home(settings))):
-            os.environ["PREFECT_API_AUTH_STRING"] = password
+        if not os.environ.get("PREFECT_API_AUTH_STRING"):
+            own = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
+            if password := own or kept_password(prefect_home(settings)):
+                os.environ["PREFECT_API_AUTH_STRING"] = password
         _reach_loopback_directly()
     # Prefect makes its home at its import. Where ours is not there yet that fails, and bad input must not make it.
     warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")

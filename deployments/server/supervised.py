@@ -12,17 +12,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 from slmops.infra.process.supervisor import PYTHON
 
+LOOK_INTERVAL_S = 0.5
 STOP_GRACE_S = 20.0
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 60.0
 STEADY_S = 60.0  # what ran for so long had started well
+
+Tell = Callable[[str], None]
 
 
 class Supervised:
@@ -101,6 +104,48 @@ class Supervised:
                 descendant.kill()
         process.kill()
         process.wait()
+
+
+class Children:
+    """Commands that are started one by one, looked after together, and stopped when this context is left."""
+
+    def __init__(self, stopping: threading.Event, tell: Tell) -> None:
+        self._stopping = stopping
+        self._tell = tell
+        self._children: list[Supervised] = []
+        self._started = contextlib.ExitStack()
+
+    def __enter__(self) -> "Children":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._started.close()
+
+    @property
+    def first(self) -> Supervised | None:
+        """The one that was started first."""
+        return self._children[0] if self._children else None
+
+    def start(self, child: Supervised) -> None:
+        """Start one more."""
+        child.start()
+        self._children.append(child)
+        self._started.callback(child.stop)
+
+    def enter(self, context: contextlib.AbstractContextManager[None]) -> None:
+        """Enter a context, which is left before those that were started so far are stopped."""
+        self._started.enter_context(context)
+
+    def look_after(self) -> None:
+        """Start again what ends, until this command is stopped, whatever happens meanwhile."""
+        while not self._stopping.wait(LOOK_INTERVAL_S):
+            for child in self._children:
+                try:
+                    told = child.look_after()
+                except Exception as error:
+                    told = f"{child.name} could not be looked after: {type(error).__name__}: {error}."
+                if told:
+                    self._tell(told)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from slmops.deployments.server.access import (
@@ -21,8 +21,8 @@ from slmops.deployments.server.automations import HEARTBEAT_S, HEARTBEAT_VARIABL
 from slmops.deployments.server.environment import QUIET, announced_server, prefect_home
 from slmops.deployments.server.listening import listen
 from slmops.deployments.server.registration import read_deployments, register_deployments, variant_entries
-from slmops.deployments.server.supervised import Supervised
-from slmops.deployments.server.up_check import server_fault
+from slmops.deployments.server.supervised import Children, Supervised, Tell
+from slmops.deployments.server.up_check import is_open, server_fault
 from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import SHADOWING
@@ -47,8 +47,6 @@ WORKER_ENVIRONMENT = {
     HEARTBEAT_VARIABLE: str(HEARTBEAT_S),
 }
 
-Tell = Callable[[str], None]
-
 
 def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: Tell, note: Tell) -> None:
     """Start all of it and look after it; `port` is the server's, `limit` is of runs at once, None for the default.
@@ -56,14 +54,16 @@ def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: 
     `say` shows what was asked for, `note` what happens meanwhile.
     """
     stopping = threading.Event()
-    with _stopped_by_signals(stopping), _Children(stopping, note) as children:
+    with _stopped_by_signals(stopping), Children(stopping, note) as children:
         url = os.environ.get("PREFECT_API_URL")
         if url:
             make_private(prefect_home(settings))
             say(f"API: {url}")
-            children.wait_until_healthy(url)
+            _wait_until_healthy(url, children, stopping, note)
+            if is_open(url):
+                note("It asks for no password: who reaches it can run programs here. docs/orchestration.md says more.")
         else:
-            url = _start_server(settings, port, children, say)
+            url = _start_server(settings, port, children, stopping, say=say, note=note)
         if stopping.is_set():
             return
         _register(settings, pool, say, note)
@@ -72,60 +72,8 @@ def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: 
         say(f"UI: {url.removesuffix('/api')}")
         say(f"A worker takes runs from the work pool {pool!r}; its log: {worker.log_path}")
         say("Stop with Ctrl-C; slmops up --check says what is running.")
-        children.look_after_them()
+        children.look_after()
         note("Stopping the worker, its runs and what was started beside it.")
-
-
-class _Children:
-    """The server, if any, and the worker: started one by one, looked after together, and stopped with this command."""
-
-    def __init__(self, stopping: threading.Event, note: Tell) -> None:
-        self._stopping = stopping
-        self._note = note
-        self._children: list[Supervised] = []
-        self._started = contextlib.ExitStack()
-
-    def __enter__(self) -> "_Children":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._started.close()
-
-    def start(self, child: Supervised) -> None:
-        child.start()
-        self._children.append(child)
-        self._started.callback(child.stop)
-
-    def enter(self, context: contextlib.AbstractContextManager[None]) -> None:
-        """Leave a context before the children started so far are stopped."""
-        self._started.enter_context(context)
-
-    def wait_until_healthy(self, url: str) -> None:
-        """Wait until the API can be used; raises `StageFailed` where it cannot."""
-        deadline = time.monotonic() + (STARTUP_TIMEOUT_S if self._children else 10)
-        told_at = time.monotonic()
-        while (fault := server_fault(url)) is not None and not self._stopping.wait(POLL_INTERVAL_S):
-            if time.monotonic() > deadline or any(not child.is_running for child in self._children):
-                advice = (
-                    f"See its log: {self._children[0].log_path}"
-                    if self._children
-                    else "Start it, or correct PREFECT_API_URL or PREFECT_API_AUTH_STRING."
-                )
-                raise StageFailed(f"Prefect's API at {url} cannot be used: {fault}.", advice)
-            if time.monotonic() - told_at > 2:
-                self._note("Waiting for Prefect's server.")
-                told_at = time.monotonic() + 8
-
-    def look_after_them(self) -> None:
-        """Start again what ends, until this command is stopped, whatever happens meanwhile."""
-        while not self._stopping.wait(POLL_INTERVAL_S):
-            for child in self._children:
-                try:
-                    told = child.look_after()
-                except Exception as error:
-                    told = f"{child.name} could not be looked after: {type(error).__name__}: {error}."
-                if told:
-                    self._note(told)
 
 
 @contextlib.contextmanager
@@ -139,7 +87,9 @@ def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _start_server(settings: Settings, port: int, children: _Children, say: Tell) -> str:
+def _start_server(
+    settings: Settings, port: int, children: Children, stopping: threading.Event, *, say: Tell, note: Tell
+) -> str:
     with listen(LOOPBACK, port) as free:  # refuses a port that is taken before anything is written
         port = free.getsockname()[1]
     home = prefect_home(settings)
@@ -156,7 +106,7 @@ def _start_server(settings: Settings, port: int, children: _Children, say: Tell)
     )
     children.start(server)
     say(f"API: {url}")
-    children.wait_until_healthy(url)
+    _wait_until_healthy(url, children, stopping, note)
     children.enter(announced_server(settings, url))
     os.environ["PREFECT_API_URL"] = url
     say(f"The UI asks for the user and password {where}; clients give them as PREFECT_API_AUTH_STRING.")
@@ -192,6 +142,23 @@ def _environment(**extra: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in SHADOWING}
     # A worker starts its flow runs without -P: the variable tells them.
     return {**inherited, **QUIET, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **extra}
+
+
+def _wait_until_healthy(url: str, children: Children, stopping: threading.Event, note: Tell) -> None:
+    server = children.first
+    deadline = time.monotonic() + (STARTUP_TIMEOUT_S if server else 10)
+    told_at = time.monotonic()
+    while (fault := server_fault(url)) is not None and not stopping.wait(POLL_INTERVAL_S):
+        if time.monotonic() > deadline or (server and not server.is_running):
+            advice = (
+                f"See its log: {server.log_path}"
+                if server
+                else "Start it, or correct PREFECT_API_URL or PREFECT_API_AUTH_STRING."
+            )
+            raise StageFailed(f"Prefect's API at {url} cannot be used: {fault}.", advice)
+        if time.monotonic() - told_at > 2:
+            note("Waiting for Prefect's server.")
+            told_at = time.monotonic() + 8
 
 
 def _register(settings: Settings, pool: str, say: Tell, note: Tell) -> None:

@@ -59,6 +59,14 @@ def server_fault(url: str) -> str | None:
     return None if answer.status_code == 200 else f"it answers with status {answer.status_code}"
 
 
+def is_open(url: str) -> bool:
+    """Whether the API at a URL takes calls without a password."""
+    try:
+        return httpx.get(f"{url}/version", timeout=TIMEOUT_S).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
 def check_running(url: str | None, pool: str, entries: list[dict[str, Any]]) -> Running:
     """Ask the server of Prefect's settings, at `url`, for all that `slmops up` starts; nothing is changed."""
     from prefect.client.orchestration import get_client

@@ -1,6 +1,7 @@
 """How a step of a flow becomes a Prefect task, and how a flow ends that a user's input or a stage stopped."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -45,14 +46,21 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
     """Let a flow's function that a `SlmopsError` leaves end in a failed state whose message is that error's sentence.
 
     A flow that an exception leaves has a traceback in its log, which tells nothing of input that cannot be used. The
-    state's data is the error: whoever calls the flow for its result has it raised.
+    state's data is the error: whoever calls the flow for its result has it raised. So has Prefect's engine on a worker,
+    which would log it as unexpected.
     """
 
     @functools.wraps(flow_function)
     def ending(*args: P.args, **kwargs: P.kwargs) -> R:
+        for logger in ("prefect.flow_runs", "prefect.engine"):
+            logging.getLogger(logger).addFilter(_is_unexpected)
         try:
             return flow_function(*args, **kwargs)
         except SlmopsError as error:
             return cast(R, Failed(message=str(error), data=error))
 
     return ending
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], SlmopsError))

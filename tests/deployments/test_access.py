@@ -1,6 +1,7 @@
 """Who may use the API: the password and the folder it is kept in, the work pools, the embedded server."""
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from prefect.workers.process import ProcessWorker
 from slmops.deployments.server.access import AUTH_FILE, authorization, kept_password, make_password, make_private
 from slmops.deployments.server.embedded import EmbeddedServer
 from slmops.deployments.server.registration import deployment_of, read_deployments
-from slmops.deployments.server.supervised import Supervised
+from slmops.deployments.server.supervised import Children, Supervised
 from slmops.deployments.server.work_pool import ensure_pool, locked
 from slmops.infra.errors import BadInput
 
@@ -170,3 +171,26 @@ def test_what_cannot_be_started_again_is_told_and_tried_later(tmp_path: Path, mo
     assert child.look_after() is None
     assert child.is_running
     child.stop()
+
+
+def test_no_fault_of_one_pass_ends_the_looking_after() -> None:
+    class Faulty(Supervised):
+        passes = 0
+
+        def look_after(self) -> str | None:
+            self.passes += 1
+            if self.passes == 3:
+                stopping.set()
+                return "seen"
+            raise RuntimeError("a fault that nobody thought of")
+
+        def start(self) -> None:
+            """Nothing."""
+
+    stopping = threading.Event()
+    told: list[str] = []
+    with Children(stopping, told.append) as children:
+        children.start(Faulty("The worker", [], {}, Path()))
+        children.look_after()
+    fault = "The worker could not be looked after: RuntimeError: a fault that nobody thought of."
+    assert told == [fault, fault, "seen"]

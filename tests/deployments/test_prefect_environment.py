@@ -98,11 +98,12 @@ class TestWhichApi:
         prepare_prefect(settings)
         assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "intranet,127.0.0.1,localhost"
 
+    @pytest.mark.parametrize("variable", ["PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"])
     @pytest.mark.parametrize("given", ["", "mine:secret"])
     def test_a_running_ups_with_its_password_unless_the_user_gives_one(
-        self, settings: Settings, monkeypatch: pytest.MonkeyPatch, given: str
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch, given: str, variable: str
     ) -> None:
-        monkeypatch.setenv("PREFECT_API_AUTH_STRING", given)
+        monkeypatch.setenv(variable, given)
         make_private(prefect_home(settings))
         password = make_password(prefect_home(settings))
         with announced_server(settings, URL):

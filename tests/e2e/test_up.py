@@ -263,6 +263,9 @@ def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
     (run,) = wait_for(lambda: ended_runs(api, name="by-event"))
     assert run["state"]["type"] == "FAILED"
     assert "No checkpoint is named." in run["state"]["message"]
+    logs = query(api, "logs", logs={"flow_run_id": {"any_": [run["id"]]}})
+    assert [log["message"] for log in logs if "Traceback" in log["message"]] == []
+    assert ["No checkpoint is named." in log["message"] for log in logs].count(True) == 1
     assert {model["name"] for model in slmops.json("list")["models"]} <= {"by-api"}
     (notice,) = wait_for(lambda: [one for one in webhook.notices if one["subject"] == "deploy-by-event"])
     assert notice["event"] == "prefect.flow-run.Failed"

@@ -7,6 +7,7 @@ import time
 import httpx
 import pytest
 from prefect import flow
+from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 from slmops.flows.promote import promote
@@ -42,6 +43,12 @@ def refused_by_a_stage() -> None:
     refuse()
 
 
+@flow(name="broken")
+@ends_by_its_errors
+def broken() -> None:
+    raise ZeroDivisionError
+
+
 @pytest.mark.parametrize(
     ("refused", "arguments", "sentence"),
     [
@@ -59,6 +66,24 @@ def test_bad_input_is_one_line_in_the_log(server, refused, arguments, sentence):
     assert [sentence in log["message"] for log in logs if log["name"] == "prefect.flow_runs"].count(True) == 1
     with pytest.raises(BadInput, match=sentence):
         refused(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:Logger 'prefect.flow_runs' attempted to send logs")
+@pytest.mark.parametrize("logger", ["prefect.flow_runs", "prefect.engine"])
+def test_the_engine_of_a_worker_adds_no_traceback_of_bad_input(logger):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger(logger).addHandler(handler)
+    try:
+        with pytest.raises(BadInput):  # as the engine has it, which gives the run's logger
+            run_flow(refused_by_a_stage, error_logger=logging.getLogger(logger))
+        with pytest.raises(ZeroDivisionError):
+            run_flow(broken, error_logger=logging.getLogger(logger))
+    finally:
+        logging.getLogger(logger).removeHandler(handler)
+    unexpected = [record for record in records if record.msg == "Engine execution exited with unexpected exception"]
+    assert [record.exc_info[0] for record in unexpected] == [ZeroDivisionError]
 
 
 class TestTriedAgain:
