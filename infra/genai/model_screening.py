@@ -311,4 +311,4 @@ def _check_tokenizer_config(name: str, path: Path) -> None:
 
 
 def _refusal(what: str) -> BadInput:
-    return BadInput(f"The model is refused before anything opens it: {what}.", _WHAT_TO_DO)
+    return BadInput(f"The model is refused before anything opens it: {what}.", _WHAT_TO_DO, code="model-refused")

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.genai.model_screening import screen_model
+from slmops.infra.errors import StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.leases import WriteLease
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant, digest_of_file
+from slmops.infra.storage.manifest import Manifest, StoredFile, digest_of_file
 from slmops.infra.storage.objects import Blob, ObjectStore
 from slmops.infra.storage.progress import byte_progress
 
@@ -108,17 +107,6 @@ class ModelFiles:
         finally:
             with suppress(OSError):
                 aside.rmdir()
-
-    def place_model(self, variant: StoredVariant, folder: Path, on_progress: OnProgress | None = None) -> None:
-        """Materialize a variant for a runtime to open, whoever made it: every model comes out of the store here.
-
-        Raises `StageFailed` also for a model that `slmops.infra.genai.model_screening` refuses.
-        """
-        self.materialize(variant.files, folder, on_progress)
-        try:
-            screen_model(folder)
-        except BadInput as error:
-            raise StageFailed(error.message, error.what_to_do, code=error.code) from None
 
     def local_files(self, files: Sequence[StoredFile], on_progress: OnProgress | None = None) -> dict[str, Path]:
         """Return the path of each file -> where its content is on this machine, fetched into the cache if need be.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from slmops.infra.errors import BadInput
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.evidence import (
     DEPLOY,
@@ -287,5 +288,14 @@ class Variant:
         return f"{self.version.uri}#{self.precision}"
 
     def place(self, folder: Path, on_progress: OnProgress | None = None) -> None:
-        """Place its files under a folder that does not have them yet; see `ModelRegistry.place_model`."""
-        self.version.registry.place_model(self.stored, folder, on_progress)
+        """Place its files under a folder that does not have them yet, for a runtime to open.
+
+        Every model comes to a runtime this way, whoever made it. Raises `StageFailed` as `ModelRegistry.materialize`
+        does, and for a model that `slmops.infra.genai.model_screening` refuses.
+        """
+        self.version.registry.materialize(self.files, folder, on_progress)
+        try:
+            screen_model(folder)
+        except BadInput as error:
+            message = f"{self.version.reference} {self.precision}: {error.message}"
+            raise StageFailed(message, error.what_to_do, code=error.code) from None

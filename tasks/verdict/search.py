@@ -321,7 +321,7 @@ def keep_variant(variant: StoredVariant) -> None:
         if not registry.claim_files(variant.files):
             return
         with work_folder(shop.settings) as work:
-            open_trials(shop).place_model(variant, work / "model")
+            open_trials(shop).materialize(variant.files, work / "model")
             registry.add_files(work / "model", on_progress)
 
 

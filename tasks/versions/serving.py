@@ -79,11 +79,11 @@ class StoredModels:
     def place(self, served: ServedVersion, folder: Path) -> PlacedModel:
         """See `ModelSource.place`; every file's SHA-256 is compared with the manifest's."""
         manifest = self._manifest(served)
-        variant = manifest.variant(served.precision)
+        variant = self._registry.of(manifest).variant(served.precision)
         if self._settings.store.require_signature:
-            check_signature(self._registry.of(manifest), self._settings.store)
-        self._registry.place_model(variant, folder)
-        check_unaltered(variant, folder)
+            check_signature(variant.version, self._settings.store)
+        variant.place(folder)
+        check_unaltered(variant.stored, folder)
         template, defaults = describe_model(folder)
         described = inference_model(
             champion_model_id(served.name, served.version), served.version, "", template, defaults

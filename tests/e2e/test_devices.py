@@ -39,7 +39,7 @@ def test_a_champion_is_brought_and_replaced(model_dir: Path, tmp_path: Path) -> 
 
     # What does not load leaves what was there
     refused = slmops.run("pull", "home@3", "--foundry-cache", device, status=1).stderr
-    assert "home:3" in refused
+    assert "home@3" in refused
     assert [path.name for path in (device / "models/custom/home-champion").iterdir()] == ["v1"]
 
     after = slmops.json("pull", "home@2", "--foundry-cache", device)

@@ -164,6 +164,7 @@ BESIDE = {
 def refused(folder: Path, said: str) -> None:
     with pytest.raises(BadInput, match="refused before anything opens it") as caught:
         screen_model(folder)
+    assert caught.value.code == "model-refused"
     assert said in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.exit_code == 2
