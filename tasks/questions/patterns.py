@@ -96,8 +96,12 @@ def _parts(pattern: str) -> int:
 def _probes(pattern: str) -> Iterator[str]:
     """Texts of few letters, the pattern's own among them, that end in what hardly any pattern allows there."""
     own = dict.fromkeys(character for character in pattern if character.isalnum() or character in "_-.,:;\"'/ ")
-    letters = [*itertools.islice(own, MAX_PROBE_LETTERS), *(one for one in PROBE_LETTERS if one not in own)]
-    pairs = dict.fromkeys(one + other for one, other in itertools.pairwise(pattern) if {one, other} <= set(letters))
+    letters = [*itertools.islice(own, MAX_PROBE_LETTERS), *(letter for letter in PROBE_LETTERS if letter not in own)]
+    pairs = dict.fromkeys(
+        letter + next_letter
+        for letter, next_letter in itertools.pairwise(pattern)
+        if {letter, next_letter} <= set(letters)
+    )
     for text in (*letters, *itertools.islice(pairs, MAX_PROBE_LETTERS), *(a + b for a, b in itertools.pairwise(own))):
         yield text * (PROBE_CHARACTERS // len(text)) + "\0"
     for first, second in itertools.permutations(letters, 2):

@@ -15,7 +15,7 @@ from slmops.tasks.verdict.pareto import Candidate
 
 def variant_metrics(details: VariantDetails) -> dict[str, float]:
     """Return a variant's figures as one flat record; what was not compared is left out."""
-    figures: dict[str, float | None] = {name: one.value for name, one in variant_intervals(details).items()}
+    figures: dict[str, float | None] = {name: interval.value for name, interval in variant_intervals(details).items()}
     if details.evaluation:
         for name in ("top1_agreement", "kl_divergence", "kl_divergence_p99", "perplexity", "exact_match"):
             figures[name] = getattr(details.evaluation, name)
@@ -70,7 +70,7 @@ def judged(variant: VariantReport) -> Judged:
 
 def in_order_of_size(variants: Sequence[VariantReport]) -> list[VariantReport]:
     """Return variants from the largest precision to the smallest."""
-    return sorted(variants, key=lambda one: ("fp32", "fp16", "int8", "int4").index(one.precision))
+    return sorted(variants, key=lambda variant: ("fp32", "fp16", "int8", "int4").index(variant.precision))
 
 
 def with_reasons(variants: Sequence[VariantReport], choice: Choice) -> tuple[VariantReport, ...]:
@@ -101,7 +101,7 @@ def overall_status(variants: Sequence[VariantReport], choice: Choice, *, unchang
 
 def reference_scores(variants: Sequence[VariantReport]) -> dict[str, Any]:
     """Return the source checkpoint's scores, which every evaluation repeats."""
-    evaluation = next((one.details.evaluation for one in variants if one.details.evaluation), None)
+    evaluation = next((variant.details.evaluation for variant in variants if variant.details.evaluation), None)
     if evaluation is None:
         return {}
     return {"reference_exact_match": evaluation.reference_exact_match, "reference_score": evaluation.reference_score}
