@@ -44,7 +44,7 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
     }
     if evaluation_file is None and any(form.values()):
         raise BadInput("A scorer or an output format is named without an evaluation file.", "Name its file too.")
-    evaluation = last_evaluation_set(manifest, registry) if evaluation_file is None else None
+    evaluation = last_evaluation_set(registry.of(manifest)) if evaluation_file is None else None
     if evaluation is None:
         evaluation = read_evaluation(evaluation_file, None, settings, **form)
     text = read_text(text_file) if text_file else None
@@ -55,7 +55,7 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
         text=text,
         gate=Gate(parameters.min_top1_agreement, parameters.max_kl_divergence, parameters.max_quality_loss),
         budget=limits,
-        description=str((registry.latest_evidence(manifest, "deploy") or {}).get("description", "")),
+        description=registry.of(manifest).deployed.description,
         promote=False,
         registry=registry,
         settings=settings,

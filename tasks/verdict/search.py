@@ -81,6 +81,7 @@ class SearchOutcome(_Record):
 
 
 SEARCH = Kind("search", SearchOutcome)
+Content = Kind[dict[str, Any]]  # a kind whose records are handed on as they are
 
 
 class TrialRegistry(ModelRegistry):
@@ -218,7 +219,7 @@ class _Tried:
                 "candidate": candidate_of(self.recipe.name, self.measured, self.evaluated),
                 "score": _score_of(self.evaluated),
                 "passed_gate": _judge(self.evaluated, self.recipe.precision, request, settings).passed,
-                "records": {exam.kind: exam.key(variant, settings) for exam in self.exams},
+                "records": {exam.kind.name: exam.key(variant, settings) for exam in self.exams},
             }
         )
 
@@ -332,8 +333,8 @@ def record_trials(version: Version, outcome: SearchOutcome) -> None:
     for trial in outcome.trials:
         if trial.chosen:
             for kind, key, content in _recorded(trial, version.manifest, trials):
-                if version.latest(Kind(kind, dict), key) is None:
-                    version.record_content(kind, content, key)
+                if version.latest(kind, key) is None:
+                    version.record(kind, content, key)
     version.record(SEARCH, outcome, digest_of(SEARCH.to_content(outcome))[:16])
 
 
@@ -342,12 +343,13 @@ def last_search(version: Version) -> SearchOutcome | None:
     return version.latest(SEARCH)
 
 
-def _recorded(trial: Trial, manifest: Manifest, trials: TrialRegistry) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _recorded(trial: Trial, manifest: Manifest, trials: TrialRegistry) -> Iterator[tuple[Content, str, dict[str, Any]]]:
     variant = manifest.variant(trial.precision)
     source = manifest.source.model_copy(update={"origin": ""})
     of_trial = _manifest_of(variant.model_copy(update={"precision": trial.recipe}), source)
-    for kind, key in trial.records.items():
-        content: dict[str, Any] | None = trials.of(of_trial).latest(Kind(kind, dict), key)
+    for name, key in trial.records.items():
+        kind = Content(name, dict)
+        content = trials.of(of_trial).latest(kind, key)
         if content is not None:
             if "precision" in content:
                 content["precision"] = trial.precision

@@ -175,7 +175,7 @@ def look_at_present(change: Change, settings: Settings) -> Present:
 def recall_proof(change: Change, settings: Settings) -> RecordedProof:
     """Return what is on record of a variant; raises `BadInput` where there is no proof that can be repeated."""
     version = change.version
-    evaluation = last_evaluation_set(version.manifest, version.registry)
+    evaluation = last_evaluation_set(version)
     row = evaluation.rows[0] if evaluation else None
     proof = last_proof(change.variant, row) if row else None
     if row is None or proof is None:

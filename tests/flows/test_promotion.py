@@ -28,7 +28,7 @@ from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rol
 from slmops.tasks.versions.promotion import Promotion, promotion_markdown
 from slmops.tasks.versions.undo import all_or_nothing, hand_back, restore_alias
 from tests.model_server import ModelServer
-from tests.versions import FILES, store_version
+from tests.versions import FILES, add_evidence, store_version
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def api(server: str) -> Iterator[None]:
 
 def passed(registry: ModelRegistry, folder: Path, number: int) -> Manifest:
     manifest = store_version(registry, folder / str(number), {**FILES, "model.onnx": b"graph %d" % number})
-    registry.add_evidence(manifest, "selection", {"selected": "int4", "reason": "", "budget": []})
+    add_evidence(registry, manifest, "selection", {"selected": "int4", "reason": "", "budget": []})
     return manifest
 
 
@@ -88,8 +88,8 @@ class TestPlans:
     def test_a_version_without_a_selected_variant_that_passed_is_refused(
         self, registry: ModelRegistry, versions: list[Manifest], selected: str | None, status: str
     ) -> None:
-        registry.add_evidence(versions[1], "selection", {"selected": selected})
-        registry.add_evidence(versions[1], "deploy", {"variants": [{"precision": "int4", "status": status}]})
+        add_evidence(registry, versions[1], "selection", {"selected": selected})
+        add_evidence(registry, versions[1], "deploy", {"variants": [{"precision": "int4", "status": status}]})
         with pytest.raises(BadInput, match=rf"home@2 has no variant that passed and was selected \(int4 {status}\)"):
             plan_promotion("home@2", "", registry)
 
@@ -353,10 +353,10 @@ class TestFlows:
         self, api: None, settings: Settings, registry: ModelRegistry, versions: list[Manifest]
     ) -> None:
         rows = [{"id": 1, "messages": [{"role": "user", "content": "hello"}]}]
-        registry.add_evidence(versions[1], "evaluation", {"rows": rows, "origin": "a test"})
+        add_evidence(registry, versions[1], "evaluation", {"rows": rows, "origin": "a test"})
         proof = {"model_id": "home-int4-generic-cpu:2", "question": "hello", "answer": "hi", "load_ms": 1.0}
         counts = {"e2e_latency_ms": 1.0, "prompt_tokens": 1, "completion_tokens": 1}
-        registry.add_evidence(versions[1], "proof-int4", {**proof, **counts})
+        add_evidence(registry, versions[1], "proof-int4", {**proof, **counts})
         before = registry.champion_history("home")
         with ModelServer({"home": 1}).running(settings.home_dir) as model_server:
             state: State[Any] = promote("home@2", "better", return_state=True)
