@@ -1,4 +1,4 @@
-"""The work pools that runs are taken from, and what whoever starts a run may not say about its process."""
+"""The work pools that runs are taken from, and what a client that starts a run may not set about its process."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Builds: one variant by its recipe, in a child process, once for all who ask for the same."""
+"""Builds: one variant by its recipe, in a child process, once even if several runs ask for the same."""
 
 import json
 import shutil

@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Bench:
-    """Where one exam is taken: a folder with the variant's files, one for its work, and who hears how far it is."""
+    """Where one exam is taken: a folder with the variant's files, one for its work, and its progress listener."""
 
     model: Path
     work: Path

@@ -1,7 +1,8 @@
 """Regular expressions that a user wrote: compiled within bounds, and matched with a timeout.
 
-The dialect is that of the library `regex`. A pattern may need exponential time on some texts. Whoever can, shows it on
-the probes below when the pattern is read; for the others every match ends after `MATCH_TIMEOUT_S`.
+The dialect is that of the library `regex`. A pattern may need exponential time on some texts. Many such patterns
+already do on the probes below, and are refused when they are read. For the others, every match ends after
+`MATCH_TIMEOUT_S`.
 """
 
 import itertools
