@@ -320,6 +320,11 @@ class EnduranceExam(Exam[Exercise]):
         self.runtime: Runtime = runtime
         self.conversations = conversations
 
+    @property
+    def id(self) -> str:
+        """See `Exam.id`."""
+        return f"exercise-{self.runtime}"
+
     def run_name(self, precision: str) -> str:
         """See `Exam.run_name`."""
         return f"exercise-{precision}-{self.runtime}"

@@ -52,6 +52,11 @@ class Exam(ABC, Generic[R]):
         """Return what stands beside the answer in its record."""
         return self.question(variant, settings)
 
+    @property
+    def id(self) -> str:
+        """What it is called among the exams of a run."""
+        return self.name
+
     def run_name(self, precision: str) -> str:
         """Return the name of the task run for a variant."""
         return f"{self.name}-{precision}"

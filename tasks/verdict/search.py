@@ -32,7 +32,7 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Judged, choose_variant
 from slmops.tasks.verdict.gate import GateVerdict, judge, thresholds_for
 from slmops.tasks.verdict.pareto import Candidate, pareto_front
-from slmops.tasks.workshop import Workshop, workshop
+from slmops.tasks.workshop import Workshop, working_with, workshop
 
 
 class _Record(BaseModel):
@@ -161,14 +161,9 @@ def search_recipes(
     settings, trials = shop.settings, open_trials(shop)
     exams = MeasurementExam(), AnswersExam(evaluation)
     found = [_Tried(recipe, exams) for recipe in plan_search(request)]
-    for tried in found:
-        try:
-            tried.built = build_variant(tried.recipe, prepared, request, trials, settings, shop.torch)
-        except StageFailed as error:
-            tried.error = str(error)
-        else:
-            manifest = trial_manifest(tried.recipe.name, tried.built.variant, prepared)
-            (tried.variant,) = trials.of(manifest).variants
+    with working_with(trials):
+        for tried in found:
+            tried.build(prepared, request)
     answers = AnswersExam(evaluation)
     if answers.needs_source([tried.variant for tried in found if tried.variant], settings):
         run_source_once(answers, prepared)
@@ -193,6 +188,16 @@ class _Tried:
         self.measured: Measurement | None = None
         self.evaluated: Evaluation | None = None
         self.error: str | None = None
+
+    def build(self, prepared: PreparedCheckpoint, request: DeployRequest) -> None:
+        """Build it into the registry that is worked with."""
+        try:
+            self.built = build_variant(self.recipe, prepared, request)
+        except StageFailed as error:
+            self.error = str(error)
+            return
+        manifest = trial_manifest(self.recipe.name, self.built.variant, prepared)
+        (self.variant,) = workshop().registry.of(manifest).variants
 
     def take_exams(self) -> None:
         """Measure and evaluate what could be built."""

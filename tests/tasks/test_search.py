@@ -225,7 +225,8 @@ class TestSearch:
 
         @flow
         def commit() -> None:
-            manifest = commit_version(request, prepared, built, registry)
+            with working_in(Workshop(settings, registry)):
+                manifest = commit_version(request, prepared, built).manifest
             for _ in range(2):
                 with working_in(Workshop(settings, registry)):
                     record_trials(registry.of(manifest), outcome)
