@@ -22,6 +22,7 @@ from slmops.infra.storage.garbage import delete_version
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.infra.storage.version import Variant
 from slmops.tasks.foundry import registration
 from slmops.tasks.versions.champion import ChampionChanged, Standing, change_champion, set_champion, settle_champion
 from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rollback
@@ -315,9 +316,9 @@ class TestDeploys:
     ) -> None:
         first, second = (passed(registry, tmp_path, number) for number in (1, 2))
 
-        def overtaken_once(manifest: Manifest, *_: Any, **__: Any) -> Change:
+        def overtaken_once(variant: Variant, **_: Any) -> Change:
             registry.set_alias("home", CHAMPION, first.version, FIRST)  # another machine's, since this was planned
-            return Change(registry.of(manifest).variant("int4"), None, FIRST, is_proven=True)
+            return Change(variant, None, FIRST, is_proven=True)
 
         monkeypatch.setattr("slmops.tasks.versions.champion.plan_deployed", overtaken_once)
         assert self.settle(second, registry, settings) == Standing()
