@@ -16,7 +16,9 @@ LEVELS = ("debug", "info", "warning", "error")
 
 def known_level(level: str | None) -> str | None:
     if level and level.lower() not in LEVELS:
-        raise BadInput(f"The log level {level!r} is unknown.", "Use debug, info, warning or error.")
+        raise BadInput(
+            f"The log level {level!r} is unknown.", "Use debug, info, warning or error.", code="log-level-unknown"
+        )
     return level
 
 
@@ -117,11 +119,19 @@ def _values_of_keys(option: str, pairs: Pairs, keys: Sequence[Declared]) -> dict
     for pair in pairs or ():
         key, _, text = pair.partition("=")
         if key not in kinds:
-            raise BadInput(f"The {what} {pair!r} is unknown.", f"Write KEY=VALUE with one of {', '.join(kinds)}.")
+            raise BadInput(
+                f"The {what} {pair!r} is unknown.",
+                f"Write KEY=VALUE with one of {', '.join(kinds)}.",
+                code="option-key-unknown",
+            )
         try:
             found[key] = kinds[key](text)
         except ValueError:
-            raise BadInput(f"The {what} {pair!r} has no valid number.", "Write, for example, top_p=0.9.") from None
+            raise BadInput(
+                f"The {what} {pair!r} has no valid number.",
+                "Write, for example, top_p=0.9.",
+                code="option-value-not-valid",
+            ) from None
     return found
 
 
