@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from slmops.infra.process import supervisor
 from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 from slmops.infra.settings import Settings
 from tests.checkpoints import make_tiny_checkpoint
@@ -16,6 +17,7 @@ from tests.prefect_server import prefect_server
 from tests.s3_proxy import FaultProxy
 from tests.s3_servers import S3Server, moto_server, rclone_server, seaweedfs_server
 from tests.stores import KINDS, StoreCase, empty_store
+from tests.torch_process import TORCH_PROCESS
 
 FORBID_SKIPS = "SLMOPS_TESTS_FORBID_SKIPS"
 # The user's cache: one for all workers of a session, made by the process that starts them, and never the user's own.
@@ -159,6 +161,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def settings(home: Path) -> Settings:
     """The default settings, in a home of their own."""
     return Settings(home=home)
+
+
+@pytest.fixture
+def torch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have calls that would start a child process performed in the one that stays (tests.torch_process)."""
+    monkeypatch.setattr(supervisor, "ChildProcess", lambda _environment=None: TORCH_PROCESS)
 
 
 @pytest.fixture

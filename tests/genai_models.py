@@ -10,6 +10,7 @@ from onnx import numpy_helper
 
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
+from tests.torch_process import TORCH_PROCESS
 
 # A readable ONNX file without a node, where a test needs a model that nothing runs.
 EMPTY_GRAPH = onnx.ModelProto(ir_version=10).SerializeToString()
@@ -38,6 +39,7 @@ def build_genai_model(checkpoint_dir: Path, directory: Path, precision: str = "f
         deadline_s=300,
         log_path=directory.with_name(directory.name + ".log"),
         work_dir=directory.with_name(directory.name + "-work"),
+        within=TORCH_PROCESS,
     )
     return directory
 

@@ -1,6 +1,6 @@
-"""Access to the Prefect API that slmops starts: it takes a password, and refuses pages of other origins.
+"""Who may use the Prefect API that slmops starts: whoever has its password, and no page of another origin.
 
-A client that may use the API can run programs as the worker's user, since it can register deployments.
+Whoever may use the API may run programs as the user of the worker: it registers deployments.
 """
 
 import base64

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from pydantic import TypeAdapter
+
 from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
@@ -22,7 +24,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Bench:
-    """Where one exam is taken: a folder with the variant's files, one for its work, and its progress listener."""
+    """Where one exam is taken: a folder with the variant's files, one for its work, and who hears how far it is."""
 
     model: Path
     work: Path
@@ -32,9 +34,11 @@ class Bench:
 class Exam(ABC, Generic[R]):
     """A question that is asked of a variant; its answer of type `R` is evidence under the digest of the question."""
 
-    kind: Kind[R]  # of the evidence
+    kind: ClassVar[str]  # of the evidence
+    field: ClassVar[str]  # of its record, where the answer stands
     name: ClassVar[str]  # "measure": in progress and in the names of task runs
     done_before: ClassVar[str]  # "measured before": what progress tells of an answer on record
+    answer: TypeAdapter[R]
 
     @abstractmethod
     def question(self, variant: Variant, settings: Settings) -> Json:
@@ -51,11 +55,6 @@ class Exam(ABC, Generic[R]):
     def record(self, variant: Variant, settings: Settings) -> Json:
         """Return what stands beside the answer in its record."""
         return self.question(variant, settings)
-
-    @property
-    def id(self) -> str:
-        """What it is called among the exams of a run."""
-        return self.name
 
     def run_name(self, precision: str) -> str:
         """Return the name of the task run for a variant."""
@@ -74,8 +73,11 @@ class Exam(ABC, Generic[R]):
 
         Raises `DamagedEvidence`.
         """
-        found = variant.version.latest(self.kind, self.key(variant, settings))
-        return found if found is not None and self.stands(found) else None
+        content = variant.version.latest(Kind(self.kind, dict), self.key(variant, settings))
+        if content is None:
+            return None
+        found = self.answer.validate_python(content[self.field])
+        return found if self.stands(found) else None
 
 
 def _run_name(parameters: Mapping[str, Any]) -> str:
@@ -97,6 +99,10 @@ def examine(exam: Exam[R], variant: Variant, *, fresh: bool = False) -> R:
         with work_folder(shop.settings) as work:
             variant.place(work / "model", on_progress)
             found = exam.take(Bench(work / "model", work, on_progress), variant, shop)
+        record = {
+            **exam.record(variant, shop.settings),
+            exam.field: exam.answer.dump_python(found, mode="json"),
+        }
         key = None if fresh else exam.key(variant, shop.settings)
-        variant.version.record(exam.kind, found, key, beside=exam.record(variant, shop.settings))
+        variant.version.record_content(exam.kind, record, key)
     return found

@@ -1,4 +1,4 @@
-"""Edge inputs: conversations that are valid, or nearly so, and that ordinary tests leave out."""
+"""Edge inputs: conversations that are valid or nearly so, and that nobody tests with."""
 
 import string
 from collections.abc import Sequence

@@ -54,7 +54,6 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.s3.store import S3ObjectStore
 from tests.s3_proxy import FaultProxy
 from tests.s3_servers import S3Server, rclone_binary, rclone_server
-from tests.versions import add_evidence
 
 CONTENDERS = ("slmops", "rclone", "boto3")
 PEERS = CONTENDERS[1:]
@@ -276,7 +275,7 @@ def _commit(registry: ModelRegistry, folder: Path) -> Manifest:
     manifest, _ = registry.commit("home", source, {"random": "1"}, variants)
     registry.release_files()
     deployed = {"variants": [{"precision": precision, "status": "registered"} for precision in LARGE_BYTES]}
-    add_evidence(registry, manifest, "deploy", deployed)
+    registry.add_evidence(manifest, "deploy", deployed)
     return manifest
 
 

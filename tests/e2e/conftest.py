@@ -1,24 +1,38 @@
 """Whole journeys through the command line, on the demo checkpoint and on tiny ones, each in a home of its own."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
+from slmops.deployments.cli import app
+from slmops.tasks import workshop
 from tests.checkpoints import make_tiny_checkpoint
 from tests.conftest import unmeasured_environment
+from tests.torch_process import TORCH_PROCESS
 
 ROOT = Path(__file__).resolve().parents[2]
 OPEN_GATE = {"SLMOPS_GATE__MIN_TOP1_AGREEMENT": "0", "SLMOPS_GATE__MAX_KL_DIVERGENCE": "1000"}
+# Every stage does its work, on little: the demo's journey and tests/infra have the sizes that users have.
 SMALL = {
     "SLMOPS_EVALUATION__MAX_ROWS": "4",
     "SLMOPS_EVALUATION__MAX_NEW_TOKENS": "12",
+    "SLMOPS_BENCHMARK__PROMPT_TOKENS": "[16]",
     "SLMOPS_BENCHMARK__REPETITIONS": "2",
     "SLMOPS_BENCHMARK__NEW_TOKENS": "8",
+    "SLMOPS_SOAK__REQUESTS": "8",
+    "SLMOPS_SWEEP__MAX_PROMPT_TOKENS": "64",
+    "SLMOPS_SWEEP__REPETITIONS": "1",
 }
 
 
@@ -59,6 +73,35 @@ class Slmops:
         return document
 
 
+class SlmopsHere(Slmops):
+    """The command line in this process, with its imports done, on the Prefect server of all tests.
+
+    What is particular to a process of its own (signals, its standard streams, what it imports, what of the user's
+    environment it heeds) is shown by the tests that start one.
+    """
+
+    def run(
+        self, *arguments: str | Path, status: int = 0, text: str = "", **extra: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command and check its exit status."""
+        out, err = io.StringIO(), io.StringIO()
+        variables = self.variables(**extra)
+        server = {PREFECT_API_URL: variables["PREFECT_API_URL"], PREFECT_LOGGING_TO_API_ENABLED: True}
+        with (
+            mock.patch.dict(os.environ, variables, clear=True),
+            mock.patch("sys.stdin", io.StringIO(text)),
+            mock.patch.object(workshop, "torch_process", lambda _settings: TORCH_PROCESS),
+            redirect_stdout(out),
+            redirect_stderr(err),
+            temporary_settings(server),
+        ):
+            returned = app.run([str(argument) for argument in arguments])
+            APILogHandler().flush()
+        done = subprocess.CompletedProcess(self.command(*arguments), returned, out.getvalue(), err.getvalue())
+        assert returned == status, f"{arguments}: status {returned}\n{done.stdout}\n{done.stderr}"
+        return done
+
+
 @pytest.fixture(scope="session")
 def demo(demo_home: Path) -> tuple[Slmops, dict[str, Any]]:
     """The command line after `slmops demo`, and the report that it printed."""
@@ -75,7 +118,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def slmops(tmp_path: Path, server: str) -> Slmops:
     """The command line with an empty home, an open gate and small measurements, and one Prefect server for all."""
-    return Slmops(tmp_path / "home", {**OPEN_GATE, **SMALL, "PREFECT_API_URL": server})
+    return SlmopsHere(tmp_path / "home", {**OPEN_GATE, **SMALL, "PREFECT_API_URL": server})
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_a_variant_below_the_gate_is_rejected_and_not_registered(slmops: Slmops,
 @pytest.mark.slow
 def test_a_variant_that_cannot_be_built_fails_and_the_others_go_on(slmops: Slmops, tiny: Path) -> None:
     # A deadline that no build keeps is a fault like any other; the deploy ends without a version.
-    report = slmops.json("deploy", tiny, "--name", "home", *INT8, status=1, SLMOPS_TIMEOUT__BUILD_S="0.5")
+    report = slmops.json("deploy", tiny, "--name", "home", *INT8, status=1, SLMOPS_TIMEOUT__BUILD_S="0.05")
     assert (report["status"], report["version"]) == ("failed", None)
     assert "deadline" in report["variants"][0]["error"]
     assert slmops.json("list") == {"models": []}

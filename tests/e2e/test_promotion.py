@@ -18,12 +18,11 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.foundry.registration import registered_models
-from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
+from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops, SlmopsHere
 from tests.e2e.test_deploy import INT4
 from tests.e2e.test_store import other_content
 from tests.model_server import ModelServer
 from tests.served_models import serving
-from tests.versions import add_evidence, latest_evidence
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("promotion")]
 
@@ -35,7 +34,7 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 def deployed(tiny: Path, tmp_path_factory: pytest.TempPathFactory, server: str) -> Slmops:
     """The command line of a home with home@1, the champion, and home@2, the candidate."""
     home = tmp_path_factory.mktemp("promotion") / "home"
-    slmops = Slmops(home, {**OPEN_GATE, **SMALL, "PREFECT_API_URL": server})
+    slmops = SlmopsHere(home, {**OPEN_GATE, **SMALL, "PREFECT_API_URL": server})
     for number in (1, 2):
         report = slmops.json("deploy", tiny, "--name", "home", *INT4, *other_content(number))
         assert (report["version"], report["status"]) == (number, "registered")
@@ -149,16 +148,16 @@ def test_a_version_that_answers_otherwise_than_proven_leaves_the_old_one_serving
 ) -> None:
     registry = registry_of(slmops)
     second = registry.version("home", 2)
-    proof = latest_evidence(registry, second, "proof-int4")
+    proof = registry.latest_evidence(second, "proof-int4")
     assert proof is not None
     proof.pop("recorded_at")
     before = slmops.json("history", "home")
-    add_evidence(registry, second, "proof-int4", {**proof, "answer": "something else"})
+    registry.add_evidence(second, "proof-int4", {**proof, "answer": "something else"})
     try:
         error = slmops.run("promote", "home@2", status=1).stderr
         document = slmops.json("promote", "home@2", status=1)
     finally:
-        add_evidence(registry, second, "proof-int4", proof)
+        registry.add_evidence(second, "proof-int4", proof)
     assert "home@2 was not promoted: Through Foundry Local home-int4-generic-cpu:2 answers" in error
     assert "it answered 'something else'. home@1 still is the champion." in error
     assert "home@1 still is the champion." in document["error"]["message"]

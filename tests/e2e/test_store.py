@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
+from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops, SlmopsHere
 from tests.e2e.test_deploy import INT4
 from tests.s3_servers import S3Server
 from tests.stores import StoreCase, empty_store
@@ -33,7 +33,7 @@ def team(tmp_path: Path, seaweedfs: S3Server) -> StoreCase:
 def machine(folder: Path, server: str, store: StoreCase | None = None, **variables: str) -> Slmops:
     """The command line on a machine of its own, on the team's store or on its own."""
     named = store.environment() if store else {}
-    return Slmops(folder, {**OPEN_GATE, **SMALL, "PREFECT_API_URL": server, **named, **variables})
+    return SlmopsHere(folder, {**OPEN_GATE, **SMALL, "PREFECT_API_URL": server, **named, **variables})
 
 
 @pytest.mark.slow

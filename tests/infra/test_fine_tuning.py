@@ -9,9 +9,10 @@ import pytest
 
 from slmops.infra.errors import BadInput, PassingFault
 from slmops.infra.process.call import ChildResult
-from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.transformers.calls import FineTune, FineTuned
 from tests.checkpoints import make_tiny_checkpoint
+from tests.torch_process import TORCH_PROCESS
 
 pytestmark = pytest.mark.slow
 
@@ -52,13 +53,16 @@ def asked(base: Path, folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
-def tune(base: Path, folder: Path, *, on_progress: Any = None, **options: Any) -> ChildResult[FineTuned]:
+def tune(
+    base: Path, folder: Path, *, on_progress: Any = None, within: ChildProcess | None = TORCH_PROCESS, **options: Any
+) -> ChildResult[FineTuned]:
     return run_in_child(
         FineTune(**asked(base, folder, **options)),
         deadline_s=300,
         log_path=folder / "log",
         work_dir=folder / "work",
         on_progress=on_progress,
+        within=within,
     )
 
 
@@ -103,12 +107,12 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tiny_checkpoint: Path, tmp_pat
     def kill_in_the_second_epoch(done: float, total: float, what: str) -> None:
         if what.startswith("training: step 9 "):
             for child in psutil.Process().children():
-                if any("fine_tuning" in word for word in child.cmdline()):
+                if FineTune.target() in child.cmdline():
                     child.kill()
             time.sleep(0.1)
 
     with pytest.raises(PassingFault):
-        tune(tiny_checkpoint, tmp_path, on_progress=kill_in_the_second_epoch)
+        tune(tiny_checkpoint, tmp_path, on_progress=kill_in_the_second_epoch, within=None)
     assert not (tmp_path / "tuned").exists()
     found = tune(tiny_checkpoint, tmp_path).value
     assert found.resumed_at_step in (6, 12)

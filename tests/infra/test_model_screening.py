@@ -107,15 +107,11 @@ CONFIGS = {
     "a compiled context": (in_session("ep.context_file_path", "../x"), "ep.context_file_path"),
     "a provider with a library": (
         in_session("provider_options", [{"QNN": {"backend_path": "libQnnHtp.so"}}]),
-        "QNN backend_path",
+        "provider_options.0.qnn",
     ),
     "a provider's own option": (
         in_session("provider_options", [{"CUDA": {"tunable_op_max_tuning_duration_ms": "9"}}]),
-        "CUDA tunable_op",
-    ),
-    "one beside an allowed one": (
-        in_session("provider_options", [{"CUDA": {"user_compute_stream": "1"}, "cuda": {}}]),
-        "CUDA user_compute_stream",
+        "cuda.tunable_op",
     ),
     "run options": (changed("model", "decoder", "run_options", to={"terminate": "x"}), "run_options"),
     "a pipeline": (changed("model", "decoder", "pipeline", to=[{"a": {"filename": "a.onnx"}}]), "decoder.pipeline"),

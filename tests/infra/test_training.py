@@ -13,6 +13,7 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.transformers.calls import TrainChatModel, TrainedChatModel
 from slmops.tasks.training.demo import TRAINING
+from tests.torch_process import TORCH_PROCESS
 
 COLORS = ("red", "green", "blue", "white")
 ROWS = [
@@ -54,6 +55,7 @@ def _train(directory: Path, progress: Any = None, **changes: Any) -> TrainedChat
         log_path=directory / "log",
         work_dir=directory,
         on_progress=progress,
+        within=TORCH_PROCESS,
     ).value
 
 

@@ -33,7 +33,6 @@ from slmops.tasks.versions.commit import commit_version
 from slmops.tasks.workshop import Workshop, torch_process, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
-from tests.versions import evidence
 
 ROWS = 20
 RIGHT = (1.0,) * ROWS
@@ -225,8 +224,7 @@ class TestSearch:
 
         @flow
         def commit() -> None:
-            with working_in(Workshop(settings, registry)):
-                manifest = commit_version(request, prepared, built).manifest
+            manifest = commit_version(request, prepared, built, registry)
             for _ in range(2):
                 with working_in(Workshop(settings, registry)):
                     record_trials(registry.of(manifest), outcome)
@@ -238,8 +236,8 @@ class TestSearch:
             assert measured.metrics["ttft_ms"] == chosen.ttft_ms
             assert evaluated.kl_divergence == chosen.kl_divergence
             assert last_search(registry.of(manifest)) == outcome
-            assert len(list(evidence(registry, manifest, "search"))) == 1
-            (record,) = evidence(registry, manifest, "evaluation")
+            assert len(list(registry.evidence(manifest, "search"))) == 1
+            (record,) = registry.evidence(manifest, "evaluation")
             assert record["precision"] == "int8"
 
         commit()

@@ -90,7 +90,7 @@ def _contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.mark.usefixtures("tiny_training")
+@pytest.mark.usefixtures("tiny_training", "torch_stays")
 def test_the_second_checkpoint_comes_from_the_cache(tmp_path: Path) -> None:
     place = Settings(home=tmp_path / "home")
     seen: list[Any] = []
@@ -106,7 +106,7 @@ def test_the_second_checkpoint_comes_from_the_cache(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"home", "first", "second"}
 
 
-@pytest.mark.usefixtures("tiny_training")
+@pytest.mark.usefixtures("tiny_training", "torch_stays")
 def test_a_damaged_cache_is_made_again_and_a_changed_checkpoint_is_refused(tmp_path: Path) -> None:
     place = Settings(home=tmp_path / "home")
     make_demo_checkpoint(place, tmp_path / "first", 7)
@@ -119,7 +119,7 @@ def test_a_damaged_cache_is_made_again_and_a_changed_checkpoint_is_refused(tmp_p
         make_demo_checkpoint(place, tmp_path / "first", 7)
 
 
-@pytest.mark.usefixtures("tiny_training")
+@pytest.mark.usefixtures("tiny_training", "torch_stays")
 def test_another_demo_checkpoint_gives_way_when_asked(tmp_path: Path) -> None:
     place = Settings(home=tmp_path / "home")
     make_demo_checkpoint(place, tmp_path / "demo", 7)
