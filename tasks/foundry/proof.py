@@ -66,7 +66,8 @@ def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, s
                 )
         except StageFailed as error:
             unregister_variant(variant, settings)
-            raise type(error)(f"{error.message} It was unregistered again.", error.what_to_do) from error
+            # Never a fault that may pass: another attempt would find nothing to ask.
+            raise StageFailed(f"{error.message} It was unregistered again.", error.what_to_do, error.code) from error
         question = row.messages[-1].content
         note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
         notes = (note,) if note else ()

@@ -44,7 +44,7 @@ def all_or_nothing(change: Change) -> Iterator[Undo]:
         yield undo
     except Exception as error:
         told = _as_told(error)
-        raise type(told)(*_refusal(change, told, undo.run())) from error
+        raise type(told)(*_refusal(change, told, undo.run()), told.code) from error
     except BaseException:  # Ctrl-C, a cancelled run
         undo.run()
         raise

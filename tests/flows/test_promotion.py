@@ -139,7 +139,8 @@ class TestUndoing:
             undo.add("the disk", fail_unforeseen)
             undo.add("the server", fail)
             undo.add("the alias", lambda: undone.append("alias"))
-            raise StageFailed("No room.", "Make room.")
+            raise StageFailed("No room.", "Make room.", "no-room")
+        assert caught.value.code == "no-room"
         assert undone == ["alias", "Foundry"]
         assert caught.value.message == (
             "home@2 was not promoted: No room. home@1 still is the champion. Not put back: the server (It is gone); "
