@@ -4,12 +4,14 @@ from prefect import State, flow
 from prefect.states import Completed
 
 from slmops.tasks.runs.stage import ends_by_its_errors
+from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection
 from slmops.tasks.workshop import open_workshop
 
 
 @flow(name="gc", flow_run_name="gc")
 @ends_by_its_errors
+@open_workshop()
 def gc(keep: int | None = None, dry_run: bool = False) -> State[Collection]:
     """Free what the store keeps for nobody: content of deleted versions, broken-off work, with `keep` old versions too.
 
@@ -22,8 +24,7 @@ def gc(keep: int | None = None, dry_run: bool = False) -> State[Collection]:
     Returns:
         What was removed, in a completed state.
     """
-    with open_workshop() as shop:
-        shop.registry.objects.check()
-        collection = collect_in_store(keep=keep, dry_run=dry_run)
+    check_store()
+    collection = collect_in_store(keep=keep, dry_run=dry_run)
     publish_collection(collection)
     return Completed(message=collection.summary, data=collection)

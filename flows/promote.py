@@ -3,16 +3,17 @@
 from prefect import State, flow
 from prefect.states import Completed
 
-from slmops.infra.settings import load_settings
-from slmops.infra.storage.opening import open_registry
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import change_champion
 from slmops.tasks.versions.change import plan_promotion
+from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.promotion import Promotion, publish_promotion
+from slmops.tasks.workshop import open_workshop, workshop
 
 
 @flow(name="promote", flow_run_name="promote-{reference}")
 @ends_by_its_errors
+@open_workshop()
 def promote(reference: str, reason: str = "") -> State[Promotion]:
     """Make a version the champion: in Foundry Local, on the running servers and in the store, or nowhere.
 
@@ -24,10 +25,9 @@ def promote(reference: str, reason: str = "") -> State[Promotion]:
         What was done, in a completed state; a failed one when the version is not proven or something refuses it, and
         then the former champion still serves everywhere.
     """
-    settings = load_settings()
-    registry = open_registry(settings)
-    registry.objects.check()
-    return promoted(change_champion(plan_promotion(reference, reason, registry), settings))
+    shop = workshop()
+    check_store()
+    return promoted(change_champion(plan_promotion(reference, reason, shop.registry), shop.settings))
 
 
 def promoted(promotion: Promotion) -> State[Promotion]:

@@ -3,16 +3,17 @@
 from prefect import State, flow
 
 from slmops.flows.promote import promoted
-from slmops.infra.settings import load_settings
-from slmops.infra.storage.opening import open_registry
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import change_champion
 from slmops.tasks.versions.change import plan_rollback
+from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.promotion import Promotion
+from slmops.tasks.workshop import open_workshop, workshop
 
 
 @flow(name="rollback", flow_run_name="rollback-{name}")
 @ends_by_its_errors
+@open_workshop()
 def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promotion]:
     """Go back to the version that was champion before the present one, or to the one that is named.
 
@@ -25,7 +26,6 @@ def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promot
     Returns:
         What was done, in the states that `promote` ends in.
     """
-    settings = load_settings()
-    registry = open_registry(settings)
-    registry.objects.check()
-    return promoted(change_champion(plan_rollback(name, to, reason, registry), settings))
+    shop = workshop()
+    check_store()
+    return promoted(change_champion(plan_rollback(name, to, reason, shop.registry), shop.settings))

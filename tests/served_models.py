@@ -16,7 +16,7 @@ import openai
 
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
-from tests.versions import store_version
+from tests.versions import add_evidence, store_version
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 120
@@ -30,7 +30,7 @@ def store_model(
         path.relative_to(model_dir).as_posix(): path.read_bytes() for path in model_dir.rglob("*") if path.is_file()
     }
     manifest = store_version(registry, folder, {**files, "NOTICE": content.encode()}, name)
-    registry.add_evidence(manifest, "selection", {"selected": "int4"})
+    add_evidence(registry, manifest, "selection", {"selected": "int4"})
     registry.set_alias(name, "champion", manifest.version, "the first", only_if_free=True)
     return manifest
 

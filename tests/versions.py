@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
 
@@ -27,8 +29,8 @@ def store_version(
         files=registry.add_files(folder),
     )
     manifest, _ = registry.commit(name, SOURCE, BUILDER, [variant])
-    registry.add_evidence(manifest, "deploy", {"variants": [{"precision": "int4", "status": "registered"}]})
-    registry.put_report(manifest, "report.md", f"# {manifest.reference}")
+    add_evidence(registry, manifest, "deploy", {"variants": [{"precision": "int4", "status": "registered"}]})
+    registry.of(manifest).put_report("report.md", f"# {manifest.reference}")
     registry.release_files()
     return manifest
 
@@ -37,3 +39,23 @@ def content_of(registry: ModelRegistry, manifest: Manifest, folder: Path) -> dic
     """Return the files of a version as they are read back from a store."""
     registry.materialize(manifest.variants[0].files, folder)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def add_evidence(
+    registry: ModelRegistry, manifest: Manifest, kind: str, content: Mapping[str, Any], key: str | None = None
+) -> None:
+    """Append a record of whatever content, as an earlier version of slmops or a forger may have."""
+    registry.of(manifest).record(Kind(kind, dict[str, Any]), dict(content), key)
+
+
+def evidence(registry: ModelRegistry, manifest: Manifest, kind: str, key: str | None = None) -> list[dict[str, Any]]:
+    """Return what is on record of a kind, oldest first, each with its time."""
+    records = registry.of(manifest).records(Kind(kind, dict[str, Any]), key)
+    return [{**record.value, "recorded_at": record.at} for record in records]
+
+
+def latest_evidence(
+    registry: ModelRegistry, manifest: Manifest, kind: str, key: str | None = None
+) -> dict[str, Any] | None:
+    """Return the newest record of a kind, None where there is none."""
+    return next(reversed(evidence(registry, manifest, kind, key)), None)

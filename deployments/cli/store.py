@@ -138,11 +138,13 @@ def verify(
     signature = _signature_state(version, settings.store)
     ok = found.ok and not signature.startswith("not valid")
     if as_json:
-        damage = [{name: value for name, value in asdict(one).items() if name != "blob"} for one in found.damage]
+        damage = [{name: value for name, value in asdict(fault).items() if name != "blob"} for fault in found.damage]
         counted = {"files": found.files, "size_bytes": found.size_bytes, "digest": found.manifest_sha256}
         print_json({"reference": version.reference, "ok": ok, **counted, "damage": damage, "signature": signature})
     else:
-        print_table("Damage", [{"what": one.what, "fault": one.fault, "detail": one.detail} for one in found.damage])
+        print_table(
+            "Damage", [{"what": fault.what, "fault": fault.fault, "detail": fault.detail} for fault in found.damage]
+        )
         state = "whole" if found.ok else "damaged"
         print_line(
             f"{version.reference} is {state}: {found.files} files, {found.size_bytes / 1e6:,.1f} MB read, "

@@ -36,8 +36,8 @@ def list_models(as_json: Json = False) -> None:
             "aliases": ", ".join(model["aliases"]) or "-",
             "tags": ", ".join(f"{tag}={value}" for tag, value in model["tags"].items()) or "-",
             "variants": ", ".join(
-                f"{one['precision']} {one['status'] or 'not judged'} ({one['size_bytes'] / 1e6:,.1f} MB)"
-                for one in model["variants"]
+                f"{variant['precision']} {variant['status'] or 'not judged'} ({variant['size_bytes'] / 1e6:,.1f} MB)"
+                for variant in model["variants"]
             )
             + (", says its origin" if model["says_origin"] else ""),
         }
@@ -200,7 +200,10 @@ def diff(
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
-    rows = [{"what": one.what, found.first: one.first, found.second: one.second} for one in found.differences]
+    rows = [
+        {"what": difference.what, found.first: difference.first, found.second: difference.second}
+        for difference in found.differences
+    ]
     print_table(f"{found.first} and {found.second}", rows)
     print_line(
         f"{'The same content' if found.same_content else 'Other content'}: {found.shared_bytes / 1e6:,.1f} of "

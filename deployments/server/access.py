@@ -1,6 +1,6 @@
-"""Who may use the Prefect API that slmops starts: whoever has its password, and no page of another origin.
+"""Access to the Prefect API that slmops starts: it takes a password, and refuses pages of other origins.
 
-Whoever may use the API may run programs as the user of the worker: it registers deployments.
+A client that may use the API can run programs as the worker's user, since it can register deployments.
 """
 
 import base64

@@ -21,7 +21,7 @@ def read_no_settings_here() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as ever, and changes it once it is loaded: Prefect's import takes a second, and may not come."""
+    """Finds one module as usual, and changes it once it is loaded. Importing Prefect here would cost a second."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -109,7 +109,7 @@ def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iter
     here = {
         prefect.PREFECT_API_URL: server.serve(log, settings.user_cache_dir),
         prefect.PREFECT_API_AUTH_STRING: server.password,
-        # Nobody waits for a sign of life there, and the end of a run waits up to a second for who gives them.
+        # Nothing waits for heartbeats there, and a run that sends them ends up to a second later.
         prefect.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
     with prefect.temporary_settings(here):

@@ -49,7 +49,7 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
         {
             "flow": f"{what}-variant",
             "name": pool,
-            "entrypoint": f"slmops.flows.variants.{what}_variant_on_worker",
+            "entrypoint": f"slmops.flows.on_worker.{what}_variant_on_worker",
             "description": f"{what.capitalize()} one variant of a deploy. Started by deploys, not by hand.",
             "version": package_version(),
             "tags": [TAG],

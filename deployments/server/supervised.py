@@ -1,4 +1,4 @@
-"""Prefect's own long-running commands as children: restarted when they end, and ended with whoever started them.
+"""Prefect's own long-running commands as child processes: restarted when they end, stopped with their parent.
 
 Started as `python -m slmops.deployments.server.supervised ARGUMENT...`, it runs Prefect's command line. Standard
 input is the lifeline, as in `slmops.infra.process.child`: when it closes, the command is asked to stop, and after a

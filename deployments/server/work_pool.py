@@ -1,4 +1,4 @@
-"""The work pools that runs are taken from, and what whoever starts a run may not say about its process."""
+"""The work pools that runs are taken from, and what a client that starts a run may not set about its process."""
 
 import contextlib
 import copy
@@ -44,7 +44,11 @@ def ensure_pool(name: str) -> str | None:
         if template == pool.base_job_template:
             return None
         in_pool = WorkPoolFilter.model_validate({"name": {"any_": [name]}})
-        others = [one.name for one in client.read_deployments(work_pool_filter=in_pool) if TAG not in one.tags]
+        others = [
+            deployment.name
+            for deployment in client.read_deployments(work_pool_filter=in_pool)
+            if TAG not in deployment.tags
+        ]
         if others:
             return (
                 f"Whoever starts a run of the work pool {name!r} may name its command and its environment. It was left "

@@ -218,7 +218,7 @@ def _position(token: str) -> tuple[str, int]:
 
 
 def outward_query(query: CatalogQuery, ours: Sequence[CatalogModel]) -> CatalogQuery | None:
-    """Return what another catalog is asked: the query without names and aliases of ours, which concern nobody else.
+    """Return what another catalog is asked: the query without our own names and aliases.
 
     None when nothing is left to ask for.
     """

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.infra.errors import BadInput
 
@@ -32,6 +32,14 @@ ONNX_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.mic
 # Of these the only ones that hold, or name a file with, what a device's own compiler made: machine code.
 COMPILED_OPERATORS = frozenset({"EPContext", "Snpe"})
 EXTERNAL_DATA_KEYS = frozenset({"location", "offset", "length", "checksum"})
+
+# Execution providers, and what the model builder sets of their options.
+PROVIDER_OPTIONS = {
+    "cpu": frozenset[str](),
+    "cuda": frozenset({"enable_cuda_graph", "enable_skip_layer_norm_strict_mode"}),
+    "dml": frozenset({"enable_graph_capture"}),
+    "webgpu": frozenset({"enableGraphCapture", "multiRotaryCacheConcatOffset", "validationMode"}),
+}
 
 _WHAT_TO_DO = "Remove it from the folder if the model does without, or make the model with slmops from its checkpoint."
 
@@ -116,43 +124,21 @@ def _name_pattern(name: str) -> str:
     return name
 
 
+def _provider(entry: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    for name, options in entry.items():
+        known = PROVIDER_OPTIONS.get(name.lower())  # the runtime takes a name in any case
+        if known is None or options.keys() - known:
+            raise ValueError(f"{name} {', '.join(options)} is not on the list of providers and their options")
+    return entry
+
+
 Number = bool | int | float | None
 Names = dict[str, Annotated[str, AfterValidator(_name_pattern)]]
 
 
-class _Cuda(_Section):
-    enable_cuda_graph: str = "0"
-    enable_skip_layer_norm_strict_mode: str = "0"
-
-
-class _Dml(_Section):
-    enable_graph_capture: str = "0"
-
-
-class _WebGpu(_Section):
-    enable_graph_capture: str = Field("0", alias="enableGraphCapture")
-    validation_mode: str = Field("", alias="validationMode")
-    multi_rotary: str = Field("", alias="multiRotaryCacheConcatOffset")
-
-
-class _Provider(_Section):
-    """One execution provider and its options; the runtime takes its name in any case."""
-
-    cpu: _Section = _Section()
-    cuda: _Cuda = _Cuda()
-    dml: _Dml = _Dml()
-    webgpu: _WebGpu = _WebGpu()
-
-
-def _in_lower_case(provider: Any) -> Any:
-    return (
-        {str(name).lower(): options for name, options in provider.items()} if isinstance(provider, dict) else provider
-    )
-
-
 class _SessionOptions(_Section):
     log_id: str = ""
-    provider_options: list[Annotated[_Provider, BeforeValidator(_in_lower_case)]] = []
+    provider_options: list[Annotated[dict[str, dict[str, str]], AfterValidator(_provider)]] = []
     intra_op_num_threads: Number = None
     inter_op_num_threads: Number = None
     log_severity_level: Number = None
@@ -234,7 +220,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _first_fault(error: ValidationError) -> str:
     fault = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
-    name = ".".join(str(part) for part in fault["loc"])
+    name = ".".join(str(part) for part in fault["loc"]) or "the whole"
     found = str(fault["input"])[:80]
     if fault["type"] == "extra_forbidden":
         return f"sets {name} to {found!r}, which is not on the list of what a model may set"

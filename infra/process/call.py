@@ -35,7 +35,7 @@ class Call(Record, Generic[R]):
 
     @classmethod
     def target(cls) -> str:
-        """MODULE:CLASS, by which the child process finds this class, and whoever lists processes the child."""
+        """MODULE:CLASS, which names the class to the child process, and the child in a list of processes."""
         return f"{cls.__module__}:{cls.__qualname__}"
 
     @classmethod

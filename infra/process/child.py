@@ -1,6 +1,6 @@
 """The child's side: perform calls of `infra` as often as the supervisor asks, and report to it.
 
-Started as `python -m slmops.infra.process.child MODULE:CLASS`, which names the first call to whoever lists processes.
+Started as `python -m slmops.infra.process.child MODULE:CLASS`; the argument names the first call in lists of processes.
 Each line of standard input is a call, a JSON object `{"call": "MODULE:CLASS", "request": {...}, "log_path": str,
 "work_dir": str, "is_last": bool}`; after the last one the child ends. The input is a lifeline too: when it closes, the
 supervisor is gone and the child ends itself. Standard output carries one JSON message a line; whatever libraries print

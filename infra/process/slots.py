@@ -1,4 +1,4 @@
-"""Who works and who waits under one home directory, over all its processes."""
+"""Locks among the processes of one home directory: which of them works, and which wait."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ POLL_INTERVAL_S = 0.5
 def slot(folder: Path, count: int, on_progress: OnProgress | None = None) -> Iterator[None]:
     """Hold one of `count` slots, waiting for a free one as long as it takes.
 
-    A slot is a lock that the operating system takes back when its process ends, however that comes about.
+    A slot is a lock. The operating system releases it when the process ends, for whatever reason.
     """
     locks = [FileLock(folder / f"{number}.lock") for number in range(count)]
     with _held(locks, "waiting for another build on this machine", on_progress):
@@ -25,9 +25,10 @@ def slot(folder: Path, count: int, on_progress: OnProgress | None = None) -> Ite
 
 @contextmanager
 def only_maker(path: Path, on_progress: OnProgress | None = None) -> Iterator[None]:
-    """Be the only one that makes the file or folder `path`, waiting for another one as long as it takes.
+    """Be the only process that makes the file or folder `path`, waiting for another one as long as it takes.
 
-    Look for it within: whoever was waited for has made it. An empty file beside it is the lock.
+    Look for `path` again inside the block: the process that was waited for may have made it. The lock is an empty file
+    beside it.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     with _held([lock], "waiting for another run that makes the same", on_progress):

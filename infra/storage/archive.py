@@ -214,13 +214,14 @@ def _manifest_and_evidence(registry: ModelRegistry, manifest: Manifest) -> Itera
 
     Raises `StageFailed` for what import would refuse.
     """
-    evidence = registry.evidence_key(manifest, "")
+    version = registry.of(manifest)
+    evidence = version.evidence_key("")
     try:
-        data = registry.stored_manifest(manifest)
+        data = version.stored_manifest()
         _refuse(manifest, "manifest", _fault_of_manifest(data, manifest))
         yield _manifest_key(manifest), data
         digest = manifest.digest
-        names = sorted(entry.key.removeprefix(evidence) for entry in registry.evidence_entries(manifest))
+        names = sorted(entry.key.removeprefix(evidence) for entry in version.evidence_entries())
         if len(names) > MOST_EVIDENCE_FILES:
             raise StageFailed(
                 f"{manifest.reference} has {len(names):,} files of evidence, of {MOST_EVIDENCE_FILES:,} at most.",
@@ -290,7 +291,7 @@ def _unpack(
     blobs = _named_blobs(manifest)
     _check_sizes(archive, blobs, folder, target)
     on_bytes = byte_progress(on_progress, blobs, "unpacking")
-    evidence = staged.evidence_key(manifest, "")
+    evidence = staged.of(manifest).evidence_key("")
     digest = manifest.digest
     left = {blob.key: blob for blob in blobs}
     records = 0

@@ -1,8 +1,8 @@
 """The history of a name's champion: who held the alias, since when, by whom set and why.
 
 One object a change, `models/NAME/history/000007.json`, numbered by conditional writes, so that no machine's clock
-orders them. A change is written down before the alias is: one whose process ended in between never came to pass, and
-is told from the others by the chain. Each change names the version that was champion before it.
+orders them. A change is written before the alias. If the process ends in between, the change has no effect: each change
+names the version that was champion before it, and one without effect is not part of that chain.
 """
 
 import getpass
@@ -57,7 +57,7 @@ def record_change(
 
 
 def champion_changes(objects: ObjectStore, name: str, champion: int | None) -> list[ChampionChange]:
-    """Return the changes that led to the present champion, newest first; those that never came to pass are left out."""
+    """Return the changes that led to the present champion, newest first, without those that had no effect."""
     keys = sorted((entry.key for entry in objects.entries(_folder(name))), key=_number, reverse=True)
     changes: list[ChampionChange] = []
     for change in (_read(objects, key) for key in keys):

@@ -27,32 +27,35 @@ class DamagedEvidence(StageFailed):
 class Kind(Generic[T]):
     """A kind of evidence: its name on disk, and the type of its records, which is one that pydantic validates.
 
-    A record of a kind is a JSON object on disk; the aliases of a model's fields are its keys.
+    A record is a JSON object on disk, or stands in the `field` of one, beside the question that it answers.
     """
 
     name: str
     record: type[T]
+    field: str | None = None
 
     @cached_property
     def _adapter(self) -> TypeAdapter[T]:
         return TypeAdapter(self.record)
 
-    def to_content(self, value: T) -> dict[str, Any]:
-        """Return a record as the JSON object that is stored."""
-        content: dict[str, Any] = self._adapter.dump_python(value, mode="json", by_alias=True)
-        return content
+    def to_content(self, value: T, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the JSON object that is stored of a record, with what stands `beside` it."""
+        # What is JSON already stays as it is, so that a figure that is no number is refused where it is written.
+        content = value if isinstance(value, dict) else self._adapter.dump_python(value, mode="json", by_alias=True)
+        return {**(beside or {}), self.field: content} if self.field else content
 
     def from_content(self, content: Mapping[str, Any]) -> T:
-        """Return a record from the JSON object that is stored; raises pydantic's `ValidationError`."""
-        return self._adapter.validate_python(content)
+        """Return the record in a JSON object that is stored; raises pydantic's `ValidationError`."""
+        return self._adapter.validate_python(content.get(self.field) if self.field else content)
 
 
 @dataclass(frozen=True)
 class Recorded(Generic[T_co]):
-    """A record and when it was appended (UTC, ISO 8601)."""
+    """A record and when it was appended (UTC, ISO 8601); `content` is the JSON object that is stored."""
 
     at: str
     value: T_co
+    content: Mapping[str, Any]
 
 
 class Envelope(BaseModel):

@@ -84,7 +84,7 @@ class LocalObjectStore:
         path = self._path(blob.key)
         with self._reported(blob.key):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A model folder may be a hard link to this file: whoever writes there must not alter the store.
+            # A model folder may be a hard link to this file: writing there must not alter the store.
             file.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
             if os.name == "nt" and path.exists():  # damaged, or another process was faster
                 self.delete([blob.key])  # Windows replaces no read-only file

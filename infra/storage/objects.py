@@ -13,7 +13,7 @@ OnBytes = Callable[[int], None]
 
 
 def untold(_moved: int) -> None:
-    """An `OnBytes` that nobody listens to."""
+    """An `OnBytes` that reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ObjectStore(Protocol):
         """Remove objects; nothing happens to one that is not there."""
 
     def leftovers(self, older_than: datetime) -> list[Entry]:
-        """Return what broken-off writes left outside of any key, if nobody has touched it since `older_than`."""
+        """Return what interrupted writes left outside of any key, if it has not been touched since `older_than`."""
 
     def remove_leftovers(self, found: Iterable[Entry]) -> None:
         """Remove what `leftovers` found."""

@@ -1,6 +1,6 @@
 """Work that one machine asks of another by way of the store: an order, and what each attempt at it hands back.
 
-Keys: `work/<32 hex>/order.json` and `work/<32 hex>/<attempt>.json`. Who gave the order removes them.
+Keys: `work/<32 hex>/order.json` and `work/<32 hex>/<attempt>.json`. The machine that gave the order removes them.
 """
 
 import json

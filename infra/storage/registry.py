@@ -220,48 +220,11 @@ class ModelRegistry(ModelFiles):
             )
         return manifest
 
-    def stored_manifest(self, manifest: Manifest) -> bytes:
-        """Return a manifest's bytes as they are in the store."""
-        return self.objects.read_bytes(_manifest(manifest.name, manifest.version))
-
-    def uri(self, manifest: Manifest, precision: str | None = None) -> str:
-        """Return the address of a version, or of one of its variants (as a fragment)."""
-        uri = self.objects.uri(_manifest(manifest.name, manifest.version))
-        return f"{uri}#{precision}" if precision else uri
-
-    # Evidence
-
-    def add_evidence(self, manifest: Manifest, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
-        """Append a record on a version; see `Version.record`."""
-        self.of(manifest).record_content(kind, content, key)
-
-    def evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the contents of a version's records of a kind, oldest first; see `Version.records`."""
-        for _, envelope in self.of(manifest).envelopes(kind, key):
-            yield {**envelope.content, "recorded_at": envelope.recorded_at}
-
-    def evidence_key(self, manifest: Manifest, file: str) -> str:
-        """Return the key of a file of evidence on a version."""
-        return self.of(manifest).evidence_key(file)
-
-    def evidence_entries(self, manifest: Manifest) -> list[Entry]:
-        """Return the objects that are evidence on a version, its reports among them."""
-        return self.of(manifest).evidence_entries()
-
     def evidence_of_deleted(self) -> list[Entry]:
         """Return the evidence on deleted versions: a deletion that broke off left it."""
         entries = list(self.objects.entries("models"))
         deleted = {one.key.removesuffix("/deleted.json") for one in entries if one.key.endswith("/deleted.json")}
         return [one for one in entries if "/evidence/" in one.key and one.key.partition("/evidence/")[0] in deleted]
-
-    def latest_evidence(self, manifest: Manifest, kind: str, key: str | None = None) -> dict[str, Any] | None:
-        """Return the newest record of a kind, or None."""
-        records = sorted(self.evidence(manifest, kind, key), key=lambda record: str(record["recorded_at"]))
-        return records[-1] if records else None
-
-    def put_report(self, manifest: Manifest, name: str, text: str) -> str:
-        """Store a report's text beside the evidence and return its address."""
-        return self.of(manifest).put_report(name, text)
 
     # Aliases
 
@@ -350,22 +313,6 @@ class ModelRegistry(ModelFiles):
         if alias == CHAMPION and (former := self.alias(name, CHAMPION)) is not None:
             record_change(self.objects, name, None, former, reason, rolled_back=False)
         self.objects.delete([_alias(name, alias)])
-
-    def tags(self, manifest: Manifest) -> dict[str, str]:
-        """Return a version's tags."""
-        return self.of(manifest).tags
-
-    def set_tag(self, manifest: Manifest, tag: str, value: str | None) -> None:
-        """See `Version.set_tag`."""
-        self.of(manifest).set_tag(tag, value)
-
-    def notes(self, manifest: Manifest) -> list[tuple[str, str]]:
-        """Return a version's notes, oldest first: (time, text)."""
-        return [(note.at, note.value.text) for note in self.of(manifest).notes]
-
-    def add_note(self, manifest: Manifest, text: str) -> None:
-        """See `Version.add_note`."""
-        self.of(manifest).add_note(text)
 
     def champion_history(self, name: str) -> list[ChampionChange]:
         """Return the changes of a name's champion, newest first."""

@@ -70,7 +70,7 @@ def verification_key(settings: StoreSettings) -> Path:
 
 
 def _intact(version: Version) -> bytes:
-    stored = version.registry.objects.read_bytes(version.manifest.key)
+    stored = version.stored_manifest()
     if hashlib.sha256(stored).hexdigest() != version.manifest.digest:
         raise StageFailed(
             f"The manifest of {version.reference} was altered after it was stored.",

@@ -89,7 +89,7 @@ def _damage_of(what: str, blob: Blob, sha256: str | None, size_bytes: int) -> Da
 def _damage_of_manifest(version: Version) -> list[Damage]:
     damage = []
     manifest, objects = version.manifest, version.registry.objects
-    stored = objects.read_bytes(manifest.key)
+    stored = version.stored_manifest()
     if hashlib.sha256(stored).hexdigest() != manifest.digest:
         damage.append(Damage("manifest.json", "altered", "it is not written as slmops writes manifests"))
     for entry in version.evidence_entries():

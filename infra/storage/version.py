@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from slmops.infra.storage.registry import ModelRegistry
 
 T = TypeVar("T")
+Where = Callable[[Mapping[str, Any]], bool]
+
+
+def always(_: Mapping[str, Any]) -> bool:
+    """Every record."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,10 @@ class Version:
     def uri(self) -> str:
         """The address of its manifest in the store."""
         return self.registry.objects.uri(self.manifest.key)
+
+    def stored_manifest(self) -> bytes:
+        """Return its manifest as it is in the store."""
+        return self.registry.objects.read_bytes(self.manifest.key)
 
     # Variants
 
@@ -110,15 +120,15 @@ class Version:
 
     # Evidence
 
-    def record(self, kind: Kind[T], value: T, key: str | None = None) -> None:
-        """Append a record. With a key, it is the answer to that question and kept once: another one replaces it."""
-        self.record_content(kind.name, kind.to_content(value), key)
+    def record(self, kind: Kind[T], value: T, key: str | None = None, beside: Mapping[str, Any] | None = None) -> None:
+        """Append a record, with what stands `beside` it in the field of a kind that has one.
 
-    def record_content(self, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
-        """Append a record that is a JSON object already; see `record`."""
-        record = {"kind": kind, "manifest": self.manifest.digest, "recorded_at": now(), "content": dict(content)}
+        With a key, it is the answer to that question and kept once: another one replaces it.
+        """
+        content = kind.to_content(value, beside)
+        record = {"kind": kind.name, "manifest": self.manifest.digest, "recorded_at": now(), "content": content}
         moment = re.sub(r"[^0-9]", "", str(record["recorded_at"]))[:20]
-        file = f"{kind}-{key}.json" if key else f"{kind}-{moment}-{digest_of(record)[:8]}.json"
+        file = f"{kind.name}-{key}.json" if key else f"{kind.name}-{moment}-{digest_of(record)[:8]}.json"
         data = (json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
         self.registry.objects.put_bytes(self.evidence_key(file), data)
 
@@ -127,18 +137,23 @@ class Version:
         records = self.records(kind, key)
         return records[-1].value if records else None
 
-    def all(self, kind: Kind[T]) -> list[T]:
-        """Return the records of a kind, oldest first."""
-        return [record.value for record in self.records(kind)]
+    def all(self, kind: Kind[T], where: Where = always) -> list[T]:
+        """Return the records of a kind, oldest first; see `records`."""
+        return [record.value for record in self.records(kind, where=where)]
 
-    def records(self, kind: Kind[T], key: str | None = None) -> list[Recorded[T]]:
-        """Return the records of a kind and when each was appended, oldest first."""
+    def records(self, kind: Kind[T], key: str | None = None, where: Where = always) -> list[Recorded[T]]:
+        """Return the records of a kind and when each was appended, oldest first.
+
+        Those whose content, a JSON object, is not `where` it should be are left out before they are validated.
+        """
         found = []
         for entry, envelope in self.envelopes(kind.name, key):
-            try:
-                found.append(Recorded(envelope.recorded_at, kind.from_content(envelope.content)))
-            except ValidationError as error:
-                raise self._damaged(entry, first_fault(error)) from None
+            if where(envelope.content):
+                try:
+                    value = kind.from_content(envelope.content)
+                except ValidationError as error:
+                    raise self._damaged(entry, first_fault(error)) from None
+                found.append(Recorded(envelope.recorded_at, value, envelope.content))
         return found
 
     def envelopes(self, kind: str, key: str | None = None) -> list[tuple[Entry, Envelope]]:

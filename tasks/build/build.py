@@ -1,4 +1,4 @@
-"""Builds: one variant by its recipe, in a child process, once for all who ask for the same."""
+"""Builds: one variant by its recipe, in a child process, once even if several runs ask for the same."""
 
 import json
 import shutil
@@ -14,11 +14,8 @@ from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.slots import only_maker, slot
-from slmops.infra.process.supervisor import ChildProcess
-from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import StoredVariant, digest_of
-from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -26,6 +23,7 @@ from slmops.tasks.environment.host import builder_versions
 from slmops.tasks.request.deploy_request import DeployRequest, check_output
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import workshop
 
 
 class BuiltVariant(BaseModel):
@@ -49,18 +47,13 @@ class BuiltVariant(BaseModel):
 # A tag is what Prefect can limit, and it costs each run a question to the server: only builds take so much memory that
 # a machine may want a limit.
 @stage("build variant", run_name="build-{recipe.name}", tags=["slmops-build"])
-def build_variant(
-    recipe: Recipe,
-    prepared: PreparedCheckpoint,
-    request: DeployRequest,
-    registry: ModelRegistry,
-    settings: Settings,
-    torch_child: ChildProcess,
-) -> BuiltVariant:
-    """Build one variant within a `torch_process` and store its files; a build that is stored already is reused.
+def build_variant(recipe: Recipe, prepared: PreparedCheckpoint, request: DeployRequest) -> BuiltVariant:
+    """Build one variant and store its files; a build that is stored already is reused.
 
     Raises `StageFailed` and its kinds as `run_in_child` does.
     """
+    shop = workshop()
+    settings, registry = shop.settings, shop.registry
     key = digest_of(
         {
             "source": prepared.digest,
@@ -81,7 +74,7 @@ def build_variant(
         log.unlink(missing_ok=True)
         slots = settings.cache_dir / "build-slots"
         with slot(slots, settings.worker.builds, on_progress), work_folder(settings) as work:
-            child = torch_child.run(
+            child = shop.torch.run(
                 Build(
                     olive_config=olive_run_config(recipe),
                     checkpoint_dir=prepared.folder,
@@ -140,7 +133,7 @@ def set_generation_defaults(folder: Path, defaults: dict[str, float]) -> None:
 
 
 @stage("copy out", run_name="copy-out")
-def copy_out(variants: Sequence[StoredVariant], output: str, registry: ModelRegistry) -> None:
+def copy_out(variants: Sequence[StoredVariant], output: str) -> None:
     """Write a plain copy of every variant into a new folder, one folder a precision."""
     target = Path(output).expanduser().absolute()
     check_output(target)
@@ -148,7 +141,7 @@ def copy_out(variants: Sequence[StoredVariant], output: str, registry: ModelRegi
     aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         for variant in variants:
-            registry.copy_files(variant.files, aside / variant.precision)
+            workshop().registry.copy_files(variant.files, aside / variant.precision)
         if target.is_dir():
             target.rmdir()
         place(aside, target)

@@ -2,10 +2,8 @@
 
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from slmops.infra.genai.model_files import detect_precision
-from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import link_or_copy, work_folder
 from slmops.infra.storage.manifest import StoredVariant, digest_of
-from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.build.build import BuiltVariant, set_generation_defaults
 from slmops.tasks.build.planning import refuse_recipes
 from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
@@ -13,19 +11,19 @@ from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import workshop
 
 # What stands beside a model without being part of it.
 NOT_OF_THE_MODEL = (EVALUATION_FILE, OUTPUT_SCHEMA_FILE, INFERENCE_MODEL, MODEL_CARD)
 
 
 @stage("take model", run_name="take-{request.name}")
-def take_model(
-    prepared: PreparedCheckpoint, request: DeployRequest, registry: ModelRegistry, settings: Settings
-) -> BuiltVariant:
+def take_model(prepared: PreparedCheckpoint, request: DeployRequest) -> BuiltVariant:
     """Store a folder that already is an onnxruntime-genai model, as the one variant of its version."""
+    shop = workshop()
     refuse_recipes(request)
     precision = detect_precision(prepared.folder)
-    with stage_progress(f"take {precision}") as on_progress, work_folder(settings) as work:
+    with stage_progress(f"take {precision}") as on_progress, work_folder(shop.settings) as work:
         model = work / "model"
         model.mkdir()
         for path in prepared.folder.iterdir():
@@ -38,6 +36,6 @@ def take_model(
             execution_provider=request.execution_provider,
             recipe="as given",
             recipe_digest=digest_of({"recipe": "as given"}),
-            files=registry.add_files(model, on_progress),
+            files=shop.registry.add_files(model, on_progress),
         )
     return BuiltVariant(variant=variant, wall_s=0.0, peak_rss_bytes=0, log="")

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import AnsweredRow, Evaluate, Evaluated
@@ -13,9 +14,8 @@ from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
 from slmops.infra.reference.answers import Question, RowId, Share
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest
-from slmops.infra.storage.registry import ModelRegistry
-from slmops.infra.storage.version import Variant
+from slmops.infra.storage.evidence import Kind
+from slmops.infra.storage.version import Variant, Version
 from slmops.infra.transformers.calls import AnswerAsSource
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, weighted_mean
 from slmops.tasks.exams.exam import Bench
@@ -341,15 +341,17 @@ def _worst_examples(rows: Sequence[EvaluatedRow]) -> tuple[RowId, ...]:
     return tuple(row_id for _, _, row_id in losses[:MAX_WORST_EXAMPLES])
 
 
+EVALUATION = Kind("evaluation", Evaluation, field="evaluation")
+
+
 class AnswersExam(ComparedExam[Evaluation]):
     """What a variant answers to the rows of an evaluation, beside the answers of its source checkpoint.
 
     `compared` False asks for the answers alone: one with a comparison on record counts as well.
     """
 
-    kind, field, name, done_before = "evaluation", "evaluation", "evaluate", "evaluated before"
+    kind, name, done_before = EVALUATION, "evaluate", "evaluated before"
     source_name = "reference"
-    answer = TypeAdapter(Evaluation)
 
     def __init__(self, evaluation: EvaluationSet, *, compared: bool = True) -> None:
         self.evaluation = evaluation
@@ -398,12 +400,12 @@ class AnswersExam(ComparedExam[Evaluation]):
         )
 
 
-def last_evaluation_set(manifest: Manifest, registry: ModelRegistry) -> EvaluationSet | None:
+def last_evaluation_set(version: Version) -> EvaluationSet | None:
     """Return the rows and output format of a version's last evaluation, or None when it was never evaluated.
 
     Raises `BadInput` when they cannot be read: then another version of slmops has recorded them.
     """
-    record = registry.latest_evidence(manifest, "evaluation")
+    record = version.latest(Kind(EVALUATION.name, dict[str, Any]))
     if record is None:
         return None
     fields = {name: record[name] for name in EvaluationSet.model_fields if name in record}
@@ -411,6 +413,6 @@ def last_evaluation_set(manifest: Manifest, registry: ModelRegistry) -> Evaluati
         return EvaluationSet.model_validate(fields)
     except ValidationError as error:
         raise BadInput(
-            f"The rows of {manifest.reference}'s last evaluation cannot be read: {error.errors()[0]['msg']}.",
+            f"The rows of {version.reference}'s last evaluation cannot be read: {error.errors()[0]['msg']}.",
             "Another version of slmops has recorded them: name the evaluation file (--eval).",
         ) from error

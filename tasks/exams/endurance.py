@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import StageFailed
@@ -22,6 +22,7 @@ from slmops.infra.process.endurance import LONG_USE, Endure, TypedInput
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.manifest import digest_of as digest_of_json
 from slmops.infra.storage.version import Variant
 from slmops.tasks.exams.estimates import DRIFT_BLOCKS, Estimate, drift
@@ -307,15 +308,22 @@ def _shifted(on_progress: OnProgress, done_before: int, total: int) -> OnProgres
     return lambda done, _, what: on_progress(done_before + done, total, what)
 
 
+EXERCISE = Kind("exercise", Exercise, field="exercise")
+
+
 class EnduranceExam(Exam[Exercise]):
     """How a variant stands long use and difficult input in one runtime."""
 
-    kind, field, name, done_before = "exercise", "exercise", "exercise", "exercised before"
-    answer = TypeAdapter(Exercise)
+    kind, name, done_before = EXERCISE, "exercise", "exercised before"
 
     def __init__(self, runtime: Runtime, conversations: Sequence[EvaluationRow]) -> None:
         self.runtime: Runtime = runtime
         self.conversations = conversations
+
+    @property
+    def id(self) -> str:
+        """See `Exam.id`."""
+        return f"exercise-{self.runtime}"
 
     def run_name(self, precision: str) -> str:
         """See `Exam.run_name`."""

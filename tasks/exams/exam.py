@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import TypeAdapter
-
 from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
@@ -24,7 +22,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Bench:
-    """Where one exam is taken: a folder with the variant's files, one for its work, and who hears how far it is."""
+    """Where one exam is taken: a folder with the variant's files, one for its work, and its progress listener."""
 
     model: Path
     work: Path
@@ -34,11 +32,9 @@ class Bench:
 class Exam(ABC, Generic[R]):
     """A question that is asked of a variant; its answer of type `R` is evidence under the digest of the question."""
 
-    kind: ClassVar[str]  # of the evidence
-    field: ClassVar[str]  # of its record, where the answer stands
+    kind: Kind[R]  # of the evidence
     name: ClassVar[str]  # "measure": in progress and in the names of task runs
     done_before: ClassVar[str]  # "measured before": what progress tells of an answer on record
-    answer: TypeAdapter[R]
 
     @abstractmethod
     def question(self, variant: Variant, settings: Settings) -> Json:
@@ -55,6 +51,11 @@ class Exam(ABC, Generic[R]):
     def record(self, variant: Variant, settings: Settings) -> Json:
         """Return what stands beside the answer in its record."""
         return self.question(variant, settings)
+
+    @property
+    def id(self) -> str:
+        """What it is called among the exams of a run."""
+        return self.name
 
     def run_name(self, precision: str) -> str:
         """Return the name of the task run for a variant."""
@@ -73,11 +74,8 @@ class Exam(ABC, Generic[R]):
 
         Raises `DamagedEvidence`.
         """
-        content = variant.version.latest(Kind(self.kind, dict), self.key(variant, settings))
-        if content is None:
-            return None
-        found = self.answer.validate_python(content[self.field])
-        return found if self.stands(found) else None
+        found = variant.version.latest(self.kind, self.key(variant, settings))
+        return found if found is not None and self.stands(found) else None
 
 
 def _run_name(parameters: Mapping[str, Any]) -> str:
@@ -99,10 +97,6 @@ def examine(exam: Exam[R], variant: Variant, *, fresh: bool = False) -> R:
         with work_folder(shop.settings) as work:
             variant.place(work / "model", on_progress)
             found = exam.take(Bench(work / "model", work, on_progress), variant, shop)
-        record = {
-            **exam.record(variant, shop.settings),
-            exam.field: exam.answer.dump_python(found, mode="json"),
-        }
         key = None if fresh else exam.key(variant, shop.settings)
-        variant.version.record_content(exam.kind, record, key)
+        variant.version.record(exam.kind, found, key, beside=exam.record(variant, shop.settings))
     return found

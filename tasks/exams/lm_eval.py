@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput
 from slmops.infra.lm_eval.calls import RunTasks, TaskMetric
@@ -128,11 +128,13 @@ def check_lm_eval(tasks: LmEvalTasks) -> None:
     lm_eval_question("", tasks)  # lm-eval is there, and so is the folder
 
 
+LM_EVAL = Kind("lm-eval", tuple[LmEvalResult, ...], field="results")
+
+
 class LmEvalExam(Exam[tuple[LmEvalResult, ...]]):
     """What lm-eval finds in a variant by its tasks."""
 
-    kind, field, name, done_before = "lm-eval", "results", "lm-eval", "run before"
-    answer = TypeAdapter(tuple[LmEvalResult, ...])
+    kind, name, done_before = LM_EVAL, "lm-eval", "run before"
 
     def __init__(self, tasks: LmEvalTasks) -> None:
         self.tasks = tasks
@@ -158,18 +160,15 @@ def run_lm_eval_on_checkpoint(
 ) -> tuple[LmEvalResult, ...]:
     """Run the same tasks on a version's source checkpoint, by lm-eval's own runner, to stand beside its variants."""
     shop = workshop()
-    answer = LmEvalExam.answer
     key = digest_of(lm_eval_question(prepared.digest, asked))[:16]
     with stage_progress("lm-eval checkpoint") as on_progress:
-        known = version.latest(Kind(LmEvalExam.kind, dict), key)
+        known = version.latest(LM_EVAL, key)
         if known:
             on_progress(1, 1, LmEvalExam.done_before)
-            return answer.validate_python(known["results"])
+            return known
         with work_folder(shop.settings) as work:
             results = run_lm_eval_tasks(
                 shop.settings, asked, checkpoint_dir=prepared.folder, work_dir=work, on_progress=on_progress
             )
-        tasks, found = asked.model_dump(mode="json"), answer.dump_python(results, mode="json")
-        record = {"subject": "checkpoint", "tasks": tasks, "results": found}
-        version.record_content(LmEvalExam.kind, record, key)
+        version.record(LM_EVAL, results, key, beside={"subject": "checkpoint", "tasks": asked.model_dump(mode="json")})
     return results

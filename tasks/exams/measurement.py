@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.calls import Hardware, Measure, Measured, RequestFigures, Sweep, SweptRequest
@@ -170,11 +170,13 @@ def measure_variant(
     return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
 
 
+MEASUREMENT = Kind("measurement", Measurement, field="measurement")
+
+
 class MeasurementExam(Exam[Measurement]):
     """How fast and how large a variant is on this machine."""
 
-    kind, field, name, done_before = "measurement", "measurement", "measure", "measured before"
-    answer = TypeAdapter(Measurement)
+    kind, name, done_before = MEASUREMENT, "measure", "measured before"
 
     def question(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.question`."""
@@ -195,8 +197,7 @@ class MeasurementExam(Exam[Measurement]):
 
 def measurements_of(variant: Variant) -> list[Measurement]:
     """Return a variant's measurements on record, oldest first; those by another method are left out."""
-    return [
-        Measurement.model_validate(record["measurement"])
-        for record in variant.version.all(Kind("measurement", dict))
-        if (record.get("schema"), record["variant"]) == (MEASUREMENT_SCHEMA, variant.digest)
-    ]
+    asked = (MEASUREMENT_SCHEMA, variant.digest)
+    return variant.version.all(
+        MEASUREMENT, where=lambda content: (content.get("schema"), content.get("variant")) == asked
+    )

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
@@ -120,6 +120,9 @@ class TemplateParity(_Record):
         return not self.mismatches and not self.broken_control_tokens
 
 
+PARITY = Kind("parity", TemplateParity, field="parity")
+
+
 class ParityExam(Exam[TemplateParity]):
     """Whether a variant's conversations are the same tokens in all runtimes.
 
@@ -127,8 +130,7 @@ class ParityExam(Exam[TemplateParity]):
     share the files that decide have the same key.
     """
 
-    kind, field, name, done_before = "parity", "parity", "parity", "compared before"
-    answer = TypeAdapter(TemplateParity)
+    kind, name, done_before = PARITY, "parity", "compared before"
 
     def __init__(self, checkpoint: Path | None) -> None:
         self.checkpoint = checkpoint
@@ -171,9 +173,8 @@ def known_parity(variant: Variant, *, with_checkpoint: bool) -> TemplateParity |
     """Return the comparison on record; `with_checkpoint` False takes one with the variant's own tokenizer too."""
     references: tuple[Reference, ...] = ("checkpoint", "variant")
     for reference in references[: 1 if with_checkpoint else 2]:
-        content = variant.version.latest(Kind("parity", dict), digest_of(_question(variant, reference))[:16])
-        if content:
-            return TemplateParity.model_validate(content["parity"])
+        if found := variant.version.latest(PARITY, digest_of(_question(variant, reference))[:16]):
+            return found
     return None
 
 

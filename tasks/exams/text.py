@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import ComparedText, CompareText, ScoredWindow
@@ -14,6 +14,7 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
 from slmops.infra.transformers.calls import ScoreTextAsSource
 from slmops.tasks.exams.estimates import Estimate, weighted_mean
@@ -227,12 +228,14 @@ def _weighted(sums: Sequence[float | None], sizes: Sequence[int]) -> Estimate | 
     return weighted_mean(means, sizes) if means and len(means) == len(sums) else None
 
 
+TEXT = Kind("text", TextComparison, field="comparison")
+
+
 class TextExam(ComparedExam[TextComparison]):
     """How well a variant predicts a text, beside its source checkpoint."""
 
-    kind, field, name, done_before = "text", "comparison", "text", "compared before"
+    kind, name, done_before = TEXT, "text", "compared before"
     source_name = "reference on text"
-    answer = TypeAdapter(TextComparison)
 
     def __init__(self, text: TextSample) -> None:
         self.text = text

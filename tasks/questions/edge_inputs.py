@@ -1,4 +1,4 @@
-"""Edge inputs: conversations that are valid or nearly so, and that nobody tests with."""
+"""Edge inputs: conversations that are valid, or nearly so, and that ordinary tests leave out."""
 
 import string
 from collections.abc import Sequence

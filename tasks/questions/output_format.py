@@ -245,7 +245,7 @@ def _check_subschemas(document: dict[str, Any], specification: Any) -> None:
                 found = _look_up(resolver, schema[keyword], f"{place}/{keyword}")
                 waiting.append((specification.create_resource(found.contents), found.resolver))
         try:
-            waiting += [(one, resolver.in_subresource(one)) for one in resource.subresources()]
+            waiting += [(subresource, resolver.in_subresource(subresource)) for subresource in resource.subresources()]
         except ValueError as error:  # an `$id` that is no URI
             raise ValueError(f"at #{place}: {error}") from None
     if patterns and unevaluated is not None:

@@ -1,7 +1,8 @@
 """Regular expressions that a user wrote: compiled within bounds, and matched with a timeout.
 
-The dialect is that of the library `regex`. A pattern may need exponential time on some texts. Whoever can, shows it on
-the probes below when the pattern is read; for the others every match ends after `MATCH_TIMEOUT_S`.
+The dialect is that of the library `regex`. A pattern may need exponential time on some texts. Many such patterns
+already do on the probes below, and are refused when they are read. For the others, every match ends after
+`MATCH_TIMEOUT_S`.
 """
 
 import itertools
@@ -96,8 +97,12 @@ def _parts(pattern: str) -> int:
 def _probes(pattern: str) -> Iterator[str]:
     """Texts of few letters, the pattern's own among them, that end in what hardly any pattern allows there."""
     own = dict.fromkeys(character for character in pattern if character.isalnum() or character in "_-.,:;\"'/ ")
-    letters = [*itertools.islice(own, MAX_PROBE_LETTERS), *(one for one in PROBE_LETTERS if one not in own)]
-    pairs = dict.fromkeys(one + other for one, other in itertools.pairwise(pattern) if {one, other} <= set(letters))
+    letters = [*itertools.islice(own, MAX_PROBE_LETTERS), *(letter for letter in PROBE_LETTERS if letter not in own)]
+    pairs = dict.fromkeys(
+        letter + next_letter
+        for letter, next_letter in itertools.pairwise(pattern)
+        if {letter, next_letter} <= set(letters)
+    )
     for text in (*letters, *itertools.islice(pairs, MAX_PROBE_LETTERS), *(a + b for a, b in itertools.pairwise(own))):
         yield text * (PROBE_CHARACTERS // len(text)) + "\0"
     for first, second in itertools.permutations(letters, 2):

@@ -215,7 +215,7 @@ def parse_scorer(value: Any) -> Scorer:
         fault = error.errors()[0]
         option = shorten(".".join(str(part) for part in fault["loc"]), 60)
         if fault["type"] == "extra_forbidden":
-            known = ", ".join(one for one in kind.model_fields if one != "name") or "none"
+            known = ", ".join(option for option in kind.model_fields if option != "name") or "none"
             raise ValueError(f"the scorer {name} has no option `{option}`; its options: {known}") from None
         found = shorten(repr(fault["input"]), 60)
         raise ValueError(f"the scorer {name}'s option `{option}`: {fault['msg']}, found {found}") from None
@@ -261,8 +261,8 @@ def _check_normalized(expected: str) -> None:
         raise ValueError("nothing but punctuation and white space is in `expected`, and those are not compared")
 
 
-def _is_same_json(one: Any, other: Any) -> bool:
-    waiting = [(one, other)]
+def _is_same_json(first: Any, second: Any) -> bool:
+    waiting = [(first, second)]
     while waiting:
         left, right = waiting.pop()
         if isinstance(left, dict) and isinstance(right, dict):

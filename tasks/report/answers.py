@@ -26,7 +26,7 @@ from slmops.tasks.report.wording import INTERVALS, NOTHING, estimated, percent, 
 
 def domain_answers(report: DeployReport) -> Iterator[Block]:
     """Yield the scores, those by category, and examples of wrong answers."""
-    scored = [(one, evaluated) for one, evaluated in evaluations(report.variants) if evaluated.score]
+    scored = [(variant, evaluated) for variant, evaluated in evaluations(report.variants) if evaluated.score]
     if scored:
         count = len(scored[0][1].rows)
         reference = next((evaluated.reference_score for _, evaluated in scored if evaluated.reference_score), None)
@@ -34,21 +34,21 @@ def domain_answers(report: DeployReport) -> Iterator[Block]:
         yield Paragraph(f"Mean score of {count:,} answers{beside}. {INTERVALS} A loss fails beyond its interval only.")
     rows = [
         (
-            Strong(one.precision),
+            Strong(variant.precision),
             estimated(evaluated.score, percent),
             estimated(evaluated.quality_loss, percent),
-            threshold_of(one, "quality_loss"),
+            threshold_of(variant, "quality_loss"),
         )
-        for one, evaluated in scored
+        for variant, evaluated in scored
     ]
     yield from table(("variant", "score", "loss", "asked"), rows)
     folded: list[Block] = []
-    for one, evaluated in evaluations(report.variants):
+    for variant, evaluated in evaluations(report.variants):
         categories = [
             (quoted(part.category, 60), f"{part.rows:,}", estimated(part.score, percent), _reference_score(part))
             for part in evaluated.categories
         ]
-        folded += of_variant(one, table(("category", "rows", "score", "reference"), categories))
+        folded += of_variant(variant, table(("category", "rows", "score", "reference"), categories))
     if folded:
         yield Details("Scores by category", folded)
     yield from _worst_examples(report)
@@ -57,12 +57,12 @@ def domain_answers(report: DeployReport) -> Iterator[Block]:
 def _worst_examples(report: DeployReport) -> Iterator[Block]:
     asked = {row.id: row for row in report.evaluation_rows}
     folded: list[Block] = []
-    for one, evaluated in evaluations(report.variants):
+    for variant, evaluated in evaluations(report.variants):
         answers = {row.id: row for row in evaluated.rows}
         worst = [answers[key] for key in evaluated.worst_examples if key in answers][:EXAMPLES]
-        examples: list[Block] = [_example(one.precision, row, asked.get(row.id)) for row in worst]
-        if examples and one.precision == report.selected:
-            yield Heading(f"Where the reference is right and {one.precision} is wrong", level=4)
+        examples: list[Block] = [_example(variant.precision, row, asked.get(row.id)) for row in worst]
+        if examples and variant.precision == report.selected:
+            yield Heading(f"Where the reference is right and {variant.precision} is wrong", level=4)
             yield from examples
         else:
             folded += examples
@@ -90,20 +90,22 @@ def _example(precision: str, row: EvaluatedRow, asked: EvaluationRow | None) -> 
 
 def output_format(report: DeployReport) -> Iterator[Block]:
     """Yield the shares of answers in the asked format, and examples of those that are not."""
-    checked = [(one, evaluated) for one, evaluated in evaluations(report.variants) if evaluated.output_conformity]
+    checked = [
+        (variant, evaluated) for variant, evaluated in evaluations(report.variants) if evaluated.output_conformity
+    ]
     rows = [
         (
-            Strong(one.precision),
+            Strong(variant.precision),
             estimated(evaluated.output_conformity, percent),
             NOTHING if (beside := evaluated.reference_output_conformity) is None else percent(beside.value),
-            threshold_of(one, "output_format"),
+            threshold_of(variant, "output_format"),
         )
-        for one, evaluated in checked
+        for variant, evaluated in checked
     ]
     if rows:
         yield Paragraph(f"Share of raw answers in the format that was asked for. {INTERVALS}")
     yield from table(("variant", "in format", "reference", "asked"), rows)
-    for one, evaluated in checked:
+    for variant, evaluated in checked:
         faulty = [row for row in evaluated.rows if row.output_fault]
         examples: list[Block] = [
             Comparison(
@@ -113,22 +115,24 @@ def output_format(report: DeployReport) -> Iterator[Block]:
             for row in faulty[:EXAMPLES]
         ]
         if examples:
-            yield Details(f"{len(faulty):,} of {len(evaluated.rows):,} answers of {one.precision} out of it", examples)
+            yield Details(
+                f"{len(faulty):,} of {len(evaluated.rows):,} answers of {variant.precision} out of it", examples
+            )
 
 
 def distributions(variants: Variants) -> Iterator[Block]:
     """Yield how far the variants' next-token distributions are from the checkpoint's."""
     rows = [
         (
-            Strong(one.precision),
+            Strong(variant.precision),
             _agreement(evaluated.top1_agreement_interval, evaluated.top1_agreement),
             _divergence(evaluated.kl_divergence_interval, evaluated.kl_divergence, evaluated.kl_divergence_p99),
             _perplexity_ratio(evaluated),
         )
-        for one, evaluated in evaluations(variants)
+        for variant, evaluated in evaluations(variants)
         if evaluated.top1_agreement is not None or evaluated.kl_divergence is not None
     ]
-    texts = [(one, one.details.text) for one in variants if one.details.text]
+    texts = [(variant, variant.details.text) for variant in variants if variant.details.text]
     if not rows and not texts:
         return
     yield Heading("Distance from the checkpoint", level=3)
@@ -142,7 +146,7 @@ def distributions(variants: Variants) -> Iterator[Block]:
     if texts:
         text = texts[0][1]
         yield Paragraph(("On ", quoted(text.origin, 120), f" ({text.tokens:,} tokens):"))
-        yield from table(columns, [(Strong(one.precision), *_text_figures(found)) for one, found in texts])
+        yield from table(columns, [(Strong(variant.precision), *_text_figures(found)) for variant, found in texts])
 
 
 def _agreement(interval: Estimate | None, value: float | None) -> str:

@@ -1,21 +1,26 @@
 """The record of a deploy, put together from what the stages found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest
+from slmops.infra.storage.version import Version
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport
 from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Choice, Judged
+from slmops.tasks.verdict.history import history_of
 from slmops.tasks.verdict.pareto import Candidate
+from slmops.tasks.verdict.search import last_search
+from slmops.tasks.workshop import workshop
 
 
 def variant_metrics(details: VariantDetails) -> dict[str, float]:
     """Return a variant's figures as one flat record; what was not compared is left out."""
-    figures: dict[str, float | None] = {name: one.value for name, one in variant_intervals(details).items()}
+    figures: dict[str, float | None] = {name: interval.value for name, interval in variant_intervals(details).items()}
     if details.evaluation:
         for name in ("top1_agreement", "kl_divergence", "kl_divergence_p99", "perplexity", "exact_match"):
             figures[name] = getattr(details.evaluation, name)
@@ -70,7 +75,7 @@ def judged(variant: VariantReport) -> Judged:
 
 def in_order_of_size(variants: Sequence[VariantReport]) -> list[VariantReport]:
     """Return variants from the largest precision to the smallest."""
-    return sorted(variants, key=lambda one: ("fp32", "fp16", "int8", "int4").index(one.precision))
+    return sorted(variants, key=lambda variant: ("fp32", "fp16", "int8", "int4").index(variant.precision))
 
 
 def with_reasons(variants: Sequence[VariantReport], choice: Choice) -> tuple[VariantReport, ...]:
@@ -101,7 +106,7 @@ def overall_status(variants: Sequence[VariantReport], choice: Choice, *, unchang
 
 def reference_scores(variants: Sequence[VariantReport]) -> dict[str, Any]:
     """Return the source checkpoint's scores, which every evaluation repeats."""
-    evaluation = next((one.details.evaluation for one in variants if one.details.evaluation), None)
+    evaluation = next((variant.details.evaluation for variant in variants if variant.details.evaluation), None)
     if evaluation is None:
         return {}
     return {"reference_exact_match": evaluation.reference_exact_match, "reference_score": evaluation.reference_score}
@@ -118,23 +123,68 @@ def provenance_of(manifest: Manifest) -> Provenance:
     )
 
 
+def failures_of(errors: Mapping[str, str]) -> list[VariantReport]:
+    """Return what is reported of variants that could not be built, given why by precision."""
+    return [VariantReport(precision=precision, status="failed", error=error) for precision, error in errors.items()]
+
+
+@stage("assemble report", run_name="assemble-{version.name}")
+def deploy_report(
+    version: Version,
+    evaluation: EvaluationSet,
+    variants: Sequence[VariantReport],
+    choice: Choice,
+    *,
+    budget: Sequence[str],
+    description: str,
+    champion_id: str | None,
+    warnings: Sequence[str],
+    unchanged: bool,
+) -> DeployReport:
+    """Return the report of a version's way through the gate, with its history from the store.
+
+    `champion_id` is its Foundry id as the champion, None where it is not the champion.
+    """
+    settings = workshop().settings
+    explained = with_reasons(in_order_of_size(variants), choice)
+    return DeployReport(
+        name=version.name,
+        version=version.number,
+        status=overall_status(explained, choice, unchanged=unchanged),
+        aliases=version.aliases,
+        selected=choice.selected,
+        reason=choice.reason,
+        budget=tuple(budget),
+        variants=explained,
+        checkpoint=version.manifest.source.origin,
+        parameters=version.manifest.source.parameters,
+        evaluation=evaluation.summary,
+        evaluation_rows=evaluation.rows,
+        **reference_scores(explained),
+        foundry_model_id=champion_id,
+        foundry_dir=str(settings.foundry_dir),
+        question=evaluation.rows[0].messages[-1].content,
+        description=description,
+        warnings=tuple(warnings),
+        provenance=provenance_of(version.manifest),
+        history=history_of(version, settings.threads),
+        search=last_search(version),
+    )
+
+
 def failed_report(
-    request: DeployRequest,
-    prepared: PreparedCheckpoint,
-    evaluation: str,
-    failures: Sequence[VariantReport],
-    settings: Settings,
+    request: DeployRequest, prepared: PreparedCheckpoint, evaluation: EvaluationSet, errors: Mapping[str, str]
 ) -> DeployReport:
     """Return the report of a deploy of which no variant could be built, so that no version came of it."""
     return DeployReport(
         name=request.name,
         version=None,
         status="failed",
-        variants=tuple(failures),
+        variants=tuple(failures_of(errors)),
         checkpoint=request.checkpoint,
         parameters=prepared.inspection.parameters,
-        evaluation=evaluation,
-        foundry_dir=str(settings.foundry_dir),
+        evaluation=evaluation.summary,
+        foundry_dir=str(workshop().settings.foundry_dir),
         description=request.description,
         warnings=prepared.inspection.warnings,
     )

@@ -50,7 +50,7 @@ class BenchmarkReport(_Record):
     @property
     def worse(self) -> tuple[Change, ...]:
         """The changes for the worse beyond noise."""
-        return tuple(change for one in self.variants for change in one.changes if change.trend == "worse")
+        return tuple(change for variant in self.variants for change in variant.changes if change.trend == "worse")
 
     @property
     def regressed(self) -> bool:
@@ -60,7 +60,7 @@ class BenchmarkReport(_Record):
     @property
     def failed(self) -> tuple[str, ...]:
         """The precisions that could not be measured."""
-        return tuple(one.precision for one in self.variants if one.error)
+        return tuple(variant.precision for variant in self.variants if variant.error)
 
     @property
     def faults(self) -> str:
@@ -70,8 +70,8 @@ class BenchmarkReport(_Record):
     @property
     def summary(self) -> str:
         """One sentence on how it ended."""
-        figures = [f"{one.precision} {_title(one.metric)} {factor(one.change.value)}" for one in self.worse]
-        compared = sum(1 for one in self.variants if one.changes)
+        figures = [f"{change.precision} {_title(change.metric)} {factor(change.change.value)}" for change in self.worse]
+        compared = sum(1 for variant in self.variants if variant.changes)
         parts = [f"worse: {', '.join(figures)}" if figures else "no regression" if compared else "nothing to compare"]
         if self.failed:
             parts.append(f"not measured: {', '.join(self.failed)}")
@@ -112,7 +112,10 @@ def _document(report: BenchmarkReport) -> Iterator[Block]:
 def lm_eval_rows(report: BenchmarkReport) -> list[dict[str, str]]:
     """Return one row a task's metric, with the value and its standard error for the checkpoint and each precision."""
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
-    subjects = {"checkpoint": report.checkpoint_lm_eval, **{one.precision: one.lm_eval for one in report.variants}}
+    subjects = {
+        "checkpoint": report.checkpoint_lm_eval,
+        **{variant.precision: variant.lm_eval for variant in report.variants},
+    }
     for subject, results in subjects.items():
         for result in results:
             key = (result.task, result.metric, result.filter)

@@ -88,14 +88,14 @@ def _verdict(report: DeployReport) -> Iterator[Block]:
     if report.description:
         yield Paragraph(f"What it is for: {visible(report.description)}")
     if report.budget:
-        yield Paragraph(("Budget: ", *joined([Code(one) for one in report.budget]), "."))
+        yield Paragraph(("Budget: ", *joined([Code(limit) for limit in report.budget]), "."))
 
 
 def _headline(report: DeployReport) -> str:
     if report.version is None:
         return "No variant could be built, so there is no version."
     if report.selected is None:
-        passed = [one.precision for one in report.variants if one.status == "registered"]
+        passed = [variant.precision for variant in report.variants if variant.status == "registered"]
         return "No variant was chosen." if passed else "No variant may serve."
     served = f" and serves as {report.foundry_model_id}" if report.foundry_model_id else ""
     return f"{report.selected} is chosen{served}."
@@ -103,11 +103,11 @@ def _headline(report: DeployReport) -> str:
 
 def chosen_variant(report: DeployReport) -> VariantReport | None:
     """Return the chosen variant, or None."""
-    return next((one for one in report.variants if one.precision == report.selected), None)
+    return next((variant for variant in report.variants if variant.precision == report.selected), None)
 
 
 def _choice(report: DeployReport) -> Iterator[Block]:
-    ids = [one.foundry_model_id for one in report.variants if one.foundry_model_id]
+    ids = [variant.foundry_model_id for variant in report.variants if variant.foundry_model_id]
     chosen = chosen_variant(report)
     if chosen is not None:
         yield Heading(f"The choice: {chosen.precision}")
@@ -118,7 +118,9 @@ def _choice(report: DeployReport) -> Iterator[Block]:
     yield Heading("How to call it", level=3)
     yield Listing(f"slmops chat {report.reference}", "sh")
     yield Details("In Python", [Listing(sdk_example(example, report.foundry_dir), "python")])
-    answered = chosen if chosen and chosen.answer else next((one for one in report.variants if one.answer), None)
+    answered = (
+        chosen if chosen and chosen.answer else next((variant for variant in report.variants if variant.answer), None)
+    )
     if answered is not None and answered.answer:
         asked: Text = ("Asked ", quoted(report.question), ", ") if report.question else ""
         yield Paragraph(joined([asked, (f"{answered.precision} answered ", quoted(answered.answer), ".")], ""))
@@ -188,8 +190,8 @@ def sdk_example(model_id: str, foundry_dir: str) -> str:
 
 
 def _others(report: DeployReport) -> Iterator[Block]:
-    others = [one for one in report.variants if one.precision != report.selected]
-    told_why = [((Strong(one.precision), f" ({one.status}): "), why_not(one)) for one in others]
+    others = [variant for variant in report.variants if variant.precision != report.selected]
+    told_why = [((Strong(variant.precision), f" ({variant.status}): "), why_not(variant)) for variant in others]
     items = [joined([name, why], "") for name, why in told_why if why]
     if items:
         yield Heading("Why not the others" if report.selected else "Why none was chosen")
@@ -213,21 +215,23 @@ def _variants(report: DeployReport) -> Iterator[Block]:
     yield Heading("Size and quality")
     yield Figure("quality", "Quality against size: up and left is better. The ring marks the choice.")
     rows: list[Sequence[Text]] = []
-    for one in report.variants:
-        promised = PROMISED_SHARE_OF_FP32.get(one.precision)
-        share = size_share(one, report.parameters)
-        size = NOTHING if one.size_bytes is None else megabytes(one.size_bytes)
+    for variant in report.variants:
+        promised = PROMISED_SHARE_OF_FP32.get(variant.precision)
+        share = size_share(variant, report.parameters)
+        size = NOTHING if variant.size_bytes is None else megabytes(variant.size_bytes)
         of_fp32 = f"{share} ({promised})" if share and promised else share or NOTHING
-        rows.append((Strong(one.precision), one.status, size, of_fp32))
+        rows.append((Strong(variant.precision), variant.status, size, of_fp32))
     yield from table(("variant", "verdict", "size", "of fp32"), rows)
-    if any(size_share(one, report.parameters) for one in report.variants):
+    if any(size_share(variant, report.parameters) for variant in report.variants):
         yield Paragraph(
             "Of fp32: size as a share of the parameters in fp32; in brackets what Microsoft's tutorial promises."
         )
 
 
 def _speed(report: DeployReport) -> Iterator[Block]:
-    measured = [one for one in report.variants if "ttft_ms" in one.metrics or "peak_rss_bytes" in one.metrics]
+    measured = [
+        variant for variant in report.variants if "ttft_ms" in variant.metrics or "peak_rss_bytes" in variant.metrics
+    ]
     if not measured:
         return
     yield Heading("Speed and memory")
@@ -239,10 +243,10 @@ def _speed(report: DeployReport) -> Iterator[Block]:
         "peak MB": "peak_rss_bytes",
     }
     rows: list[Sequence[Text]] = [
-        (Strong(one.precision), *(_metric(one, name) for name in columns.values())) for one in measured
+        (Strong(variant.precision), *(_metric(variant, name) for name in columns.values())) for variant in measured
     ]
     yield from table(("variant", *columns), rows)
-    statistics = [block for one in measured for block in _statistics(one)]
+    statistics = [block for variant in measured for block in _statistics(variant)]
     if statistics:
         yield Details("All figures of speed", statistics)
     yield Figure("latency", "Time to the first token over the length of the prompt; dashed: in proportion to it.")
@@ -263,8 +267,8 @@ def _statistics(variant: VariantReport) -> Iterator[Block]:
     blocks: list[Block] = []
     for length in measured.by_prompt_length:
         rows = [
-            (METRIC_TITLES[name], decimal(one.p50), decimal(one.p95), told(one.stdev, decimal))
-            for name, one in length.statistics.items()
+            (METRIC_TITLES[name], decimal(statistic.p50), decimal(statistic.p95), told(statistic.stdev, decimal))
+            for name, statistic in length.statistics.items()
         ]
         tokens = f"{length.prompt_tokens:,} prompt and {length.new_tokens:,} new tokens"
         blocks.append(Paragraph((Strong(variant.precision), f", {tokens}:")))
@@ -313,12 +317,12 @@ def _history(report: DeployReport) -> Iterator[Block]:
     yield Heading(f"Since {history.previous}")
     beyond = [change for change in history.changes if change.trend != "same"]
     if beyond:
-        counts = [f"{sum(one.trend == trend for one in beyond)} {trend}" for trend in ("better", "worse")]
+        counts = [f"{sum(change.trend == trend for change in beyond)} {trend}" for trend in ("better", "worse")]
         yield Paragraph(f"{' and '.join(counts)} beyond noise, of {len(history.changes)} figures. {INTERVALS}")
-        yield from table(("figure", "before", "after", "change"), [_change(one) for one in beyond])
+        yield from table(("figure", "before", "after", "change"), [_change(change) for change in beyond])
     elif history.changes:
         yield Paragraph(f"Nothing changed beyond noise in {len(history.changes)} figures.")
-    alike = [_change(one) for one in history.changes if one.trend == "same"]
+    alike = [_change(change) for change in history.changes if change.trend == "same"]
     if alike:
         columns = ("figure", "before", "after", "change")
         yield Details(f"{len(alike)} figures within noise", list(table(columns, alike)))
@@ -343,12 +347,18 @@ def _change(change: Change) -> Sequence[Text]:
 
 
 def _remarks(report: DeployReport) -> Iterator[Block]:
-    failures = [joined([Strong(one.precision), quoted(one.error, 2000)], ": ") for one in report.variants if one.error]
+    failures = [
+        joined([Strong(variant.precision), quoted(variant.error, 2000)], ": ")
+        for variant in report.variants
+        if variant.error
+    ]
     warnings: list[Text] = [
         *map(sentences, report.warnings),
-        *(f"{one.precision}: {sentences(text)}" for one in report.variants for text in one.warnings),
+        *(f"{variant.precision}: {sentences(text)}" for variant in report.variants for text in variant.warnings),
     ]
-    notes: list[Text] = [f"{one.precision}: {sentences(text)}" for one in report.variants for text in one.notes]
+    notes: list[Text] = [
+        f"{variant.precision}: {sentences(text)}" for variant in report.variants for text in variant.notes
+    ]
     for title, items in (("Failures", failures), ("Warnings", warnings), ("Notes", notes)):
         if items:
             yield Heading(title)
@@ -357,8 +367,8 @@ def _remarks(report: DeployReport) -> Iterator[Block]:
 
 def _provenance(report: DeployReport) -> Iterator[Block]:
     origin = report.provenance
-    measured = next((one.details.measurement for one in report.variants if one.details.measurement), None)
-    if origin is None and measured is None and not any(one.digest for one in report.variants):
+    measured = next((variant.details.measurement for variant in report.variants if variant.details.measurement), None)
+    if origin is None and measured is None and not any(variant.digest for variant in report.variants):
         return
     yield Heading("Where it comes from")
     facts: list[Text] = []
@@ -369,12 +379,14 @@ def _provenance(report: DeployReport) -> Iterator[Block]:
         cores = f"{machine.physical_cores or machine.logical_cores or 'unknown'} cores"
         memory = f"{machine.ram_bytes / 1e9:,.1f} GB of memory"
         facts.append(f"Measured on {machine.cpu}, {cores}, {memory}, {machine.os} ({machine.machine}).")
-    recipes = [(f"{one.precision} by the recipe ", Code(one.recipe)) for one in report.variants if one.recipe]
+    recipes = [
+        (f"{variant.precision} by the recipe ", Code(variant.recipe)) for variant in report.variants if variant.recipe
+    ]
     if recipes:
         facts.append(("Built: ", *joined(recipes), "."))
     yield from bullets(facts)
     digests = {"source": origin.source_digest, "manifest": origin.manifest_digest} if origin else {}
-    digests |= {one.precision: one.digest for one in report.variants if one.digest}
+    digests |= {variant.precision: variant.digest for variant in report.variants if variant.digest}
     if digests:
         width = max(map(len, digests))
         yield Listing("\n".join(f"{name.ljust(width)}  sha256:{digest}" for name, digest in digests.items()), "text")

@@ -22,7 +22,9 @@ def draw_once(report: DeployReport, folder: Path) -> dict[str, Plot]:
     try:
         kept = json.loads(path.read_bytes())
         if kept["figures"] == figures:
-            found = [Plot(one["name"], one["alt"], one["svg"], base64.b64decode(one["png"])) for one in kept["plots"]]
+            found = [
+                Plot(plot["name"], plot["alt"], plot["svg"], base64.b64decode(plot["png"])) for plot in kept["plots"]
+            ]
             return {plot.name: plot for plot in found}
     except (OSError, ValueError, KeyError, TypeError):  # none were kept, or not by this version
         pass

@@ -175,7 +175,7 @@ def _code_in_table(text: str) -> str:
     # Parsers disagree on which pipes of a code span end its cell; a character reference ends none.
     if "|" not in text:
         return code_span(text)
-    return f"<code>{''.join(one if one.isalnum() or one == ' ' else f'&#{ord(one)};' for one in text)}</code>"
+    return f"<code>{''.join(char if char.isalnum() or char == ' ' else f'&#{ord(char)};' for char in text)}</code>"
 
 
 def fenced(text: str, language: str = "") -> str:

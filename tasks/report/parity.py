@@ -25,16 +25,18 @@ from slmops.tasks.report.records import VariantReport
 def template_parity(variants: Variants) -> Iterator[Block]:
     """Yield whether the runtimes read conversations as the same tokens, and where they do not."""
     blocks: list[Block] = []
-    agreeing = [one for one in variants if one.details.parity and one.details.parity.holds]
+    agreeing = [variant for variant in variants if variant.details.parity and variant.details.parity.holds]
     if agreeing:
         count = agreeing[0].details.parity.conversations if agreeing[0].details.parity else 0
-        names = ", ".join(one.precision for one in agreeing)
+        names = ", ".join(variant.precision for variant in agreeing)
         blocks.append(
             Paragraph(f"Transformers, genai and Foundry Local read {count} conversations as the same tokens: {names}.")
         )
-    for one in variants:
-        blocks += _parity_faults(one)
-    notes = dict.fromkeys(note for one in variants if one.details.parity for note in one.details.parity.notes)
+    for variant in variants:
+        blocks += _parity_faults(variant)
+    notes = dict.fromkeys(
+        note for variant in variants if variant.details.parity for note in variant.details.parity.notes
+    )
     blocks += bullets([sentences(note) for note in notes])
     if blocks:
         yield Heading("Template parity", level=3)

@@ -34,7 +34,7 @@ def threshold_of(variant: VariantReport, *names: str) -> str:
 
 def evaluations(variants: Variants) -> list[tuple[VariantReport, Evaluation]]:
     """Return the variants that were evaluated, each with its evaluation."""
-    return [(one, one.details.evaluation) for one in variants if one.details.evaluation]
+    return [(variant, variant.details.evaluation) for variant in variants if variant.details.evaluation]
 
 
 def notes_of(told: Sequence[tuple[str, str]]) -> Iterator[Block]:

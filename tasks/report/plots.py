@@ -56,12 +56,14 @@ def quality_points(report: DeployReport) -> tuple[str, list[QualityPoint]]:
 
     The score where there is one, else the share of exact answers, else the agreement with the checkpoint.
     """
-    sized = [one for one in report.variants if one.size_bytes]
+    sized = [variant for variant in report.variants if variant.size_bytes]
     for metric, title in (("score", "score"), ("exact_match", "exact answers"), ("top1_agreement", "first choice")):
         points = [
-            QualityPoint(one.precision, (one.size_bytes or 0) / 1e6, one.metrics[metric], _interval(one, metric))
-            for one in sized
-            if metric in one.metrics
+            QualityPoint(
+                variant.precision, (variant.size_bytes or 0) / 1e6, variant.metrics[metric], _interval(variant, metric)
+            )
+            for variant in sized
+            if metric in variant.metrics
         ]
         if points:
             return title, points
@@ -78,7 +80,7 @@ def _interval(variant: VariantReport, metric: str) -> Estimate | None:
 def pareto_front(points: Sequence[QualityPoint]) -> list[QualityPoint]:
     """Return the points that no other beats in both size and quality, from the smallest on."""
     front: list[QualityPoint] = []
-    for point in sorted(points, key=lambda one: (one.size_mb, -one.quality)):
+    for point in sorted(points, key=lambda point: (point.size_mb, -point.quality)):
         if not front or point.quality > front[-1].quality:
             front.append(point)
     return front
@@ -93,8 +95,8 @@ def draw_plots(report: DeployReport) -> dict[str, Plot]:
 def _styles(report: DeployReport) -> dict[str, tuple[str, str]]:
     """Return each variant's colour and marker: the same in every plot."""
     return {
-        one.precision: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
-        for index, one in enumerate(report.variants)
+        variant.precision: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+        for index, variant in enumerate(report.variants)
     }
 
 
@@ -104,21 +106,23 @@ def _quality(report: DeployReport) -> Plot | None:
         return None
     figure, (axes,) = _canvas()
     front = pareto_front(points)
-    axes.plot([one.size_mb for one in front], [one.quality for one in front], color=_GRID, linewidth=1, zorder=1)
-    for one in points:
-        colour, marker = _styles(report)[one.precision]
-        if one.interval:
-            axes.vlines(one.size_mb, one.interval.low, one.interval.high, color=colour, linewidth=1.5)
-        axes.plot(one.size_mb, one.quality, marker, color=colour, markersize=7)
-        if one.precision == report.selected:
+    axes.plot(
+        [point.size_mb for point in front], [point.quality for point in front], color=_GRID, linewidth=1, zorder=1
+    )
+    for point in points:
+        colour, marker = _styles(report)[point.precision]
+        if point.interval:
+            axes.vlines(point.size_mb, point.interval.low, point.interval.high, color=colour, linewidth=1.5)
+        axes.plot(point.size_mb, point.quality, marker, color=colour, markersize=7)
+        if point.precision == report.selected:
             ring: dict[str, Any] = {
                 "markerfacecolor": "none",
                 "markeredgecolor": _INK,
                 "markersize": 13,
                 "markeredgewidth": 1.5,
             }
-            axes.plot(one.size_mb, one.quality, "o", **ring)
-        axes.annotate(one.precision, (one.size_mb, one.quality), (8, -13), textcoords="offset points")
+            axes.plot(point.size_mb, point.quality, "o", **ring)
+        axes.annotate(point.precision, (point.size_mb, point.quality), (8, -13), textcoords="offset points")
     reference = _reference_quality(report, title)
     if reference is not None:
         axes.axhline(reference, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -126,39 +130,39 @@ def _quality(report: DeployReport) -> Plot | None:
             "checkpoint", (0, reference), (3, 3), xycoords=("axes fraction", "data"), textcoords="offset points"
         )
     axes.margins(y=0.2)
-    axes.set_xlim(0, 1.2 * max(one.size_mb for one in points))
+    axes.set_xlim(0, 1.2 * max(point.size_mb for point in points))
     axes.set_xlabel("size, MB")
     axes.yaxis.set_major_formatter(_percent_axis())
     axes.set_ylabel(f"{title}, %")
-    told = "; ".join(f"{one.precision} {one.size_mb:,.1f} MB, {one.quality:.1%}" for one in points)
+    told = "; ".join(f"{point.precision} {point.size_mb:,.1f} MB, {point.quality:.1%}" for point in points)
     return _plot("quality", f"Size and {title}: {told}.", figure)
 
 
 def _reference_quality(report: DeployReport, title: str) -> float | None:
-    evaluations = [one.details.evaluation for one in report.variants if one.details.evaluation]
+    evaluations = [variant.details.evaluation for variant in report.variants if variant.details.evaluation]
     if title == "exact answers":
         return report.reference_exact_match
     if title != "score":
         return None
-    return next((one.reference_score.value for one in evaluations if one.reference_score), None)
+    return next((evaluation.reference_score.value for evaluation in evaluations if evaluation.reference_score), None)
 
 
 def _throughput(report: DeployReport) -> Plot | None:
     panels = {"prompt": "prompt_processing_throughput_tps", "new tokens": "token_generation_throughput_tps"}
-    measured = [one for one in report.variants if all(name in one.metrics for name in panels.values())]
+    measured = [variant for variant in report.variants if all(name in variant.metrics for name in panels.values())]
     if not measured:
         return None
     figure, both = _canvas(2, height=0.9 + 0.35 * len(measured))
     told = []
     for axes, (title, metric) in zip(both, panels.items(), strict=True):
-        for place, one in enumerate(measured):
-            value = one.metrics[metric]
-            axes.barh(place, value, color=_styles(report)[one.precision][0], height=0.65)
-            slowest, fastest = _range(one, metric)
+        for place, variant in enumerate(measured):
+            value = variant.metrics[metric]
+            axes.barh(place, value, color=_styles(report)[variant.precision][0], height=0.65)
+            slowest, fastest = _range(variant, metric)
             axes.hlines(place, slowest, fastest, color=_INK, linewidth=1.2)
             axes.annotate(decimal(value), (max(value, fastest), place), (3, 0), textcoords="offset points", va="center")
-            told.append(f"{one.precision} {title} {decimal(value)} tok/s")
-        axes.set_yticks(range(len(measured)), [one.precision for one in measured] if axes is both[0] else [])
+            told.append(f"{variant.precision} {title} {decimal(value)} tok/s")
+        axes.set_yticks(range(len(measured)), [variant.precision for variant in measured] if axes is both[0] else [])
         axes.invert_yaxis()
         axes.margins(x=0.3)
         axes.set_xlim(left=0)
@@ -178,7 +182,11 @@ def _range(variant: VariantReport, metric: str) -> tuple[float, float]:
 
 
 def _latency(report: DeployReport) -> Plot | None:
-    swept = [(one.precision, one.details.steadiness.lengths) for one in report.variants if one.details.steadiness]
+    swept = [
+        (variant.precision, variant.details.steadiness.lengths)
+        for variant in report.variants
+        if variant.details.steadiness
+    ]
     swept = [(precision, lengths) for precision, lengths in swept if len(lengths) > 1]
     if not swept:
         return None
@@ -192,10 +200,10 @@ def _latency(report: DeployReport) -> Plot | None:
             "linewidth": 1.5,
             "label": precision,
         }
-        axes.plot([one.prompt_tokens for one in lengths], [one.ttft_ms for one in lengths], **style)
-        invalid = [one for one in lengths if not one.valid]
+        axes.plot([length.prompt_tokens for length in lengths], [length.ttft_ms for length in lengths], **style)
+        invalid = [length for length in lengths if not length.valid]
         cross: dict[str, Any] = {"color": _INK, "markersize": 9, "markeredgewidth": 1.5, "linestyle": "none"}
-        axes.plot([one.prompt_tokens for one in invalid], [one.ttft_ms for one in invalid], "x", **cross)
+        axes.plot([length.prompt_tokens for length in invalid], [length.ttft_ms for length in invalid], "x", **cross)
     first, last = swept[0][1][0], swept[0][1][-1]
     proportional = first.ttft_ms * last.prompt_tokens / first.prompt_tokens
     axes.plot(
@@ -222,9 +230,9 @@ def _latency(report: DeployReport) -> Plot | None:
 
 def _memory(report: DeployReport) -> Plot | None:
     soaks = [
-        (one.precision, exercise.runtime, exercise.memory)
-        for one in report.variants
-        for exercise in one.details.exercises
+        (variant.precision, exercise.runtime, exercise.memory)
+        for variant in report.variants
+        for exercise in variant.details.exercises
         if exercise.memory and len(exercise.memory.rss_bytes) > 1
     ]
     if len({precision for precision, _, _ in soaks}) > MAX_SOAKED:
@@ -253,7 +261,7 @@ def draw_losses(losses: "Sequence[Loss]") -> Plot:
     figure, (axes,) = _canvas()
     told = []
     for index, (title, attribute) in enumerate((("training", "train_loss"), ("held out", "held_out_loss"))):
-        points = [(one.step, getattr(one, attribute)) for one in losses if getattr(one, attribute) is not None]
+        points = [(loss.step, getattr(loss, attribute)) for loss in losses if getattr(loss, attribute) is not None]
         if points:
             steps, values = zip(*points, strict=True)
             marker = MARKERS[index] if len(points) < 20 else None

@@ -37,7 +37,7 @@ def quality_blocks(report: DeployReport) -> Iterator[Block]:
         edge_input(report.variants, report.selected),
     ]
     found = [list(section) for section in sections]
-    if any(found) or any(one.gate for one in report.variants):
+    if any(found) or any(variant.gate for variant in report.variants):
         yield Heading("Quality")
         yield from _summary(report)
     for title, blocks in zip(QUALITY_LIST, found, strict=True):
@@ -49,21 +49,21 @@ def quality_blocks(report: DeployReport) -> Iterator[Block]:
 
 
 def _summary(report: DeployReport) -> Iterator[Block]:
-    scored = any(one.details.evaluation and one.details.evaluation.score for one in report.variants)
+    scored = any(variant.details.evaluation and variant.details.evaluation.score for variant in report.variants)
     if report.reference_exact_match is not None and not scored:
         share = percent(report.reference_exact_match)
         yield Paragraph(f"The reference, the checkpoint itself, answers {share} of the evaluation set exactly.")
-    judged = [one for one in report.variants if one.gate]
+    judged = [variant for variant in report.variants if variant.gate]
     for start in range(0, len(judged), SIDE_BY_SIDE):
         group = judged[start : start + SIDE_BY_SIDE]
         rows: list[Sequence[Text]] = []
         for title, names in {**QUALITY_LIST, **FURTHER}.items():
-            verdicts = [_verdict([check for check in checks_of(one) if check.name in names]) for one in group]
+            verdicts = [_verdict([check for check in checks_of(variant) if check.name in names]) for variant in group]
             if any(verdict != NOTHING for verdict in verdicts):
                 rows.append((title, *verdicts))
-        yield from table(("check", *(one.precision for one in group)), rows)
+        yield from table(("check", *(variant.precision for variant in group)), rows)
     folded: list[Block] = []
-    for one in judged:
+    for variant in judged:
         checks = [
             (
                 check.name.replace("_", " "),
@@ -71,9 +71,9 @@ def _summary(report: DeployReport) -> Iterator[Block]:
                 check_threshold(check),
                 _loud(check, check_verdict(check)),
             )
-            for check in checks_of(one)
+            for check in checks_of(variant)
         ]
-        folded += of_variant(one, table(("check", "found", "asked", "verdict"), checks))
+        folded += of_variant(variant, table(("check", "found", "asked", "verdict"), checks))
     if folded:
         yield Details("Every check with its threshold", folded)
 
@@ -81,7 +81,7 @@ def _summary(report: DeployReport) -> Iterator[Block]:
 def _verdict(checks: Sequence[GateCheck]) -> Text:
     """Return the gravest verdict of some checks."""
     verdicts = {check_verdict(check) for check in checks}
-    gravest = next((one for one in ("failed", "not decided", "passed") if one in verdicts), NOTHING)
+    gravest = next((verdict for verdict in ("failed", "not decided", "passed") if verdict in verdicts), NOTHING)
     return Strong(gravest) if gravest == "failed" else gravest
 
 

@@ -117,7 +117,7 @@ class DeployReport(BaseModel):
     def summary(self) -> str:
         """One sentence on how it ended."""
         by_status = {
-            status: [one.precision for one in self.variants if one.status == status]
+            status: [variant.precision for variant in self.variants if variant.status == status]
             for status in ("registered", "rejected", "failed")
         }
         parts = [f"{', '.join(names)} {status}" for status, names in by_status.items() if names]

@@ -10,18 +10,18 @@ from slmops.tasks.report.wording import INTERVALS, NOTHING, bytes_per_request, d
 
 
 def _exercises(variants: Variants) -> list[tuple[VariantReport, Exercise]]:
-    return [(one, exercise) for one in variants for exercise in one.details.exercises]
+    return [(variant, exercise) for variant in variants for exercise in variant.details.exercises]
 
 
 def memory(variants: Variants) -> Iterator[Block]:
     """Yield the growth of memory in long use."""
     rows: list[Sequence[Text]] = []
-    for one, exercise in _exercises(variants):
+    for variant, exercise in _exercises(variants):
         grown = exercise.memory
         found = "did not end" if grown is None else estimated(grown.bytes_per_request, bytes_per_request)
         requests = NOTHING if grown is None else f"{len(grown.rss_bytes):,}"
-        name = f"{one.precision}, {RUNTIMES[exercise.runtime]}"
-        rows.append((name, requests, found, threshold_of(one, f"memory_growth_{exercise.runtime}")))
+        name = f"{variant.precision}, {RUNTIMES[exercise.runtime]}"
+        rows.append((name, requests, found, threshold_of(variant, f"memory_growth_{exercise.runtime}")))
     if rows:
         yield Paragraph(f"Growth of the resident memory per request, behind the warm-up. {INTERVALS}")
     yield from table(("variant, runtime", "requests", "growth", "asked"), rows)
@@ -30,18 +30,20 @@ def memory(variants: Variants) -> Iterator[Block]:
 def steadiness(variants: Variants) -> Iterator[Block]:
     """Yield how speed changes with the prompt's length."""
     swept = [
-        (one, one.details.steadiness) for one in variants if one.details.steadiness and one.details.steadiness.lengths
+        (variant, variant.details.steadiness)
+        for variant in variants
+        if variant.details.steadiness and variant.details.steadiness.lengths
     ]
     rows: list[Sequence[Text]] = []
-    for one, sweep in swept:
+    for variant, sweep in swept:
         cliff = told(sweep.worst_cliff_ratio, factor)
         if sweep.worst_cliff_prompt_tokens is not None:
             cliff += f" at {sweep.worst_cliff_prompt_tokens:,}"
         valid = f"{sum(length.valid for length in sweep.lengths)} of {len(sweep.lengths)}"
         exponent = estimated(sweep.ttft_scaling_exponent, lambda value: f"{value:.2f}")
-        rows.append((Strong(one.precision), exponent, cliff, valid))
+        rows.append((Strong(variant.precision), exponent, cliff, valid))
     if rows:
-        limits = {threshold_of(one, "steadiness") for one, _ in swept} - {NOTHING}
+        limits = {threshold_of(variant, "steadiness") for variant, _ in swept} - {NOTHING}
         asked = f" ({', '.join(sorted(limits))} is asked)" if limits else ""
         yield Paragraph(
             "Exponent: time to the first token grows as the prompt's length to this power. Drop: the largest loss of "
@@ -49,7 +51,7 @@ def steadiness(variants: Variants) -> Iterator[Block]:
         )
     yield from table(("variant", "exponent", "drop", "valid"), rows)
     folded: list[Block] = []
-    for one, sweep in swept:
+    for variant, sweep in swept:
         figures = [
             (
                 f"{length.prompt_tokens:,}",
@@ -59,10 +61,10 @@ def steadiness(variants: Variants) -> Iterator[Block]:
             )
             for length in sweep.lengths
         ]
-        folded += of_variant(one, table(("prompt tokens", "TTFT, ms", "new tok/s", "valid"), figures))
+        folded += of_variant(variant, table(("prompt tokens", "TTFT, ms", "new tok/s", "valid"), figures))
     if folded:
         yield Details("Every prompt length", folded)
-    yield from notes_of([(one.precision, note) for one, sweep in swept for note in sweep.notes])
+    yield from notes_of([(variant.precision, note) for variant, sweep in swept for note in sweep.notes])
 
 
 def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
@@ -71,19 +73,19 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
     faults: list[Text] = []
     reaching: dict[str, list[str]] = {}
     folded: list[Block] = []
-    for one, exercise in _exercises(variants):
-        name = f"{one.precision}, {RUNTIMES[exercise.runtime]}"
+    for variant, exercise in _exercises(variants):
+        name = f"{variant.precision}, {RUNTIMES[exercise.runtime]}"
         outcomes = exercise.edge_inputs
         if not outcomes:
             continue
-        counts = [str(sum(one.outcome == outcome for one in outcomes)) for outcome in ("answered", "refused")]
+        counts = [str(sum(request.outcome == outcome for request in outcomes)) for outcome in ("answered", "refused")]
         bad = [outcome for outcome in outcomes if not outcome.handled]
         rows.append((name, *counts, Strong(str(len(bad))) if bad else "0"))
         faults += [joined([f"{name}: ", _outcome(outcome)], "") for outcome in bad]
         if any(outcome.control_tokens for outcome in outcomes):
-            reaching.setdefault(RUNTIMES[exercise.runtime], []).append(one.precision)
-        # The variants end alike as a rule: one of them tells.
-        if bad or one.precision == selected or selected is None:
+            reaching.setdefault(RUNTIMES[exercise.runtime], []).append(variant.precision)
+        # The variants end alike as a rule: variant of them tells.
+        if bad or variant.precision == selected or selected is None:
             folded.append(Paragraph((Strong(name), ":")))
             folded += bullets([_outcome(outcome) for outcome in outcomes])
     if rows:
@@ -96,8 +98,8 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
         )
     yield from notes_of(
         [
-            (f"{one.precision} in {RUNTIMES[exercise.runtime]}", note)
-            for one, exercise in _exercises(variants)
+            (f"{variant.precision} in {RUNTIMES[exercise.runtime]}", note)
+            for variant, exercise in _exercises(variants)
             for note in exercise.notes
         ]
     )

@@ -28,16 +28,16 @@ def _quality(report: DeployReport, width: int) -> str:
         return ""
     figure = _figure(width, QUALITY_ROWS)
     figure.title(f"{title}, %, over size, MB (up and left is better)")
-    sizes = [one.size_mb for one in points]
+    sizes = [point.size_mb for point in points]
     right_end = 1.15 * max(sizes)
-    for one in points:
-        if one.interval:
-            ends = (100 * one.interval.low, 100 * one.interval.high)
-            figure.draw(figure.segment((one.size_mb, one.size_mb), ends, "│"))
-    for one in points:
-        figure.draw(figure.text(one.size_mb, 100 * one.quality, "●", alignment="center"))
-        name = f"{one.precision}*" if one.precision == report.selected else one.precision
-        figure.draw(figure.text(one.size_mb + 3 * right_end / width, 100 * one.quality, name))
+    for point in points:
+        if point.interval:
+            ends = (100 * point.interval.low, 100 * point.interval.high)
+            figure.draw(figure.segment((point.size_mb, point.size_mb), ends, "│"))
+    for point in points:
+        figure.draw(figure.text(point.size_mb, 100 * point.quality, "●", alignment="center"))
+        name = f"{point.precision}*" if point.precision == report.selected else point.precision
+        figure.draw(figure.text(point.size_mb + 3 * right_end / width, 100 * point.quality, name))
     figure.ruler("x").lim(0, right_end)
     drawn = _text(figure)
     return f"{drawn}\n* chosen" if report.selected else drawn
@@ -45,7 +45,9 @@ def _quality(report: DeployReport, width: int) -> str:
 
 def _throughput(report: DeployReport, width: int) -> str:
     metric = "token_generation_throughput_tps"
-    measured = [(one.precision, one.metrics[metric]) for one in report.variants if metric in one.metrics]
+    measured = [
+        (variant.precision, variant.metrics[metric]) for variant in report.variants if metric in variant.metrics
+    ]
     if len(measured) < 2:
         return ""
     # Rows are bottom up, and each bar has one.

@@ -8,6 +8,8 @@ from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.infra.storage.inputs import fetch_input, is_input_address, read_input
 from slmops.infra.storage.opening import open_registry
+from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import workshop
 
 FILE_PARAMETERS = ("evaluation_file", "output_schema_file", "text_file", "chat_template_file", "olive_config_file")
 
@@ -19,6 +21,12 @@ def with_local_files(parameters: dict[str, Any], settings: Settings) -> dict[str
     """
     named = {name: parameters[name] for name in FILE_PARAMETERS if parameters.get(name)}
     return {**parameters, **{name: local_file(text, settings) for name, text in named.items()}}
+
+
+@stage("fetch inputs", run_name="fetch-inputs")
+def fetch_inputs(parameters: dict[str, Any]) -> dict[str, Any]:
+    """See `with_local_files`."""
+    return with_local_files(parameters, workshop().settings)
 
 
 def local_file(text: str, settings: Settings) -> str:

@@ -144,7 +144,7 @@ def _cancelled_with_the_caller(client: SyncPrefectClient) -> Iterator[dict[str, 
 
 
 class _Watch:
-    """Reads the runs, through a restart of the server too, and tells when nobody is there to take them."""
+    """Reads the runs, also across a restart of the server, and tells when the pool has no worker to take them."""
 
     def __init__(self, pool: str, settings: Settings) -> None:
         self._pool = pool

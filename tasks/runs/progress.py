@@ -1,4 +1,4 @@
-"""How far a stage is: told to whoever listens in this process, and to Prefect as a progress artifact."""
+"""Progress of stages: reported to listeners in this process, and to Prefect as an artifact."""
 
 import time
 from collections.abc import Callable, Iterator

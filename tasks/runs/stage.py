@@ -45,9 +45,9 @@ def stage(
 def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
     """Let a flow's function that a `SlmopsError` leaves end in a failed state whose message is that error's sentence.
 
-    A flow that an exception leaves has a traceback in its log, which tells nothing of input that cannot be used. The
-    state's data is the error: whoever calls the flow for its result has it raised. So has Prefect's engine on a worker,
-    which would log it as unexpected.
+    Prefect logs a traceback for an exception that leaves a flow, which does not help where the input is at fault. The
+    state's data is the error, so that a caller who asks for the flow's result has it raised. Prefect's engine on a
+    worker asks too, and would log it as unexpected.
     """
 
     @functools.wraps(flow_function)

@@ -5,6 +5,7 @@ from typing import Literal
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
+from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.tasks.exams.answers import AnswersExam
@@ -19,8 +20,6 @@ from slmops.tasks.report.publish import image_data
 from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.fine_tune import FineTuning
-
-RETRAIN = "retrain"
 
 RetrainStatus = Literal["promoted", "kept", "rejected", "failed", "skipped"]
 
@@ -69,6 +68,9 @@ class RetrainReport(_Record):
     challenge: Challenge | None = None
 
 
+RETRAIN = Kind("retrain", RetrainReport)
+
+
 def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport | None:
     """Return the report of the newest retrain of a name, if it asked the same question and its candidate was compared.
 
@@ -76,11 +78,11 @@ def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport 
     """
     if name not in registry.names():
         return None
-    for manifest in sorted(registry.versions(name), key=lambda one: one.version, reverse=True):
-        own = [one for _, one in registry.of(manifest).envelopes(RETRAIN) if one.copied_from is None]
-        if own:
-            record = own[-1].content
-            report = RetrainReport.model_validate({field: record[field] for field in RetrainReport.model_fields})
+    for manifest in reversed(registry.versions(name)):
+        version = registry.of(manifest)
+        own = [one for _, one in version.envelopes(RETRAIN.name) if one.copied_from is None]
+        report = version.latest(RETRAIN) if own else None
+        if report is not None:
             same = report.fine_tuning is not None and report.fine_tuning.key == key
             return report if same and report.status in ("promoted", "kept") else None
     return None
@@ -120,7 +122,7 @@ def champion_of(name: str, registry: ModelRegistry) -> Manifest | None:
 def publish_retrain(report: RetrainReport, registry: ModelRegistry) -> RetrainReport:
     """Keep the report as evidence of its version, and post it as a Markdown artifact with the losses' plot."""
     if report.version is not None:
-        registry.add_evidence(registry.version(report.name, report.version), RETRAIN, report.model_dump(mode="json"))
+        registry.of(registry.version(report.name, report.version)).record(RETRAIN, report)
     plot = draw_losses(report.fine_tuning.losses) if report.fine_tuning else None
     markdown = retrain_markdown(report, plot)
     create_markdown_artifact(markdown=markdown, key=f"slmops-retrain-{report.name}", description=report.summary)

@@ -140,11 +140,10 @@ NumberedRow = tuple[int, TrainingRow]
 
 
 def split(rows: Sequence[TrainingRow], held_out_share: float) -> tuple[list[NumberedRow], list[NumberedRow]]:
-    """Return the rows to train on, and those that tell when to stop: every so-manieth, or the last one of a few.
+    """Return the rows to train on, and the held-out rows, whose loss decides when training stops.
 
-    Each comes with its number in the dataset, from 1 on.
-
-    What is held out and trained on as well would tell nothing: such rows are only trained on.
+    Rows are held out at equal distances; of a few rows, the last one. Each row comes with its number in the dataset,
+    from 1 on. A row that also occurs among the rows to train on is not held out: its loss would say nothing.
     """
     every = min(len(rows), round(1 / held_out_share))
     train = [(number, row) for number, row in enumerate(rows, 1) if number % every]

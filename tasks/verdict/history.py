@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.genai.calls import Hardware, RequestFigures
 from slmops.infra.storage.version import Variant, Version
-from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
+from slmops.tasks.exams.answers import EVALUATION, EvaluatedRow, Evaluation
 from slmops.tasks.exams.estimates import Estimate, paired_loss, ratio_of_medians, weighted_mean
 from slmops.tasks.exams.measurement import Measurement, MetricName, measurements_of
 
@@ -302,16 +302,9 @@ def history_of(version: Version, threads: int) -> History | None:
 
 def _figures(variant: Variant, *, threads: int | None = None, rows_sha256: str | None = None) -> Figures:
     """Return what is on record of a variant: with `rows_sha256` the evaluation on these rows if there is one."""
-    registry, manifest = variant.version.registry, variant.version.manifest
-    records = sorted(registry.evidence(manifest, "evaluation"), key=lambda record: str(record["recorded_at"]))
-    evaluations = [
-        Evaluation.model_validate(record["evaluation"])
-        for record in records
-        if record["precision"] == variant.precision
-    ]
-    fitting = [one for one in evaluations if one.rows_sha256 == rows_sha256]
-    measurements = measurements_of(variant)
+    evaluations = variant.version.all(EVALUATION, where=lambda content: content.get("precision") == variant.precision)
+    fitting = [evaluation for evaluation in evaluations if evaluation.rows_sha256 == rows_sha256]
     return Figures(
-        measurements=tuple(one for one in measurements if threads in (None, one.threads)),
+        measurements=tuple(one for one in measurements_of(variant) if threads in (None, one.threads)),
         evaluation=next(reversed(fitting or evaluations), None),
     )

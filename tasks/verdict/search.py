@@ -32,7 +32,7 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Judged, choose_variant
 from slmops.tasks.verdict.gate import GateVerdict, judge, thresholds_for
 from slmops.tasks.verdict.pareto import Candidate, pareto_front
-from slmops.tasks.workshop import Workshop, workshop
+from slmops.tasks.workshop import Workshop, working_with, workshop
 
 
 class _Record(BaseModel):
@@ -81,6 +81,7 @@ class SearchOutcome(_Record):
 
 
 SEARCH = Kind("search", SearchOutcome)
+Content = Kind[dict[str, Any]]  # a kind whose records are handed on as they are
 
 
 class TrialRegistry(ModelRegistry):
@@ -160,14 +161,9 @@ def search_recipes(
     settings, trials = shop.settings, open_trials(shop)
     exams = MeasurementExam(), AnswersExam(evaluation)
     found = [_Tried(recipe, exams) for recipe in plan_search(request)]
-    for tried in found:
-        try:
-            tried.built = build_variant(tried.recipe, prepared, request, trials, settings, shop.torch)
-        except StageFailed as error:
-            tried.error = str(error)
-        else:
-            manifest = trial_manifest(tried.recipe.name, tried.built.variant, prepared)
-            (tried.variant,) = trials.of(manifest).variants
+    with working_with(trials):
+        for tried in found:
+            tried.build(prepared, request)
     answers = AnswersExam(evaluation)
     if answers.needs_source([tried.variant for tried in found if tried.variant], settings):
         run_source_once(answers, prepared)
@@ -192,6 +188,16 @@ class _Tried:
         self.measured: Measurement | None = None
         self.evaluated: Evaluation | None = None
         self.error: str | None = None
+
+    def build(self, prepared: PreparedCheckpoint, request: DeployRequest) -> None:
+        """Build it into the registry that is worked with."""
+        try:
+            self.built = build_variant(self.recipe, prepared, request)
+        except StageFailed as error:
+            self.error = str(error)
+            return
+        manifest = trial_manifest(self.recipe.name, self.built.variant, prepared)
+        (self.variant,) = workshop().registry.of(manifest).variants
 
     def take_exams(self) -> None:
         """Measure and evaluate what could be built."""
@@ -218,7 +224,7 @@ class _Tried:
                 "candidate": candidate_of(self.recipe.name, self.measured, self.evaluated),
                 "score": _score_of(self.evaluated),
                 "passed_gate": _judge(self.evaluated, self.recipe.precision, request, settings).passed,
-                "records": {exam.kind: exam.key(variant, settings) for exam in self.exams},
+                "records": {exam.kind.name: exam.key(variant, settings) for exam in self.exams},
             }
         )
 
@@ -332,8 +338,8 @@ def record_trials(version: Version, outcome: SearchOutcome) -> None:
     for trial in outcome.trials:
         if trial.chosen:
             for kind, key, content in _recorded(trial, version.manifest, trials):
-                if version.latest(Kind(kind, dict), key) is None:
-                    version.record_content(kind, content, key)
+                if version.latest(kind, key) is None:
+                    version.record(kind, content, key)
     version.record(SEARCH, outcome, digest_of(SEARCH.to_content(outcome))[:16])
 
 
@@ -342,12 +348,13 @@ def last_search(version: Version) -> SearchOutcome | None:
     return version.latest(SEARCH)
 
 
-def _recorded(trial: Trial, manifest: Manifest, trials: TrialRegistry) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _recorded(trial: Trial, manifest: Manifest, trials: TrialRegistry) -> Iterator[tuple[Content, str, dict[str, Any]]]:
     variant = manifest.variant(trial.precision)
     source = manifest.source.model_copy(update={"origin": ""})
     of_trial = _manifest_of(variant.model_copy(update={"precision": trial.recipe}), source)
-    for kind, key in trial.records.items():
-        content: dict[str, Any] | None = trials.of(of_trial).latest(Kind(kind, dict), key)
+    for name, key in trial.records.items():
+        kind = Content(name, dict)
+        content = trials.of(of_trial).latest(kind, key)
         if content is not None:
             if "precision" in content:
                 content["precision"] = trial.precision

@@ -83,9 +83,8 @@ def change_champion(change: Change, settings: Settings) -> Promotion:
         present = look_at_present(change, settings)
         if present.is_in_step_with(change):
             return outcome(change, "unchanged")
-        recorded = None if change.is_proven else recall_proof(change, settings)
         with change.version.in_use(), all_or_nothing(change) as undo:
-            proof = prove_again(change, recorded, undo, settings) if recorded else None
+            proof = None if change.is_proven else prove_again(change, undo, settings)
             undo.add("Foundry Local", partial(set_champion_ids, change.name, present.registered, settings))
             register_champion(change.variant, settings)
             for server, version in present.servers:
@@ -106,9 +105,18 @@ class RecordedProof:
     card: str
 
 
-def prove_again(change: Change, recorded: RecordedProof, undo: Undo, settings: Settings) -> Proof:
-    """Register a variant where it is not, compare its files with the manifest, and let it answer as it did before."""
+def prove_again(change: Change, undo: Undo, settings: Settings) -> Proof:
+    """Register a variant where it is not, compare its files with the manifest, and let it answer as it did before.
+
+    Raises `BadInput` where no proof is on record, and `StageFailed` where it does not answer so.
+    """
     variant = change.variant
+    recorded = recall_proof(change, settings)
+    if recorded is None:
+        raise BadInput(
+            f"{change.version.reference} {variant.precision} has no proof on record that can be repeated.",
+            f"Prove it with slmops regate {change.version.reference}.",
+        )
     registration = register_variant(variant, recorded.description, recorded.card, settings)
     if registration.changed:
         undo.add(registration.model_id, partial(unregister_variant, variant, settings))
@@ -172,18 +180,13 @@ def look_at_present(change: Change, settings: Settings) -> Present:
 
 
 @stage("recall proof", run_name="recall-proof-{change.name}")
-def recall_proof(change: Change, settings: Settings) -> RecordedProof:
-    """Return what is on record of a variant; raises `BadInput` where there is no proof that can be repeated."""
+def recall_proof(change: Change, settings: Settings) -> RecordedProof | None:
+    """Return what is on record of a variant; None where there is no proof that can be repeated."""
     version = change.version
-    evaluation = last_evaluation_set(version.manifest, version.registry)
+    evaluation = last_evaluation_set(version)
     row = evaluation.rows[0] if evaluation else None
     proof = last_proof(change.variant, row) if row else None
-    if row is None or proof is None:
-        raise BadInput(
-            f"{version.reference} {change.variant.precision} has no proof on record that can be repeated.",
-            f"Prove it with slmops regate {version.reference}.",
-        )
-    return RecordedProof(row, proof, *_card_of(change, settings))
+    return RecordedProof(row, proof, *_card_of(change, settings)) if row and proof else None
 
 
 def _card_of(change: Change, settings: Settings) -> tuple[str, str]:

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 
 from slmops.infra.cyclonedx.sbom import installed_packages, version_sbom
-from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.evidence import BUILD, SBOM, SELECTION, Build, Selection
-from slmops.infra.storage.manifest import Manifest, Source, now
-from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.manifest import Source, now
 from slmops.infra.storage.signatures import is_signed, sign_version
 from slmops.infra.storage.version import Version
 from slmops.tasks.build.build import BuiltVariant
@@ -15,15 +13,14 @@ from slmops.tasks.environment.host import builder_versions, host_facts
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Choice
+from slmops.tasks.workshop import workshop
 
 # What a build runs on; the bill of materials lists what these require too.
 BUILD_STACK = ("slmops", "onnxruntime-genai", "olive-ai", "onnxruntime", "torch", "transformers")
 
 
 @stage("store version", run_name="store-{request.name}")
-def commit_version(
-    request: DeployRequest, prepared: PreparedCheckpoint, built: Sequence[BuiltVariant], registry: ModelRegistry
-) -> Manifest:
+def commit_version(request: DeployRequest, prepared: PreparedCheckpoint, built: Sequence[BuiltVariant]) -> Version:
     """Make a version of built variants; the same content is the same version."""
     source = Source(
         digest=prepared.digest,
@@ -32,26 +29,29 @@ def commit_version(
         parameters=prepared.inspection.parameters,
         training_run=request.training_run,
     )
+    registry = workshop().registry
     manifest, is_new = registry.commit(request.name, source, builder_versions(), [one.variant for one in built])
     version = registry.of(manifest)
     for one in built if is_new else ():
         took = one.model_dump(exclude={"variant", "host"})
         version.record(BUILD, Build(precision=one.variant.precision, host=one.host or host_facts(), **took))
-    return manifest
+    return version
 
 
 @stage("record provenance", run_name="provenance-{version.name}")
-def record_provenance(version: Version, store: StoreSettings) -> None:
+def record_provenance(version: Version) -> None:
     """Record the bill of materials of a version that has none, and sign it where a key is set and it is not signed.
 
     Raises `BadInput` for a key that cannot be used.
     """
+    store = workshop().settings.store
     if version.latest(SBOM) is None:
         version.record(SBOM, version_sbom(version.manifest, installed_packages(BUILD_STACK), now()))
     if store.signing_key and not is_signed(version):
         sign_version(version, store)
 
 
+@stage("record choice", run_name="choice-{version.name}")
 def record_choice(version: Version, choice: Choice, budget: Sequence[str]) -> None:
     """Record a version's selected variant and why it is, unless that is what this store recorded last."""
     selection = Selection(**dict(choice), budget=tuple(budget))

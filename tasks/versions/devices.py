@@ -99,7 +99,7 @@ def _answered(
     there: Settings,
     on_progress: OnProgress,
 ) -> str:
-    evaluation = last_evaluation_set(manifest, registry)
+    evaluation = last_evaluation_set(registry.of(manifest))
     proof = last_proof(registry.of(manifest).variant(precision), evaluation.rows[0]) if evaluation else None
     messages = FALLBACK_MESSAGES
     if evaluation and proof:

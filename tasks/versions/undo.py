@@ -64,7 +64,7 @@ def _refusal(change: Change, error: SlmopsError, left: Sequence[str]) -> tuple[s
 
 
 def restore_alias(change: Change) -> None:
-    """Let the former champion be it again, where this change had made another one."""
+    """Make the former version the champion again, if this change had replaced it."""
     name, version, registry = change.name, change.version.number, change.version.registry
     if change.former != version and registry.alias(name, CHAMPION) == version:
         reason = f"the promotion of {change.version.reference} did not end"

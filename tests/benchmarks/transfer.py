@@ -54,6 +54,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.s3.store import S3ObjectStore
 from tests.s3_proxy import FaultProxy
 from tests.s3_servers import S3Server, rclone_binary, rclone_server
+from tests.versions import add_evidence
 
 CONTENDERS = ("slmops", "rclone", "boto3")
 PEERS = CONTENDERS[1:]
@@ -275,7 +276,7 @@ def _commit(registry: ModelRegistry, folder: Path) -> Manifest:
     manifest, _ = registry.commit("home", source, {"random": "1"}, variants)
     registry.release_files()
     deployed = {"variants": [{"precision": precision, "status": "registered"} for precision in LARGE_BYTES]}
-    registry.add_evidence(manifest, "deploy", deployed)
+    add_evidence(registry, manifest, "deploy", deployed)
     return manifest
 
 

@@ -23,6 +23,7 @@ from tests.e2e.test_deploy import INT4
 from tests.e2e.test_store import other_content
 from tests.model_server import ModelServer
 from tests.served_models import serving
+from tests.versions import add_evidence, latest_evidence
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("promotion")]
 
@@ -148,16 +149,16 @@ def test_a_version_that_answers_otherwise_than_proven_leaves_the_old_one_serving
 ) -> None:
     registry = registry_of(slmops)
     second = registry.version("home", 2)
-    proof = registry.latest_evidence(second, "proof-int4")
+    proof = latest_evidence(registry, second, "proof-int4")
     assert proof is not None
     proof.pop("recorded_at")
     before = slmops.json("history", "home")
-    registry.add_evidence(second, "proof-int4", {**proof, "answer": "something else"})
+    add_evidence(registry, second, "proof-int4", {**proof, "answer": "something else"})
     try:
         error = slmops.run("promote", "home@2", status=1).stderr
         document = slmops.json("promote", "home@2", status=1)
     finally:
-        registry.add_evidence(second, "proof-int4", proof)
+        add_evidence(registry, second, "proof-int4", proof)
     assert "home@2 was not promoted: Through Foundry Local home-int4-generic-cpu:2 answers" in error
     assert "it answered 'something else'. home@1 still is the champion." in error
     assert "home@1 still is the champion." in document["error"]["message"]

@@ -17,6 +17,7 @@ from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA, Measurement, meas
 from slmops.tasks.report.benchmark import REGRESSION_EVENT
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
+from tests.versions import add_evidence, evidence
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,7 @@ def put(registry, manifest, measurement):
         "variant": manifest.variants[0].digest,
         "measurement": measurement.model_dump(mode="json"),
     }
-    registry.add_evidence(manifest, "measurement", record)
+    add_evidence(registry, manifest, "measurement", record)
 
 
 def run(reference: str) -> State[Any]:
@@ -138,7 +139,7 @@ def test_a_version_is_measured_anew_each_time(api, commit, registry, model_dir):
     second = run("anew@1").result()
     assert second.variants[0].earlier == 1
     assert {change.metric for change in second.variants[0].changes} == {*SPEED, "peak_rss_bytes", "size_bytes"}
-    records = list(registry.evidence(manifest, "measurement"))
+    records = list(evidence(registry, manifest, "measurement"))
     assert len({record["measurement"]["metrics"]["ttft_ms"] for record in records}) == len(records) >= 2
     contract = second.to_contract()
     assert contract["reference"] == "anew@1"
@@ -156,7 +157,7 @@ def test_a_slowdown_is_a_completed_run_with_an_event(api, commit, registry, mode
     assert report.regressed
     assert {change.metric for change in report.worse} == {*SPEED, "peak_rss_bytes"}
     # It was measured twice before it was believed.
-    assert len(list(registry.evidence(manifest, "measurement"))) == 3
+    assert len(list(evidence(registry, manifest, "measurement"))) == 3
 
     deadline = time.monotonic() + 60
     while not (events := events_of(api, "slower")):
@@ -180,7 +181,7 @@ def test_a_speedup_is_no_regression(api, commit, registry, model_dir, measured):
     assert not report.regressed
     assert report.summary == "faster@1 no regression."
     assert {change.metric for change in report.variants[0].changes if change.trend == "better"} >= set(SPEED)
-    assert len(list(registry.evidence(manifest, "measurement"))) == 2
+    assert len(list(evidence(registry, manifest, "measurement"))) == 2
     assert events_of(api, "faster") == []
 
 
@@ -193,7 +194,7 @@ def test_a_variant_that_no_longer_runs_fails_the_run_and_the_others_go_on(api, c
     assert state.is_failed()
     with pytest.raises(StageFailed, match=r"partly@1 could not be measured. int8: .*genai_config.json is not valid"):
         state.result()
-    assert len(list(registry.evidence(manifest, "measurement"))) == 1
+    assert len(list(evidence(registry, manifest, "measurement"))) == 1
     assert "Not measured" in artifact_of(api, "partly")
 
 
@@ -216,4 +217,4 @@ def test_a_bad_question_to_lm_eval_is_refused_before_anything_is_measured(
     manifest = commit("home", model_dir)
     with pytest.raises(BadInput, match=fault):
         benchmark("home", **asked)
-    assert not list(registry.evidence(manifest, "measurement"))
+    assert not list(evidence(registry, manifest, "measurement"))

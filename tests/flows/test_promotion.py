@@ -22,13 +22,14 @@ from slmops.infra.storage.garbage import delete_version
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.infra.storage.version import Variant
 from slmops.tasks.foundry import registration
 from slmops.tasks.versions.champion import ChampionChanged, Standing, change_champion, set_champion, settle_champion
 from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rollback
 from slmops.tasks.versions.promotion import Promotion, promotion_markdown
 from slmops.tasks.versions.undo import all_or_nothing, hand_back, restore_alias
 from tests.model_server import ModelServer
-from tests.versions import FILES, store_version
+from tests.versions import FILES, add_evidence, store_version
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def api(server: str) -> Iterator[None]:
 
 def passed(registry: ModelRegistry, folder: Path, number: int) -> Manifest:
     manifest = store_version(registry, folder / str(number), {**FILES, "model.onnx": b"graph %d" % number})
-    registry.add_evidence(manifest, "selection", {"selected": "int4", "reason": "", "budget": []})
+    add_evidence(registry, manifest, "selection", {"selected": "int4", "reason": "", "budget": []})
     return manifest
 
 
@@ -88,8 +89,8 @@ class TestPlans:
     def test_a_version_without_a_selected_variant_that_passed_is_refused(
         self, registry: ModelRegistry, versions: list[Manifest], selected: str | None, status: str
     ) -> None:
-        registry.add_evidence(versions[1], "selection", {"selected": selected})
-        registry.add_evidence(versions[1], "deploy", {"variants": [{"precision": "int4", "status": status}]})
+        add_evidence(registry, versions[1], "selection", {"selected": selected})
+        add_evidence(registry, versions[1], "deploy", {"variants": [{"precision": "int4", "status": status}]})
         with pytest.raises(BadInput, match=rf"home@2 has no variant that passed and was selected \(int4 {status}\)"):
             plan_promotion("home@2", "", registry)
 
@@ -316,9 +317,9 @@ class TestDeploys:
     ) -> None:
         first, second = (passed(registry, tmp_path, number) for number in (1, 2))
 
-        def overtaken_once(manifest: Manifest, *_: Any, **__: Any) -> Change:
+        def overtaken_once(variant: Variant, **_: Any) -> Change:
             registry.set_alias("home", CHAMPION, first.version, FIRST)  # another machine's, since this was planned
-            return Change(registry.of(manifest).variant("int4"), None, FIRST, is_proven=True)
+            return Change(variant, None, FIRST, is_proven=True)
 
         monkeypatch.setattr("slmops.tasks.versions.champion.plan_deployed", overtaken_once)
         assert self.settle(second, registry, settings) == Standing()
@@ -354,10 +355,10 @@ class TestFlows:
         self, api: None, settings: Settings, registry: ModelRegistry, versions: list[Manifest]
     ) -> None:
         rows = [{"id": 1, "messages": [{"role": "user", "content": "hello"}]}]
-        registry.add_evidence(versions[1], "evaluation", {"rows": rows, "origin": "a test"})
+        add_evidence(registry, versions[1], "evaluation", {"rows": rows, "origin": "a test"})
         proof = {"model_id": "home-int4-generic-cpu:2", "question": "hello", "answer": "hi", "load_ms": 1.0}
         counts = {"e2e_latency_ms": 1.0, "prompt_tokens": 1, "completion_tokens": 1}
-        registry.add_evidence(versions[1], "proof-int4", {**proof, **counts})
+        add_evidence(registry, versions[1], "proof-int4", {**proof, **counts})
         before = registry.champion_history("home")
         with ModelServer({"home": 1}).running(settings.home_dir) as model_server:
             state: State[Any] = promote("home@2", "better", return_state=True)

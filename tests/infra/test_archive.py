@@ -30,6 +30,7 @@ from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 from slmops.infra.storage.origin import unmarked
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.verification import verify_version
+from tests.versions import add_evidence, latest_evidence
 
 SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="Qwen2ForCausalLM", parameters=494_000_000)
 INT4 = {"model.onnx": b"graph", "model.onnx.data": bytes(range(256)) * 40, "sub/tokenizer.json": b"{}", "empty": b""}
@@ -80,10 +81,10 @@ def make_version(
     manifest, _ = registry.commit("home", SOURCE, {"olive-ai": "0.13.0"}, stored)
     registry.release_files()
     if evidence:
-        registry.add_evidence(manifest, "measurement", {"ttft_ms": 7.3}, LONG_KEY)
-        registry.add_evidence(manifest, "deploy", {"variants": [{"precision": "int4", "status": "registered"}]})
-        registry.put_report(manifest, "report.md", "# home@1 äöü\n")
-        registry.put_report(manifest, "report.html", "<h1>home@1</h1>\n")
+        add_evidence(registry, manifest, "measurement", {"ttft_ms": 7.3}, LONG_KEY)
+        add_evidence(registry, manifest, "deploy", {"variants": [{"precision": "int4", "status": "registered"}]})
+        registry.of(manifest).put_report("report.md", "# home@1 äöü\n")
+        registry.of(manifest).put_report("report.html", "<h1>home@1</h1>\n")
     return manifest
 
 
@@ -173,8 +174,8 @@ class TestRoundTrip:
             assert files_below(exported.folder / precision) == files
         assert verify_version(exported.target.of(copied.version.manifest)).ok
         assert exported.target.alias("home", CHAMPION) is None
-        assert exported.target.latest_evidence(copied.version.manifest, "measurement", LONG_KEY) is None
-        assert exported.target.latest_evidence(copied.version.manifest, "measurement") is not None
+        assert latest_evidence(exported.target, copied.version.manifest, "measurement", LONG_KEY) is None
+        assert latest_evidence(exported.target, copied.version.manifest, "measurement") is not None
         assert list(exported.staging.iterdir()) == []
 
     def test_the_second_import_changes_nothing(self, exported: Exported) -> None:

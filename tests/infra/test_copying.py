@@ -12,7 +12,7 @@ from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import repair_version, verify_version
 from tests.stores import StoreCase
-from tests.versions import FILES, content_of, store_version
+from tests.versions import FILES, add_evidence, content_of, latest_evidence, store_version
 
 OTHER = {**FILES, "model.onnx": b"another graph"}
 
@@ -54,10 +54,10 @@ def test_a_version_goes_there_and_back(
     pulled = copy_version(fresh.find("home"), there)
     assert (pulled.version.manifest, pulled.is_new, pulled.moved_bytes) == (manifest, True, size)
     assert content_of(there, manifest, tmp_path / "out") == FILES
-    assert there.stored_manifest(manifest) == here.stored_manifest(manifest)
+    assert there.of(manifest).stored_manifest() == here.of(manifest).stored_manifest()
     for registry in (team, there):
         assert registry.of(manifest).says_origin  # what came along is its origin's word
-        assert registry.latest_evidence(manifest, "deploy") == here.latest_evidence(manifest, "deploy")
+        assert latest_evidence(registry, manifest, "deploy") == latest_evidence(here, manifest, "deploy")
         assert registry.objects.read_bytes("models/home/1/evidence/report.md") == b"# home@1"
         assert registry.aliases("home") == {}
         assert verify_version(registry.of(manifest)).ok
@@ -79,7 +79,7 @@ def test_evidence_that_is_forged_is_not_taken_for_the_stores_own(
     }
     there = another_machine(tmp_path)
     copy_version(here.of(manifest), there)
-    there.add_evidence(manifest, "deploy", {"variants": [], "description": "own"})
+    add_evidence(there, manifest, "deploy", {"variants": [], "description": "own"})
     here.objects.put_bytes(f"models/home/1/evidence/{file}", json.dumps(forged).encode())
     copy_version(here.of(manifest), there)
     assert there.objects.read_bytes(f"models/home/1/evidence/{file}")
@@ -98,9 +98,9 @@ def test_what_is_there_is_not_moved_again(here: ModelRegistry, team: ModelRegist
     moved = copy_version(here.of(second), team)
     assert (moved.version.manifest.version, moved.moved_bytes) == (2, len(b"another graph"))
     assert moved.skipped_bytes == sum(map(len, FILES.values())) - len(b"graph")
-    here.add_evidence(second, "note", {"text": "later"})
+    add_evidence(here, second, "note", {"text": "later"})
     copy_version(here.of(second), team)
-    assert team.notes(second)[0][1] == "later"
+    assert [note.value.text for note in team.of(second).notes] == ["later"]
 
 
 def test_a_number_that_is_taken_is_another_versions(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
@@ -113,11 +113,11 @@ def test_a_number_that_is_taken_is_another_versions(here: ModelRegistry, team: M
     assert len(list(team.objects.entries("blobs/sha256"))) == len(FILES)  # refused before anything moved
     stored = copy_version(here.of(mine), team, renumber=True).version.manifest
     assert (stored.reference, stored.identity) == ("home@2", mine.identity)
-    record = team.latest_evidence(stored, "deploy")
+    record = latest_evidence(team, stored, "deploy")
     assert record
     assert record["variants"][0]["status"] == "registered"
     # What names or covers the old number stays behind.
-    names = [entry.key.rpartition("/")[2] for entry in team.evidence_entries(stored)]
+    names = [entry.key.rpartition("/")[2] for entry in team.of(stored).evidence_entries()]
     assert all(name.startswith("deploy-") for name in names), names
     again = copy_version(here.of(mine), team, renumber=True)
     assert (again.version.manifest.reference, again.is_new) == ("home@2", False)
@@ -179,7 +179,7 @@ def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tm
     for path in ("model.onnx", "model.onnx.data"):
         put(path, FILES[path])
     team.objects.delete(["models/home/1/evidence/verdict-1.json"])
-    data = team.stored_manifest(manifest)
+    data = team.of(manifest).stored_manifest()
     team.objects.put_bytes("models/home/1/manifest.json", data.replace(b"/checkpoints/home", b"/checkpoints/away"))
     found = verify_version(team.of(team.version("home", 1)))
     assert [one.what for one in found.damage] == ["manifest.json"]

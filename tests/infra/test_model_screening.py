@@ -107,11 +107,15 @@ CONFIGS = {
     "a compiled context": (in_session("ep.context_file_path", "../x"), "ep.context_file_path"),
     "a provider with a library": (
         in_session("provider_options", [{"QNN": {"backend_path": "libQnnHtp.so"}}]),
-        "provider_options.0.qnn",
+        "QNN backend_path",
     ),
     "a provider's own option": (
         in_session("provider_options", [{"CUDA": {"tunable_op_max_tuning_duration_ms": "9"}}]),
-        "cuda.tunable_op",
+        "CUDA tunable_op",
+    ),
+    "one beside an allowed one": (
+        in_session("provider_options", [{"CUDA": {"user_compute_stream": "1"}, "cuda": {}}]),
+        "CUDA user_compute_stream",
     ),
     "run options": (changed("model", "decoder", "run_options", to={"terminate": "x"}), "run_options"),
     "a pipeline": (changed("model", "decoder", "pipeline", to=[{"a": {"filename": "a.onnx"}}]), "decoder.pipeline"),

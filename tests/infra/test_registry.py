@@ -32,6 +32,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from tests.errors import coded
 from tests.stores import StoreCase
+from tests.versions import add_evidence, evidence, latest_evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="Qwen2ForCausalLM", parameters=494_000_000)
@@ -289,8 +290,8 @@ class TestFilesOfTheStore:
     def test_only_stores_that_can_be_opened_are(self, tmp_path: Path) -> None:
         registry = open_registry(Settings(home=tmp_path / "a home"))
         manifest, _ = commit(registry, tmp_path)
-        assert registry.uri(manifest) == (tmp_path / "a home/store/models/home/1/manifest.json").as_uri()
-        assert registry.uri(manifest, "int4").endswith("/models/home/1/manifest.json#int4")
+        assert registry.of(manifest).uri == (tmp_path / "a home/store/models/home/1/manifest.json").as_uri()
+        assert registry.of(manifest).variant("int4").uri.endswith("/models/home/1/manifest.json#int4")
         for uri in (
             "ftp://server/x",
             "store",
@@ -435,45 +436,45 @@ class TestEvidence:
     def test_it_is_appended_and_the_latest_is_found(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, _ = commit(registry, tmp_path)
         for number in range(20):
-            registry.add_evidence(manifest, "verdict", {"number": number})
-        assert [one["number"] for one in registry.evidence(manifest, "verdict")] == list(range(20))
-        latest = registry.latest_evidence(manifest, "verdict")
+            add_evidence(registry, manifest, "verdict", {"number": number})
+        assert [one["number"] for one in evidence(registry, manifest, "verdict")] == list(range(20))
+        latest = latest_evidence(registry, manifest, "verdict")
         assert latest
         assert latest["number"] == 19
-        assert registry.latest_evidence(manifest, "proof") is None
+        assert latest_evidence(registry, manifest, "proof") is None
         assert registry.version("home", 1) == manifest
 
     def test_a_key_is_answered_once_and_exactly(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, _ = commit(registry, tmp_path)
-        registry.add_evidence(manifest, "measurement", {"tps": 1}, key="ab")
-        registry.add_evidence(manifest, "measurement", {"tps": 2}, key="ab")
-        registry.add_evidence(manifest, "measurement", {"tps": 3}, key="abc")
-        assert [one["tps"] for one in registry.evidence(manifest, "measurement", "ab")] == [2]
-        assert list(registry.evidence(manifest, "measurement", "a")) == []
-        assert len(list(registry.evidence(manifest, "measurement"))) == 2
+        add_evidence(registry, manifest, "measurement", {"tps": 1}, key="ab")
+        add_evidence(registry, manifest, "measurement", {"tps": 2}, key="ab")
+        add_evidence(registry, manifest, "measurement", {"tps": 3}, key="abc")
+        assert [one["tps"] for one in evidence(registry, manifest, "measurement", "ab")] == [2]
+        assert list(evidence(registry, manifest, "measurement", "a")) == []
+        assert len(list(evidence(registry, manifest, "measurement"))) == 2
 
     def test_a_kind_is_not_taken_for_a_longer_one(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, _ = commit(registry, tmp_path)
-        registry.add_evidence(manifest, "proof-int4", {"answer": "on"})
-        registry.put_report(manifest, "report.md", "# home")
-        assert list(registry.evidence(manifest, "proof")) == []
-        assert len(list(registry.evidence(manifest, "proof-int4"))) == 1
+        add_evidence(registry, manifest, "proof-int4", {"answer": "on"})
+        registry.of(manifest).put_report("report.md", "# home")
+        assert list(evidence(registry, manifest, "proof")) == []
+        assert len(list(evidence(registry, manifest, "proof-int4"))) == 1
 
     def test_evidence_belongs_to_one_manifest(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, _ = commit(registry, tmp_path)
-        registry.add_evidence(manifest, "verdict", {"passed": True})
+        add_evidence(registry, manifest, "verdict", {"passed": True})
         altered = manifest.model_copy(update={"created_at": "another time"})
-        assert list(registry.evidence(altered, "verdict")) == []
+        assert list(evidence(registry, altered, "verdict")) == []
 
     def test_figures_that_are_no_numbers_are_refused(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, _ = commit(registry, tmp_path)
         with pytest.raises(ValueError, match="JSON compliant"):
-            registry.add_evidence(manifest, "measurement", {"tps": float("nan")})
-        assert list(registry.evidence(manifest, "measurement")) == []
+            add_evidence(registry, manifest, "measurement", {"tps": float("nan")})
+        assert list(evidence(registry, manifest, "measurement")) == []
 
     def test_a_report_is_read_back_and_goes_with_its_version(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, _ = commit(registry, tmp_path)
-        uri = registry.put_report(manifest, "report.md", "größer")
+        uri = registry.of(manifest).put_report("report.md", "größer")
         key = "models/home/1/evidence/report.md"
         assert (uri, registry.objects.read_bytes(key).decode()) == (registry.objects.uri(key), "größer")
         delete_version(registry.of(registry.version("home", 1)))
@@ -591,7 +592,7 @@ def test_a_crash_in_a_delete_leaves_a_whole_version_or_none(before: bool, store:
         name, shared = f"home-{at}", {"model.onnx": b"shared %d" % at}
         manifest, _ = commit(registry, tmp_path, {**shared, "own": b"own %d" % at}, name)
         kept, _ = commit(registry, tmp_path, {**shared, "other": b"other"}, name=f"away-{at}")
-        registry.add_evidence(manifest, "verdict", {"passed": True})
+        add_evidence(registry, manifest, "verdict", {"passed": True})
         registry.set_alias(name, CHAMPION, 1, "first")
         crashed = False
         try:

@@ -59,6 +59,7 @@ from tests.s3_proxy import (
 )
 from tests.s3_servers import SECRET_ACCESS_KEY, S3Server
 from tests.stores import empty_store
+from tests.versions import add_evidence, evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -119,7 +120,7 @@ def add_version(registry: ModelRegistry, folder: Path, files: dict[str, bytes], 
         files=registry.add_files(folder),
     )
     manifest, _ = registry.commit(name, SOURCE, {"olive-ai": "0.13.0"}, [made])
-    registry.add_evidence(manifest, "deploy", {"variants": [{"precision": "int4", "status": "registered"}]})
+    add_evidence(registry, manifest, "deploy", {"variants": [{"precision": "int4", "status": "registered"}]})
     registry.release_files()
     return manifest
 
@@ -164,7 +165,7 @@ class Journey:
         assert registry.versions("home") == [self.manifest]
         assert verify_version(registry.of(self.manifest)).damage == ()
         assert registry.aliases("home") == {}
-        assert list(registry.evidence(self.manifest, "deploy")) == list(self.local.evidence(self.manifest, "deploy"))
+        assert list(evidence(registry, self.manifest, "deploy")) == list(evidence(self.local, self.manifest, "deploy"))
         assert list(registry.objects.entries("leases")) == []
 
 
@@ -505,7 +506,7 @@ def test_a_push_that_fails_leaves_no_version_and_the_next_one_completes(
     beside = either.beside()
     arrived = beside.versions("home")
     assert arrived == ([either.manifest] if fault in AFTER_THE_VERSION else [])
-    assert list(beside.evidence(either.manifest, "deploy")) == []
+    assert list(evidence(beside, either.manifest, "deploy")) == []
     for entry in beside.objects.entries(BLOBS):
         assert hashlib.sha256(beside.objects.read_bytes(entry.key)).hexdigest() == entry.key.rpartition("/")[2]
 

@@ -17,7 +17,7 @@ from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import verify_version
 from tests.stores import StoreCase
-from tests.versions import content_of, store_version
+from tests.versions import content_of, latest_evidence, store_version
 
 pytestmark = pytest.mark.slow
 
@@ -127,7 +127,7 @@ def test_push(bench: Bench) -> None:
         for found in team.versions(manifest.name):
             assert verify_version(team.of(found)).ok
         assert copy_version(bench.here.of(manifest), team).version.manifest == manifest
-        assert team.latest_evidence(manifest, "deploy") == bench.here.latest_evidence(manifest, "deploy")
+        assert latest_evidence(team, manifest, "deploy") == latest_evidence(bench.here, manifest, "deploy")
     assert len(bench.team().names()) == KILLS[bench.store.kind] + 1
     bench.check(bench.team())
     bench.check(bench.here)

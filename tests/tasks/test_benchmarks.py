@@ -21,6 +21,7 @@ from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.lm_eval_tasks import QUESTIONS, write_tasks
 from tests.tasks.test_perplexity import store
+from tests.versions import evidence
 
 NAMES = ("house_choice", "house_answer", "house_text")
 
@@ -120,7 +121,7 @@ def test_results_are_evidence_and_the_same_question_is_asked_once(
     assert {one.n_samples for one in found} == {2}
     reference = on_checkpoint()
     assert [one.value for one in reference] == [one.value for one in found]
-    assert [record["subject"] for record in registry.evidence(manifest, "lm-eval")] == ["fp16", "checkpoint"]
+    assert [record["subject"] for record in evidence(registry, manifest, "lm-eval")] == ["fp16", "checkpoint"]
     with monkeypatch.context() as patch:
         patch.setattr(benchmarks, "run_in_child", None)
         assert on_variant() == found

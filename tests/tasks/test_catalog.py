@@ -18,6 +18,7 @@ from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.tasks.versions.catalog import StoreCatalog, version_models
 from tests.genai_models import EMPTY_GRAPH
 from tests.stores import StoreCase
+from tests.versions import add_evidence
 
 GENAI_CONFIG = json.dumps({"model": {"context_length": 2048}}).encode()
 
@@ -60,7 +61,7 @@ def commit(registry: ModelRegistry, tmp_path: Path, name: str, content: str, con
 def record_deploy(registry: ModelRegistry, manifest: Manifest, selected: str | None, **status: str) -> None:
     variants = [{"precision": precision, "status": one} for precision, one in status.items()]
     registry.of(manifest).record(SELECTION, Selection(selected=selected))
-    registry.add_evidence(manifest, "deploy", {"variants": variants, "selected": selected})
+    add_evidence(registry, manifest, "deploy", {"variants": variants, "selected": selected})
 
 
 def ids(models: list[CatalogModel]) -> list[str]:

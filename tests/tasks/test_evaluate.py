@@ -32,6 +32,7 @@ from slmops.tasks.questions.output_format import OutputFormat
 from slmops.tasks.verdict.gate import judge, thresholds_for
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
+from tests.versions import add_evidence
 
 
 def row(row_id: Any, **fields: Any) -> EvaluationRow:
@@ -224,7 +225,7 @@ def test_an_evaluation_on_record_from_an_earlier_slmops_gives_its_rows_and_is_no
 ) -> None:
     registry, manifest, _ = stored
     variant = registry.of(manifest).variants[0]
-    assert last_evaluation_set(manifest, registry) is None
+    assert last_evaluation_set(registry.of(manifest)) is None
     content = evaluated({"answer": "on"}).model_dump(mode="json")
     earlier = {
         name: content[name] for name in content if name not in ("score", "categories", "notes", "worst_examples")
@@ -236,8 +237,8 @@ def test_an_evaluation_on_record_from_an_earlier_slmops_gives_its_rows_and_is_no
         "origin": "eval.jsonl",
         "evaluation": earlier | {"worst_rows": [1]},
     }
-    registry.add_evidence(manifest, "evaluation", record, "0123456789abcdef")
-    found = last_evaluation_set(manifest, registry)
+    add_evidence(registry, manifest, "evaluation", record, "0123456789abcdef")
+    found = last_evaluation_set(registry.of(manifest))
     assert found == EvaluationSet(rows=(EvaluationRow.model_validate(OLD_ROWS[0]),), origin="eval.jsonl")
     assert AnswersExam(found).known(variant, settings) is None
     assert Evaluation.model_validate(record["evaluation"]).vocabulary.comparable
@@ -254,11 +255,11 @@ def test_the_last_evaluation_comes_with_its_output_format(
         output_format=OutputFormat(json_schema={"type": "object"}),
     )
     record = {"precision": "int8", **evaluation.model_dump(mode="json"), "evaluation": {}}
-    registry.add_evidence(manifest, "evaluation", record, "0123456789abcdef")
-    assert last_evaluation_set(manifest, registry) == evaluation
-    registry.add_evidence(manifest, "evaluation", {**record, "rows": [{"id": 0}]}, "0123456789abcdee")
+    add_evidence(registry, manifest, "evaluation", record, "0123456789abcdef")
+    assert last_evaluation_set(registry.of(manifest)) == evaluation
+    add_evidence(registry, manifest, "evaluation", {**record, "rows": [{"id": 0}]}, "0123456789abcdee")
     with pytest.raises(BadInput, match=r"The rows of home@1's last evaluation cannot be read"):
-        last_evaluation_set(manifest, registry)
+        last_evaluation_set(registry.of(manifest))
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.infra.child_functions import EndureFake
+from tests.versions import evidence
 
 CONTEXT_LENGTH = 1024
 NAMES = [one.name for one in edge_inputs(CONTEXT_LENGTH, [ControlToken("<end>", 5)])]
@@ -254,4 +255,4 @@ class TestRealRuntimes:
         assert exercised(ROWS) == first  # its wall time too
         assert exercised(chat_prompts()).wall_s != first.wall_s
         assert exercised(ROWS, "foundry").runtime == "foundry"
-        assert len(list(registry.evidence(manifest, "exercise"))) == 3
+        assert len(list(evidence(registry, manifest, "exercise"))) == 3

@@ -10,6 +10,7 @@ from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA
 from slmops.tasks.verdict.history import Figures, compare_versions, history_of
 from tests.measurements import HARDWARE, make_measurement
+from tests.versions import add_evidence
 
 TTFTS = (10.0, 10.1, 10.2, 9.9, 10.05)
 
@@ -249,12 +250,12 @@ def stored(files, precision):
 def put_measurement(registry, manifest, measurement, precision="int4", schema=MEASUREMENT_SCHEMA):
     variant = manifest.variant(precision)
     record = {"schema": schema, "variant": variant.digest, "measurement": measurement.model_dump(mode="json")}
-    registry.add_evidence(manifest, "measurement", record)
+    add_evidence(registry, manifest, "measurement", record)
 
 
 def put_evaluation(registry, manifest, evaluated, precision="int4"):
     record = {"precision": precision, "rows": [], "evaluation": evaluated.model_dump(mode="json")}
-    registry.add_evidence(manifest, "evaluation", record)
+    add_evidence(registry, manifest, "evaluation", record)
 
 
 def test_the_first_version_has_no_history(commit, registry, settings):

@@ -23,6 +23,7 @@ from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.family_tokenizers import FAMILIES, save_tokenizer, save_variant
 from tests.genai_models import build_genai_model
+from tests.versions import evidence
 
 SYSTEM = ["system and user", "several turns with system"]
 JUDGED = [name for name in CONVERSATIONS if name not in TOLD_ONLY]
@@ -316,5 +317,5 @@ def test_variants_with_the_same_tokenizer_are_compared_once(case, settings):
         assert compared("int8", checkpoint) == first
     with pytest.raises(StageFailed, match="transformers cannot load"):
         compared("fp16", made.checkpoint)
-    assert len(list(registry.evidence(manifest, "parity"))) == 2
+    assert len(list(evidence(registry, manifest, "parity"))) == 2
     assert not list((settings.cache_dir / "work").iterdir())

@@ -31,6 +31,7 @@ from slmops.tasks.exams.text import (
 from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.genai_models import build_genai_model, with_weights_set
+from tests.versions import evidence
 
 
 @given(st.text(min_size=1, max_size=300), st.integers(1, 20), st.booleans())
@@ -228,7 +229,7 @@ def test_variants_are_compared_once_and_the_reference_is_kept_until_then(checkpo
     assert other.reference_perplexity == compared.reference_perplexity
     assert compared.origin == "home.txt"
 
-    assert len(list(registry.evidence(manifest, "text"))) == 2
+    assert len(list(evidence(registry, manifest, "text"))) == 2
     assert not list((settings.cache_dir / "work").iterdir())
 
 

@@ -33,6 +33,7 @@ from slmops.tasks.versions.commit import commit_version
 from slmops.tasks.workshop import Workshop, torch_process, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.genai_models import build_genai_model
+from tests.versions import evidence
 
 ROWS = 20
 RIGHT = (1.0,) * ROWS
@@ -224,7 +225,8 @@ class TestSearch:
 
         @flow
         def commit() -> None:
-            manifest = commit_version(request, prepared, built, registry)
+            with working_in(Workshop(settings, registry)):
+                manifest = commit_version(request, prepared, built).manifest
             for _ in range(2):
                 with working_in(Workshop(settings, registry)):
                     record_trials(registry.of(manifest), outcome)
@@ -236,8 +238,8 @@ class TestSearch:
             assert measured.metrics["ttft_ms"] == chosen.ttft_ms
             assert evaluated.kl_divergence == chosen.kl_divergence
             assert last_search(registry.of(manifest)) == outcome
-            assert len(list(registry.evidence(manifest, "search"))) == 1
-            (record,) = registry.evidence(manifest, "evaluation")
+            assert len(list(evidence(registry, manifest, "search"))) == 1
+            (record,) = evidence(registry, manifest, "evaluation")
             assert record["precision"] == "int8"
 
         commit()

@@ -20,6 +20,7 @@ from slmops.infra.settings import Settings, StoreSettings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
+from slmops.tasks.evidence import KINDS
 from slmops.tasks.exams import answers, endurance, lm_eval, measurement, template_parity, text
 from slmops.tasks.exams.exam import Exam, examine
 from slmops.tasks.foundry.proof import last_proof
@@ -30,6 +31,7 @@ from slmops.tasks.verdict.search import last_search
 from slmops.tasks.versions.commit import last_budget
 from slmops.tasks.workshop import Workshop, working_in
 from tests.lm_eval_tasks import write_tasks
+from tests.versions import add_evidence
 
 BEFORE = Path(__file__).parents[1] / "data" / "store_before"
 # What the deploys were run with.
@@ -188,11 +190,11 @@ def test_what_it_answers_is_not_asked_again(
     write_tasks(settings.home_dir / "lm")
     number, precision, exam = QUESTIONS[question]
     manifest = registry.version("home", number)
-    names = {entry.key for entry in registry.evidence_entries(manifest)}
+    names = {entry.key for entry in registry.of(manifest).evidence_entries()}
     with working_in(Workshop(settings, registry)):
         found = examine.fn(exam(settings), registry.of(manifest).variant(precision))
     assert found is not None
-    assert {entry.key for entry in registry.evidence_entries(manifest)} == names
+    assert {entry.key for entry in registry.of(manifest).evidence_entries()} == names
 
 
 def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry, settings: Settings) -> None:
@@ -208,7 +210,7 @@ def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry
     assert retrained is not None
     assert (retrained.status, retrained.version) == ("kept", 2)
     assert registry.alias("home", CHAMPION) == 2
-    rows = answers.last_evaluation_set(first, registry)
+    rows = answers.last_evaluation_set(registry.of(first))
     assert rows is not None
     assert [row.id for row in rows.rows] == ["r0", "r1"]
     history = history_of(registry.of(second), settings.threads)
@@ -223,7 +225,23 @@ def test_the_same_record_has_the_same_name_and_bytes(registry: ModelRegistry) ->
     manifest = registry.version("home", 1)
     (asked,) = contents(1, "text")
     path = next((BEFORE / "models" / "home" / "1" / "evidence").glob("text-*.json"))
-    registry.add_evidence(manifest, "text", asked, path.stem.removeprefix("text-"))
-    written = json.loads(registry.objects.read_bytes(registry.evidence_key(manifest, path.name)))
+    add_evidence(registry, manifest, "text", asked, path.stem.removeprefix("text-"))
+    written = json.loads(registry.objects.read_bytes(registry.of(manifest).evidence_key(path.name)))
     before = json.loads(path.read_text("utf-8"))
     assert {**written, "recorded_at": ""} == {**before, "recorded_at": ""}
+
+
+def test_every_record_is_of_a_kind_that_is_declared_and_written_anew_it_is_the_same(registry: ModelRegistry) -> None:
+    seen = set()
+    for version in registry.all_versions():
+        for entry in version.evidence_entries():
+            if entry.key.endswith(".json"):
+                before = json.loads(registry.objects.read_bytes(entry.key))
+                kind = KINDS[before["kind"]]
+                beside = {name: value for name, value in before["content"].items() if name != kind.field}
+                value = kind.from_content(before["content"])
+                assert (
+                    json.loads(json.dumps(kind.to_content(value, beside if kind.field else None))) == before["content"]
+                )
+                seen.add(kind.name)
+    assert set(KINDS) - seen <= {"proof-fp16", "proof-fp32"}

@@ -100,7 +100,7 @@ def _place(part: Path, blob: Blob, path: Path) -> bool:
 
 
 def _move_in(part: Path, path: Path) -> None:
-    # A model folder may be a hard link to this file: whoever writes there must not alter it.
+    # A model folder may be a hard link to this file: writing there must not alter it.
     part.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
     path.parent.mkdir(parents=True, exist_ok=True)
     part.replace(path)

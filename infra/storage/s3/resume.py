@@ -1,4 +1,4 @@
-"""Go on with a multipart upload that a killed process left behind; boto3's transfer manager starts each anew."""
+"""Continue a multipart upload that a killed process left behind; boto3's transfer manager would start again."""
 
 import hashlib
 from collections.abc import Sequence

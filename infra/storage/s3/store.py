@@ -200,9 +200,10 @@ class S3ObjectStore:
     def _put_bytes_alone(self, key: str, data: bytes) -> bool:
         """Store bytes under a free key of a server without conditional writes.
 
-        Whoever wants the key leaves a claim on it and only then looks: of two, the later one sees the other's claim,
-        or the object. One that is not alone withdraws and tries again; so at most one of them writes. A claim that
-        another machine left behind counts for a while: as long as it does, the key is taken.
+        Each writer first leaves a claim on the key, and then looks at the others. The later one of two writers
+        therefore sees the other's claim, or the object. A writer that is not alone withdraws its claim and tries again,
+        so that at most one of them writes. A claim that another machine left behind keeps the key taken until it
+        expires.
         """
         folder = f"{CLAIMS}/{key}"
         claim = f"{folder}/{aside_prefix()}{uuid.uuid4().hex}"

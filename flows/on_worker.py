@@ -1,0 +1,52 @@
+"""The flows `build-variant` and `measure-variant`: a deploy's heavy stages, on any worker of a pool.
+
+All that moves goes through the store: the checkpoint as an input, variants as blobs, figures as evidence, and what is
+asked and handed back as an order (`slmops.infra.storage.orders`).
+"""
+
+from prefect import State, flow
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from slmops.infra.storage.orders import hand_back, read_order
+from slmops.tasks.build import variants
+from slmops.tasks.exams import on_workers
+from slmops.tasks.runs.stage import ends_by_its_errors
+from slmops.tasks.workshop import open_workshop, workshop
+
+
+@flow(name=variants.ON_WORKER)
+@ends_by_its_errors
+@open_workshop()
+def build_variant_on_worker(name: str, recipe: str, order: str) -> State[None]:
+    """Build one variant of a deploy that runs elsewhere. Started by `deploy` when SLMOPS_WORKER__POOL is set.
+
+    Args:
+        name: Name of the model.
+        recipe: Recipe that it is built by.
+        order: Id of the order in the store, which says the rest.
+    """
+    registry = workshop().registry
+    built = variants.build_ordered(variants.BuildOrder.model_validate(read_order(registry, order)))
+    hand_back(registry, order, flow_run.id, built.model_dump(mode="json"))
+    return Completed(message=f"Built {name} by {recipe}.")
+
+
+@flow(name=on_workers.ON_WORKER)
+@ends_by_its_errors
+@open_workshop()
+def measure_variant_on_worker(reference: str, precision: str, order: str) -> State[None]:
+    """Measure and exercise one variant of a stored version on this device. Started by `deploy`.
+
+    Args:
+        reference: The version, NAME@VERSION.
+        precision: Which of its variants.
+        order: Id of the order in the store, which says the rest.
+    """
+    registry = workshop().registry
+    asked = on_workers.ExamOrder.model_validate(read_order(registry, order))
+    version = registry.find(reference)
+    with version.in_use():
+        found = on_workers.examine_ordered(asked, version.variant(precision))
+    hand_back(registry, order, flow_run.id, found.model_dump(mode="json"))
+    return Completed(message=f"Measured {reference} {precision}.")

@@ -1,0 +1,26 @@
+"""All kinds of evidence that a version can have on record: what slmops writes beside a manifest, and reads again.
+
+A kind is declared beside the record that it holds; here is each by its name on disk. Two of one name would read each
+other's records.
+"""
+
+from typing import Any
+
+from slmops.infra.storage.evidence import BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG, Kind
+from slmops.tasks.exams.answers import EVALUATION
+from slmops.tasks.exams.endurance import EXERCISE
+from slmops.tasks.exams.lm_eval import LM_EVAL
+from slmops.tasks.exams.measurement import MEASUREMENT
+from slmops.tasks.exams.template_parity import PARITY
+from slmops.tasks.exams.text import TEXT
+from slmops.tasks.foundry.proof import proof_of
+from slmops.tasks.request.parameters import PRECISIONS
+from slmops.tasks.training.comparison import RETRAIN
+from slmops.tasks.verdict.gate import VERDICT
+from slmops.tasks.verdict.search import SEARCH
+
+OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG)
+OF_EXAMS: tuple[Kind[Any], ...] = (EVALUATION, EXERCISE, LM_EVAL, MEASUREMENT, PARITY, TEXT)
+OF_STAGES: tuple[Kind[Any], ...] = (RETRAIN, SEARCH, VERDICT, *map(proof_of, ("fp32", *PRECISIONS)))
+
+KINDS = {kind.name: kind for kind in (*OF_THE_STORE, *OF_EXAMS, *OF_STAGES)}

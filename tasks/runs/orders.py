@@ -1,0 +1,59 @@
+"""Orders: what a run asks of other machines, by way of the store, and what their runs hand back."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from slmops.infra.records import Json, Record
+from slmops.infra.storage.orders import forget_order, give_order, take_back
+from slmops.tasks.runs.dispatch import Job, run_on_pool
+from slmops.tasks.workshop import workshop
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one run on a pool is asked: the run's name and parameters, and what it finds in the store."""
+
+    run_name: str
+    parameters: Mapping[str, str]
+    content: Record
+
+
+@dataclass(frozen=True)
+class HandedBack:
+    """What the runs handed back, and why the others did not, by the keys of their orders."""
+
+    results: dict[str, Json] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def order_on_pool(flow_name: str, pool: str, orders: Mapping[str, Order]) -> HandedBack:
+    """Have a flow run on a pool's workers for each order, all at once, and wait for their ends.
+
+    A flow is told its order's id in the parameter `order`. Raises what `run_on_pool` does.
+    """
+    shop = workshop()
+    handed_back = HandedBack()
+    with _in_store(orders) as ids:
+        jobs = {key: Job(order.run_name, {**order.parameters, "order": ids[key]}) for key, order in orders.items()}
+        for key, outcome in run_on_pool(flow_name, pool, jobs, shop.settings).items():
+            result = take_back(shop.registry, ids[key], outcome.run_id) if outcome.error is None else None
+            if result is None:
+                handed_back.errors[key] = outcome.error or f"The run {outcome.run_id} handed nothing back."
+            else:
+                handed_back.results[key] = result
+    return handed_back
+
+
+@contextlib.contextmanager
+def _in_store(orders: Mapping[str, Order]) -> Iterator[dict[str, str]]:
+    """Put orders into the store and yield their ids by their keys; they are removed at the end."""
+    registry = workshop().registry
+    ids: dict[str, str] = {}
+    try:
+        for key, order in orders.items():
+            ids[key] = give_order(registry, order.content.model_dump(mode="json"))
+        yield ids
+    finally:
+        for order_id in ids.values():
+            forget_order(registry, order_id)

@@ -1,0 +1,44 @@
+"""What a stored version is asked anew: what is named, and else what it was asked last."""
+
+from slmops.infra.errors import BadInput
+from slmops.infra.storage.version import Version
+from slmops.tasks.exams.answers import last_evaluation_set
+from slmops.tasks.exams.text import read_text
+from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
+from slmops.tasks.request.budget import parse_budget
+from slmops.tasks.request.inputs import local_file
+from slmops.tasks.request.parameters import RegateParameters
+from slmops.tasks.verdict.qualification import Gate, Qualification
+from slmops.tasks.versions.commit import last_budget
+from slmops.tasks.workshop import workshop
+
+
+def ask_again(parameters: RegateParameters, version: Version) -> Qualification:
+    """Return what a version is asked; raises `BadInput` for what is named and cannot be used."""
+    budget = last_budget(version) if parameters.budget is None else parameters.budget
+    parse_budget(budget)
+    text_file = _local(parameters.text_file)
+    return Qualification(
+        evaluation=_evaluation(parameters, version),
+        text=read_text(text_file) if text_file else None,
+        gate=Gate(parameters.min_top1_agreement, parameters.max_kl_divergence, parameters.max_quality_loss),
+        budget=budget,
+        description=version.deployed.description,
+    )
+
+
+def _evaluation(parameters: RegateParameters, version: Version) -> EvaluationSet:
+    evaluation_file = _local(parameters.evaluation_file)
+    form = {
+        "scorer": parameters.scorer,
+        "output_schema_file": _local(parameters.output_schema_file),
+        "output_regex": parameters.output_regex,
+    }
+    if evaluation_file is None and any(form.values()):
+        raise BadInput("A scorer or an output format is named without an evaluation file.", "Name its file too.")
+    last = last_evaluation_set(version) if evaluation_file is None else None
+    return last or read_evaluation(evaluation_file, None, workshop().settings, **form)
+
+
+def _local(text: str | None) -> str | None:
+    return local_file(text, workshop().settings) if text else None

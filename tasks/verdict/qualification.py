@@ -1,0 +1,166 @@
+"""What a version is asked on its way through the gate, and each variant's way: examined, judged, registered, proven."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slmops.infra.errors import StageFailed
+from slmops.infra.storage.version import Variant, Version
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.answers import AnswersExam, Evaluation
+from slmops.tasks.exams.endurance import EnduranceExam
+from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.length_sweep import steadiness_of
+from slmops.tasks.exams.measurement import MeasurementExam
+from slmops.tasks.exams.on_workers import Examined, answered
+from slmops.tasks.exams.source import ComparedExam, run_source_once
+from slmops.tasks.exams.template_parity import ParityExam, needs_parity
+from slmops.tasks.exams.text import TextExam, TextSample
+from slmops.tasks.foundry.ids import model_id_of
+from slmops.tasks.foundry.proof import last_proof, prove_variant
+from slmops.tasks.foundry.registration import register_variant, unregister_variant
+from slmops.tasks.questions.evaluation_set import EvaluationSet
+from slmops.tasks.report.assemble import variant_intervals, variant_metrics
+from slmops.tasks.report.model_card import base_model_of, model_card
+from slmops.tasks.report.records import VariantDetails, VariantReport
+from slmops.tasks.verdict.gate import GateVerdict, judge_stored_variant, thresholds_for
+from slmops.tasks.workshop import workshop
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Thresholds of one run, each None where the settings' or the precision's own holds."""
+
+    min_top1_agreement: float | None = None
+    max_kl_divergence: float | None = None
+    max_quality_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Qualification:
+    """What a version is asked: by what rows, text, thresholds and budget it is judged."""
+
+    evaluation: EvaluationSet
+    text: TextSample | None
+    gate: Gate
+    budget: Sequence[str]
+    description: str
+    promote: bool = False
+
+    @property
+    def compared_exams(self) -> list[ComparedExam[Any]]:
+        """The exams that hold a variant beside its source checkpoint."""
+        return [AnswersExam(self.evaluation), *([TextExam(self.text)] if self.text else [])]
+
+
+def needs_source(asked: Qualification, version: Version) -> bool:
+    """Whether some variant has yet to be compared with the source checkpoint."""
+    settings = workshop().settings
+    return needs_parity(version.variants) or any(
+        exam.needs_source(version.variants, settings) for exam in asked.compared_exams
+    )
+
+
+def run_sources(asked: Qualification, version: Version, prepared: PreparedCheckpoint) -> None:
+    """Run the source checkpoint on what some variant has yet to be compared on."""
+    for exam in asked.compared_exams:
+        if exam.needs_source(version.variants, workshop().settings):
+            run_source_once(exam, prepared)
+
+
+@dataclass(frozen=True)
+class Qualified:
+    """What became of a variant, and whether that is anything new."""
+
+    report: VariantReport
+    changed: bool
+
+
+def qualify_variant(
+    asked: Qualification, variant: Variant, checkpoint: Path | None, elsewhere: Examined | None
+) -> Qualified:
+    """Examine, judge, register and prove a variant; one that fails is reported.
+
+    `checkpoint` is the folder of its source, None where there is none or it is not needed.
+    """
+    report = VariantReport(
+        precision=variant.precision,
+        status="failed",
+        size_bytes=variant.size_bytes,
+        uri=variant.uri,
+        digest=variant.digest,
+        recipe=variant.recipe,
+    )
+    try:
+        evaluation = examine(AnswersExam(asked.evaluation), variant)
+        details = _examined(asked, variant, evaluation, checkpoint, elsewhere)
+        figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
+        report = report.model_copy(update={"details": details, **figures})
+        verdict = _judge(asked, variant, details, evaluation)
+        report = report.model_copy(update={"gate": verdict})
+        if verdict.passed:
+            return _registered(asked, variant, report, evaluation)
+        removed = unregister_variant(variant, workshop().settings)
+        return Qualified(report.model_copy(update={"status": "rejected"}), changed=bool(removed))
+    except StageFailed as error:
+        return Qualified(report.model_copy(update={"error": str(error), "foundry_model_id": None}), changed=True)
+
+
+def _examined(
+    asked: Qualification, variant: Variant, evaluated: Evaluation, checkpoint: Path | None, elsewhere: Examined | None
+) -> VariantDetails:
+    """Measure a variant in every way that the gate judges; what is on record is not measured again.
+
+    A variant with another vocabulary is not its checkpoint's, and nothing else of it matters.
+    """
+    if not evaluated.vocabulary.comparable:
+        return VariantDetails(evaluation=evaluated)
+    rows = asked.evaluation.rows
+    measured = answered(MeasurementExam(), variant, elsewhere)
+    exercises = tuple(
+        answered(exam, variant, elsewhere) for exam in (EnduranceExam("genai", rows), EnduranceExam("foundry", rows))
+    )
+    return VariantDetails(
+        measurement=measured,
+        evaluation=evaluated,
+        steadiness=steadiness_of(measured),
+        parity=examine(ParityExam(checkpoint), variant),
+        text=examine(TextExam(asked.text), variant) if asked.text else None,
+        exercises=exercises,
+    )
+
+
+def _judge(asked: Qualification, variant: Variant, details: VariantDetails, evaluation: Evaluation) -> GateVerdict:
+    return judge_stored_variant(
+        variant,
+        evaluation,
+        thresholds_for(variant.precision, workshop().settings.gate, **vars(asked.gate)),
+        steadiness=details.steadiness,
+        parity=details.parity,
+        text=details.text,
+        exercises=details.exercises,
+    )
+
+
+def _registered(asked: Qualification, variant: Variant, report: VariantReport, evaluation: Evaluation) -> Qualified:
+    settings, manifest = workshop().settings, variant.version.manifest
+    report = report.model_copy(update={"foundry_model_id": model_id_of(variant)})
+    card = model_card(
+        manifest,
+        report,
+        evaluation=asked.evaluation.summary,
+        description=asked.description,
+        base_model=base_model_of(manifest.source.origin),
+    )
+    registration = register_variant(variant, asked.description, card, settings)
+    row, answer = asked.evaluation.rows[0], evaluation.rows[0].answer
+    known = None if registration.changed else last_proof(variant, row)
+    proof = known or prove_variant(variant, row, answer, settings)
+    noted = report.gate.notes if report.gate else ()
+    update = {
+        "status": "registered",
+        "answer": proof.answer,
+        "notes": (*noted, *registration.notes, *proof.notes),
+    }
+    return Qualified(report.model_copy(update=update), changed=known is None)
