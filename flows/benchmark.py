@@ -10,7 +10,7 @@ from slmops.tasks.report.benchmark import BenchmarkReport, publish_benchmark
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import BenchmarkParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.verdict.remeasurement import measure_anew
+from slmops.tasks.versions.remeasurement import measure_anew
 from slmops.tasks.workshop import open_workshop, workshop
 
 

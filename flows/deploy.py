@@ -7,6 +7,8 @@ from prefect import State, flow
 from slmops.flows.qualify import ended, qualify
 from slmops.tasks.build.build import copy_out
 from slmops.tasks.build.planning import plan_recipes
+from slmops.tasks.build.pools import check_pools
+from slmops.tasks.build.search import record_trials
 from slmops.tasks.build.variants import build_each
 from slmops.tasks.checkpoint.preparation import prepare_checkpoint
 from slmops.tasks.environment.checks import check_environment, check_room
@@ -23,12 +25,10 @@ from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.request.inputs import fetch_inputs
 from slmops.tasks.request.parameters import DeployParameters
 from slmops.tasks.runs.limits import one_at_a_time
-from slmops.tasks.runs.pools import check_pools
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.verdict.qualification import Gate, Qualification
-from slmops.tasks.verdict.search import record_trials
 from slmops.tasks.versions.commit import commit_version, record_provenance
 from slmops.tasks.versions.found import check_store
+from slmops.tasks.versions.qualification import Gate, Qualification
 from slmops.tasks.workshop import open_workshop, workshop
 
 

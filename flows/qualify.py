@@ -15,9 +15,9 @@ from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.verdict.choice import choose_variant
-from slmops.tasks.verdict.qualification import Qualification, qualify_variant, run_sources
 from slmops.tasks.versions.champion import Standing, settle_champion
 from slmops.tasks.versions.commit import record_choice
+from slmops.tasks.versions.qualification import Qualification, qualify_variant, run_sources
 from slmops.tasks.workshop import workshop
 
 

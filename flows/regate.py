@@ -8,9 +8,9 @@ from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import RegateParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.verdict.asked_again import ask_again
-from slmops.tasks.verdict.qualification import needs_source
+from slmops.tasks.versions.asked_again import ask_again
 from slmops.tasks.versions.found import find_version
+from slmops.tasks.versions.qualification import needs_source
 from slmops.tasks.workshop import open_workshop, workshop
 
 

@@ -7,6 +7,7 @@ other's records.
 from typing import Any
 
 from slmops.infra.storage.evidence import BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG, Kind
+from slmops.tasks.build.search import SEARCH
 from slmops.tasks.exams.answers import EVALUATION
 from slmops.tasks.exams.endurance import EXERCISE
 from slmops.tasks.exams.lm_eval import LM_EVAL
@@ -17,7 +18,6 @@ from slmops.tasks.foundry.proof import proof_of
 from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.training.comparison import RETRAIN
 from slmops.tasks.verdict.gate import VERDICT
-from slmops.tasks.verdict.search import SEARCH
 
 OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG)
 OF_EXAMS: tuple[Kind[Any], ...] = (EVALUATION, EXERCISE, LM_EVAL, MEASUREMENT, PARITY, TEXT)

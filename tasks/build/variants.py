@@ -10,13 +10,13 @@ from slmops.tasks.build.build import BuiltVariant, build_variant
 from slmops.tasks.build.given import take_model
 from slmops.tasks.build.olive_config import ordered_recipe
 from slmops.tasks.build.recipes import Recipe
+from slmops.tasks.build.search import SearchOutcome, search_recipes
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetched_from_store, put_into_store
 from slmops.tasks.environment.checks import check_room
 from slmops.tasks.environment.host import builder_versions, host_facts
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.orders import Order, order_on_pool
-from slmops.tasks.verdict.search import SearchOutcome, search_recipes
 from slmops.tasks.workshop import workshop
 
 ON_WORKER = "build-variant"  # the flow that builds on a pool's workers

@@ -5,6 +5,7 @@ from typing import Any
 
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.version import Version
+from slmops.tasks.build.search import last_search
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.questions.evaluation_set import EvaluationSet
@@ -14,7 +15,6 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Choice, Judged
 from slmops.tasks.verdict.history import history_of
 from slmops.tasks.verdict.pareto import Candidate
-from slmops.tasks.verdict.search import last_search
 from slmops.tasks.workshop import workshop
 
 

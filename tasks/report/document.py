@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
+from slmops.tasks.build.search import Trial
 from slmops.tasks.exams.measurement import MetricName
 from slmops.tasks.report.blocks import (
     Block,
@@ -41,7 +42,6 @@ from slmops.tasks.report.wording import (
     told,
 )
 from slmops.tasks.verdict.history import Change
-from slmops.tasks.verdict.search import Trial
 
 # What Microsoft's tutorial promises of each precision, as a share of the fp32 size.
 PROMISED_SHARE_OF_FP32 = {"fp16": 0.5, "int8": 0.25, "int4": 0.125}

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from slmops.tasks.build.search import SearchOutcome
 from slmops.tasks.exams.answers import Evaluation
 from slmops.tasks.exams.endurance import Exercise
 from slmops.tasks.exams.estimates import Estimate
@@ -14,7 +15,6 @@ from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.verdict.gate import GateVerdict
 from slmops.tasks.verdict.history import History
-from slmops.tasks.verdict.search import SearchOutcome
 
 VariantStatus = Literal["registered", "rejected", "failed"]
 DeployStatus = Literal["registered", "unchanged", "rejected", "failed"]

@@ -18,6 +18,7 @@ from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, GateSet
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.build.recipes import Recipe
+from slmops.tasks.build.search import SearchOutcome, Trial, choose_recipes, last_search, record_trials, search_recipes
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import AnswersExam
@@ -28,7 +29,6 @@ from slmops.tasks.questions.evaluation_set import EvaluationSet, chat_prompts
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.progress import listening
 from slmops.tasks.verdict.pareto import Candidate
-from slmops.tasks.verdict.search import SearchOutcome, Trial, choose_recipes, last_search, record_trials, search_recipes
 from slmops.tasks.versions.commit import commit_version
 from slmops.tasks.workshop import Workshop, torch_process, working_in
 from tests.checkpoints import make_tiny_checkpoint
@@ -252,7 +252,7 @@ class TestSearch:
             return Recipe(id=f"cpu-{name}", precision="int4", execution_provider="cpu", passes={"builder": builder})
 
         recipes = [recipe("int4", nodes_to_exclude=7), recipe("int4-fine", block_size=64)]
-        monkeypatch.setattr("slmops.tasks.verdict.search.plan_search", lambda request: recipes)
+        monkeypatch.setattr("slmops.tasks.build.search.plan_search", lambda request: recipes)
         registry = open_registry(small_settings)
         evaluation = EvaluationSet(rows=chat_prompts()[:1], origin="a prompt")
 
@@ -273,7 +273,7 @@ class TestSearch:
         def no_measure(*arguments: Any, **options: Any) -> None:
             raise StageFailed("It does not run.")
 
-        monkeypatch.setattr("slmops.tasks.verdict.search.examine", no_measure)
+        monkeypatch.setattr("slmops.tasks.build.search.examine", no_measure)
         built, outcome = search()
         assert built == []
         assert set(outcome.failures) == {"int4"}

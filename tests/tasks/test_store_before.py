@@ -20,6 +20,7 @@ from slmops.infra.settings import Settings, StoreSettings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
+from slmops.tasks.build.search import last_search
 from slmops.tasks.evidence import KINDS
 from slmops.tasks.exams import answers, endurance, lm_eval, measurement, template_parity, text
 from slmops.tasks.exams.exam import Exam, examine
@@ -27,7 +28,6 @@ from slmops.tasks.foundry.proof import last_proof
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation_set
 from slmops.tasks.training.comparison import last_retrain
 from slmops.tasks.verdict.history import history_of
-from slmops.tasks.verdict.search import last_search
 from slmops.tasks.versions.commit import last_budget
 from slmops.tasks.workshop import Workshop, working_in
 from tests.lm_eval_tasks import write_tasks

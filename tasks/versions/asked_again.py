@@ -8,8 +8,8 @@ from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
 from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.request.inputs import local_file
 from slmops.tasks.request.parameters import RegateParameters
-from slmops.tasks.verdict.qualification import Gate, Qualification
 from slmops.tasks.versions.commit import last_budget
+from slmops.tasks.versions.qualification import Gate, Qualification
 from slmops.tasks.workshop import workshop
 
 
