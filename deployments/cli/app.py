@@ -24,6 +24,7 @@ from slmops.deployments.cli import (
 from slmops.deployments.cli.output import print_error, print_line
 from slmops.deployments.cli.running import load_settings, prepared
 from slmops.infra.errors import BadInput, SlmopsError
+from slmops.infra.files import write_whole
 
 # Typer carries a copy of click of its own, whose names it keeps to itself: the root of its usage errors.
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -129,8 +130,7 @@ def _told(error: BaseException) -> SlmopsError:
     if isinstance(error, typer.Abort | KeyboardInterrupt):
         return SlmopsError("Interrupted.", "Run the command again: it goes on from the stages that are done.")
     log = load_settings().cache_dir / "logs" / "unexpected-error.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(traceback.format_exception(error)), "utf-8")
+    write_whole(log, "".join(traceback.format_exception(error)))
     return SlmopsError(
         f"An unexpected error ended the run: {type(error).__name__}: {error}.",
         f"This is a fault of slmops or of its environment; the details are in {log}.",

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.storage.evidence import SELECTION, DamagedEvidence, Kind, Selection
+from slmops.infra.storage.evidence import DEPLOY, SELECTION, DamagedEvidence, Deployed, DeployedVariant, Kind, Selection
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
@@ -59,6 +59,27 @@ def test_a_record_with_a_key_answers_that_question_alone_and_is_kept_once(versio
     assert content["manifest"] == version.manifest.digest
 
 
+def test_an_answer_stands_beside_its_question(version: Version) -> None:
+    answer = Kind("answer", Weight, field="weight")
+    for unit in ("g", "oz"):
+        version.record(answer, Weight(schema_number=1, grams=(1.0,)), beside={"unit": unit})
+    records = version.records(answer)
+    assert records[0].content == {"unit": "g", "weight": {"schema": 1, "grams": [1.0]}}
+    assert records[0].value == Weight(schema_number=1, grams=(1.0,))
+    (imperial,) = version.records(answer, where=lambda content: content["unit"] == "oz")
+    assert imperial.content["unit"] == "oz"
+    version.record(Kind("answer", dict[str, Any]), {"unit": "lb"})
+    assert len(version.all(answer, where=lambda content: content["unit"] != "lb")) == 2
+    with pytest.raises(DamagedEvidence):
+        version.all(answer)
+
+
+def test_a_figure_that_is_no_number_is_refused_where_it_is_written(version: Version) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        version.record(FACTS, {"grams": float("nan")})
+    assert version.all(FACTS) == []
+
+
 def test_a_kind_whose_name_begins_another_ones_is_another_kind(version: Version) -> None:
     version.record(Kind("weight-empty", dict[str, Any]), {"grams": 0})
     assert version.all(WEIGHT) == []
@@ -89,6 +110,19 @@ def test_what_was_selected_last_serves(version: Version) -> None:
     assert version.serving is None
     with pytest.raises(BadInput, match="int4 registered"):
         version.require_serving()
+
+
+@pytest.mark.parametrize(("status", "serves"), [("registered", True), ("rejected", False), ("failed", False)])
+def test_a_deploy_that_was_recorded_later_has_to_have_it_registered(
+    version: Version, status: str, serves: bool
+) -> None:
+    version.record(DEPLOY, Deployed(variants=(DeployedVariant(precision="int4", status="rejected"),)))
+    version.record(SELECTION, Selection(selected="int4"))
+    assert version.serving is not None  # the run that selects records its deploy at its end
+    version.record(DEPLOY, Deployed(variants=(DeployedVariant(precision="int4", status=status),)))
+    assert (version.serving is not None) == serves
+    version.record(SELECTION, Selection(selected="int8"))
+    assert version.serving is None  # the version has no such variant
 
 
 def _content(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
