@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from slmops.infra.storage.evidence import (
     Tag,
     first_fault,
 )
-from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant, digest_of, now
+from slmops.infra.storage.manifest import Manifest, StoredFile, StoredVariant, digest_of, digest_of_file, now
 from slmops.infra.storage.objects import Entry
 
 if TYPE_CHECKING:
@@ -314,3 +314,17 @@ class Variant:
         except BadInput as error:
             message = f"{self.version.reference} {self.precision}: {error.message}"
             raise StageFailed(message, error.what_to_do, code=error.code) from None
+
+    def altered_in(self, folder: Path, without: Collection[str] = ()) -> list[str]:
+        """Return its files, but for those `without`, that a folder does not hold as the manifest has them."""
+        files = ((file, folder / file.path) for file in self.files if file.path not in without)
+        return [file.path for file, path in files if not path.is_file() or digest_of_file(path) != file.sha256]
+
+    def check_unaltered(self, folder: Path) -> None:
+        """Raise `StageFailed` unless a folder holds every file as the manifest has it."""
+        if altered := self.altered_in(folder):
+            raise StageFailed(
+                f"{altered[0]} is not what the version's manifest says it is.",
+                "See with slmops verify whether the store's copy is damaged, and repair it.",
+                code="content-altered",
+            )

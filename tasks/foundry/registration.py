@@ -1,15 +1,11 @@
 """Registration: variants and champions in Foundry Local, and their removal."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.calls import CatalogModel, ListModels, OnCatalog, Register, Unregister
 from slmops.infra.foundry.model_folder import (
-    INFERENCE_MODEL,
-    MODEL_CARD,
     remove_model_folder,
     write_model_folder,
 )
@@ -17,7 +13,6 @@ from slmops.infra.process.call import OnProgress, R
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
-from slmops.infra.storage.manifest import StoredFile, digest_of_file
 from slmops.infra.storage.signatures import check_signature
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.foundry.ids import champion_model_id, folder_of, model_id_of
@@ -47,7 +42,7 @@ def register_variant(variant: Variant, description: str, card: str, settings: Se
         variant.place(work / "model", on_progress)
         if settings.store.require_signature:
             check_signature(version, settings.store)
-            _check_unaltered(variant, work / "model", settings)
+            variant.check_unaltered(work / "model")
         template, defaults = describe_model(work / "model")
         folder = write_model_folder(
             settings.foundry_dir,
@@ -67,26 +62,6 @@ def register_variant(variant: Variant, description: str, card: str, settings: Se
         changed = ask_foundry(call, settings, on_progress).changed
         on_progress(1, 1, "registered" if changed else "registered before")
     return Registration(model_id=model_id, changed=changed, notes=template.notes)
-
-
-def _check_unaltered(variant: Variant, folder: Path, settings: Settings) -> None:
-    if altered := altered_files(variant.files, folder):
-        raise StageFailed(
-            f"{altered[0]} is not what the version's manifest says it is.",
-            f"See with slmops verify whether the store's copy is damaged; else remove {settings.cache_dir / 'store'}.",
-        )
-
-
-def altered_files(files: Sequence[StoredFile], folder: Path) -> list[str]:
-    """Return the files that a folder does not hold as the manifest has them, by their digests."""
-    paths = ((file, folder / file.path) for file in files)
-    return [file.path for file, path in paths if not path.is_file() or digest_of_file(path) != file.sha256]
-
-
-def altered_in_foundry(variant: Variant, settings: Settings) -> list[str]:
-    """Return the files of a variant that its folder in Foundry's cache does not hold as the manifest has them."""
-    files = [file for file in variant.files if file.path not in (INFERENCE_MODEL, MODEL_CARD)]
-    return altered_files(files, folder_of(variant, settings))
 
 
 @stage("register champion", run_name="register-champion")

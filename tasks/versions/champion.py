@@ -10,7 +10,7 @@ from functools import partial
 from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
-from slmops.infra.foundry.model_folder import MODEL_CARD, model_folder
+from slmops.infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD, model_folder
 from slmops.infra.foundry.server_client import RunningServer, running_servers
 from slmops.infra.process.slots import slot
 from slmops.infra.settings import Settings
@@ -20,7 +20,6 @@ from slmops.tasks.exams.answers import last_evaluation_set
 from slmops.tasks.foundry.ids import folder_of
 from slmops.tasks.foundry.proof import Proof, last_proof, repeat_proof
 from slmops.tasks.foundry.registration import (
-    altered_in_foundry,
     register_champion,
     register_variant,
     registered_models,
@@ -215,7 +214,8 @@ def _card_of(change: Change, settings: Settings) -> tuple[str, str]:
 def check_files(change: Change, settings: Settings) -> None:
     """Raise `StageFailed` when a variant's folder in Foundry's cache is not what the version's manifest says."""
     with stage_progress(f"check {change.variant.precision}"):
-        altered = altered_in_foundry(change.variant, settings)
+        folder = folder_of(change.variant, settings)
+        altered = change.variant.altered_in(folder, without=(INFERENCE_MODEL, MODEL_CARD))
     if altered:
         raise StageFailed(
             f"{', '.join(altered)} of {change.version.reference} {change.variant.precision} was altered.",

@@ -11,16 +11,13 @@ from slmops.infra.foundry.model_folder import model_folder, remove_model_folder,
 from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import FoundrySettings, Settings
 from slmops.infra.storage.folders import work_folder
-from slmops.infra.storage.manifest import Manifest
-from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.signatures import check_signature
-from slmops.infra.storage.version import Version
+from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.answers import last_evaluation_set
 from slmops.tasks.foundry.ids import champion_model_id
 from slmops.tasks.foundry.prompt_template import describe_model, inference_model
 from slmops.tasks.foundry.proof import last_proof
 from slmops.tasks.foundry.registration import ask_foundry, registered_models
-from slmops.tasks.versions.serving import check_unaltered
 
 # Its folder, `models/custom/NAME-champion/v3`, is apart from those that deploys on the same machine register.
 ROLE = "champion"
@@ -48,38 +45,36 @@ def bring_to_device(version: Version, foundry_cache: Path, settings: Settings, o
     Raises `BadInput` for a version that did not pass the gate; `StageFailed`, with the cache as it was, for one that is
     altered, does not load, or answers otherwise.
     """
-    registry, manifest = version.registry, version.manifest
     variant = version.require_serving()
-    precision = variant.precision
-    model_id = champion_model_id(manifest.name, manifest.version)
+    model_id = champion_model_id(version.name, version.number)
     there = settings.model_copy(update={"foundry": FoundrySettings(cache_dir=foundry_cache)})
-    before = [model.model_id for model in registered_models(there) if model.name == manifest.name]
+    before = [model.model_id for model in registered_models(there) if model.name == version.name]
     with work_folder(settings) as work:
         variant.place(work / "model", on_progress)
         if settings.store.require_signature:
             check_signature(version, settings.store)
-        check_unaltered(variant.stored, work / "model")
+        variant.check_unaltered(work / "model")
         template, defaults = describe_model(work / "model")
         description = version.deployed.description
         folder = write_model_folder(
             there.foundry_dir,
-            manifest.name,
+            version.name,
             ROLE,
-            manifest.version,
+            version.number,
             sources={file.path: work / "model" / file.path for file in variant.files},
-            inference_model=inference_model(model_id, manifest.version, description, template, defaults),
-            model_card=f"# {manifest.reference}\n\n{description}\n",
+            inference_model=inference_model(model_id, version.number, description, template, defaults),
+            model_card=f"# {version.reference}\n\n{description}\n",
         )
-    with _taken_back(manifest, model_id, before, there):
+    with _taken_back(version, model_id, before, there):
         call = Register(cache_dir=there.foundry_dir, folder=folder, model_id=model_id)
         ask_foundry(call, there, on_progress)
-        answer = _answered(registry, manifest, precision, model_id, there, on_progress)
-    replaced = _replace(manifest, model_id, there)
-    return BroughtModel(model_id, precision, str(folder), answer, replaced)
+        answer = _answered(variant, model_id, there, on_progress)
+    replaced = _replace(version, model_id, there)
+    return BroughtModel(model_id, variant.precision, str(folder), answer, replaced)
 
 
 @contextlib.contextmanager
-def _taken_back(manifest: Manifest, model_id: str, before: list[str], there: Settings) -> Iterator[None]:
+def _taken_back(version: Version, model_id: str, before: list[str], there: Settings) -> Iterator[None]:
     """Take a model that was not there before out of the cache again if it fails."""
     try:
         yield
@@ -87,20 +82,13 @@ def _taken_back(manifest: Manifest, model_id: str, before: list[str], there: Set
         if model_id not in before:
             with contextlib.suppress(SlmopsError):
                 ask_foundry(Unregister(cache_dir=there.foundry_dir, model_id=model_id), there)
-            remove_model_folder(there.foundry_dir, manifest.name, ROLE, manifest.version)
+            remove_model_folder(there.foundry_dir, version.name, ROLE, version.number)
         raise
 
 
-def _answered(
-    registry: ModelRegistry,
-    manifest: Manifest,
-    precision: str,
-    model_id: str,
-    there: Settings,
-    on_progress: OnProgress,
-) -> str:
-    evaluation = last_evaluation_set(registry.of(manifest))
-    proof = last_proof(registry.of(manifest).variant(precision), evaluation.rows[0]) if evaluation else None
+def _answered(variant: Variant, model_id: str, there: Settings, on_progress: OnProgress) -> str:
+    evaluation = last_evaluation_set(variant.version)
+    proof = last_proof(variant, evaluation.rows[0]) if evaluation else None
     messages = FALLBACK_MESSAGES
     if evaluation and proof:
         messages = [message.model_dump() for message in evaluation.rows[0].messages]
@@ -115,14 +103,14 @@ def _answered(
     return answer
 
 
-def _replace(manifest: Manifest, model_id: str, there: Settings) -> tuple[str, ...]:
+def _replace(version: Version, model_id: str, there: Settings) -> tuple[str, ...]:
     """Take the name's other versions that this command brought out of the cache; returns their ids."""
-    own = model_folder(there.foundry_dir, manifest.name, ROLE, manifest.version).parent
+    own = model_folder(there.foundry_dir, version.name, ROLE, version.number).parent
     gone = []
     for model in registered_models(there):
         ours = Path(model.folder).parent == own
-        if model.name == manifest.name and model.model_id != model_id and ours:
+        if model.name == version.name and model.model_id != model_id and ours:
             ask_foundry(Unregister(cache_dir=there.foundry_dir, model_id=model.model_id), there)
-            remove_model_folder(there.foundry_dir, manifest.name, ROLE, model.version)
+            remove_model_folder(there.foundry_dir, version.name, ROLE, model.version)
             gone.append(model.model_id)
     return tuple(gone)

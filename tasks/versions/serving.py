@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.checkpoints.folder import read_json
-from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL
 from slmops.infra.foundry.served_model import PlacedModel, ServedVersion
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, StoredVariant, digest_of_file
+from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
 from slmops.tasks.foundry.ids import champion_model_id
@@ -83,7 +83,7 @@ class StoredModels:
         if self._settings.store.require_signature:
             check_signature(variant.version, self._settings.store)
         variant.place(folder)
-        check_unaltered(variant.stored, folder)
+        variant.check_unaltered(folder)
         template, defaults = describe_model(folder)
         described = inference_model(
             champion_model_id(served.name, served.version), served.version, "", template, defaults
@@ -135,13 +135,3 @@ class StoredModels:
         if json.dumps(kept) == before:
             return
         write_whole(path, json.dumps(kept))
-
-
-def check_unaltered(variant: StoredVariant, folder: Path) -> None:
-    """Raise `StageFailed` unless every file in a folder has the SHA-256 that the manifest says."""
-    altered = next((file.path for file in variant.files if digest_of_file(folder / file.path) != file.sha256), None)
-    if altered:
-        raise StageFailed(
-            f"{altered} is not what the version's manifest says it is.",
-            "See with slmops verify whether the store's copy is damaged, and repair it.",
-        )
