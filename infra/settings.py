@@ -302,7 +302,7 @@ def load_settings() -> Settings:
     """
     try:
         settings = Settings()
-        file = next((one for one in (settings.home_dir, *settings.home_dir.parents) if one.is_file()), None)
+        file = next((folder for folder in (settings.home_dir, *settings.home_dir.parents) if folder.is_file()), None)
         if file is None:
             return settings
         faults = f"{_variable(('home',))}: {file} is a file, found {str(settings.home)!r}"

@@ -115,7 +115,7 @@ def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
     try:
         with safe_open(path, framework="numpy") as weights:
             slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
-            return {key: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
+            return {key: TensorHeader(tuple(tensor.get_shape()), tensor.get_dtype()) for key, tensor in slices.items()}
     except (SafetensorError, OSError) as error:
         raise BadInput(
             f"{path} is not a whole safetensors file ({path.stat().st_size:,} bytes): {error}.",

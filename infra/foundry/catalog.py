@@ -100,7 +100,10 @@ class CatalogQuery:
 
     def to_json(self) -> dict[str, Any]:
         """Return the request's JSON, as the runtime writes it."""
-        filters = [{"field": one.field, "operator": one.operator, "values": list(one.values)} for one in self.filters]
+        filters = [
+            {"field": condition.field, "operator": condition.operator, "values": list(condition.values)}
+            for condition in self.filters
+        ]
         token = {"continuationToken": self.continuation_token} if self.continuation_token else {}
         return {**token, "filters": filters, "pageSize": self.page_size}
 
@@ -176,18 +179,18 @@ def find_models(models: Sequence[CatalogModel], filters: Sequence[CatalogFilter]
     `labels` = latest is the newest version of a name that passes the others: on a machine without a GPU, the newest for
     its CPU. A filter on a field that is not known here holds nothing back.
     """
-    labels = [one for one in filters if one.field == "labels"]
-    others = [one for one in filters if one.field != "labels"]
+    labels = [condition for condition in filters if condition.field == "labels"]
+    others = [condition for condition in filters if condition.field != "labels"]
     found = [model for model in models if _passes(_fields(model), others)]
     newest: dict[str, int] = {}
     for model in found:
         newest[model.name] = max(model.version, newest.get(model.name, 0))
     labelled = [(model, ("latest",) if newest[model.name] == model.version else ()) for model in found]
-    return [model for model, label in labelled if all(one.holds(label) for one in labels)]
+    return [model for model, label in labelled if all(condition.holds(label) for condition in labels)]
 
 
 def _passes(fields: dict[str, str], filters: Sequence[CatalogFilter]) -> bool:
-    return all(one.holds((fields[one.field],)) for one in filters if one.field in fields)
+    return all(condition.holds((fields[condition.field],)) for condition in filters if condition.field in fields)
 
 
 def _fields(model: CatalogModel) -> dict[str, str]:
@@ -229,8 +232,10 @@ def outward_query(query: CatalogQuery, ours: Sequence[CatalogModel]) -> CatalogQ
         "annotations/tags/alias": {model.alias for model in ours},
     }
     filters = tuple(
-        replace(one, values=tuple(value for value in one.values if value not in own.get(one.field, ())))
-        for one in query.filters
+        replace(
+            condition, values=tuple(value for value in condition.values if value not in own.get(condition.field, ()))
+        )
+        for condition in query.filters
     )
-    asks_nothing = any(one.operator == "eq" and not one.values for one in filters)
+    asks_nothing = any(condition.operator == "eq" and not condition.values for condition in filters)
     return None if asks_nothing else replace(query, filters=filters)

@@ -50,7 +50,7 @@ class ModelHost:
     @property
     def is_ready(self) -> bool:
         """Whether a model is loaded, and the server is not stopping."""
-        return bool(self.champions) and not self._is_closing and any(one.is_loaded for one in self.models)
+        return bool(self.champions) and not self._is_closing and any(model.is_loaded for model in self.models)
 
     async def start(self, names: Sequence[str] = ()) -> None:
         """Learn the champions of these names and load them while there is memory for them.
@@ -99,7 +99,7 @@ class ModelHost:
         if name in self.champions and number.isdecimal() and len(number) < 10:
             if self.champions[name].version == int(number):
                 return self.champions[name]
-            known = next((one for one in self._models if one.model_id == f"{name}:{number}"), None)
+            known = next((model for model in self._models if model.model_id == f"{name}:{number}"), None)
             if known:
                 return known
             with contextlib.suppress(errors.SlmopsError):
@@ -256,17 +256,17 @@ class ModelHost:
         needed_bytes = int(wanted.placed.size_bytes * MEMORY_PER_SIZE) + MEMORY_OF_RUNTIME_BYTES
         async with self._room:
             while True:
-                loaded = [one for one in self.models if one.is_loaded]
-                used_bytes = sum(one.process.rss_bytes for one in loaded if one.process)
+                loaded = [model for model in self.models if model.is_loaded]
+                used_bytes = sum(model.process.rss_bytes for model in loaded if model.process)
                 if not loaded or used_bytes + needed_bytes <= budget_bytes:
                     return
-                idle = [one for one in loaded if one.unused.is_set()]
+                idle = [model for model in loaded if model.unused.is_set()]
                 if not idle:
                     raise Busy(
                         f"There is no memory for {wanted.served.model_id} while other models answer.",
                         "Try again later, or raise SLMOPS_SERVE__MAX_MEMORY_BYTES.",
                     )
-                least_recent = min(idle, key=lambda one: one.used_at)
+                least_recent = min(idle, key=lambda model: model.used_at)
                 LOG.info("%s is unloaded: it was not used for longest", least_recent.served.model_id)
                 await self._unload(least_recent)
 

@@ -92,7 +92,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
 
 def _is_inside(target: Path, home: Path) -> bool:
     """Whether a link's target is in a folder, or where Hugging Face's cache keeps the content of its snapshots."""
-    snapshots = next((one for one in home.parents if one.name == "snapshots"), None)
+    snapshots = next((folder for folder in home.parents if folder.name == "snapshots"), None)
     cached = snapshots is not None and target.parent == snapshots.parent / "blobs"
     return target.exists() and (target.is_relative_to(home) or cached)
 
@@ -219,7 +219,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _first_fault(error: ValidationError) -> str:
-    fault = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
+    fault = next((found for found in error.errors() if found["type"] == "extra_forbidden"), error.errors()[0])
     name = ".".join(str(part) for part in fault["loc"]) or "the whole"
     found = str(fault["input"])[:80]
     if fault["type"] == "extra_forbidden":
@@ -266,9 +266,9 @@ def _graphs(graph: Any) -> Iterator[Any]:
 def _tensors(graph: Any) -> Iterator[Any]:
     """Yield the tensors of a graph whose content lies in another file."""
     attributes = [attribute for node in graph.node for attribute in node.attribute]
-    sparse = [tensor for one in attributes for tensor in (one.sparse_tensor, *one.sparse_tensors)]
+    sparse = [tensor for attribute in attributes for tensor in (attribute.sparse_tensor, *attribute.sparse_tensors)]
     sparse += getattr(graph, "sparse_initializer", ())
-    tensors = [tensor for one in attributes for tensor in (one.t, *one.tensors)]
+    tensors = [tensor for attribute in attributes for tensor in (attribute.t, *attribute.tensors)]
     tensors += getattr(graph, "initializer", ())
     tensors += [part for tensor in sparse for part in (tensor.values, tensor.indices)]
     yield from (tensor for tensor in tensors if tensor.external_data)

@@ -159,7 +159,7 @@ class GenaiModel:
         try:
             path = self.model_dir / self.config["model"]["decoder"]["filename"]
             outputs = onnx.load(path, load_external_data=False).graph.output
-            sizes += [one.type.tensor_type.shape.dim[-1].dim_value for one in outputs if one.name == "logits"]
+            sizes += [output.type.tensor_type.shape.dim[-1].dim_value for output in outputs if output.name == "logits"]
         except Exception as error:  # protobuf's and the file system's, whatever a damaged folder makes them raise
             raise self.broken(error) from error
         return min((size for size in sizes if size), default=None)

@@ -123,8 +123,8 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
         ) from error
     if refused:
         raise _foreign_metric(refused[0])
-    for name, one in loaded["tasks"].items():
-        _check_task(name, one)
+    for name, task in loaded["tasks"].items():
+        _check_task(name, task)
     return loaded
 
 
@@ -195,10 +195,10 @@ def _evaluate(lm: Any, loaded: Any, call: RunTasks) -> Any:
 
     random.seed(0)
     np.random.seed(SEED)
-    for one in loaded["tasks"].values():
-        if one.get_config("num_fewshot") is None:
-            one.set_config(key="num_fewshot", value=0)
-        one.set_fewshot_seed(seed=SEED)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
     try:
         return lm_eval.evaluate(
             lm=lm,

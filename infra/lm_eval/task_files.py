@@ -79,8 +79,8 @@ def digest_of_task_folder(folder: Path) -> str:
         for value in (*_values_of("dataset_kwargs", content), *_values_of("dataset_path", content)):
             for name in _strings(value):
                 # Path.glob takes no absolute pattern.
-                found = [folder / one for one in glob.glob(name, root_dir=folder, recursive=True)]  # noqa: PTH207
-                files |= {path for one in found for path in (one.rglob("*") if one.is_dir() else [one])}
+                found = [folder / match for match in glob.glob(name, root_dir=folder, recursive=True)]  # noqa: PTH207
+                files |= {path for place in found for path in (place.rglob("*") if place.is_dir() else [place])}
     digest = hashlib.sha256()
     for path in sorted(path for path in files if path.is_file()):
         try:
@@ -153,8 +153,8 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from _strings(one)
+        for item in value.values():
+            yield from _strings(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from _strings(one)
+        for item in value:
+            yield from _strings(item)

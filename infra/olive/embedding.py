@@ -131,7 +131,7 @@ def _replace_lookup(graph: Any, lookup: Any, blocks: _Blocks) -> None:
             for name, value in (("start", 0), ("end", hidden_size), ("axis", -1))
         ]
         last = ir.node(
-            "Slice", [gather.outputs[0], *(one.outputs[0] for one in bounds)], name="/model/embed_tokens/Slice"
+            "Slice", [gather.outputs[0], *(bound.outputs[0] for bound in bounds)], name="/model/embed_tokens/Slice"
         )
         nodes.extend([*bounds, last])
     graph.insert_before(lookup, nodes)

@@ -26,7 +26,7 @@ def streamed_quantization(builder: Any, finish: Callable[[Any], None]) -> Iterat
 
     `finish` is called with a quantized model (onnx-ir) before it is written, and may change it.
     """
-    base = next(one for one in builder.LlamaModel.__mro__ if "to_nbits" in vars(one))
+    base = next(kind for kind in builder.LlamaModel.__mro__ if "to_nbits" in vars(kind))
     to_nbits = base.to_nbits
 
     def to_nbits_when_written(self: Any) -> Any:

@@ -237,4 +237,4 @@ def _reason(error: Exception) -> str:
 def _shown(text: str) -> str:
     """The beginning of a text on one line, what is not printable escaped as in Python."""
     beginning = text[:DETAIL_CHARACTERS]
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in beginning)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in beginning)

@@ -176,7 +176,7 @@ def _fault_of_record(record: Any, digest: str) -> str | None:
 def _has_statuses(content: dict[str, Any]) -> bool:
     """Whether evidence on a deploy has what `copy_version` reads in it."""
     variants = content.get("variants")
-    return isinstance(variants, list) and all(isinstance(one, dict) and "status" in one for one in variants)
+    return isinstance(variants, list) and all(isinstance(variant, dict) and "status" in variant for variant in variants)
 
 
 # Writing
@@ -326,7 +326,7 @@ def _read_manifest(archive: TarReader) -> Manifest:
         manifest = parse_foreign_manifest(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(one) for one in first["loc"])
+        where = ".".join(str(part) for part in first["loc"])
         raise archive.refusal(name, f"is not valid: {shown(where)}: {first['msg']:.200}") from None
     except ValueError as error:
         raise archive.refusal(name, f"is not valid: {error}") from None

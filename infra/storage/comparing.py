@@ -69,7 +69,9 @@ def _facts(manifest: Manifest) -> dict[str, str]:
 
 
 def _files(manifest: Manifest, precision: str) -> dict[str, str]:
-    variant: StoredVariant | None = next((one for one in manifest.variants if one.precision == precision), None)
+    variant: StoredVariant | None = next(
+        (variant for variant in manifest.variants if variant.precision == precision), None
+    )
     if variant is None:
         return {}
     facts = {

@@ -13,7 +13,7 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
     """Raise `StageFailed` when the disk of a folder (which may not exist yet) has less room than all that it takes."""
     taken: Counter[int] = Counter()
     for place, size_bytes in needs:
-        folder = next(one for one in (place, *place.absolute().parents) if one.is_dir())
+        folder = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
         device = folder.stat().st_dev
         taken[device] += size_bytes
         free = shutil.disk_usage(folder).free

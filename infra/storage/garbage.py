@@ -62,11 +62,11 @@ def claimed_blobs(registry: ModelRegistry) -> set[str]:
 
 def needed_blobs(registry: ModelRegistry, without: Collection[Manifest] = ()) -> set[Blob]:
     """Return the blobs that a version or an input needs; raises `StageFailed` for one that cannot be read."""
-    left_out = {one.reference for one in without}
-    versions = (one for name in registry.names() for one in registry.versions(name))
-    kept = (one for one in versions if one.reference not in left_out)
-    files = [file for one in kept for variant in one.variants for file in variant.files]
-    files += [file for one in stored_inputs(registry) for file in one.files]
+    left_out = {manifest.reference for manifest in without}
+    versions = (manifest for name in registry.names() for manifest in registry.versions(name))
+    kept = (manifest for manifest in versions if manifest.reference not in left_out)
+    files = [file for manifest in kept for variant in manifest.variants for file in variant.files]
+    files += [file for stored in stored_inputs(registry) for file in stored.files]
     return {blob_of(file) for file in files}
 
 
@@ -87,8 +87,8 @@ def collect_garbage(
         _tell(on_progress, 0, 1, "reading the versions")
         needed = {blob.sha256 for blob in needed_blobs(registry, without)}
         _tell(on_progress, 0, 1, "listing the store")
-        orphans = [one for one in objects.entries(BLOBS) if one.key.rpartition("/")[2] not in needed]
-        free = [one for one in orphans if one.key.rpartition("/")[2] not in collector.spared]
+        orphans = [entry for entry in objects.entries(BLOBS) if entry.key.rpartition("/")[2] not in needed]
+        free = [entry for entry in orphans if entry.key.rpartition("/")[2] not in collector.spared]
         found = Garbage(
             blobs=tuple(free),
             evidence=tuple(registry.evidence_of_deleted()),

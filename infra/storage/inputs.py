@@ -65,8 +65,8 @@ def ingest(registry: ModelRegistry, path: Path, on_progress: OnProgress | None =
         found = StoredInput(kind="file", name=path.name, files=files)
     elif path.is_dir():
         root = path.resolve()
-        paths = {one.relative_to(path).as_posix(): one for one in sorted(path.rglob("*")) if one.is_file()}
-        outside = next((name for name, one in paths.items() if not one.resolve().is_relative_to(root)), None)
+        paths = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+        outside = next((name for name, file in paths.items() if not file.resolve().is_relative_to(root)), None)
         if outside or not paths:
             fault = f"holds a link out of it: {outside}" if outside else "holds no file"
             raise BadInput(

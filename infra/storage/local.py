@@ -38,7 +38,7 @@ class LocalObjectStore:
 
     def check(self, *, by_writing: bool = False) -> None:
         """See `ObjectStore.check`."""
-        nearest = next(one for one in (self._root, *self._root.parents) if one.exists())
+        nearest = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
         if not nearest.is_dir():
             raise StageFailed(
                 f"The store {self._root} cannot be used: {nearest} is a file.",
@@ -174,7 +174,7 @@ class LocalObjectStore:
     def leftovers(self, older_than: datetime) -> list[Entry]:
         """See `ObjectStore.leftovers`: files aside whose process has ended, or that are old."""
         entries = self.entries(ASIDE)
-        return [one for one in entries if one.modified_at < older_than or has_ended(holder_of(one.key))]
+        return [entry for entry in entries if entry.modified_at < older_than or has_ended(holder_of(entry.key))]
 
     def remove_leftovers(self, found: Iterable[Entry]) -> None:
         """See `ObjectStore.remove_leftovers`."""

@@ -105,7 +105,9 @@ class Manifest(_Record):
             {
                 "source": self.source.digest,
                 "builder": self.builder,
-                "variants": [variant.model_dump() for variant in sorted(self.variants, key=lambda one: one.precision)],
+                "variants": [
+                    variant.model_dump() for variant in sorted(self.variants, key=lambda variant: variant.precision)
+                ],
             }
         )
 
@@ -142,7 +144,7 @@ class Manifest(_Record):
         for variant in self.variants:
             if variant.precision == precision:
                 return variant
-        known = ", ".join(one.precision for one in self.variants)
+        known = ", ".join(variant.precision for variant in self.variants)
         raise BadInput(f"{self.reference} has no variant {precision!r}.", f"It has: {known}.", code="variant-missing")
 
 

@@ -88,7 +88,7 @@ class ModelRegistry(ModelFiles):
 
     def same_version(self, draft: Manifest) -> Manifest | None:
         """Return the version of the draft's name that has its identity, whatever its number, or None."""
-        return next((one for one in self.versions(draft.name) if one.identity == draft.identity), None)
+        return next((manifest for manifest in self.versions(draft.name) if manifest.identity == draft.identity), None)
 
     def check_number(self, draft: Manifest) -> None:
         """Raise `BadInput` when a draft's own number was given out already, even if it is deleted now."""
@@ -154,10 +154,16 @@ class ModelRegistry(ModelFiles):
         Raises `BadInput` when there is none.
         """
         if number is None:
-            number = self.alias(name, CHAMPION) or max((one.version for one in self.versions(name)), default=0)
+            number = self.alias(name, CHAMPION) or max(
+                (manifest.version for manifest in self.versions(name)), default=0
+            )
         manifest = self._read_manifest(name, number) if number else None
         if manifest is None or self._is_deleted(name, number):
-            known = ", ".join(one.reference for one in self.versions(name)) or ", ".join(self.names()) or "nothing yet"
+            known = (
+                ", ".join(manifest.reference for manifest in self.versions(name))
+                or ", ".join(self.names())
+                or "nothing yet"
+            )
             raise BadInput(
                 f"The store has no {f'{name}@{number}' if number else name}.",
                 f"It has: {known}. See slmops list.",
@@ -223,8 +229,10 @@ class ModelRegistry(ModelFiles):
     def evidence_of_deleted(self) -> list[Entry]:
         """Return the evidence on deleted versions: a deletion that broke off left it."""
         entries = list(self.objects.entries("models"))
-        deleted = {one.key.removesuffix("/deleted.json") for one in entries if one.key.endswith("/deleted.json")}
-        return [one for one in entries if "/evidence/" in one.key and one.key.partition("/evidence/")[0] in deleted]
+        deleted = {entry.key.removesuffix("/deleted.json") for entry in entries if entry.key.endswith("/deleted.json")}
+        return [
+            entry for entry in entries if "/evidence/" in entry.key and entry.key.partition("/evidence/")[0] in deleted
+        ]
 
     # Aliases
 
@@ -254,7 +262,9 @@ class ModelRegistry(ModelFiles):
 
     def aliases_of(self, manifest: Manifest) -> tuple[str, ...]:
         """Return the aliases that point to a version."""
-        return tuple(sorted(one for one, number in self.aliases(manifest.name).items() if number == manifest.version))
+        return tuple(
+            sorted(alias for alias, number in self.aliases(manifest.name).items() if number == manifest.version)
+        )
 
     def set_alias(
         self,

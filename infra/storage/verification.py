@@ -68,7 +68,7 @@ def repair_version(
     on_progress: OnProgress | None = None,
 ) -> int:
     """Put a version's damaged files back from another store that has them whole; returns how many could be."""
-    damaged = {one.blob for one in found.damage if one.blob}
+    damaged = {fault.blob for fault in found.damage if fault.blob}
     whole: dict[Blob, Path] = {}
     for other in others:
         for blob, sha256, _ in other.digests(damaged - whole.keys()):

@@ -92,7 +92,7 @@ def _context(model: Any, max_length: int | None) -> int:
 def _encode(tokenizer: Any, chats: Sequence[Chat], context: int) -> list[dict[str, list[int]]]:
     """Return input_ids and labels of each chat; only the assistant's turns have labels."""
     encoded = [_encode_chat(tokenizer, list(chat.messages)) for chat in chats]
-    lengths = [(chat.number, len(one["input_ids"])) for chat, one in zip(chats, encoded, strict=True)]
+    lengths = [(chat.number, len(example["input_ids"])) for chat, example in zip(chats, encoded, strict=True)]
     long = [(number, tokens) for number, tokens in lengths if tokens > context]
     if long:
         named = ", ".join(f"row {number} has {tokens} tokens" for number, tokens in long[:MAX_NAMED_ROWS])
@@ -200,9 +200,9 @@ def _padded(batch: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
     return {
-        "input_ids": filled([one["input_ids"] for one in batch], 0),
-        "attention_mask": filled([[1] * len(one["input_ids"]) for one in batch], 0),
-        "labels": filled([one["labels"] for one in batch], IGNORED_LABEL),
+        "input_ids": filled([example["input_ids"] for example in batch], 0),
+        "attention_mask": filled([[1] * len(example["input_ids"]) for example in batch], 0),
+        "labels": filled([example["labels"] for example in batch], IGNORED_LABEL),
     }
 
 

@@ -46,7 +46,9 @@ def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
         recipe = load_recipe(name, request.execution_provider)
         if recipe.precision not in request.precisions:
             fitting = [
-                one for precision in request.precisions for one in known_recipes(precision, recipe.execution_provider)
+                known
+                for precision in request.precisions
+                for known in known_recipes(precision, recipe.execution_provider)
             ]
             raise BadInput(
                 f"The recipe {name!r} is of a precision that is not asked for.",

@@ -250,9 +250,9 @@ def _score_of(evaluated: Evaluation) -> float | None:
 def _scores(found: Sequence[_Tried]) -> dict[str, tuple[float, ...]]:
     """Return recipe -> score of each row that has one; the rows of all trials are the same."""
     return {
-        one.recipe.name: tuple(row.score for row in one.evaluated.rows if row.score is not None)
-        for one in found
-        if one.evaluated
+        trial.recipe.name: tuple(row.score for row in trial.evaluated.rows if row.score is not None)
+        for trial in found
+        if trial.evaluated
     }
 
 
@@ -290,8 +290,8 @@ def choose_recipes(
         choice = choose_variant(judged, budget)
         if choice.selected is None:  # none keeps the budget: the choice between the precisions says so
             choice = choose_variant(judged, Budget())
-        front = pareto_front([one.candidate for one in judged])
-        others = len([one for one in front.values() if one is None]) - 1
+        front = pareto_front([variant.candidate for variant in judged])
+        others = len([point for point in front.values() if point is None]) - 1
         for trial in ran:
             name = trial.recipe
             reason = choice.reasons.get(name, "it does not pass the gate")

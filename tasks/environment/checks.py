@@ -67,7 +67,11 @@ def locked_versions() -> dict[str, str]:
         pins = dict(line.split("==", 1) for line in lines if "==" in line)
         return {name: f"=={pins[name]}" for name in STACK if name in pins}
     requirements = (Requirement(text) for text in metadata.requires(DISTRIBUTION) or [])
-    return {one.name: str(one.specifier) for one in requirements if one.name in STACK and not one.marker}
+    return {
+        requirement.name: str(requirement.specifier)
+        for requirement in requirements
+        if requirement.name in STACK and not requirement.marker
+    }
 
 
 def check_packages() -> list[Check]:

@@ -129,8 +129,10 @@ def control_tokens(model_dir: Path) -> tuple[ControlToken, ...]:
     added = read_json(path).get("added_tokens", []) if path.is_file() else []
     special = [ControlToken(token["content"], token["id"]) for token in added if token.get("special")]
     template = read_chat_template(model_dir) or ""
-    written = sorted((one for one in special if one.text in template), key=lambda one: template.index(one.text))
-    others = [one for one in special if one not in written]
+    written = sorted(
+        (token for token in special if token.text in template), key=lambda token: template.index(token.text)
+    )
+    others = [token for token in special if token not in written]
     return tuple([*written, *others][:MAX_CONTROL_TOKENS])
 
 
@@ -151,7 +153,7 @@ class _Course:
     @property
     def names(self) -> list[str]:
         """What is still to be done."""
-        return [LONG_USE] * bool(self.requests) + [one.name for one in self.edge_inputs]
+        return [LONG_USE] * bool(self.requests) + [edge_input.name for edge_input in self.edge_inputs]
 
     def read(self, journal: Path) -> dict[str, Any] | None:
         """Take over what a child wrote; returns the step that it began and did not end."""
@@ -183,7 +185,7 @@ class _Course:
         self.outcomes.append(outcome)
         if outcome.name == LONG_USE:
             self.requests = 0
-        self.edge_inputs = [one for one in self.edge_inputs if one.name != outcome.name]
+        self.edge_inputs = [edge_input for edge_input in self.edge_inputs if edge_input.name != outcome.name]
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -341,7 +343,7 @@ class EnduranceExam(Exam[Exercise]):
             "versions": dict(runtime_versions(self.runtime)),
             "soak": settings.soak.model_dump(mode="json"),
             "conversations": digest_of(self.conversations),
-            "edge_inputs": digest_of_json(json.dumps([asdict(one) for one in edge_inputs(0, [])])),
+            "edge_inputs": digest_of_json(json.dumps([asdict(edge_input) for edge_input in edge_inputs(0, [])])),
         }
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Exercise:

@@ -44,7 +44,7 @@ class Steadiness(_Record):
     @property
     def invalid_prompt_tokens(self) -> tuple[int, ...]:
         """The lengths at which the answer was not valid."""
-        return tuple(one.prompt_tokens for one in self.lengths if not one.valid)
+        return tuple(length.prompt_tokens for length in self.lengths if not length.valid)
 
 
 def steadiness_of(measurement: Measurement) -> Steadiness:

@@ -231,7 +231,7 @@ def check_parity(
         mismatches = list(_mismatches(compared, expected, genai, foundry))
     return TemplateParity(
         conversations=len(compared),
-        mismatches=tuple(one for one in mismatches if one.conversation not in TOLD_ONLY),
+        mismatches=tuple(mismatch for mismatch in mismatches if mismatch.conversation not in TOLD_ONLY),
         broken_control_tokens=tuple(_broken_control_tokens(expected, genai)),
         notes=(
             *_reference_notes(model_dir, checkpoint_dir, expected, refused),
@@ -389,11 +389,11 @@ def _reference_notes(
 
 
 def _told_only_notes(mismatches: Sequence[ParityMismatch]) -> Iterable[str]:
-    told = [one for one in mismatches if one.conversation in TOLD_ONLY]
+    told = [mismatch for mismatch in mismatches if mismatch.conversation in TOLD_ONLY]
     if len(told) < len(mismatches):
         return  # these differ for another reason
-    for name in dict.fromkeys(one.conversation for one in told):
-        runtimes = " and ".join(RUNTIME_NAMES[one.runtime] for one in told if one.conversation == name)
+    for name in dict.fromkeys(mismatch.conversation for mismatch in told):
+        runtimes = " and ".join(RUNTIME_NAMES[mismatch.runtime] for mismatch in told if mismatch.conversation == name)
         yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {TOLD_ONLY[name]}."
 
 
@@ -447,7 +447,7 @@ def _composition_notes(
             found, ids = genai.compositions[name], [rendering.ids for rendering in renderings]
             if found not in ids:
                 why = ""
-                if found in [one[1:] for one in ids]:
+                if found in [sequence[1:] for sequence in ids]:
                     why = f": the strings hold no {begin}, and the tokenizer adds none by itself"
                 elif found[1:] in ids:
                     why = ": the tokenizer adds a begin token that the template does not write"

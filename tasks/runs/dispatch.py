@@ -67,7 +67,7 @@ def check_pool(pool: str, flow_names: Sequence[str]) -> None:
 
 
 def _online(client: SyncPrefectClient, pool: str) -> list[str]:
-    return [one.name for one in client.read_workers_for_work_pool(pool) if one.status == "ONLINE"]
+    return [worker.name for worker in client.read_workers_for_work_pool(pool) if worker.status == "ONLINE"]
 
 
 def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Settings) -> dict[str, Outcome]:

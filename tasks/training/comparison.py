@@ -80,7 +80,7 @@ def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport 
         return None
     for manifest in reversed(registry.versions(name)):
         version = registry.of(manifest)
-        own = [one for _, one in version.envelopes(RETRAIN.name) if one.copied_from is None]
+        own = [envelope for _, envelope in version.envelopes(RETRAIN.name) if envelope.copied_from is None]
         report = version.latest(RETRAIN) if own else None
         if report is not None:
             same = report.fine_tuning is not None and report.fine_tuning.key == key

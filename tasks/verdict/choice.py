@@ -42,24 +42,24 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
     if not passed:
         return Choice(selected=None, reason="No variant passed the gate.")
     if budget is None:
-        return _smallest([one.candidate.name for one in passed])
-    excesses = {one.candidate.name: budget.excesses(one.candidate) for one in passed}
+        return _smallest([variant.candidate.name for variant in passed])
+    excesses = {variant.candidate.name: budget.excesses(variant.candidate) for variant in passed}
     reasons = {name: f"over the budget: {', '.join(found)}" for name, found in excesses.items() if found}
-    fitting = [one for one in passed if not excesses[one.candidate.name]]
+    fitting = [variant for variant in passed if not excesses[variant.candidate.name]]
     if not fitting:
         nearest = min(excesses, key=lambda name: (max(excesses[name].values()), name))
         reason = f"No variant keeps the budget. The nearest is {nearest}: {', '.join(excesses[nearest])}."
         return Choice(selected=None, reason=reason, reasons=reasons)
-    for name, dominator in pareto_front([one.candidate for one in fitting]).items():
+    for name, dominator in pareto_front([variant.candidate for variant in fitting]).items():
         if dominator is not None:
             reasons[name] = f"{dominator} is better in something and worse in nothing"
-    front = [one for one in fitting if one.candidate.name not in reasons]
+    front = [variant for variant in fitting if variant.candidate.name not in reasons]
     best = max(front, key=_quality)
-    for one in front:
-        worse = _worse_than(best, one)
+    for point in front:
+        worse = _worse_than(best, point)
         if worse:
-            reasons[one.candidate.name] = worse
-    equals = [one.candidate for one in front if one.candidate.name not in reasons]
+            reasons[point.candidate.name] = worse
+    equals = [point.candidate for point in front if point.candidate.name not in reasons]
     chosen = _fastest(equals)
     for candidate in equals:
         if candidate is not chosen:
@@ -99,10 +99,10 @@ def _worse_than(best: Judged, other: Judged) -> str:
 
 
 def _fastest(candidates: Sequence[Candidate]) -> Candidate:
-    top = max(one.token_generation_throughput_tps for one in candidates)
+    top = max(candidate.token_generation_throughput_tps for candidate in candidates)
     noise = 1 + NOISE["token_generation_throughput_tps"]
-    level = [one for one in candidates if one.token_generation_throughput_tps * noise >= top]
-    return min(level, key=lambda one: (one.size_bytes, one.name))
+    level = [candidate for candidate in candidates if candidate.token_generation_throughput_tps * noise >= top]
+    return min(level, key=lambda candidate: (candidate.size_bytes, candidate.name))
 
 
 def _costlier(candidate: Candidate, chosen: Candidate) -> str:

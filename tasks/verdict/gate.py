@@ -220,7 +220,7 @@ def _on_text(text: TextComparison, thresholds: GateThresholds) -> list[GateCheck
     if text.reference_perplexity is None:
         return []
     top1, divergence = text.top1_agreement, text.kl_divergence
-    agreement, distance = (None if one is None else one.value for one in (top1, divergence))
+    agreement, distance = (None if estimate is None else estimate.value for estimate in (top1, divergence))
     return [
         _at_least("text_top1_agreement", agreement, thresholds.min_top1_agreement, top1),
         _at_most("text_kl_divergence", distance, thresholds.max_kl_divergence, divergence),
@@ -228,7 +228,7 @@ def _on_text(text: TextComparison, thresholds: GateThresholds) -> list[GateCheck
 
 
 def _parity_faults(parity: TemplateParity) -> list[str]:
-    mismatches = [f"{one.runtime} renders {one.conversation!r} otherwise" for one in parity.mismatches]
+    mismatches = [f"{mismatch.runtime} renders {mismatch.conversation!r} otherwise" for mismatch in parity.mismatches]
     return mismatches + [f"{token} is not one token" for token in parity.broken_control_tokens]
 
 
@@ -238,7 +238,7 @@ def _of_exercise(exercise: Exercise, thresholds: GateThresholds) -> list[GateChe
         if exercise.runtime == "genai"
         else ("memory_growth_foundry", "edge_input_foundry")
     )
-    checks = [_count(names[1], [one.name for one in exercise.edge_inputs if not one.handled])]
+    checks = [_count(names[1], [edge_input.name for edge_input in exercise.edge_inputs if not edge_input.handled])]
     if exercise.memory is not None:
         limit = thresholds.max_memory_growth_bytes_per_request
         checks.append(_beyond_noise(names[0], exercise.memory.bytes_per_request, limit))

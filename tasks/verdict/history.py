@@ -111,7 +111,7 @@ def _compare_measurements(
 ) -> int:
     """Add what can be compared; returns how many earlier measurements could be."""
     newest = later[-1]
-    before_bytes, after_bytes = (float(one.metrics["size_bytes"]) for one in (earlier[-1], newest))
+    before_bytes, after_bytes = (float(measurement.metrics["size_bytes"]) for measurement in (earlier[-1], newest))
     ratio = after_bytes / before_bytes
     size = Change(
         precision=precision,
@@ -121,8 +121,8 @@ def _compare_measurements(
         change=Estimate(value=ratio, low=ratio, high=ratio),
         trend=_trend(ratio - 1, MATERIAL_SIZE_CHANGE, "lower"),
     )
-    before = [one for one in earlier if not _differences(one, newest)][-COMPARED_MEASUREMENTS:]
-    after = [one for one in later if not _differences(one, newest)][-COMPARED_MEASUREMENTS:]
+    before = [measurement for measurement in earlier if not _differences(measurement, newest)][-COMPARED_MEASUREMENTS:]
+    after = [measurement for measurement in later if not _differences(measurement, newest)][-COMPARED_MEASUREMENTS:]
     if not before:
         differences = ", ".join(_differences(earlier[-1], newest))
         notes.append(
@@ -133,9 +133,9 @@ def _compare_measurements(
     if before[-1].versions != newest.versions:
         notes.append(f"{precision}: measured with {_versions(before[-1])} before and with {_versions(newest)} now.")
     for metric, better in SPEED_METRICS:
-        values = [[_values(one.rows, metric) for one in side] for side in (before, after)]
+        values = [[_values(measurement.rows, metric) for measurement in side] for side in (before, after)]
         changes.append(_change(precision, metric, values[0], values[1], MATERIAL_SPEED_CHANGE, better))
-    peaks = [[[float(one.metrics["peak_rss_bytes"])] for one in side] for side in (before, after)]
+    peaks = [[[float(measurement.metrics["peak_rss_bytes"])] for measurement in side] for side in (before, after)]
     changes.append(_change(precision, "peak_rss_bytes", peaks[0], peaks[1], MATERIAL_MEMORY_CHANGE, "lower"))
     changes.append(size)
     return len(before)
@@ -161,7 +161,7 @@ def _differences(earlier: Measurement, later: Measurement) -> list[str]:
     if earlier.threads != later.threads:
         found.append(f"{earlier.threads} threads, not {later.threads}")
     if earlier.execution_provider != later.execution_provider:
-        providers = (_text(one.execution_provider) for one in (earlier, later))
+        providers = (_text(measurement.execution_provider) for measurement in (earlier, later))
         found.append("the execution provider {}, not {}".format(*providers))
     if _lengths(earlier) != _lengths(later):
         found.append("other numbers of prompt or new tokens")
@@ -230,7 +230,7 @@ def _compare_evaluations(
     pairs = [(old[row.id], row) for row in later.rows if row.id in old]
     scored = [
         (before, after)
-        for before, after in ((_score(one), _score(other)) for one, other in pairs)
+        for before, after in ((_score(first), _score(second)) for first, second in pairs)
         if before is not None and after is not None
     ]
     if scored:
@@ -247,9 +247,9 @@ def _compare_evaluations(
             )
         )
     diverging = [
-        (one.kl_divergence, other.kl_divergence, (one.positions + other.positions) / 2)
-        for one, other in pairs
-        if one.kl_divergence is not None and other.kl_divergence is not None and one.positions and other.positions
+        (first.kl_divergence, second.kl_divergence, (first.positions + second.positions) / 2)
+        for first, second in pairs
+        if first.kl_divergence is not None and second.kl_divergence is not None and first.positions and second.positions
     ]
     if diverging:
         changes.append(_kl_change(precision, diverging))
@@ -281,7 +281,7 @@ def history_of(version: Version, threads: int) -> History | None:
 
     Evidence that was gathered with another number of threads, or on another machine, is not compared.
     """
-    earlier = [one for one in version.registry.versions(version.name) if one.version < version.number]
+    earlier = [manifest for manifest in version.registry.versions(version.name) if manifest.version < version.number]
     if not earlier:
         return None
     previous = version.registry.of(earlier[-1])
@@ -305,6 +305,8 @@ def _figures(variant: Variant, *, threads: int | None = None, rows_sha256: str |
     evaluations = variant.version.all(EVALUATION, where=lambda content: content.get("precision") == variant.precision)
     fitting = [evaluation for evaluation in evaluations if evaluation.rows_sha256 == rows_sha256]
     return Figures(
-        measurements=tuple(one for one in measurements_of(variant) if threads in (None, one.threads)),
+        measurements=tuple(
+            measurement for measurement in measurements_of(variant) if threads in (None, measurement.threads)
+        ),
         evaluation=next(reversed(fitting or evaluations), None),
     )

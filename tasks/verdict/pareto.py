@@ -46,7 +46,7 @@ def pareto_front(candidates: Sequence[Candidate]) -> dict[str, str | None]:
     """
     front: list[Candidate] = []
     dominated_by: dict[str, str | None] = {}
-    for candidate in sorted(candidates, key=lambda one: (*_rank(one), one.name)):
+    for candidate in sorted(candidates, key=lambda candidate: (*_rank(candidate), candidate.name)):
         dominator = next((member for member in front if dominates(member, candidate)), None)
         dominated_by[candidate.name] = dominator.name if dominator else None
         if dominator is None:

@@ -30,11 +30,11 @@ def commit_version(request: DeployRequest, prepared: PreparedCheckpoint, built: 
         training_run=request.training_run,
     )
     registry = workshop().registry
-    manifest, is_new = registry.commit(request.name, source, builder_versions(), [one.variant for one in built])
+    manifest, is_new = registry.commit(request.name, source, builder_versions(), [build.variant for build in built])
     version = registry.of(manifest)
-    for one in built if is_new else ():
-        took = one.model_dump(exclude={"variant", "host"})
-        version.record(BUILD, Build(precision=one.variant.precision, host=one.host or host_facts(), **took))
+    for build in built if is_new else ():
+        took = build.model_dump(exclude={"variant", "host"})
+        version.record(BUILD, Build(precision=build.variant.precision, host=build.host or host_facts(), **took))
     return version
 
 

@@ -69,19 +69,23 @@ def collect(
     registry, cache_dir = shop.registry, shop.settings.cache_dir
     needed = {blob.sha256 for blob in needed_blobs(registry)}  # every manifest can be read, or nothing is touched
     claimed = claimed_blobs(registry)
-    old = [] if keep is None else [one for name in registry.names() for one in _old_versions(registry, name, keep)]
-    in_use = [one for one in old if claimed & _blobs_of(one)]
+    old = (
+        []
+        if keep is None
+        else [version for name in registry.names() for version in _old_versions(registry, name, keep)]
+    )
+    in_use = [version for version in old if claimed & _blobs_of(version)]
     freed_bytes = 0
     for manifest in old:
         if manifest not in in_use and not dry_run:
             unregister_version(registry.of(manifest), shop.settings)
             freed_bytes += delete_version(registry.of(manifest), even_in_use=False) or 0
-    deleted = [one for one in old if one not in in_use]
+    deleted = [version for version in old if version not in in_use]
     found = collect_garbage(registry, dry_run=dry_run, without=deleted, on_progress=on_progress)
     return Collection(
         dry_run=dry_run,
-        versions=tuple(one.reference for one in deleted),
-        in_use=tuple(one.reference for one in in_use),
+        versions=tuple(version.reference for version in deleted),
+        in_use=tuple(version.reference for version in in_use),
         blobs=len(found.blobs),
         leftovers=len(found.leftovers) + len(found.evidence),
         freed_bytes=freed_bytes + found.size_bytes,
@@ -92,7 +96,7 @@ def collect(
 
 def _old_versions(registry: ModelRegistry, name: str, keep: int) -> list[Manifest]:
     aliased = set(registry.aliases(name).values())
-    return [one for one in registry.versions(name)[:-keep] if one.version not in aliased]
+    return [version for version in registry.versions(name)[:-keep] if version.version not in aliased]
 
 
 def _blobs_of(manifest: Manifest) -> set[str]:

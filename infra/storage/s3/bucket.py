@@ -89,8 +89,8 @@ class Bucket:
             )
             for page in islice(pages, most_pages):
                 found += [
-                    Entry(self.without_prefix(one["Key"]), one["Size"], one["LastModified"])
-                    for one in page.get("Contents", [])
+                    Entry(self.without_prefix(item["Key"]), item["Size"], item["LastModified"])
+                    for item in page.get("Contents", [])
                 ]
                 is_all = not page.get("IsTruncated")
             return found, is_all

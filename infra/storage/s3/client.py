@@ -71,7 +71,7 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
             "Write s3://BUCKET/PREFIX; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens.",
         )
     segments = prefix.split("/") if prefix else []
-    bad = next((one for one in segments if not _SEGMENT.fullmatch(one) or one in (".", "..")), None)
+    bad = next((segment for segment in segments if not _SEGMENT.fullmatch(segment) or segment in (".", "..")), None)
     if bad is not None or len(prefix.encode()) > _PREFIX_BYTES:
         fault = f"it is longer than {_PREFIX_BYTES} bytes" if bad is None else f"{bad[:80]!r} cannot be a part of it"
         raise BadInput(

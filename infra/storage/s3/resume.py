@@ -46,7 +46,7 @@ def resume_upload(client: "S3Client", bucket: str, key: str, parts: Parts, at_on
     botocore's errors.
     """
     pending = client.list_multipart_uploads(Bucket=bucket, Prefix=key).get("Uploads", [])
-    own = sorted((one for one in pending if one["Key"] == key), key=lambda one: one["Initiated"])
+    own = sorted((upload for upload in pending if upload["Key"] == key), key=lambda upload: upload["Initiated"])
     if not own:
         return False
     upload = {"Bucket": bucket, "Key": key, "UploadId": own[-1]["UploadId"]}
@@ -75,11 +75,11 @@ def _parts_there(client: "S3Client", upload: dict[str, str], parts: Parts) -> di
     there: dict[int, str] = {}
     target: Any = upload
     for page in client.get_paginator("list_parts").paginate(**target):
-        for one in page.get("Parts", []):
-            number = one["PartNumber"]
+        for part in page.get("Parts", []):
+            number = part["PartNumber"]
             body = parts.read(number) if number <= parts.count else b""
             md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
-            if one["Size"] != len(body) or one["ETag"].strip('"') != md5:
+            if part["Size"] != len(body) or part["ETag"].strip('"') != md5:
                 return {}
-            there[number] = one["ETag"]
+            there[number] = part["ETag"]
     return there

@@ -263,7 +263,7 @@ class S3ObjectStore:
                 answer = self._bucket.client.delete_objects(
                     Bucket=self._bucket.name, Delete={"Objects": [{"Key": key} for key in batch], "Quiet": True}
                 )
-                failed = [one for one in answer.get("Errors", []) if one.get("Code") not in NOT_FOUND]
+                failed = [error for error in answer.get("Errors", []) if error.get("Code") not in NOT_FOUND]
                 if failed:
                     raise StageFailed(
                         f"{self._uri}: {len(failed)} objects could not be deleted ({failed[0].get('Code')}).",
@@ -281,14 +281,14 @@ class S3ObjectStore:
             )
             try:
                 for page in pages:
-                    for one in page.get("Uploads", []):
-                        key = f"{self._bucket.without_prefix(one['Key'])}?{one['UploadId']}"
-                        uploads.append(Entry(key, 0, one["Initiated"]))
+                    for upload in page.get("Uploads", []):
+                        key = f"{self._bucket.without_prefix(upload['Key'])}?{upload['UploadId']}"
+                        uploads.append(Entry(key, 0, upload["Initiated"]))
             except ClientError as error:
                 if error_code(error) not in NO_UPLOAD:  # rclone's answer where there is none
                     raise
         aside = (*uploads, *self.entries(CLAIMS), *self.entries(PROBES))
-        return [one for one in aside if one.modified_at < older_than or has_ended(holder_of(one.key))]
+        return [entry for entry in aside if entry.modified_at < older_than or has_ended(holder_of(entry.key))]
 
     def remove_leftovers(self, found: Iterable[Entry]) -> None:
         """See `ObjectStore.remove_leftovers`."""
