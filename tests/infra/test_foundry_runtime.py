@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.foundry.calls import DescribeRuntime, ListModels, Prove, Register, Unregister, Unregistered
+from slmops.infra.foundry.calls import (
+    DescribeRuntime,
+    ListModels,
+    Prove,
+    Register,
+    Registered,
+    Unregister,
+    Unregistered,
+)
 from slmops.infra.foundry.chat import FoundryChat
 from slmops.infra.foundry.model_folder import write_model_folder
 from slmops.infra.foundry.runtime import check_model_id
@@ -134,14 +142,14 @@ def test_a_registered_model_answers_another_program_as_genai_does(foundry, tmp_p
     model_id = f"{INT4}:1"
     folder = foundry.write()
     registered = foundry.register(model_id, folder)
-    assert registered == {"model_id": model_id, "alias": "home-int4", "folder": str(folder), "changed": True}
+    assert registered == Registered(model_id=model_id, alias="home-int4", folder=str(folder), changed=True)
     expected = foundry.genai(PLAIN)
     assert expected["answer"]
 
     proof = foundry.prove(model_id)
-    assert {key: proof[key] for key in ("answer", "prompt_tokens")} == expected
-    assert (proof["folder"], proof["completion_tokens"], proof["finish_reason"]) == (str(folder), NEW_TOKENS, "length")
-    assert proof["load_ms"] > 0 and proof["e2e_latency_ms"] > 0
+    assert {key: getattr(proof, key) for key in ("answer", "prompt_tokens")} == expected
+    assert (proof.folder, proof.completion_tokens, proof.finish_reason) == (str(folder), NEW_TOKENS, "length")
+    assert proof.load_ms > 0 and proof.e2e_latency_ms > 0
 
     home = tmp_path / "home"
     home.mkdir()
@@ -165,10 +173,8 @@ def test_variants_versions_and_the_champion_live_side_by_side(foundry):
         assert foundry.register(f"home:{version}", folders[f"{INT4}:{version}"]).alias == "home"
     everything = {**folders, "home:1": folders[f"{INT4}:1"], "home:2": folders[f"{INT4}:2"]}
     models = foundry.ask(ListModels)
-    assert {model["model_id"]: model["folder"] for model in models} == {
-        key: str(path) for key, path in everything.items()
-    }
-    assert all(model["folder_exists"] and model["context_length"] == 1024 for model in models)
+    assert {model.model_id: model.folder for model in models} == {key: str(path) for key, path in everything.items()}
+    assert all(model.folder_exists and model.context_length == 1024 for model in models)
 
     assert foundry.ask(Unregister, model_id=f"{INT4}:1") == Unregistered(model_id=f"{INT4}:1", changed=True)
     assert foundry.ask(Unregister, model_id=f"{INT4}:1").changed is False
@@ -252,7 +258,7 @@ def test_foundry_renders_prompts_as_transformers_and_genai_do(family, families, 
     foundry.register(f"{INT4}:1", foundry.write(model_dir=folder))
     for messages, answer in zip(conversations_of(family), answers, strict=True):
         proof = foundry.prove(f"{INT4}:1", messages)
-        assert {key: proof[key] for key in ("answer", "prompt_tokens")} == answer
+        assert {key: getattr(proof, key) for key in ("answer", "prompt_tokens")} == answer
     if not FAMILIES[family][1]:
         with pytest.raises(StageFailed, match="System role not supported"):
             foundry.prove(f"{INT4}:1", WITH_SYSTEM)
@@ -262,7 +268,7 @@ def test_an_answer_ends_with_the_context(foundry):
     foundry.register(f"{INT4}:1", foundry.write())
     words = "light " * 300
     proof = foundry.prove(f"{INT4}:1", [{"role": "user", "content": words}], max_new_tokens=5000)
-    assert proof["prompt_tokens"] + proof["completion_tokens"] == 1024
+    assert proof.prompt_tokens + proof.completion_tokens == 1024
     with pytest.raises(StageFailed, match="leaves no room for an answer in the context of 1024 tokens"):
         foundry.prove(f"{INT4}:1", [{"role": "user", "content": words * 4}])
 
@@ -290,9 +296,9 @@ def test_a_chat_with_an_unknown_model_says_so(foundry, tmp_path):
 
 def test_the_runtime_is_made_of_the_versions_that_the_sdk_asks_for(foundry):
     versions = foundry.run(DescribeRuntime)
-    assert set(versions["required"]) == {"onnxruntime", "onnxruntime-genai-core"}
-    assert versions["installed"] == versions["required"]
-    assert versions["native"] == versions["sdk"]
+    assert set(versions.required) == {"onnxruntime", "onnxruntime-genai-core"}
+    assert versions.installed == versions.required
+    assert versions.native == versions.sdk
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace (from the system's package manager) is missing")
