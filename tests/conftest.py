@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slmops.infra.process import supervisor
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from slmops.infra.settings import Settings
 from tests.checkpoints import make_tiny_checkpoint
 from tests.prefect_server import prefect_server

@@ -7,13 +7,8 @@ parent, however that comes about: its standard input is a lifeline, as in `slmop
 import atexit
 import contextlib
 import gc
-import json
 import os
-import queue
 import socket
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +18,7 @@ from urllib.request import ProxyHandler, build_opener
 from slmops.deployments.server.access import OTHERS_MAY_NOTHING, closed_to_others, new_password
 from slmops.deployments.server.embedded_database import make_database
 from slmops.infra.errors import StageFailed
-from slmops.infra.process.supervisor import PYTHON, child_environment
+from slmops.infra.process.channel import Channel, child_environment, listen, speak
 
 if TYPE_CHECKING:
     import uvicorn
@@ -51,15 +46,12 @@ class EmbeddedServer:
 
     def __init__(self) -> None:
         self.password = new_password()
-        self._process = subprocess.Popen(
-            [*PYTHON, "-m", "slmops.deployments.server.embedded"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=Path(__file__).parent,  # Prefect takes settings from files of its current directory
+        self._channel = Channel(
+            "slmops.deployments.server.embedded",
+            log_path=None,
+            work_dir=Path(__file__).parent,  # Prefect takes settings from files of its current directory
             umask=OTHERS_MAY_NOTHING,
-            env=child_environment(SERVER_ENVIRONMENT | closed_to_others(self.password)),
-            start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle; the server ends after it
+            environment=child_environment(SERVER_ENVIRONMENT | closed_to_others(self.password)),
         )
         atexit.register(self.end)
 
@@ -70,32 +62,23 @@ class EmbeddedServer:
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.touch()
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen next
-            beginning = {"log": str(log_path.absolute()), "templates": str(templates.absolute())}
-            self._process.stdin.write(json.dumps(beginning).encode() + b"\n")
-            self._process.stdin.flush()
-        return _wait_until_healthy(self._process, log_path)
+        self._channel.send({"log": str(log_path.absolute()), "templates": str(templates.absolute())})
+        return _wait_until_healthy(self._channel, log_path)
 
     def end(self) -> None:
         """End it, at once where it does not serve yet; without this call it ends with this process."""
         atexit.unregister(self.end)
-        assert self._process.stdin
-        self._process.stdin.close()
-        try:
-            self._process.wait(SHUTDOWN_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._channel.end(SHUTDOWN_TIMEOUT_S)
 
 
-def _wait_until_healthy(process: "subprocess.Popen[bytes]", log_path: Path) -> str:
-    assert process.stdout
-    port = process.stdout.readline().decode().strip()
-    url = f"http://{LOOPBACK}:{port}/api"
-    direct = build_opener(ProxyHandler({}))
+def _wait_until_healthy(channel: Channel, log_path: Path) -> str:
     deadline = time.monotonic() + STARTUP_TIMEOUT_S
-    while process.poll() is None and time.monotonic() < deadline:
+    direct = build_opener(ProxyHandler({}))
+    ready = None
+    with contextlib.suppress(TimeoutError):
+        ready = channel.receive(STARTUP_TIMEOUT_S)
+    while ready and channel.status is None and time.monotonic() < deadline:
+        url = f"http://{LOOPBACK}:{ready['port']}/api"
         try:
             with direct.open(f"{url}/health", timeout=5) as answer:
                 if answer.status == 200:
@@ -109,19 +92,13 @@ def _wait_until_healthy(process: "subprocess.Popen[bytes]", log_path: Path) -> s
 
 
 class _Lifeline:
-    """Standard input: its only line names the log and lets the server begin, its end is the command's.
-
-    The line is a JSON object `{"log": PATH, "templates": PATH}`.
-    """
+    """Standard input: its only line, `{"log": PATH, "templates": PATH}`, lets the server begin; its end ends it."""
 
     def __init__(self) -> None:
-        self._lines: queue.Queue[bytes] = queue.Queue()
+        self._messages = listen(self._end)
         self.server: uvicorn.Server | None = None
-        threading.Thread(target=self._read, daemon=True).start()
 
-    def _read(self) -> None:
-        for line in sys.stdin.buffer:
-            self._lines.put(line)
+    def _end(self) -> None:
         if self.server is None:
             os._exit(0)
         self.server.should_exit = True
@@ -129,9 +106,10 @@ class _Lifeline:
         os._exit(1)
 
     def begin(self) -> Path:
-        """Wait for the line, let standard error be the log, and return the folder of templates."""
-        beginning = json.loads(self._lines.get())
+        """Wait for the line, let standard error and output be the log, and return the folder of templates."""
+        beginning = next(self._messages)
         log = os.open(beginning["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
         return Path(beginning["templates"])
@@ -139,6 +117,7 @@ class _Lifeline:
 
 def main() -> None:
     """Serve as soon as standard input names a log, until it closes."""
+    send = speak()
     lifeline = _Lifeline()
     gc.disable()  # what the imports make stays: looking for garbage among it takes a tenth of their time
     try:
@@ -161,8 +140,7 @@ def main() -> None:
     port = listener.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=2))
     lifeline.server = server
-    sys.stdout.write(f"{port}\n")
-    sys.stdout.flush()
+    send({"port": port})
     server.run(sockets=[listener])
     gc.freeze()  # the command waits for the end, at which the interpreter would look through all that is loaded
 

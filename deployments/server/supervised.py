@@ -8,8 +8,6 @@ while ended.
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from slmops.infra.process.supervisor import PYTHON
+from slmops.infra.process.channel import Channel, descendants_of, listen
 
 LOOK_INTERVAL_S = 0.5
 STOP_GRACE_S = 20.0
@@ -39,31 +37,28 @@ class Supervised:
         self._arguments = list(arguments)
         self._environment = dict(environment)
         self._umask = umask
-        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
         self._delay_s = FIRST_DELAY_S
         self._started_at = 0.0
         self._start_at = 0.0
 
     def start(self) -> None:
         """Start the command."""
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*PYTHON, "-m", "slmops.deployments.server.supervised", *self._arguments],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                cwd=self.log_path.parent,  # Prefect takes settings from files of its current directory
-                env=self._environment,
-                umask=self._umask,
-                start_new_session=os.name == "posix",  # Ctrl-C is the command's to handle
-            )
+        self._channel = Channel(
+            "slmops.deployments.server.supervised",
+            *self._arguments,
+            log_path=self.log_path,
+            work_dir=self.log_path.parent,  # Prefect takes settings from files of its current directory
+            environment=self._environment,
+            umask=self._umask,
+            speaks=False,
+        )
         self._started_at = time.monotonic()
 
     @property
     def is_running(self) -> bool:
         """Whether it runs now."""
-        return self._process is not None and self._process.poll() is None
+        return self._channel is not None and self._channel.status is None
 
     def look_after(self) -> str | None:
         """Start it again where it ended, after a delay that grows with each time; returns what to tell, if anything."""
@@ -72,8 +67,8 @@ class Supervised:
             if now - self._started_at > STEADY_S:
                 self._delay_s = FIRST_DELAY_S
             return None
-        if self._process is not None:
-            status, self._process = self._process.returncode, None
+        if self._channel is not None:
+            status, self._channel = self._channel.end(0), None
             return f"{self.name} ended with status {status}; {self._put_off(now)} ({self.log_path})."
         if now >= self._start_at:
             try:
@@ -89,21 +84,8 @@ class Supervised:
 
     def stop(self) -> None:
         """Ask it to stop, and end it and all its descendants when it does not."""
-        process = self._process
-        if process is None:
-            return
-        assert process.stdin
-        descendants = _descendants(process.pid)
-        process.stdin.close()
-        try:
-            process.wait(STOP_GRACE_S)
-        except subprocess.TimeoutExpired:
-            descendants += _descendants(process.pid)
-        for descendant in descendants:
-            with contextlib.suppress(psutil.Error):  # it has ended
-                descendant.kill()
-        process.kill()
-        process.wait()
+        if self._channel is not None:
+            self._channel.end(STOP_GRACE_S)
 
 
 class Children:
@@ -148,22 +130,13 @@ class Children:
                     self._tell(told)
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
-
-
 def _stop_with_the_starter() -> None:
-    with contextlib.suppress(OSError):
-        sys.stdin.buffer.read()
-    for run in _descendants(os.getpid()):  # they end their own children
+    for run in descendants_of(os.getpid()):  # they end their own children
         with contextlib.suppress(psutil.Error):
             run.send_signal(signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT if os.name == "posix" else signal.SIGTERM)
     time.sleep(STOP_GRACE_S / 2)
-    for run in _descendants(os.getpid()):
+    for run in descendants_of(os.getpid()):
         with contextlib.suppress(psutil.Error):
             run.kill()
     os._exit(1)
@@ -173,7 +146,7 @@ def main() -> None:
     """Run Prefect's command line until standard input closes."""
     from prefect.cli import app
 
-    threading.Thread(target=_stop_with_the_starter, daemon=True).start()
+    listen(_stop_with_the_starter)
     app()
 
 

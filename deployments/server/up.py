@@ -25,7 +25,7 @@ from slmops.deployments.server.supervised import Children, Supervised, Tell
 from slmops.deployments.server.up_check import is_open, server_fault
 from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from slmops.infra.errors import StageFailed
-from slmops.infra.process.supervisor import SHADOWING
+from slmops.infra.process.channel import SHADOWING
 from slmops.infra.settings import Settings
 
 LOOPBACK = "127.0.0.1"

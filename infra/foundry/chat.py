@@ -5,10 +5,7 @@ its standard output come `{"ready": {"load_ms": float}}` once, then per request 
 `{"done": {...}}` with `slmops.infra.foundry.runtime.answer`'s result, or `{"error": {...}}`. It ends with its input.
 """
 
-import contextlib
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,9 +13,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from slmops.infra import errors
+from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.foundry import runtime
-from slmops.infra.process.supervisor import LOG_TAIL_LINES, PYTHON, child_environment
+from slmops.infra.process.channel import (
+    Channel,
+    Message,
+    child_environment,
+    end_of_log,
+    error_of,
+    listen,
+    message_of,
+    speak,
+)
 
 CLOSE_TIMEOUT_S = 2
 
@@ -34,18 +40,13 @@ class FoundryChat:
         runtime.check_model_id(model_id)
         self.last: dict[str, Any] = {}
         self._log_path = log_path
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*PYTHON, "-m", "slmops.infra.foundry.chat", str(cache_dir), model_id],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                encoding="utf-8",
-                env=child_environment(),
-                start_new_session=os.name == "posix",  # Ctrl-C is the parent's to handle
-            )
+        self._channel = Channel(
+            "slmops.infra.foundry.chat",
+            str(cache_dir.absolute()),
+            model_id,
+            log_path=log_path,
+            environment=child_environment(),
+        )
         try:
             self.load_ms: float = self._receive()["ready"]["load_ms"]
         except BaseException:
@@ -59,27 +60,14 @@ class FoundryChat:
 
         Raises `StageFailed` when the conversation does not fit; a shorter one may be asked afterwards.
         """
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # the reason is in the child's log, which _receive shows
-            self._process.stdin.write(
-                json.dumps({"messages": list(messages), "max_new_tokens": max_new_tokens, "search": search}) + "\n"
-            )
-            self._process.stdin.flush()
+        self._channel.send({"messages": list(messages), "max_new_tokens": max_new_tokens, "search": search})
         while "done" not in (message := self._receive()):
             yield message["text"]
         self.last = message["done"]
 
     def close(self) -> None:
         """End the process behind the conversation."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        try:
-            self._process.wait(CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._channel.end(CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> "FoundryChat":
         return self
@@ -89,41 +77,26 @@ class FoundryChat:
     ) -> None:
         self.close()
 
-    def _receive(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            tail = "\n".join(self._log_path.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:])
-            raise errors.StageFailed("The model's process ended.", f"The end of its log ({self._log_path}):\n{tail}")
-        message: dict[str, Any] = json.loads(line)
+    def _receive(self) -> Message:
+        message = self._channel.receive()
+        if message is None:
+            raise StageFailed("The model's process ended.", end_of_log(self._log_path))
         if "error" in message:
-            error = message["error"]
-            kind: type[errors.SlmopsError] = getattr(errors, error["kind"])
-            raise kind(error["message"], error["what_to_do"])
+            raise error_of(message["error"])
         return message
 
 
 def main() -> int:
     """Serve one conversation: `python -m slmops.infra.foundry.chat CACHE_DIR MODEL_ID`."""
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # native libraries print to descriptor 1 as well
-    sys.stdout = sys.stderr
-
-    def send(message: dict[str, Any]) -> None:
-        messages.write(json.dumps(message) + "\n")
-        messages.flush()
-
-    def send_error(error: errors.SlmopsError) -> None:
-        send({"error": {"kind": type(error).__name__, "message": error.message, "what_to_do": error.what_to_do}})
-
+    send = speak()
+    requests = listen(lambda: os._exit(0))
     try:
         model, load_ms = runtime.load(runtime.open_local_catalog(Path(sys.argv[1])), sys.argv[2])
-    except errors.SlmopsError as error:
-        send_error(error)
+    except SlmopsError as error:
+        send(message_of(error))
         return 1
     send({"ready": {"load_ms": load_ms}})
-    for line in sys.stdin:
-        request = json.loads(line)
+    for request in requests:
         try:
             done = runtime.answer(
                 model,
@@ -132,8 +105,8 @@ def main() -> int:
                 on_text=lambda text: send({"text": text}),
                 search=request["search"],
             )
-        except errors.SlmopsError as error:
-            send_error(error)
+        except SlmopsError as error:
+            send(message_of(error))
         else:
             send({"done": asdict(done)})
     return 0

@@ -11,8 +11,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from slmops.infra.process.programs import installed_program
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
 
 ASKING_DEADLINE_S = 60  # its service may have to start first
 

@@ -7,10 +7,10 @@ input is the request, its only line of standard output is `{"ready": {"url": str
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import sys
+import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,19 +21,28 @@ import psutil
 
 from slmops.infra import errors
 from slmops.infra.foundry.catalog import CATALOG_PATH, CatalogModel, page_document
-from slmops.infra.process.supervisor import LOG_TAIL_LINES, PYTHON, child_environment
+from slmops.infra.process.channel import (
+    Channel,
+    child_environment,
+    end_of_log,
+    error_of,
+    listen,
+    message_of,
+    speak,
+)
 
 LOOPBACK = "127.0.0.1"
 STOP_TIMEOUT_S = 10.0
+POLL_INTERVAL_S = 0.1
 
 
 class ModelProcess:
     """A running model: the address of its web service, and how long it took to load in ms."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str, load_ms: float) -> None:
+    def __init__(self, channel: Channel, url: str, load_ms: float) -> None:
         self.url = url
         self.load_ms = load_ms
-        self._process = process
+        self._channel = channel
 
     @classmethod
     async def start(
@@ -43,77 +52,53 @@ class ModelProcess:
 
         Raises `DeadlineExceeded`; `StageFailed` with the runtime's reason, or the end of the log.
         """
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *PYTHON,
-                "-m",
-                "slmops.infra.foundry.model_process",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env=child_environment(),
-                start_new_session=os.name == "posix",  # Ctrl-C is the parent's to handle
-            )
+        channel = await asyncio.to_thread(
+            Channel, "slmops.infra.foundry.model_process", log_path=log_path, environment=child_environment()
+        )
         try:
-            assert process.stdin and process.stdout
-            request = {"cache_dir": str(cache_dir), "model_id": model_id, "size_bytes": size_bytes}
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            with contextlib.suppress(ConnectionError):  # the reason is in the log
-                await process.stdin.drain()
-            line = await asyncio.wait_for(process.stdout.readline(), deadline_s)
-            message = json.loads(line) if line.endswith(b"\n") else {}  # else its end has cut it short
-            if "ready" in message:
-                return cls(process, message["ready"]["url"], message["ready"]["load_ms"])
+            channel.send({"cache_dir": str(cache_dir.absolute()), "model_id": model_id, "size_bytes": size_bytes})
+            message = await asyncio.to_thread(channel.receive, deadline_s)
+            if message is None:
+                raise errors.StageFailed(f"The process of {model_id} ended.", end_of_log(log_path))
             if "error" in message:
-                raise errors.StageFailed(message["error"]["message"], message["error"]["what_to_do"])
-            tail = "\n".join(log_path.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:])
-            raise errors.StageFailed(f"The process of {model_id} ended.", f"The end of its log ({log_path}):\n{tail}")
+                raise error_of(message["error"])
+            return cls(channel, message["ready"]["url"], message["ready"]["load_ms"])
         except TimeoutError:
-            await _end(process)
+            await asyncio.to_thread(channel.end, STOP_TIMEOUT_S)
             raise errors.DeadlineExceeded(
                 f"{model_id} was not loaded within {deadline_s:.0f} s.", f"See its log: {log_path}"
             ) from None
         except BaseException:
-            await _end(process)
+            await asyncio.to_thread(channel.end, STOP_TIMEOUT_S)
             raise
 
     @property
     def has_ended(self) -> bool:
         """Whether the process runs no more."""
-        return self._process.returncode is not None
+        return self._channel.status is not None
 
     @property
     def rss_bytes(self) -> int:
         """Resident memory; 0 for a process that has ended."""
         try:
-            return int(psutil.Process(self._process.pid).memory_info().rss)
+            return int(psutil.Process(self._channel.pid).memory_info().rss)
         except psutil.Error:
             return 0
 
     @property
     def pid(self) -> int:
         """The process's number."""
-        return self._process.pid
+        return self._channel.pid
 
     async def ended(self) -> int:
         """Wait until the process ends; returns its exit status."""
-        return await self._process.wait()
+        while (status := self._channel.status) is None:
+            await asyncio.sleep(POLL_INTERVAL_S)
+        return status
 
     async def stop(self) -> None:
         """End the process; its requests are broken off."""
-        await _end(self._process)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.stdin:
-        process.stdin.close()
-    try:
-        await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        await asyncio.to_thread(self._channel.end, STOP_TIMEOUT_S)
 
 
 # The child's side
@@ -156,23 +141,19 @@ def _serve_catalog(answer: dict[str, Any]) -> str:
 
 def main() -> int:
     """Serve one model until standard input closes."""
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # native libraries print to descriptor 1 as well
-    sys.stdout = sys.stderr
+    send = speak()
     from slmops.infra.foundry import runtime
 
-    request = json.loads(sys.stdin.readline())
+    request = next(listen(lambda: os._exit(0)))  # native runtimes may hang in their static destructors
     catalog_url = _serve_catalog(_catalog_answer(request["model_id"], request["size_bytes"]))
     try:
         url, load_ms = runtime.start_web_service(Path(request["cache_dir"]), catalog_url, request["model_id"])
     except errors.SlmopsError as error:
-        messages.write(json.dumps({"error": {"message": error.message, "what_to_do": error.what_to_do}}) + "\n")
-        messages.flush()
+        send(message_of(error))
         return 1
-    messages.write(json.dumps({"ready": {"url": url, "load_ms": load_ms}}) + "\n")
-    messages.flush()
-    sys.stdin.read()
-    return 0
+    send({"ready": {"url": url, "load_ms": load_ms}})
+    while True:
+        time.sleep(3600)
 
 
 if __name__ == "__main__":

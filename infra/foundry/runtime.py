@@ -31,7 +31,7 @@ from slmops.infra.foundry.calls import (
 )
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
 from slmops.infra.process.call import Progress
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
 
 APP_NAME = "slmops"
 SDK = "foundry-local-sdk"

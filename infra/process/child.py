@@ -10,65 +10,43 @@ goes to standard error, which is the log of the call.
 import contextlib
 import ctypes
 import gc
-import json
 import os
-import queue
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from pydantic import JsonValue
 
 from slmops.infra.errors import SlmopsError
 from slmops.infra.process.call import Progress, perform
-from slmops.infra.records import Json
+from slmops.infra.process.channel import Message, listen, message_of, speak
 
 
-class _Calls:
-    """What the supervisor asks for; when it is gone, this process and all its descendants end."""
+class _Lifeline:
+    """When the supervisor is gone, this process and all its descendants end."""
 
-    def __init__(self, lines: BinaryIO) -> None:
-        self._lines = lines
-        self._waiting: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._is_idle = True
-        threading.Thread(target=self._read, daemon=True).start()
+    def __init__(self) -> None:
+        self.is_idle = True
 
-    def _read(self) -> None:
-        with contextlib.suppress(ValueError):  # a line that the supervisor's end has cut short
-            for line in self._lines:
-                self._waiting.put(json.loads(line))
-        if self._is_idle:
+    def end(self) -> None:
+        if self.is_idle:
             os._exit(0)
         if os.name == "posix":
             os.killpg(os.getpgrp(), signal.SIGKILL)  # the supervisor started us as the leader of our own group
         os._exit(1)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            call = self._waiting.get()
-            self._is_idle = False
-            yield call
-            self._is_idle = True
-
 
 def main() -> None:
     """Perform each call; the exit status is 0 if the last one was answered."""
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # native libraries print to descriptor 1 as well: keep the message channel clean
-    sys.stdout = sys.stderr
-
-    def send(message: dict[str, Any]) -> None:
-        messages.write(json.dumps(message) + "\n")
-        messages.flush()
+    send = speak()
+    lifeline = _Lifeline()
 
     def progress(done: float, total: float, what: str) -> None:
         send({"progress": {"done": done, "total": total, "what": what}})
 
-    for call in _Calls(sys.stdin.buffer):
+    for call in listen(lifeline.end):
+        lifeline.is_idle = False
         _log_to(call["log_path"])
         os.chdir(call["work_dir"])
         answer = _answer(call["call"], call["request"], progress)
@@ -76,6 +54,7 @@ def main() -> None:
         if not call["is_last"]:
             _give_memory_back()
         os.chdir(Path(call["log_path"]).parent)  # the call's folder is removed now
+        lifeline.is_idle = not call["is_last"]
         send(answer)
         if call["is_last"]:
             # Native runtimes may hang or abort in their static destructors; every result is already sent.
@@ -95,13 +74,12 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _answer(target: str, request: JsonValue, progress: Progress) -> Json:
+def _answer(target: str, request: JsonValue, progress: Progress) -> Message:
     try:
         return {"result": perform(target, request, progress)}
     except SlmopsError as error:
         traceback.print_exc()
-        said = {"message": error.message, "what_to_do": error.what_to_do, "code": error.code}
-        return {"error": {"kind": type(error).__name__, **said}}
+        return message_of(error)
     except BaseException as error:
         traceback.print_exc()
         text = str(error).strip() or type(error).__name__

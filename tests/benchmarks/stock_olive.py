@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from tests.benchmarks.llama_cpp import cache_folder
 from tests.benchmarks.watching import Watched, run_watched
 

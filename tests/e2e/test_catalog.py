@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from tests.e2e.conftest import ROOT, Slmops
 
 CATALOG_PATH = "/asset-gallery/v1.0/models"

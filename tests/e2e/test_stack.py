@@ -24,7 +24,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from slmops.infra.errors import BadInput
 from slmops.infra.olive.calls import Build
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from slmops.tasks.runs.dispatch import check_pool
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
 from tests.e2e.test_report_in_ui import Browser, browser, screenshot  # noqa: F401

@@ -32,7 +32,7 @@ from slmops.infra.foundry.catalog import (
     parse_query,
 )
 from slmops.infra.foundry.catalog_server import LARGEST_REQUEST_BYTES, catalog_app
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
 
 DEVICE = "properties/variantInfo/variantMetadata/device"
 PROVIDER = "properties/variantInfo/variantMetadata/executionProvider"

@@ -23,7 +23,8 @@ from slmops.infra.foundry.model_folder import write_model_folder
 from slmops.infra.foundry.runtime import check_model_id
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.process.call import Call, Progress
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
+from slmops.infra.process.supervisor import run_in_child
 from tests.checkpoints import BEGIN_AND_END_TOKENS, make_tiny_checkpoint
 from tests.genai_models import build_genai_model
 from tests.tasks.chat_templates import FAMILIES, TEMPLATES

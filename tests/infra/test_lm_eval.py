@@ -21,7 +21,7 @@ from slmops.infra.lm_eval import run
 from slmops.infra.lm_eval.calls import RunTasks
 from slmops.infra.lm_eval.model import GenaiLM
 from slmops.infra.lm_eval.task_files import check_task_folder, digest_of_task_folder
-from slmops.infra.process.supervisor import child_environment
+from slmops.infra.process.channel import child_environment
 from tests.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.errors import coded
 from tests.genai_models import build_genai_model, with_weights_set

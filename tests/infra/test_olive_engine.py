@@ -14,7 +14,8 @@ import pytest
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.olive.engine import build
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT, run_in_child
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
+from slmops.infra.process.supervisor import run_in_child
 from tests.checkpoints import make_tiny_checkpoint
 from tests.olive_builds import build_request
 

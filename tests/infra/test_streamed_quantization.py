@@ -9,7 +9,7 @@ import pytest
 
 from slmops.infra.olive import streamed_quantization
 from slmops.infra.olive.engine import build
-from slmops.infra.process.supervisor import QUIET_ENVIRONMENT
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from tests.checkpoints import make_tiny_checkpoint
 from tests.olive_builds import build_request
 

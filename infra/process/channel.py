@@ -1,0 +1,211 @@
+"""A process of ours beside this one: how it is started, spoken with, and ended, whatever either of them does.
+
+Both sides write JSON, one object a line. The child's standard input is its lifeline too: when it closes, whoever
+started the child is gone or done with it, and the child ends itself. Whatever a library prints in the child goes to its
+log; its standard output carries messages only.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slmops.infra import errors
+
+LOG_TAIL_LINES = 15
+
+# Each of these keeps a library from calling home or from looking for a hub. They are set in the child,
+# over whatever the user's environment says. Olive and Foundry Local upload usage data even when their
+# own switches are off, but neither does when it finds itself in CI (docs/privacy.md has the measurements).
+QUIET_ENVIRONMENT = {
+    "CI": "1",
+    "DO_NOT_TRACK": "1",
+    "OLIVE_DISABLE_TELEMETRY": "1",
+    "ORT_TELEMETRY_DISABLED": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONUTF8": "1",
+}
+
+# With these Python looks for modules elsewhere before it looks where slmops and its dependencies are installed. Without
+# them, and without the current directory (-P), no folder of the user's stands in for a module of a child.
+SHADOWING = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
+PYTHON = (sys.executable, "-P")
+
+Message = dict[str, Any]
+Send = Callable[[Message], None]
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a child: this process's own, quiet, without what could stand in for its modules."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SHADOWING}
+    # -P is not handed on to what a library starts in its turn; this is.
+    return {**inherited, **QUIET_ENVIRONMENT, "PYTHONSAFEPATH": "1", **(extra or {})}
+
+
+class Channel:
+    """The parent's side: a module of ours that runs in a process of its own, with all that it starts in turn.
+
+    What it prints is appended to `log_path` (None: nowhere). Without `speaks` its standard output goes there too.
+    `umask` is of the files that it makes. Raises `OSError` where it cannot be started.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        log_path: Path | None,
+        environment: Mapping[str, str],
+        work_dir: Path | None = None,
+        umask: int = -1,
+        speaks: bool = True,
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            log: Any = subprocess.DEVNULL
+            if log_path:
+                log_path.parent.mkdir(parents=True, exist_ok=True)
+                log = stack.enter_context(log_path.open("ab"))
+            self._process = subprocess.Popen(
+                [*PYTHON, "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if speaks else log,
+                stderr=log,
+                cwd=work_dir,
+                env=dict(environment),
+                umask=umask,
+                start_new_session=os.name == "posix",  # Ctrl-C is the parent's to handle
+            )
+        self._messages: queue.Queue[Message | None] = queue.Queue()
+        if speaks:
+            threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        with contextlib.suppress(OSError, ValueError):  # it was closed on this side
+            for line in self._process.stdout:
+                self._messages.put(json.loads(line))
+        self._messages.put(None)
+
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """The exit status; None while it runs."""
+        return self._process.poll()
+
+    def send(self, message: Message) -> None:
+        """Send a message; to a process that has ended nothing is sent, which `receive` tells."""
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def receive(self, timeout_s: float | None = None) -> Message | None:
+        """Return the next message, or None once there is no more to come; raises `TimeoutError`."""
+        try:
+            message = self._messages.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
+        if message is None:
+            self._messages.put(None)  # whoever asks again is told the same
+        return message
+
+    def end(self, grace_s: float, *, ends_by_itself: bool = False) -> int:
+        """End the process, and after `grace_s` it and all its descendants; returns its exit status.
+
+        The grace begins as its lifeline closes, unless it `ends_by_itself` now.
+        """
+        descendants = descendants_of(self.pid)  # they cannot be found any more once it has ended
+        if not ends_by_itself:
+            self._close(self._process.stdin)
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            descendants += descendants_of(self.pid)
+        for descendant in descendants:
+            with contextlib.suppress(psutil.Error):  # it has ended
+                descendant.kill()
+        self._process.kill()
+        status = self._process.wait()
+        self._close(self._process.stdin)
+        self._close(self._process.stdout)
+        return status
+
+    def _close(self, stream: Any) -> None:
+        if stream:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def descendants_of(pid: int) -> list[psutil.Process]:
+    """Return all processes below one; none of one that has ended."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def end_of_log(log_path: Path) -> str:
+    """Return the last lines of a child's log, as what to tell of a child that ended without a word."""
+    tail = "\n".join(log_path.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:])
+    return f"The end of its log ({log_path}):\n{tail}"
+
+
+def error_of(told: Message) -> errors.SlmopsError:
+    """Return the error that a child told of under `error`, as it was raised there."""
+    kind: type[errors.SlmopsError] = getattr(errors, told["kind"], errors.StageFailed)
+    return kind(told["message"], told["what_to_do"], told["code"])
+
+
+# The child's side
+
+
+def message_of(error: errors.SlmopsError) -> Message:
+    """Return the message that tells of an error."""
+    said = {"message": error.message, "what_to_do": error.what_to_do, "code": error.code}
+    return {"error": {"kind": type(error).__name__, **said}}
+
+
+def speak() -> Send:
+    """Return what sends a message to the parent; whatever else is printed from now on goes to the log."""
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # native libraries print to descriptor 1 as well
+    sys.stdout = sys.stderr
+
+    def send(message: Message) -> None:
+        messages.write(json.dumps(message) + "\n")
+        messages.flush()
+
+    return send
+
+
+def listen(on_end: Callable[[], None]) -> Iterator[Message]:
+    """Return the parent's messages as they come, without an end: when the parent is gone, `on_end` ends this process.
+
+    It is called in a thread of its own, whatever this process does meanwhile.
+    """
+    waiting: queue.Queue[Message] = queue.Queue()
+
+    def read() -> None:
+        with contextlib.suppress(OSError, ValueError):  # the parent ended in the middle of a line
+            for line in sys.stdin.buffer:
+                waiting.put(json.loads(line))
+        on_end()
+
+    threading.Thread(target=read, daemon=True).start()
+    return iter(waiting.get, None)
