@@ -435,7 +435,7 @@ class TestHandOver:
         with serving(home, "home") as server:
             refused = hand_over(server, 3)
             assert refused.status_code == 409
-            assert "home@3" in refused.json()["error"]["message"]
+            assert "home:3" in refused.json()["error"]["message"]
             assert ask(server).model == "home:1"
             assert hand_over(server, 99).status_code == 409
             assert hand_over(server, 1, "nobody").status_code == 404
