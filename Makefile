@@ -7,6 +7,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 # Tests mostly wait for a process that computes on one core. The demo's training takes all cores, and has them to itself.
 PYTEST_WORKERS ?= 2
+# In the order that tests/conftest.py gives them: the longest first.
+IN_PARALLEL := -n $(PYTEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
@@ -16,7 +18,7 @@ endif
 
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test coverage lint format types links bench apt clean
+.PHONY: setup demo test quick coverage lint format types links bench apt clean
 
 setup: $(INSTALLED)
 
@@ -33,12 +35,16 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "not demo" -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not demo" $(IN_PARALLEL) $(PYTEST_ARGS)
 
-# The same with every line counted, which takes longer.
+# All but whole journeys and what needs a real runtime, server or training: two minutes.
+quick: setup
+	$(BIN)/python -m pytest -m "not demo and not journey and not runtime" $(IN_PARALLEL) $(PYTEST_ARGS)
+
+# `make test` with every line counted, which takes longer.
 coverage: setup
 	$(BIN)/python -m pytest -m demo --cov --cov-report= $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "not demo" -n $(PYTEST_WORKERS) --dist loadgroup \
+	$(BIN)/python -m pytest -m "not demo" $(IN_PARALLEL) \
 		--cov --cov-append --cov-report=term $(PYTEST_ARGS)
 
 lint: links

@@ -45,20 +45,35 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# What a module of tests has at hand when it works with a real runtime, and the fixtures that are real servers.
+RUNTIMES = {"run_in_child", "build_genai_model", "ChildProcess", "TORCH_PROCESS", "AutoModelForCausalLM", "Popen"}
+SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}
+
+
 @pytest.hookimpl(wrapper=True)  # before `-m` selects and xdist groups, which read the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Mark the tests of the demo, and say which others go to the same worker (`pytest -n 2 --dist loadgroup`).
+    """Mark the tests of the demo, whole journeys and real runtimes, and say which tests go to the same worker.
 
-    Those of a module do, which share its fixtures. Whole journeys share nothing that is dear to make, unless they say
-    so by the mark itself.
+    Those of a module do (`pytest -n 2 --dist loadgroup`), which share its fixtures. Whole journeys share nothing that
+    takes time to make, unless they say so by the mark itself. They come first: the short tests fill the end evenly.
     """
     for item in items:
-        if "demo_home" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.demo)
-        if item.get_closest_marker("xdist_group"):
-            continue
         alone = item.path.parent.name == "e2e"
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else str(item.path)))
+        fixtures = set(getattr(item, "fixturenames", ()))
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "demo_home" in fixtures:
+            item.add_marker(pytest.mark.demo)
+        if alone:
+            item.add_marker(pytest.mark.journey)
+        elif (
+            fixtures & SERVERS
+            or parameters.get("store", "file") != "file"
+            or RUNTIMES & set(vars(getattr(item, "module", None) or object))
+        ):
+            item.add_marker(pytest.mark.runtime)
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else str(item.path)))
+    items.sort(key=lambda item: (item.path.parent.name != "e2e", item.get_closest_marker("runtime") is None))
     yield
 
 

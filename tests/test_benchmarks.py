@@ -18,6 +18,8 @@ from tests.benchmarks.rows_orchestration import covered_s
 from tests.benchmarks.watching import FolderSize, folder_bytes, run_watched
 from tests.conftest import unmeasured_environment
 
+pytestmark = pytest.mark.runtime
+
 ROOT = Path(__file__).resolve().parents[1]
 CHEAP = ["build", "build-memory", "build-3b", "serving"]
 CHEAP += ["bytes"] if sys.platform == "linux" else []

@@ -14,6 +14,8 @@ import pytest
 from slmops.deployments.server import embedded_database
 from slmops.deployments.server.embedded_database import make_database
 
+pytestmark = pytest.mark.runtime
+
 TEMPLATE = f"prefect-{version('prefect')}.db"
 
 

@@ -15,7 +15,10 @@ from tests.checkpoints import make_tiny_checkpoint
 from tests.infra.child_functions import CountedBuild
 from tests.olive_builds import build_request
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux counts what a process reads and writes.")
+pytestmark = [
+    pytest.mark.runtime,
+    pytest.mark.skipif(sys.platform != "linux", reason="Linux counts what a process reads and writes."),
+]
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 16_000, "head_dim": 64, "num_hidden_layers": 2}
 MORE_LAYERS = {"num_hidden_layers": 14}

@@ -14,6 +14,8 @@ from tests.s3_proxy import FaultProxy
 from tests.s3_servers import S3Server
 from tests.stores import StoreCase, empty_store
 
+pytestmark = pytest.mark.runtime
+
 SIZE = 3 * PART_BYTES + 1000  # four parts
 
 

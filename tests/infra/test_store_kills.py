@@ -19,7 +19,7 @@ from slmops.infra.storage.verification import verify_version
 from tests.stores import StoreCase
 from tests.versions import content_of, latest_evidence, store_version
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.runtime, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 20261126

@@ -13,6 +13,8 @@ from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from tests.checkpoints import make_tiny_checkpoint
 from tests.olive_builds import build_request
 
+pytestmark = pytest.mark.runtime
+
 # Those of tests/infra/test_olive_engine.py whose answers are compared with transformers'.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,8 @@ from slmops.tasks.runs.progress import listening
 from slmops.tasks.workshop import torch_process
 from tests.checkpoints import make_tiny_checkpoint
 
+pytestmark = pytest.mark.runtime
+
 
 def build(home: Path, folder: Path, builds: int) -> tuple[list[str], BuiltVariant]:
     settings = Settings(home=home, machine=MachineSettings(threads=1), worker={"builds": builds})
