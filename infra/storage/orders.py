@@ -30,7 +30,7 @@ def read_order(registry: ModelRegistry, order_id: str) -> dict[str, Any]:
         return dict(json.loads(registry.objects.read_bytes(_key(order_id, ORDER))))
     except KeyError:
         raise BadInput(
-            f"The store {registry.objects.uri('')} has no order {order_id}.",
+            f"The store has no order {order_id}: there is no {registry.objects.uri(_key(order_id, ORDER))}.",
             "All workers and what starts the deploy need the same SLMOPS_STORE__URI.",
         ) from None
 
