@@ -4,9 +4,9 @@ import random
 from typing import Any
 
 from slmops.infra.genai.calls import Measured
-from slmops.tasks.exams.answers import Evaluation
 from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise, MemoryGrowth
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, slope
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import LengthFigures, Steadiness
 from slmops.tasks.exams.measurement import Measurement, summarize
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity

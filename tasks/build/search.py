@@ -20,7 +20,8 @@ from slmops.tasks.build.build import BuiltVariant, build_variant
 from slmops.tasks.build.planning import plan_search, refuse_recipes
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
-from slmops.tasks.exams.answers import AnswersExam, Evaluation
+from slmops.tasks.exams.answers import AnswersExam
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.measurement import Measurement, MeasurementExam
 from slmops.tasks.exams.source import run_source_once

@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from slmops.infra.checkpoints.folder import read_chat_template, read_json
-from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.calls import CountedPrompts, CountPrompts
 from slmops.infra.genai.calls import RenderChats, RenderedChat, RenderedChats
 from slmops.infra.process.call import Call, OnProgress, R
@@ -20,65 +19,24 @@ from slmops.infra.storage.manifest import digest_of
 from slmops.infra.storage.version import Variant
 from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
 from slmops.tasks.exams.exam import Bench, Exam
+from slmops.tasks.exams.parity_notes import (
+    TOKENIZER_CONFIG,
+    composition_notes,
+    compositions_of,
+    reference_notes,
+    told_only_notes,
+)
 from slmops.tasks.exams.source import has_source
-from slmops.tasks.foundry.prompt_template import Message, describe_model
+from slmops.tasks.foundry.prompt_template import Message
+from slmops.tasks.questions.chats import CONTEXT, CONVERSATIONS, MARKS, TOLD_ONLY
 from slmops.tasks.workshop import Workshop
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 # The files that decide what a conversation's tokens are; a SentencePiece model counts as one.
 DECIDING_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "genai_config.json", "config.json",
 )  # fmt: skip
-RUNTIME_NAMES = {"genai": "onnxruntime-genai", "foundry": "Foundry Local"}
 RUNTIMES = ("transformers", "tokenizers", "onnxruntime-genai", "foundry-local-sdk")
-
-# What looks like a control token: <|user|>, <s>, </s>, <<SYS>>, [INST]. No conversation below holds anything like it.
-MARKS = r"<\|[^\s<>|]+\|>|<<?/?[A-Za-z_]+>>?|\[/?[A-Z_]+\]"
-# A control token is also looked for inside a text.
-CONTEXT = ("a ", " b")
-
-_SYSTEM = {"role": "system", "content": "You answer with JSON."}
-_TURNS = (
-    {"role": "user", "content": "What is the capital of France?"},
-    {"role": "assistant", "content": "The capital of France is Paris."},
-    {"role": "user", "content": "And how many people live there?"},
-)
-
-
-def _asking(content: str) -> tuple[Message, ...]:
-    return ({"role": "user", "content": content},)
-
-
-# Every conversation ends with a user's message: what is compared is the prompt for the answer to it.
-CONVERSATIONS: dict[str, tuple[Message, ...]] = {
-    "one user turn": _TURNS[:1],
-    "system and user": (_SYSTEM, _TURNS[0]),
-    "several turns": _TURNS,
-    "several turns with system": (_SYSTEM, *_TURNS),
-    "emoji": _asking("Great 👍🏽, thanks! 👩‍👩‍👧 🏳️‍🌈 😀😀"),
-    "right-to-left": _asking("مرحبا بالعالم، שלום עולם (hello) ١٢٣"),
-    "Chinese, Japanese, Korean": _asking("东京天气如何。東京の天気は、ﾃｽﾄ 도쿄 날씨 어때요?"),
-    "combining marks": _asking("Z\u0335\u0327, ห\u0e49\u0e2d\u0e07, हिन\u094d\u0926ी, Ti\u1ebfng Vi\u1ec7t, caf\u00e9"),
-    "white space around": (
-        {"role": "user", "content": "  two spaces before, a\ttab, two  spaces and new lines behind \n\n"},
-        {"role": "assistant", "content": "\n An answer. "},
-        {"role": "user", "content": "\r\nAnd now?\n"},
-    ),
-    "empty answer": (_TURNS[0], {"role": "assistant", "content": ""}, _TURNS[2]),
-    "digits": _asking("12345 + 6789.01 = 19,134.01; 007, 1e-9, ½, 3²"),
-    "code": _asking('def f(x):\n    return {"a\\n": \'b\\\\\', "c": x["d"] % 2}  # {{ x }} {% y %} {# z #} `$HOME`'),
-    "placeholder": _asking("Write {Content}, {{Content}} and {0} as they are."),
-    "letters with separate marks": _asking("e\u0301, n\u0303, \u212b, \u1100\u1161"),
-    "Unicode spaces around": _asking("\u3000\u00a0And now?\u2003"),
-}
-
-# What runtimes do otherwise to text of these kinds, whatever the model and its template: told, no reason to reject.
-TOLD_ONLY = {
-    "letters with separate marks": "the tokenizer's Unicode normalization is not applied (send text in the form NFC)",
-    "Unicode spaces around": "other white space than ASCII is not stripped as transformers does (strip it before)",
-}
-
 
 Reference = Literal["checkpoint", "variant"]  # whose tokenizer the runtimes are held to
 
@@ -218,7 +176,7 @@ def check_parity(
             "Give a working one with --chat-template.",
         )
     compared = {name: messages for name, messages in CONVERSATIONS.items() if name not in refused}
-    compositions, notes = _compositions(model_dir, compared)
+    compositions, notes = compositions_of(model_dir, compared)
     genai = runtimes.genai(compared, expected.control_tokens, compositions)
     foundry = runtimes.foundry(compared) if genai.fault is None else None
     mismatches = list(_mismatches(compared, expected, genai, foundry))
@@ -234,10 +192,10 @@ def check_parity(
         mismatches=tuple(mismatch for mismatch in mismatches if mismatch.conversation not in TOLD_ONLY),
         broken_control_tokens=tuple(_broken_control_tokens(expected, genai)),
         notes=(
-            *_reference_notes(model_dir, checkpoint_dir, expected, refused),
-            *_told_only_notes(mismatches),
+            *reference_notes(model_dir, checkpoint_dir, expected, refused),
+            *told_only_notes([(mismatch.conversation, mismatch.runtime) for mismatch in mismatches]),
             *notes,
-            *_composition_notes(compositions, expected, genai),
+            *composition_notes(compositions, expected, genai),
         ),
     )
 
@@ -362,110 +320,3 @@ def _broken_control_tokens(expected: RenderedConversations, genai: RenderedChats
         is_one = token.alone != (token.id,) or found.alone == (token.id,)
         if not is_one or found.in_context.count(token.id) != token.in_context.count(token.id):
             yield text
-
-
-def _reference_notes(
-    model_dir: Path, checkpoint_dir: Path | None, expected: RenderedConversations, refused: Mapping[str, str]
-) -> Iterable[str]:
-    if checkpoint_dir is None:
-        yield "There is no source checkpoint: the reference is the variant's own tokenizer in transformers."
-    for reason in dict.fromkeys(refused.values()):
-        names = ", ".join(name for name, found in refused.items() if found == reason)
-        yield f"Not compared, as the chat template refuses them ({reason}): {names}."
-    if expected.dated:
-        yield (
-            "The chat template writes the date: the same conversation has another prompt every day. "
-            "All runtimes take it from the machine's clock."
-        )
-    plain = [mark for mark, tokens in expected.marks.items() if tokens > 1]
-    if plain:
-        yield (
-            f"{', '.join(plain)} look{'s' if len(plain) == 1 else ''} like control tokens, "
-            "but the checkpoint's tokenizer has them as plain text."
-        )
-    differing = _differing_templates(model_dir)
-    if differing:
-        yield differing
-
-
-def _told_only_notes(mismatches: Sequence[ParityMismatch]) -> Iterable[str]:
-    told = [mismatch for mismatch in mismatches if mismatch.conversation in TOLD_ONLY]
-    if len(told) < len(mismatches):
-        return  # these differ for another reason
-    for name in dict.fromkeys(mismatch.conversation for mismatch in told):
-        runtimes = " and ".join(RUNTIME_NAMES[mismatch.runtime] for mismatch in told if mismatch.conversation == name)
-        yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {TOLD_ONLY[name]}."
-
-
-def _differing_templates(model_dir: Path) -> str | None:
-    """Say that a folder holds two chat templates: transformers prefers chat_template.jinja, genai tokenizer_config."""
-    path = model_dir / "chat_template.jinja"
-    try:
-        configured = read_json(model_dir / TOKENIZER_CONFIG).get("chat_template")
-        used = read_chat_template(model_dir)
-    except BadInput as error:
-        return error.message
-    if not path.is_file() or not isinstance(configured, str) or configured == used:
-        return None
-    return (
-        f"{TOKENIZER_CONFIG} and {path.name} hold different templates: onnxruntime-genai and Foundry Local use the "
-        "former, transformers the latter."
-    )
-
-
-def _compositions(
-    model_dir: Path, conversations: Mapping[str, Sequence[Message]]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the prompts that inference_model.json's strings make, or why there are none."""
-    try:
-        template, _ = describe_model(model_dir)
-    except SlmopsError as error:
-        return {}, (f"There are no strings for inference_model.json: {error.message}",)
-    judged = {name: messages for name, messages in conversations.items() if name not in TOLD_ONLY}
-    has_system = template.system is not None
-    expressible = {name: messages for name, messages in judged.items() if has_system or messages[0]["role"] != "system"}
-    left_out = ", ".join(name for name in judged if name not in expressible)
-    notes = (f"inference_model.json's PromptTemplate has no system message: {left_out}.",) if left_out else ()
-    return {name: template.compose(messages) for name, messages in expressible.items()}, notes
-
-
-def _composition_notes(
-    compositions: Mapping[str, str], expected: RenderedConversations, genai: RenderedChats
-) -> Iterable[str]:
-    """Say where inference_model.json's strings make other prompts, or other tokens, than the chat template.
-
-    Foundry 0.8 puts these strings together and leaves the begin token to the tokenizer.
-    """
-    begin = expected.begin_token or ""
-    other_text: list[str] = []
-    other_tokens: dict[str, list[str]] = {}
-    for name, text in compositions.items():
-        renderings = expected.conversations[name].renderings
-        if text not in [rendering.text.removeprefix(begin) for rendering in renderings]:
-            other_text.append(name)
-        elif genai.fault is None:
-            found, ids = genai.compositions[name], [rendering.ids for rendering in renderings]
-            if found not in ids:
-                why = ""
-                if found in [sequence[1:] for sequence in ids]:
-                    why = f": the strings hold no {begin}, and the tokenizer adds none by itself"
-                elif found[1:] in ids:
-                    why = ": the tokenizer adds a begin token that the template does not write"
-                other_tokens.setdefault(why, []).append(name)
-    if other_text:
-        yield (
-            "inference_model.json's PromptTemplate makes other prompts than the chat template: "
-            f"{_listed(other_text, compositions)}."
-        )
-    for why, names in other_tokens.items():
-        yield (
-            f"inference_model.json's PromptTemplate makes the chat template's text, but other tokens{why} "
-            f"({_listed(names, compositions)})."
-        )
-
-
-def _listed(names: Sequence[str], among: Iterable[str]) -> str:
-    others = [name for name in among if name not in names]
-    if len(others) < len(names):
-        return f"all but {', '.join(others)}" if others else "all conversations"
-    return ", ".join(names)

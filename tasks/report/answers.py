@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
 from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.evaluation import EvaluatedRow, Evaluation
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.report.blocks import (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from slmops.tasks.exams.answers import Evaluation
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.report.blocks import Block, Paragraph, Strong, bullets, sentences
 from slmops.tasks.report.records import VariantReport
 from slmops.tasks.report.wording import NOTHING, check_threshold

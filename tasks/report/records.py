@@ -5,9 +5,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from slmops.tasks.build.search import SearchOutcome
-from slmops.tasks.exams.answers import Evaluation
 from slmops.tasks.exams.endurance import Exercise
 from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import Steadiness
 from slmops.tasks.exams.measurement import Measurement
 from slmops.tasks.exams.template_parity import TemplateParity

@@ -11,9 +11,9 @@ from slmops.infra.reference.answers import Share
 from slmops.infra.settings import GateSettings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
-from slmops.tasks.exams.answers import Evaluation
 from slmops.tasks.exams.endurance import Exercise
 from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import Steadiness
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.exams.text import TextComparison

@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.genai.calls import Hardware, RequestFigures
 from slmops.infra.storage.version import Variant, Version
-from slmops.tasks.exams.answers import EVALUATION, EvaluatedRow, Evaluation
+from slmops.tasks.exams.answers import EVALUATION
 from slmops.tasks.exams.estimates import Estimate, paired_loss, ratio_of_medians, weighted_mean
+from slmops.tasks.exams.evaluation import EvaluatedRow, Evaluation
 from slmops.tasks.exams.measurement import Measurement, MetricName, measurements_of
 
 Trend = Literal["better", "worse", "same"]

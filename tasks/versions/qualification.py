@@ -8,8 +8,9 @@ from typing import Any
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
-from slmops.tasks.exams.answers import AnswersExam, Evaluation
+from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.endurance import EnduranceExam
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.length_sweep import steadiness_of
 from slmops.tasks.exams.measurement import MeasurementExam

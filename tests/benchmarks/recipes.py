@@ -20,7 +20,8 @@ from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, Machine
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import Recipe, known_recipes, load_recipe
 from slmops.tasks.environment.host import builder_versions
-from slmops.tasks.exams.answers import Evaluation, evaluate_variant, run_reference
+from slmops.tasks.exams.answers import evaluate_variant, run_reference
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.measurement import Measurement, measure_variant
 from slmops.tasks.questions.evaluation_set import chat_prompts
 from tests.checkpoints import make_tiny_checkpoint

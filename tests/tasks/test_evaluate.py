@@ -19,14 +19,13 @@ from slmops.infra.storage.manifest import digest_of as digest_of_json
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams.answers import (
     AnswersExam,
-    Evaluation,
     Reference,
     evaluate_variant,
     last_evaluation_set,
     run_reference,
-    score_evaluation,
 )
 from slmops.tasks.exams.estimates import mean_score, paired_loss, weighted_mean
+from slmops.tasks.exams.evaluation import Evaluation, score_evaluation
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, chat_prompts, digest_of
 from slmops.tasks.questions.output_format import OutputFormat
 from slmops.tasks.verdict.gate import judge, thresholds_for

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import GateSettings
-from slmops.tasks.exams.answers import Evaluation
 from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise, MemoryGrowth
 from slmops.tasks.exams.estimates import Estimate, paired_loss
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import LengthFigures, Steadiness
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
 from slmops.tasks.exams.text import TextComparison

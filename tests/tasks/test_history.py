@@ -6,7 +6,7 @@ from slmops.infra.genai.calls import TemplateMismatches, Vocabulary
 from slmops.infra.settings import MachineSettings, Settings
 from slmops.infra.storage.manifest import Source
 from slmops.infra.storage.opening import open_registry
-from slmops.tasks.exams.answers import EvaluatedRow, Evaluation
+from slmops.tasks.exams.evaluation import EvaluatedRow, Evaluation
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA
 from slmops.tasks.verdict.history import Figures, compare_versions, history_of
 from tests.measurements import HARDWARE, make_measurement

@@ -11,14 +11,8 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.exam import examine
-from slmops.tasks.exams.template_parity import (
-    CONVERSATIONS,
-    MARKS,
-    TOLD_ONLY,
-    ParityExam,
-    TemplateParity,
-    check_parity,
-)
+from slmops.tasks.exams.template_parity import ParityExam, TemplateParity, check_parity
+from slmops.tasks.questions.chats import CONVERSATIONS, MARKS, TOLD_ONLY
 from slmops.tasks.workshop import Workshop, working_in
 from tests.checkpoints import make_tiny_checkpoint
 from tests.family_tokenizers import FAMILIES, save_tokenizer, save_variant

@@ -1,0 +1,206 @@
+"""The record of an evaluation, and all that follows from its answers: scores, conformity, intervals, examples."""
+
+import math
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from slmops.infra.genai.calls import AnsweredRow, Evaluated
+from slmops.infra.reference.answers import RowId, Share
+from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, weighted_mean
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.output_format import OutputFormat, output_faults
+from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S
+
+MAX_WORST_EXAMPLES = 5
+
+
+class EvaluatedRow(AnsweredRow):
+    """A variant's answer to one row, with what follows from it.
+
+    `exact_match` is None for rows of other scorers, the scores are None for rows without an expected answer, and the
+    output faults, what is wrong with an answer's form, are None where nothing is or no format was asked for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    reference_answer: str | None = None
+    category: str | None = None
+    score: Share | None = None
+    reference_score: Share | None = None
+    output_fault: str | None = None
+    reference_output_fault: str | None = None
+
+
+class CategoryScore(BaseModel):
+    """Mean scores of the rows of one category."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    category: str
+    rows: int
+    score: Estimate
+    reference_score: Estimate | None
+
+
+class Evaluation(Evaluated):
+    """A variant's answers and its distance from the reference.
+
+    `score` and `reference_score` are the means over the rows with expected answers, `quality_loss` is the reference's
+    score minus the variant's over the same rows; all are None without such rows or without a reference. The output
+    conformities are shares of all answers. The intervals of agreement and divergence come from resampling rows; they
+    are None for fewer than two rows with positions, or where a figure is not finite. `worst_examples` are rows whose
+    reference scores higher than the variant, the largest loss first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rows: tuple[EvaluatedRow, ...]
+    score: Estimate | None = None
+    reference_score: Estimate | None = None
+    quality_loss: Estimate | None = None
+    categories: tuple[CategoryScore, ...] = ()
+    output_conformity: Estimate | None = None
+    reference_output_conformity: Estimate | None = None
+    top1_agreement_interval: Estimate | None = None
+    kl_divergence_interval: Estimate | None = None
+    worst_examples: tuple[RowId, ...] = ()
+    notes: tuple[str, ...] = ()
+    rows_sha256: str
+    wall_s: FiniteFloat
+    peak_rss_bytes: int
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the variant was compared with a source checkpoint."""
+        return self.vocabulary.reference is not None
+
+
+def score_evaluation(
+    evaluation: Evaluation, rows: Sequence[EvaluationRow], output_format: OutputFormat | None
+) -> Evaluation:
+    """Fill in all that follows from the answers and the rows' own figures: scores, conformity, intervals, examples.
+
+    `rows` are those that were evaluated, in the same order. A pattern that is not done with an answer in time has not
+    matched it: that answer scores 0, and a note says so.
+    """
+    slow: list[str] = []
+    answers = [row.answer for row in evaluation.rows]
+    references = [row.reference_answer for row in evaluation.rows]
+    scores, faults = _scores(rows, answers, "variant", slow), _faults(output_format, answers)
+    reference_scores = _scores(rows, references, "reference", slow)
+    reference_faults = _faults(output_format, references)
+    scored = [
+        found.model_copy(
+            update={
+                "category": row.category,
+                "score": score,
+                "reference_score": reference_score,
+                "output_fault": fault,
+                "reference_output_fault": reference_fault,
+            }
+        )
+        for found, row, score, reference_score, fault, reference_fault in zip(
+            evaluation.rows, rows, scores, reference_scores, faults, reference_faults, strict=True
+        )
+    ]
+    notes = []
+    if slow:
+        places = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
+        notes = [f"A pattern was not done after {MATCH_TIMEOUT_S:g} s and so scored 0: {places}."]
+    agreements = [row.top1_agreement for row in scored if row.positions]
+    divergences = [row.kl_divergence for row in scored if row.positions]
+    weights = [row.positions for row in scored if row.positions]
+    return evaluation.model_copy(
+        update={
+            "rows": tuple(scored),
+            "score": _mean(scores),
+            "reference_score": _mean(reference_scores),
+            "quality_loss": _loss(scored),
+            "categories": _categories(scored),
+            "output_conformity": _conformity(output_format, answers, faults),
+            "reference_output_conformity": _conformity(output_format, references, reference_faults),
+            "top1_agreement_interval": _over_rows(agreements, weights),
+            "kl_divergence_interval": _over_rows(divergences, weights),
+            "worst_examples": _worst_examples(scored),
+            "notes": (*evaluation.notes, *notes),
+        }
+    )
+
+
+def _scores(
+    rows: Sequence[EvaluationRow], answers: Sequence[str | None], side: str, slow: list[str]
+) -> list[float | None]:
+    scores: list[float | None] = []
+    for row, answer in zip(rows, answers, strict=True):
+        if row.expected is None or answer is None:
+            scores.append(None)
+            continue
+        try:
+            scores.append(row.scorer.score(answer, row.expected))
+        except TimeoutError:
+            scores.append(0.0)
+            slow.append(f"row {row.id!r} with the {side}'s answer")
+    return scores
+
+
+def _faults(output_format: OutputFormat | None, answers: Sequence[str | None]) -> list[str | None]:
+    if output_format is None:
+        return [None] * len(answers)
+    found = iter(output_faults(output_format, [answer for answer in answers if answer is not None]))
+    return [None if answer is None else next(found) for answer in answers]
+
+
+def _conformity(
+    output_format: OutputFormat | None, answers: Sequence[str | None], faults: Sequence[str | None]
+) -> Estimate | None:
+    if output_format is None:
+        return None
+    return _mean(
+        [None if answer is None else float(fault is None) for answer, fault in zip(answers, faults, strict=True)]
+    )
+
+
+def _mean(scores: Sequence[float | None]) -> Estimate | None:
+    known = [score for score in scores if score is not None]
+    return mean_score(known) if known else None
+
+
+def _loss(rows: Sequence[EvaluatedRow]) -> Estimate | None:
+    pairs = [
+        (row.reference_score, row.score) for row in rows if row.reference_score is not None and row.score is not None
+    ]
+    return paired_loss(*zip(*pairs, strict=True)) if pairs else None
+
+
+def _categories(rows: Sequence[EvaluatedRow]) -> tuple[CategoryScore, ...]:
+    """Mean scores by category, in the order of their first rows; rows without a category or a score are left out."""
+    members: dict[str, list[EvaluatedRow]] = {}
+    for row in rows:
+        if row.category is not None and row.score is not None:
+            members.setdefault(row.category, []).append(row)
+    return tuple(
+        CategoryScore(
+            category=category,
+            rows=len(of_category),
+            score=mean_score([row.score for row in of_category if row.score is not None]),
+            reference_score=_mean([row.reference_score for row in of_category]),
+        )
+        for category, of_category in members.items()
+    )
+
+
+def _over_rows(values: Sequence[float | None], weights: Sequence[int]) -> Estimate | None:
+    known = [value for value in values if value is not None]
+    return weighted_mean(known, weights) if len(known) == len(values) and len(known) > 1 else None
+
+
+def _worst_examples(rows: Sequence[EvaluatedRow]) -> tuple[RowId, ...]:
+    """Ids of the rows that lost most, of equal losses those whose distributions are farther from the reference's."""
+    losses = [
+        (row.reference_score - row.score, math.inf if row.kl_divergence is None else row.kl_divergence, row.id)
+        for row in rows
+        if row.reference_score is not None and row.score is not None and row.reference_score > row.score
+    ]
+    losses.sort(key=lambda loss: loss[:2], reverse=True)
+    return tuple(row_id for _, _, row_id in losses[:MAX_WORST_EXAMPLES])

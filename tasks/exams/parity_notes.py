@@ -1,0 +1,123 @@
+"""What is told of a comparison of chat templates beside its mismatches: none of it is a reason to reject."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.errors import BadInput, SlmopsError
+from slmops.infra.genai.calls import RenderedChats
+from slmops.infra.transformers.calls import RenderedConversations
+from slmops.tasks.foundry.prompt_template import Message, describe_model
+from slmops.tasks.questions.chats import TOLD_ONLY
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+RUNTIME_NAMES = {"genai": "onnxruntime-genai", "foundry": "Foundry Local"}
+
+
+def reference_notes(
+    model_dir: Path, checkpoint_dir: Path | None, expected: RenderedConversations, refused: Mapping[str, str]
+) -> Iterable[str]:
+    """Yield what is to be known of the reference and its chat template; `refused` tells why, by conversation."""
+    if checkpoint_dir is None:
+        yield "There is no source checkpoint: the reference is the variant's own tokenizer in transformers."
+    for reason in dict.fromkeys(refused.values()):
+        names = ", ".join(name for name, found in refused.items() if found == reason)
+        yield f"Not compared, as the chat template refuses them ({reason}): {names}."
+    if expected.dated:
+        yield (
+            "The chat template writes the date: the same conversation has another prompt every day. "
+            "All runtimes take it from the machine's clock."
+        )
+    plain = [mark for mark, tokens in expected.marks.items() if tokens > 1]
+    if plain:
+        yield (
+            f"{', '.join(plain)} look{'s' if len(plain) == 1 else ''} like control tokens, "
+            "but the checkpoint's tokenizer has them as plain text."
+        )
+    differing = _differing_templates(model_dir)
+    if differing:
+        yield differing
+
+
+def told_only_notes(mismatches: Sequence[tuple[str, str]]) -> Iterable[str]:
+    """Yield what differs whatever the template, given conversations and runtimes that differ."""
+    told = [(conversation, runtime) for conversation, runtime in mismatches if conversation in TOLD_ONLY]
+    if len(told) < len(mismatches):
+        return  # these differ for another reason
+    for name in dict.fromkeys(conversation for conversation, _ in told):
+        runtimes = " and ".join(RUNTIME_NAMES[runtime] for conversation, runtime in told if conversation == name)
+        yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {TOLD_ONLY[name]}."
+
+
+def _differing_templates(model_dir: Path) -> str | None:
+    """Say that a folder holds two chat templates: transformers prefers chat_template.jinja, genai tokenizer_config."""
+    path = model_dir / "chat_template.jinja"
+    try:
+        configured = read_json(model_dir / TOKENIZER_CONFIG).get("chat_template")
+        used = read_chat_template(model_dir)
+    except BadInput as error:
+        return error.message
+    if not path.is_file() or not isinstance(configured, str) or configured == used:
+        return None
+    return (
+        f"{TOKENIZER_CONFIG} and {path.name} hold different templates: onnxruntime-genai and Foundry Local use the "
+        "former, transformers the latter."
+    )
+
+
+def compositions_of(
+    model_dir: Path, conversations: Mapping[str, Sequence[Message]]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the prompts that inference_model.json's strings make, or why there are none."""
+    try:
+        template, _ = describe_model(model_dir)
+    except SlmopsError as error:
+        return {}, (f"There are no strings for inference_model.json: {error.message}",)
+    judged = {name: messages for name, messages in conversations.items() if name not in TOLD_ONLY}
+    has_system = template.system is not None
+    expressible = {name: messages for name, messages in judged.items() if has_system or messages[0]["role"] != "system"}
+    left_out = ", ".join(name for name in judged if name not in expressible)
+    notes = (f"inference_model.json's PromptTemplate has no system message: {left_out}.",) if left_out else ()
+    return {name: template.compose(messages) for name, messages in expressible.items()}, notes
+
+
+def composition_notes(
+    compositions: Mapping[str, str], expected: RenderedConversations, genai: RenderedChats
+) -> Iterable[str]:
+    """Say where inference_model.json's strings make other prompts, or other tokens, than the chat template.
+
+    Foundry 0.8 puts these strings together and leaves the begin token to the tokenizer.
+    """
+    begin = expected.begin_token or ""
+    other_text: list[str] = []
+    other_tokens: dict[str, list[str]] = {}
+    for name, text in compositions.items():
+        renderings = expected.conversations[name].renderings
+        if text not in [rendering.text.removeprefix(begin) for rendering in renderings]:
+            other_text.append(name)
+        elif genai.fault is None:
+            found, ids = genai.compositions[name], [rendering.ids for rendering in renderings]
+            if found not in ids:
+                why = ""
+                if found in [sequence[1:] for sequence in ids]:
+                    why = f": the strings hold no {begin}, and the tokenizer adds none by itself"
+                elif found[1:] in ids:
+                    why = ": the tokenizer adds a begin token that the template does not write"
+                other_tokens.setdefault(why, []).append(name)
+    if other_text:
+        yield (
+            "inference_model.json's PromptTemplate makes other prompts than the chat template: "
+            f"{_listed(other_text, compositions)}."
+        )
+    for why, names in other_tokens.items():
+        yield (
+            f"inference_model.json's PromptTemplate makes the chat template's text, but other tokens{why} "
+            f"({_listed(names, compositions)})."
+        )
+
+
+def _listed(names: Sequence[str], among: Iterable[str]) -> str:
+    others = [name for name in among if name not in names]
+    if len(others) < len(names):
+        return f"all but {', '.join(others)}" if others else "all conversations"
+    return ", ".join(names)

@@ -1,0 +1,20 @@
+"""Conversations by which renderings of a chat template are compared: `chats.jsonl`, one a line.
+
+Every one ends with a user's message: what is compared is the prompt for the answer to it. None holds anything that
+looks like a control token (`MARKS`).
+"""
+
+import json
+from pathlib import Path
+
+from slmops.tasks.foundry.prompt_template import Message
+
+# What looks like a control token: <|user|>, <s>, </s>, <<SYS>>, [INST].
+MARKS = r"<\|[^\s<>|]+\|>|<<?/?[A-Za-z_]+>>?|\[/?[A-Z_]+\]"
+# A control token is also looked for inside a text.
+CONTEXT = ("a ", " b")
+
+_CHATS = [json.loads(line) for line in Path(__file__).with_name("chats.jsonl").read_text("utf-8").splitlines()]
+CONVERSATIONS: dict[str, tuple[Message, ...]] = {chat["name"]: tuple(chat["messages"]) for chat in _CHATS}
+# What runtimes do otherwise to text of these kinds, whatever the model and its template: told, no reason to reject.
+TOLD_ONLY: dict[str, str] = {chat["name"]: chat["told_only"] for chat in _CHATS if "told_only" in chat}
