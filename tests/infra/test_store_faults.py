@@ -798,6 +798,7 @@ def test_a_manifest_edited_by_hand_is_named(
     assert {one["what"] for one in json.loads(out)["damage"]} == {"manifest.json"}
 
     damage(beside, key, stored.replace(FILE_DIGEST, b"0" * 64))  # of a file that is nowhere
+    beside.objects.delete([entry.key for entry in beside.objects.entries("models/home/1/evidence")])  # of before
     status, _, err = run_cli(["pull", "home@1"], capfd)
     assert (status, "has lost" in err) == (1, True)
     assert journey.puller().versions("home") == []
@@ -878,8 +879,8 @@ def test_a_disk_that_fills_while_pulling(step: str, journey: Journey, monkeypatc
 
 def test_a_second_push_of_a_version_with_one_changed_file_moves_under_one_percent(either: Journey) -> None:
     files = {f"weights-{number}.data": content(f"{number}", PART_BYTES) for number in range(6)}
-    first = add_version(either.local, either.tmp_path / "large", {**files, "genai_config.json": b"{}"}, "large")
-    second = add_version(either.local, either.tmp_path / "large", {**files, "genai_config.json": b'{"a": 1}'}, "large")
+    first = add_version(either.local, either.tmp_path / "large", {**files, "vocabulary.json": b"{}"}, "large")
+    second = add_version(either.local, either.tmp_path / "large", {**files, "vocabulary.json": b'{"a": 1}'}, "large")
     copied = either.push(first)
     assert copied.moved_bytes == first.variants[0].size_bytes
     moved = (either.proxy.bytes_up, either.proxy.bytes_down)
