@@ -20,6 +20,7 @@ from slmops.infra.settings import Settings
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import folder_of, merge_into_base, with_chat_template
 from tests.checkpoints import make_tiny_checkpoint, read_config
+from tests.errors import coded
 from tests.genai_models import EMPTY_GRAPH
 
 
@@ -149,10 +150,10 @@ class TestBadInput:
         assert bytes_of(checkpoint) == before
 
     def test_no_folder_and_a_file(self, tmp_path: Path) -> None:
-        with pytest.raises(BadInput, match="no checkpoint at"):
+        with pytest.raises(BadInput, check=coded("checkpoint-missing")):
             inspect_checkpoint(tmp_path / "gone")
         (tmp_path / "file").touch()
-        with pytest.raises(BadInput, match="is a file"):
+        with pytest.raises(BadInput, check=coded("checkpoint-is-file")):
             inspect_checkpoint(tmp_path / "file")
 
     def test_the_way_out_of_a_missing_chat_template_is_named(self, checkpoint: Path) -> None:
@@ -314,12 +315,12 @@ class TestKinds:
     )
     def test_a_genai_folder_without_its_model(self, config: dict[str, Any], genai: Path) -> None:
         (genai / "genai_config.json").write_text(json.dumps(config))
-        with pytest.raises(BadInput, match="without its ONNX model"):
+        with pytest.raises(BadInput, check=coded("genai-model-missing")):
             inspect_checkpoint(genai)
 
     def test_a_genai_folder_takes_a_given_chat_template(self, genai: Path) -> None:
         remove_chat_template(genai)
-        with pytest.raises(BadInput, match="no chat template"):
+        with pytest.raises(BadInput, check=coded("chat-template-missing")):
             inspect_checkpoint(genai)
         assert inspect_checkpoint(genai, chat_template_given=True).kind == "genai"
 
@@ -339,20 +340,20 @@ class TestKinds:
         weights = adapter / "adapter_model.safetensors"
         assert load_file(weights)
         weights.write_bytes(weights.read_bytes()[:-1])
-        with pytest.raises(BadInput, match="not a whole safetensors file"):
+        with pytest.raises(BadInput, check=coded("weights-damaged")):
             inspect_checkpoint(adapter)
         weights.rename(adapter / "adapter_model.bin")
-        with pytest.raises(BadInput, match="a pickle"):
+        with pytest.raises(BadInput, check=coded("weights-pickled")):
             inspect_checkpoint(adapter)
         (adapter / "adapter_model.bin").unlink()
-        with pytest.raises(BadInput, match=r"has no adapter_model.safetensors"):
+        with pytest.raises(BadInput, check=coded("adapter-without-weights", "adapter_model.safetensors")):
             inspect_checkpoint(adapter)
 
     def test_an_adapter_needs_a_whole_base(self, adapter: Path, tmp_path: Path, settings: Settings) -> None:
-        with pytest.raises(BadInput, match="which base"):
+        with pytest.raises(BadInput, check=coded("adapter-base-unknown")):
             merge_into_base(adapter, None, settings, lambda *_: None)
-        with pytest.raises(BadInput, match="not a whole checkpoint"):
+        with pytest.raises(BadInput, check=coded("adapter-base-not-whole")):
             merge_into_base(adapter, str(adapter), settings, lambda *_: None)
-        with pytest.raises(BadInput, match="no such folder"):
+        with pytest.raises(BadInput, check=coded("folder-missing")):
             merge_into_base(adapter, str(tmp_path / "gone"), settings, lambda *_: None)
         assert not settings.home_dir.exists()

@@ -17,6 +17,7 @@ from slmops.tasks.exams.length_sweep import LengthFigures, Steadiness
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.verdict.gate import GateCheck, GateVerdict, judge, thresholds_for
+from tests.errors import coded
 
 INT8 = thresholds_for("int8", GateSettings())
 SHARE = st.floats(0, 1)
@@ -108,11 +109,11 @@ def test_a_setting_overrides_every_precision_and_a_parameter_overrides_the_setti
 
 
 def test_thresholds_out_of_bounds_and_unknown_precisions_are_bad_input() -> None:
-    with pytest.raises(BadInput, match="min_top1_agreement"):
+    with pytest.raises(BadInput, check=coded("gate-threshold-not-valid", "min_top1_agreement")):
         thresholds_for("int8", GateSettings(), min_top1_agreement=1.5)
-    with pytest.raises(BadInput, match="max_kl_divergence"):
+    with pytest.raises(BadInput, check=coded("gate-threshold-not-valid", "max_kl_divergence")):
         thresholds_for("int8", GateSettings(), max_kl_divergence=math.nan)
-    with pytest.raises(BadInput, match="int3"):
+    with pytest.raises(BadInput, check=coded("gate-precision-unknown", "int3")):
         thresholds_for("int3", GateSettings())
 
 
