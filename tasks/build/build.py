@@ -5,7 +5,6 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,6 +13,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.slots import only_maker, slot
+from slmops.infra.records import Json
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import StoredVariant, digest_of
 from slmops.tasks.build.olive_config import olive_run_config
@@ -40,8 +40,8 @@ class BuiltVariant(BaseModel):
     peak_rss_bytes: int
     log: str
     warnings: tuple[str, ...] = ()
-    passes: dict[str, dict[str, Any]] = {}
-    host: dict[str, Any] | None = None
+    passes: dict[str, Json] = {}
+    host: Json | None = None
 
 
 # A tag is what Prefect can limit, and it costs each run a question to the server: only builds take so much memory that

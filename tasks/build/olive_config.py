@@ -2,14 +2,14 @@
 
 import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
 from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
+from slmops.infra.records import Json
 from slmops.tasks.build.recipes import OLIVE_CONFIG, Recipe, load_recipe
 from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
@@ -60,7 +60,7 @@ OPTION_ALIASES = {
 }
 
 
-def olive_run_config(recipe: Recipe) -> dict[str, Any]:
+def olive_run_config(recipe: Recipe) -> Json:
     """Return the Olive run configuration of `recipe`, complete but for its paths (see infra.olive.engine.build)."""
     provider, device = OLIVE_PROVIDERS[recipe.execution_provider]
     return {
@@ -73,8 +73,8 @@ def olive_run_config(recipe: Recipe) -> dict[str, Any]:
         },
         "host": "local_system",
         "target": "local_system",
-        "data_configs": copy.deepcopy(list(recipe.data_configs)),
-        "passes": copy.deepcopy(recipe.passes),
+        "data_configs": [*copy.deepcopy(recipe.data_configs)],
+        "passes": {**copy.deepcopy(recipe.passes)},
     }
 
 
@@ -100,7 +100,7 @@ def read_olive_config(path: Path) -> Recipe:
     return recipe
 
 
-def ordered_recipe(record: Mapping[str, Any]) -> Recipe:
+def ordered_recipe(record: Json) -> Recipe:
     """Return the recipe that another machine's deploy has ordered: one of slmops' own, or what a user's file may say.
 
     Raises `BadInput` for anything else, and for one that names code.
@@ -109,8 +109,8 @@ def ordered_recipe(record: Mapping[str, Any]) -> Recipe:
     if recipe.id != OLIVE_CONFIG and recipe.digest == load_recipe(recipe.name, recipe.execution_provider).digest:
         return recipe
     config = olive_run_config(recipe)
-    for entry in config["passes"].values():
-        entry.pop("execution_provider", None)  # the target's, which the reader puts there itself
+    for entry in _dict(config["passes"]).values():
+        _dict(entry).pop("execution_provider", None)  # the target's, which the reader puts there itself
     reader = _Reader()
     reader.recipe(config)
     faults = [*reader.faults, *(f"{key} names code" for key in sorted(_keys(config) & CODE_KEYS))]
@@ -127,7 +127,7 @@ class _Reader:
     def __init__(self) -> None:
         self.faults: list[str] = []
 
-    def recipe(self, config: Any) -> Recipe | None:
+    def recipe(self, config: JsonValue) -> Recipe | None:
         if not isinstance(config, dict):
             self.faults.append(f"it is a {type(config).__name__} where an object was expected")
             return None
@@ -142,7 +142,7 @@ class _Reader:
         passes = self._passes(merged, provider)
         if self.faults or not passes:
             return None
-        precision = next(iter(passes.values()))["precision"]
+        precision = str(next(iter(passes.values()))["precision"])
         try:
             warnings = load_recipe(precision, provider).warnings
         except BadInput as error:
@@ -152,18 +152,18 @@ class _Reader:
             precision=precision,
             execution_provider=TypeAdapter(ExecutionProvider).validate_python(provider),
             passes=passes,
-            data_configs=tuple(data_configs),
+            data_configs=tuple(_dicts(data_configs)),
             warnings=warnings,
         )
 
-    def _section(self, config: dict[str, Any], key: str) -> dict[str, Any]:
+    def _section(self, config: Json, key: str) -> Json:
         section = config.get(key) or {}
         if not isinstance(section, dict):
             self.faults.append(f"{key} is not an object")
             return {}
         return section
 
-    def _flat(self, section: dict[str, Any], name: str) -> dict[str, Any]:
+    def _flat(self, section: Json, name: str) -> Json:
         """Merge the older form's nested `config` into the section; what is given twice is a fault."""
         nested = section.get("config") or {}
         if not isinstance(nested, dict):
@@ -173,17 +173,17 @@ class _Reader:
         self.faults += [f"{name} gives {key} twice" for key in sorted(outer.keys() & nested.keys())]
         return outer | nested
 
-    def _name_unknown(self, what: str, section: dict[str, Any], known: frozenset[str] | set[str]) -> None:
+    def _name_unknown(self, what: str, section: Json, known: frozenset[str] | set[str]) -> None:
         self.faults += [f"unknown {what} {key!r}" for key in section if key not in known]
 
-    def _check_input_model(self, model: dict[str, Any]) -> None:
+    def _check_input_model(self, model: Json) -> None:
         self._name_unknown("key of input_model", model, INPUT_MODEL_KEYS)
         if str(model.get("type", "HfModel")).lower() != "hfmodel":
             self.faults.append(f"input_model is of type {model['type']!r} where HfModel was expected")
         if str(model.get("task", "text-generation")) not in ("text-generation", "text-generation-with-past"):
             self.faults.append(f"the task {model['task']!r} is not text-generation")
 
-    def _execution_provider(self, config: dict[str, Any]) -> str:
+    def _execution_provider(self, config: Json) -> str:
         """Return the target's execution provider by slmops' name; cpu where none is named."""
         systems = self._section(config, "systems")
         for name in systems:
@@ -214,15 +214,15 @@ class _Reader:
             return "cpu"
         return by_olive_name[str(providers[0])]
 
-    def _check_system(self, name: str, system: dict[str, Any]) -> None:
+    def _check_system(self, name: str, system: Json) -> None:
         self._name_unknown(f"key of the system {name}", system, SYSTEM_KEYS)
         if str(system.get("type", "LocalSystem")).lower() != "localsystem":
             self.faults.append(f"the system {name} is of type {system['type']!r} where LocalSystem was expected")
         for accelerator in _dicts(system.get("accelerators")):
             self._name_unknown(f"key of an accelerator of {name}", accelerator, ACCELERATOR_KEYS)
 
-    def _passes(self, config: dict[str, Any], provider: str) -> dict[str, dict[str, Any]]:
-        passes: dict[str, dict[str, Any]] = {}
+    def _passes(self, config: Json, provider: str) -> dict[str, Json]:
+        passes: dict[str, Json] = {}
         known = {name.lower(): name for name in olive_pass_types()}
         section = self._section(config, "passes")
         if not section:
@@ -232,7 +232,7 @@ class _Reader:
             if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
                 self.faults.append(f"the pass {name!r} is not an object with a type")
                 continue
-            pass_type = known.get(entry["type"].lower())
+            pass_type = known.get(str(entry["type"]).lower())
             if pass_type is None:
                 self.faults.append(f"the pass {name!r} is of the unknown type {entry['type']!r}")
             elif pass_type == MODEL_BUILDER:
@@ -244,10 +244,10 @@ class _Reader:
             self.faults.append(f"exactly one pass must be of type {MODEL_BUILDER}, and it must be the first")
         return passes
 
-    def _builder(self, name: str, entry: dict[str, Any], provider: str) -> dict[str, Any]:
+    def _builder(self, name: str, entry: Json, provider: str) -> Json:
         given = self._flat(entry, f"the pass {name}")
         given |= self._quantization(name, given)
-        options: dict[str, Any] = {"type": MODEL_BUILDER, "execution_provider": provider}
+        options: Json = {"type": MODEL_BUILDER, "execution_provider": provider}
         for key, value in given.items():
             option = OPTION_ALIASES.get(key, key)
             if key in ("type", "quantization_config"):
@@ -266,7 +266,7 @@ class _Reader:
                 self.faults.append(f"unknown key {key!r} of extra_options of the pass {name!r}")
         return options
 
-    def _quantization(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    def _quantization(self, name: str, given: Json) -> Json:
         section = given.get("quantization_config") or {}
         if not isinstance(section, dict):
             self.faults.append(f"quantization_config of the pass {name!r} is not an object")
@@ -274,7 +274,7 @@ class _Reader:
         self.faults += [f"the pass {name!r} gives {key} twice" for key in sorted(section.keys() & given.keys())]
         return section
 
-    def _check_option(self, name: str, key: str, expected: Any, value: Any) -> None:
+    def _check_option(self, name: str, key: str, expected: Any, value: JsonValue) -> None:
         if key == "precision":
             expected = Precision
         try:
@@ -284,19 +284,19 @@ class _Reader:
             self.faults.append(f"{key} {value!r} of the pass {name!r} is not valid ({reason})")
 
 
-def _keys(value: Any) -> set[str]:
+def _keys(value: JsonValue) -> set[str]:
     """Return the keys of a JSON value at any depth."""
     inner = [*value.values()] if isinstance(value, dict) else _list(value)
     return {str(key) for key in _dict(value)}.union(*map(_keys, inner))
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _dict(value: JsonValue) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: JsonValue) -> list[JsonValue]:
     return value if isinstance(value, list) else []
 
 
-def _dicts(value: Any) -> list[dict[str, Any]]:
+def _dicts(value: JsonValue) -> list[Json]:
     return [entry for entry in _list(value) if isinstance(entry, dict)]

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput
 from slmops.infra.olive.options import BITS
+from slmops.infra.records import Json
 from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
 # One recipe a file: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another one.
@@ -29,8 +29,8 @@ class Recipe(BaseModel):
     id: str = OLIVE_CONFIG
     precision: Precision
     execution_provider: ExecutionProvider
-    passes: dict[str, dict[str, Any]]
-    data_configs: tuple[dict[str, Any], ...] = ()
+    passes: dict[str, Json]
+    data_configs: tuple[Json, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -42,7 +42,8 @@ class Recipe(BaseModel):
     def quantizes_at_once(self) -> bool:
         """Whether all weights are quantized at once, in memory: see infra/olive/streamed_quantization.py."""
         builder = next(iter(self.passes.values()))
-        has_own_widths = "matmul_mixed_precision" in builder.get("extra_options", {})
+        extra = builder.get("extra_options")
+        has_own_widths = isinstance(extra, dict) and "matmul_mixed_precision" in extra
         is_plain = (
             builder.get("algo_config", "default") == "default" and not builder.get("use_qdq") and not has_own_widths
         )

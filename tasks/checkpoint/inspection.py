@@ -1,7 +1,7 @@
 """What a checkpoint, an adapter or a given model is, read off its files before anything runs."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,6 +15,7 @@ from slmops.infra.checkpoints.folder import (
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.olive.architectures import check_architecture
+from slmops.infra.records import Json
 from slmops.infra.storage.manifest import digest_of, digest_of_file
 
 EVALUATION_FILE = "eval.jsonl"
@@ -124,12 +125,12 @@ def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
     )
 
 
-def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+def _section(config: Json, key: str) -> Json:
     value = config.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def _size(config: dict[str, Any], key: str, *, default: int | None = None) -> int:
+def _size(config: Json, key: str, *, default: int | None = None) -> int:
     """Return a size that a config states; raises `BadInput` when it is missing without a default, or no size."""
     value = config.get(key)
     if value is None and default is not None:
@@ -183,7 +184,7 @@ def _check_tokenizer(folder: Path, chat_template_given: bool) -> None:
         )
 
 
-def _check_shapes(folder: Path, config: dict[str, Any], headers: dict[str, TensorHeader]) -> None:
+def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) -> None:
     """Compare the weights with what config.json promises; the names are those of all supported architectures."""
     expected = expected_shapes(config)
     for name, shape in expected.items():
@@ -202,7 +203,7 @@ def _check_shapes(folder: Path, config: dict[str, Any], headers: dict[str, Tenso
             )
 
 
-def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Json) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the tensors that a Llama-like config.json calls for (biases and norms left out)."""
     hidden, vocabulary = _size(config, "hidden_size"), _size(config, "vocab_size")
     intermediate, heads = _size(config, "intermediate_size"), _size(config, "num_attention_heads")
