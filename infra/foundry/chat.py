@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.foundry import runtime
@@ -25,6 +24,7 @@ from slmops.infra.process.channel import (
     message_of,
     speak,
 )
+from slmops.infra.records import Json
 
 CLOSE_TIMEOUT_S = 2
 
@@ -38,7 +38,7 @@ class FoundryChat:
 
     def __init__(self, cache_dir: Path, model_id: str, *, log_path: Path) -> None:
         runtime.check_model_id(model_id)
-        self.last: dict[str, Any] = {}
+        self.last: Json = {}
         self._log_path = log_path
         self._channel = Channel(
             "slmops.infra.foundry.chat",
@@ -54,7 +54,7 @@ class FoundryChat:
             raise
 
     def answer(
-        self, messages: Sequence[dict[str, str]], max_new_tokens: int, search: dict[str, Any] | None = None
+        self, messages: Sequence[dict[str, str]], max_new_tokens: int, search: Json | None = None
     ) -> Iterator[str]:
         """Yield the answer to the whole conversation `messages` piece by piece; greedy unless `search` says otherwise.
 

@@ -30,6 +30,7 @@ from slmops.infra.process.channel import (
     message_of,
     speak,
 )
+from slmops.infra.records import Json
 
 LOOPBACK = "127.0.0.1"
 STOP_TIMEOUT_S = 10.0
@@ -104,7 +105,7 @@ class ModelProcess:
 # The child's side
 
 
-def _catalog_answer(model_id: str, size_bytes: int) -> dict[str, Any]:
+def _catalog_answer(model_id: str, size_bytes: int) -> Json:
     name, _, version = model_id.rpartition(":")
     model = CatalogModel(
         name=name,
@@ -119,7 +120,7 @@ def _catalog_answer(model_id: str, size_bytes: int) -> dict[str, Any]:
     return page_document([model.entry()], None, 1)
 
 
-def _serve_catalog(answer: dict[str, Any]) -> str:
+def _serve_catalog(answer: Json) -> str:
     body = json.dumps(answer).encode()
 
     class Catalog(BaseHTTPRequestHandler):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Json
 
 # Proven: a build in fp32 agrees with transformers at every position (tests/infra/test_olive_engine.py).
 # Of the others that onnxruntime-genai 0.18's builder knows, Gemma 2 is off by about 1 % of the logits' spread, and
@@ -23,7 +24,7 @@ SUPPORTED_ROPE_TYPES = ("default", "llama3")
 PARTIAL_ROTARY_ARCHITECTURES = ("Phi3ForCausalLM",)
 
 
-def check_architecture(config: dict[str, Any]) -> None:
+def check_architecture(config: Json) -> None:
     """Raise `BadInput` unless a checkpoint with this config.json (parsed) can be built correctly.
 
     The message names what was found: the architecture, the rotary embedding or the quantization.
@@ -43,7 +44,7 @@ def check_architecture(config: dict[str, Any]) -> None:
     _check_rope(architectures[0], config)
 
 
-def _check_rope(architecture: str, config: dict[str, Any]) -> None:
+def _check_rope(architecture: str, config: Json) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = _value(rope, "rope_type") or _value(rope, "type") or "default"
     if rope_type not in SUPPORTED_ROPE_TYPES:

@@ -19,7 +19,7 @@ import psutil
 
 from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.process.call import Call, Progress
-from slmops.infra.records import AbsolutePath, Record
+from slmops.infra.records import AbsolutePath, Json, Record
 
 Messages = Sequence[dict[str, str]]
 
@@ -101,7 +101,7 @@ class _Journal:
         self._file = file
         self._step_deadline_s = step_deadline_s
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: Json) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()  # to the operating system, which keeps it when this process dies
 
@@ -136,10 +136,10 @@ def _soak(
                 return
         gc.collect()  # Python's own garbage is not the runtime's leak
         rss_bytes[index] = process.memory_info().rss
-    journal.write({"rss_bytes": rss_bytes.tolist()})
+    journal.write({"rss_bytes": [*rss_bytes]})
 
 
-def _outcome(name: str, outcome: str, detail: str, **further: Any) -> dict[str, Any]:
+def _outcome(name: str, outcome: str, detail: str, **further: Any) -> Json:
     return {"name": name, "outcome": outcome, "detail": detail, **further}
 
 
@@ -171,7 +171,7 @@ class _OrdinaryRequest:
 
 def _try_edge_input(
     model: OpenedModel, edge_input: TypedInput, new_tokens: int, ordinary: _OrdinaryRequest, journal: _Journal
-) -> dict[str, Any]:
+) -> Json:
     with journal.step(edge_input.name):
         messages, prompt_tokens = _fitting(model, edge_input.name, edge_input.messages, journal)
         started = time.perf_counter()
