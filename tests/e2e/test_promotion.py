@@ -63,8 +63,8 @@ def registry_of(slmops: Slmops) -> ModelRegistry:
 def holds(slmops: Slmops) -> dict[str, Any]:
     """Who is champion by the store and by Foundry Local."""
     registered = registered_models(Settings(home=slmops.home))
-    ids = [one["model_id"] for one in registered if one["name"] == "home"]
-    assert all(one["folder_exists"] for one in registered)
+    ids = [model.model_id for model in registered if model.name == "home"]
+    assert all(model.folder_exists for model in registered)
     return {"alias": registry_of(slmops).alias("home", "champion"), "foundry": ids}
 
 
@@ -166,7 +166,7 @@ def test_a_version_that_answers_otherwise_than_proven_leaves_the_old_one_serving
     assert holds(slmops) == {"alias": 1, "foundry": ["home:1"]}
     assert (model_server.models, model_server.asked) == ({"home": 1}, [])
     assert slmops.json("history", "home") == before
-    assert "home-int4-generic-cpu:2" in {one["model_id"] for one in registered_models(Settings(home=slmops.home))}
+    assert "home-int4-generic-cpu:2" in {model.model_id for model in registered_models(Settings(home=slmops.home))}
     assert slmops.json("promote", "home@2")["status"] == "promoted"
 
 
