@@ -5,9 +5,10 @@ from typing import Literal
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
+from slmops.infra.errors import BadInput
 from slmops.infra.storage.evidence import Kind
-from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.infra.storage.version import Version
 from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss
 from slmops.tasks.exams.exam import examine
@@ -17,9 +18,11 @@ from slmops.tasks.report.blocks import Figure as FigureBlock
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.plots import Plot, draw_losses
 from slmops.tasks.report.publish import image_data
+from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.fine_tune import FineTuning
+from slmops.tasks.workshop import workshop
 
 RetrainStatus = Literal["promoted", "kept", "rejected", "failed", "skipped"]
 
@@ -67,6 +70,11 @@ class RetrainReport(_Record):
     fine_tuning: FineTuning | None = None
     challenge: Challenge | None = None
 
+    def skipped(self) -> "RetrainReport":
+        """Return what is reported when the same is asked again."""
+        summary = f"Nothing has changed since {self.name}@{self.version} ({self.status}): skipped."
+        return self.model_copy(update={"status": "skipped", "summary": summary})
+
 
 RETRAIN = Kind("retrain", RetrainReport)
 
@@ -88,18 +96,58 @@ def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport 
     return None
 
 
+def check_comparable(evaluation: EvaluationSet) -> None:
+    """Raise `BadInput` for rows that have no expected answers, by which champion and candidate are compared."""
+    if any(row.expected is None for row in evaluation.rows):
+        raise BadInput(
+            "There is no evaluation file to compare champion and candidate on.",
+            "Name one with --eval, or put an eval.jsonl into the base's folder.",
+        )
+
+
+def compare(
+    deployed: DeployReport,
+    tuned: FineTuning,
+    champion: Version | None,
+    evaluation: EvaluationSet,
+    *,
+    may_promote: bool,
+) -> RetrainReport:
+    """Compare a candidate with the champion before it, None where there was none.
+
+    The status `promoted` with a challenge is what is to be done; without one, the candidate is the champion already.
+    """
+    report = RetrainReport(
+        name=deployed.name, status="kept", summary=deployed.summary, version=deployed.version, fine_tuning=tuned
+    )
+    if deployed.selected is None:
+        status = "rejected" if deployed.status == "rejected" else "failed"
+        summary = f"The candidate was kept out: {deployed.summary}"
+        return report.model_copy(update={"status": status, "summary": summary})
+    challenger = workshop().registry.find(deployed.reference)
+    if champion is None:
+        summary = f"{challenger.reference} is the first champion of {deployed.name}."
+        return report.model_copy(update={"status": "promoted", "summary": summary})
+    if champion.reference == challenger.reference:
+        summary = f"The result is {champion.reference}, which is the champion already."
+        return report.model_copy(update={"summary": summary})
+    challenge = challenge_champion(challenger, champion, evaluation)
+    if challenge.is_won and may_promote:
+        return report.model_copy(update={"challenge": challenge, "summary": challenge.verdict, "status": "promoted"})
+    summary = f"{challenge.verdict} {champion.reference} stays the champion."
+    return report.model_copy(update={"challenge": challenge, "summary": summary})
+
+
 @stage("challenge champion", run_name="challenge-{challenger.name}")
-def challenge_champion(
-    challenger: Manifest, champion: Manifest, evaluation: EvaluationSet, registry: ModelRegistry
-) -> Challenge:
+def challenge_champion(challenger: Version, champion: Version, evaluation: EvaluationSet) -> Challenge:
     """Let the selected variants of both answer the same rows, and compare their scores row by row.
 
     What is on record is not run again. Raises `BadInput` for a version without a variant that can serve.
     """
     exam = AnswersExam(evaluation, compared=False)
     scores = []
-    for manifest in (champion, challenger):
-        answered = examine.fn(exam, registry.of(manifest).require_serving())
+    for version in (champion, challenger):
+        answered = examine.fn(exam, version.require_serving())
         scores.append([row.score or 0.0 for row in answered.rows])
     loss = paired_loss(scores[0], scores[1])
     return Challenge(
@@ -112,10 +160,10 @@ def challenge_champion(
     )
 
 
-def champion_of(name: str, registry: ModelRegistry) -> Manifest | None:
-    """Return the champion's manifest, or None where a name has no champion yet."""
+def champion_of(name: str, registry: ModelRegistry) -> Version | None:
+    """Return the champion, or None where a name has none yet."""
     number = registry.alias(name, CHAMPION) if name in registry.names() else None
-    return None if number is None else registry.version(name, number)
+    return None if number is None else registry.of(registry.version(name, number))
 
 
 @stage("publish retrain", run_name="report-{report.name}")

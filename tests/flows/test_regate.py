@@ -1,0 +1,125 @@
+"""The flow `regate`, and with it the way of a version through the gate, with exams that answer at once."""
+
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prefect.client.schemas import State
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from slmops.flows.qualify import DeployEnded
+from slmops.flows.regate import regate
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.settings import Settings
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams import on_workers
+from slmops.tasks.versions import qualification
+from slmops.tasks.versions.champion import Standing
+from tests import reports
+from tests.versions import evidence, store_version
+
+
+class AtOnce:
+    """Exams that answer without a model, by their ids; an answer that is an exception is raised."""
+
+    def __init__(self) -> None:
+        genai, foundry = reports.exercises("int4")
+        self.answers: dict[str, Any] = {
+            "evaluate": reports.evaluation("int4"),
+            "measure": reports.measurement("int4"),
+            "exercise-genai": genai,
+            "exercise-foundry": foundry,
+            "parity": reports.parity(),
+        }
+        self.asked: list[str] = []
+
+    def examine(self, exam: Any, variant: Any) -> Any:
+        """Answer as `examine` does."""
+        self.asked.append(exam.id)
+        answer = self.answers[exam.id]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def exams(monkeypatch: pytest.MonkeyPatch) -> AtOnce:
+    at_once = AtOnce()
+    for module in (qualification, on_workers):
+        monkeypatch.setattr(module, "examine", at_once.examine)
+    found = {
+        "register_variant": SimpleNamespace(changed=True, notes=("registered",), model_id="home-int4-generic-cpu:1"),
+        "prove_variant": SimpleNamespace(answer="It is on.", notes=()),
+        "unregister_variant": ["home-int4-generic-cpu:1"],
+    }
+    for name, result in found.items():
+        monkeypatch.setattr(qualification, name, lambda *asked, result=result: result)
+    monkeypatch.setattr(import_module("slmops.flows.regate"), "prepare_source", lambda *asked: None)
+    monkeypatch.setattr(
+        import_module("slmops.flows.qualify"), "settle_champion", lambda *asked, **how: Standing("home:1")
+    )
+    return at_once
+
+
+@pytest.fixture
+def registry(settings: Settings, server: str, tmp_path: Path) -> Iterator[ModelRegistry]:
+    registry = open_registry(settings)
+    store_version(registry, tmp_path / "model")
+    with temporary_settings({PREFECT_API_URL: server}):
+        yield registry
+
+
+OPEN = {"min_top1_agreement": 0.0, "max_kl_divergence": 1000.0, "max_quality_loss": 1.0}
+
+
+def test_a_variant_that_passes_is_registered_proven_and_selected(registry: ModelRegistry, exams: AtOnce) -> None:
+    state: State[Any] = regate("home@1", **OPEN, return_state=True)
+    report = state.result()
+    assert (state.name, report.status, report.selected) == ("Completed", "registered", "int4")
+    (variant,) = report.variants
+    assert (variant.answer, variant.foundry_model_id) == ("It is on.", "home-int4-generic-cpu:1")
+    assert report.foundry_model_id == "home:1"
+    assert exams.asked == ["evaluate", "measure", "exercise-genai", "exercise-foundry", "parity"]
+    version = registry.find("home@1")
+    assert [record["selected"] for record in evidence(registry, version.manifest, "selection")] == ["int4"]
+    assert version.serving is not None
+
+
+def test_a_variant_below_the_gate_is_rejected_and_taken_away(registry: ModelRegistry, exams: AtOnce) -> None:
+    state: State[Any] = regate("home@1", **{**OPEN, "max_kl_divergence": 0.0}, return_state=True)
+    ended = state.result(raise_on_failure=False)
+    assert isinstance(ended, DeployEnded)
+    assert (state.name, ended.exit_code, ended.report.selected) == ("Rejected", 3, None)
+    assert ended.report.variants[0].reason == "rejected by the gate: kl divergence"
+    assert registry.find("home@1").serving is None
+
+
+def test_an_exam_that_fails_is_told_of_its_variant(registry: ModelRegistry, exams: AtOnce) -> None:
+    exams.answers["measure"] = StageFailed("The model does not load.")
+    state: State[Any] = regate("home@1", **OPEN, return_state=True)
+    ended = state.result(raise_on_failure=False)
+    assert isinstance(ended, DeployEnded)
+    assert (state.name, ended.exit_code) == ("Failed", 1)
+    (variant,) = ended.report.variants
+    assert (variant.status, variant.error) == ("failed", "The model does not load.")
+    assert exams.asked == ["evaluate", "measure"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"reference": "home@9"}, "no home@9"),
+        ({"reference": "home@1", "budget": ["max-size=much"]}, "max-size"),
+        ({"reference": "home@1", "scorer": "contains"}, "without an evaluation file"),
+    ],
+)
+def test_bad_input_is_refused_before_any_exam(
+    registry: ModelRegistry, exams: AtOnce, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        regate(**asked)
+    assert exams.asked == []
