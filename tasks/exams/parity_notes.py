@@ -6,8 +6,9 @@ from pathlib import Path
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.genai.calls import RenderedChats
+from slmops.infra.reference.answers import Message
 from slmops.infra.transformers.calls import RenderedConversations
-from slmops.tasks.foundry.prompt_template import Message, describe_model
+from slmops.tasks.foundry.prompt_template import describe_model
 from slmops.tasks.questions.chats import TOLD_ONLY
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

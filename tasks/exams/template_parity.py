@@ -13,6 +13,7 @@ from slmops.infra.genai.calls import RenderChats, RenderedChat, RenderedChats
 from slmops.infra.process.call import Call, OnProgress, R
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
+from slmops.infra.reference.answers import Message
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.manifest import digest_of
@@ -27,7 +28,6 @@ from slmops.tasks.exams.parity_notes import (
     told_only_notes,
 )
 from slmops.tasks.exams.source import has_source
-from slmops.tasks.foundry.prompt_template import Message
 from slmops.tasks.questions.chats import CONTEXT, CONVERSATIONS, MARKS, TOLD_ONLY
 from slmops.tasks.workshop import Workshop
 

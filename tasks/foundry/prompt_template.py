@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.reference.answers import Message
 
 CONTENT = "{Content}"  # Foundry's placeholder for a message's text
 
-Message = dict[str, str]
 Render = Callable[[Sequence[Message], bool], str]
 
 # Texts that no chat template contains or changes; templates may trim a message's text.

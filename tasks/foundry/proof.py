@@ -10,12 +10,12 @@ from slmops.infra.foundry.calls import Prove, ProvenAnswer
 from slmops.infra.foundry.command import seen_by_command
 from slmops.infra.genai.calls import Generate
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.reference.answers import Message
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.version import Variant
 from slmops.tasks.foundry.ids import model_id_of
-from slmops.tasks.foundry.prompt_template import Message
 from slmops.tasks.foundry.registration import ask_foundry, unregister_variant
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.runs.progress import stage_progress

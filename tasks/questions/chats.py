@@ -7,7 +7,7 @@ looks like a control token (`MARKS`).
 import json
 from pathlib import Path
 
-from slmops.tasks.foundry.prompt_template import Message
+from slmops.infra.reference.answers import Message
 
 # What looks like a control token: <|user|>, <s>, </s>, <<SYS>>, [INST].
 MARKS = r"<\|[^\s<>|]+\|>|<<?/?[A-Za-z_]+>>?|\[/?[A-Z_]+\]"
