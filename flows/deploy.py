@@ -86,7 +86,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
             report = failed_report(request, prepared, evaluation, built.errors)
             return ended(publish_report(report, None, shop.settings))
         if request.output:
-            copy_out([one.variant for one in built.variants], request.output)
+            copy_out([variant.variant for variant in built.variants], request.output)
         version = commit_version(request, prepared, built.variants)
         record_provenance(version)
         if built.search:

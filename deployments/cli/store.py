@@ -1,12 +1,12 @@
 """The commands on the store: copy versions from store to store, verify, collect, pack and ingest."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slmops.deployments.cli.options import Json, Reference, VersionReference
-from slmops.deployments.cli.output import print_json, print_line, print_note, print_table, stage_display
+from slmops.deployments.cli.output import StageDisplay, print_json, print_line, print_note, print_table, stage_display
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput
 
@@ -154,7 +154,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _repaired(version: "Version", found: "Verification", own_store: Path, display: Any) -> "Verification":
+def _repaired(version: "Version", found: "Verification", own_store: Path, display: StageDisplay) -> "Verification":
     from slmops.infra.storage.local import LocalObjectStore
     from slmops.infra.storage.verification import repair_version, verify_version
 

@@ -140,10 +140,10 @@ def _fault_of_manifest(data: bytes, manifest: Manifest) -> str | None:
 def _unplaceable(paths: Iterable[str]) -> str | None:
     """Return a path that no folder can have, or not beside the others: it comes twice, or is a folder of theirs."""
     parts = sorted(path.split("/") for path in paths)
-    for one, after in itertools.pairwise([*parts, []]):
-        path = "/".join(one)
-        fits = len(path) <= LONGEST_PATH and all(len(part.encode()) <= LONGEST_PATH_PART_BYTES for part in one)
-        if not fits or not path.isprintable() or {"", "."}.intersection(one) or after[: len(one)] == one:
+    for folders, after in itertools.pairwise([*parts, []]):
+        path = "/".join(folders)
+        fits = len(path) <= LONGEST_PATH and all(len(part.encode()) <= LONGEST_PATH_PART_BYTES for part in folders)
+        if not fits or not path.isprintable() or {"", "."}.intersection(folders) or after[: len(folders)] == folders:
             return path
     return None
 

@@ -110,7 +110,10 @@ class Version:
         """Return the variant that may serve; raises `BadInput`, with what is on record, where none may."""
         serving = self.serving
         if serving is None:
-            told = ", ".join(f"{one.precision} {one.status}" for one in self.deployed.variants) or "never judged"
+            told = (
+                ", ".join(f"{variant.precision} {variant.status}" for variant in self.deployed.variants)
+                or "never judged"
+            )
             raise BadInput(
                 f"{self.reference} has no variant that passed and was selected ({told}).",
                 f"Judge it with slmops regate {self.reference}; slmops show tells what is on record.",
@@ -167,10 +170,10 @@ class Version:
         records = [entry for entry in self.evidence_entries() if entry.key.endswith(".json")]
         files = [entry for entry in records if entry.key.startswith(prefix)]
         found = [(entry, envelope) for entry in files for envelope in self._read(entry)]
-        fitting = [one for one in found if (one[1].kind, one[1].manifest) == (kind, self.manifest.digest)]
-        own = [one for one in fitting if one[1].copied_from is None]
+        fitting = [(entry, told) for entry, told in found if (told.kind, told.manifest) == (kind, self.manifest.digest)]
+        own = [(entry, told) for entry, told in fitting if told.copied_from is None]
         counting = fitting if kind in STATEMENTS or not (own or key) else own
-        return sorted(counting, key=lambda one: one[1].recorded_at)
+        return sorted(counting, key=lambda record: record[1].recorded_at)
 
     def _read(self, entry: Entry) -> Iterator[Envelope]:
         try:
