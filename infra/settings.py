@@ -345,7 +345,7 @@ def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]
 
 
 def _described(
-    location: tuple[str, ...], value: Any, description: str | None, files: Mapping[str, str]
+    location: tuple[str, ...], value: object, description: str | None, files: Mapping[str, str]
 ) -> tuple[str, Any, str, str]:
     variable = _variable(location)
     shown = str(value) if isinstance(value, Path | SecretStr) else value

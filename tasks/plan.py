@@ -54,7 +54,7 @@ def parse_request(parameters: dict[str, Any]) -> DeployRequest:
     return request
 
 
-def plan_deploy(settings: Settings, parameters: dict[str, Any]) -> DeployPlan:
+def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan:
     """Check everything that can be checked before work begins, and estimate the work.
 
     Raises `BadInput` for whatever would make the deploy fail: names, files, an unsupported or damaged checkpoint, too

@@ -133,7 +133,7 @@ def parse_query(body: bytes) -> CatalogQuery:
     return CatalogQuery(tuple(map(_parse_filter, filters)), min(page_size, LARGEST_PAGE_SIZE), token or None)
 
 
-def _parse_filter(document: Any) -> CatalogFilter:
+def _parse_filter(document: object) -> CatalogFilter:
     if not isinstance(document, dict) or not isinstance(document.get("field"), str):
         raise _unfit("A filter", "an object with a field", document)
     operators = {name.casefold(): name for name in OPERATORS}
@@ -146,7 +146,7 @@ def _parse_filter(document: Any) -> CatalogFilter:
     return CatalogFilter(document["field"], "eq" if operator == "eq" else "NotEquals", tuple(values))
 
 
-def _unfit(what: str, wanted: str, found: Any) -> BadInput:
+def _unfit(what: str, wanted: str, found: object) -> BadInput:
     shown = repr(found)
     return BadInput(
         f"{what} must be {wanted}, found {shown if len(shown) <= 80 else shown[:80] + '…'}.",
@@ -168,7 +168,7 @@ def find_page(models: Sequence[CatalogModel], query: CatalogQuery) -> tuple[list
     return page, page[-1].model_id if len(rest) > len(page) else None, len(found)
 
 
-def page_document(entries: Sequence[Any], token: str | None, count: int, form: str = "value") -> dict[str, Any]:
+def page_document(entries: Sequence[object], token: str | None, count: int, form: str = "value") -> dict[str, Any]:
     """Return a page's JSON: its entries, the next page's token (None: it is the last), how many there are in all."""
     return {"totalCount": count, form: list(entries), **({"continuationToken": token} if token else {})}
 

@@ -123,13 +123,13 @@ async def _upstream_page(
     return page_document(foreign, f"{_UPSTREAM_PREFIX}{token}" if token else None, len(ours) + len(foreign), form)
 
 
-def _name_of(entry: Any) -> Any:
+def _name_of(entry: object) -> Any:
     properties = entry.get("properties") if isinstance(entry, dict) else None
     named = properties if isinstance(properties, dict) else entry
     return named.get("name") if isinstance(named, dict) else None
 
 
-def _json(document: dict[str, Any], status: int = 200) -> Response:
+def _json(document: dict[str, object], status: int = 200) -> Response:
     return Response(json.dumps(document), status, media_type="application/json")
 
 

@@ -7,7 +7,6 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.folders import link_or_copy
@@ -34,7 +33,7 @@ def write_model_folder(
     version: int,
     *,
     sources: Mapping[str, Path],
-    inference_model: Mapping[str, Any],
+    inference_model: Mapping[str, object],
     model_card: str,
 ) -> Path:
     """Write a variant's folder and return it: `sources` (relative name to file), `inference_model.json`, `README.md`.

@@ -251,7 +251,7 @@ def answer(
     )
 
 
-def count_prompt_tokens(model: Any, messages: Sequence[dict[str, str]]) -> int:
+def count_prompt_tokens(model: object, messages: Sequence[dict[str, str]]) -> int:
     """Return how many tokens a loaded model's prompt for a conversation has, nothing generated.
 
     Raises `StageFailed` when the conversation cannot be rendered.
@@ -265,7 +265,7 @@ def count_prompt_tokens(model: Any, messages: Sequence[dict[str, str]]) -> int:
             return int(session.preflight_request(probe).prompt_tokens)
 
 
-def answer_unchecked(model: Any, messages: Sequence[dict[str, str]], max_new_tokens: int) -> str:
+def answer_unchecked(model: object, messages: Sequence[dict[str, str]], max_new_tokens: int) -> str:
     """Return the greedy answer's text as another program gets it: what does not fit is the runtime's to refuse.
 
     Raises `StageFailed` with the runtime's own reason.

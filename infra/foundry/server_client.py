@@ -36,7 +36,7 @@ class RunningServer:
         former = self._ask("POST", path, self.hand_over_timeout_s, asked).get("former")
         return None if former is None else int(former)
 
-    def _ask(self, method: str, path: str, timeout_s: float, asked: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, timeout_s: float, asked: dict[str, object] | None = None) -> dict[str, Any]:
         import httpx
 
         headers = {"Authorization": f"Bearer {self.control_token}"}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
-from typing import Any
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.calls import CountedPrompt, CountedPrompts, CountPrompts
@@ -23,7 +22,7 @@ def count(call: CountPrompts, progress: Progress) -> CountedPrompts:
     return CountedPrompts(conversations=conversations, versions={SDK: version(SDK)})
 
 
-def _counted(model: Any, messages: Sequence[Message]) -> CountedPrompt:
+def _counted(model: object, messages: Sequence[Message]) -> CountedPrompt:
     prompt_tokens, reason = None, None
     started = datetime.now().isoformat()
     try:

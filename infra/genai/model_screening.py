@@ -211,7 +211,7 @@ def _genai_config(path: Path) -> _GenaiConfig:
         raise _refusal(f"{GENAI_CONFIG} is not valid: {str(error).rstrip('.')}") from None
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     section = dict(pairs)
     if len(section) != len(pairs):
         raise ValueError("it has an entry twice")

@@ -77,7 +77,7 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
         """Fingerprint of the tokenizer for lm-eval's request cache, which slmops leaves off."""
         return str(self._model.model_dir)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids of a text; special tokens (None: as the tokenizer does) only where the text has none itself."""
         ids = [int(token) for token in self._model.tokenizer.encode(string)]
         if add_special_tokens is None:
@@ -90,7 +90,7 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
             return self._model.render(chat_history)[0]
         return self._model.render(chat_history[:-1])[0] + chat_history[-1]["content"]
 
-    def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: object) -> list[tuple[float, bool]]:
         """Log-likelihood (nats) of each continuation, and whether greedy decoding gives it.
 
         Requests that feed the same tokens, such as the one-token answers to one question, share one pass.

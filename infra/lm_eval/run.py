@@ -65,7 +65,7 @@ def evaluate(call: RunTasks, progress: Progress) -> TaskResults:
     )
 
 
-def _stay_on_this_machine(event: str, arguments: tuple[Any, ...]) -> None:
+def _stay_on_this_machine(event: str, arguments: tuple[object, ...]) -> None:
     """Refuse look-ups of names and connections to other machines: a task's data files may be URLs."""
     if event in {"socket.connect", "socket.sendto"}:
         address = arguments[1]
@@ -92,7 +92,7 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
 
     refused: list[str] = []
 
-    def refuse(name: str, *_: Any, **__: Any) -> Any:
+    def refuse(name: str, *_: object, **__: object) -> Any:
         refused.append(name)
         raise _foreign_metric(name)
 
@@ -245,15 +245,15 @@ def _results(found: Any) -> Iterator[TaskMetric]:
             )
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _digest(config: Any) -> str:
+def _digest(config: object) -> str:
     """SHA-256 of a task's configuration (of a group: of its tasks' names), wherever its file lies."""
     if isinstance(config, dict):
         metadata = config.get("metadata")

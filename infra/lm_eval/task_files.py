@@ -58,7 +58,7 @@ def check_task_folder(folder: Path, *, allow_code: bool) -> None:
         waiting += [path.parent / name for name in _strings(_included(content))]
 
 
-def _included(content: Any) -> Any:
+def _included(content: object) -> Any:
     return content.get("include") if isinstance(content, dict) else None
 
 
@@ -121,7 +121,7 @@ def _read(path: Path, *, allow_code: bool) -> Any:
         ) from error
 
 
-def _check_dataset(path: Path, name: Any) -> None:
+def _check_dataset(path: Path, name: object) -> None:
     if isinstance(name, str) and name not in DATA_FORMATS and "/" not in name and "\\" not in name:
         raise BadInput(
             f"{path} has the dataset_path {name!r}, which is neither a format of plain data "
@@ -137,7 +137,7 @@ def _is_of_lm_eval(path: Path) -> bool:
     return any(path.is_relative_to(Path(root).resolve()) for root in roots)
 
 
-def _values_of(key: str, content: Any) -> Iterator[Any]:
+def _values_of(key: str, content: object) -> Iterator[Any]:
     """Yield the values of a key, however deep: a group's file may define its tasks inside."""
     if isinstance(content, dict):
         for name, value in content.items():
@@ -149,7 +149,7 @@ def _values_of(key: str, content: Any) -> Iterator[Any]:
             yield from _values_of(key, value)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -40,7 +40,7 @@ def sign_manifest(manifest_bytes: bytes, private_key: Path, password: str | None
         return signature
 
 
-def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, Any], public_key: Path) -> None:
+def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, object], public_key: Path) -> None:
     """Check that a signature was made of this manifest, as stored, with the private key of a public one.
 
     `public_key` is a PEM file. Raises `BadInput` for a key that cannot be used, and where model-signing is not
@@ -203,7 +203,7 @@ def _no_key(path: Path, content: bytes, wanted: str, what_to_do: str) -> BadInpu
     return BadInput(f"{path} holds {found}; a {wanted} key is needed.", what_to_do, code="key-of-other-role")
 
 
-def _check_curve(path: Path, key: Any) -> None:
+def _check_curve(path: Path, key: object) -> None:
     # Keys of other kinds have no curve.
     found = getattr(getattr(key, "curve", None), "name", type(key).__name__.strip("_"))
     if found not in CURVES:

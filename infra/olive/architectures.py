@@ -60,5 +60,5 @@ def _check_rope(architecture: str, config: Json) -> None:
         )
 
 
-def _value(section: Any, key: str) -> Any:
+def _value(section: object, key: str) -> Any:
     return section.get(key) if isinstance(section, dict) else None

@@ -7,7 +7,7 @@ from typing import Any
 TensorType = tuple[str, Any, Sequence[int]]  # name, numpy dtype, shape
 
 
-def computed_together(compute: Callable[[], Sequence[Any]], types: Sequence[TensorType]) -> list[Any]:
+def computed_together(compute: Callable[[], Sequence[object]], types: Sequence[TensorType]) -> list[Any]:
     """Return an onnx-ir tensor per type; `compute` gives all their arrays when the first of them is written.
 
     Each array is let go when it is written, by whichever thread. A tensor that is asked for again is computed again.

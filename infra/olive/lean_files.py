@@ -16,12 +16,12 @@ def spare_reads_and_writes() -> None:
     resource_path: Any = importlib.import_module("olive.resource_path")
     utils: Any = importlib.import_module("olive.common.utils")
 
-    def hash_of_status(path: str | os.PathLike[str], **_: Any) -> str:
+    def hash_of_status(path: str | os.PathLike[str], **_: object) -> str:
         status = Path(path).stat()
         digest: str = utils.hash_string(f"{path} {status.st_size} {status.st_mtime_ns}")
         return digest
 
-    def link_files(source: str, target: str, **_: Any) -> None:
+    def link_files(source: str, target: str, **_: object) -> None:
         utils.hardlink_copy_dir(source, target)  # which copies where links cannot be made
 
     model_config.hash_file = hash_of_status

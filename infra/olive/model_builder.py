@@ -112,7 +112,7 @@ def _smollm3_with_layers_without_rope(model_class: type) -> type:
     """
 
     class SmolLM3Model(model_class):  # type: ignore[misc]
-        def make_attention_qk_rope(self, layer_id: int, **kwargs: Any) -> tuple[str, str]:
+        def make_attention_qk_rope(self, layer_id: int, **kwargs: object) -> tuple[str, str]:
             if not self.no_rope_layers[layer_id]:
                 return "", ""
             caches: tuple[str, str] = super().make_attention_qk_rope(layer_id, **kwargs)
@@ -142,7 +142,7 @@ def _leave_code_out(folder: Path) -> None:
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _finish_genai_config(path: Path, options: dict[str, Any]) -> None:
+def _finish_genai_config(path: Path, options: dict[str, object]) -> None:
     genai_config = json.loads(path.read_text("utf-8"))
     if options.get("execution_provider", "cpu") == "cpu":
         genai_config["model"]["decoder"]["session_options"]["provider_options"] = []

@@ -29,7 +29,7 @@ def streamed_quantization(builder: Any, finish: Callable[[Any], None]) -> Iterat
     base = next(kind for kind in builder.LlamaModel.__mro__ if "to_nbits" in vars(kind))
     to_nbits = base.to_nbits
 
-    def to_nbits_when_written(self: Any) -> Any:
+    def to_nbits_when_written(self: object) -> Any:
         model = _quantized_when_written(self) if _can_stream(self) else to_nbits(self)
         finish(model)
         return model

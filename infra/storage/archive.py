@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -163,7 +162,7 @@ def _fault_of_evidence(name: str, data: bytes, digest: str) -> str | None:
     return None
 
 
-def _fault_of_record(record: Any, digest: str) -> str | None:
+def _fault_of_record(record: object, digest: str) -> str | None:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), of) for key, of in _RECORD_FIELDS.items()):
         return f"is not a record, which has {', '.join(_RECORD_FIELDS)}"
     if record["kind"] == "deploy" and not _has_statuses(record["content"]):
@@ -173,7 +172,7 @@ def _fault_of_record(record: Any, digest: str) -> str | None:
     return None
 
 
-def _has_statuses(content: dict[str, Any]) -> bool:
+def _has_statuses(content: dict[str, object]) -> bool:
     """Whether evidence on a deploy has what `copy_version` reads in it."""
     variants = content.get("variants")
     return isinstance(variants, list) and all(isinstance(variant, dict) and "status" in variant for variant in variants)

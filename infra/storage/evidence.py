@@ -38,13 +38,13 @@ class Kind(Generic[T]):
     def _adapter(self) -> TypeAdapter[T]:
         return TypeAdapter(self.record)
 
-    def to_content(self, value: T, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def to_content(self, value: T, beside: Mapping[str, object] | None = None) -> dict[str, Any]:
         """Return the JSON object that is stored of a record, with what stands `beside` it."""
         # What is JSON already stays as it is, so that a figure that is no number is refused where it is written.
         content = value if isinstance(value, dict) else self._adapter.dump_python(value, mode="json", by_alias=True)
         return {**(beside or {}), self.field: content} if self.field else content
 
-    def from_content(self, content: Mapping[str, Any]) -> T:
+    def from_content(self, content: Mapping[str, object]) -> T:
         """Return the record in a JSON object that is stored; raises pydantic's `ValidationError`."""
         return self._adapter.validate_python(content.get(self.field) if self.field else content)
 

@@ -5,7 +5,7 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, field_validator
 from pydantic_core import from_json
@@ -148,7 +148,7 @@ class Manifest(_Record):
         raise BadInput(f"{self.reference} has no variant {precision!r}.", f"It has: {known}.", code="variant-missing")
 
 
-def digest_of(value: Any) -> str:
+def digest_of(value: object) -> str:
     """Return the SHA-256 (hex) of a JSON value in canonical form: sorted keys, no white space."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -194,7 +194,7 @@ def parse_foreign_manifest(data: bytes) -> Manifest:
     return Manifest.model_validate_json(data)
 
 
-def _has_large_object(value: Any) -> bool:
+def _has_large_object(value: object) -> bool:
     if isinstance(value, dict):
         return len(value) > MOST_KEYS or any(map(_has_large_object, value.values()))
     return isinstance(value, list) and any(map(_has_large_object, value))

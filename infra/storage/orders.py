@@ -15,7 +15,7 @@ FOLDER = "work"
 ORDER = "order"
 
 
-def give_order(registry: ModelRegistry, order: dict[str, Any]) -> str:
+def give_order(registry: ModelRegistry, order: dict[str, object]) -> str:
     """Put an order (a JSON object) into the store and return its id, 32 hex digits."""
     order_id = uuid.uuid4().hex
     registry.objects.put_bytes(_key(order_id, ORDER), json.dumps(order).encode())
@@ -35,7 +35,7 @@ def read_order(registry: ModelRegistry, order_id: str) -> dict[str, Any]:
         ) from None
 
 
-def hand_back(registry: ModelRegistry, order_id: str, attempt: str, result: dict[str, Any]) -> None:
+def hand_back(registry: ModelRegistry, order_id: str, attempt: str, result: dict[str, object]) -> None:
     """Put an attempt's result into the store."""
     registry.objects.put_bytes(_key(order_id, attempt), json.dumps(result).encode())
 

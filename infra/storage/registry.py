@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -329,7 +328,7 @@ class ModelRegistry(ModelFiles):
         return champion_changes(self.objects, name, self.alias(name, CHAMPION))
 
 
-def _to_json(record: Mapping[str, Any]) -> bytes:
+def _to_json(record: Mapping[str, object]) -> bytes:
     return (json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 

@@ -38,7 +38,7 @@ T = TypeVar("T")
 Where = Callable[[Mapping[str, Any]], bool]
 
 
-def always(_: Mapping[str, Any]) -> bool:
+def always(_: Mapping[str, object]) -> bool:
     """Every record."""
     return True
 
@@ -123,7 +123,9 @@ class Version:
 
     # Evidence
 
-    def record(self, kind: Kind[T], value: T, key: str | None = None, beside: Mapping[str, Any] | None = None) -> None:
+    def record(
+        self, kind: Kind[T], value: T, key: str | None = None, beside: Mapping[str, object] | None = None
+    ) -> None:
         """Append a record, with what stands `beside` it in the field of a kind that has one.
 
         With a key, it is the answer to that question and kept once: another one replaces it.

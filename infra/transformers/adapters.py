@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import Progress
@@ -145,7 +144,7 @@ def _embedding_rows(shapes: dict[str, list[int]]) -> int | None:
     return None
 
 
-def _unplaced(model: Any, shapes: dict[str, list[int]]) -> list[str]:
+def _unplaced(model: object, shapes: dict[str, list[int]]) -> list[str]:
     """Return the adapter's tensors that the model did not take: peft only warns of them."""
     from peft import get_peft_model_state_dict
 

@@ -89,7 +89,7 @@ def _context(model: Any, max_length: int | None) -> int:
     return min(context, max_length or context)
 
 
-def _encode(tokenizer: Any, chats: Sequence[Chat], context: int) -> list[dict[str, list[int]]]:
+def _encode(tokenizer: object, chats: Sequence[Chat], context: int) -> list[dict[str, list[int]]]:
     """Return input_ids and labels of each chat; only the assistant's turns have labels."""
     encoded = [_encode_chat(tokenizer, list(chat.messages)) for chat in chats]
     lengths = [(chat.number, len(example["input_ids"])) for chat, example in zip(chats, encoded, strict=True)]
@@ -153,7 +153,7 @@ def _trainer(
     class Told(TrainerCallback):  # type: ignore[misc]
         loss = math.nan
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        def on_log(self, args: object, state: object, control: object, logs: dict[str, float], **_: object) -> None:
             self.loss = logs.get("loss", self.loss)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

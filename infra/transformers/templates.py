@@ -88,7 +88,7 @@ def _load(tokenizer_dir: Path) -> Any:
 
 
 def _rendered(
-    tokenizer: Any, messages: Sequence[Message], clock: _Clock, moments: Sequence[str]
+    tokenizer: object, messages: Sequence[Message], clock: _Clock, moments: Sequence[str]
 ) -> RenderedConversation:
     try:
         return RenderedConversation(renderings=tuple(_renderings(tokenizer, messages, clock, moments)))

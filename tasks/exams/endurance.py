@@ -172,7 +172,7 @@ class _Course:
                 self._note(line["note"])
         return under_way
 
-    def crashed(self, step: dict[str, Any], reason: str) -> None:
+    def crashed(self, step: dict[str, object], reason: str) -> None:
         """Record that a child died in a step."""
         where = f"request {step['request']} of {self.requests}: " if step["request"] else ""
         self._ended(

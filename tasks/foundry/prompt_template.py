@@ -77,7 +77,7 @@ def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None) -> str:
+    def to_json(value: object, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
@@ -163,7 +163,7 @@ def derive_prompt_template(
 
 
 def generation_defaults(
-    generation_config: Mapping[str, Any], overrides: Mapping[str, Any], context_length: int
+    generation_config: Mapping[str, object], overrides: Mapping[str, object], context_length: int
 ) -> GenerationDefaults:
     """Return ModelConfig from a checkpoint's generation_config.json and what the user sets over it.
 

@@ -173,10 +173,10 @@ _KEYWORDS = {
 
 
 class _Validator(Protocol):
-    def iter_errors(self, instance: Any) -> Iterator[ValidationError]: ...
+    def iter_errors(self, instance: object) -> Iterator[ValidationError]: ...
 
 
-def _draft(schema: Any) -> Any:
+def _draft(schema: object) -> Any:
     """The validator class of the draft that a schema is written in."""
     named = schema.get("$schema") if isinstance(schema, dict) else None
     if named is None:
@@ -189,7 +189,7 @@ def _draft(schema: Any) -> Any:
     return found
 
 
-def _validator(schema: Any) -> _Validator:
+def _validator(schema: object) -> _Validator:
     draft = _draft(schema)
     # Where `$schema` stands, the library would fall back on the draft's own class, with its own keywords.
     bare = {key: value for key, value in schema.items() if key != "$schema"} if isinstance(schema, dict) else schema
@@ -197,7 +197,7 @@ def _validator(schema: Any) -> _Validator:
     return validator
 
 
-def _check_schema(schema: Any) -> None:
+def _check_schema(schema: object) -> None:
     """Raise `ValueError` naming the place in a schema that cannot be used, and why."""
     draft = _draft(schema)
     try:
@@ -271,7 +271,7 @@ def _look_up(resolver: Any, reference: str, place: str) -> Any:
         ) from None
 
 
-def _places(node: Any, place: str = "") -> Iterator[tuple[int, str]]:
+def _places(node: object, place: str = "") -> Iterator[tuple[int, str]]:
     """The JSON pointer of every object of a document, by its id()."""
     children: Any = ()
     if isinstance(node, dict):

@@ -194,7 +194,7 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 
 
-def parse_scorer(value: Any) -> Scorer:
+def parse_scorer(value: object) -> Scorer:
     """Return the scorer that a name, or an object of its name and options, stands for.
 
     Raises `ValueError` for an unknown scorer, an unknown option or an option's value that is not valid.
@@ -261,7 +261,7 @@ def _check_normalized(expected: str) -> None:
         raise ValueError("nothing but punctuation and white space is in `expected`, and those are not compared")
 
 
-def _is_same_json(first: Any, second: Any) -> bool:
+def _is_same_json(first: object, second: object) -> bool:
     waiting = [(first, second)]
     while waiting:
         left, right = waiting.pop()

@@ -55,7 +55,7 @@ def takes(record: type[Record]) -> Callable[[Callable[[Record], Result]], Callab
 
     def decorate(function: Callable[[Record], Result]) -> Callable[..., Result]:
         @wraps(function)
-        def flat(*args: Any, **kwargs: Any) -> Result:
+        def flat(*args: object, **kwargs: object) -> Result:
             return function(record(**signature.bind(*args, **kwargs).arguments))
 
         signature = inspect.signature(function).replace(parameters=[_in_signature(field) for field in parameters])

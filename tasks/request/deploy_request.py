@@ -29,7 +29,7 @@ class DeployRequest(DeployParameters):
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     @classmethod
-    def of(cls, parameters: Mapping[str, Any]) -> "DeployRequest":
+    def of(cls, parameters: Mapping[str, object]) -> "DeployRequest":
         """Return the request that parameters make; raises `BadInput` for one that is unknown or of a wrong type."""
         try:
             return REQUEST.validate_python(parameters)

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -18,7 +18,7 @@ R = TypeVar("R")
 RETRY_DELAYS_S = [5.0, 30.0]
 
 
-def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+def may_pass(task: Task[..., object], run: TaskRun, state: State[object]) -> bool:
     """Whether a task run failed by a fault that may be gone at the next attempt."""
     return isinstance(state.result(raise_on_failure=False), PassingFault)
 

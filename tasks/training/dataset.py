@@ -42,7 +42,7 @@ class TrainingRow(_Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _expected_is_the_answer(cls, row: Any) -> Any:
+    def _expected_is_the_answer(cls, row: object) -> Any:
         if isinstance(row, dict) and "expected" in row and isinstance(row.get("messages"), list):
             return {"messages": [*row["messages"], {"role": "assistant", "content": row["expected"]}]}
         return row

@@ -309,7 +309,7 @@ def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnPro
     return result.seconds
 
 
-def _write_record(directory: Path, recipe: _Recipe, results: Mapping[str, Any]) -> None:
+def _write_record(directory: Path, recipe: _Recipe, results: Mapping[str, object]) -> None:
     record = {"key": recipe.key, "seed": recipe.seed, **results, "files": _file_digests(directory)}
     (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 

@@ -48,7 +48,7 @@ class Hyperparameters(_Record):
     seed: int = Field(0, ge=0, le=2**32 - 1)
 
     @classmethod
-    def checked(cls, **values: Any) -> "Hyperparameters":
+    def checked(cls, **values: object) -> "Hyperparameters":
         """Return the hyperparameters; raises `BadInput` naming each value that cannot be used."""
         try:
             return cls(**values)

@@ -17,7 +17,7 @@ class Undo:
 
     steps: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
 
-    def add(self, what: str, step: Callable[[], Any]) -> None:
+    def add(self, what: str, step: Callable[[], object]) -> None:
         """Add a step; it may run although its change was made in part or not at all."""
         self.steps.append((what, step))
 

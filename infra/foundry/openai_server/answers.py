@@ -25,7 +25,7 @@ _SENT_AGAIN = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, h
 T = TypeVar("T")
 
 
-async def ask_runtime(host: ModelHost, running: RunningModel, body: Mapping[str, Any]) -> httpx.Response:
+async def ask_runtime(host: ModelHost, running: RunningModel, body: Mapping[str, object]) -> httpx.Response:
     """Send a request to the model's process, once more where that died before it answered.
 
     Returns the answer, of which the body is still to be read. Raises `Refused` as the runtime refuses, the host's
@@ -40,7 +40,7 @@ async def ask_runtime(host: ModelHost, running: RunningModel, body: Mapping[str,
 
 
 async def _asked(
-    host: ModelHost, running: RunningModel, body: Mapping[str, Any], sent: dict[str, Any]
+    host: ModelHost, running: RunningModel, body: Mapping[str, object], sent: dict[str, object]
 ) -> httpx.Response:
     await host.ensure_loaded(running)
     upstream = await _send(running, sent)
@@ -57,12 +57,12 @@ async def _asked(
     raise runtime_refusal(upstream.status_code, await upstream.aread())
 
 
-async def _send(running: RunningModel, body: Mapping[str, Any]) -> httpx.Response:
+async def _send(running: RunningModel, body: Mapping[str, object]) -> httpx.Response:
     request = running.client.build_request("POST", f"{running.url}/v1/chat/completions", json=body)
     return await running.client.send(request, stream=True)
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, work: Coroutine[object, object, T]) -> T:
     """Return what `work` does; it is cancelled, and with it the runtime's answer, when the client hangs up."""
     task = asyncio.ensure_future(work)
     try:

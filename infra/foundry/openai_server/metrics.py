@@ -70,6 +70,6 @@ class CountedRequest:
         """Count the time to a stream's first text."""
         self._metrics._ttft.labels(self.model).observe(time.perf_counter() - self._began)
 
-    def answered(self, status: int, usage: Mapping[str, Any]) -> None:
+    def answered(self, status: int, usage: Mapping[str, object]) -> None:
         """Count the request's end, with the tokens that the runtime told."""
         self._metrics._answered(self.model, status, time.perf_counter() - self._began, usage)

@@ -27,7 +27,7 @@ async def read_body(request: Request, limit_bytes: int) -> dict[str, Any]:
     return body
 
 
-def checked_chat(body: Mapping[str, Any]) -> tuple[str, bool]:
+def checked_chat(body: Mapping[str, object]) -> tuple[str, bool]:
     """Return the model's name and whether the client wants usage in a stream; raises `Refused`."""
     model, messages = body.get("model"), body.get("messages")
     if not isinstance(model, str) or not model:
@@ -54,7 +54,7 @@ def for_runtime(body: Mapping[str, Any], running: RunningModel) -> dict[str, Any
     return sent
 
 
-def room_for_answer(refused: Refused, body: Mapping[str, Any]) -> int | None:
+def room_for_answer(refused: Refused, body: Mapping[str, object]) -> int | None:
     """Return how many tokens are left for the answer, if only the runtime's own default of 2,048 did not fit."""
     if any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens")):
         return None
@@ -63,7 +63,7 @@ def room_for_answer(refused: Refused, body: Mapping[str, Any]) -> int | None:
     return room if room > 0 else None
 
 
-def _without_control_tokens(message: Mapping[str, Any], control_tokens: tuple[str, ...]) -> dict[str, Any]:
+def _without_control_tokens(message: Mapping[str, object], control_tokens: tuple[str, ...]) -> dict[str, Any]:
     """Break what the tokenizer would take for a control token: a text must not end its turn or open another's."""
     content = message.get("content")
     if isinstance(content, str):

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from slmops.infra.errors import PassingFault, StageFailed
 from slmops.infra.settings import StoreSettings
@@ -98,7 +97,7 @@ class S3ObjectStore:
         finally:
             self._bucket.client.delete_object(Bucket=self._bucket.name, Key=self._bucket.key(key))
 
-    def _refuses(self, codes: set[str], key: str, data: bytes, **conditions: Any) -> bool:
+    def _refuses(self, codes: set[str], key: str, data: bytes, **conditions: object) -> bool:
         from botocore.exceptions import ClientError
 
         try:

@@ -16,8 +16,8 @@ class Told:
         if self._size_bytes is not None:  # known from the manifest: it need not be asked for
             future.meta.provide_transfer_size(self._size_bytes)
 
-    def on_progress(self, bytes_transferred: int, **_: Any) -> None:
+    def on_progress(self, bytes_transferred: int, **_: object) -> None:
         self._on_bytes(bytes_transferred)
 
-    def on_done(self, **_: Any) -> None:
+    def on_done(self, **_: object) -> None:
         pass
