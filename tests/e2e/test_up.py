@@ -263,10 +263,11 @@ def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
     (run,) = wait_for(lambda: ended_runs(api, name="by-event"))
     assert run["state"]["type"] == "FAILED"
     assert "No checkpoint is named." in run["state"]["message"]
-    logs = query(api, "logs", logs={"flow_run_id": {"any_": [run["id"]]}})
-    assert [log["message"] for log in logs if "Traceback" in log["message"]] == []
-    told = [log["message"] for log in logs if log["name"] == "prefect.flow_runs"]
-    assert ["No checkpoint is named." in message for message in told].count(True) == 1
+    refusals = wait_for(
+        lambda: [one for one in messages_of(api, run) if "No checkpoint is named." in one]
+    )  # sent later
+    assert len(refusals) == 1
+    assert [one for one in messages_of(api, run) if "Traceback" in one] == []
     assert {model["name"] for model in slmops.json("list")["models"]} <= {"by-api"}
     (notice,) = wait_for(lambda: [one for one in webhook.notices if one["subject"] == "deploy-by-event"])
     assert notice["event"] == "prefect.flow-run.Failed"
@@ -276,6 +277,12 @@ def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
     for log in written:
         assert "secret-path" not in log.read_text("utf-8")
         assert up.password not in log.read_text("utf-8")
+
+
+def messages_of(api: str, run: dict[str, Any]) -> list[str]:
+    """What the log of a run's flow and its engine says."""
+    logs = query(api, "logs", logs={"flow_run_id": {"any_": [run["id"]]}})
+    return [log["message"] for log in logs if log["name"] == "prefect.flow_runs"]
 
 
 def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> None:

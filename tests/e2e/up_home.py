@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import httpx
 from prefect.workers.process import ProcessWorker
 
 from tests.conftest import unmeasured_environment
+from tests.e2e.test_prefect_server import call
 from tests.prefect_server import prefect_server
 
 SECRET = "a-secret-that-was-kept"
@@ -21,19 +21,19 @@ def make_home_of_the_version_before(home: Path) -> None:
     """A home as the version before left it: an API open to all, deployments of its modules, files that all may read."""
     folder = home / "prefect"
     folder.mkdir(parents=True)
-    with prefect_server(folder, unmeasured_environment()) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with prefect_server(folder, unmeasured_environment()) as url:
 
-        def call(path: str, **body: Any) -> Any:
-            return client.post(path, json=body).raise_for_status().json()
+        def make(path: str, **body: Any) -> Any:
+            return call("POST", f"{url}{path}", body)
 
         template = ProcessWorker.get_default_base_job_template()
-        call("/work_pools/", name="slmops", type="process", base_job_template=template)
+        make("/work_pools/", name="slmops", type="process", base_job_template=template)
         for name, entrypoint in BEFORE.items():
             schedules = [{"schedule": NIGHTLY, "active": False, "slug": "mine"}] if name == "gc" else []
-            call(
+            make(
                 "/deployments/",
                 name=name,
-                flow_id=call("/flows/", name=name)["id"],
+                flow_id=make("/flows/", name=name)["id"],
                 entrypoint=entrypoint,
                 version="0.1.0",
                 tags=["slmops"],
@@ -42,10 +42,10 @@ def make_home_of_the_version_before(home: Path) -> None:
                 job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}},
                 schedules=schedules,
             )
-        client.post("/block_types/install_system_block_types").raise_for_status()
-        secret = client.get("/block_types/slug/secret").raise_for_status().json()["id"]
-        schema = call("/block_schemas/filter", block_schemas={"block_type_id": {"any_": [secret]}})[0]["id"]
-        call("/block_documents/", name="kept", data={"value": SECRET}, block_type_id=secret, block_schema_id=schema)
+        make("/block_types/install_system_block_types")
+        secret = call("GET", f"{url}/block_types/slug/secret")["id"]
+        schema = make("/block_schemas/filter", block_schemas={"block_type_id": {"any_": [secret]}})[0]["id"]
+        make("/block_documents/", name="kept", data={"value": SECRET}, block_type_id=secret, block_schema_id=schema)
     folder.chmod(0o755)
     for path in folder.glob("prefect.db*"):
         path.chmod(0o644)
