@@ -79,6 +79,7 @@ class RetrainReport(_Record):
 RETRAIN = Kind("retrain", RetrainReport)
 
 
+@stage("recall retrain", run_name="recall-{name}")
 def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport | None:
     """Return the report of the newest retrain of a name, if it asked the same question and its candidate was compared.
 
@@ -160,6 +161,7 @@ def challenge_champion(challenger: Version, champion: Version, evaluation: Evalu
     )
 
 
+@stage("find champion", run_name="champion-of-{name}")
 def champion_of(name: str, registry: ModelRegistry) -> Version | None:
     """Return the champion, or None where a name has none yet."""
     number = registry.alias(name, CHAMPION) if name in registry.names() else None

@@ -206,7 +206,7 @@ def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry
     searched = last_search(registry.of(first))
     assert searched is not None
     assert searched.chosen == {"int4": "int4-fast"}
-    retrained = last_retrain("home", "0123456789abcdef", registry)
+    retrained = last_retrain.fn("home", "0123456789abcdef", registry)
     assert retrained is not None
     assert (retrained.status, retrained.version) == ("kept", 2)
     assert registry.alias("home", CHAMPION) == 2
