@@ -12,12 +12,12 @@ import pytest
 from slmops.infra.process import supervisor
 from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from slmops.infra.settings import Settings
-from tests.checkpoints import make_tiny_checkpoint
-from tests.prefect_server import prefect_server
-from tests.s3_proxy import FaultProxy
-from tests.s3_servers import S3Server, moto_server, rclone_server, seaweedfs_server
-from tests.stores import KINDS, StoreCase, empty_store
-from tests.torch_process import TORCH_PROCESS
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.prefect_server import prefect_server
+from tests.support.s3_proxy import FaultProxy
+from tests.support.s3_servers import S3Server, moto_server, rclone_server, seaweedfs_server
+from tests.support.stores import KINDS, StoreCase, empty_store
+from tests.support.torch_process import TORCH_PROCESS
 
 FORBID_SKIPS = "SLMOPS_TESTS_FORBID_SKIPS"
 # The user's cache: one for all workers of a session, made by the process that starts them, and never the user's own.
@@ -180,7 +180,7 @@ def settings(home: Path) -> Settings:
 
 @pytest.fixture
 def torch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have calls that would start a child process performed in the one that stays (tests.torch_process)."""
+    """Have calls that would start a child process performed in the one that stays (tests.support.torch_process)."""
     monkeypatch.setattr(supervisor, "ChildProcess", lambda _environment=None: TORCH_PROCESS)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Json
 
-# Proven: a build in fp32 agrees with transformers at every position (tests/infra/test_olive_engine.py).
+# Proven: a build in fp32 agrees with transformers at every position (tests/infra/olive/test_engine.py).
 # Of the others that onnxruntime-genai 0.18's builder knows, Gemma 2 is off by about 1 % of the logits' spread, and
 # Gemma 3 does not build from a config.json of today's transformers.
 SUPPORTED_ARCHITECTURES = (

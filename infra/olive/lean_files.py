@@ -1,7 +1,7 @@
 """Let Olive's engine neither read a checkpoint nor write a model for its cache alone: ours lives for one build.
 
 Olive 0.13 names a model in its cache by the SHA-256 of all its bytes, and copies its result out of the cache.
-tests/infra/test_build_resources.py tells when it does so no more.
+tests/infra/olive/test_build_resources.py tells when it does so no more.
 """
 
 import importlib

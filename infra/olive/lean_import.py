@@ -2,7 +2,7 @@
 
 `import olive` also imports all commands of Olive's command line, and Olive's evaluators import torchmetrics, which
 brings scipy.signal and matplotlib: together half of that import's time. No evaluator runs in a build, for
-tasks/build/build.py accepts none in an Olive configuration. tests/infra/test_olive_engine.py tells when Olive
+tasks/build/build.py accepts none in an Olive configuration. tests/infra/olive/test_engine.py tells when Olive
 imports them no more.
 """
 

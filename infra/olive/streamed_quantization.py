@@ -2,7 +2,8 @@
 
 The builder (0.18) turns its model into a protobuf message with all weights in fp32, quantizes that, and turns the
 result into a model again: a 0.5 B model takes 5 GB. Here the same quantizer of ONNX Runtime takes one weight at a time,
-with the same result to the bit (tests/infra/test_streamed_quantization.py), and memory grows with the largest weight.
+with the same result to the bit (tests/infra/olive/test_streamed_quantization.py), and memory grows with the largest
+weight.
 """
 
 import contextlib

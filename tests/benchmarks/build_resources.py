@@ -19,7 +19,7 @@ from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.environment.estimates import estimate_build_ram
 from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.workshop import torch_process
-from tests.checkpoints import make_tiny_checkpoint
+from tests.support.checkpoints import make_tiny_checkpoint
 
 QWEN2_5_0_5B: dict[str, Any] = {
     "hidden_size": 896,

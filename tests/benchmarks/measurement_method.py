@@ -30,8 +30,8 @@ from slmops.infra.genai.measurement import PeakMemory
 from slmops.infra.genai.runtime import GenaiModel, package_versions
 from slmops.infra.genai.timing import benchmark_prompt, time_request
 from slmops.tasks.exams.estimates import ratio_of_medians
-from tests.checkpoints import make_tiny_checkpoint
-from tests.genai_models import build_genai_model
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.genai_models import build_genai_model
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 512,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.build_resources import QWEN2_5_0_5B
-from tests.checkpoints import make_tiny_checkpoint, read_config
+from tests.support.checkpoints import make_tiny_checkpoint, read_config
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
@@ -86,7 +86,7 @@ def _plan(shapes: dict[str, tuple[int, ...]], shard_bytes: int) -> list[dict[str
 
 
 def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-    """Draw as `tests.checkpoints` does: activations near 1, a wide embedding, norms near 1."""
+    """Draw as `tests.support.checkpoints` does: activations near 1, a wide embedding, norms near 1."""
     import torch
     from safetensors.torch import save_file
 

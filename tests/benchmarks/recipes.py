@@ -24,7 +24,7 @@ from slmops.tasks.exams.answers import evaluate_variant, run_reference
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.measurement import Measurement, measure_variant
 from slmops.tasks.questions.evaluation_set import chat_prompts
-from tests.checkpoints import make_tiny_checkpoint
+from tests.support.checkpoints import make_tiny_checkpoint
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 512,

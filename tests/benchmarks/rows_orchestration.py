@@ -18,9 +18,9 @@ from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from tests.benchmarks.bench import ROOT, Bench, Row, command_environment, row_below
 from tests.benchmarks.watching import run_watched
-from tests.checkpoints import make_tiny_checkpoint
-from tests.prefect_server import prefect_server
-from tests.versions import store_version
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.prefect_server import prefect_server
+from tests.support.versions import store_version
 
 # Weights at random pass no gate, and what is measured is not the stages but what is around them.
 SHORT_STAGES = {

@@ -30,9 +30,9 @@ from slmops.infra.genai.calls import Measure
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
-from tests.checkpoints import make_tiny_checkpoint
-from tests.genai_models import build_genai_model
-from tests.served_models import RunningServer, serving, store_model
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.genai_models import build_genai_model
+from tests.support.served_models import RunningServer, serving, store_model
 
 MESSAGES = [{"role": "user", "content": "turn on the kitchen light"}]
 SAMPLE_INTERVAL_S = 0.5

@@ -52,9 +52,9 @@ from slmops.infra.storage.manifest import Manifest, Source, StoredVariant, diges
 from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.s3.store import S3ObjectStore
-from tests.s3_proxy import FaultProxy
-from tests.s3_servers import S3Server, rclone_binary, rclone_server
-from tests.versions import add_evidence
+from tests.support.s3_proxy import FaultProxy
+from tests.support.s3_servers import S3Server, rclone_binary, rclone_server
+from tests.support.versions import add_evidence
 
 CONTENDERS = ("slmops", "rclone", "boto3")
 PEERS = CONTENDERS[1:]

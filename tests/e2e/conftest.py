@@ -17,9 +17,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, te
 
 from slmops.deployments.cli import app
 from slmops.tasks import workshop
-from tests.checkpoints import make_tiny_checkpoint
 from tests.conftest import unmeasured_environment
-from tests.torch_process import TORCH_PROCESS
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.torch_process import TORCH_PROCESS
 
 ROOT = Path(__file__).resolve().parents[2]
 OPEN_GATE = {"SLMOPS_GATE__MIN_TOP1_AGREEMENT": "0", "SLMOPS_GATE__MAX_KL_DIVERGENCE": "1000"}

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from huggingface_hub import metadata_load
 
-from tests.checkpoints import make_tiny_checkpoint
 from tests.e2e.conftest import ROOT, Slmops
+from tests.support.checkpoints import make_tiny_checkpoint
 
 INT8 = ("--precision", "int8")
 INT4 = ("--precision", "int4")

@@ -10,8 +10,8 @@ from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from tests.e2e.conftest import Slmops
-from tests.genai_models import build_genai_model
-from tests.served_models import store_model
+from tests.support.genai_models import build_genai_model
+from tests.support.served_models import store_model
 
 pytestmark = pytest.mark.slow
 

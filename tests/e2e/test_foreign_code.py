@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, SMALL
 from tests.e2e.test_prefect_server import call, query
-from tests.installed import ROOMS, Installed, build_wheel, environment_of, installed
+from tests.support.installed import ROOMS, Installed, build_wheel, environment_of, installed
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("foreign code")]
 

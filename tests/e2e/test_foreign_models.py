@@ -20,8 +20,8 @@ from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
 from tests.e2e.conftest import Slmops
-from tests.genai_models import build_genai_model
-from tests.served_models import serving, store_model
+from tests.support.genai_models import build_genai_model
+from tests.support.served_models import serving, store_model
 
 pytestmark = pytest.mark.slow
 

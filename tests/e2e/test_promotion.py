@@ -21,9 +21,9 @@ from slmops.tasks.foundry.registration import registered_models
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops, SlmopsHere
 from tests.e2e.test_deploy import INT4
 from tests.e2e.test_store import other_content
-from tests.model_server import ModelServer
-from tests.served_models import serving
-from tests.versions import add_evidence, latest_evidence
+from tests.support.model_server import ModelServer
+from tests.support.served_models import serving
+from tests.support.versions import add_evidence, latest_evidence
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("promotion")]
 

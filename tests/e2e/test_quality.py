@@ -13,9 +13,9 @@ from onnx import numpy_helper
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
-from tests.checkpoints import make_tiny_checkpoint
 from tests.e2e.conftest import Slmops
-from tests.genai_models import build_genai_model
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.genai_models import build_genai_model
 
 Demo = tuple[Slmops, dict[str, Any]]
 INT8 = ("--precision", "int8")

@@ -22,8 +22,8 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
-from tests.reports import full_report
-from tests.tasks.test_report import HOSTILE, hostile_report
+from tests.support.reports import full_report
+from tests.tasks.report.test_report import HOSTILE, hostile_report
 
 pytestmark = pytest.mark.slow
 

@@ -22,10 +22,10 @@ import pytest
 
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
-from tests.genai_models import build_genai_model
-from tests.s3_servers import rclone_server
-from tests.served_models import ROOT, RunningServer, serving, store_model
-from tests.stores import empty_store
+from tests.support.genai_models import build_genai_model
+from tests.support.s3_servers import rclone_server
+from tests.support.served_models import ROOT, RunningServer, serving, store_model
+from tests.support.stores import empty_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]
 

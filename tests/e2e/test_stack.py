@@ -29,7 +29,7 @@ from slmops.tasks.runs.dispatch import check_pool
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
 from tests.e2e.test_report_in_ui import Browser, browser, screenshot  # noqa: F401
 from tests.e2e.test_up import ENDED, example, wait_for
-from tests.stack import IS_INSTALLED, MISSING, Stack, running_stack
+from tests.support.stack import IS_INSTALLED, MISSING, Stack, running_stack
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops, SlmopsHere
 from tests.e2e.test_deploy import INT4
-from tests.s3_servers import S3Server
-from tests.stores import StoreCase, empty_store
+from tests.support.s3_servers import S3Server
+from tests.support.stores import StoreCase, empty_store
 
 
 # Random weights of another seed may not pass the gate: other defaults make another content, too.

@@ -7,7 +7,7 @@ from prefect.workers.process import ProcessWorker
 
 from tests.conftest import unmeasured_environment
 from tests.e2e.test_prefect_server import call
-from tests.prefect_server import prefect_server
+from tests.support.prefect_server import prefect_server
 
 SECRET = "a-secret-that-was-kept"
 BEFORE = {  # of the package whose folders lay at the top

@@ -15,9 +15,9 @@ from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA, Measurement, measure_variant
 from slmops.tasks.report.benchmark import REGRESSION_EVENT
-from tests.checkpoints import make_tiny_checkpoint
-from tests.genai_models import build_genai_model
-from tests.versions import add_evidence, evidence
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.genai_models import build_genai_model
+from tests.support.versions import add_evidence, evidence
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
 from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.build.variants import Built
-from tests import reports
-from tests.versions import FILES, store_version
+from tests.support import reports
+from tests.support.versions import FILES, store_version
 
 FLOW = import_module("slmops.flows.deploy")
 

@@ -9,7 +9,7 @@ from slmops.flows.gc import gc
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
-from tests.versions import store_version
+from tests.support.versions import store_version
 
 
 def test_it_removes_old_versions_and_says_so(

@@ -22,8 +22,8 @@ from slmops.tasks.exams.on_workers import Examined, ExamOrder, answered, examine
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.runs.orders import HandedBack, Order
 from slmops.tasks.workshop import Workshop, working_in
-from tests.measurements import make_measurement
-from tests.versions import store_version
+from tests.support.measurements import make_measurement
+from tests.support.versions import store_version
 
 ROWS = (EvaluationRow.model_validate({"id": 1, "messages": [{"role": "user", "content": "Hello?"}]}),)
 MEASUREMENT = make_measurement()

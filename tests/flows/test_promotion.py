@@ -28,8 +28,8 @@ from slmops.tasks.versions.champion import ChampionChanged, Standing, change_cha
 from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rollback
 from slmops.tasks.versions.promotion import Promotion, promotion_markdown
 from slmops.tasks.versions.undo import all_or_nothing, hand_back, restore_alias
-from tests.model_server import ModelServer
-from tests.versions import FILES, add_evidence, store_version
+from tests.support.model_server import ModelServer
+from tests.support.versions import FILES, add_evidence, store_version
 
 
 @pytest.fixture

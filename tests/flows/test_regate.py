@@ -19,8 +19,8 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams import on_workers
 from slmops.tasks.versions import qualification
 from slmops.tasks.versions.champion import Standing
-from tests import reports
-from tests.versions import evidence, store_version
+from tests.support import reports
+from tests.support.versions import evidence, store_version
 
 
 class AtOnce:

@@ -21,8 +21,8 @@ from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.training import comparison
 from slmops.tasks.training.comparison import Challenge, RetrainReport
 from slmops.tasks.training.fine_tune import Base, FineTuning, Hyperparameters
-from tests import reports
-from tests.versions import store_version
+from tests.support import reports
+from tests.support.versions import store_version
 
 CHAT = '{"messages": [{"role": "user", "content": "light %d"}, {"role": "assistant", "content": "on %d"}]}\n'
 

@@ -8,7 +8,7 @@ import pytest
 
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings, describe_settings, load_settings
-from tests.errors import coded
+from tests.support.errors import coded
 
 SECRET = "hunter2-of-the-store"
 

@@ -30,8 +30,8 @@ from slmops.tasks.training.comparison import last_retrain
 from slmops.tasks.verdict.history import history_of
 from slmops.tasks.versions.commit import last_budget
 from slmops.tasks.workshop import Workshop, working_in
-from tests.lm_eval_tasks import write_tasks
-from tests.versions import add_evidence
+from tests.support.lm_eval_tasks import write_tasks
+from tests.support.versions import add_evidence
 
 BEFORE = Path(__file__).parents[1] / "data" / "store_before"
 # What the deploys were run with.

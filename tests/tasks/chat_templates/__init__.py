@@ -4,7 +4,7 @@ from pathlib import Path
 
 TEMPLATES = Path(__file__).parent
 
-# Chat template (a file of TEMPLATES) -> its style in tests.checkpoints, and whether it takes a system message.
+# Chat template (a file of TEMPLATES) -> its style in tests.support.checkpoints, and whether it takes a system message.
 FAMILIES = {
     "chatml": ("chatml", True),
     "qwen2.5": ("chatml", True),

@@ -1,0 +1,345 @@
+import json
+import shutil
+
+import numpy as np
+import psutil
+import pytest
+
+from slmops.infra.errors import StageFailed
+from slmops.infra.genai import runtime
+from slmops.infra.genai.calls import Evaluate, Generate
+from slmops.infra.genai.evaluation import evaluate
+from slmops.infra.transformers.answers import answer
+from slmops.infra.transformers.calls import AnswerAsSource
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.genai_models import build_genai_model, with_weights_set
+
+ROWS = [
+    {"id": 1, "messages": [{"role": "user", "content": "Turn on the lights in the kitchen, please."}]},
+    {"id": 2, "messages": [{"role": "user", "content": "What is the capital of France? Übergrößen, 東京"}]},
+    {
+        "id": "three",
+        "messages": [
+            {"role": "system", "content": "You answer with JSON."},
+            {"role": "user", "content": "Set the bedroom temperature to 21 degrees."},
+        ],
+    },
+]
+NEW_TOKENS = 24
+
+
+def ignore_progress(done, total, what):
+    assert 0 <= done <= total
+    assert what
+
+
+def run_reference(checkpoint, directory, rows=ROWS):
+    request = {"checkpoint_dir": str(checkpoint), "output_dir": str(directory), "rows": rows}
+    sizes = {"max_new_tokens": NEW_TOKENS, "max_positions": 60, "batch_size": 2, "threads": 2, "dtype": "float32"}
+    return answer(AnswerAsSource(**request | sizes), ignore_progress).model_dump(mode="json")
+
+
+def run_evaluate(model_dir, reference_dir, **changes):
+    request = {
+        "model_dir": str(model_dir),
+        "rows": ROWS,
+        "reference_dir": None if reference_dir is None else str(reference_dir),
+        "max_new_tokens": NEW_TOKENS,
+        "max_positions": 60,
+        "threads": 2,
+    }
+    return evaluate(Evaluate(**request | changes), ignore_progress).model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("genai")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(work):
+    return make_tiny_checkpoint(work / "checkpoint", tied=False)  # tied random weights repeat their last token
+
+
+@pytest.fixture(scope="module")
+def reference_dir(work, checkpoint):
+    run_reference(checkpoint, work / "reference")
+    return work / "reference"
+
+
+@pytest.fixture(scope="module")
+def fp32(work, checkpoint):
+    return build_genai_model(checkpoint, work / "fp32")
+
+
+@pytest.fixture
+def damaged(fp32, tmp_path):
+    return shutil.copytree(fp32, tmp_path / "damaged")
+
+
+def change_genai_config(model_dir, change):
+    path = model_dir / "genai_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def test_a_full_precision_build_agrees_with_the_reference(fp32, reference_dir):
+    result = run_evaluate(fp32, reference_dir)
+    assert result["positions"] == 60
+    assert result["top1_agreement"] == 1.0
+    assert result["kl_divergence"] < 1e-6
+    assert result["kl_divergence"] <= result["kl_divergence_p99"]
+    assert result["finite_logits"] == 1.0
+    assert result["identical_answers"] == 1.0
+    assert result["template_mismatches"] == {"count": 0, "example": None}
+    assert result["perplexity"] == pytest.approx(result["reference_perplexity"], rel=1e-4)
+    assert [row["id"] for row in result["rows"]] == [1, 2, "three"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_figures_follow_from_the_reference_s_logits(fp32, reference_dir, tmp_path):
+    """A variant whose logits are all zero is uniform: its divergence is ln V minus the reference's entropy."""
+    uniform = with_weights_set(fp32, tmp_path / "uniform", "lm_head", 0.0)
+    logits = np.load(reference_dir / "logits.npy").astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    content = json.loads((reference_dir / "reference.json").read_text())
+    next_tokens = [
+        (row["prompt_ids"] + row["answer_ids"])[position + 1]
+        for row in content["rows"]
+        for position in row["positions"]
+    ]
+    entropy = -(np.exp(log_p) * log_p).sum(axis=1)
+    result = run_evaluate(uniform, reference_dir)
+    assert result["kl_divergence"] == pytest.approx(np.mean(np.log(512) - entropy), rel=1e-6)
+    assert result["kl_divergence_p99"] == pytest.approx(np.percentile(np.log(512) - entropy, 99), rel=1e-6)
+    assert result["perplexity"] == pytest.approx(512)
+    surprise = -log_p[np.arange(len(next_tokens)), next_tokens]
+    assert result["reference_perplexity"] == pytest.approx(np.exp(surprise.mean()), rel=1e-6)
+    means = [row_mean(content, row, np.log(512) - entropy) for row in content["rows"]]
+    assert [row["kl_divergence"] for row in result["rows"]] == pytest.approx(means, rel=1e-6)
+
+
+def row_mean(content, row, values):
+    offset = 0
+    for other in content["rows"]:
+        if other is row:
+            break
+        offset += len(other["positions"])
+    return values[offset : offset + len(row["positions"])].mean()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_runtime_computes_with_the_asked_number_of_threads(fp32, threads):
+    before = psutil.Process().num_threads()
+    model = runtime.GenaiModel(fp32, threads=threads)
+    assert psutil.Process().num_threads() - before == threads - 1
+    del model
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_chunks_do_not_change_the_figures(fp32, reference_dir, tokens):
+    whole = run_evaluate(fp32, reference_dir)
+    chunked = run_evaluate(fp32, reference_dir, chunk_bytes=tokens * 4 * whole["vocabulary"]["variant"])
+    assert chunked["positions"] == whole["positions"]
+    assert chunked["top1_agreement"] == 1.0
+    assert chunked["kl_divergence"] < 1e-6
+
+
+def test_a_model_that_gives_only_the_last_logits_is_compared_at_every_position(work, checkpoint, reference_dir):
+    pruned = build_genai_model(checkpoint, work / "pruned", prune_lm_head=True)
+    result = run_evaluate(pruned, reference_dir)
+    assert result["positions"] == 60
+    assert result["top1_agreement"] == 1.0
+    assert result["kl_divergence"] < 1e-6
+
+
+def test_quantization_shows_in_the_divergence(work, checkpoint, reference_dir):
+    result = run_evaluate(build_genai_model(checkpoint, work / "int4", "int4"), reference_dir)
+    assert result["finite_logits"] == 1.0
+    assert result["kl_divergence"] > 1e-4
+
+
+def test_a_zeroed_weight_shows_in_agreement_and_divergence(fp32, reference_dir, tmp_path):
+    sabotaged = with_weights_set(fp32, tmp_path / "zeroed", "layers.0.mlp.down_proj", 0.0)
+    result = run_evaluate(sabotaged, reference_dir)
+    assert result["finite_logits"] == 1.0
+    assert result["top1_agreement"] < 0.9
+    assert result["kl_divergence"] > 0.1
+
+
+def test_weights_that_are_not_numbers_leave_no_figures(fp32, reference_dir, tmp_path):
+    sabotaged = with_weights_set(fp32, tmp_path / "nan", "layers.1.attn.o_proj", float("nan"))
+    result = run_evaluate(sabotaged, reference_dir)
+    assert result["finite_logits"] == 0.0
+    assert result["top1_agreement"] == 0.0
+    assert result["kl_divergence"] is None
+    assert result["perplexity"] is None
+    assert run_evaluate(sabotaged, None)["finite_logits"] == 0.0
+    json.dumps(result, allow_nan=False)
+    with pytest.raises(StageFailed, match="not finite"):
+        call = Generate(model_dir=sabotaged, messages=ROWS[0]["messages"], max_new_tokens=4, threads=1)
+        runtime.generate(call, ignore_progress)
+
+
+def test_without_a_reference_only_the_variant_itself_is_looked_at(fp32):
+    result = run_evaluate(fp32, None, max_positions=10)
+    assert (result["positions"], result["finite_logits"]) == (10, 1.0)
+    assert result["top1_agreement"] is None
+    assert result["kl_divergence"] is None
+    assert result["vocabulary"]["reference"] is None
+
+
+def test_answers_are_greedy_whatever_the_folder_asks_for(damaged, fp32, reference_dir):
+    def ask_for_sampling(config):
+        config["search"].update(do_sample=True, temperature=3.0, repetition_penalty=1.8, min_length=90, chunk_size=5)
+
+    change_genai_config(damaged, ask_for_sampling)
+    sampled, plain = run_evaluate(damaged, reference_dir), run_evaluate(fp32, reference_dir)
+    assert [row["answer"] for row in sampled["rows"]] == [row["answer"] for row in plain["rows"]]
+    assert sampled["identical_answers"] == 1.0
+    assert sampled["top1_agreement"] == 1.0
+
+
+def test_expected_answers_are_scored(fp32):
+    answer = run_evaluate(fp32, None)["rows"][0]["answer"]
+    rows = [{**ROWS[0], "expected": f"\n{answer} "}, {**ROWS[1], "expected": "never said"}, ROWS[2]]
+    result = run_evaluate(fp32, None, rows=rows)
+    assert [row["exact_match"] for row in result["rows"]] == [True, False, None]
+    assert result["exact_match"] == 0.5
+
+
+def test_a_prompt_that_the_runtime_renders_otherwise_is_reported(damaged, reference_dir):
+    template = (damaged / "chat_template.jinja").read_text()
+    (damaged / "chat_template.jinja").write_text(template.replace("<|im_end|>\n", "<|im_end|>"))
+    mismatches = run_evaluate(damaged, reference_dir)["template_mismatches"]
+    assert mismatches["count"] == len(ROWS)
+    assert mismatches["example"]["id"] == 1
+    assert "please.<|im_end|>\n<|im_start|>assistant" in mismatches["example"]["reference"]
+    assert "please.<|im_end|><|im_start|>assistant" in mismatches["example"]["variant"]
+    assert mismatches["example"]["reference_ids"] != mismatches["example"]["variant_ids"]
+
+
+def test_a_padded_vocabulary_is_compared_without_the_padding(fp32, work):
+    run_reference(make_tiny_checkpoint(work / "padded", vocab_size=544), work / "padded-reference")
+    result = run_evaluate(fp32, work / "padded-reference")
+    assert result["vocabulary"] == {"variant": 512, "reference": 544, "compared": 512, "comparable": True}
+    assert result["kl_divergence"] > 0
+
+
+def test_a_vocabulary_of_another_model_is_told_and_not_compared(fp32, work, tmp_path):
+    run_reference(make_tiny_checkpoint(tmp_path / "padded", vocab_size=544), tmp_path / "reference")
+    path = tmp_path / "reference" / "reference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_size": 530}))
+    result = run_evaluate(fp32, tmp_path / "reference")
+    assert result["vocabulary"] == {"variant": 512, "reference": 544, "compared": 0, "comparable": False}
+    figures = ("top1_agreement", "kl_divergence", "kl_divergence_p99", "perplexity", "reference_perplexity")
+    assert [result[name] for name in figures] == [None] * 5
+    assert (result["positions"], result["finite_logits"]) == (60, 1.0)
+    alone = run_evaluate(fp32, None)
+    assert [row["answer"] for row in result["rows"]] == [row["answer"] for row in alone["rows"]]
+
+
+def test_a_model_without_the_end_of_its_vocabulary_is_told_though_it_cannot_run(damaged, reference_dir):
+    change_genai_config(damaged, lambda config: config["model"].update(vocab_size=400))
+    result = run_evaluate(damaged, reference_dir)
+    assert result["vocabulary"] == {"variant": 400, "reference": 512, "compared": 0, "comparable": False}
+    assert (result["positions"], result["finite_logits"], result["empty_answers"]) == (0, 0.0, len(ROWS))
+    assert all(row["template_matches"] for row in result["rows"])
+    json.dumps(result, allow_nan=False)
+    with pytest.raises(StageFailed, match="could not run it"):
+        run_evaluate(damaged, None)
+
+
+def test_a_reference_of_other_rows_is_refused(fp32, reference_dir):
+    with pytest.raises(StageFailed, match="other evaluation rows"):
+        run_evaluate(fp32, reference_dir, rows=ROWS[:2])
+
+
+def break_config(folder):
+    (folder / "genai_config.json").write_text('{"model": {')
+
+
+def drop_weights(folder):
+    (folder / "model.onnx.data").unlink()
+
+
+def drop_model(folder):
+    (folder / "model.onnx").unlink()
+
+
+def drop_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def drop_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+def rename_type(folder):
+    change_genai_config(folder, lambda config: config["model"].update(type="unheard-of"))
+
+
+def drop_context_length(folder):
+    change_genai_config(folder, lambda config: config["model"].pop("context_length"))
+
+
+def use_unknown_operator(folder):
+    import onnx
+
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model.graph.node[3].op_type = "NoSuchOperator"
+    onnx.save(model, folder / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_config, "genai_config.json is not a readable genai configuration"),
+        (drop_context_length, "lacks model.context_length"),
+        (drop_weights, "model.onnx.data"),
+        (drop_model, "File doesn't exist"),
+        (drop_tokenizer, "tokenizer.json"),
+        (drop_template, "chat template"),
+        (rename_type, "unheard-of"),
+        (use_unknown_operator, "NoSuchOperator"),
+    ],
+)
+def test_a_broken_folder_is_a_clear_error(damaged, damage, message):
+    damage(damaged)
+    with pytest.raises(StageFailed, match=message) as caught:
+        run_evaluate(damaged, None)
+    assert caught.value.what_to_do
+    assert "\n" not in caught.value.message
+
+
+def test_answers_that_are_all_empty_are_counted_and_still_compared(damaged):
+    change_genai_config(damaged, lambda config: config["model"].update(eos_token_id=list(range(512))))
+    result = run_evaluate(damaged, None)
+    assert result["empty_answers"] == len(ROWS)
+    assert result["positions"] == 60 < sum(row["prompt_tokens"] for row in result["rows"])
+    assert result["finite_logits"] == 1.0
+
+
+def test_an_execution_provider_that_is_not_there_is_a_clear_error(fp32, tmp_path):
+    other = shutil.copytree(fp32, tmp_path / "cuda")
+    options = {"provider_options": [{"cuda": {}}]}
+    change_genai_config(other, lambda config: config["model"]["decoder"]["session_options"].update(options))
+    with pytest.raises(StageFailed, match="cannot open"):
+        run_evaluate(other, None)
+
+
+def test_generate_gives_the_evaluation_s_answer(fp32):
+    request = {"model_dir": str(fp32), "messages": ROWS[0]["messages"], "max_new_tokens": NEW_TOKENS, "threads": 1}
+    result = runtime.generate(Generate(**request), ignore_progress).model_dump(mode="json")
+    assert result["answer"] == run_evaluate(fp32, None)["rows"][0]["answer"]
+    assert result["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert result["new_tokens"] <= NEW_TOKENS
+    assert result["finish"] == ("length" if result["new_tokens"] == NEW_TOKENS else "stop")
+
+
+def test_generate_stops_at_any_of_the_end_tokens(damaged):
+    change_genai_config(damaged, lambda config: config["model"].update(eos_token_id=list(range(512))))
+    request = {"model_dir": str(damaged), "messages": ROWS[0]["messages"], "max_new_tokens": 5, "threads": 1}
+    result = runtime.generate(Generate(**request), ignore_progress).model_dump(mode="json")
+    assert (result["answer"], result["new_tokens"], result["finish"]) == ("", 0, "stop")

@@ -1,0 +1,169 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.reference.answers import choose_positions
+from slmops.infra.transformers.answers import answer
+from slmops.infra.transformers.calls import AnswerAsSource
+from tests.support.checkpoints import make_tiny_checkpoint
+
+ROWS = [
+    {"id": "short", "messages": [{"role": "user", "content": "hi"}]},
+    {"id": "long", "messages": [{"role": "user", "content": "The quick brown fox jumps over the lazy dog. " * 5}]},
+    {"id": "other", "messages": [{"role": "user", "content": "Set the bedroom temperature to 21 degrees."}]},
+]
+
+
+def run(checkpoint, directory, **changes):
+    request = {
+        "checkpoint_dir": str(checkpoint),
+        "rows": ROWS,
+        "max_new_tokens": 12,
+        "max_positions": 1000,
+        "batch_size": 8,
+        "threads": 2,
+        "dtype": "float32",
+        "output_dir": str(directory),
+    }
+    return answer(AnswerAsSource(**request | changes), lambda done, total, what: None).model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("reference") / "checkpoint", tied=False)
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def greedy(checkpoint, messages, new_tokens):
+    """Greedy answer and its logits, one whole forward pass a token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt_length = len(ids)
+    while len(ids) < prompt_length + new_tokens and (len(ids) == prompt_length or ids[-1] != tokenizer.eos_token_id):
+        with torch.inference_mode():
+            last = model(torch.tensor([ids])).logits[0, -1]
+        ids = [*ids, int(last.argmax())]
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+    return ids[prompt_length:], logits.numpy()
+
+
+def test_answers_and_logits_are_those_of_a_plain_greedy_loop(checkpoint, tmp_path):
+    result = run(checkpoint, tmp_path)
+    written = np.load(tmp_path / "logits.npy")
+    assert written.dtype == np.float32
+    offset = 0
+    for row, answered in zip(ROWS, result["rows"], strict=True):
+        ids, logits = greedy(checkpoint, row["messages"], 12)
+        assert answered["answer_ids"] == ids
+        assert answered["positions"] == list(range(len(logits)))
+        np.testing.assert_allclose(written[offset : offset + len(logits)], logits, atol=1e-4)
+        offset += len(logits)
+    assert written.shape == (offset, 512) == (result["positions"], result["vocabulary_size"])
+
+
+def test_the_batch_size_does_not_change_the_result(checkpoint, tmp_path):
+    one, all_at_once = (run(checkpoint, tmp_path / str(size), batch_size=size) for size in (1, 8))
+    assert one["answers_sha256"] == all_at_once["answers_sha256"]
+    assert one["logits_sha256"] == all_at_once["logits_sha256"]
+
+
+def test_the_result_is_kept_beside_the_logits(checkpoint, tmp_path):
+    result = run(checkpoint, tmp_path)
+    assert json.loads((tmp_path / "reference.json").read_text()) == result
+
+
+def test_sampling_and_penalties_of_the_checkpoint_are_ignored(checkpoint, tmp_path):
+    plain = run(checkpoint, tmp_path / "plain")
+    other = make_tiny_checkpoint(tmp_path / "checkpoint", tied=False)
+    change_json(
+        other / "generation_config.json", do_sample=True, temperature=5.0, repetition_penalty=2.0, min_new_tokens=12
+    )
+    assert run(other, tmp_path / "sampled")["answers_sha256"] == plain["answers_sha256"]
+
+
+def test_any_end_token_of_the_generation_config_ends_an_answer(checkpoint, tmp_path):
+    third = run(checkpoint, tmp_path / "plain")["rows"][0]["answer_ids"][:3]
+    other = make_tiny_checkpoint(tmp_path / "checkpoint", tied=False)
+    change_json(other / "generation_config.json", eos_token_id=[511, third[2]])
+    stopped = run(other, tmp_path / "stopped")["rows"][0]["answer_ids"]
+    assert stopped == third[: third.index(third[2]) + 1]
+
+
+def test_at_most_the_asked_number_of_positions_is_compared(checkpoint, tmp_path):
+    result = run(checkpoint, tmp_path, max_positions=7)
+    assert result["positions"] == 7 == len(np.load(tmp_path / "logits.npy"))
+    lengths = [len(row["prompt_ids"]) + len(row["answer_ids"]) - 1 for row in result["rows"]]
+    assert [row["positions"] for row in result["rows"]] == choose_positions(lengths, 7)
+
+
+def test_expected_answers_are_compared_without_outer_white_space(checkpoint, tmp_path):
+    answer = run(checkpoint, tmp_path)["rows"][0]["answer"]
+    rows = [{**ROWS[0], "expected": f" {answer}\n"}, {**ROWS[1], "expected": "no"}, {**ROWS[2], "expected": None}]
+    result = run(checkpoint, tmp_path, rows=rows)
+    assert [row["exact_match"] for row in result["rows"]] == [True, False, None]
+    assert result["exact_match"] == 0.5
+
+
+def test_the_checkpoint_s_own_precision_can_be_asked_for(checkpoint, tmp_path):
+    assert run(checkpoint, tmp_path, dtype="auto")["dtype"] == "bfloat16"
+    assert np.load(tmp_path / "logits.npy").dtype == np.float32
+
+
+def test_answers_end_at_the_end_of_the_context(tmp_path):
+    small = make_tiny_checkpoint(tmp_path / "checkpoint", max_position_embeddings=32)
+    rows = [ROWS[0]]
+    (row,) = run(small, tmp_path, rows=rows, max_new_tokens=100)["rows"]
+    assert row["max_new_tokens"] == 32 - len(row["prompt_ids"])
+    assert len(row["prompt_ids"]) + len(row["answer_ids"]) <= 32
+    with pytest.raises(BadInput, match=r"Row 'long' has a prompt of \d+ tokens, and the model's context is 32"):
+        run(small, tmp_path, rows=[ROWS[1]])
+
+
+def test_a_row_that_the_template_refuses_is_bad_input(tmp_path):
+    gemma_style = make_tiny_checkpoint(tmp_path / "checkpoint", chat_template="gemma")
+    rows = [{"id": 9, "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}]
+    with pytest.raises(BadInput, match="cannot render row 9: System role not supported"):
+        run(gemma_style, tmp_path, rows=rows)
+
+
+def test_a_checkpoint_whose_weights_are_not_numbers_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = make_tiny_checkpoint(tmp_path / "checkpoint", tied=False)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StageFailed, match="source checkpoint itself gives logits that are not finite"):
+        run(broken, tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path):
+    with pytest.raises(StageFailed, match="cannot load the checkpoint"):
+        run(tmp_path, tmp_path)
+
+
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 200))
+def test_positions_are_shared_evenly(lengths, most):
+    chosen = choose_positions(lengths, most)
+    counts = [len(indices) for indices in chosen]
+    assert sum(counts) == min(sum(lengths), most)
+    for length, indices in zip(lengths, chosen, strict=True):
+        assert indices == sorted(set(indices))
+        assert all(0 <= index < length for index in indices)
+    laid_out = [sum(lengths[:row]) + index for row, indices in enumerate(chosen) for index in indices]
+    gaps = {after - before for before, after in itertools.pairwise(laid_out)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
