@@ -11,12 +11,12 @@ from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import BenchmarkParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.remeasurement import measure_anew
-from slmops.tasks.workshop import open_workshop, workshop
+from slmops.tasks.workshop import in_workshop, workshop
 
 
 @flow(name="benchmark", flow_run_name="benchmark-{reference}")
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 @takes(BenchmarkParameters)
 def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
     """Measure every variant of a stored version anew and compare it with its earlier measurements on this machine.

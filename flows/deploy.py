@@ -29,12 +29,12 @@ from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.commit import commit_version, record_provenance
 from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.qualification import Gate, Qualification
-from slmops.tasks.workshop import open_workshop, workshop
+from slmops.tasks.workshop import in_workshop, workshop
 
 
 @flow(name="deploy", flow_run_name="deploy-{name}")
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 @takes(DeployParameters)
 def deploy(parameters: DeployParameters) -> State[DeployReport]:
     """Build, store, measure, judge, register and prove a fine-tuned small language model.

@@ -6,12 +6,12 @@ from prefect.states import Completed
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection
-from slmops.tasks.workshop import open_workshop
+from slmops.tasks.workshop import in_workshop
 
 
 @flow(name="gc", flow_run_name="gc")
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 def gc(keep: int | None = None, dry_run: bool = False) -> State[Collection]:
     """Free what the store keeps for nobody: content of deleted versions, broken-off work, with `keep` old versions too.
 

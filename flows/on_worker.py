@@ -12,12 +12,12 @@ from slmops.infra.storage.orders import hand_back, read_order
 from slmops.tasks.build import variants
 from slmops.tasks.exams import on_workers
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.workshop import open_workshop, workshop
+from slmops.tasks.workshop import in_workshop, workshop
 
 
 @flow(name=variants.ON_WORKER)
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 def build_variant_on_worker(name: str, recipe: str, order: str) -> State[None]:
     """Build one variant of a deploy that runs elsewhere. Started by `deploy` when SLMOPS_WORKER__POOL is set.
 
@@ -34,7 +34,7 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> State[None]:
 
 @flow(name=on_workers.ON_WORKER)
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 def measure_variant_on_worker(reference: str, precision: str, order: str) -> State[None]:
     """Measure and exercise one variant of a stored version on this device. Started by `deploy`.
 

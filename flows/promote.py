@@ -8,12 +8,12 @@ from slmops.tasks.versions.champion import change_champion
 from slmops.tasks.versions.change import plan_promotion
 from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.promotion import Promotion, publish_promotion
-from slmops.tasks.workshop import open_workshop, workshop
+from slmops.tasks.workshop import in_workshop, workshop
 
 
 @flow(name="promote", flow_run_name="promote-{reference}")
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 def promote(reference: str, reason: str = "") -> State[Promotion]:
     """Make a version the champion: in Foundry Local, on the running servers and in the store, or nowhere.
 

@@ -11,12 +11,12 @@ from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.asked_again import ask_again
 from slmops.tasks.versions.found import find_version
 from slmops.tasks.versions.qualification import needs_source
-from slmops.tasks.workshop import open_workshop, workshop
+from slmops.tasks.workshop import in_workshop, workshop
 
 
 @flow(name="regate", flow_run_name="regate-{reference}")
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 @takes(RegateParameters)
 def regate(parameters: RegateParameters) -> State[DeployReport]:
     """Judge a stored version by other thresholds or rows, and register or unregister its variants accordingly.

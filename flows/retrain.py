@@ -32,7 +32,7 @@ from slmops.tasks.training.fine_tune import (
     prepare_base,
 )
 from slmops.tasks.versions.found import check_store
-from slmops.tasks.workshop import open_workshop, workshop
+from slmops.tasks.workshop import in_workshop, workshop
 
 
 class RetrainEnded(RunEnded):
@@ -46,7 +46,7 @@ class RetrainEnded(RunEnded):
 
 @flow(name="retrain", flow_run_name="retrain-{name}")
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 @takes(RetrainParameters)
 def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
     """Fine-tune a base, deploy the result as a candidate, and promote it if it is better than the champion.

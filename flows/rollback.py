@@ -8,12 +8,12 @@ from slmops.tasks.versions.champion import change_champion
 from slmops.tasks.versions.change import plan_rollback
 from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.promotion import Promotion
-from slmops.tasks.workshop import open_workshop, workshop
+from slmops.tasks.workshop import in_workshop, workshop
 
 
 @flow(name="rollback", flow_run_name="rollback-{name}")
 @ends_by_its_errors
-@open_workshop()
+@in_workshop
 def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promotion]:
     """Go back to the version that was champion before the present one, or to the one that is named.
 

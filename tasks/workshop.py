@@ -1,14 +1,19 @@
 """The workshop: what a run works with, at hand in every stage without being handed on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import Settings, load_settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,20 @@ def working_with(registry: ModelRegistry) -> Iterator[Workshop]:
         yield shop
 
 
-@contextmanager
-def open_workshop() -> Iterator[Workshop]:
-    """Open the workshop of a run, by the settings of this process's environment.
+def in_workshop(flow_function: Callable[P, R]) -> Callable[P, R]:
+    """Open a workshop for each run of a flow's function, by the settings of its process's environment.
 
-    Raises `BadInput` for settings that are not valid.
+    A run raises `BadInput` for settings that are not valid. A context manager that decorates would not do: it holds a
+    generator, and Prefect pickles a flow that it serves.
     """
-    settings = load_settings()
-    with torch_process(settings) as child, working_in(Workshop(settings, open_registry(settings), child)) as shop:
-        yield shop
+
+    @wraps(flow_function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        settings = load_settings()
+        with torch_process(settings) as child, working_in(Workshop(settings, open_registry(settings), child)):
+            return flow_function(*args, **kwargs)
+
+    return inside
 
 
 def torch_process(settings: Settings) -> ChildProcess:
