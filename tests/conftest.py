@@ -46,7 +46,15 @@ def pytest_unconfigure() -> None:
 
 
 # What a module of tests has at hand when it works with a real runtime, and the fixtures that are real servers.
-RUNTIMES = {"run_in_child", "build_genai_model", "ChildProcess", "TORCH_PROCESS", "AutoModelForCausalLM", "Popen"}
+RUNTIMES = {
+    "subprocess",
+    "run_in_child",
+    "build_genai_model",
+    "ChildProcess",
+    "TORCH_PROCESS",
+    "AutoModelForCausalLM",
+    "Popen",
+}
 SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}
 
 

@@ -95,8 +95,8 @@ class _Lifeline:
     """Standard input: its only line, `{"log": PATH, "templates": PATH}`, lets the server begin; its end ends it."""
 
     def __init__(self) -> None:
-        self._messages = listen(self._end)
         self.server: uvicorn.Server | None = None
+        self._messages = listen(self._end)  # which may be called at once
 
     def _end(self) -> None:
         if self.server is None:

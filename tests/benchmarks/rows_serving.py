@@ -89,7 +89,6 @@ def _measure(bench: Bench, folder: Path, name: str) -> dict[str, Any]:
             warmup=1,
             repetitions=REPETITIONS,
             threads=THREADS,
-            execution_provider=None,
             sweep=None,
         ),
         deadline_s=DEADLINE_S,

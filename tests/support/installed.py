@@ -39,8 +39,12 @@ class Installed:
         return folder / (f"{name}.exe" if sys.platform == "win32" else name)
 
     def install(self, *arguments: str | Path) -> None:
-        """Install something beside slmops, by pip and without network."""
-        pip("--python", self.python, "install", "--no-deps", "--no-index", "--no-build-isolation", *arguments)
+        """Install something beside the dependencies, by pip and without network.
+
+        Among them may be a slmops, the editable one of the tests: it counts as none.
+        """
+        options = ("--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation")
+        pip("--python", self.python, "install", *options, *arguments)
 
 
 def pip(*arguments: str | Path) -> None:

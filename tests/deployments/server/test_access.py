@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
 from slmops.deployments.server.access import AUTH_FILE, authorization, kept_password, make_password, make_private
-from slmops.deployments.server.embedded import EmbeddedServer
+from slmops.deployments.server.embedded import SHUTDOWN_TIMEOUT_S, EmbeddedServer
 from slmops.deployments.server.registration import deployment_of, read_deployments
 from slmops.deployments.server.supervised import Children, Supervised
 from slmops.deployments.server.work_pool import ensure_pool, locked
@@ -77,6 +78,13 @@ class TestThePassword:
     def test_two_homes_have_two(self, tmp_path: Path) -> None:
         (tmp_path / "other").mkdir()
         assert make_password(tmp_path) != make_password(tmp_path / "other")
+
+
+def test_an_embedded_server_that_is_ended_at_once_ends_by_itself() -> None:
+    server = EmbeddedServer()
+    begun = time.monotonic()
+    server.end()
+    assert time.monotonic() - begun < SHUTDOWN_TIMEOUT_S
 
 
 @pytest.mark.slow

@@ -263,7 +263,7 @@ def load(tmp_path, monkeypatch):
             "allow_network": True,  # the hook that forbids it would stay in this process
             "threads": 1,
         }
-        return run.evaluate(request | changes, ignore_progress)
+        return run.evaluate(RunTasks.model_validate(request | changes), ignore_progress)
 
     return call
 
