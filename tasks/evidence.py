@@ -9,7 +9,7 @@ from typing import Any
 from slmops.infra.storage.evidence import BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG, Kind
 from slmops.tasks.build.search import SEARCH
 from slmops.tasks.exams.answers import EVALUATION
-from slmops.tasks.exams.endurance import EXERCISE
+from slmops.tasks.exams.endurance import ENDURANCE
 from slmops.tasks.exams.lm_eval import LM_EVAL
 from slmops.tasks.exams.measurement import MEASUREMENT
 from slmops.tasks.exams.template_parity import PARITY
@@ -20,7 +20,7 @@ from slmops.tasks.training.comparison import RETRAIN
 from slmops.tasks.verdict.gate import VERDICT
 
 OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG)
-OF_EXAMS: tuple[Kind[Any], ...] = (EVALUATION, EXERCISE, LM_EVAL, MEASUREMENT, PARITY, TEXT)
+OF_EXAMS: tuple[Kind[Any], ...] = (ENDURANCE, EVALUATION, LM_EVAL, MEASUREMENT, PARITY, TEXT)
 OF_STAGES: tuple[Kind[Any], ...] = (RETRAIN, SEARCH, VERDICT, *map(proof_of, ("fp32", *PRECISIONS)))
 
 KINDS = {kind.name: kind for kind in (*OF_THE_STORE, *OF_EXAMS, *OF_STAGES)}

@@ -172,7 +172,7 @@ class EndureInFoundry(Endure):
     """Load a model folder that is registered nowhere, and soak and try it; what happened is in the journal."""
 
     def perform(self, progress: Progress) -> None:
-        """See `slmops.infra.foundry.endurance.exercise`."""
-        from slmops.infra.foundry.endurance import exercise
+        """See `slmops.infra.foundry.endurance.endure`."""
+        from slmops.infra.foundry.endurance import endure
 
-        exercise(self, progress)
+        endure(self, progress)

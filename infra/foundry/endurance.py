@@ -3,20 +3,20 @@
 from typing import Any
 
 from slmops.infra.foundry import runtime
-from slmops.infra.process import endurance as exercises
+from slmops.infra.process import endurance
 from slmops.infra.process.call import Progress
 
 REPEATS = 9
 
 
-def exercise(call: exercises.Endure, progress: Progress) -> None:
+def endure(call: endurance.Endure, progress: Progress) -> None:
     """Load a model folder that is registered nowhere, and soak and try it.
 
-    See `slmops.infra.process.endurance.exercise`. Raises `StageFailed` for a model that does not load.
+    See `slmops.infra.process.endurance.endure`. Raises `StageFailed` for a model that does not load.
     """
     progress(0, 1, "loading the model")
     model = runtime.open_folder(call.model_dir, call.cache_dir)
-    exercises.exercise(_Opened(model), call, progress)
+    endurance.endure(_Opened(model), call, progress)
 
 
 class _Opened:
@@ -26,10 +26,10 @@ class _Opened:
         self._model = model
         self.context_length = int(model.info.context_length)
 
-    def count_prompt_tokens(self, messages: exercises.Messages) -> int:
+    def count_prompt_tokens(self, messages: endurance.Messages) -> int:
         return runtime.count_prompt_tokens(self._model, messages)
 
-    def answer(self, messages: exercises.Messages, max_new_tokens: int) -> str:
+    def answer(self, messages: endurance.Messages, max_new_tokens: int) -> str:
         return runtime.answer_unchecked(self._model, messages, max_new_tokens)
 
     def takes_for_control_token(self, text: str, token_id: int) -> bool:

@@ -340,7 +340,7 @@ class EndureInGenai(Endure):
     """Open a model folder once, and soak and try it; what happened is in the journal."""
 
     def perform(self, progress: Progress) -> None:
-        """See `slmops.infra.genai.endurance.exercise`."""
-        from slmops.infra.genai.endurance import exercise
+        """See `slmops.infra.genai.endurance.endure`."""
+        from slmops.infra.genai.endurance import endure
 
-        exercise(self, progress)
+        endure(self, progress)

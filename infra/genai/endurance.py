@@ -5,18 +5,18 @@ import json
 import numpy as np
 
 from slmops.infra.genai.runtime import GenaiModel
-from slmops.infra.process import endurance as exercises
+from slmops.infra.process import endurance
 from slmops.infra.process.call import Progress
 
 
-def exercise(call: exercises.Endure, progress: Progress) -> None:
-    """Open a model folder once, and soak and try it; see `slmops.infra.process.endurance.exercise`.
+def endure(call: endurance.Endure, progress: Progress) -> None:
+    """Open a model folder once, and soak and try it; see `slmops.infra.process.endurance.endure`.
 
     Raises `StageFailed` for a model that cannot be opened.
     """
     progress(0, 1, "loading the model")
     opened = GenaiModel(call.model_dir, threads=call.threads)
-    exercises.exercise(_Opened(opened), call, progress)
+    endurance.endure(_Opened(opened), call, progress)
 
 
 class _Opened:
@@ -26,10 +26,10 @@ class _Opened:
         self._model = model
         self.context_length = model.context_length
 
-    def count_prompt_tokens(self, messages: exercises.Messages) -> int:
+    def count_prompt_tokens(self, messages: endurance.Messages) -> int:
         return len(self._prompt_ids(messages))
 
-    def answer(self, messages: exercises.Messages, max_new_tokens: int) -> str:
+    def answer(self, messages: endurance.Messages, max_new_tokens: int) -> str:
         prompt_ids = self._prompt_ids(messages)
         max_length = len(prompt_ids) + max_new_tokens
         if len(prompt_ids) < self.context_length:
@@ -47,7 +47,7 @@ class _Opened:
         )
         return typed > plain
 
-    def _prompt_ids(self, messages: exercises.Messages) -> list[int]:
+    def _prompt_ids(self, messages: endurance.Messages) -> list[int]:
         tokenizer = self._model.tokenizer
         prompt = tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
         return [int(token) for token in tokenizer.encode(prompt)]

@@ -1,4 +1,4 @@
-"""The child's side of an exercise: long use and difficult input, for any runtime that answers conversations.
+"""The child's side of endurance: long use and difficult input, for any runtime that answers conversations.
 
 The child may die at any step. So every step is written to a journal before it begins and when it has ended; the
 supervisor's side reads there what was under way.
@@ -71,7 +71,7 @@ class Endure(Call[None]):
     journal: AbsolutePath
 
 
-def exercise(model: OpenedModel, call: Endure, progress: Progress) -> None:
+def endure(model: OpenedModel, call: Endure, progress: Progress) -> None:
     """Soak an opened model, then give it the edge inputs.
 
     The journal is JSON Lines: `{"begun": name, "request": int or null, "at": time.time()}` before each step;

@@ -38,7 +38,7 @@ RUNTIME_RAM_FLOOR_BYTES = 600_000_000
 REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint is in
 REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
 VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
-EXERCISE_S_PER_BILLION_PARAMETERS = 600.0  # long use and difficult input, in two runtimes
+ENDURANCE_S_PER_BILLION_PARAMETERS = 600.0  # long use and difficult input, in two runtimes
 
 
 def estimate_stages(
@@ -86,7 +86,7 @@ def estimate_stages(
             for work, time_s in (
                 ("measure", 5 + 80 * billions),
                 ("evaluate", 5 + VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows),
-                ("exercise", 6 + EXERCISE_S_PER_BILLION_PARAMETERS * billions),
+                ("exercise", 6 + ENDURANCE_S_PER_BILLION_PARAMETERS * billions),
                 ("register and prove", 5 + 5 * billions),
             )
         ]

@@ -1,4 +1,4 @@
-"""Exercise: a variant in long use and on difficult input, in each runtime that may serve it."""
+"""Endurance: a variant in long use and on difficult input, in each runtime that may serve it."""
 
 import contextlib
 import json
@@ -78,7 +78,7 @@ class EdgeInputOutcome(_Record):
         return self.outcome != "crashed" and self.alive
 
 
-class Exercise(_Record):
+class Endurance(_Record):
     """A variant's soak and edge inputs in one runtime; `memory` is None when the soak did not end.
 
     A soak that did not end is among `edge_inputs` as well, under the name of
@@ -192,7 +192,7 @@ class _Course:
             self.notes.append(note)
 
 
-def exercise_variant(
+def examine_endurance(
     settings: Settings,
     model_dir: Path,
     conversations: Sequence[EvaluationRow],
@@ -201,7 +201,7 @@ def exercise_variant(
     on_progress: OnProgress | None = None,
     *,
     kind: type[Endure] | None = None,
-) -> Exercise:
+) -> Endurance:
     """Soak a genai model folder in a runtime and give it the edge inputs, in a child process of its own.
 
     A child that dies at an input is replaced, at most three times, and the remaining inputs go on. The first of the
@@ -244,7 +244,7 @@ def exercise_variant(
         course.notes.append(f"{len(course.rss_bytes)} requests are too few to fit the growth of memory.")
     elif not soak.requests:
         course.notes.append("No soak was asked for: the growth of memory is not known.")
-    return Exercise(
+    return Endurance(
         runtime=runtime,
         memory=memory,
         edge_inputs=tuple(course.outcomes),
@@ -310,13 +310,13 @@ def _shifted(on_progress: OnProgress, done_before: int, total: int) -> OnProgres
     return lambda done, _, what: on_progress(done_before + done, total, what)
 
 
-EXERCISE = Kind("exercise", Exercise, field="exercise")
+ENDURANCE = Kind("exercise", Endurance, field="exercise")
 
 
-class EnduranceExam(Exam[Exercise]):
+class EnduranceExam(Exam[Endurance]):
     """How a variant stands long use and difficult input in one runtime."""
 
-    kind, name, done_before = EXERCISE, "exercise", "exercised before"
+    kind, name, done_before = ENDURANCE, "exercise", "exercised before"
 
     def __init__(self, runtime: Runtime, conversations: Sequence[EvaluationRow]) -> None:
         self.runtime: Runtime = runtime
@@ -346,12 +346,12 @@ class EnduranceExam(Exam[Exercise]):
             "edge_inputs": digest_of_json(json.dumps([asdict(edge_input) for edge_input in edge_inputs(0, [])])),
         }
 
-    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Exercise:
+    def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Endurance:
         """See `Exam.take`."""
-        return exercise_variant(
+        return examine_endurance(
             shop.settings, bench.model, self.conversations, self.runtime, bench.work, bench.on_progress
         )
 
-    def stands(self, found: Exercise) -> bool:
+    def stands(self, found: Endurance) -> bool:
         """Not where the process died: the machine may have been short of memory."""
         return not any(outcome.outcome == "crashed" for outcome in found.edge_inputs)

@@ -1,4 +1,4 @@
-"""Steadiness: how speed and validity hold as the prompt grows towards the context's limit."""
+"""The length sweep: how speed and validity hold as the prompt grows towards the context's limit."""
 
 import math
 
@@ -26,7 +26,7 @@ class LengthFigures(_Record):
     valid: bool
 
 
-class Steadiness(_Record):
+class LengthSweep(_Record):
     """The sweep over prompt lengths.
 
     `ttft_scaling_exponent` is that of TTFT ~ length^exponent (1: linear), fitted on the logarithms over the lengths
@@ -47,7 +47,7 @@ class Steadiness(_Record):
         return tuple(length.prompt_tokens for length in self.lengths if not length.valid)
 
 
-def steadiness_of(measurement: Measurement) -> Steadiness:
+def length_sweep_of(measurement: Measurement) -> LengthSweep:
     """Return what the sweep of a measurement says; a measurement without one has no lengths."""
     speeds = speed_by_length(measurement.sweep)
     lengths = tuple(
@@ -70,7 +70,7 @@ def steadiness_of(measurement: Measurement) -> Steadiness:
             [math.log(speed.prompt_tokens) for speed in scaled], [math.log(speed.ttft_ms) for speed in scaled]
         )
     worst = max(throughput_losses(speeds), key=lambda loss: loss.factor, default=None)
-    return Steadiness(
+    return LengthSweep(
         lengths=lengths,
         ttft_scaling_exponent=exponent,
         worst_cliff_ratio=worst.factor if worst else None,

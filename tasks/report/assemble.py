@@ -44,13 +44,13 @@ def variant_intervals(details: VariantDetails) -> dict[str, Estimate]:
             "quality_loss": details.evaluation.quality_loss,
             "output_conformity": details.evaluation.output_conformity,
         }
-    if details.steadiness:
-        estimates["ttft_scaling_exponent"] = details.steadiness.ttft_scaling_exponent
+    if details.length_sweep:
+        estimates["ttft_scaling_exponent"] = details.length_sweep.ttft_scaling_exponent
     if details.text:
         estimates["text_perplexity_ratio"] = details.text.perplexity_ratio
-    for exercise in details.exercises:
-        if exercise.memory:
-            estimates[f"memory_growth_{exercise.runtime}_bytes_per_request"] = exercise.memory.bytes_per_request
+    for endurance in details.endurance:
+        if endurance.memory:
+            estimates[f"memory_growth_{endurance.runtime}_bytes_per_request"] = endurance.memory.bytes_per_request
     return {name: estimate for name, estimate in estimates.items() if estimate is not None}
 
 

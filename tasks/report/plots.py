@@ -183,9 +183,9 @@ def _range(variant: VariantReport, metric: str) -> tuple[float, float]:
 
 def _latency(report: DeployReport) -> Plot | None:
     swept = [
-        (variant.precision, variant.details.steadiness.lengths)
+        (variant.precision, variant.details.length_sweep.lengths)
         for variant in report.variants
-        if variant.details.steadiness
+        if variant.details.length_sweep
     ]
     swept = [(precision, lengths) for precision, lengths in swept if len(lengths) > 1]
     if not swept:
@@ -230,10 +230,10 @@ def _latency(report: DeployReport) -> Plot | None:
 
 def _memory(report: DeployReport) -> Plot | None:
     soaks = [
-        (variant.precision, exercise.runtime, exercise.memory)
+        (variant.precision, endurance.runtime, endurance.memory)
         for variant in report.variants
-        for exercise in variant.details.exercises
-        if exercise.memory and len(exercise.memory.rss_bytes) > 1
+        for endurance in variant.details.endurance
+        if endurance.memory and len(endurance.memory.rss_bytes) > 1
     ]
     if len({precision for precision, _, _ in soaks}) > MAX_SOAKED:
         soaks = [soak for soak in soaks if soak[0] == report.selected]

@@ -7,7 +7,7 @@ from slmops.tasks.report.blocks import Block, Details, Heading, Paragraph, Stron
 from slmops.tasks.report.parity import template_parity
 from slmops.tasks.report.per_variant import checks_of, of_variant
 from slmops.tasks.report.records import DeployReport
-from slmops.tasks.report.robustness import edge_input, memory, steadiness
+from slmops.tasks.report.robustness import edge_input, length_sweep, memory
 from slmops.tasks.report.wording import NOTHING, check_threshold, check_value, check_verdict, percent
 from slmops.tasks.verdict.gate import GateCheck
 
@@ -33,7 +33,7 @@ def quality_blocks(report: DeployReport) -> Iterator[Block]:
         domain_answers(report),
         output_format(report),
         memory(report.variants),
-        steadiness(report.variants),
+        length_sweep(report.variants),
         edge_input(report.variants, report.selected),
     ]
     found = [list(section) for section in sections]

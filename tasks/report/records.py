@@ -5,10 +5,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from slmops.tasks.build.search import SearchOutcome
-from slmops.tasks.exams.endurance import Exercise
+from slmops.tasks.exams.endurance import Endurance
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.evaluation import Evaluation
-from slmops.tasks.exams.length_sweep import Steadiness
+from slmops.tasks.exams.length_sweep import LengthSweep
 from slmops.tasks.exams.measurement import Measurement
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.exams.text import TextComparison
@@ -27,10 +27,10 @@ class VariantDetails(BaseModel):
 
     measurement: Measurement | None = None
     evaluation: Evaluation | None = None
-    steadiness: Steadiness | None = None
+    length_sweep: LengthSweep | None = None
     parity: TemplateParity | None = None
     text: TextComparison | None = None
-    exercises: tuple[Exercise, ...] = ()
+    endurance: tuple[Endurance, ...] = ()
 
 
 class VariantReport(BaseModel):

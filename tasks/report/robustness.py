@@ -2,37 +2,37 @@
 
 from collections.abc import Iterator, Sequence
 
-from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise
+from slmops.tasks.exams.endurance import EdgeInputOutcome, Endurance
 from slmops.tasks.report.blocks import Block, Details, Paragraph, Strong, Text, bullets, joined, quoted, table
 from slmops.tasks.report.per_variant import RUNTIMES, Variants, notes_of, of_variant, threshold_of
 from slmops.tasks.report.records import VariantReport
 from slmops.tasks.report.wording import INTERVALS, NOTHING, bytes_per_request, decimal, estimated, factor, told
 
 
-def _exercises(variants: Variants) -> list[tuple[VariantReport, Exercise]]:
-    return [(variant, exercise) for variant in variants for exercise in variant.details.exercises]
+def _in_each_runtime(variants: Variants) -> list[tuple[VariantReport, Endurance]]:
+    return [(variant, endurance) for variant in variants for endurance in variant.details.endurance]
 
 
 def memory(variants: Variants) -> Iterator[Block]:
     """Yield the growth of memory in long use."""
     rows: list[Sequence[Text]] = []
-    for variant, exercise in _exercises(variants):
-        grown = exercise.memory
+    for variant, endurance in _in_each_runtime(variants):
+        grown = endurance.memory
         found = "did not end" if grown is None else estimated(grown.bytes_per_request, bytes_per_request)
         requests = NOTHING if grown is None else f"{len(grown.rss_bytes):,}"
-        name = f"{variant.precision}, {RUNTIMES[exercise.runtime]}"
-        rows.append((name, requests, found, threshold_of(variant, f"memory_growth_{exercise.runtime}")))
+        name = f"{variant.precision}, {RUNTIMES[endurance.runtime]}"
+        rows.append((name, requests, found, threshold_of(variant, f"memory_growth_{endurance.runtime}")))
     if rows:
         yield Paragraph(f"Growth of the resident memory per request, behind the warm-up. {INTERVALS}")
     yield from table(("variant, runtime", "requests", "growth", "asked"), rows)
 
 
-def steadiness(variants: Variants) -> Iterator[Block]:
+def length_sweep(variants: Variants) -> Iterator[Block]:
     """Yield how speed changes with the prompt's length."""
     swept = [
-        (variant, variant.details.steadiness)
+        (variant, variant.details.length_sweep)
         for variant in variants
-        if variant.details.steadiness and variant.details.steadiness.lengths
+        if variant.details.length_sweep and variant.details.length_sweep.lengths
     ]
     rows: list[Sequence[Text]] = []
     for variant, sweep in swept:
@@ -73,9 +73,9 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
     faults: list[Text] = []
     reaching: dict[str, list[str]] = {}
     folded: list[Block] = []
-    for variant, exercise in _exercises(variants):
-        name = f"{variant.precision}, {RUNTIMES[exercise.runtime]}"
-        outcomes = exercise.edge_inputs
+    for variant, endurance in _in_each_runtime(variants):
+        name = f"{variant.precision}, {RUNTIMES[endurance.runtime]}"
+        outcomes = endurance.edge_inputs
         if not outcomes:
             continue
         counts = [str(sum(request.outcome == outcome for request in outcomes)) for outcome in ("answered", "refused")]
@@ -83,7 +83,7 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
         rows.append((name, *counts, Strong(str(len(bad))) if bad else "0"))
         faults += [joined([f"{name}: ", _outcome(outcome)], "") for outcome in bad]
         if any(outcome.control_tokens for outcome in outcomes):
-            reaching.setdefault(RUNTIMES[exercise.runtime], []).append(variant.precision)
+            reaching.setdefault(RUNTIMES[endurance.runtime], []).append(variant.precision)
         # The variants end alike as a rule: variant of them tells.
         if bad or variant.precision == selected or selected is None:
             folded.append(Paragraph((Strong(name), ":")))
@@ -98,9 +98,9 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
         )
     yield from notes_of(
         [
-            (f"{variant.precision} in {RUNTIMES[exercise.runtime]}", note)
-            for variant, exercise in _exercises(variants)
-            for note in exercise.notes
+            (f"{variant.precision} in {RUNTIMES[endurance.runtime]}", note)
+            for variant, endurance in _in_each_runtime(variants)
+            for note in endurance.notes
         ]
     )
     if folded:

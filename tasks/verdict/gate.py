@@ -11,10 +11,10 @@ from slmops.infra.reference.answers import Share
 from slmops.infra.settings import GateSettings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
-from slmops.tasks.exams.endurance import Exercise
+from slmops.tasks.exams.endurance import Endurance
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.evaluation import Evaluation
-from slmops.tasks.exams.length_sweep import Steadiness
+from slmops.tasks.exams.length_sweep import LengthSweep
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.runs.stage import stage
@@ -145,10 +145,10 @@ def judge(
     evaluation: Evaluation,
     thresholds: GateThresholds,
     *,
-    steadiness: Steadiness | None = None,
+    length_sweep: LengthSweep | None = None,
     parity: TemplateParity | None = None,
     text: TextComparison | None = None,
-    exercises: Sequence[Exercise] = (),
+    endurance: Sequence[Endurance] = (),
 ) -> GateVerdict:
     """Decide whether a variant may be registered; what was not measured is not judged.
 
@@ -168,15 +168,15 @@ def judge(
         checks += _on_text(text, thresholds)
     if parity is not None:
         checks.append(_count("template_parity", _parity_faults(parity)))
-    if steadiness is not None:
-        invalid = [f"{length} tokens" for length in steadiness.invalid_prompt_tokens]
+    if length_sweep is not None:
+        invalid = [f"{length} tokens" for length in length_sweep.invalid_prompt_tokens]
         checks.append(_count("valid_lengths", invalid))
-    if steadiness is not None and steadiness.worst_cliff_ratio is not None:
-        cliff = _at_most("steadiness", steadiness.worst_cliff_ratio, thresholds.max_cliff_ratio)
-        detail = f"at {steadiness.worst_cliff_prompt_tokens} prompt tokens"
+    if length_sweep is not None and length_sweep.worst_cliff_ratio is not None:
+        cliff = _at_most("steadiness", length_sweep.worst_cliff_ratio, thresholds.max_cliff_ratio)
+        detail = f"at {length_sweep.worst_cliff_prompt_tokens} prompt tokens"
         checks.append(cliff.model_copy(update={"detail": detail}))
-    for exercise in exercises:
-        checks += _of_exercise(exercise, thresholds)
+    for in_runtime in endurance:
+        checks += _of_endurance(in_runtime, thresholds)
     return GateVerdict(
         passed=all(check.passed for check in checks), checks=tuple(checks), notes=tuple(_notes(evaluation, checks))
     )
@@ -232,16 +232,16 @@ def _parity_faults(parity: TemplateParity) -> list[str]:
     return mismatches + [f"{token} is not one token" for token in parity.broken_control_tokens]
 
 
-def _of_exercise(exercise: Exercise, thresholds: GateThresholds) -> list[GateCheck]:
+def _of_endurance(endurance: Endurance, thresholds: GateThresholds) -> list[GateCheck]:
     names: tuple[CheckName, CheckName] = (
         ("memory_growth_genai", "edge_input_genai")
-        if exercise.runtime == "genai"
+        if endurance.runtime == "genai"
         else ("memory_growth_foundry", "edge_input_foundry")
     )
-    checks = [_count(names[1], [edge_input.name for edge_input in exercise.edge_inputs if not edge_input.handled])]
-    if exercise.memory is not None:
+    checks = [_count(names[1], [edge_input.name for edge_input in endurance.edge_inputs if not edge_input.handled])]
+    if endurance.memory is not None:
         limit = thresholds.max_memory_growth_bytes_per_request
-        checks.append(_beyond_noise(names[0], exercise.memory.bytes_per_request, limit))
+        checks.append(_beyond_noise(names[0], endurance.memory.bytes_per_request, limit))
     return checks
 
 
@@ -325,13 +325,13 @@ def judge_stored_variant(
     evaluated: Evaluation,
     thresholds: GateThresholds,
     *,
-    steadiness: Steadiness | None,
+    length_sweep: LengthSweep | None,
     parity: TemplateParity | None,
     text: TextComparison | None,
-    exercises: Sequence[Exercise],
+    endurance: Sequence[Endurance],
 ) -> GateVerdict:
     """Judge a variant and append the verdict to the version's evidence."""
-    verdict = judge(evaluated, thresholds, steadiness=steadiness, parity=parity, text=text, exercises=exercises)
+    verdict = judge(evaluated, thresholds, length_sweep=length_sweep, parity=parity, text=text, endurance=endurance)
     record = VariantVerdict(precision=variant.precision, thresholds=thresholds, **dict(verdict))
     variant.version.record(VERDICT, record)
     return verdict

@@ -12,7 +12,7 @@ from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.endurance import EnduranceExam
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import examine
-from slmops.tasks.exams.length_sweep import steadiness_of
+from slmops.tasks.exams.length_sweep import length_sweep_of
 from slmops.tasks.exams.measurement import MeasurementExam
 from slmops.tasks.exams.on_workers import Examined, answered
 from slmops.tasks.exams.source import ComparedExam, run_source_once
@@ -119,16 +119,16 @@ def _examined(
         return VariantDetails(evaluation=evaluated)
     rows = asked.evaluation.rows
     measured = answered(MeasurementExam(), variant, elsewhere)
-    exercises = tuple(
+    endurance = tuple(
         answered(exam, variant, elsewhere) for exam in (EnduranceExam("genai", rows), EnduranceExam("foundry", rows))
     )
     return VariantDetails(
         measurement=measured,
         evaluation=evaluated,
-        steadiness=steadiness_of(measured),
+        length_sweep=length_sweep_of(measured),
         parity=examine(ParityExam(checkpoint), variant),
         text=examine(TextExam(asked.text), variant) if asked.text else None,
-        exercises=exercises,
+        endurance=endurance,
     )
 
 
@@ -137,10 +137,10 @@ def _judge(asked: Qualification, variant: Variant, details: VariantDetails, eval
         variant,
         evaluation,
         thresholds_for(variant.precision, workshop().settings.gate, **vars(asked.gate)),
-        steadiness=details.steadiness,
+        length_sweep=details.length_sweep,
         parity=details.parity,
         text=details.text,
-        exercises=details.exercises,
+        endurance=details.endurance,
     )
 
 

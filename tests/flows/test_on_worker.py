@@ -15,7 +15,7 @@ from slmops.infra.storage.orders import give_order, take_back
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.build.variants import BuildOrder
 from slmops.tasks.exams import on_workers
-from slmops.tasks.exams.endurance import EnduranceExam, Exercise
+from slmops.tasks.exams.endurance import Endurance, EnduranceExam
 from slmops.tasks.exams.exam import Exam
 from slmops.tasks.exams.measurement import MeasurementExam
 from slmops.tasks.exams.on_workers import Examined, ExamOrder, answered, examine_on_workers, exams_of_a_device
@@ -32,7 +32,7 @@ MEASUREMENT = make_measurement()
 def at_once(exam: Exam[Any], variant: Any) -> Any:
     """Answer an exam without opening the model."""
     if isinstance(exam, EnduranceExam):
-        return Exercise(runtime=exam.runtime, memory=None, edge_inputs=(), notes=(), versions={}, wall_s=1.0)
+        return Endurance(runtime=exam.runtime, memory=None, edge_inputs=(), notes=(), versions={}, wall_s=1.0)
     return MEASUREMENT
 
 

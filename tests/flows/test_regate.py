@@ -27,7 +27,7 @@ class AtOnce:
     """Exams that answer without a model, by their ids; an answer that is an exception is raised."""
 
     def __init__(self) -> None:
-        genai, foundry = reports.exercises("int4")
+        genai, foundry = reports.endurance("int4")
         self.answers: dict[str, Any] = {
             "evaluate": reports.evaluation("int4"),
             "measure": reports.measurement("int4"),

@@ -15,7 +15,7 @@ from typing import Any
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.call import Call, Progress
-from slmops.infra.process.endurance import Endure, Messages, exercise
+from slmops.infra.process.endurance import Endure, Messages, endure
 from slmops.infra.records import Record
 
 
@@ -165,7 +165,7 @@ class EndureFake(Endure):
         fault = json.loads((self.model_dir / "fault.json").read_text())
         if fault.get("does_not_open"):
             raise StageFailed("The model does not open.")
-        exercise(FakeModel(fault), self, progress)
+        endure(FakeModel(fault), self, progress)
 
 
 class CountedBuild(Call[dict[str, int]]):

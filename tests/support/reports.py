@@ -4,10 +4,10 @@ import random
 from typing import Any
 
 from slmops.infra.genai.calls import Measured
-from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise, MemoryGrowth
+from slmops.tasks.exams.endurance import EdgeInputOutcome, Endurance, MemoryGrowth
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, slope
 from slmops.tasks.exams.evaluation import Evaluation
-from slmops.tasks.exams.length_sweep import LengthFigures, Steadiness
+from slmops.tasks.exams.length_sweep import LengthFigures, LengthSweep
 from slmops.tasks.exams.measurement import Measurement, summarize
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
 from slmops.tasks.exams.text import TextComparison
@@ -175,7 +175,7 @@ def around(value: float, reach: float) -> Estimate:
     return Estimate(value=value, low=max(0.0, value - reach), high=min(1.0, value + reach))
 
 
-def steadiness(precision: str) -> Steadiness:
+def length_sweep(precision: str) -> LengthSweep:
     """A sweep from 32 to 2,048 tokens."""
     _, _, new, _, _, ttft, _ = FIGURES[precision]
     lengths = tuple(
@@ -187,7 +187,7 @@ def steadiness(precision: str) -> Steadiness:
         )
         for tokens in (32, 64, 128, 256, 512, 1024, 2048)
     )
-    return Steadiness(
+    return LengthSweep(
         lengths=lengths,
         ttft_scaling_exponent=Estimate(value=1.07, low=1.02, high=1.12),
         worst_cliff_ratio=1.13,
@@ -196,12 +196,12 @@ def steadiness(precision: str) -> Steadiness:
     )
 
 
-def exercises(precision: str) -> tuple[Exercise, ...]:
+def endurance(precision: str) -> tuple[Endurance, ...]:
     """A soak of 48 requests and the edge inputs, in both runtimes."""
-    return tuple(_exercise(precision, runtime) for runtime in ("genai", "foundry"))
+    return tuple(_endurance_in(precision, runtime) for runtime in ("genai", "foundry"))
 
 
-def _exercise(precision: str, runtime: str) -> Exercise:
+def _endurance_in(precision: str, runtime: str) -> Endurance:
     noise = random.Random(precision + runtime)
     base = FIGURES[precision][6]
     rss = [base + round(2.5e6 * min(number, 8)) + noise.randrange(400_000) for number in range(48)]
@@ -215,7 +215,7 @@ def _exercise(precision: str, runtime: str) -> Exercise:
         ("chat template tokens", "answered", "<|im_start|>system", runtime == "genai"),
         ("10,000 repeats", "refused", "The prompt has 20,004 tokens; the context holds 2,048.", None),
     ]
-    return Exercise.model_validate(
+    return Endurance.model_validate(
         {
             "runtime": runtime,
             "memory": MemoryGrowth(
@@ -300,10 +300,10 @@ def full_variant(precision: str, **changes: Any) -> VariantReport:
     details = VariantDetails(
         measurement=measurement(precision),
         evaluation=evaluation(precision),
-        steadiness=steadiness(precision),
+        length_sweep=length_sweep(precision),
         parity=parity(),
         text=text_comparison(precision),
-        exercises=exercises(precision),
+        endurance=endurance(precision),
     )
     given = {
         "precision": precision,

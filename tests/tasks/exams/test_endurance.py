@@ -15,10 +15,10 @@ from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams.endurance import (
     CALLS,
+    Endurance,
     EnduranceExam,
-    Exercise,
     control_tokens,
-    exercise_variant,
+    examine_endurance,
     memory_growth,
     soak_conversations,
 )
@@ -58,16 +58,16 @@ def run(tmp_path):
             timeout=TimeoutSettings(exercise_s=exercise_s),
         )
         work_dir = tmp_path / "work"
-        found = exercise_variant(settings, model_dir, ROWS, "genai", work_dir, on_progress, kind=EndureFake)
+        found = examine_endurance(settings, model_dir, ROWS, "genai", work_dir, on_progress, kind=EndureFake)
         assert [path.name for path in work_dir.iterdir()] == ["exercise.log"]
-        assert Exercise.model_validate_json(found.model_dump_json()) == found
+        assert Endurance.model_validate_json(found.model_dump_json()) == found
         return found
 
     return run
 
 
-def unhandled(exercise):
-    return [one.name for one in exercise.edge_inputs if not one.handled]
+def unhandled(endurance):
+    return [one.name for one in endurance.edge_inputs if not one.handled]
 
 
 class TestMemory:
@@ -194,7 +194,7 @@ class TestRealRuntimes:
     @pytest.mark.parametrize("runtime", CALLS)
     def test_all_edge_inputs_are_handled_and_memory_does_not_grow(self, runtime, model_dir, settings, tmp_path):
         before = {path.name: path.stat().st_mtime_ns for path in model_dir.iterdir()}
-        found = exercise_variant(settings, model_dir, chat_prompts(), runtime, tmp_path / "work")
+        found = examine_endurance(settings, model_dir, chat_prompts(), runtime, tmp_path / "work")
         assert {path.name: path.stat().st_mtime_ns for path in model_dir.iterdir()} == before
         assert not unhandled(found)
         outcomes = {one.name: one for one in found.edge_inputs}
@@ -233,7 +233,7 @@ class TestRealRuntimes:
         found = {line["outcome"]["name"]: line["outcome"]["control_tokens"] for line in lines if "outcome" in line}
         assert found == {"whole": True, "broken": False}
 
-    def test_a_stored_variants_exercise_is_kept_and_reused(self, model_dir, settings, tmp_path):
+    def test_a_stored_variants_endurance_is_kept_and_reused(self, model_dir, settings, tmp_path):
         settings = settings.model_copy(update={"soak": SoakSettings(requests=0)})
         registry = ModelRegistry(LocalObjectStore(tmp_path / "store"))
         variant = StoredVariant(
@@ -247,12 +247,12 @@ class TestRealRuntimes:
         source = Source(digest="a" * 64, origin="x", architecture="Qwen2ForCausalLM", parameters=1)
         manifest, _ = registry.commit("home", source, {}, [variant])
 
-        def exercised(rows, runtime="genai"):
+        def examined(rows, runtime="genai"):
             with working_in(Workshop(settings, registry)):
                 return examine.fn(EnduranceExam(runtime, rows), registry.of(manifest).variants[0])
 
-        first = exercised(ROWS)
-        assert exercised(ROWS) == first  # its wall time too
-        assert exercised(chat_prompts()).wall_s != first.wall_s
-        assert exercised(ROWS, "foundry").runtime == "foundry"
+        first = examined(ROWS)
+        assert examined(ROWS) == first  # its wall time too
+        assert examined(chat_prompts()).wall_s != first.wall_s
+        assert examined(ROWS, "foundry").runtime == "foundry"
         assert len(list(evidence(registry, manifest, "exercise"))) == 3

@@ -17,7 +17,7 @@ from slmops.tasks.report.markdown import code_span, escaped, fenced, to_markdown
 from slmops.tasks.report.records import DeployReport, VariantDetails, VariantReport
 from slmops.tasks.verdict.choice import Choice
 from slmops.tasks.verdict.gate import GateCheck, GateVerdict
-from tests.support.reports import FIGURES, evaluation, exercises, full_report, full_variant, parity, steadiness
+from tests.support.reports import FIGURES, endurance, evaluation, full_report, full_variant, length_sweep, parity
 
 METRICS = {"load_ms": 40.0, "ttft_ms": 5.25, "peak_rss_bytes": 78e6, "top1_agreement": 0.97, "kl_divergence": 0.0312}
 # What browsers, terminals and Markdown parsers would act upon if it were not kept from them.
@@ -234,16 +234,16 @@ def test_figures_come_with_units_and_intervals() -> None:
 
 
 def test_what_a_leak_a_cliff_and_a_crash_look_like() -> None:
-    genai, foundry = exercises("int4")
+    genai, foundry = endurance("int4")
     crashed = foundry.edge_inputs[0].model_copy(update={"outcome": "crashed", "detail": "signal 11"})
     sick = foundry.edge_inputs[1].model_copy(update={"alive": False, "detail": ""})
     foundry = foundry.model_copy(
         update={"memory": None, "edge_inputs": (crashed, sick), "notes": ("The soak ended after 3 requests.",)}
     )
-    swept = steadiness("int4")
+    swept = length_sweep("int4")
     broken = LengthFigures(prompt_tokens=4096, ttft_ms=9000, token_generation_throughput_tps=9, valid=False)
     swept = swept.model_copy(update={"lengths": (*swept.lengths, broken), "notes": ("The sweep ended at 4,096.",)})
-    details = VariantDetails(steadiness=swept, exercises=(genai, foundry))
+    details = VariantDetails(length_sweep=swept, endurance=(genai, foundry))
     text = to_markdown(report(variant("int4", details=details)))
     assert "| int4, Foundry | - | did not end | - |" in text
     assert "- The soak ended after 3 requests. (int4 in Foundry)" in text
@@ -322,7 +322,7 @@ def hostile_report(text: str) -> DeployReport:
     )
     categories = tuple(one.model_copy(update={"category": text}) for one in evaluated.categories)
     examples = {"rows": rows, "categories": categories, "worst_examples": (text,)}
-    genai, _ = exercises("int4")
+    genai, _ = endurance("int4")
     outcome = genai.edge_inputs[0].model_copy(update={"name": text, "detail": text, "outcome": "crashed"})
     mismatch = ParityMismatch(
         conversation=text, runtime="genai", expected=text, found=f"{text}.", expected_tokens=1, found_tokens=2
@@ -330,7 +330,7 @@ def hostile_report(text: str) -> DeployReport:
     details = full_variant("int4").details.model_copy(
         update={
             "evaluation": evaluated.model_copy(update=examples),
-            "exercises": (genai.model_copy(update={"edge_inputs": (outcome,)}),),
+            "endurance": (genai.model_copy(update={"edge_inputs": (outcome,)}),),
             "parity": parity(mismatch).model_copy(update={"broken_control_tokens": (text,), "notes": (text,)}),
         }
     )

@@ -86,8 +86,8 @@ def test_plots_are_drawn_of_what_there_is() -> None:
             ("all", whole.details, whole.metrics),
             ("metrics", VariantDetails(), whole.metrics),
             ("nothing", VariantDetails(), {}),
-            ("sweep", VariantDetails(steadiness=whole.details.steadiness), {}),
-            ("soak", VariantDetails(exercises=whole.details.exercises), {}),
+            ("sweep", VariantDetails(length_sweep=whole.details.length_sweep), {}),
+            ("soak", VariantDetails(endurance=whole.details.endurance), {}),
         )
     }
     assert drawn == {
@@ -126,8 +126,8 @@ def test_equal_reports_have_equal_plots_and_the_library_is_as_it_was() -> None:
 def test_a_single_request_and_many_variants_can_be_drawn() -> None:
     variants = [full_variant("int4", size_bytes=1_000_000 * size) for size in range(1, 10)]
     short = MemoryGrowth(rss_bytes=(5,), warmup_requests=0, bytes_per_request=Estimate(value=0, low=0, high=0))
-    genai = variants[0].details.exercises[0].model_copy(update={"memory": short})
-    variants[0] = variants[0].model_copy(update={"details": VariantDetails(exercises=(genai,))})
+    genai = variants[0].details.endurance[0].model_copy(update={"memory": short})
+    variants[0] = variants[0].model_copy(update={"details": VariantDetails(endurance=(genai,))})
     assert set(draw_plots(full_report(*variants))) == {"quality", "throughput", "latency", "memory"}
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import GateSettings
-from slmops.tasks.exams.endurance import EdgeInputOutcome, Exercise, MemoryGrowth
+from slmops.tasks.exams.endurance import EdgeInputOutcome, Endurance, MemoryGrowth
 from slmops.tasks.exams.estimates import Estimate, paired_loss
 from slmops.tasks.exams.evaluation import Evaluation
-from slmops.tasks.exams.length_sweep import LengthFigures, Steadiness
+from slmops.tasks.exams.length_sweep import LengthFigures, LengthSweep
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.verdict.gate import GateCheck, GateVerdict, judge, thresholds_for
@@ -61,10 +61,10 @@ def evaluation(**figures: Any) -> Evaluation:
     return Evaluation(**values | figures)
 
 
-def exercise(runtime: str = "genai", growth: Estimate | None = None, **edge: Any) -> Exercise:
+def endurance(runtime: str = "genai", growth: Estimate | None = None, **edge: Any) -> Endurance:
     outcome = {"name": "emoji", "outcome": "answered", "detail": "ok", "prompt_tokens": 9, "alive": True} | edge
     memory = growth and MemoryGrowth(rss_bytes=(1,) * 48, warmup_requests=16, bytes_per_request=growth)
-    return Exercise.model_validate(
+    return Endurance.model_validate(
         {
             "runtime": runtime,
             "memory": memory,
@@ -76,13 +76,13 @@ def exercise(runtime: str = "genai", growth: Estimate | None = None, **edge: Any
     )
 
 
-def steadiness(**figures: Any) -> Steadiness:
+def length_sweep(**figures: Any) -> LengthSweep:
     lengths = [
         LengthFigures(prompt_tokens=length, ttft_ms=length / 10, token_generation_throughput_tps=40, valid=True)
         for length in (32, 64, 128)
     ]
     values = {"lengths": lengths, "ttft_scaling_exponent": None, "worst_cliff_ratio": 1.1}
-    return Steadiness.model_validate(values | {"worst_cliff_prompt_tokens": 128, "notes": ()} | figures)
+    return LengthSweep.model_validate(values | {"worst_cliff_prompt_tokens": 128, "notes": ()} | figures)
 
 
 def check_of(verdict: GateVerdict, name: str) -> GateCheck:
@@ -215,27 +215,27 @@ def test_a_template_that_a_runtime_renders_otherwise_fails() -> None:
 def test_growing_memory_fails_only_beyond_its_interval(runtime: str) -> None:
     sure = Estimate(value=100_000, low=90_000, high=110_000)
     unsure = Estimate(value=100_000, low=-20_000, high=220_000)
-    (check,) = judge(evaluation(), INT8, exercises=[exercise(runtime, sure)]).failed_checks
+    (check,) = judge(evaluation(), INT8, endurance=[endurance(runtime, sure)]).failed_checks
     assert (check.name, check.value) == (f"memory_growth_{runtime}", 100_000)
-    verdict = judge(evaluation(), INT8, exercises=[exercise(runtime, unsure)])
+    verdict = judge(evaluation(), INT8, endurance=[endurance(runtime, unsure)])
     assert verdict.passed
     assert not check_of(verdict, f"memory_growth_{runtime}").decided
-    assert judge(evaluation(), INT8, exercises=[exercise(runtime)]).passed
+    assert judge(evaluation(), INT8, endurance=[endurance(runtime)]).passed
 
 
 @pytest.mark.parametrize("edge", [{"outcome": "crashed"}, {"alive": False}])
 def test_an_input_that_ends_in_a_crash_fails(edge: dict[str, Any]) -> None:
-    (check,) = judge(evaluation(), INT8, exercises=[exercise("foundry", **edge)]).failed_checks
+    (check,) = judge(evaluation(), INT8, endurance=[endurance("foundry", **edge)]).failed_checks
     assert (check.name, check.detail) == ("edge_input_foundry", "emoji")
-    assert judge(evaluation(), INT8, exercises=[exercise("foundry", outcome="refused")]).passed
+    assert judge(evaluation(), INT8, endurance=[endurance("foundry", outcome="refused")]).passed
 
 
 def test_a_cliff_and_a_length_without_an_answer_fail() -> None:
-    assert judge(evaluation(), INT8, steadiness=steadiness()).passed
-    (check,) = judge(evaluation(), INT8, steadiness=steadiness(worst_cliff_ratio=4.5)).failed_checks
+    assert judge(evaluation(), INT8, length_sweep=length_sweep()).passed
+    (check,) = judge(evaluation(), INT8, length_sweep=length_sweep(worst_cliff_ratio=4.5)).failed_checks
     assert (check.name, check.detail) == ("steadiness", "at 128 prompt tokens")
     broken = LengthFigures(prompt_tokens=256, ttft_ms=1, token_generation_throughput_tps=40, valid=False)
-    (check,) = judge(evaluation(), INT8, steadiness=steadiness(lengths=[broken])).failed_checks
+    (check,) = judge(evaluation(), INT8, length_sweep=length_sweep(lengths=[broken])).failed_checks
     assert (check.name, check.detail) == ("valid_lengths", "256 tokens")
 
 
