@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import psutil
 from platformdirs import user_cache_path, user_data_path
@@ -332,7 +332,7 @@ def _is_ours(name: str) -> bool:
     return name.upper().startswith(ENVIRONMENT_PREFIX)
 
 
-def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]:
+def describe_settings(settings: Settings) -> Iterator[tuple[str, object, str, str]]:
     """Yield (variable, value, source, description) of each setting; secrets come masked."""
     files = _secret_files()
     for name, field in Settings.model_fields.items():
@@ -346,7 +346,7 @@ def describe_settings(settings: Settings) -> Iterator[tuple[str, Any, str, str]]
 
 def _described(
     location: tuple[str, ...], value: object, description: str | None, files: Mapping[str, str]
-) -> tuple[str, Any, str, str]:
+) -> tuple[str, object, str, str]:
     variable = _variable(location)
     shown = str(value) if isinstance(value, Path | SecretStr) else value
     source = "default"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @asks_for(DeployParameters)
 def deploy(
-    parameters: dict[str, Any],
+    parameters: dict[str, object],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end.")] = False,
     log_level: LogLevel = None,
     as_json: Json = False,
@@ -58,7 +58,7 @@ def recipes(as_json: Json = False) -> None:
         print_table("Recipes", found)
 
 
-def deploy_checkpoint(parameters: dict[str, Any], *, as_json: bool) -> None:
+def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
     """Run the flow `deploy`, tell what it did, and end with its exit status."""
     from slmops.deployments.server.environment import begin_embedded_server
 

@@ -46,7 +46,7 @@ def asks_for(record: type) -> Callable[[Callable[..., None]], Callable[..., None
         own = [_by_name(option) for option in list(inspect.signature(command).parameters.values())[1:]]
 
         @wraps(command)
-        def with_options(**values: Any) -> None:
+        def with_options(**values: object) -> None:
             command(_parameters(fields, values), **{option.name: values[option.name] for option in own})
 
         options = [*_options(fields), *own]
@@ -82,7 +82,7 @@ def _option(field: Declared) -> inspect.Parameter:
     return _in_signature(field.name, kind, typer.Option(name, metavar=said.metavar, help=text), default)
 
 
-def _asked(field: Declared) -> tuple[Any, Any]:
+def _asked(field: Declared) -> tuple[object, object]:
     """Return an option's type and default. Choices are texts here: the request names one that is unknown."""
     if field.parameter.switch is not None:
         return bool, False
@@ -91,14 +91,14 @@ def _asked(field: Declared) -> tuple[Any, Any]:
     return str if get_origin(field.type) is Literal else field.type, field.default
 
 
-def _in_signature(name: str, kind: Any, info: Any, default: Any) -> inspect.Parameter:
+def _in_signature(name: str, kind: object, info: object, default: object) -> inspect.Parameter:
     given = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=Annotated[kind, info])
 
 
-def _parameters(fields: Sequence[Declared], values: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(fields: Sequence[Declared], values: Mapping[str, Any]) -> dict[str, object]:
     """Return the flow's parameters that the options' values make."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for field in fields:
         said = field.parameter
         if said.key:
@@ -112,7 +112,7 @@ def _parameters(fields: Sequence[Declared], values: Mapping[str, Any]) -> dict[s
     return found
 
 
-def _values_of_keys(option: str, pairs: Pairs, keys: Sequence[Declared]) -> dict[str, Any]:
+def _values_of_keys(option: str, pairs: Pairs, keys: Sequence[Declared]) -> dict[str, object]:
     what = option.replace("_", " ")
     kinds = {key.name: get_args(key.type)[0] for key in keys}
     found = {}

@@ -3,7 +3,7 @@
 All of it is imported where a command needs it: without that, `slmops --help` takes half the time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -54,7 +54,7 @@ def prepared(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def run_flow(name: str, parameters: dict[str, Any], server: "EmbeddedServer | None" = None) -> Any:
+def run_flow(name: str, parameters: Mapping[str, object], server: "EmbeddedServer | None" = None) -> Any:
     """Run a flow in this process, show its stages, and return its report, also where the run ended as failed.
 
     `server` is one that has begun its start already. Raises the error that ended the run.

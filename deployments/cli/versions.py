@@ -109,7 +109,7 @@ def show(reference: Reference, as_json: Json = False) -> None:
     print_table("Variants (says its origin)" if version.says_origin else "Variants", statuses)
 
 
-def _last_deploy(version: "Version") -> dict[str, Any]:
+def _last_deploy(version: "Version") -> dict[str, object]:
     """Return the record of the last deploy as it is stored, and when it was recorded."""
     from slmops.infra.storage.evidence import DEPLOY
 

@@ -1,11 +1,15 @@
 """What `slmops up` has a Prefect server do by itself: deploy on an event, send notices, find lost runs."""
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from slmops.deployments.server.work_pool import TAG
 from slmops.events import CHECKPOINT_READY
 from slmops.infra.settings import Settings
+
+if TYPE_CHECKING:
+    from prefect.automations import Automation
 
 REGRESSION = "slmops.benchmark.regression"
 OF_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
@@ -26,7 +30,7 @@ FAILED = ("Failed", "Crashed", "Rejected", "TimedOut")
 ENDED = (*FAILED, "Completed", "Cancelled", "Paused", "Suspended")
 
 
-def automations(deploy_id: Any, webhook_block_id: Any | None) -> list[Any]:
+def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automation"]:
     """Return the automations, ready to be created; those that post notices only where there is a webhook."""
     from prefect.automations import Automation, CallWebhook, ChangeFlowRunState, EventTrigger, Posture, RunDeployment
     from prefect.client.schemas.objects import StateType

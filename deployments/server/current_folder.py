@@ -41,11 +41,11 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-def _empty_files(module: Any) -> None:
+def _empty_files(module: ModuleType) -> None:
     settings = module.PrefectBaseSettings
     sources_of = settings.settings_customise_sources.__func__
 
-    def settings_customise_sources(cls: Any, *given: Any, **named: Any) -> tuple[Any, ...]:
+    def settings_customise_sources(cls: type, /, *given: object, **named: object) -> tuple[Any, ...]:
         sources: tuple[Any, ...] = sources_of(cls, *given, **named)
         for source in sources:  # all of them stay: pydantic warns of one that is left out
             if isinstance(source, module.FilteredDotEnvSettingsSource):

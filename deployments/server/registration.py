@@ -1,15 +1,19 @@
 """What `slmops up` makes known to a Prefect server: the deployments of `prefect.yaml`, and those of each pool."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from slmops.deployments.server.work_pool import TAG
 from slmops.infra.errors import BadInput
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.schedules import Schedule
 
 PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
 
@@ -35,7 +39,7 @@ def read_deployments(path: Path = PREFECT_FILE) -> list[dict[str, Any]]:
         raise BadInput(f"{path} cannot be read: {error}.", "Correct it, or install slmops again.") from None
 
 
-def full_name(entry: dict[str, Any]) -> str:
+def full_name(entry: Mapping[str, object]) -> str:
     """Return the name that Prefect's API knows a deployment by: flows and their deployments share their names."""
     return f"{entry.get('flow', entry['name'])}/{entry['name']}"
 
@@ -86,7 +90,7 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
     return done
 
 
-def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> Any:
+def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> "RunnerDeployment":
     """Return Prefect's deployment of an entry of prefect.yaml; raises `BadInput` for a schedule that is not valid."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig
     from prefect.deployments.runner import RunnerDeployment
@@ -115,7 +119,7 @@ def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> Any:
     return deployment
 
 
-def schedule_of(schedule: dict[str, Any], name: str) -> Any:
+def schedule_of(schedule: dict[str, Any], name: str) -> "Schedule":
     """Return Prefect's schedule; raises `BadInput` for a cron or a time zone that is not valid."""
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.schedules import Cron

@@ -1,13 +1,18 @@
 """What `slmops up --check` says: server, work pool, workers, deployments, schedules."""
 
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import httpx
 from pydantic import BaseModel, ConfigDict
 
 from slmops.deployments.server.access import authorization
 from slmops.deployments.server.registration import full_name
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 TIMEOUT_S = 10.0
 
@@ -67,7 +72,7 @@ def is_open(url: str) -> bool:
         return False
 
 
-def check_running(url: str | None, pool: str, entries: list[dict[str, Any]]) -> Running:
+def check_running(url: str | None, pool: str, entries: Sequence[Mapping[str, object]]) -> Running:
     """Ask the server of Prefect's settings, at `url`, for all that `slmops up` starts; nothing is changed."""
     from prefect.client.orchestration import get_client
 
@@ -84,7 +89,7 @@ def check_running(url: str | None, pool: str, entries: list[dict[str, Any]]) -> 
     return Running(ok=all(check.ok for check in checks), api_url=url, checks=tuple(checks))
 
 
-def _check_pool(client: Any, pool: str) -> list[Check]:
+def _check_pool(client: "SyncPrefectClient", pool: str) -> list[Check]:
     from prefect.exceptions import ObjectNotFound
 
     try:
@@ -108,7 +113,7 @@ def _check_pool(client: Any, pool: str) -> list[Check]:
     ]
 
 
-def _check_deployment(client: Any, entry: dict[str, Any]) -> list[Check]:
+def _check_deployment(client: "SyncPrefectClient", entry: Mapping[str, object]) -> list[Check]:
     from prefect.exceptions import ObjectNotFound
 
     name = full_name(entry)
@@ -140,7 +145,7 @@ def _shown(schedule: Any) -> str:
     return f"{rule} ({schedule.timezone or 'UTC'})"
 
 
-def _next_run(client: Any, deployment_id: Any) -> str | None:
+def _next_run(client: "SyncPrefectClient", deployment_id: UUID) -> str | None:
     from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
@@ -150,4 +155,5 @@ def _next_run(client: Any, deployment_id: Any) -> str | None:
         sort=FlowRunSort.EXPECTED_START_TIME_ASC,
         limit=1,
     )
-    return runs[0].expected_start_time.isoformat(timespec="seconds") if runs else None
+    due = runs[0].expected_start_time if runs else None
+    return due.isoformat(timespec="seconds") if due else None

@@ -6,9 +6,12 @@ docs/catalog.md says what the runtime was seen to do; `slmops.infra.foundry.cata
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import JsonValue
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Json
 
 CATALOG_PATH = "/asset-gallery/v1.0/models"
 PAGE_SIZE = 50  # what the runtime asks for
@@ -44,9 +47,9 @@ class CatalogModel:
         """`NAME:VERSION`."""
         return f"{self.name}:{self.version}"
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> Json:
         """Return the catalog's JSON of the model: what the runtime reads, and nothing that it was not seen to read."""
-        described: dict[str, Any] = {
+        described: Json = {
             "displayName": self.display_name,
             "publisher": self.publisher,
             "inferenceTasks": ["chat-completion"],  # without it no chat session takes the model
@@ -98,7 +101,7 @@ class CatalogQuery:
     page_size: int = PAGE_SIZE
     continuation_token: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the request's JSON, as the runtime writes it."""
         filters = [
             {"field": condition.field, "operator": condition.operator, "values": list(condition.values)}
@@ -168,7 +171,7 @@ def find_page(models: Sequence[CatalogModel], query: CatalogQuery) -> tuple[list
     return page, page[-1].model_id if len(rest) > len(page) else None, len(found)
 
 
-def page_document(entries: Sequence[object], token: str | None, count: int, form: str = "value") -> dict[str, Any]:
+def page_document(entries: Sequence[JsonValue], token: str | None, count: int, form: str = "value") -> Json:
     """Return a page's JSON: its entries, the next page's token (None: it is the last), how many there are in all."""
     return {"totalCount": count, form: list(entries), **({"continuationToken": token} if token else {})}
 

@@ -5,10 +5,11 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
+from pydantic import JsonValue
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -28,6 +29,7 @@ from slmops.infra.foundry.catalog import (
     parse_query,
 )
 from slmops.infra.foundry.request_body import TooLarge, bounded_body
+from slmops.infra.records import Json
 
 HEALTH_PATH = "/health"
 LARGEST_REQUEST_BYTES = 1 << 20
@@ -100,7 +102,7 @@ async def _tell(request: Request, error: Exception) -> Response:
 _HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys((HTTPException, TooLarge, SlmopsError, Exception), _tell)
 
 
-async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None") -> dict[str, Any]:
+async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None") -> Json:
     token = query.continuation_token or ""
     if token.startswith(_UPSTREAM_PREFIX):
         return await _upstream_page(replace(query, continuation_token=token[len(_UPSTREAM_PREFIX) :]), ours, other)
@@ -110,9 +112,7 @@ async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Up
     return page_document([model.entry() for model in page], next_token, count)
 
 
-async def _upstream_page(
-    query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None"
-) -> dict[str, Any]:
+async def _upstream_page(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None") -> Json:
     outward = outward_query(query, ours)
     answer = await other.ask(outward) if other and outward else None
     if answer is None:
@@ -123,13 +123,13 @@ async def _upstream_page(
     return page_document(foreign, f"{_UPSTREAM_PREFIX}{token}" if token else None, len(ours) + len(foreign), form)
 
 
-def _name_of(entry: object) -> Any:
+def _name_of(entry: object) -> object:
     properties = entry.get("properties") if isinstance(entry, dict) else None
     named = properties if isinstance(properties, dict) else entry
     return named.get("name") if isinstance(named, dict) else None
 
 
-def _json(document: dict[str, object], status: int = 200) -> Response:
+def _json(document: Mapping[str, object], status: int = 200) -> Response:
     return Response(json.dumps(document), status, media_type="application/json")
 
 
@@ -149,7 +149,7 @@ class _Upstream:
     def may_be_asked(self) -> bool:
         return time.monotonic() >= self._rests_until
 
-    async def ask(self, query: CatalogQuery) -> tuple[str, list[Any], str | None] | None:
+    async def ask(self, query: CatalogQuery) -> tuple[str, list[JsonValue], str | None] | None:
         """Return (the key of the entries, the entries, the next page's token), or None while it cannot be asked."""
         import httpx
 
@@ -177,7 +177,7 @@ class _Upstream:
         return answer
 
 
-def _read_answer(body: bytes) -> tuple[str, list[Any], str | None]:
+def _read_answer(body: bytes) -> tuple[str, list[JsonValue], str | None]:
     document = json.loads(body, parse_constant=_refuse_constant)
     for form in ("value", "summaries"):  # the runtime reads either
         entries = document.get(form) if isinstance(document, dict) else None
@@ -187,5 +187,5 @@ def _read_answer(body: bytes) -> tuple[str, list[Any], str | None]:
     raise ValueError("its answer has no list of models")
 
 
-def _refuse_constant(text: str) -> Any:
+def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"its answer is not JSON: {text}")

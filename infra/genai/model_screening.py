@@ -211,7 +211,7 @@ def _genai_config(path: Path) -> _GenaiConfig:
         raise _refusal(f"{GENAI_CONFIG} is not valid: {str(error).rstrip('.')}") from None
 
 
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
     section = dict(pairs)
     if len(section) != len(pairs):
         raise ValueError("it has an entry twice")
@@ -280,7 +280,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 def _check_tokenizer_config(name: str, path: Path) -> None:
     """Refuse what transformers would take classes or files from."""
     try:
-        todo: list[Any] = [json.loads(path.read_text("utf-8"))]
+        todo: list[object] = [json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(f"{name} is not valid JSON: {str(error).rstrip('.')}") from None
     while todo:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import Call, Progress
@@ -15,7 +14,7 @@ SPLIT = "train"
 ONLINE = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
 
 
-def read_hf_dataset(name: str, settings: Settings) -> list[dict[str, Any]]:
+def read_hf_dataset(name: str, settings: Settings) -> list[dict[str, object]]:
     """Return the rows of a dataset's split `train`, as they are; raises `BadInput` where there is no such dataset."""
     local = Path(name).expanduser().is_dir()
     with work_folder(settings) as work:

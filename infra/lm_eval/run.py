@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.lm_eval.calls import RunTasks, TaskMetric, TaskResults
@@ -92,7 +92,7 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
 
     refused: list[str] = []
 
-    def refuse(name: str, *_: object, **__: object) -> Any:
+    def refuse(name: str, *_: object, **__: object) -> NoReturn:
         refused.append(name)
         raise _foreign_metric(name)
 

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -58,7 +57,7 @@ def check_task_folder(folder: Path, *, allow_code: bool) -> None:
         waiting += [path.parent / name for name in _strings(_included(content))]
 
 
-def _included(content: object) -> Any:
+def _included(content: object) -> object:
     return content.get("include") if isinstance(content, dict) else None
 
 
@@ -97,7 +96,7 @@ def digest_of_task_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, *, allow_code: bool) -> Any:
+def _read(path: Path, *, allow_code: bool) -> object:
     try:
         text = path.read_bytes().decode()
         for event in [] if allow_code else yaml.parse(text, _DataLoader):
@@ -137,7 +136,7 @@ def _is_of_lm_eval(path: Path) -> bool:
     return any(path.is_relative_to(Path(root).resolve()) for root in roots)
 
 
-def _values_of(key: str, content: object) -> Iterator[Any]:
+def _values_of(key: str, content: object) -> Iterator[object]:
     """Yield the values of a key, however deep: a group's file may define its tasks inside."""
     if isinstance(content, dict):
         for name, value in content.items():

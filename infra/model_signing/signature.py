@@ -99,7 +99,7 @@ def _signed_folder(parent: Path, manifest_bytes: bytes) -> Path:
     return folder
 
 
-def _claims(signature: Mapping[str, Any]) -> tuple[Any, Any]:
+def _claims(signature: Mapping[str, Any]) -> tuple[object, object]:
     """Return the fingerprint of the key that a bundle names and the files that it says were signed; both unproven."""
     try:
         signer = signature["verificationMaterial"]["publicKey"]["hint"]

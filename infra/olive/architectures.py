@@ -1,7 +1,5 @@
 """Which checkpoints can be built correctly: a plain reading of config.json."""
 
-from typing import Any
-
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Json
 
@@ -60,5 +58,5 @@ def _check_rope(architecture: str, config: Json) -> None:
         )
 
 
-def _value(section: object, key: str) -> Any:
+def _value(section: object, key: str) -> object:
     return section.get(key) if isinstance(section, dict) else None

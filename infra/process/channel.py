@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -73,7 +73,7 @@ class Channel:
         speaks: bool = True,
     ) -> None:
         with contextlib.ExitStack() as stack:
-            log: Any = subprocess.DEVNULL
+            log: int | IO[bytes] = subprocess.DEVNULL
             if log_path:
                 log_path.parent.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context(log_path.open("ab"))
@@ -146,7 +146,7 @@ class Channel:
         self._close(self._process.stdout)
         return status
 
-    def _close(self, stream: Any) -> None:
+    def _close(self, stream: IO[bytes] | None) -> None:
         if stream:
             with contextlib.suppress(OSError):
                 stream.close()

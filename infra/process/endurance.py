@@ -13,9 +13,10 @@ import traceback
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
 import psutil
+from pydantic import JsonValue
 
 from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.process.call import Call, Progress
@@ -139,7 +140,7 @@ def _soak(
     journal.write({"rss_bytes": [*rss_bytes]})
 
 
-def _outcome(name: str, outcome: str, detail: str, **further: Any) -> Json:
+def _outcome(name: str, outcome: str, detail: str, **further: JsonValue) -> Json:
     return {"name": name, "outcome": outcome, "detail": detail, **further}
 
 

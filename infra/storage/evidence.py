@@ -38,7 +38,7 @@ class Kind(Generic[T]):
     def _adapter(self) -> TypeAdapter[T]:
         return TypeAdapter(self.record)
 
-    def to_content(self, value: T, beside: Mapping[str, object] | None = None) -> dict[str, Any]:
+    def to_content(self, value: T, beside: Mapping[str, object] | None = None) -> dict[str, object]:
         """Return the JSON object that is stored of a record, with what stands `beside` it."""
         # What is JSON already stays as it is, so that a figure that is no number is refused where it is written.
         content = value if isinstance(value, dict) else self._adapter.dump_python(value, mode="json", by_alias=True)
@@ -55,7 +55,7 @@ class Recorded(Generic[T_co]):
 
     at: str
     value: T_co
-    content: Mapping[str, Any]
+    content: Mapping[str, object]
 
 
 class Envelope(BaseModel):

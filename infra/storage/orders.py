@@ -6,9 +6,9 @@ Keys: `work/<32 hex>/order.json` and `work/<32 hex>/<attempt>.json`. The machine
 import json
 import re
 import uuid
-from typing import Any
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Json
 from slmops.infra.storage.registry import ModelRegistry
 
 FOLDER = "work"
@@ -22,7 +22,7 @@ def give_order(registry: ModelRegistry, order: dict[str, object]) -> str:
     return order_id
 
 
-def read_order(registry: ModelRegistry, order_id: str) -> dict[str, Any]:
+def read_order(registry: ModelRegistry, order_id: str) -> Json:
     """Return an order; raises `BadInput` where this machine's store does not have it."""
     if not re.fullmatch(r"[0-9a-f]{32}", order_id):
         raise BadInput(f"{order_id!r} is not the id of an order.", "Only a deploy gives orders.")
@@ -40,7 +40,7 @@ def hand_back(registry: ModelRegistry, order_id: str, attempt: str, result: dict
     registry.objects.put_bytes(_key(order_id, attempt), json.dumps(result).encode())
 
 
-def take_back(registry: ModelRegistry, order_id: str, attempt: str) -> dict[str, Any] | None:
+def take_back(registry: ModelRegistry, order_id: str, attempt: str) -> Json | None:
     """Return what an attempt handed back, or None."""
     try:
         return dict(json.loads(registry.objects.read_bytes(_key(order_id, attempt))))

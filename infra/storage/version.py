@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from slmops.infra.storage.registry import ModelRegistry
 
 T = TypeVar("T")
-Where = Callable[[Mapping[str, Any]], bool]
+Where = Callable[[Mapping[str, object]], bool]
 
 
 def always(_: Mapping[str, object]) -> bool:

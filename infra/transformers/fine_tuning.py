@@ -156,7 +156,7 @@ def _trainer(
         def on_log(self, args: object, state: object, control: object, logs: dict[str, float], **_: object) -> None:
             self.loss = logs.get("loss", self.loss)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: object, state: Any, control: object, **_: object) -> None:
             loss = "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
             progress(
                 state.global_step, state.max_steps, f"training: step {state.global_step} of {state.max_steps}{loss}"

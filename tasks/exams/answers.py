@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
@@ -213,7 +212,7 @@ def last_evaluation_set(version: Version) -> EvaluationSet | None:
 
     Raises `BadInput` when they cannot be read: then another version of slmops has recorded them.
     """
-    record = version.latest(Kind(EVALUATION.name, dict[str, Any]))
+    record = version.latest(Kind(EVALUATION.name, dict[str, object]))
     if record is None:
         return None
     fields = {name: record[name] for name in EvaluationSet.model_fields if name in record}

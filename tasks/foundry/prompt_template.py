@@ -197,7 +197,7 @@ def generation_defaults(
 
 def inference_model(
     model_id: str, version: int, description: str, prompt_template: PromptTemplate, defaults: GenerationDefaults
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the content of `inference_model.json`."""
     return {
         "Name": model_id,

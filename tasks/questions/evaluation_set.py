@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from slmops.infra.errors import BadInput
 from slmops.infra.reference.answers import RowId
@@ -162,7 +163,7 @@ def _parse_row(path: Path, number: int, line: str, scorer: Scorer | None) -> Eva
     return row
 
 
-def _fault(fault: Any) -> str:
+def _fault(fault: ErrorDetails) -> str:
     where = ".".join(str(part) for part in fault["loc"] if part not in {"int", "str", "constrained-str"})
     if fault["type"] == "missing":
         return f"`{where}` is missing"

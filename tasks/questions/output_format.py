@@ -20,7 +20,7 @@ from slmops.tasks.questions.strict_json import parse_json, shorten
 MAX_SCHEMA_BYTES = 1_000_000
 MAX_FAULT_CHARACTERS = 200
 # A schema that refers to itself without end does so on one of these.
-_PROBES: tuple[Any, ...] = ({}, [], "", 0, True, None)
+_PROBES: tuple[object, ...] = ({}, [], "", 0, True, None)
 
 
 class OutputFormat(BaseModel):
@@ -139,12 +139,12 @@ def _schema_check(output_format: OutputFormat) -> Callable[[str], str | None]:
 # `unevaluatedProperties` beside `patternProperties`, which is refused.
 
 
-def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
+def _pattern(validator: Any, pattern: str, instance: Any, schema: object) -> Iterator[ValidationError]:
     if validator.is_type(instance, "string") and not is_found(pattern, instance):
         yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
 
-def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: object) -> Iterator[ValidationError]:
     if validator.is_type(instance, "object"):
         for pattern, subschema in patterns.items():
             for key, value in instance.items():

@@ -233,7 +233,7 @@ def parse_scorer_text(text: str) -> Scorer:
         ) from None
 
 
-def _dump_scorer(scorer: Scorer) -> str | dict[str, Any]:
+def _dump_scorer(scorer: Scorer) -> str | dict[str, object]:
     """The name alone where no option differs from its default: what means the same is written the same."""
     options = scorer.model_dump(exclude_defaults=True)
     return {"name": scorer.name, **options} if options else scorer.name

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 
 def parse_json(text: str) -> Any:
@@ -28,7 +28,7 @@ class _RefusedError(ValueError):
     pass
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -37,7 +37,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     return content
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise _RefusedError(f"{name} is not JSON")
 
 

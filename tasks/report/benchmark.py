@@ -1,7 +1,6 @@
 """The report of the flow `benchmark`: what a stored version's fresh measurement says beside its earlier ones."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
@@ -77,7 +76,7 @@ class BenchmarkReport(_Record):
             parts.append(f"not measured: {', '.join(self.failed)}")
         return f"{self.reference} {'; '.join(parts)}."
 
-    def to_contract(self) -> dict[str, Any]:
+    def to_contract(self) -> dict[str, object]:
         """Return the JSON document of `slmops benchmark --json`."""
         return {"reference": self.reference, "regressed": self.regressed, **self.model_dump(mode="json")}
 

@@ -4,7 +4,6 @@ import base64
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
@@ -66,7 +65,7 @@ def image_data(plot: Plot) -> str:
     return f"data:image/png;base64,{base64.b64encode(plot.png).decode()}"
 
 
-def _artifact_rows(report: DeployReport) -> list[dict[str, Any]]:
+def _artifact_rows(report: DeployReport) -> list[dict[str, object]]:
     return [dict(row) for row in variant_rows(report)]
 
 

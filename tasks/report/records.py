@@ -1,6 +1,6 @@
 """What a deploy did, as a record; the other modules of this package show it."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -109,7 +109,7 @@ class DeployReport(BaseModel):
         """`NAME@VERSION`, or `NAME` when no version came of it."""
         return f"{self.name}@{self.version}" if self.version else self.name
 
-    def to_contract(self) -> dict[str, Any]:
+    def to_contract(self) -> dict[str, object]:
         """Return the JSON document of `slmops deploy --json`."""
         return self.model_dump(mode="json")
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
 Record = TypeVar("Record")
 Result = TypeVar("Result")
@@ -33,8 +33,8 @@ class Declared:
     """A field of a record: its type, its default (`MISSING` where it is required), and what is said of it."""
 
     name: str
-    type: Any
-    default: Any
+    type: object
+    default: object
     parameter: Parameter
 
 

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from jinja2 import TemplateSyntaxError
@@ -41,9 +40,9 @@ class DeployRequest(DeployParameters):
                 code="parameter-not-valid",
             ) from None
 
-    def given(self, names: Set[str]) -> dict[str, Any]:
+    def given(self, names: Set[str]) -> dict[str, object]:
         """Return those of the named parameters that are not left at their defaults, as JSON can hold them."""
-        found: dict[str, Any] = REQUEST.dump_python(self, mode="json", include=set(names), exclude_defaults=True)
+        found: dict[str, object] = REQUEST.dump_python(self, mode="json", include=set(names), exclude_defaults=True)
         return found
 
     def checked(self) -> "DeployRequest":

@@ -2,10 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 from uuid import UUID
 
 import httpx
@@ -30,7 +29,7 @@ class Job:
     """One flow run that is wanted: its name and its parameters."""
 
     name: str
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class _Watch:
         self._heard_at = time.monotonic()
         return runs
 
-    def look_at_workers(self, client: SyncPrefectClient, runs: Any) -> None:
+    def look_at_workers(self, client: SyncPrefectClient, runs: Collection[FlowRun]) -> None:
         now = time.monotonic()
         if now - self._looked_at < TELL_INTERVAL_S:
             return

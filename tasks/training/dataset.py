@@ -1,8 +1,8 @@
 """The dataset of a fine-tuning: chats with their answers, read from JSON Lines, checked, and known by a fingerprint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
@@ -42,7 +42,7 @@ class TrainingRow(_Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _expected_is_the_answer(cls, row: object) -> Any:
+    def _expected_is_the_answer(cls, row: object) -> object:
         if isinstance(row, dict) and "expected" in row and isinstance(row.get("messages"), list):
             return {"messages": [*row["messages"], {"role": "assistant", "content": row["expected"]}]}
         return row
@@ -111,7 +111,7 @@ def _read_file(path: Path, text: str) -> list[TrainingRow]:
         ) from error
 
 
-def _parsed(text: str, unit: str, found: Any) -> list[TrainingRow]:
+def _parsed(text: str, unit: str, found: Iterable[tuple[int, object]]) -> list[TrainingRow]:
     rows: list[TrainingRow] = []
     faults: list[str] = []
     for number, value in found:

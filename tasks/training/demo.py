@@ -153,10 +153,10 @@ def smart_home_dataset(seed: int) -> tuple[list[Row], list[Row]]:
     )
 
 
-def output_schema() -> dict[str, Any]:
+def output_schema() -> dict[str, object]:
     """Return the JSON Schema of the answers: one kind of object per intent."""
 
-    def value_of(value: str) -> dict[str, Any]:
+    def value_of(value: str) -> dict[str, object]:
         if not value.startswith("{"):
             return {"const": value}
         return {"enum": [_machine_value(spoken) for spoken in SLOTS[value[1:-1]]]}

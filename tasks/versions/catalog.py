@@ -4,7 +4,6 @@ import json
 import logging
 import threading
 import time
-from typing import Any
 
 from slmops.infra.errors import PassingFault
 from slmops.infra.foundry.catalog import CatalogModel
@@ -117,7 +116,7 @@ def _context_length(variant: Variant) -> int | None:
     return length if isinstance(length, int) and not isinstance(length, bool) and length > 0 else None
 
 
-def _stored_json(variant: Variant, path: str) -> Any:
+def _stored_json(variant: Variant, path: str) -> object:
     file = next((file for file in variant.files if file.path == path), None)
     if file is None:
         return None

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from slmops.infra.errors import SlmopsError, StageFailed
 from slmops.infra.foundry.server_client import RunningServer
@@ -15,7 +14,7 @@ from slmops.tasks.versions.change import Change
 class Undo:
     """What has to be done to put everything back, one step before each change that it undoes."""
 
-    steps: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
+    steps: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
 
     def add(self, what: str, step: Callable[[], object]) -> None:
         """Add a step; it may run although its change was made in part or not at all."""

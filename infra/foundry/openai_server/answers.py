@@ -5,7 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx
 from starlette.requests import ClientDisconnect, Request
@@ -97,7 +97,7 @@ class Relay(StreamingResponse):
 
 
 async def _passed_on(upstream: httpx.Response, counted: CountedRequest, *, keep_usage: bool) -> AsyncIterator[bytes]:
-    usage: Mapping[str, Any] = {}
+    usage: Mapping[str, object] = {}
     is_first = True
     try:
         async for event in _events(upstream):
@@ -126,13 +126,13 @@ async def _events(upstream: httpx.Response) -> AsyncIterator[bytes]:
         yield rest
 
 
-def _usage_of_event(event: bytes) -> Mapping[str, Any]:
+def _usage_of_event(event: bytes) -> Mapping[str, object]:
     if b'"usage"' not in event or not event.startswith(b"data: {"):
         return {}
     with contextlib.suppress(ValueError):
         document = json.loads(event[len(b"data: ") :])
         if not document.get("choices") and isinstance(document.get("usage"), dict):
-            usage: Mapping[str, Any] = document["usage"]
+            usage: Mapping[str, object] = document["usage"]
             return usage
     return {}
 
@@ -141,7 +141,7 @@ def _has_text(event: bytes) -> bool:
     return b'"content":"' in event and b'"content":""' not in event
 
 
-def usage_of(content: bytes) -> Mapping[str, Any]:
+def usage_of(content: bytes) -> Mapping[str, object]:
     """Return the tokens that an answer tells."""
     with contextlib.suppress(ValueError, AttributeError):
         return json.loads(content).get("usage") or {}

@@ -5,7 +5,6 @@ Foundry's web service answers to exact ids only, checks nobody and has no queue.
 
 import time
 from contextlib import AsyncExitStack
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -129,5 +128,5 @@ class _Front:
         return Response(content, media_type="application/json")
 
 
-def _model(model_id: str) -> dict[str, Any]:
+def _model(model_id: str) -> dict[str, object]:
     return {"id": model_id, "object": "model", "created": 0, "owned_by": "slmops"}

@@ -42,7 +42,7 @@ def checked_chat(body: Mapping[str, object]) -> tuple[str, bool]:
     return model, bool((options or {}).get("include_usage"))
 
 
-def for_runtime(body: Mapping[str, Any], running: RunningModel) -> dict[str, Any]:
+def for_runtime(body: Mapping[str, Any], running: RunningModel) -> dict[str, object]:
     """Return a checked request as the runtime takes it: the exact model, usage always, no control tokens in texts."""
     control_tokens = running.placed.control_tokens
     sent = {**body, "model": running.served.model_id}
@@ -63,7 +63,7 @@ def room_for_answer(refused: Refused, body: Mapping[str, object]) -> int | None:
     return room if room > 0 else None
 
 
-def _without_control_tokens(message: Mapping[str, object], control_tokens: tuple[str, ...]) -> dict[str, Any]:
+def _without_control_tokens(message: Mapping[str, object], control_tokens: tuple[str, ...]) -> dict[str, object]:
     """Break what the tokenizer would take for a control token: a text must not end its turn or open another's."""
     content = message.get("content")
     if isinstance(content, str):

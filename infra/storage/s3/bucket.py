@@ -46,7 +46,7 @@ class Bucket:
         """The connection, which is made when it is first asked for."""
         client = make_client(self._settings)
 
-        def add_checksum(params: dict[str, Any], **_: Any) -> Any:
+        def add_checksum(params: dict[str, Any], **_: object) -> Any:
             digests = self.part_digests.get(params["Key"])
             return {**params, "ChecksumSHA256": digests[params.get("PartNumber", 1) - 1]} if digests else params
 

@@ -12,7 +12,7 @@ class Told:
         self._on_bytes = on_bytes
         self._size_bytes = size_bytes
 
-    def on_queued(self, future: Any, **_: Any) -> None:
+    def on_queued(self, future: Any, **_: object) -> None:
         if self._size_bytes is not None:  # known from the manifest: it need not be asked for
             future.meta.provide_transfer_size(self._size_bytes)
 
