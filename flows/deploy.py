@@ -51,7 +51,7 @@ def deploy(parameters: DeployParameters) -> State[DeployReport]:
 
 
 def ship(request: DeployRequest) -> State[DeployReport]:
-    """Take the journey that is asked for: the stages, in order."""
+    """Run the requested stages in order."""
     shop = workshop()
     check_environment(request.execution_provider, shop.settings)
     recipes = plan_recipes(request)
@@ -80,7 +80,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         whole_model=[recipe.precision for recipe in recipes if recipe.quantizes_at_once],
     )
 
-    with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # a search's, for the version that comes of it
+    with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # a search's, for the version made from it
         built = build_each(request, recipes, prepared, evaluation)
         if not built.variants:
             report = failed_report(request, prepared, evaluation, built.errors)

@@ -1,4 +1,4 @@
-"""What the flows whose runs may end with less than was asked for have in common."""
+"""The failed end of runs that could not do everything that was requested."""
 
 from typing import Any
 
@@ -6,6 +6,6 @@ from slmops.infra.errors import SlmopsError
 
 
 class RunEnded(SlmopsError):
-    """A run that came to its end, and fell short; `report` says what there is."""
+    """A run that finished without the requested result; `report` has what it found."""
 
     report: Any

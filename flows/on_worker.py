@@ -1,7 +1,7 @@
 """The flows `build-variant` and `measure-variant`: a deploy's heavy stages, on any worker of a pool.
 
-All that moves goes through the store: the checkpoint as an input, variants as blobs, figures as evidence, and what is
-asked and handed back as an order (`slmops.infra.storage.orders`).
+All data goes through the store: the checkpoint as an input, variants as blobs, figures as evidence, and requests and
+results as an order (`slmops.infra.storage.orders`).
 """
 
 from prefect import State, flow

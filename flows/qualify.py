@@ -1,4 +1,4 @@
-"""What `deploy` and `regate` share: from a stored version to variants that are judged, registered, proven, chosen."""
+"""The common part of `deploy` and `regate`: a stored version's variants are judged, registered, proven and chosen."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +22,7 @@ from slmops.tasks.workshop import workshop
 
 
 class DeployEnded(RunEnded):
-    """A run that ended with a failed variant, or without one to serve; `report` says what there is."""
+    """A run that ended with a failed variant, or without one to serve; `report` has the details."""
 
     def __init__(self, report: DeployReport) -> None:
         super().__init__(report.summary, "The report names each variant's figures and failures.")
@@ -41,8 +41,8 @@ def qualify(
     """Qualify every variant of a version, choose the one that serves, settle the champion, and publish the report.
 
     `prepared` is the source checkpoint; None where there is none (a model that came as ONNX) or none is needed.
-    `errors` tell, by precision, why variants could not be built. Raises what kept the version from becoming the
-    champion, once the report is published.
+    `errors` say, by precision, why variants could not be built. After the report is published, it raises the error that
+    kept the version from becoming the champion.
     """
     settings, source = workshop().settings, version.manifest.source.digest
     with version.in_use(), sources_in_use(asked.compared_exams, source):

@@ -36,7 +36,7 @@ from slmops.tasks.workshop import in_workshop, workshop
 
 
 class RetrainEnded(RunEnded):
-    """A retrain whose candidate was rejected or could not be built; `report` says what there is."""
+    """A retrain whose candidate was rejected or could not be built; `report` has the details."""
 
     def __init__(self, report: RetrainReport) -> None:
         super().__init__(report.summary, "The candidate's own report names its figures and failures.")

@@ -1,4 +1,4 @@
-"""The flow `rollback`: an earlier version becomes the champion again, in the way of any promotion."""
+"""The flow `rollback`: an earlier version becomes the champion again, by the same steps as a promotion."""
 
 from prefect import State, flow
 

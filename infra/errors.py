@@ -2,11 +2,11 @@
 
 
 class SlmopsError(Exception):
-    """A failure that a user can act on.
+    """A failure that the user can correct.
 
-    `message` is one sentence on what was wrong and what was found; `what_to_do` one on the way out. `code` names the
-    fault for programs and tests, and stays when the sentences are reworded; one that is raised without has its class's.
-    `exit_code` is the command line's exit status for it.
+    `message` is one sentence on what was wrong and what was found; `what_to_do` is one sentence on the remedy. `code`
+    identifies the fault for programs and tests, and does not change when the sentences are reworded. An error that is
+    raised without a code has the code of its class. `exit_code` is the command line's exit status for it.
     """
 
     code = "failed"
@@ -23,20 +23,20 @@ class SlmopsError(Exception):
 
 
 class BadInput(SlmopsError):
-    """The user's input cannot be used as it stands; nothing was written."""
+    """The user's input cannot be used; nothing was written."""
 
     code = "bad-input"
     exit_code = 2
 
 
 class StageFailed(SlmopsError):
-    """A stage did its work and could not finish it."""
+    """A stage started its work and could not finish it."""
 
     code = "stage-failed"
 
 
 class PassingFault(StageFailed):
-    """A stage failed for a reason that may be gone at the next attempt (killed child, lost connection)."""
+    """A stage failed for a reason that may not recur at the next attempt (killed child, lost connection)."""
 
     code = "passing-fault"
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written atomically."""
 
 import os
 import uuid
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
-    """Write a file, or replace it, in one step; its folder is made where it is missing. Text is written in UTF-8.
+    """Write or replace a file in one step, and make its folder if it is missing. Text is written in UTF-8.
 
-    A reader finds the former content or the new one, also after a crash. If several processes write at once, the
-    content of the last one stays, whole. `mode` has the permissions, less the process's umask. Raises `OSError`; the
-    file is then unchanged.
+    A reader finds either the former or the new content, also after a crash. If several processes write at once, the
+    complete content of the last one stays. `mode` is the file's permissions before the process's umask. Raises
+    `OSError`; the file is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that a rename is atomic; of a name that no other process and no other thread has.
+    # In the same folder, so that a rename is atomic; the name is unique to this process and thread.
     aside = path.with_name(f".{uuid.uuid4().hex}.part")
     data = content.encode() if isinstance(content, str) else content
     try:

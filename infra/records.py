@@ -1,4 +1,4 @@
-"""What records have in common: they are whole, of the declared types, and never change."""
+"""The base of records: complete, of the declared types, and immutable."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,6 @@ AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
 class Record(BaseModel):
-    """A record of declared fields and no others. Figures that are not finite survive its way through JSON."""
+    """A record of declared fields and no others. Figures that are not finite survive JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")

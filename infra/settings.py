@@ -286,7 +286,7 @@ class Settings(BaseSettings):
 
     @property
     def cache_dir(self) -> Path:
-        """Work that can be made again: child processes' folders, logs, builds that wait for their version."""
+        """Files that can be made again: child processes' folders, logs, builds that are not in a version yet."""
         return self.home_dir / "cache"
 
     @property
@@ -320,7 +320,7 @@ def load_settings() -> Settings:
 
 
 def _found(fault: ErrorDetails) -> str:
-    # What a misspelled variable or a whole section holds may be a secret.
+    # The value of a misspelled variable or of a whole section may be a secret.
     open_keys = ("uri", "endpoint_url", "addressing_style", "require_signature")
     of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:2] not in tuple((key,) for key in open_keys)
     is_token = fault["loc"][:1] in (("serve",), ("catalog",)) and fault["loc"][1:2] in ((), ("token",))

@@ -1,7 +1,7 @@
-"""All kinds of evidence that a version can have on record: what slmops writes beside a manifest, and reads again.
+"""All kinds of evidence that a version can have: the records that slmops stores for a manifest and reads again.
 
-A kind is declared beside the record that it holds; here is each by its name on disk. Two of one name would read each
-other's records.
+A kind is declared with its record's type; this module lists each by its name on disk. Two kinds of the same name would
+read each other's records.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a deploy would do and take, worked out without writing anything."""
+"""A deploy's plan and estimates, made without writing anything."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,15 +50,15 @@ def parse_request(parameters: dict[str, Any]) -> DeployRequest:
     if "precisions" in parameters:
         parameters = {**parameters, "precisions": check_precisions(parameters["precisions"])}
     request = DeployRequest.of(parameters).checked()
-    foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses some names of its own
+    foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses further names
     return request
 
 
 def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan:
     """Check everything that can be checked before work begins, and estimate the work.
 
-    Raises `BadInput` for whatever would make the deploy fail: names, files, an unsupported or damaged checkpoint, too
-    little memory or disk. A remote checkpoint can be looked at only after it was fetched; the flow does that.
+    Raises `BadInput` for anything that would make the deploy fail: names, files, an unsupported or damaged checkpoint,
+    too little memory or disk. A remote checkpoint can be inspected only after it was fetched; the flow does that.
     """
     open_registry(settings).objects.check()
     if settings.store.require_signature:
@@ -128,7 +128,7 @@ def _rows(request: DeployRequest, folder: Path | None, settings: Settings) -> li
 
 
 def _check_on_hub(repo_id: str, revision: str | None, settings: Settings) -> None:
-    """Fetch the config alone: a model that is not there, or no network, is told before the flow begins."""
+    """Fetch only the config: a missing model or network is reported before the flow begins."""
     with TemporaryDirectory() as aside:  # a refused deploy leaves nothing under the home directory
         elsewhere = settings.model_copy(update={"home": Path(aside)})
         fetch_from_hub(repo_id, revision, elsewhere, files=("config.json", "adapter_config.json"))

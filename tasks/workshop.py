@@ -1,4 +1,4 @@
-"""The workshop: what a run works with, at hand in every stage without being handed on."""
+"""The workshop: a run's settings, registry and child process, available in every stage without being passed on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Workshop:
-    """What a run works with: the settings, the registry, and the process for all of it that imports torch.
+    """A run's settings, registry, and the child process for all work that imports torch.
 
-    `torch_child` None is a process of its own for each call.
+    With `torch_child` None, each call has its own process.
     """
 
     settings: Settings
@@ -29,7 +29,7 @@ class Workshop:
 
     @property
     def torch(self) -> ChildProcess:
-        """The process for what imports torch, where there must be one."""
+        """The process for work that imports torch, when there must be one."""
         assert self.torch_child, "this workshop has no torch process"
         return self.torch_child
 
@@ -54,7 +54,7 @@ def workshop() -> Workshop:
 
 @contextmanager
 def working_in(shop: Workshop) -> Iterator[Workshop]:
-    """Have `workshop` return this one, in this thread and in the stages that it calls."""
+    """Make `workshop` return this one, in this thread and in the stages that it calls."""
     token = _current.set(shop)
     try:
         yield shop
@@ -86,14 +86,14 @@ def in_workshop(flow_function: Callable[P, R]) -> Callable[P, R]:
 
 
 def torch_process(settings: Settings) -> ChildProcess:
-    """Return a process, as a context manager, for all of a run that imports torch: builds, references, templates.
+    """Return a process, as a context manager, for a run's work that imports torch: builds, references, templates.
 
     It starts at its first call.
     """
     environment = {
         # matplotlib, which some of Olive's passes import, keeps a cache of fonts in the user's home otherwise.
         "MPLCONFIGDIR": str(settings.cache_dir / "matplotlib"),
-        # With an arena for each thread that writes a model, glibc kept 50 MB more after every build.
+        # With one arena per writing thread, glibc would keep 50 MB more after every build.
         "MALLOC_ARENA_MAX": "1",
     }
     return ChildProcess(environment)

@@ -1,4 +1,4 @@
-"""The command line `slmops`: its commands, what is set before they run, and how their errors are told."""
+"""The command line `slmops`: its commands, the environment that is set before they run, and the output of errors."""
 
 import gc
 import sys
@@ -26,7 +26,7 @@ from slmops.deployments.cli.running import load_settings, prepared
 from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.files import write_whole
 
-# Typer carries a copy of click of its own, whose names it keeps to itself: the root of its usage errors.
+# Typer contains its own private copy of click: this is the base class of its usage errors.
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 # In the order of `slmops --help`.
@@ -67,7 +67,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "catalog": catalog.catalog,
     "up": up.up,
 }
-# These read the settings and the store alone; all others may import `tasks` and `flows`.
+# These read only the settings and the store; all others may import `tasks` and `flows`.
 LIGHT = {
     "config", "list", "show", "logs", "chat", "foundry-dir", "push", "verify", "ingest", "diff", "sign", "sbom",
     "alias", "tag", "note", "export", "import", "history",
@@ -103,9 +103,9 @@ for name, command in COMMANDS.items():
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command and end with its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    gc.set_threshold(10_000)  # imports make much and drop little: looking for garbage was a tenth of their time
+    gc.set_threshold(10_000)  # imports allocate much and free little: garbage collection took a tenth of their time
     status = run(arguments)
-    gc.freeze()  # at its end the interpreter would look through all that Prefect brought: half a second
+    gc.freeze()  # at exit the interpreter would scan all objects of Prefect, for half a second
     sys.exit(status)
 
 
@@ -121,7 +121,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _told(error: BaseException) -> SlmopsError:
-    """Return what a user is told of an error that ended a command."""
+    """Return the error that the user sees after a command failed."""
     if isinstance(error, SlmopsError):
         return error
     if isinstance(error, UsageError):

@@ -11,7 +11,7 @@ from slmops.tasks.request.parameters import BenchmarkParameters
 @asks_for(BenchmarkParameters)
 def benchmark(parameters: dict[str, Any], log_level: LogLevel = None, as_json: Json = False) -> None:
     """Measure a stored version anew, beside its earlier figures on this machine; run standard benchmarks on it."""
-    version_of(parameters["reference"])  # refuses one that is not there before anything is written
+    version_of(parameters["reference"])  # refuses a missing version before anything is written
     report = run_flow("benchmark", parameters)
     if as_json:
         print_json(report.to_contract())

@@ -14,13 +14,13 @@ MAX_NEW_TOKENS = 512
 
 
 def chat_with(version: Version, settings: Settings) -> None:
-    """Read the user's turns from standard input and print the answers as they come; an empty line ends it.
+    """Read the user's turns from standard input and stream the answers; an empty line ends the chat.
 
-    Raises `BadInput` when no variant of the version is registered, and for one that no runtime may open.
+    Raises `BadInput` if no variant of the version is registered, or if no runtime may open it.
     """
     precision, model_id = _registered_variant(version)
     folder = model_folder(settings.foundry_dir, version.name, precision, version.number)
-    if folder.is_dir():  # an earlier slmops may have registered what is refused today
+    if folder.is_dir():  # an earlier slmops may have registered a model that is refused today
         screen_model(folder)
     messages: list[dict[str, str]] = []
     with FoundryChat(settings.foundry_dir, model_id, log_path=settings.cache_dir / "logs" / "chat.log") as chat:
@@ -44,7 +44,7 @@ def _next_turn() -> str:
 
 
 def _registered_variant(version: Version) -> tuple[str, str]:
-    """Return precision and id of the variant that may serve, or else of the smallest that is registered."""
+    """Return precision and id of the variant that may serve, else of the smallest registered one."""
     ids = {variant.precision: variant.foundry_model_id for variant in version.deployed.variants}
     serving = version.serving
     for precision in ((serving.precision,) if serving else ()) + ("int4", "int8", "fp16", "fp32"):

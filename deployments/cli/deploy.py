@@ -37,7 +37,7 @@ def deploy(
 @asks_for(RegateParameters)
 def regate(parameters: dict[str, Any], log_level: LogLevel = None, as_json: Json = False) -> None:
     """Judge a version again, without building it, and register or unregister its variants accordingly."""
-    version_of(parameters["reference"])  # refuses one that is not there before anything is written
+    version_of(parameters["reference"])  # refuses a missing version before anything is written
     _tell(run_flow("regate", parameters), as_json=as_json)
 
 
@@ -59,10 +59,10 @@ def recipes(as_json: Json = False) -> None:
 
 
 def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
-    """Run the flow `deploy`, tell what it did, and end with its exit status."""
+    """Run the flow `deploy`, print its report, and end with its exit status."""
     from slmops.deployments.server.environment import begin_embedded_server
 
-    server = begin_embedded_server()  # its imports and those of the plan take as long
+    server = begin_embedded_server()  # this start takes as long as the imports of the plan
     try:
         from slmops.tasks.plan import plan_deploy
 

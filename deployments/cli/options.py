@@ -1,4 +1,4 @@
-"""The options that commands share, and those that come from the record of what a run can be asked for."""
+"""The options that commands share, and those that are made from a record of a run's parameters."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,8 +37,8 @@ Pairs = Sequence[str] | None
 def asks_for(record: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each field of a record, before its own.
 
-    The command's first parameter is what its user asked for, as the flow's parameters; what is left out has the
-    record's default.
+    The command's first parameter is the user's request as the flow's parameters; omitted ones have the record's
+    default.
     """
     fields = list(declared(record))
 
@@ -83,7 +83,7 @@ def _option(field: Declared) -> inspect.Parameter:
 
 
 def _asked(field: Declared) -> tuple[object, object]:
-    """Return an option's type and default. Choices are texts here: the request names one that is unknown."""
+    """Return an option's type and default. Choices are strings here: the request refuses an unknown one by name."""
     if field.parameter.switch is not None:
         return bool, False
     if any(get_origin(kind) is tuple for kind in (field.type, *get_args(field.type))):
@@ -97,7 +97,7 @@ def _in_signature(name: str, kind: object, info: object, default: object) -> ins
 
 
 def _parameters(fields: Sequence[Declared], values: Mapping[str, Any]) -> dict[str, object]:
-    """Return the flow's parameters that the options' values make."""
+    """Return the flow's parameters from the options' values."""
     found: dict[str, object] = {}
     for field in fields:
         said = field.parameter

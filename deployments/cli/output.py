@@ -1,4 +1,4 @@
-"""What the command line shows: tables on standard output, progress and errors on standard error, or one JSON."""
+"""The command line's output: tables on standard output, progress and errors on standard error, or one JSON document."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def print_note(text: str) -> None:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Print rows of the same columns as a table; a few rows too wide for the terminal stand side by side as columns."""
+    """Print rows of the same columns as a table; a few rows too wide for the terminal are printed as columns."""
     if not rows:
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -48,7 +48,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def print_plots(draw: Callable[[int], str]) -> None:
-    """Print plots of plain characters where standard output is a terminal that can show them.
+    """Print plots of plain characters if standard output is a terminal that can show them.
 
     `draw` takes the terminal's width in columns and returns the text, empty where it is too narrow.
     """
@@ -87,7 +87,7 @@ def print_error(error: SlmopsError, *, as_json: bool) -> None:
 
 
 class StageDisplay:
-    """One progress line per stage on standard error; plain lines where it is not a terminal."""
+    """One progress line per stage on standard error; plain lines if it is not a terminal."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -104,7 +104,7 @@ class StageDisplay:
         self._progress.update(self._lines[stage], completed=share, what=escape(what))
 
     def _tell(self, stage: str, share: float, what: str) -> None:
-        # A log wants few lines: one when a stage begins, one per quarter and one when it ends.
+        # A log should have few lines: one when a stage begins, one per quarter and one when it ends.
         mark = f"{int(share * 4)}" if share < 1 else "end"
         if self._told.get(stage) != mark:
             self._told[stage] = mark

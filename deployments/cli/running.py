@@ -1,6 +1,6 @@
-"""What commands run with: the settings, the store, Prefect's environment, and a flow in this process.
+"""The environment of commands: the settings, the store, Prefect's environment, and a flow in this process.
 
-All of it is imported where a command needs it: without that, `slmops --help` takes half the time.
+Imports are inside the functions that need them, which halves the time of `slmops --help`.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,9 +55,9 @@ def prepared(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def run_flow(name: str, parameters: Mapping[str, object], server: "EmbeddedServer | None" = None) -> Any:
-    """Run a flow in this process, show its stages, and return its report, also where the run ended as failed.
+    """Run a flow in this process, show its stages, and return its report, also if the run ended as failed.
 
-    `server` is one that has begun its start already. Raises the error that ended the run.
+    `server` is an embedded server whose start has already begun. Raises the error that ended the run.
     """
     from slmops.deployments.server.environment import begin_embedded_server, prefect_api
 
@@ -77,6 +77,6 @@ def run_flow(name: str, parameters: Mapping[str, object], server: "EmbeddedServe
 
 
 def end_with(status: str) -> None:
-    """End a command with the exit status of its run's: 3 where everything was rejected, 1 where something failed."""
+    """End a command with the exit status of its run: 3 if everything was rejected, 1 if something failed."""
     if status in ("rejected", "failed"):
         raise typer.Exit(3 if status == "rejected" else 1)

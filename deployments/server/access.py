@@ -1,6 +1,6 @@
-"""Access to the Prefect API that slmops starts: it takes a password, and refuses pages of other origins.
+"""Access to the Prefect API that slmops starts: it requires a password, and refuses pages of other origins.
 
-A client that may use the API can run programs as the worker's user, since it can register deployments.
+A client with access to the API can run programs as the worker's user, because it can register deployments.
 """
 
 import base64
@@ -23,14 +23,14 @@ def new_password() -> str:
 
 
 def closed_to_others(password: str) -> dict[str, str]:
-    """Return the environment in which a Prefect server asks for the password, and answers to its own UI only.
+    """Return the environment in which a Prefect server requires the password, and answers only to its own UI.
 
-    Prefect's protection against forged requests stays off: it protects passwords that a browser sends by itself, and
-    this one is sent by the UI's script. With it, every call of a client that is not Prefect's would take two.
+    Prefect's protection against forged requests stays off: it protects passwords that a browser sends automatically,
+    but the UI's script sends this one. With it, each call of a client that is not Prefect's would need two requests.
     """
     return {
         "PREFECT_SERVER_API_AUTH_STRING": password,
-        # No other origin. The UI asks the server that it came from, under whatever name or tunnel it was reached.
+        # No other origin. The UI calls the server that it was loaded from, under any name or through any tunnel.
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": "",
         "PREFECT_SERVER_UI_API_URL": "/api",
     }
@@ -42,7 +42,7 @@ def authorization(password: str) -> dict[str, str]:
 
 
 def kept_password(folder: Path) -> str | None:
-    """Return the password that is kept in Prefect's home, or None where there is none."""
+    """Return the password that is kept in Prefect's home, or None if there is none."""
     try:
         return (folder / AUTH_FILE).read_text("utf-8").strip() or None
     except (OSError, UnicodeDecodeError):
@@ -50,7 +50,7 @@ def kept_password(folder: Path) -> str | None:
 
 
 def make_password(folder: Path) -> str:
-    """Return the password that is kept in Prefect's home, which is private, and make it where there is none.
+    """Return the password that is kept in Prefect's private home, and make one if there is none.
 
     Raises `BadInput` where it cannot be written.
     """
@@ -62,7 +62,7 @@ def make_password(folder: Path) -> str:
             aside.write(new_password() + "\n")
         try:
             os.link(aside.name, path)  # unlike a rename, it never replaces what another command has written
-        except OSError:  # which was first; or no links here, or a file without content
+        except OSError:  # that command was first; or this file system has no links, or the file is empty
             if not kept_password(folder):
                 Path(aside.name).replace(path)
         finally:
@@ -71,7 +71,7 @@ def make_password(folder: Path) -> str:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only its owner can enter, and take from others what they may do with what it contains.
+    """Make a folder that only its owner can enter, and remove others' permissions on its content.
 
     Raises `BadInput` where that is not possible.
     """
@@ -80,7 +80,7 @@ def make_private(folder: Path) -> None:
         if os.name != "posix":  # a user's folders are private there
             return
         for path in (folder, *(path for path in folder.iterdir() if not path.is_symlink())):
-            with contextlib.suppress(FileNotFoundError):  # a file of SQLite's, or one aside
+            with contextlib.suppress(FileNotFoundError):  # a file of SQLite, or a temporary one
                 path.chmod(path.stat().st_mode & 0o700)
 
 

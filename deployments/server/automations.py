@@ -1,4 +1,4 @@
-"""What `slmops up` has a Prefect server do by itself: deploy on an event, send notices, find lost runs."""
+"""The automations of `slmops up`: deploy on an event, send notices, find lost runs."""
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ LOST_RUNS = "slmops: a run without a sign of life has crashed"
 FAILURE_NOTICE = "slmops: notice of a failed run"
 REGRESSION_NOTICE = "slmops: notice of a regression"
 
-# The shortest interval that Prefect takes. Workers' environments have it, and their runs take it from there.
+# The shortest interval that Prefect accepts. It is in workers' environments, and their runs inherit it.
 HEARTBEAT_VARIABLE = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 HEARTBEAT_S = 30
-# A run that misses three signs of life in a row is lost.
+# A run that misses three heartbeats in a row is lost.
 LOST_AFTER_S = 3 * HEARTBEAT_S
 
 FAILED = ("Failed", "Crashed", "Rejected", "TimedOut")
@@ -31,7 +31,7 @@ ENDED = (*FAILED, "Completed", "Cancelled", "Paused", "Suspended")
 
 
 def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automation"]:
-    """Return the automations, ready to be created; those that post notices only where there is a webhook."""
+    """Return the automations, ready to be created; those that post notices only if there is a webhook."""
     from prefect.automations import Automation, CallWebhook, ChangeFlowRunState, EventTrigger, Posture, RunDeployment
     from prefect.client.schemas.objects import StateType
 
@@ -51,7 +51,7 @@ def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automati
                     source="selected",
                     deployment_id=deploy_id,
                     parameters={
-                        # What is missing comes as an empty text, which the flow refuses by name.
+                        # A missing value becomes an empty string, which the flow refuses by name.
                         "checkpoint": _template("{{ event.payload.checkpoint }}"),
                         "name": _template("{{ event.payload.name }}"),
                         "training_run": {

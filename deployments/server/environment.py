@@ -29,8 +29,8 @@ QUIET = {
 def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None:
     """Set Prefect's environment variables; call it before Prefect is imported.
 
-    The API is the one of `PREFECT_API_URL` or of the user's active profile, else that of a running `slmops up` of this
-    home directory; without one, `prefect_api` starts one on loopback whose database lives under the home directory.
+    The API is that of `PREFECT_API_URL` or of the user's active profile, else that of a running `slmops up` of this
+    home directory. Without any, `prefect_api` starts one on loopback with its database under the home directory.
     """
     for variable, value in _profile().items():
         os.environ.setdefault(variable, value)
@@ -41,7 +41,8 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
             if password := own or kept_password(prefect_home(settings)):
                 os.environ["PREFECT_API_AUTH_STRING"] = password
         _reach_loopback_directly()
-    # Prefect makes its home at its import. Where ours is not there yet that fails, and bad input must not make it.
+    # Prefect makes its home at its import, which fails if slmops's home does not exist yet; bad input must not create
+    # it.
     warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
     os.environ["PREFECT_HOME"] = str(prefect_home(settings))
     os.environ.pop("PREFECT_PROFILE", None)  # its settings are in the environment now; our home has no profiles
@@ -49,7 +50,7 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
     read_no_settings_here()
     os.environ.update(QUIET)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", (log_level or "INFO").upper())
-    # Without --log-level, what a run logs goes to its API; the terminal shows the stages' progress instead.
+    # Without --log-level, a run's log goes only to its API; the terminal shows the stages' progress instead.
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = (log_level or "CRITICAL").upper()
     if not os.environ.get("PREFECT_API_URL"):
         _reach_loopback_directly()
@@ -91,14 +92,14 @@ def prefect_home(settings: Settings) -> Path:
 
 
 def begin_embedded_server() -> EmbeddedServer | None:
-    """Begin the start of an embedded server, for `prefect_api`, where no API is configured."""
+    """Begin to start an embedded server, for `prefect_api`, if no API is configured."""
     return None if os.environ.get("PREFECT_API_URL") else EmbeddedServer()
 
 
 @contextmanager
 def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iterator[None]:
-    """Have an API for flow runs: the configured one, or an embedded one, which may have `begun` its start."""
-    make_private(prefect_home(settings))  # the server makes its database there, but no folder
+    """Provide an API for flow runs: the configured one, or an embedded one, whose start may have `begun`."""
+    make_private(prefect_home(settings))  # the server makes its database there, but not the folder
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
@@ -109,7 +110,7 @@ def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iter
     here = {
         prefect.PREFECT_API_URL: server.serve(log, settings.user_cache_dir),
         prefect.PREFECT_API_AUTH_STRING: server.password,
-        # Nothing waits for heartbeats there, and a run that sends them ends up to a second later.
+        # Nothing reads heartbeats there, and a run that sends them ends up to a second later.
         prefect.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
     with prefect.temporary_settings(here):

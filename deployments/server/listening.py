@@ -1,4 +1,4 @@
-"""How a command serves: on loopback, or another address with a token, until it is stopped."""
+"""How a command serves: on loopback, or on another address with a token, until it is stopped."""
 
 import contextlib
 import ipaddress
@@ -32,7 +32,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 is a free one. Raises `BadInput` where nothing can."""
+    """Return a listening socket; port 0 takes a free one. Raises `BadInput` if the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -53,16 +53,16 @@ def shown_url(host: str, listener: socket.socket) -> str:
 
 
 def log_to_terminal() -> None:
-    """Show what slmops logs on standard error, in place of what Prefect's import has set up for its own commands."""
+    """Show slmops's log on standard error, in place of the logging that Prefect's import has set up."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
     logging.getLogger("slmops").setLevel(logging.INFO)
 
 
 async def serve_until_stopped(app: "Starlette", listener: socket.socket, *, drain_s: float) -> None:
-    """Serve an application until SIGINT or SIGTERM; then requests under way have `drain_s` seconds to end."""
+    """Serve an application until SIGINT or SIGTERM; then running requests have `drain_s` seconds to end."""
     import uvicorn
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(drain_s))
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what ended it again, when all is done
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal that ended it again at its end
         signal.signal(number, lambda *_: None)
     await uvicorn.Server(config).serve(sockets=[listener])

@@ -1,4 +1,4 @@
-"""What `slmops up` makes known to a Prefect server: the deployments of `prefect.yaml`, and those of each pool."""
+"""What `slmops up` registers with a Prefect server: the deployments of `prefect.yaml`, and those of each pool."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
 
-# A deployment without a pull step has each of its runs copy the folder in which it was registered, or the worker's own.
-# This one has a run stay in the empty folder that the worker makes for it: what it imports is installed.
+# Each run of a deployment without a pull step copies the folder in which it was registered, or the worker's own. With
+# this step a run stays in the empty folder that the worker makes for it: its imports are installed packages.
 PULL_STEPS = [{"prefect.deployments.steps.set_working_directory": {"directory": "."}}]
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A deployment by its full name, `FLOW/DEPLOYMENT`, and whether it was made, changed or left as it was."""
+    """A deployment by its full name, `FLOW/DEPLOYMENT`, and whether it was made, changed or left unchanged."""
 
     name: str
     outcome: str
@@ -40,14 +40,14 @@ def read_deployments(path: Path = PREFECT_FILE) -> list[dict[str, Any]]:
 
 
 def full_name(entry: Mapping[str, object]) -> str:
-    """Return the name that Prefect's API knows a deployment by: flows and their deployments share their names."""
+    """Return a deployment's name in Prefect's API: flows and their deployments have the same names."""
     return f"{entry.get('flow', entry['name'])}/{entry['name']}"
 
 
 def variant_entries(pool: str) -> list[dict[str, Any]]:
     """Return the deployments by which a pool's workers build and measure variants of deploys that run elsewhere.
 
-    They are named like their pool, which is what `SLMOPS_WORKER__POOL` and `__MEASURE_POOL` name.
+    They are named like their pool, which `SLMOPS_WORKER__POOL` and `__MEASURE_POOL` name.
     """
     return [
         {
@@ -64,10 +64,10 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
 
 
 def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
-    """Register deployments; one that the server has in this version stays as it is.
+    """Register deployments; one that the server already has in this version is not changed.
 
-    One of another version gets its new form, and keeps its schedules: they are the user's to change.
-    Raises `BadInput` for a schedule that Prefect refuses.
+    One of another version is updated, and keeps its schedules, because users may change them. Raises `BadInput` for a
+    schedule that Prefect refuses.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound

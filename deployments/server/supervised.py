@@ -1,8 +1,8 @@
 """Prefect's own long-running commands as child processes: restarted when they end, stopped with their parent.
 
-Started as `python -m slmops.deployments.server.supervised ARGUMENT...`, it runs Prefect's command line. Standard
-input is the lifeline, as in `slmops.infra.process.child`: when it closes, the command is asked to stop, and after a
-while ended.
+Started as `python -m slmops.deployments.server.supervised ARGUMENT...`, it runs Prefect's command line. Standard input
+is the lifeline, as in `slmops.infra.process.child`: when it closes, the command is asked to stop, and killed after a
+while.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ LOOK_INTERVAL_S = 0.5
 STOP_GRACE_S = 20.0
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 60.0
-STEADY_S = 60.0  # what ran for so long had started well
+STEADY_S = 60.0  # a process that ran this long had started correctly
 
 Tell = Callable[[str], None]
 
 
 class Supervised:
-    """One command of Prefect's; `name` is what it is called in messages, `umask` is of the files that it makes."""
+    """One Prefect command; `name` is its name in messages, `umask` applies to the files that it makes."""
 
     def __init__(
         self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path, umask: int = -1
@@ -61,7 +61,7 @@ class Supervised:
         return self._channel is not None and self._channel.status is None
 
     def look_after(self) -> str | None:
-        """Start it again where it ended, after a delay that grows with each time; returns what to tell, if anything."""
+        """Restart it if it ended, after a delay that grows each time; returns a message, if there is one."""
         now = time.monotonic()
         if self.is_running:
             if now - self._started_at > STEADY_S:
@@ -83,13 +83,13 @@ class Supervised:
         return f"it starts again in {delay_s:.0f} s"
 
     def stop(self) -> None:
-        """Ask it to stop, and end it and all its descendants when it does not."""
+        """Ask it to stop, and kill it and all its descendants if it does not."""
         if self._channel is not None:
             self._channel.end(STOP_GRACE_S)
 
 
 class Children:
-    """Commands that are started one by one, looked after together, and stopped when this context is left."""
+    """Commands that are started one by one, supervised together, and stopped when this context is left."""
 
     def __init__(self, stopping: threading.Event, tell: Tell) -> None:
         self._stopping = stopping
@@ -115,11 +115,11 @@ class Children:
         self._started.callback(child.stop)
 
     def enter(self, context: contextlib.AbstractContextManager[None]) -> None:
-        """Enter a context, which is left before those that were started so far are stopped."""
+        """Enter a context, which is left before the commands started so far are stopped."""
         self._started.enter_context(context)
 
     def look_after(self) -> None:
-        """Start again what ends, until this command is stopped, whatever happens meanwhile."""
+        """Restart commands that end, until this command is stopped."""
         while not self._stopping.wait(LOOK_INTERVAL_S):
             for child in self._children:
                 try:

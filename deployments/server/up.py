@@ -1,4 +1,4 @@
-"""What `slmops up` runs: a Prefect server if none is set, the deployments, and a worker, until it is stopped."""
+"""`slmops up`: a Prefect server if none is set, the deployments, and a worker, until it is stopped."""
 
 import contextlib
 import hashlib
@@ -37,7 +37,7 @@ POLL_INTERVAL_S = 0.5
 SERVER_ENVIRONMENT = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
-    # In memory, as is the default, a restart would leave each held limit held for ever.
+    # With the default, leases in memory, a restart would leave each held limit held forever.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }
 WORKER_ENVIRONMENT = {
@@ -49,9 +49,9 @@ WORKER_ENVIRONMENT = {
 
 
 def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: Tell, note: Tell) -> None:
-    """Start all of it and look after it; `port` is the server's, `limit` is of runs at once, None for the default.
+    """Start everything and supervise it; `port` is the server's, `limit` is of concurrent runs, None for the default.
 
-    `say` shows what was asked for, `note` what happens meanwhile.
+    `say` prints the result, `note` prints events.
     """
     stopping = threading.Event()
     with _stopped_by_signals(stopping), Children(stopping, note) as children:
@@ -114,7 +114,7 @@ def _start_server(
 
 
 def _password(home: Path) -> tuple[str, str]:
-    """Return the server's user and password, and where they are: the user's own, or those of the file."""
+    """Return the server's user and password, and their place: the user's own, or those of the file."""
     for variable in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"):
         if password := os.environ.get(variable):
             return password, f"of {variable}"
@@ -122,15 +122,15 @@ def _password(home: Path) -> tuple[str, str]:
 
 
 def _worker(settings: Settings, pool: str, limit: int | None) -> Supervised:
-    # A worker takes all that it finds: without a limit, the first of several machines would take every variant of
-    # a deploy. In the default pool deploys wait for their variants, and would hold the places that these need.
+    # A worker takes all runs that it finds: without a limit, the first of several machines would take every variant of
+    # a deploy. In the default pool, deploys wait for their variants and would hold the slots that these need.
     at_once = limit or (None if pool == DEFAULT_POOL else settings.worker.builds)
     return Supervised(
         "The worker",
         [
             *("worker", "start", "--pool", pool, "--type", "process", "--name", _worker_name(settings)),
             *(("--limit", str(at_once)) if at_once else ()),
-            # Whoever names a port wants to be told there whether the worker lives, such as docker-compose.yml.
+            # A user who sets a port expects the worker's health check there, as in docker-compose.yml.
             *(("--with-healthcheck",) if os.environ.get("PREFECT_WORKER_WEBSERVER_PORT") else ()),
         ],
         _environment(**WORKER_ENVIRONMENT, PREFECT_API_URL=os.environ["PREFECT_API_URL"]),
@@ -140,7 +140,7 @@ def _worker(settings: Settings, pool: str, limit: int | None) -> Supervised:
 
 def _environment(**extra: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in SHADOWING}
-    # A worker starts its flow runs without -P: the variable tells them.
+    # A worker starts its flow runs without -P: the variable has the same effect.
     return {**inherited, **QUIET, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **extra}
 
 
@@ -173,7 +173,7 @@ def _register(settings: Settings, pool: str, say: Tell, note: Tell) -> None:
         for name in pools:
             if told := ensure_pool(name):
                 note(told)
-        # Of machines that start together each would find no automation, and make one.
+        # Machines that start together would each find no automation, and each make one.
         with only_holder("slmops-registration"):
             for deployment in register_deployments([*read_deployments(), *variants]):
                 say(f"Deployment {deployment.name}: {deployment.outcome}.")

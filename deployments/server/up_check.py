@@ -1,4 +1,4 @@
-"""What `slmops up --check` says: server, work pool, workers, deployments, schedules."""
+"""The checks of `slmops up --check`: server, work pool, workers, deployments, schedules."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ TIMEOUT_S = 10.0
 
 
 class Check(BaseModel):
-    """One thing that must be there: what it is, what was found, and what to do where it is not."""
+    """One requirement: its name, what was found, and what to do if it is missing."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,7 +29,7 @@ class Check(BaseModel):
 
 
 class Running(BaseModel):
-    """All of them; `ok` when nothing is missing."""
+    """All checks; `ok` if nothing is missing."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,7 +55,7 @@ def server_fault(url: str) -> str | None:
     password = os.environ.get("PREFECT_API_AUTH_STRING")
     try:
         answer = httpx.get(f"{url}/health", timeout=TIMEOUT_S)
-        # That call is open to all.
+        # This call needs no password.
         called = httpx.get(f"{url}/version", timeout=TIMEOUT_S, headers=authorization(password) if password else None)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__
@@ -73,7 +73,7 @@ def is_open(url: str) -> bool:
 
 
 def check_running(url: str | None, pool: str, entries: Sequence[Mapping[str, object]]) -> Running:
-    """Ask the server of Prefect's settings, at `url`, for all that `slmops up` starts; nothing is changed."""
+    """Check at the server `url` of Prefect's settings for everything that `slmops up` starts, without changes."""
     from prefect.client.orchestration import get_client
 
     if not url or (fault := server_fault(url)):

@@ -1,4 +1,4 @@
-"""The work pools that runs are taken from, and what a client that starts a run may not set about its process."""
+"""The work pools of runs, and the settings of a run's process that a client may not change."""
 
 import contextlib
 import copy
@@ -8,17 +8,17 @@ from slmops.infra.errors import BadInput
 
 DEFAULT_POOL = "slmops"
 POOL_TYPE = "process"
-TAG = "slmops"  # of every deployment of ours
+TAG = "slmops"  # of every slmops deployment
 
-# With each of these a caller of the API names a program of its own, or what stands in for a module of ours.
+# With each of these, a caller of the API could name its own program, or replace a module of slmops.
 LOCKED = ("command", "env", "working_dir")
 
 
 def ensure_pool(name: str) -> str | None:
-    """Make a work pool of processes, or lock the one that is there; returns what to tell about it, if anything.
+    """Make a work pool of processes, or lock an existing one; returns a message, if there is one.
 
-    A pool in which other deployments than ours run stays as it is: they may need what would be locked.
-    Raises `BadInput` for a pool of another type.
+    A pool that also has other deployments is not changed: they may need the settings that would be locked. Raises
+    `BadInput` for a pool of another type.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -59,19 +59,19 @@ def ensure_pool(name: str) -> str | None:
 
 
 def locked(template: dict[str, Any]) -> dict[str, Any]:
-    """Return a job template whose runs have the program, environment and folder that the template says.
+    """Return a job template whose runs have exactly the program, environment and folder of the template.
 
-    A default that the pool's owner gave becomes fixed.
+    A default of the pool's owner becomes fixed.
     """
     template = copy.deepcopy(template)
     variables, job = template["variables"], template["job_configuration"]
     for name in LOCKED:
         variable = variables.get("properties", {}).pop(name, {})
-        if job.get(name) != f"{{{{ {name} }}}}":  # said already
+        if job.get(name) != f"{{{{ {name} }}}}":  # already reported
             continue
         if default := variable.get("default"):
             job[name] = default
         else:
             del job[name]
-    variables["additionalProperties"] = False  # the API refuses a run that says any of them
+    variables["additionalProperties"] = False  # the API refuses a run that sets any of them
     return template

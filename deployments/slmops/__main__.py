@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line on what is installed: no folder of the user's stands in for a module of it."""
+    """Run the command line with installed modules only: no folder of the user can replace a module."""
     _forget_the_users_folders()
     from slmops.deployments.cli.app import main as run_command_line
 
@@ -14,14 +14,15 @@ def main() -> None:
 
 
 def _forget_the_users_folders() -> None:
-    # PYTHONPATH goes before what is installed, and `python -m` puts the current directory before all: a checkpoint with
-    # a queue.py would run it. Only what Python loads before this line is out of reach. pathlib might be the user's.
-    named = os.environ.pop("PYTHONPATH", "").split(os.pathsep)  # children shall not have it either
+    # PYTHONPATH precedes installed packages, and `python -m` puts the current directory first: a queue.py in a
+    # checkpoint would run. Only modules that Python loads before this line cannot be protected. Even pathlib could be
+    # the user's.
+    named = os.environ.pop("PYTHONPATH", "").split(os.pathsep)  # children must not have it either
     try:
         folders = {os.path.abspath(folder) for folder in ("", *named)}  # noqa: PTH100
         folders -= {*site.getsitepackages(), site.getusersitepackages()}
         sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) not in folders]  # noqa: PTH100
-    except FileNotFoundError:  # the current directory is gone, and nothing can come from there
+    except FileNotFoundError:  # the current directory was deleted, so nothing can be imported from it
         return
 
 

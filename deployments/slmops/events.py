@@ -1,4 +1,4 @@
-"""Events that a training elsewhere tells Prefect, so that its checkpoint is deployed.
+"""Events by which training code on another machine has its checkpoint deployed.
 
 from slmops.events import checkpoint_ready
 
@@ -16,7 +16,7 @@ def checkpoint_ready(checkpoint: str, name: str, training_run: str | None = None
     `checkpoint` is what `slmops deploy` takes and the worker can read: `s3://`, `store://`, a Hub id, a folder there.
     Raises `BadInput` for an empty checkpoint or a name that is not valid, `StageFailed` where no server answers.
     """
-    # A training script imports this module at its start, and may never get as far as calling it.
+    # A training script imports this module at its start, and may never call it.
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.events import Event, Resource
@@ -32,7 +32,7 @@ def checkpoint_ready(checkpoint: str, name: str, training_run: str | None = None
     payload = {"checkpoint": checkpoint, "name": name} | ({"training_run": training_run} if training_run else {})
     resource = Resource({"prefect.resource.id": f"slmops.model.{name}", "prefect.resource.name": name})
     event = Event(event=CHECKPOINT_READY, resource=resource, payload=payload)
-    # Not by Prefect's emit_event: it sends in the background and loses what it cannot send without a word.
+    # Not by Prefect's emit_event: it sends in the background, and drops events that it cannot send without an error.
     with get_client(sync_client=True) as client:
         try:
             answer = client.request("POST", "/events", json=[event.model_dump(mode="json")])

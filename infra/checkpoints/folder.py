@@ -1,4 +1,4 @@
-"""A checkpoint folder as it lies on disk. Nothing in it is run and no weight is read, only headers."""
+"""A checkpoint folder on disk. Its code is not run and its weights are not read, only their headers."""
 
 import json
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 
 DEADLINE_S = 4 * 3600
-# Weights as safetensors only, and what describes them: neither pickles nor Python code are ever fetched.
+# Only safetensors weights and the files that describe them: pickles and Python code are never fetched.
 ALLOWED_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt")
 CONNECT_TIMEOUT_S = 5
 
@@ -28,10 +28,10 @@ def fetch_from_hub(
 ) -> Path:
     """Download `OWNER/NAME` at `revision` (branch, tag, commit; None: the default branch) and return its folder.
 
-    The revision is resolved to a commit first and all files are of that commit, which is the folder's name. They lie in
-    Hugging Face's own cache, where a second call finds them. `files` are the patterns of their names; `token` defaults
-    to the login of Hugging Face's tools.
-    `HF_HUB_OFFLINE=1` in the environment is obeyed: then only the cache is asked.
+    The revision is resolved to a commit first and all files are of that commit, which is the folder's name. They are in
+    Hugging Face's own cache, so a second call does not download them. `files` are the patterns of their names; `token`
+    defaults to the login of Hugging Face's tools. `HF_HUB_OFFLINE=1` in the environment is respected: then only the
+    cache is read.
 
     Raises `BadInput` for an id or revision that is malformed, not there or not open to this user, and without network;
     `PassingFault` if the Hub breaks off.

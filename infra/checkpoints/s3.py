@@ -35,12 +35,13 @@ class _Object:
 def fetch_from_s3(uri: str, settings: Settings, directory: Path, on_progress: OnProgress | None = None) -> Path:
     """Download the folder `s3://BUCKET/PREFIX` and return the local folder, one below `directory`.
 
-    Endpoint and keys come from the store's settings (path-style addresses with an endpoint of one's own), else from the
-    usual AWS chain. The local folder is named after the digest of all (key, ETag, size): unchanged objects are not
-    downloaded twice, and a download that broke off leaves no folder of that name.
+    Endpoint and keys come from the store's settings (path-style addresses with a custom endpoint), else from the usual
+    AWS chain. The local folder is named after the digest of all (key, ETag, size): unchanged objects are not downloaded
+    twice, and a download that broke off leaves no folder of that name.
 
     Raises `BadInput` for a missing bucket or folder, refused credentials or a key that would lead out of the folder;
-    `PassingFault` if the server cannot be reached or breaks off; `StageFailed` for a file of another size than listed.
+    `PassingFault` if the server cannot be reached or the connection breaks; `StageFailed` for a file of another size
+    than listed.
     """
     bucket, prefix = split_s3_uri(uri)
     return _fetch(uri, bucket, f"{prefix}/", settings, directory, on_progress) / FETCHED

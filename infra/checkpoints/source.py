@@ -38,7 +38,7 @@ class CheckpointSource:
 
 
 def parse_checkpoint(text: str, revision: str | None = None) -> CheckpointSource:
-    """Tell where the checkpoint `text` comes from, in this order.
+    """Return where the checkpoint `text` comes from; the forms are tried in this order.
 
     1. `s3://BUCKET/PREFIX` or `store://<64 hex>`; 2. a local path: it exists, or it looks like one (starts with `.`,
     `/`, `~` or a drive letter, or has more than one separator); 3. `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hub.

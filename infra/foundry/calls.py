@@ -84,7 +84,7 @@ class ListModels(OnCatalog[tuple[CatalogModel, ...]]):
 
 
 class ProvenAnswer(Record):
-    """A registered model's greedy answer; what stands between think tags is `reasoning`, cut out of the answer."""
+    """A registered model's greedy answer; `reasoning` is the text between think tags, which `answer` leaves out."""
 
     model_id: str
     alias: str
@@ -115,7 +115,7 @@ class Prove(OnCatalog[ProvenAnswer]):
 class RuntimeVersions(Record):
     """The native runtime; the SDK loads onnxruntime and onnxruntime-genai from the installed packages.
 
-    `required` are the exact versions that it was released with, None in `installed` is what is missing.
+    `required` are the exact versions that it was released with. In `installed`, None means that a package is missing.
     """
 
     sdk: str
@@ -135,7 +135,7 @@ class DescribeRuntime(Call[RuntimeVersions]):
 
 
 class CountedPrompt(Record):
-    """How many tokens a conversation's prompt has, or the `error` why there is none.
+    """How many tokens a conversation's prompt has, or the `error` that prevented it.
 
     `moments` are the local times, ISO 8601, right before and after.
     """
@@ -146,7 +146,7 @@ class CountedPrompt(Record):
 
 
 class CountedPrompts(Record):
-    """What Foundry Local makes of conversations."""
+    """The prompts that Foundry Local makes of conversations."""
 
     conversations: dict[str, CountedPrompt]
     versions: dict[str, str]
@@ -169,7 +169,7 @@ class CountPrompts(OnCatalog[CountedPrompts]):
 
 
 class EndureInFoundry(Endure):
-    """Load a model folder that is registered nowhere, and soak and try it; what happened is in the journal."""
+    """Load an unregistered model folder, then run the soak and the edge inputs; the journal has the results."""
 
     def perform(self, progress: Progress) -> None:
         """See `slmops.infra.foundry.endurance.endure`."""

@@ -1,6 +1,6 @@
-"""A catalog that Foundry Local's runtime asks as it asks Microsoft's: the request, and its answer from records.
+"""A catalog for Foundry Local's runtime with the protocol of Microsoft's: the request, and its answer from records.
 
-docs/catalog.md says what the runtime was seen to do; `slmops.infra.foundry.catalog_server` serves this over HTTP.
+docs/catalog.md describes how the runtime uses a catalog; `slmops.infra.foundry.catalog_server` serves this over HTTP.
 """
 
 import json
@@ -48,11 +48,11 @@ class CatalogModel:
         return f"{self.name}:{self.version}"
 
     def entry(self) -> Json:
-        """Return the catalog's JSON of the model: what the runtime reads, and nothing that it was not seen to read."""
+        """Return the catalog's JSON of the model: only the fields that the runtime is known to read."""
         described: Json = {
             "displayName": self.display_name,
             "publisher": self.publisher,
-            "inferenceTasks": ["chat-completion"],  # without it no chat session takes the model
+            "inferenceTasks": ["chat-completion"],  # without it, chat sessions refuse the model
             "inputModalities": ["text"],
             "outputModalities": ["text"],
         }
@@ -95,7 +95,7 @@ class CatalogFilter:
 
 @dataclass(frozen=True)
 class CatalogQuery:
-    """A request for one page; `continuation_token` is what the page before came with, None for the first."""
+    """A request for one page; `continuation_token` is from the previous page, None for the first."""
 
     filters: tuple[CatalogFilter, ...] = ()
     page_size: int = PAGE_SIZE
@@ -158,8 +158,7 @@ def _unfit(what: str, wanted: str, found: object) -> BadInput:
 
 
 def find_page(models: Sequence[CatalogModel], query: CatalogQuery) -> tuple[list[CatalogModel], str | None, int]:
-    """Return a page of the models that a query is for, the token of the next page (None: it is the last), and how many
-    there are in all.
+    """Return a page of a query's models, the next page's token (None: it is the last), and the total number.
 
     Sorted by name and then newest first. A token names the last model before its page, so that models which come or go
     between two pages make none of the others appear twice or be left out. Raises `BadInput` for another token.

@@ -35,7 +35,7 @@ HEALTH_PATH = "/health"
 LARGEST_REQUEST_BYTES = 1 << 20
 LARGEST_UPSTREAM_BYTES = 16 << 20
 UPSTREAM_TIMEOUT_S = 3.0
-UPSTREAM_REST_S = 30.0  # how long an upstream that failed is left alone: the runtime waits for every page of it
+UPSTREAM_REST_S = 30.0  # pause after a failure of upstream: the runtime would wait for each of its pages
 
 # Tokens of upstream's pages start like this; ours are NAME:VERSION, and no name has a slash.
 _UPSTREAM_PREFIX = "upstream/"
@@ -54,10 +54,10 @@ def catalog_app(
 ) -> Starlette:
     """Return the HTTP service: POST `CATALOG_PATH` is the catalog's request, GET `HEALTH_PATH` says that it serves.
 
-    `models` is called for every request, in a thread of its own. The entries of the catalog at the URL `upstream` come
-    on pages after ours, without those whose name is one of ours; while it cannot be asked, there are just ours. With a
-    `token`, requests of the catalog need `?token=` of it in their URL: of all ways to send one, the runtime has only
-    this.
+    `models` is called for every request, in a thread of its own. The entries of the catalog at the URL `upstream`
+    follow on the pages after ours, without those that share a name with ours. While upstream cannot be reached, only
+    ours are listed. With a `token`, catalog requests need `?token=` in their URL, because the runtime can send a token
+    in no other way.
 
     A failure is answered as `{"error": {"message", "what_to_do"}}`: 400 for a request of another form, 401 without the
     token, 413 for one larger than `LARGEST_REQUEST_BYTES`, 503 while `models` raises.
@@ -138,7 +138,7 @@ def _failed(status: int, message: str, what_to_do: str) -> Response:
 
 
 class _Upstream:
-    """Another catalog. It is asked with a short patience, and after a failure not for a while."""
+    """Another catalog. It is asked with a short timeout, and after a failure not for a while."""
 
     def __init__(self, url: str) -> None:
         self._url = url

@@ -1,7 +1,7 @@
-"""Foundry Local's `foundry` command, where a machine has it: what it sees of slmops's models, and what one answers.
+"""Foundry Local's `foundry` command, if it is installed: whether it lists slmops's models, and what a model answers.
 
-It is installed for its own sake (winget, brew) and serves one cache per user, which `foundry cache cd` sets. That is
-the user's to set: it is read here and never changed.
+It is installed separately (winget, brew) and serves one cache per user, which `foundry cache cd` sets. This module
+reads that setting and never changes it.
 https://learn.microsoft.com/azure/ai-foundry/foundry-local/reference/reference-cli
 """
 
@@ -41,7 +41,7 @@ class FoundryCommand:
         return model_id in self._run("cache", "ls").split()
 
     def answer(self, model_id: str, question: str, deadline_s: float) -> str:
-        """Return what it prints when the model is asked; more than the answer. Raises `CommandFailed`."""
+        """Return its output when the model is asked, which contains more than the answer. Raises `CommandFailed`."""
         return self._run("model", "run", model_id, "--prompt", question, deadline_s=deadline_s).strip()
 
     def _run(self, *arguments: str, deadline_s: float = ASKING_DEADLINE_S) -> str:
@@ -74,9 +74,9 @@ def installed_command() -> FoundryCommand | None:
 
 
 def seen_by_command(cache_dir: Path, model_id: str, question: str, deadline_s: float) -> str:
-    """Return one sentence on what the command makes of a model in this cache; empty where nothing stands against it.
+    """Return one sentence on whether the command can use a model in this cache; empty if it can.
 
-    That it serves another cache, or is not installed, is no fault of the model's.
+    A command that serves another cache or is not installed is not a fault of the model.
     """
     command = installed_command()
     try:

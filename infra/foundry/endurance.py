@@ -10,7 +10,7 @@ REPEATS = 9
 
 
 def endure(call: endurance.Endure, progress: Progress) -> None:
-    """Load a model folder that is registered nowhere, and soak and try it.
+    """Load an unregistered model folder, then run the soak and the edge inputs.
 
     See `slmops.infra.process.endurance.endure`. Raises `StageFailed` for a model that does not load.
     """

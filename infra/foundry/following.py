@@ -1,4 +1,4 @@
-"""Following the store: what somebody promotes on another machine is served here a little later."""
+"""Following the store: a version promoted on another machine is served here a little later."""
 
 import asyncio
 import logging
@@ -14,10 +14,10 @@ NAMES = "the list of names"
 
 
 class Following:
-    """Lets a host go over to each name's new champion, and to new names where it is to serve all.
+    """Makes a host serve each name's new champion, and new names if it serves all.
 
-    Whatever a look at the store meets is logged once and told as `fault`; the next look tries again, so that the host
-    goes on following as soon as the cause is gone.
+    An error while reading the store is logged once and reported as `fault`. The next poll tries again, so the host
+    resumes when the cause is gone.
     """
 
     def __init__(self, host: ModelHost, source: ModelSource, interval_s: float, *, takes_new_names: bool) -> None:
@@ -30,12 +30,12 @@ class Following:
 
     @property
     def fault(self) -> str | None:
-        """Why the host may serve other versions than the store's champions; None while it is in step."""
+        """Why the host may serve other versions than the store's champions; None while it is up to date."""
         return " ".join(f"{what}: {reason}" for what, reason in sorted(self._faults.items())) or None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Look at the store every so often, whatever a look meets; an interval of 0 s is never."""
+        """Poll the store at an interval, despite errors; an interval of 0 s disables polling."""
         looking = asyncio.create_task(self._run()) if self._interval_s else None
         try:
             yield
@@ -49,7 +49,7 @@ class Following:
             await self.look()
 
     async def look(self) -> None:
-        """Look at every name once; each is looked at whatever becomes of the others."""
+        """Look at every name once; an error with one name does not affect the others."""
         names = await self._names()
         self._faults = {what: reason for what, reason in self._faults.items() if what in {*names, NAMES}}
         for name in names:
@@ -74,14 +74,14 @@ class Following:
 
     async def _look_at(self, name: str) -> None:
         champion = await asyncio.to_thread(self._source.champion, name)
-        # A promotion on this machine hands over first and writes the alias last: what counts is a change.
+        # A promotion on this machine hands over first and writes the alias last, so only a change of the alias counts.
         if champion != self._seen.get(name):
             await self._host.go_over(champion)
         self._seen[name] = champion
 
     def _failed(self, what: str, error: Exception) -> None:
         reason = str(error) if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}."
-        if what not in self._faults:  # once: looks are frequent
+        if what not in self._faults:  # log it once: polls are frequent
             known = isinstance(error, SlmopsError)
             LOG.warning("%s cannot be followed: %s", what, reason, exc_info=None if known else error)
         self._faults[what] = reason

@@ -15,8 +15,8 @@ GENAI_CONFIG = "genai_config.json"
 INFERENCE_MODEL = "inference_model.json"
 MODEL_CARD = "README.md"
 
-# Foundry Local takes a folder of its cache for a model once it holds genai_config.json; under this name the file
-# waits until everything else is in place.
+# Foundry Local treats a folder of its cache as a model once it contains genai_config.json. The file has this name until
+# all others are in place.
 _UNPUBLISHED_CONFIG = "genai_config.json.part"
 _STAGING = ".slmops-staging"
 
@@ -39,9 +39,9 @@ def write_model_folder(
     """Write a variant's folder and return it: `sources` (relative name to file), `inference_model.json`, `README.md`.
 
     Files are hard links where the file system allows it, else copies, never symbolic links: Foundry's scanner skips
-    those. Sources named like the last two give way to `inference_model` and `model_card`. A folder with the same
-    content is left as it is but for the model card, which is renewed; one with other content is replaced. Foundry sees
-    a folder only when it is whole.
+    those. `inference_model` and `model_card` replace sources with the names of the last two. In a folder with the same
+    content only the model card is rewritten; a folder with other content is replaced. Foundry sees a folder only when
+    it is complete.
 
     Raises `StageFailed` when a source is missing, has a name that is no plain relative path, or the folder is in use.
     """
@@ -124,7 +124,7 @@ def _remove(folder: Path) -> None:
     if not folder.exists():
         return
     with contextlib.suppress(FileNotFoundError):
-        (folder / GENAI_CONFIG).unlink()  # first, so that Foundry does not see a folder that is half gone
+        (folder / GENAI_CONFIG).unlink()  # first, so that Foundry does not see a partly deleted folder
     shutil.rmtree(folder)
 
 

@@ -20,7 +20,7 @@ from slmops.infra.settings import ServeSettings
 LOG = logging.getLogger("slmops.serve")
 FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
-STEADY_S = 60.0  # a process that ran for so long had started well
+STEADY_S = 60.0  # a process that ran this long had started correctly
 # Weights and the runtime itself; the KV cache comes on top of it with use.
 MEMORY_PER_SIZE = 1.2
 MEMORY_OF_RUNTIME_BYTES = 100_000_000
@@ -43,18 +43,19 @@ class ModelHost:
 
     @property
     def models(self) -> list[RunningModel]:
-        """The versions that are or were loaded, and are not given up."""
+        """The versions that are or were loaded, without those that were dropped."""
         return list(self._models.values())
 
     @property
     def is_ready(self) -> bool:
-        """Whether a model is loaded, and the server is not stopping."""
+        """Whether a model is loaded and the server is not stopping."""
         return bool(self.champions) and not self._is_closing and any(model.is_loaded for model in self.models)
 
     async def start(self, names: Sequence[str] = ()) -> None:
-        """Learn the champions of these names and load them while there is memory for them.
+        """Read the champions of these names and load them while there is memory for them.
 
-        Without names it is every name's. Raises what the source raises, and `StageFailed` when none can be loaded.
+        Without names, it loads the champion of every name. Raises what the source raises, and `StageFailed` when none
+        can be loaded.
         """
         for name in names or await asyncio.to_thread(self._source.names):
             self.champions[name] = await asyncio.to_thread(self._source.champion, name)
@@ -71,7 +72,7 @@ class ModelHost:
             raise failures[0]
 
     async def close(self) -> None:
-        """Wait for the requests that are under way, at most as long as the settings say; then end all processes."""
+        """Wait for running requests, at most for the time in the settings; then end all processes."""
         self._is_closing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):
@@ -109,7 +110,7 @@ class ModelHost:
 
     @asynccontextmanager
     async def turn(self, model: str) -> AsyncIterator[RunningModel]:
-        """Wait for one's turn with a model, loaded if need be; the version stays loaded until the turn ends.
+        """Wait for a turn with a model and load it if necessary; the version stays loaded until the turn ends.
 
         Raises `NotServed`; `Busy` when too many wait; `StageFailed` when it cannot be loaded.
         """
@@ -138,7 +139,7 @@ class ModelHost:
                 running.unused.set()
 
     async def hand_over(self, name: str, version: int) -> tuple[ServedVersion, ServedVersion | None]:
-        """Let `name` mean another version: it is loaded and has answered before the name goes over to it.
+        """Make `name` mean another version, after that version was loaded and has answered.
 
         Requests under way end with the former version, which is unloaded then. Returns the new and the former one;
         raises `NotServed`, and `StageFailed` or `BadInput` with nothing changed.
@@ -151,7 +152,7 @@ class ModelHost:
         return served, former
 
     async def go_over(self, served: ServedVersion) -> None:
-        """Let a version's name mean it from now on, as `hand_over` does; the name may be a new one."""
+        """Make the version's name mean this version from now on, as `hand_over` does; the name may be new."""
         former = self.champions.get(served.name)
         running = self._model(served)
         if served == former and running.is_loaded:
@@ -175,7 +176,7 @@ class ModelHost:
         return self._models[served]
 
     async def ensure_loaded(self, running: RunningModel) -> None:
-        """Load a model that is not, after a back-off if it crashed; raises `StageFailed`, or `Busy` for no memory."""
+        """Load a model if needed, after a back-off if it crashed; raises `StageFailed`, or `Busy` without memory."""
         async with running.loading:
             if running.is_loaded:
                 return
@@ -229,11 +230,11 @@ class ModelHost:
         await self._start_again(running)
 
     async def _start_again(self, running: RunningModel) -> None:
-        """Load a champion whose process crashed, with a growing delay, until it is loaded or nobody's champion."""
+        """Load a champion whose process crashed, with a growing delay, until it is loaded or no longer a champion."""
         while running.served in self.champions.values() and not running.is_loaded and not self._is_closing:
             try:
                 await self.ensure_loaded(running)
-            except Busy:  # it is loaded when somebody asks for it
+            except Busy:  # it is loaded at the next request
                 return
             except Exception as error:
                 LOG.warning("%s cannot be started again: %s", running.served.model_id, error)

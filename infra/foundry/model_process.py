@@ -1,9 +1,9 @@
 """One model behind Foundry Local's own web service, in a process of its own.
 
-The child starts the runtime on a folder that holds this model alone, over a catalog of this one entry that it answers
-itself: the web service serves what a catalog names and nothing that is registered locally. Its first line of standard
-input is the request, its only line of standard output is `{"ready": {"url": str, "load_ms": float}}` or `{"error":
-{...}}`; it ends with its input.
+The child starts the runtime on a folder that contains only this model, with a catalog of one entry that the child
+serves itself. The web service serves models of a catalog, but no models that are registered locally. Its first line of
+standard input is the request, its only line of standard output is `{"ready": {"url": str, "load_ms": float}}` or
+`{"error": {...}}`; it ends with its input.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class ModelProcess:
     async def start(
         cls, cache_dir: Path, model_id: str, size_bytes: int, *, deadline_s: float, log_path: Path
     ) -> "ModelProcess":
-        """Start the model whose folder is under `cache_dir`, and wait until it is loaded.
+        """Start the model in the folder under `cache_dir`, and wait until it is loaded.
 
         Raises `DeadlineExceeded`; `StageFailed` with the runtime's reason, or the end of the log.
         """
@@ -74,7 +74,7 @@ class ModelProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process runs no more."""
+        """Whether the process has ended."""
         return self._channel.status is not None
 
     @property

@@ -1,17 +1,17 @@
-"""Requests of clients that nobody knows: their bodies are read up to a bound."""
+"""Requests of unknown clients: their bodies are read up to a bound."""
 
 from starlette.requests import Request
 
 
 class TooLarge(Exception):
-    """A request's body has more bytes than the bound."""
+    """A request's body is larger than the bound."""
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"The request has more than {limit_bytes:,} bytes.")
 
 
 async def bounded_body(request: Request, limit_bytes: int) -> bytes:
-    """Return a request's body; raises `TooLarge` as soon as more than the bound has come."""
+    """Return a request's body; raises `TooLarge` as soon as the bound is exceeded."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

@@ -1,8 +1,8 @@
 """Foundry Local's native runtime through foundry-local-sdk: register, list, load and answer.
 
-The runtime is a singleton of its process, so that every function here is for a child process
-(`slmops.infra.foundry.calls`). Only the local catalog is used: a question to the public one goes out to the
-network. Everything the runtime writes is under the call's `cache_dir`.
+The runtime is a singleton of its process, so every function here runs in a child process
+(`slmops.infra.foundry.calls`). Only the local catalog is used, because the public catalog needs the network. Everything
+that the runtime writes is under the call's `cache_dir`.
 """
 
 import os
@@ -37,8 +37,8 @@ APP_NAME = "slmops"
 SDK = "foundry-local-sdk"
 TASK = "chat-completion"
 
-# Nothing listens on loopback's port 9 (discard): should the runtime ever ask its public catalog, it is refused here
-# before a host name is looked up.
+# Nothing listens on loopback's port 9 (discard): if the runtime asks its public catalog, the connection is refused
+# without a name lookup.
 CLOSED_CATALOG_URL = "http://127.0.0.1:9/asset-gallery/v1.0/models"
 
 # NAME:VERSION or NAME-PRECISION-generic-DEVICE:VERSION.
@@ -167,10 +167,10 @@ def load(catalog: Any, model_id: str) -> tuple[Any, float]:
 
 
 def open_folder(folder: Path, cache_dir: Path) -> Any:
-    """Load a genai model folder that is registered nowhere and return the SDK's loaded model; once per process.
+    """Load an unregistered genai model folder and return the SDK's loaded model; once per process.
 
-    Foundry's runtime starts on the empty throw-away directory `cache_dir` and writes only there; `folder` is only
-    read, and neither copied nor in need of an `inference_model.json`. `answer` takes what this returns.
+    Foundry's runtime starts on the empty throw-away directory `cache_dir` and writes only there; `folder` is only read,
+    not copied, and needs no `inference_model.json`. `answer` takes the returned model.
 
     Raises `StageFailed` when the runtime does not start, or does not load the folder.
     """
@@ -187,7 +187,7 @@ def open_folder(folder: Path, cache_dir: Path) -> Any:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered; what stands between think tags is `reasoning`, cut out of `answer`."""
+    """A model's answer; `reasoning` is the text between think tags, which `answer` leaves out."""
 
     answer: str
     reasoning: str
@@ -207,7 +207,7 @@ def answer(
     """Let a loaded model answer a conversation, at most `max_new_tokens` long, in a session of its own.
 
     `on_text` gets the answer's text piece by piece. `search` are fields of the SDK's SearchOptions; by default the
-    answer is greedy, which has to be asked for: the runtime samples, whatever genai_config.json says.
+    answer is greedy. This must be requested, because the runtime samples regardless of genai_config.json.
 
     Raises `StageFailed` when the conversation does not fit the context or cannot be rendered by the model's chat
     template.
@@ -266,7 +266,7 @@ def count_prompt_tokens(model: object, messages: Sequence[dict[str, str]]) -> in
 
 
 def answer_unchecked(model: object, messages: Sequence[dict[str, str]], max_new_tokens: int) -> str:
-    """Return the greedy answer's text as another program gets it: what does not fit is the runtime's to refuse.
+    """Return the greedy answer's text as another program gets it: only the runtime checks whether the prompt fits.
 
     Raises `StageFailed` with the runtime's own reason.
     """

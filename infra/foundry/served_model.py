@@ -1,4 +1,4 @@
-"""A served version: what it is called, where it comes from, its process, and who uses it."""
+"""A served version: its id, its source, its process, and its users."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ class NotServed(errors.SlmopsError):
 
 
 class Busy(errors.SlmopsError):
-    """Too many wait for the model, or there is no memory for it now."""
+    """Too many requests wait for the model, or there is no memory for it now."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelSource(Protocol):
 
 
 class RunningModel:
-    """A version that is served: its process, and who uses it."""
+    """A version that is served: its process and its users."""
 
     def __init__(self, served: ServedVersion, settings: ServeSettings) -> None:
         self.served = served

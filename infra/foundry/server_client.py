@@ -1,4 +1,4 @@
-"""The servers of models that run on this machine, and how they are told of a new champion.
+"""The model servers on this machine, and the notification of a new champion.
 
 A serving process keeps `SLMOPS_HOME/serve/<pid>.json`, which only its user can read:
 `{"process": slmops.infra.storage.holders.this_process(), "url": "http://127.0.0.1:PORT", "control_token": "..."}`.
@@ -14,7 +14,7 @@ from slmops.infra.storage.holders import has_ended
 
 FOLDER = "serve"
 ASK_TIMEOUT_S = 30.0
-HAND_OVER_TIMEOUT_S = 900.0  # it loads the new version before it lets the old one go
+HAND_OVER_TIMEOUT_S = 900.0  # it loads the new version before it unloads the old one
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunningServer:
         return next((int(model["version"]) for model in models if model["name"] == name), None)
 
     def hand_over(self, name: str, version: int, precision: str) -> int | None:
-        """Let it serve a version under a name from now on; returns the one that it served before."""
+        """Make it serve a version under a name from now on; returns the version that it served before."""
         path, asked = f"/slmops/v1/models/{name}/champion", {"version": version, "precision": precision}
         former = self._ask("POST", path, self.hand_over_timeout_s, asked).get("former")
         return None if former is None else int(former)
@@ -41,7 +41,7 @@ class RunningServer:
 
         headers = {"Authorization": f"Bearer {self.control_token}"}
         try:
-            # Without the environment: a proxy of the user's has no business with the token.
+            # Without the environment: the token must not reach a proxy that the user configured.
             with httpx.Client(trust_env=False, timeout=httpx.Timeout(timeout_s, connect=ASK_TIMEOUT_S)) as client:
                 answer = client.request(method, self.url + path, json=asked, headers=headers)
             document = answer.json()
@@ -63,14 +63,14 @@ class RunningServer:
 def running_servers(home: Path, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S) -> list[RunningServer]:
     """Return the serving processes of a home directory that have not ended.
 
-    Raises `StageFailed` for a file of theirs that cannot be read: that server would go on with the old version.
+    Raises `StageFailed` for a server's file that cannot be read: that server would continue with the old version.
     """
     servers = []
     for path in sorted((home / FOLDER).glob("*.json")):
         try:
             record = json.loads(path.read_text("utf-8"))
             process, url, token = str(record["process"]), str(record["url"]), str(record["control_token"])
-        except FileNotFoundError:  # it has ended since it was listed
+        except FileNotFoundError:  # it ended after it was listed
             continue
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise StageFailed(

@@ -1,4 +1,4 @@
-"""What Foundry Local makes of conversations: how many tokens their prompts have. The runtime tells no more of them."""
+"""How many tokens Foundry Local's prompts of conversations have. The runtime reports nothing else about them."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,7 +12,7 @@ from slmops.infra.reference.answers import Message
 
 
 def count(call: CountPrompts, progress: Progress) -> CountedPrompts:
-    """Count the tokens of conversations' prompts with a model folder that is registered nowhere.
+    """Count the tokens of conversations' prompts with an unregistered model folder.
 
     Raises `StageFailed` when the runtime does not start or does not load the folder.
     """

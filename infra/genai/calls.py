@@ -35,9 +35,9 @@ class RequestFigures(Record):
 class SweptRequest(Record):
     """The raw figures of one request of the sweep over prompt lengths.
 
-    `round` is above 0 where a loss of throughput made the length be measured again. `finite_logits` says whether the
-    logits of the last position were finite after the prompt and after each generated token, `answered` whether the
-    answer decoded to a text that is not empty; None where the prompt was no chat, which a chat model need not answer.
+    `round` is above 0 if the length was measured again because of a loss of throughput. `finite_logits` says whether
+    the logits of the last position were finite after the prompt and after each generated token, `answered` whether the
+    answer decoded to a text that is not empty; None if the prompt was not a chat, which a chat model need not answer.
     """
 
     prompt_tokens: int
@@ -82,7 +82,7 @@ class Measured(Record):
 
 
 class Sweep(Record):
-    """The sweep that is asked for; `max_prompt_tokens` None goes to the end of the model's context."""
+    """The sweep that is asked for; with `max_prompt_tokens` None it goes to the end of the model's context."""
 
     max_prompt_tokens: int | None
     new_tokens: int
@@ -127,7 +127,7 @@ class AnsweredRow(Record):
 
 
 class TemplateMismatch(Record):
-    """A prompt that the serving runtime renders or tokenizes otherwise than transformers does."""
+    """A prompt that the serving runtime renders or tokenizes differently from transformers."""
 
     id: RowId
     reference: str
@@ -146,7 +146,7 @@ class TemplateMismatches(Record):
 class Vocabulary(Record):
     """Lengths of the logits, and of the part that was compared.
 
-    Not `comparable` are vocabularies that differ in tokens of the reference's tokenizer: nothing was compared then.
+    `comparable` is false if the vocabularies differ in tokens of the reference's tokenizer; then nothing was compared.
     """
 
     variant: int
@@ -204,7 +204,7 @@ class Evaluate(_OnModel[Evaluated]):
 class ScoredWindow(Record):
     """A window of a text: sums over its scored tokens, and over the `positions` that were compared, in nats.
 
-    None is what is not known: a token's logits that are not finite, or no reference.
+    A sum is None if it is not known: a token's logits are not finite, or there is no reference.
     """
 
     tokens: int
@@ -252,7 +252,7 @@ class CompareText(_OnModel[ComparedText]):
 
 
 class Generated(Record):
-    """One greedy answer, as it is streamed; `finish` is "length" where an end token was not reached."""
+    """One greedy answer, as it is streamed; `finish` is "length" if no end token was reached."""
 
     answer: str
     prompt: str
@@ -286,7 +286,7 @@ class ListExecutionProviders(Call[tuple[str, ...]]):
 
 
 class RenderedChat(Record):
-    """The prompt of a conversation and its token ids, or the `error` why there is none.
+    """The prompt of a conversation and its token ids, or the `error` that prevented it.
 
     `moments` are the local times, ISO 8601, right before and after.
     """
@@ -305,7 +305,7 @@ class EncodedToken(Record):
 
 
 class RenderedChats(Record):
-    """What the runtime makes of conversations; with a `fault`, why it cannot open the tokenizer, there is nothing else.
+    """The runtime's prompts of conversations; if it cannot open the tokenizer, `fault` says why and the rest is empty.
 
     `compositions` are token ids by name, with the special tokens that the tokenizer itself puts around a text.
     """
@@ -320,7 +320,7 @@ class RenderedChats(Record):
 class RenderChats(Call[RenderedChats]):
     """Render conversations with a model folder's tokenizer; the model itself is not loaded.
 
-    `context` is what stands before and behind a control token, `compositions` are whole prompts by name.
+    `context` is the text before and after a control token, `compositions` are whole prompts by name.
     """
 
     model_dir: AbsolutePath
@@ -337,7 +337,7 @@ class RenderChats(Call[RenderedChats]):
 
 
 class EndureInGenai(Endure):
-    """Open a model folder once, and soak and try it; what happened is in the journal."""
+    """Open a model folder once, then run the soak and the edge inputs; the journal has the results."""
 
     def perform(self, progress: Progress) -> None:
         """See `slmops.infra.genai.endurance.endure`."""

@@ -10,7 +10,7 @@ from slmops.infra.process.call import Progress
 
 
 def endure(call: endurance.Endure, progress: Progress) -> None:
-    """Open a model folder once, and soak and try it; see `slmops.infra.process.endurance.endure`.
+    """Open a model folder once, then run the soak and the edge inputs; see `slmops.infra.process.endurance.endure`.
 
     Raises `StageFailed` for a model that cannot be opened.
     """

@@ -1,4 +1,4 @@
-"""A model folder's answers and distributions in onnxruntime-genai, beside the source checkpoint's."""
+"""A model folder's answers and distributions in onnxruntime-genai, compared with the source checkpoint's."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,12 +28,12 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
     """Answer questions greedily and compare the next-token distributions with the reference's.
 
     Prompts for the answers are rendered by the runtime itself; the distributions are teacher-forced over the
-    reference's own token ids (without a reference: over the variant's own answers, only to see whether they are
+    reference's own token ids (without a reference: over the variant's own answers, only to check whether they are
     finite).
 
-    A variant whose vocabulary is not the reference's is not compared either: it is looked at as without a reference,
-    and `comparable` is false. Where its tokenizer's ids are beyond what it takes, it cannot answer at all: then the
-    answer is empty and has no positions.
+    A variant with another vocabulary than the reference is treated as if there were no reference, and `comparable` is
+    false. If its tokenizer gives ids beyond its vocabulary, it cannot answer: then the answer is empty and has no
+    positions.
 
     Raises `StageFailed` for a model that cannot be run, or a reference of other rows.
     """
@@ -184,7 +184,7 @@ def _vocabulary(model: GenaiModel, reference: _Reference | None) -> Vocabulary:
         declared = model.declared_vocabulary_size if reference else None
         if reference is None or declared is None or reference.is_comparable(declared):
             raise
-        size = declared  # a model cut down to it may not even start: that is what the figure is to tell
+        size = declared  # a model cut down to it may not even start, which this figure reports
     comparable = reference is None or reference.is_comparable(size)
     return Vocabulary(
         variant=size,

@@ -32,7 +32,7 @@ def measure(call: Measure, progress: Progress) -> Measured:
     compares them with that benchmark's.
 
     The sweep follows the measured requests, at lengths by `slmops.infra.genai.sweep.sweep_lengths`; its prompts are
-    chats where the template leaves room for a text, and plain text else.
+    chats if the template leaves room for a text, otherwise plain text.
 
     Raises `StageFailed` for a model that cannot be run.
     """
@@ -83,7 +83,7 @@ def measure(call: Measure, progress: Progress) -> Measured:
 def _lengths(
     prompt_tokens: Sequence[int], new_tokens: int, context_length: int, notes: list[str]
 ) -> list[tuple[int, int]]:
-    """Clip each (prompt, new) pair to the context, and say so; a pair that clipping makes double is run once."""
+    """Clip each (prompt, new) pair to the context, with a note; pairs that become equal by clipping are run once."""
     lengths: list[tuple[int, int]] = []
     for asked in prompt_tokens:
         new = min(new_tokens, max(2, context_length // 2))
@@ -99,7 +99,7 @@ def _lengths(
 
 
 class _Sweep:
-    """The sweep of one model; where none is asked for, it has no length."""
+    """The sweep of one model; it has no lengths if no sweep was requested."""
 
     def __init__(self, model: GenaiModel, asked: Sweep | None) -> None:
         self._model = model
@@ -111,7 +111,7 @@ class _Sweep:
 
     @property
     def steps(self) -> int:
-        """Requests, were no length left out and none measured again."""
+        """Number of requests if no length is left out and none is measured again."""
         return len(self._lengths) * self._asked.repetitions if self._asked else 0
 
     def run(

@@ -1,4 +1,4 @@
-"""What an onnxruntime-genai folder says of itself, read from its files alone."""
+"""What the files of an onnxruntime-genai folder declare, read without opening the model."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""What a model folder may name: looked at before any runtime opens the folder, whoever made it.
+"""What a model folder may refer to. It is checked before any runtime opens the folder, regardless of its origin.
 
 onnxruntime-genai loads the library that `custom_ops_library` names, its providers load what their options name, and
-onnxruntime reads whatever file an ONNX graph refers to. So everything that these read is on a list here: what is not on
-it is refused by its name. The lists hold what the model builder writes, and what changes nothing but speed.
+onnxruntime reads any file that an ONNX graph refers to. So this module lists everything that they may read; an error
+names whatever is not listed. The lists contain what the model builder writes, and options that only change speed.
 """
 
 import json
@@ -17,19 +17,19 @@ from slmops.infra.errors import BadInput
 
 GENAI_CONFIG = "genai_config.json"
 
-# Files that hold data and nothing else. What an ONNX graph names as the file of its weights may be called otherwise.
+# Files that contain only data. The weights file of an ONNX graph may have another name.
 DATA_SUFFIXES = frozenset(
     {
         *("", ".onnx", ".data", ".json", ".jsonl", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".safetensors"),
         *(".csv", ".tsv", ".yaml", ".yml", ".rtf", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".webp"),
     }
 )
-# It sends the runtime to tokenizer files of other names and folders.
+# It directs the runtime to tokenizer files with other names and in other folders.
 TOKENIZER_MODULE = "tokenizer_module.json"
 
-# Operators of onnxruntime itself. An operator of any other domain comes out of a library.
+# Operators of onnxruntime itself. Operators of other domains come from a library.
 ONNX_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
-# Of these the only ones that hold, or name a file with, what a device's own compiler made: machine code.
+# The only ones of these that contain machine code from a device's compiler, or name a file with it.
 COMPILED_OPERATORS = frozenset({"EPContext", "Snpe"})
 EXTERNAL_DATA_KEYS = frozenset({"location", "offset", "length", "checksum"})
 
@@ -45,7 +45,7 @@ _WHAT_TO_DO = "Remove it from the folder if the model does without, or make the 
 
 
 def screen_model(folder: Path) -> None:
-    """Look through an onnxruntime-genai folder, without running any of it.
+    """Check an onnxruntime-genai folder without running any of it.
 
     Raises `BadInput` with the first thing in it that names code, a library, a file outside the folder or an option that
     is not on the lists, and for a file that is a link out of the folder, or is none (a device, a pipe).
@@ -54,7 +54,7 @@ def screen_model(folder: Path) -> None:
 
 
 def screen_files(files: Mapping[str, Path]) -> None:
-    """Do as `screen_model` with the files of a folder: the name of each, and the regular file with its content.
+    """Check files as `screen_model` does; `files` has the name of each, and the regular file with its content.
 
     Only files that `is_screened` names are read; the others need not be there.
     """
@@ -73,12 +73,12 @@ def screen_files(files: Mapping[str, Path]) -> None:
 
 
 def is_screened(name: str) -> bool:
-    """Whether the content of a file decides what `screen_files` says; it does not for weights."""
+    """Whether `screen_files` reads the content of a file; it does not for weights."""
     return name.endswith((".onnx", "config.json"))
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
-    """Yield the files that lie in a folder itself; a folder in it can be named by nothing that is on the lists."""
+    """Yield the files directly in a folder; nothing on the lists can refer to a folder in it."""
     home = folder.resolve()
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not _is_inside(path.resolve(), home):
@@ -91,7 +91,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
 
 
 def _is_inside(target: Path, home: Path) -> bool:
-    """Whether a link's target is in a folder, or where Hugging Face's cache keeps the content of its snapshots."""
+    """Whether a link's target is in a folder, or in the folder where Hugging Face's cache keeps its content."""
     snapshots = next((folder for folder in home.parents if folder.name == "snapshots"), None)
     cached = snapshots is not None and target.parent == snapshots.parent / "blobs"
     return target.exists() and (target.is_relative_to(home) or cached)
@@ -101,7 +101,7 @@ def _is_inside(target: Path, home: Path) -> bool:
 
 
 class _Section(BaseModel):
-    """Part of genai_config.json; what is not named is not allowed."""
+    """Part of genai_config.json; fields that are not declared are refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -113,7 +113,7 @@ def _plain_name(name: str) -> str:
 
 
 def _onnx_name(name: str) -> str:
-    if not name.endswith(".onnx"):  # by the ending .ort onnxruntime knows another format
+    if not name.endswith(".onnx"):  # onnxruntime reads a file with the ending .ort in another format
         raise ValueError(f"{name!r} is not an ONNX file")
     return _plain_name(name)
 
@@ -202,7 +202,7 @@ class _GenaiConfig(_Section):
 
 def _genai_config(path: Path) -> _GenaiConfig:
     try:
-        # The runtime heeds both of two entries of one name, and Python's reader the last one only.
+        # Of duplicate keys the runtime uses both, and Python's reader only the last one.
         config = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repetition)
         return _GenaiConfig.model_validate(config)
     except ValidationError as error:
@@ -231,7 +231,7 @@ def _first_fault(error: ValidationError) -> str:
 
 
 def _weights_of(name: str, files: Mapping[str, Path]) -> set[str]:
-    """Return the files beside a graph that hold its weights, after looking through the whole of it."""
+    """Return the files in a graph's folder that contain its weights, after checking the whole graph."""
     import onnx
 
     try:
@@ -264,7 +264,7 @@ def _graphs(graph: Any) -> Iterator[Any]:
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """Yield the tensors of a graph whose content lies in another file."""
+    """Yield the tensors of a graph whose content is in another file."""
     attributes = [attribute for node in graph.node for attribute in node.attribute]
     sparse = [tensor for attribute in attributes for tensor in (attribute.sparse_tensor, *attribute.sparse_tensors)]
     sparse += getattr(graph, "sparse_initializer", ())
@@ -274,11 +274,11 @@ def _tensors(graph: Any) -> Iterator[Any]:
     yield from (tensor for tensor in tensors if tensor.external_data)
 
 
-# The tokenizer's files and what lies beside them
+# The tokenizer's files and those in the same folder
 
 
 def _check_tokenizer_config(name: str, path: Path) -> None:
-    """Refuse what transformers would take classes or files from."""
+    """Refuse entries from which transformers would load classes or files."""
     try:
         todo: list[object] = [json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""onnxruntime-genai, the runtime that serves: a model folder that is opened, its answers and its logits."""
+"""onnxruntime-genai, the serving runtime: an opened model folder, its answers and its logits."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from slmops.infra.genai.calls import Generate, Generated
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
-# Neutral values for whatever a folder's genai_config.json says about search: pure greedy decoding.
+# Neutral values that override the search options of a folder's genai_config.json: pure greedy decoding.
 GREEDY = {
     "do_sample": False,
     "num_beams": 1,
@@ -104,7 +104,7 @@ class GenaiModel:
     def decode(self, answer_ids: Sequence[int]) -> str:
         """Text of an answer, without control tokens, decoded as it is streamed to a client.
 
-        Tokens whose bytes are not UTF-8 are lost, as they are in serving.
+        Tokens whose bytes are not UTF-8 are dropped, as in serving.
         """
         stream = self.tokenizer.create_stream()
         return "".join(stream.decode(token) for token in answer_ids)
@@ -144,7 +144,7 @@ class GenaiModel:
 
     @property
     def gives_last_position_only(self) -> bool:
-        """Whether the model was built to give the logits of the last position alone."""
+        """Whether the model was built to give only the logits of the last position."""
         return self._logits_shape[1] == 1
 
     @property
@@ -160,7 +160,7 @@ class GenaiModel:
             path = self.model_dir / self.config["model"]["decoder"]["filename"]
             outputs = onnx.load(path, load_external_data=False).graph.output
             sizes += [output.type.tensor_type.shape.dim[-1].dim_value for output in outputs if output.name == "logits"]
-        except Exception as error:  # protobuf's and the file system's, whatever a damaged folder makes them raise
+        except Exception as error:  # a damaged folder makes protobuf and the file system raise various errors
             raise self.broken(error) from error
         return min((size for size in sizes if size), default=None)
 
@@ -174,7 +174,7 @@ class GenaiModel:
             raise self.broken(error) from error
 
     def broken(self, error: Exception) -> StageFailed:
-        """The error to raise when the runtime fails in the middle of its work."""
+        """The error to raise when the runtime fails during a request."""
         return StageFailed(
             f"onnxruntime-genai opened the model in {self.model_dir} and could not run it: {_reason(error)}.",
             "Build it again, or with another recipe; the stage's log has the whole message.",

@@ -9,9 +9,9 @@ from itertools import groupby, pairwise
 from slmops.infra.genai.calls import SweptRequest
 
 SHORTEST_PROMPT_TOKENS = 32
-MAX_ROUNDS = 3  # a cliff is believed when it shows in all of them
-# What takes less than 0.1 s seems immediate (Nielsen 1993, Usability Engineering, chapter 5), and people read some ten
-# tokens a second. Within these limits nobody meets a cliff, and a hiccup of the machine looks like one.
+MAX_ROUNDS = 3  # a cliff counts only if it shows in all of them
+# A response within 0.1 s seems immediate (Nielsen 1993, Usability Engineering, chapter 5), and people read about ten
+# tokens a second. Within these limits users notice no cliff, and short disturbances of the machine look like one.
 IMMEDIATE_MS = 100.0
 FASTER_THAN_READ_TPS = 100.0
 
@@ -27,7 +27,7 @@ class LengthSpeed:
 
 @dataclass(frozen=True)
 class ThroughputLoss:
-    """What throughput loses from one prompt length to the next; see `throughput_losses`."""
+    """The loss of throughput from one prompt length to the next; see `throughput_losses`."""
 
     shorter: int
     longer: int
@@ -52,8 +52,8 @@ def sweep_lengths(context_length: int, new_tokens: int, max_prompt_tokens: int |
 def speed_by_length(rows: Sequence[SweptRequest]) -> list[LengthSpeed]:
     """Speeds by ascending length, from the sweep's rows.
 
-    A length that was measured in several rounds counts with the best round's median, TTFT and throughput each for
-    itself: what else a machine does only ever slows a request.
+    A length that was measured in several rounds has the best round's median, separately for TTFT and throughput: other
+    work of the machine can only slow a request.
     """
     ordered = sorted(rows, key=lambda row: (row.prompt_tokens, row.round))
     speeds = []
@@ -123,10 +123,9 @@ def sweep(
 ) -> tuple[list[SweptRequest], list[str]]:
     """Make requests of growing length; returns their rows and notes on what was left out or measured again.
 
-    `request(prompt_tokens)` makes one; `has_room(prompt_tokens)` says whether the memory suffices. The sweep stops
-    before a length that would take it beyond the budget, its time being predicted from the two lengths before. The two
-    lengths of a loss beyond `max_cliff_ratio` are measured again, beyond the budget if need be, for a model may be
-    rejected for it.
+    `request(prompt_tokens)` makes one; `has_room(prompt_tokens)` says whether there is enough memory. The sweep stops
+    before a length whose time, predicted from the two previous lengths, would exceed the budget. The two lengths of a
+    loss beyond `max_cliff_ratio` are measured again, even beyond the budget, because the model may be rejected for it.
     """
     rows: list[SweptRequest] = []
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""What onnxruntime-genai makes of conversations: the prompt of a folder's chat template, and its tokens."""
+"""onnxruntime-genai's prompts of conversations, by a folder's chat template, and their tokens."""
 
 import json
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ COPIES_OF_A_CHUNK = 4
 def compare_text(call: CompareText, progress: Progress) -> ComparedText:
     """Score the tokens of a text and compare the next-token distributions with the reference's.
 
-    Tokens and windows are the reference's; without one the runtime's own tokenizer makes them, by the same rules.
+    Tokens and windows are the reference's; without a reference, the runtime's tokenizer makes them by the same rules.
     Each side's log-probabilities are over its whole vocabulary. No more than `chunk_bytes` of logits exist at once.
 
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` for a model that cannot be run, a vocabulary
@@ -113,7 +113,7 @@ class _TextReference:
         self._vocabulary_size, self._tokenizer_size = content.vocabulary_size, content.tokenizer_size
 
     def comparable_vocabulary(self, variant_size: int) -> int:
-        """Size of the common vocabulary: what one side has beyond it must be padding that no token uses."""
+        """Size of the common vocabulary: further entries of either side must be padding that no token uses."""
         if not are_comparable(variant_size, self._vocabulary_size, self._tokenizer_size):
             raise StageFailed(
                 f"The variant's vocabulary has {variant_size} tokens and the reference's {self._vocabulary_size}, "

@@ -24,7 +24,7 @@ def benchmark_prompt(model: GenaiModel, length: int) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Chats of any length: what the chat template writes before and after the user's text, and text to fill them."""
+    """Chats of any length: the chat template's text before and after the user's text, and text to fill them."""
 
     before: NDArray[np.int32]
     after: NDArray[np.int32]
@@ -37,7 +37,7 @@ class ChatPrompt:
 
 
 def chat_prompt(model: GenaiModel) -> ChatPrompt:
-    """Cut the template's part out of two chats that have nothing in common but it.
+    """Find the template's text as the common part of two chats.
 
     Raises `StageFailed` when the runtime cannot render a chat.
     """

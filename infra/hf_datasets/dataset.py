@@ -1,4 +1,4 @@
-"""Read a dataset of the `datasets` library, from the Hub or from a folder; no code of a dataset's is run."""
+"""Read a dataset of the `datasets` library, from the Hub or from a folder; code of a dataset is not run."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def read_hf_dataset(name: str, settings: Settings) -> list[dict[str, object]]:
             deadline_s=settings.timeout.fine_tune_s,
             log_path=settings.cache_dir / "logs" / "dataset.log",
             work_dir=work,
-            # A folder needs no network; what the library makes of it is nobody's cache.
+            # A folder needs no network; the library's converted copy of it is not kept.
             environment={"HF_DATASETS_CACHE": str(work / "cache")} if local else ONLINE,
         )
         with (work / "rows.jsonl").open(encoding="utf-8") as file:

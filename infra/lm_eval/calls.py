@@ -26,7 +26,7 @@ class TaskMetric(Record):
 
 
 class TaskResults(Record):
-    """The metrics of all tasks, and what is to be told of them."""
+    """The metrics of all tasks, and notes on them."""
 
     results: tuple[TaskMetric, ...]
     notes: tuple[str, ...]

@@ -27,9 +27,9 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 class GenaiLM(TemplateLM):  # type: ignore[misc]
     """lm-eval's interface over onnxruntime-genai, by the conventions of lm-eval's own `HFLM`.
 
-    Texts are tokenized by the runtime's own tokenizer; what the checkpoint's tokenizer puts before a text is put there
-    too, unless the text begins with it already. The prefix of a text without context is the tokenizer's begin token,
-    else its end token. A request longer than the context loses tokens on its left, which `notes` tells.
+    The runtime's own tokenizer tokenizes texts. The tokens that the checkpoint's tokenizer adds before a text are
+    added, unless the text already begins with them. The prefix of a text without context is the tokenizer's begin
+    token, else its end token. A request longer than the context is truncated on the left; `notes` says so.
     """
 
     def __init__(self, model: GenaiModel, progress: Progress) -> None:

@@ -18,13 +18,13 @@ from slmops.infra.lm_eval.calls import RunTasks, TaskMetric, TaskResults
 from slmops.infra.lm_eval.task_files import check_task_folder
 from slmops.infra.process.call import Progress
 
-# lm-eval's own are 100,000, which take minutes of every core for metrics without a closed form.
+# lm-eval's own default is 100,000, which takes minutes on every core for metrics without a closed form.
 BOOTSTRAP_ITERATIONS = 1000
 SEED = 1234  # lm-eval's own
 
-# On top of the child's quiet environment: each library has a switch of its own, and the last keeps to one process.
+# In addition to the child's environment: each library has its own switch, and the last one limits work to one process.
 OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "LMEVAL_DISABLE_MULTIPROC": "1"}
-# For a user who allows the Hugging Face Hub to be asked for the data of standard tasks.
+# For a user who allows downloads of standard tasks' data from the Hugging Face Hub.
 ONLINE = {**OFFLINE, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 
 
@@ -32,8 +32,8 @@ def evaluate(call: RunTasks, progress: Progress) -> TaskResults:
     """Run lm-eval tasks by name.
 
     Relative paths in the user's tasks count from `include_path`. Templates run in a sandbox unless `allow_code`;
-    metrics that would be fetched as code, and tasks that run what the model wrote, are refused in any case. Without
-    `allow_network` this process reaches no other machine from then on.
+    metrics that would be fetched as code, and tasks that run the model's output, are always refused. Without
+    `allow_network`, this process can reach no other machine from then on.
 
     Raises `BadInput` where lm-eval is missing, and for tasks that are unknown, cannot be loaded or cannot be run;
     `StageFailed` for a model that cannot be run.
@@ -66,7 +66,7 @@ def evaluate(call: RunTasks, progress: Progress) -> TaskResults:
 
 
 def _stay_on_this_machine(event: str, arguments: tuple[object, ...]) -> None:
-    """Refuse look-ups of names and connections to other machines: a task's data files may be URLs."""
+    """Refuse name lookups and connections to other machines: a task's data files may be URLs."""
     if event in {"socket.connect", "socket.sendto"}:
         address = arguments[1]
         host = address[0] if isinstance(address, tuple) else None  # a local socket's address is a path
@@ -158,7 +158,7 @@ def _check_task(name: str, one: Any) -> None:
 
 
 def _sandboxed(environment: Any) -> Any:
-    """The templates' environment, without the ways from a template to Python."""
+    """The templates' environment, in a sandbox without access to Python."""
     from jinja2.sandbox import SandboxedEnvironment
 
     safe = SandboxedEnvironment(
@@ -189,7 +189,7 @@ def _open(call: RunTasks, progress: Progress) -> Any:
 
 
 def _evaluate(lm: Any, loaded: Any, call: RunTasks) -> Any:
-    """What `lm_eval.simple_evaluate` does with loaded tasks, without its look at the machine and its git folders."""
+    """Evaluate loaded tasks as `lm_eval.simple_evaluate` does, without inspecting the machine and its git folders."""
     import lm_eval
     import numpy as np
 
@@ -254,7 +254,7 @@ def _text(value: object) -> str | None:
 
 
 def _digest(config: object) -> str:
-    """SHA-256 of a task's configuration (of a group: of its tasks' names), wherever its file lies."""
+    """SHA-256 of a task's configuration (of a group: of its tasks' names), independent of its file's location."""
     if isinstance(config, dict):
         metadata = config.get("metadata")
         kept = {key: value for key, value in metadata.items() if key != "config_source"} if metadata else None

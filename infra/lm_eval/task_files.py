@@ -1,4 +1,4 @@
-"""A folder of the user's own lm-eval tasks: data, not programs, and what identifies it."""
+"""A folder of the user's own lm-eval tasks: the check that it contains only data, and its digest."""
 
 import glob
 import hashlib
@@ -10,7 +10,7 @@ import yaml
 
 from slmops.infra.errors import BadInput
 
-# Formats that hold data only; "pandas", for one, unpickles its files, which runs what they say.
+# Formats that contain only data. For example, "pandas" unpickles its files, which can run code.
 DATA_FORMATS = {"json", "csv", "parquet", "arrow", "text"}
 PLAIN_TAGS = tuple(
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "timestamp", "merge")
@@ -18,14 +18,14 @@ PLAIN_TAGS = tuple(
 
 
 class _DataLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads YAML's data and takes whatever a tag would construct for nothing."""
+    """Reads YAML's data and ignores everything that a tag would construct."""
 
 
 _DataLoader.add_multi_constructor("", lambda loader, tag, node: None)
 
 
 def check_task_folder(folder: Path, *, allow_code: bool) -> None:
-    """Look at every YAML file of a folder, and at what they include from elsewhere than lm-eval itself.
+    """Check every YAML file of a folder, and the files that they include from outside lm-eval.
 
     A task file can name Python code to run (`!function`), and data in formats that run code when they are read. Unless
     `allow_code`, a file that does is refused.
@@ -62,7 +62,7 @@ def _included(content: object) -> object:
 
 
 def digest_of_task_folder(folder: Path) -> str:
-    """SHA-256 over the folder's files and the local data files that its tasks name, wherever they lie.
+    """SHA-256 over the folder's files and the local data files that its tasks name, also outside the folder.
 
     Raises `BadInput` for a folder or a file that cannot be read.
     """
@@ -137,7 +137,7 @@ def _is_of_lm_eval(path: Path) -> bool:
 
 
 def _values_of(key: str, content: object) -> Iterator[object]:
-    """Yield the values of a key, however deep: a group's file may define its tasks inside."""
+    """Yield the values of a key at any depth: a group's file may define its tasks inside."""
     if isinstance(content, dict):
         for name, value in content.items():
             if name == key:

@@ -1,6 +1,6 @@
 """The signature of a stored version, by OpenSSF model signing with an elliptic-curve key; nothing leaves the machine.
 
-What is signed is a folder that holds the version's `manifest.json` as stored. The manifest names every file with its
+The signature is of a folder with the version's `manifest.json` as stored. The manifest names every file with its
 SHA-256, so the signature covers all of them.
 """
 
@@ -34,7 +34,7 @@ def sign_manifest(manifest_bytes: bytes, private_key: Path, password: str | None
 
     with tempfile.TemporaryDirectory() as parent:
         folder, path = _signed_folder(Path(parent), manifest_bytes), Path(parent) / "signature.json"
-        # The library wants text, and hands it as it is to `cryptography`, which takes bytes only.
+        # The library expects text and passes it unchanged to `cryptography`, which accepts only bytes.
         Config().use_elliptic_key_signer(private_key=private_key, password=secret).sign(folder, path)
         signature: dict[str, Any] = json.loads(path.read_bytes())
         return signature
@@ -55,8 +55,8 @@ def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, object], publ
             "Verify it with the public key of its signer, or do not use the version.",
             code="signature-of-other-key",
         )
-    # The library leaves out of its comparison what the signature says to leave out: a signature of an empty folder
-    # that ignores the manifest would pass for every manifest.
+    # The library ignores the files that the signature tells it to ignore: a signature of an empty folder that ignores
+    # the manifest would be valid for every manifest.
     if signed != [{"name": SIGNED_FILE, "algorithm": "sha256", "digest": hashlib.sha256(manifest_bytes).hexdigest()}]:
         raise StageFailed(
             "The signature is of another manifest.",
@@ -72,7 +72,7 @@ def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, object], publ
         verifier = Config().use_elliptic_key_verifier(public_key=public_key)
         try:
             verifier.verify(folder, path)
-        # The library reads a bundle's fields without asking whether they are there.
+        # The library reads a bundle's fields without checking that they exist.
         except (InvalidSignature, ValueError, TypeError, LookupError, AttributeError) as error:
             raise StageFailed(
                 f"The signature does not verify with the key {public_key}.",
@@ -121,7 +121,7 @@ def _check_private_key(path: Path, secret: bytes | None) -> None:
     content = _read_key(path)
     if b"PRIVATE KEY-----" not in content:
         raise _no_key(path, content, "private", f"Make one with {NEW_KEY}")
-    # The errors are not chained: what caused them may tell of the key.
+    # The errors are not chained: their causes may reveal the key.
     try:
         key = load_pem_private_key(content, secret)
     except TypeError:
@@ -215,5 +215,5 @@ def _check_curve(path: Path, key: object) -> None:
 
 
 def _secret(password: str | None) -> bytes | None:
-    # A password from the environment comes back as the bytes that it was there.
+    # This recovers the bytes of a password from the environment.
     return password.encode("utf-8", "surrogateescape") if password else None

@@ -1,4 +1,4 @@
-"""Which checkpoints can be built correctly: a plain reading of config.json."""
+"""Which checkpoints can be built correctly, according to config.json."""
 
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Json

@@ -14,7 +14,7 @@ class Build(Call[Built]):
     """Build one variant of a checkpoint.
 
     `olive_config` is complete but for its paths. The finished folder is written to `output_dir`, which must be empty or
-    missing; everything on the way there lives in a folder of its own under `cache_dir` and is removed at the end.
+    missing; intermediate files are in a separate folder under `cache_dir`, which is removed at the end.
     """
 
     olive_config: Json

@@ -1,8 +1,9 @@
 """Quantize the embedding of an ONNX model, which onnxruntime-genai's builder leaves in floating point.
 
-The builder (0.18) quantizes or shares an embedding only in four bits and only when it is tied to lm_head, on the ground
-that `GatherBlockQuantized` had no other width. The operator of ONNX Runtime 1.31 has: eight bits, and lm_head's rows as
-`MatMulNBits` stores them. With a vocabulary of 152 k, that one tensor is half of an int8 model of 0.5 B parameters.
+The builder (0.18) quantizes or shares an embedding only in four bits and only when it is tied to lm_head, because
+`GatherBlockQuantized` had no other width. In ONNX Runtime 1.31 the operator also supports eight bits, and lm_head's
+rows as `MatMulNBits` stores them. With a vocabulary of 152 k, that one tensor is half of an int8 model of 0.5 B
+parameters.
 """
 
 from dataclasses import dataclass

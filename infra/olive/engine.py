@@ -19,7 +19,7 @@ from slmops.infra.process.call import Progress
 
 MODEL_BUILDER = "ModelBuilder"
 
-# Written by Olive beside the model, with paths and times of this run.
+# Olive writes it into the model's folder, with paths and times of this run.
 OLIVE_RECORDS = frozenset({"model_config.json", "run_history.txt", "footprint.json", "output_footprint.json"})
 
 
@@ -63,7 +63,7 @@ def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -
     package_config["passes"][MODEL_BUILDER] |= {"module_path": f"slmops.infra.olive.model_builder.{MODEL_BUILDER}"}
     result_dir = work / "result"
     run_config = {
-        **copy.deepcopy(olive_config),  # Olive writes into what it is given
+        **copy.deepcopy(olive_config),  # Olive modifies its argument
         "input_model": {**olive_config["input_model"], "model_path": str(checkpoint_dir)},
         "cache_dir": str(work / "cache"),
         "output_dir": str(result_dir),
@@ -83,7 +83,7 @@ def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -
         logging.getLogger(__name__).exception("Olive failed")
     finally:
         logging.getLogger("olive").removeHandler(failure)
-        tempfile.tempdir = None  # Olive leaves its own folder there, which is about to go
+        tempfile.tempdir = None  # Olive leaves its own folder there, which is removed below
     if not produced:
         text = f"{type(reason).__name__}: {reason}" if reason else "it produced no model and gave no reason"
         raise StageFailed(

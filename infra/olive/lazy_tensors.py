@@ -10,7 +10,7 @@ TensorType = tuple[str, Any, Sequence[int]]  # name, numpy dtype, shape
 def computed_together(compute: Callable[[], Sequence[object]], types: Sequence[TensorType]) -> list[Any]:
     """Return an onnx-ir tensor per type; `compute` gives all their arrays when the first of them is written.
 
-    Each array is let go when it is written, by whichever thread. A tensor that is asked for again is computed again.
+    Each array is released when any thread has written it. A tensor that is requested again is computed again.
     """
     import numpy as np
     import onnx_ir as ir

@@ -1,7 +1,7 @@
-"""Let Olive's engine neither read a checkpoint nor write a model for its cache alone: ours lives for one build.
+"""Keep Olive's engine from reading checkpoints and writing models only for its cache, which here lasts for one build.
 
 Olive 0.13 names a model in its cache by the SHA-256 of all its bytes, and copies its result out of the cache.
-tests/infra/olive/test_build_resources.py tells when it does so no more.
+tests/infra/olive/test_build_resources.py fails when this changes.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def spare_reads_and_writes() -> None:
-    """Patch Olive in this process: files are told apart by path, size and time, and results are hard links."""
+    """Patch Olive in this process: files are identified by path, size and time, and results are hard links."""
     model_config: Any = importlib.import_module("olive.model.config.model_config")
     resource_path: Any = importlib.import_module("olive.resource_path")
     utils: Any = importlib.import_module("olive.common.utils")
@@ -22,7 +22,7 @@ def spare_reads_and_writes() -> None:
         return digest
 
     def link_files(source: str, target: str, **_: object) -> None:
-        utils.hardlink_copy_dir(source, target)  # which copies where links cannot be made
+        utils.hardlink_copy_dir(source, target)  # this copies if links cannot be made
 
     model_config.hash_file = hash_of_status
     resource_path.copy_dir = link_files

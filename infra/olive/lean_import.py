@@ -1,9 +1,9 @@
-"""Import Olive's engine without what no build of ours uses: every build waits for it.
+"""Import Olive's engine without the parts that no build of slmops uses, because every build waits for the import.
 
 `import olive` also imports all commands of Olive's command line, and Olive's evaluators import torchmetrics, which
 brings scipy.signal and matplotlib: together half of that import's time. No evaluator runs in a build, for
-tasks/build/build.py accepts none in an Olive configuration. tests/infra/olive/test_engine.py tells when Olive
-imports them no more.
+tasks/build/build.py accepts none in an Olive configuration. tests/infra/olive/test_engine.py fails when Olive no longer
+imports them.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class _NeverUsed(ModuleType):
-    """Stands for a library whose names Olive puts into a table when it is imported."""
+    """Stands in for a library whose names Olive puts into a table at its import."""
 
     def __getattr__(self, name: str) -> "_NeverUsed":
         if name.startswith("__"):  # what Python itself asks of a module

@@ -1,7 +1,7 @@
-"""Give back the memory of checkpoint files that are mapped and were read: their pages can be read again.
+"""Release the memory of mapped checkpoint files that were read: their pages can be read again.
 
-transformers maps safetensors files into memory. What a build has read of them stays resident, and counts as the
-process's memory, until the system needs it: with a model as large as memory, after everything else has been driven out.
+transformers maps safetensors files into memory. Pages that a build has read stay resident, and count as the process's
+memory, until the system needs the memory. With a model as large as memory, the system first evicts everything else.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def mapped_bytes() -> int:
 
 
 def release_mapped_pages() -> None:
-    """Let go of the resident pages of all mapped safetensors files that this process did not change. Linux only."""
+    """Release the resident pages of all mapped safetensors files that this process did not change. Linux only."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -33,7 +33,7 @@ def release_mapped_pages() -> None:
 def _unchanged_mappings() -> Iterator[tuple[int, int]]:
     """Yield address and size in bytes.
 
-    A page that this process wrote to is its own, no file's, and would be lost: then the mapping is left alone.
+    A page that this process wrote to would be lost, because no file has its content: such a mapping is not released.
     """
     with contextlib.suppress(OSError), SMAPS.open(encoding="utf-8", errors="replace") as lines:
         found: tuple[int, int] | None = None

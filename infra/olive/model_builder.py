@@ -1,7 +1,8 @@
 """The Olive pass that builds an onnxruntime-genai model; Olive's engine imports this module, nothing else does.
 
 Olive 0.13's own `ModelBuilder` pass does not work with onnxruntime-genai 0.18 (it imports a module that is gone and
-skips `check_extra_options`). This one takes its place under the same name; `slmops.infra.olive.engine` tells Olive so.
+skips `check_extra_options`). This pass replaces it under the same name; `slmops.infra.olive.engine` configures Olive
+accordingly.
 """
 
 import contextlib
@@ -77,7 +78,7 @@ def _create_model(checkpoint: Path, folder: Path, options: dict[str, Any]) -> No
     if precision in BITS and tied and not _builder_can_share(options):
         extra_options["shared_embeddings"] = False
     extra_options |= options.get("extra_options", {})
-    # The builder removes its cache when it is empty, and fails when it is gone.
+    # The builder removes its cache if it is empty, and fails if it does not exist.
     cache = folder / "builder-cache"
     arguments = (None, str(checkpoint), str(folder), precision, target, str(cache))
     builder.check_extra_options(*arguments, extra_options)
@@ -96,7 +97,7 @@ def _create_model(checkpoint: Path, folder: Path, options: dict[str, Any]) -> No
 
 
 def _name_sliding_layers(config: Any) -> None:
-    """Say in `layer_types` what Mistral and Phi-3 say by `sliding_window` alone: every layer slides.
+    """Set `layer_types` for Mistral and Phi-3, which have only `sliding_window`: every layer uses sliding attention.
 
     The builder (0.18) takes layers without a type for full attention, and the model is wrong beyond the window.
     """
@@ -135,7 +136,7 @@ def _builder_can_share(options: dict[str, Any]) -> bool:
 
 
 def _leave_code_out(folder: Path) -> None:
-    """Take the checkpoint's classes out of what was copied from it: no runtime has them, and none may look for them."""
+    """Remove the checkpoint's classes from the copied files: no runtime has them, and none may search for them."""
     for path in folder.glob("*config.json"):
         config = json.loads(path.read_text("utf-8"))
         if config.pop("auto_map", None) is not None:

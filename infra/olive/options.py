@@ -55,7 +55,7 @@ BUILDER_QUANTIZATION_OPTIONS = (
 )
 
 # What a user may put into `extra_options`: onnxruntime-genai 0.18's options of a text decoder that keep the model's
-# inputs and outputs. The builder ignores any other name without a word.
+# inputs and outputs. The builder silently ignores any other name.
 EXTRA_OPTIONS = frozenset(
     {
         "enable_dml_graph",

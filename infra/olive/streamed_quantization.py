@@ -1,4 +1,4 @@
-"""Let onnxruntime-genai's builder quantize each weight when it is written, in place of the whole model before.
+"""Make onnxruntime-genai's builder quantize each weight when it is written, instead of the whole model in advance.
 
 The builder (0.18) turns its model into a protobuf message with all weights in fp32, quantizes that, and turns the
 result into a model again: a 0.5 B model takes 5 GB. Here the same quantizer of ONNX Runtime takes one weight at a time,
@@ -17,7 +17,7 @@ FLOATS = ("float16", "float32", "bfloat16")
 OF_FOUR_BIT_TYPES = (21, 10)  # operator set and IR version, to which the quantizer would raise a model
 VALUES_PER_STEP = 4 * 2**20
 MAX_BYTES_READ_AND_HELD = 64 * 2**20
-WRITERS = 4  # a weight's values and its scales wait for each other: two weights are under way
+WRITERS = 4  # a weight's values and scales are written together: two weights are in progress
 MAX_BYTES_WRITTEN_AT_ONCE = 32 * 2**20  # a larger tensor is written alone
 
 
@@ -44,7 +44,7 @@ def streamed_quantization(builder: Any, finish: Callable[[Any], None]) -> Iterat
 
 
 def _can_stream(model: Any) -> bool:
-    """Whether a builder's model takes the plain way: one width, ONNX Runtime's default quantizer, MatMulNBits."""
+    """Whether a builder's model can be streamed: one width, ONNX Runtime's default quantizer, MatMulNBits."""
     special = (
         model.quant_attrs["use_qdq"],
         model.matmul_attrs["weights_prepacked"],
@@ -150,9 +150,9 @@ def _quantized_tensors(weight: Any, quant: dict[str, Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _written_side_by_side() -> Iterator[None]:
-    """Write a model by several threads, in the same bytes, and let go of what was read of the checkpoint.
+    """Write a model by several threads, with the same bytes, and release the pages of the checkpoint that were read.
 
-    The quantizer holds Python's lock; beside it, the next weights are read and converted, and the last ones written.
+    While the quantizer holds the GIL, the next weights are read and converted, and the last ones are written.
     """
     import onnx_ir as ir
 

@@ -1,4 +1,4 @@
-"""A call of a child process: a record of what is asked, which names the type of the answer."""
+"""A call of a child process: a record of the request, with the type of the answer."""
 
 import importlib
 from abc import abstractmethod
@@ -16,22 +16,22 @@ OnProgress = Callable[[float, float, str], None]
 
 
 class Progress(Protocol):
-    """Report `done` of `total` steps and what is being done; cheap enough to call in a loop."""
+    """Report `done` of `total` steps and the current activity; cheap enough to call in a loop."""
 
     def __call__(self, done: float, total: float, what: str) -> None: ...
 
 
 class Call(Record, Generic[R]):
-    """What a child process is asked to do; `R` is what it answers.
+    """A request to a child process; `R` is the type of its answer.
 
-    A call and its answer cross between the processes as JSON and are validated on both sides. The module of a call is
-    imported in both, so that what is heavy is imported within `perform`. Relative paths would mean another place in
-    the child: fields are of `slmops.infra.records.AbsolutePath`.
+    A call and its answer cross between the processes as JSON and are validated on both sides. Both import the module of
+    a call, so heavy packages are imported within `perform`. A relative path would mean another place in the child, so
+    path fields are of type `slmops.infra.records.AbsolutePath`.
     """
 
     @abstractmethod
     def perform(self, progress: Progress) -> R:
-        """Do it, in the process that this runs in; raises what `slmops.infra.errors` has for what went wrong."""
+        """Perform the call in this process; raises the errors of `slmops.infra.errors`."""
 
     @classmethod
     def target(cls) -> str:
@@ -46,7 +46,7 @@ class Call(Record, Generic[R]):
 
 @dataclass(frozen=True)
 class ChildResult(Generic[R]):
-    """What a child answered, and what it took: wall time in s, peak resident memory of its process tree in bytes."""
+    """A child's answer, its wall time in s, and the peak resident memory of its process tree in bytes."""
 
     value: R
     wall_s: float

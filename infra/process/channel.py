@@ -1,8 +1,8 @@
-"""A process of ours beside this one: how it is started, spoken with, and ended, whatever either of them does.
+"""A child process of slmops: its start, the messages with it, and its reliable end.
 
-Both sides write JSON, one object a line. The child's standard input is its lifeline too: when it closes, whoever
-started the child is gone or done with it, and the child ends itself. Whatever a library prints in the child goes to its
-log; its standard output carries messages only.
+Both sides write JSON, one object a line. The child's standard input is also its lifeline: it closes when the parent has
+ended or no longer needs the child, and the child then ends itself. Output that libraries print in the child goes to its
+log; its standard output carries only messages.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from slmops.infra import errors
 
 LOG_TAIL_LINES = 15
 
-# Each of these keeps a library from calling home or from looking for a hub. They are set in the child,
-# over whatever the user's environment says. Olive and Foundry Local upload usage data even when their
-# own switches are off, but neither does when it finds itself in CI (docs/privacy.md has the measurements).
+# Each of these keeps a library from sending telemetry or from contacting a hub. They override the user's environment in
+# the child. Olive and Foundry Local upload usage data even when their own switches are off, but not when they detect a
+# CI environment (docs/privacy.md has the measurements).
 QUIET_ENVIRONMENT = {
     "CI": "1",
     "DO_NOT_TRACK": "1",
@@ -39,8 +39,8 @@ QUIET_ENVIRONMENT = {
     "PYTHONUTF8": "1",
 }
 
-# With these Python looks for modules elsewhere before it looks where slmops and its dependencies are installed. Without
-# them, and without the current directory (-P), no folder of the user's stands in for a module of a child.
+# With these, Python searches other folders for modules before the folder where slmops and its dependencies are
+# installed. Without them and without the current directory (-P), no folder of the user can replace a module of a child.
 SHADOWING = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
 PYTHON = (sys.executable, "-P")
 
@@ -49,17 +49,17 @@ Send = Callable[[Message], None]
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a child: this process's own, quiet, without what could stand in for its modules."""
+    """Return the environment of a child: that of this process, without telemetry and without other module paths."""
     inherited = {name: value for name, value in os.environ.items() if name not in SHADOWING}
-    # -P is not handed on to what a library starts in its turn; this is.
+    # Processes that a library starts do not inherit -P, but they inherit this variable.
     return {**inherited, **QUIET_ENVIRONMENT, "PYTHONSAFEPATH": "1", **(extra or {})}
 
 
 class Channel:
-    """The parent's side: a module of ours that runs in a process of its own, with all that it starts in turn.
+    """The parent's side: a module of slmops that runs in a child process, with all its descendants.
 
-    What it prints is appended to `log_path` (None: nowhere). Without `speaks` its standard output goes there too.
-    `umask` is of the files that it makes. Raises `OSError` where it cannot be started.
+    Its output is appended to `log_path` (None: discarded). Without `speaks`, its standard output goes there too.
+    `umask` applies to the files that it makes. Raises `OSError` if it cannot be started.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Channel:
                 cwd=work_dir,
                 env=dict(environment),
                 umask=umask,
-                start_new_session=os.name == "posix",  # Ctrl-C is the parent's to handle
+                start_new_session=os.name == "posix",  # the parent handles Ctrl-C
             )
         self._messages: queue.Queue[Message | None] = queue.Queue()
         if speaks:
@@ -109,7 +109,7 @@ class Channel:
         return self._process.poll()
 
     def send(self, message: Message) -> None:
-        """Send a message; to a process that has ended nothing is sent, which `receive` tells."""
+        """Send a message; nothing is sent to a process that has ended, which `receive` reports."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -122,11 +122,11 @@ class Channel:
         except queue.Empty:
             raise TimeoutError from None
         if message is None:
-            self._messages.put(None)  # whoever asks again is told the same
+            self._messages.put(None)  # a later call gets the same answer
         return message
 
     def end(self, grace_s: float, *, ends_by_itself: bool = False) -> int:
-        """End the process, and after `grace_s` it and all its descendants; returns its exit status.
+        """End the process, or after `grace_s` kill it and all its descendants; returns its exit status.
 
         The grace begins as its lifeline closes, unless it `ends_by_itself` now.
         """
@@ -161,13 +161,13 @@ def descendants_of(pid: int) -> list[psutil.Process]:
 
 
 def end_of_log(log_path: Path) -> str:
-    """Return the last lines of a child's log, as what to tell of a child that ended without a word."""
+    """Return the last lines of a child's log, to report a child that ended without a message."""
     tail = "\n".join(log_path.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:])
     return f"The end of its log ({log_path}):\n{tail}"
 
 
 def error_of(told: Message) -> errors.SlmopsError:
-    """Return the error that a child told of under `error`, as it was raised there."""
+    """Return the error that a child reported under `error`, as it was raised there."""
     kind: type[errors.SlmopsError] = getattr(errors, told["kind"], errors.StageFailed)
     return kind(told["message"], told["what_to_do"], told["code"])
 
@@ -176,13 +176,13 @@ def error_of(told: Message) -> errors.SlmopsError:
 
 
 def message_of(error: errors.SlmopsError) -> Message:
-    """Return the message that tells of an error."""
+    """Return the message that reports an error."""
     said = {"message": error.message, "what_to_do": error.what_to_do, "code": error.code}
     return {"error": {"kind": type(error).__name__, **said}}
 
 
 def speak() -> Send:
-    """Return what sends a message to the parent; whatever else is printed from now on goes to the log."""
+    """Return a function that sends a message to the parent; all other output from now on goes to the log."""
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # native libraries print to descriptor 1 as well
     sys.stdout = sys.stderr
@@ -197,7 +197,7 @@ def speak() -> Send:
 def listen(on_end: Callable[[], None]) -> Iterator[Message]:
     """Return the parent's messages as they come, without an end: when the parent is gone, `on_end` ends this process.
 
-    It is called in a thread of its own, whatever this process does meanwhile.
+    `on_end` is called in a separate thread, even while this process computes.
     """
     waiting: queue.Queue[Message] = queue.Queue()
 

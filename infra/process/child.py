@@ -1,9 +1,9 @@
-"""The child's side: perform calls of `infra` as often as the supervisor asks, and report to it.
+"""The child's side: perform calls of `infra` for the supervisor, and report to it.
 
 Started as `python -m slmops.infra.process.child MODULE:CLASS`; the argument names the first call in lists of processes.
 Each line of standard input is a call, a JSON object `{"call": "MODULE:CLASS", "request": {...}, "log_path": str,
-"work_dir": str, "is_last": bool}`; after the last one the child ends. The input is a lifeline too: when it closes, the
-supervisor is gone and the child ends itself. Standard output carries one JSON message a line; whatever libraries print
+"work_dir": str, "is_last": bool}`; after the last one the child ends. The input is also a lifeline: when it closes, the
+supervisor has ended and the child ends itself. Standard output carries one JSON message a line; output of libraries
 goes to standard error, which is the log of the call.
 """
 
@@ -70,7 +70,7 @@ def _log_to(path: str) -> None:
 
 def _give_memory_back() -> None:
     gc.collect()
-    with contextlib.suppress(AttributeError, TypeError):  # only glibc keeps what was freed, and has this
+    with contextlib.suppress(AttributeError, TypeError):  # only glibc keeps freed memory, and has this function
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -1,7 +1,7 @@
 """The child's side of endurance: long use and difficult input, for any runtime that answers conversations.
 
-The child may die at any step. So every step is written to a journal before it begins and when it has ended; the
-supervisor's side reads there what was under way.
+The child may die at any step. So every step is written to a journal before it begins and after it has ended, where the
+supervisor's side reads which step was interrupted.
 """
 
 import faulthandler
@@ -39,14 +39,14 @@ class OpenedModel(Protocol):
         """Length of the prompt that the runtime makes of a conversation."""
 
     def answer(self, messages: Messages, max_new_tokens: int) -> str:
-        """Text of the greedy answer; what does not fit the context is refused by the runtime itself."""
+        """Text of the greedy answer; the runtime itself refuses a prompt that does not fit the context."""
 
     def takes_for_control_token(self, text: str, token_id: int) -> bool:
         """Whether the text of a control token inside a user's message becomes that token."""
 
 
 class TypedInput(Record):
-    """A difficult conversation; `control_tokens` are (text, id) of those that a user typed in it."""
+    """A difficult conversation; `control_tokens` are (text, id) of the control tokens that a user typed in it."""
 
     name: str
     messages: tuple[dict[str, str], ...]
@@ -54,7 +54,7 @@ class TypedInput(Record):
 
 
 class Endure(Call[None]):
-    """Soak a model folder in a runtime, then give it the edge inputs; what happened is in the journal.
+    """Run the soak on a model folder in a runtime, then the edge inputs; the journal has the results.
 
     `conversations` (at least one) are cycled over, and the first is the ordinary request; `requests` 0: no soak;
     `new_tokens` at most, per answer. The process ends itself when one step takes longer than `step_deadline_s`.
@@ -73,7 +73,7 @@ class Endure(Call[None]):
 
 
 def endure(model: OpenedModel, call: Endure, progress: Progress) -> None:
-    """Soak an opened model, then give it the edge inputs.
+    """Run the soak on an opened model, then the edge inputs.
 
     The journal is JSON Lines: `{"begun": name, "request": int or null, "at": time.time()}` before each step;
     `{"rss_bytes": [int]}` after a soak that ended; `{"outcome": {...}}`, the fields of
@@ -104,12 +104,12 @@ class _Journal:
 
     def write(self, line: Json) -> None:
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()  # to the operating system, which keeps it when this process dies
+        self._file.flush()  # to the operating system, so it survives the end of this process
 
     @contextmanager
     def step(self, name: str, request: int | None = None) -> Iterator[None]:
         self.write({"begun": name, "request": request, "at": time.time()})
-        # A watchdog in C: native code that hangs may keep Python's lock for ever.
+        # A watchdog in C: native code that hangs may hold the GIL forever.
         faulthandler.dump_traceback_later(self._step_deadline_s, exit=True)
         try:
             yield
@@ -131,7 +131,7 @@ def _soak(
         with journal.step(LONG_USE, index + 1):
             try:
                 model.answer(messages, new_tokens)
-            except Exception as error:  # whatever a runtime raises; its process lives
+            except Exception as error:  # a runtime may raise anything; its process lives
                 detail = f"request {index + 1} of {len(turns)}: {_shown(_reason(error))}"
                 journal.write({"outcome": _outcome(LONG_USE, "refused", detail, alive=False)})
                 return
@@ -145,7 +145,7 @@ def _outcome(name: str, outcome: str, detail: str, **further: JsonValue) -> Json
 
 
 class _OrdinaryRequest:
-    """An ordinary conversation, whose greedy answer stays the same as long as the runtime is well."""
+    """An ordinary conversation, whose greedy answer stays the same as long as the runtime works."""
 
     def __init__(self, model: OpenedModel, messages: Messages, new_tokens: int, journal: _Journal) -> None:
         self._model, self._messages, self._new_tokens = model, messages, new_tokens
@@ -178,7 +178,7 @@ def _try_edge_input(
         started = time.perf_counter()
         try:
             outcome, detail = "answered", model.answer(messages, new_tokens)
-        except Exception as error:  # whatever a runtime raises: it refused, and its process lives
+        except Exception as error:  # a runtime may raise anything: it refused, and its process lives
             outcome, detail = "refused", _reason(error)
         wall_ms = 1000 * (time.perf_counter() - started)
         return _outcome(
@@ -195,8 +195,8 @@ def _try_edge_input(
 def _fitting(model: OpenedModel, name: str, messages: Messages, journal: _Journal) -> tuple[Messages, int | None]:
     """Return the conversation and its prompt's length, the last message cut where that takes too long to process.
 
-    What is longer than the context stays whole: it is the runtime's to refuse. None for a prompt that the runtime
-    does not render.
+    A prompt longer than the context is not cut: the runtime should refuse it. None for a prompt that the runtime does
+    not render.
     """
     text = messages[-1]["content"] if messages else ""
     try:
@@ -212,7 +212,7 @@ def _fitting(model: OpenedModel, name: str, messages: Messages, journal: _Journa
                 journal.write({"note": f"{name}: cut to {len(kept):,} of {len(text):,} characters to save time."})
                 messages = _ending(messages, kept)
     except Exception:
-        traceback.print_exc()  # to the stage's log; the runtime is asked all the same
+        traceback.print_exc()  # to the stage's log; the runtime is asked nevertheless
         return messages, None
     return messages, prompt_tokens
 
@@ -236,6 +236,6 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(text: str) -> str:
-    """The beginning of a text on one line, what is not printable escaped as in Python."""
+    """The beginning of a text on one line; characters that are not printable are escaped as in Python."""
     beginning = text[:DETAIL_CHARACTERS]
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in beginning)

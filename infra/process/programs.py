@@ -1,11 +1,11 @@
-"""Programs of other people's that are on the PATH."""
+"""Other programs on the PATH."""
 
 import shutil
 from pathlib import Path
 
 
 def installed_program(name: str) -> str | None:
-    """Return a program's absolute path, or None; one that lies where the current directory leads to is none.
+    """Return a program's absolute path, or None; a program under the current directory does not count.
 
     On Windows the current directory is searched first, and a PATH may name relative folders anywhere.
     """

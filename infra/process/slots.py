@@ -1,4 +1,4 @@
-"""Locks among the processes of one home directory: which of them works, and which wait."""
+"""Locks between the processes of one home directory."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ POLL_INTERVAL_S = 0.5
 
 @contextmanager
 def slot(folder: Path, count: int, on_progress: OnProgress | None = None) -> Iterator[None]:
-    """Hold one of `count` slots, waiting for a free one as long as it takes.
+    """Hold one of `count` slots; waits without limit for a free one.
 
     A slot is a lock. The operating system releases it when the process ends, for whatever reason.
     """
@@ -25,10 +25,10 @@ def slot(folder: Path, count: int, on_progress: OnProgress | None = None) -> Ite
 
 @contextmanager
 def only_maker(path: Path, on_progress: OnProgress | None = None) -> Iterator[None]:
-    """Be the only process that makes the file or folder `path`, waiting for another one as long as it takes.
+    """Be the only process that makes the file or folder `path`; waits without limit for another one.
 
-    Look for `path` again inside the block: the process that was waited for may have made it. The lock is an empty file
-    beside it.
+    Check for `path` again inside the block: the other process may have made it. The lock is an empty file in the same
+    folder.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     with _held([lock], "waiting for another run that makes the same", on_progress):

@@ -28,11 +28,11 @@ def run_in_child(
     environment: Mapping[str, str] | None = None,
     within: "ChildProcess | None" = None,
 ) -> ChildResult[R]:
-    """Perform a call in a process of its own, or `within` one that there is, and return its answer.
+    """Perform a call in a new process, or `within` an existing one, and return its answer.
 
-    The child runs in `work_dir`, writes its log to `log_path`, and is killed with all its descendants when `deadline_s`
-    is over or when this is left by any exception (a cancelled flow run, Ctrl-C). If this process dies, the child ends
-    itself.
+    The child runs in `work_dir`, writes its log to `log_path`, and is killed with all its descendants after
+    `deadline_s` or when an exception leaves this function (a cancelled flow run, Ctrl-C). If this process dies, the
+    child ends itself.
 
     Raises `DeadlineExceeded`; the child's own `SlmopsError`; `PassingFault` when it was killed from
     outside; `StageFailed` with the end of the log for anything else.
@@ -49,7 +49,7 @@ def run_in_child(
 
 
 class ChildProcess:
-    """A process for several calls, which wait for the imports that they share only once.
+    """A process for several calls, so that their common imports run only once.
 
     It is started by the first call, and by the next one after a call that failed. Leave it as a context manager.
     """
@@ -76,7 +76,7 @@ class ChildProcess:
     ) -> ChildResult[R]:
         """Perform a call once, as `run_in_child` does; `is_last` lets the process end with it.
 
-        The peak of the memory counts what earlier calls left.
+        The peak memory includes what earlier calls left.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         work_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A source checkpoint's answers: the form in which transformers writes them and onnxruntime-genai reads them."""
+"""A source checkpoint's answers, as transformers writes them and onnxruntime-genai reads them."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Question(Record):
-    """A chat that ends with a user's turn; `expected` is the whole answer that is right, where one is known."""
+    """A chat that ends with a user's turn; `expected` is the whole correct answer, if one is known."""
 
     id: RowId
     messages: tuple[Message, ...]
@@ -44,7 +44,7 @@ class SourceAnswer(Record):
 class SourceAnswers(Record):
     """The source checkpoint's greedy answers, and the shape and digest of its logits at the compared positions.
 
-    `logits.npy` beside it is float32, [positions, vocabulary_size], row by row in the order of `rows`.
+    `logits.npy` in the same folder is float32, [positions, vocabulary_size], row by row in the order of `rows`.
     `tokenizer_size` is the highest token id + 1, `dtype` what the weights were loaded as.
     """
 
@@ -60,7 +60,7 @@ class SourceAnswers(Record):
 
 
 def choose_positions(lengths: Sequence[int], max_positions: int) -> list[list[int]]:
-    """Choose indices into sequences of `lengths`, `max_positions` in all or every one where there are no more.
+    """Choose indices into sequences of `lengths`: `max_positions` in all, or every index if there are fewer.
 
     They are evenly spaced over the sequences laid end to end, so that every part of a sequence has the same weight
     and different rows give different parts.

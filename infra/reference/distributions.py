@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 
 def are_comparable(variant_size: int, reference_size: int, tokenizer_size: int) -> bool:
-    """Whether what one vocabulary has beyond the other is padding that no token of the tokenizer uses."""
+    """Whether the further entries of the larger vocabulary are padding that no token of the tokenizer uses."""
     return variant_size == reference_size or min(variant_size, reference_size) >= tokenizer_size
 
 
 @dataclass(frozen=True)
 class PositionComparison:
-    """A variant's distribution beside the reference's at one position.
+    """A variant's distribution compared with the reference's at one position.
 
     `kl_divergence` is KL(reference || variant) and the log-probabilities are those of the token that the
     reference's text goes on with, all in nats. They are None where the variant's logits are not all finite;
@@ -39,7 +39,7 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 def kl_divergence(reference: NDArray[np.float64], variant: NDArray[np.float64]) -> float:
     """KL(reference || variant) of two vectors of log-probabilities, in nats: sum of p (ln p - ln q).
 
-    Kullback and Leibler, 1951. Rounding can leave the sum a little below zero, which no divergence is: it is cut off.
+    Kullback and Leibler, 1951. Rounding can leave the sum slightly below zero; it is then set to zero.
     """
     return max(0.0, float(np.sum(np.exp(reference) * (reference - variant))))
 

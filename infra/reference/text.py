@@ -1,4 +1,4 @@
-"""A source checkpoint on a text: the form in which transformers writes it and onnxruntime-genai reads it."""
+"""A source checkpoint's scores of a text, as transformers writes them and onnxruntime-genai reads them."""
 
 from collections.abc import Sequence
 
@@ -23,10 +23,10 @@ class SourceWindow(Record):
 
 
 class SourceText(Record):
-    """The source checkpoint's scores of a text's tokens; `begin` are the token ids that stand before each window.
+    """The source checkpoint's scores of a text's tokens; `begin` are the token ids before each window.
 
-    `tokens` counts those of the text in the windows. `logits.npy` beside it is float32, [positions, vocabulary_size].
-    `tokenizer_size` is the highest token id + 1.
+    `tokens` counts those of the text in the windows. `logits.npy` in the same folder is float32, [positions,
+    vocabulary_size]. `tokenizer_size` is the highest token id + 1.
     """
 
     windows: tuple[SourceWindow, ...]

@@ -1,8 +1,8 @@
 """Versions as single files, for machines without network: export writes a tar, import reads one that may be hostile.
 
 An archive is an uncompressed tar of `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>` and
-`blobs/sha256/<64 hex>`, in this order, each kind sorted by name. A version and its evidence make one archive, to the
-byte, and import takes nothing else (`slmops.infra.storage.tar`).
+`blobs/sha256/<64 hex>`, in this order, each kind sorted by name. A version and its evidence always give the same bytes,
+and import accepts nothing else (`slmops.infra.storage.tar`).
 """
 
 import errno
@@ -61,10 +61,10 @@ class ExportedVersion:
 def export_version(
     registry: ModelRegistry, manifest: Manifest, file: Path, on_progress: OnProgress | None = None
 ) -> ExportedVersion:
-    """Write a version and its evidence into a new file, which appears whole or not at all.
+    """Write a version and its evidence into a new file atomically.
 
-    All content is verified on its way. Raises `BadInput` for a file that exists and for a folder that cannot be written
-    to, `StageFailed` for a full disk and for what the store has lost or what was altered in it.
+    All content is verified while it is written. Raises `BadInput` for a file that exists and for a folder that cannot
+    be written to, `StageFailed` for a full disk and for content that is missing or altered in the store.
     """
     _check_target(file)
     blobs = _named_blobs(manifest)
@@ -92,9 +92,9 @@ def import_version(
 ) -> CopiedVersion:
     """Copy the version in an archive into a store, as `copy_version` does, once all of it is unpacked and verified.
 
-    It is unpacked into a folder of its own below `staging`, which is removed again. That takes the archive's size, and
-    in a local store on the same disk once more what is new there. Raises `BadInput` for anything that `export_version`
-    does not write and for a number that is taken, `StageFailed` for a disk without room.
+    It is unpacked into a separate folder below `staging`, which is removed afterwards. That needs disk space for the
+    archive, and in a local store on the same disk also for the new content. Raises `BadInput` for anything that
+    `export_version` does not write and for a number that is taken, `StageFailed` for a disk without room.
     """
     with opened_tar(file) as archive, _new_folder(staging) as folder:
         staged = ModelRegistry(LocalObjectStore(folder))
@@ -105,7 +105,7 @@ def import_version(
         )
 
 
-# What both sides hold a version to
+# What export and import both require of a version
 
 
 def _manifest_key(manifest: Manifest) -> str:
@@ -113,7 +113,7 @@ def _manifest_key(manifest: Manifest) -> str:
 
 
 def _named_blobs(manifest: Manifest) -> dict[Blob, tuple[str, StoredFile]]:
-    """Return every content of a version with the first file that has it, and what to call that: `int4/model.onnx`."""
+    """Return every content of a version, the first file that has it, and that file's shown name: `int4/model.onnx`."""
     blobs: dict[Blob, tuple[str, StoredFile]] = {}
     for variant in manifest.variants:
         for file in variant.files:
@@ -122,7 +122,7 @@ def _named_blobs(manifest: Manifest) -> dict[Blob, tuple[str, StoredFile]]:
 
 
 def _fault_of_manifest(data: bytes, manifest: Manifest) -> str | None:
-    """Return what is wrong with a manifest that is valid: its names become folders and files wherever it is used."""
+    """Return what is wrong with a valid manifest: its names become folders and files on other machines."""
     if len(data) > MOST_MANIFEST_BYTES:
         return f"has {len(data):,} bytes, and at most {MOST_MANIFEST_BYTES:,} are allowed"
     if data != manifest.to_bytes():
@@ -137,7 +137,7 @@ def _fault_of_manifest(data: bytes, manifest: Manifest) -> str | None:
 
 
 def _unplaceable(paths: Iterable[str]) -> str | None:
-    """Return a path that no folder can have, or not beside the others: it comes twice, or is a folder of theirs."""
+    """Return a path that cannot be placed: it is invalid, a duplicate, or a folder of another path."""
     parts = sorted(path.split("/") for path in paths)
     for folders, after in itertools.pairwise([*parts, []]):
         path = "/".join(folders)
@@ -173,7 +173,7 @@ def _fault_of_record(record: object, digest: str) -> str | None:
 
 
 def _has_statuses(content: dict[str, object]) -> bool:
-    """Whether evidence on a deploy has what `copy_version` reads in it."""
+    """Whether evidence on a deploy has the fields that `copy_version` reads."""
     variants = content.get("variants")
     return isinstance(variants, list) and all(isinstance(variant, dict) and "status" in variant for variant in variants)
 
@@ -241,7 +241,7 @@ def _refuse(manifest: Manifest, what: str, fault: str | None) -> None:
 
 @contextmanager
 def _on_this_machine(registry: ModelRegistry, file: StoredFile, beside: Path) -> Iterator[Path]:
-    """Yield a file that is the stored one; raises `StageFailed` for one that the store has lost."""
+    """Yield a local file with the stored content; raises `StageFailed` if the store has lost it."""
     here = registry.local_file(file)
     if here:
         yield here
@@ -252,7 +252,7 @@ def _on_this_machine(registry: ModelRegistry, file: StoredFile, beside: Path) ->
 
 
 def _verified(path: Path, blob: Blob, what: str, on_bytes: OnBytes) -> Iterator[bytes]:
-    """Yield a file's bytes; raises `StageFailed` when they are not the blob's, if only after the last."""
+    """Yield a file's bytes; raises `StageFailed`, at the latest after the last byte, if they are not the blob's."""
     found = hashlib.sha256()
     size_bytes = 0
     try:

@@ -1,8 +1,9 @@
 """The history of a name's champion: who held the alias, since when, by whom set and why.
 
-One object a change, `models/NAME/history/000007.json`, numbered by conditional writes, so that no machine's clock
-orders them. A change is written before the alias. If the process ends in between, the change has no effect: each change
-names the version that was champion before it, and one without effect is not part of that chain.
+Each change is one object, `models/NAME/history/000007.json`, numbered by conditional writes, so the order does not
+depend on any machine's clock. A change is written before the alias. If the process ends in between, the change has no
+effect: each change names the version that was champion before it, and a change without effect is not part of that
+chain.
 """
 
 import getpass
@@ -20,7 +21,8 @@ from slmops.infra.storage.objects import ObjectStore
 class ChampionChange:
     """From `since` (UTC, ISO 8601) on `version` was the champion in place of `former`; None: there was no champion.
 
-    `by` is the operating system's name of the user. `rolled_back` tells a return to an earlier state from a promotion.
+    `by` is the operating system's name of the user. `rolled_back` distinguishes a return to an earlier state from a
+    promotion.
     """
 
     version: int | None
@@ -32,7 +34,7 @@ class ChampionChange:
 
 
 def next_change(objects: ObjectStore, name: str) -> int:
-    """Return the place in a name's history that its next change takes."""
+    """Return the number of the next change in a name's history."""
     return max((_number(entry.key) for entry in objects.entries(_folder(name))), default=0) + 1
 
 
@@ -70,8 +72,8 @@ def champion_changes(objects: ObjectStore, name: str, champion: int | None) -> l
 def champion_before(changes: list[ChampionChange]) -> int | None:
     """Return the version to go back to from the present state, None where there is none.
 
-    A state that was rolled back to is the earlier one again: what is before it is what was before it then, never the
-    version that was rolled back from.
+    After a rollback the earlier state holds again: its predecessor is the same as then, never the version that was
+    rolled back from.
     """
     at: int | None = 0 if changes else None
     while at is not None and changes[at].rolled_back:

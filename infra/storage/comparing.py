@@ -1,4 +1,4 @@
-"""What sets two versions apart."""
+"""The differences between two versions."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ class Difference(BaseModel):
 
 
 class Comparison(BaseModel):
-    """All differences of two versions, and how many bytes of the second the first has too."""
+    """All differences of two versions, and how many bytes of the second are also in the first."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,7 +33,7 @@ class Comparison(BaseModel):
 
 
 def compare_versions(first: Version, second: Version) -> Comparison:
-    """Compare what two versions are, and the figures of their last deploys."""
+    """Compare two versions' manifests and the figures of their last deploys."""
     manifests = (first.manifest, second.manifest)
     blobs = [{blob_of(file) for variant in manifest.variants for file in variant.files} for manifest in manifests]
     found = _differing(*map(_facts, manifests))

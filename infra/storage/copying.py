@@ -25,7 +25,7 @@ AT_ONCE = 8
 
 @dataclass(frozen=True)
 class CopiedVersion:
-    """What a copy did: the version as the target has it, whether it is new there, and the bytes of its files."""
+    """The result of a copy: the version in the target, whether it is new there, and the bytes of its files."""
 
     version: Version
     is_new: bool
@@ -41,14 +41,14 @@ def copy_version(
     on_progress: OnProgress | None = None,
     settings: StoreSettings | None = None,
 ) -> CopiedVersion:
-    """Copy a version with its evidence into another store; what is there is not moved again.
+    """Copy a version with its evidence into another store; content that is already there is not transferred.
 
-    It keeps its number, or with `renumber` takes the next free one where its own is another version's. A version of
-    the same identity that the target has already is that version, whatever its number. It is seen there only once
-    all its files are. A copy that broke off is completed by the next one.
+    It keeps its number; with `renumber`, it takes the next free number if another version has its own. If the target
+    has a version of the same identity, that is the copy, whatever its number. The copy becomes visible only after all
+    its files are stored. The next copy completes an interrupted one.
 
-    The evidence stays its origin's word: it makes no champion. Only a signature by the verification key of `settings`
-    does, of a name that has none, if the version can be served.
+    The copied evidence is trusted only as a claim of its origin, so it makes no champion. The copy becomes the champion
+    only if it has a signature by the verification key of `settings`, its name has no champion, and it can be served.
 
     Raises `BadInput` for a number that is taken and for a model that is refused, `StageFailed` for files that the
     source has lost or altered, `DamagedEvidence` for a record that cannot be read; then nothing is written.
@@ -77,7 +77,7 @@ def copy_version(
 
 
 def _screen(manifest: Manifest, source: ModelRegistry, on_progress: OnProgress | None) -> None:
-    """Raise `BadInput` for a model that no runtime may open; a variant that is none cannot be opened anyway."""
+    """Raise `BadInput` for a model that no runtime may open; a variant that is not a model cannot be opened anyway."""
     for variant in manifest.variants:
         files = {file.path: file for file in variant.files if "/" not in file.path}
         if GENAI_CONFIG not in files:
@@ -119,9 +119,10 @@ def _names_of(version: Version) -> frozenset[str]:
 
 
 def _read_evidence(version: Version, known: frozenset[str]) -> dict[str, bytes]:
-    """Return the name of each file of evidence -> its bytes, but for those that are `known` where it is copied to.
+    """Return the name of each file of evidence -> its bytes, without those that are `known` in the target.
 
-    Raises `DamagedEvidence` for what is not a record of the version, and for what is read of it elsewhere.
+    Raises `DamagedEvidence` for a file that is not a record of the version, and for records that another module cannot
+    read.
     """
     version.latest(SELECTION)
     version.latest(DEPLOY)
@@ -134,7 +135,7 @@ def _read_evidence(version: Version, known: frozenset[str]) -> dict[str, bytes]:
 def _write_evidence(evidence: Mapping[str, bytes], version: Version, stored: Version) -> None:
     """Append the evidence that the target does not have.
 
-    Records point to the version as it is called there, and say that they were copied.
+    Records point to the version under its number in the target, and are marked as copied.
     """
     known, same = _names_of(stored), version.manifest.digest == stored.manifest.digest
     kept = known if CHAMPION not in stored.aliases else known | _of_what_serves(evidence)
@@ -150,7 +151,7 @@ def _write_evidence(evidence: Mapping[str, bytes], version: Version, stored: Ver
 
 
 def _of_what_serves(names: Iterable[str]) -> frozenset[str]:
-    """Return the names of the evidence that decides what serves: what comes along does not change that."""
+    """Return the names of the evidence that decides which variant serves: copied evidence does not change that."""
     return frozenset(name for name in names if name.partition("-")[0] in (SELECTION.name, DEPLOY.name))
 
 

@@ -1,4 +1,4 @@
-"""The disk's room, and what it says when it has none."""
+"""Free disk space, and errors of the disk."""
 
 import shutil
 from collections import Counter
@@ -10,7 +10,7 @@ from slmops.infra.errors import StageFailed
 
 
 def check_room(needs: Iterable[tuple[Path, int]]) -> None:
-    """Raise `StageFailed` when the disk of a folder (which may not exist yet) has less room than all that it takes."""
+    """Raise `StageFailed` if the disk of a folder (which may not exist yet) has less free space than needed."""
     taken: Counter[int] = Counter()
     for place, size_bytes in needs:
         folder = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
@@ -26,7 +26,7 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Make `StageFailed` of an error of the disk; `what` is the half sentence before its reason."""
+    """Turn errors of the disk into `StageFailed`; `what` is the half sentence before the reason."""
     try:
         yield
     except OSError as error:

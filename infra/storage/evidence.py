@@ -1,7 +1,7 @@
 """Evidence: records on a version that are appended and never changed, each of a kind.
 
-A kind is a name on disk and the type of what its records hold. Those whose records the store itself reads are declared
-here; the others beside the records that their stages produce, and `slmops.tasks.evidence` names all of them.
+A kind is a name on disk and the type of its records. The kinds that the store itself reads are declared here; the
+others are declared with the records of their stages, and `slmops.tasks.evidence` lists all of them.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class DamagedEvidence(StageFailed):
 class Kind(Generic[T]):
     """A kind of evidence: its name on disk, and the type of its records, which is one that pydantic validates.
 
-    A record is a JSON object on disk, or stands in the `field` of one, beside the question that it answers.
+    A record is a JSON object on disk, or the `field` of an object that also has the question that it answers.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Kind(Generic[T]):
         return TypeAdapter(self.record)
 
     def to_content(self, value: T, beside: Mapping[str, object] | None = None) -> dict[str, object]:
-        """Return the JSON object that is stored of a record, with what stands `beside` it."""
-        # What is JSON already stays as it is, so that a figure that is no number is refused where it is written.
+        """Return the JSON object that stores a record, with the fields `beside` it."""
+        # JSON values stay unchanged, so that a figure that is not a number is refused when it is written.
         content = value if isinstance(value, dict) else self._adapter.dump_python(value, mode="json", by_alias=True)
         return {**(beside or {}), self.field: content} if self.field else content
 
@@ -61,7 +61,7 @@ class Recorded(Generic[T_co]):
 class Envelope(BaseModel):
     """A file of evidence: the record is its `content`; `manifest` is the digest of the version that it is on.
 
-    `copied_from` is what a record has that came along with a copy (`slmops.infra.storage.origin`).
+    `copied_from` is set on a record that was copied with a version (`slmops.infra.storage.origin`).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -74,7 +74,7 @@ class Envelope(BaseModel):
 
 
 def first_fault(error: ValidationError) -> str:
-    """Return where a record is not valid and why, of several faults the first."""
+    """Return where a record is not valid and why, for the first fault."""
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"])
     return f"{where}: {fault['msg']}" if where else fault["msg"]
@@ -92,7 +92,7 @@ class Tag(_Record):
 
 
 class Note(_Record):
-    """What somebody wrote down about a version."""
+    """A user's note on a version."""
 
     text: str
 
@@ -104,7 +104,7 @@ class Signature(_Record):
 
 
 class Build(_Record):
-    """What the build of a variant took (in s and bytes) and told, by what `passes` and on what machine."""
+    """A variant's build: its duration in s, peak memory in bytes, warnings, `passes` and machine."""
 
     precision: str
     wall_s: float
@@ -116,7 +116,7 @@ class Build(_Record):
 
 
 class Selection(_Record):
-    """Which variant serves, by its precision, and why; None: none may. `reasons` tell why each other one does not."""
+    """Which variant serves, by its precision, and why; None if none may. `reasons` say why each other one does not."""
 
     selected: str | None
     reason: str = ""
@@ -157,5 +157,5 @@ SBOM = Kind("sbom", dict[str, Any])  # as CycloneDX has it
 SELECTION = Kind("selection", Selection)
 DEPLOY = Kind("deploy", Deployed)
 
-# Kinds of evidence that judge nothing: what they say counts, wherever it was said.
+# Kinds of evidence without a judgement: they count in every store, whoever recorded them.
 STATEMENTS = frozenset({"tag", "note", "signature", "sbom", "build"})

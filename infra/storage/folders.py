@@ -1,4 +1,4 @@
-"""Folders under the home directory: work that disappears, results that appear whole."""
+"""Folders under the home directory: temporary work folders, and results that appear atomically."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # child processes move folders too, and need no settings
 
 @contextmanager
 def work_folder(settings: "Settings") -> Iterator[Path]:
-    """Yield an empty folder under the cache; it is removed at the end, however that comes about."""
+    """Yield an empty folder under the cache; it is removed at the end, also after an error."""
     root = settings.cache_dir / "work"
     root.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
@@ -25,7 +25,7 @@ def work_folder(settings: "Settings") -> Iterator[Path]:
 
 
 def place(folder: Path, target: Path) -> None:
-    """Move a finished folder to where it is looked for; one that another process placed there first stays."""
+    """Move a finished folder to its place; a folder that another process placed there first stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.rename(target)
@@ -36,10 +36,10 @@ def place(folder: Path, target: Path) -> None:
 
 @contextmanager
 def shared_folder(folder: Path) -> Iterator[None]:
-    """Keep a folder, there or yet to be made, for its users in all processes; the last to leave removes it.
+    """Keep a folder, which need not exist yet, for its users in all processes; the last user removes it.
 
-    A user that leaves by an exception removes nothing: what took long to make waits for its next try. The locks of a
-    process that dies are given back by the operating system. An empty file beside the folder holds them.
+    A user that leaves by an exception removes nothing: the next attempt can use what took long to make. The locks are
+    on an empty file in the parent folder; the operating system releases those of a process that dies.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = ReadWriteLock(folder.with_name(f"{folder.name}.users"), is_singleton=False)

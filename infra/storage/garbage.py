@@ -1,4 +1,4 @@
-"""What a store no longer needs: found, told and removed, beside running deploys."""
+"""What a store no longer needs: found, reported and removed while deploys run."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ REMOVED_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Garbage:
-    """What a collection found: blobs that nothing needs, evidence on deleted versions, and work that broke off.
+    """What a collection found: blobs that nothing needs, evidence on deleted versions, and interrupted work.
 
     `spared_blobs` are those that a running deploy, push or ingestion still relies on.
     """
@@ -36,9 +36,9 @@ class Garbage:
 def delete_version(version: Version, *, even_in_use: bool = True) -> int | None:
     """Remove a version, its evidence, the aliases on it and the blobs that nothing else needs; returns the bytes freed.
 
-    It disappears in one step; what a process that is killed after that has not removed, `collect_garbage` does. With
-    `even_in_use` false, a version that a running deploy works with stays, and None is returned. Raises `StageFailed`,
-    and removes nothing, where another version's manifest cannot be read.
+    It disappears in one step; `collect_garbage` removes what a killed process has left. With `even_in_use` false, a
+    version that a running deploy works with stays, and None is returned. Raises `StageFailed`, and removes nothing,
+    where another version's manifest cannot be read.
     """
     registry = version.registry
     own = {blob_of(file) for variant in version.variants for file in variant.files}
@@ -79,7 +79,7 @@ def collect_garbage(
 ) -> Garbage:
     """Remove what nothing needs, or (`dry_run`) only find it; `without` are versions that count as deleted.
 
-    Writers wait while it is at work; what they rely on stays. Raises `StageFailed`, and removes nothing, where a
+    Writers wait while it works; blobs that they rely on stay. Raises `StageFailed`, and removes nothing, where a
     manifest cannot be read: what it needs is not known.
     """
     objects = registry.objects

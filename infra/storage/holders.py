@@ -1,4 +1,4 @@
-"""Which process left something in a store, and whether it has ended since."""
+"""Which process left something in a store, and whether that process has ended."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ def this_process() -> str:
 
 
 def has_ended(holder: str) -> bool:
-    """Whether a process named by `this_process` surely runs no more: it was on this machine and is gone."""
+    """Whether a process named by `this_process` has certainly ended: it ran on this machine and no longer exists."""
     machine, _, process = holder.partition("~")
     pid, _, started = process.partition("~")
     if machine != _machine() or not pid.isdecimal() or not started.isdecimal():
@@ -40,6 +40,6 @@ def _process(pid: int) -> str:
 
 @cache
 def _machine() -> str:
-    # A store may be many people's: it learns that it was the same machine, not which.
+    # Many people may share a store: the hash shows that a machine is the same, but not which one it is.
     facts = f"{socket.gethostname()} {uuid.getnode():x}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

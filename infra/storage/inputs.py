@@ -25,7 +25,7 @@ FOLDER = "inputs"
 
 
 class StoredInput(BaseModel):
-    """A folder (a checkpoint) or a single file (an evaluation file) in the store; `name` is what it was called."""
+    """A folder (a checkpoint) or a single file (an evaluation file) in the store; `name` is its original name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -110,7 +110,7 @@ def stored_inputs(registry: ModelRegistry) -> Iterator[StoredInput]:
 
 
 def fetch_input(registry: ModelRegistry, address: str, directory: Path, on_progress: OnProgress | None = None) -> Path:
-    """Return the local folder or file of an input, below `directory`; what is there already is not fetched again."""
+    """Return the local folder or file of an input, below `directory`; existing content is not fetched again."""
     found = read_input(registry, address)
     target = directory / found.digest
     with only_maker(target, on_progress):

@@ -1,9 +1,9 @@
-"""Leases: how deploys, pushes and collections of garbage keep out of each other's way, on any store, without a lock.
+"""Leases: they coordinate deploys, pushes and garbage collections on any store without a lock.
 
-A writer names the blobs that it relies on in a lease, and only then looks whether they are there. A collector puts up
-its own lease, and only then reads the writers'. Whichever of the two comes second sees the other: a writer waits for
-the collector's end, a collector spares the named blobs. This needs a store that lists what was written before, as S3
-does since 2020. All times are the store's own, so that no machine's clock matters.
+A writer names the blobs that it relies on in a lease, and only then checks whether they exist. A collector writes its
+own lease, and only then reads the writers' leases. The later of the two sees the other: a writer waits until the
+collector has finished, and a collector spares the named blobs. The store must list everything that was written before,
+as S3 does since 2020. All times are the store's own, so no machine's clock matters.
 """
 
 import json
@@ -22,8 +22,8 @@ FOLDER = "leases"
 WRITE = "write"
 COLLECT = "collect"
 
-# A lease that outlived its process is ignored after this time; a writer renews its own whenever it stores something and
-# before it makes a version. Within it, whatever a deploy stores first and commits last must fit.
+# A lease that outlived its process is ignored after this time. A writer renews its lease whenever it stores something
+# and before it makes a version. The time between a deploy's first store and its commit must fit into this time.
 WRITE_LEASE = timedelta(hours=24)
 # A collector renews its own between its steps, which are short, and stops when it could not for half of this time.
 COLLECT_LEASE = timedelta(minutes=5)
@@ -33,7 +33,7 @@ POLL_S = 0.5
 
 
 class WriteLease:
-    """The blobs that this process relies on: what it stored and has not made a version of, and versions in use."""
+    """The blobs that this process relies on: those that it stored for a version not yet made, and versions in use."""
 
     def __init__(self, objects: ObjectStore) -> None:
         self._objects = objects
@@ -43,8 +43,8 @@ class WriteLease:
     def claim(self, blobs: Iterable[Blob]) -> None:
         """Rely on more blobs, and on those claimed before for another while: until `release` none is collected.
 
-        What is there after this call stays; what is not there has to be stored. Waits for the collectors that were at
-        work before the claim; one that comes after it reads it. Raises `PassingFault` when one of them does not end.
+        Blobs that exist after this call stay; missing ones must be stored. Waits for collectors that started before the
+        claim; a later collector reads the claim. Raises `PassingFault` when one of them does not end.
         """
         self._blobs.update(blob.sha256 for blob in blobs)
         at_work = self._put_and_see_collectors()
@@ -87,9 +87,9 @@ class Collector:
         self._objects.delete(leases.stale)
 
     def renew(self) -> None:
-        """Go on for another while; call it before each step that removes anything.
+        """Renew the lease; call it before each step that removes anything.
 
-        Raises `PassingFault` when this process was held up for so long that writers may no longer wait for it.
+        Raises `PassingFault` if this process was delayed so long that writers may no longer wait for it.
         """
         now = time.monotonic()
         held_up_s = 0.0 if self._renewed_at is None else now - self._renewed_at
@@ -127,7 +127,7 @@ class _Leases:
 
 
 def _leases(objects: ObjectStore, own: str) -> _Leases:
-    """Return all leases but one's own, which was just written and so tells the store's time."""
+    """Return all leases except the own one, which was just written and so gives the store's time."""
     entries = list(objects.entries(FOLDER))
     now = next((entry.modified_at for entry in entries if entry.key == own), None)
     if now is None:

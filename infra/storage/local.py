@@ -22,7 +22,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class LocalObjectStore:
-    """`ObjectStore` in a folder: written aside, flushed to disk, then renamed; blobs are read-only files."""
+    """`ObjectStore` in a folder: files are written aside, flushed to disk, then renamed; blobs are read-only."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -224,7 +224,7 @@ class LocalObjectStore:
 
 
 def aside_prefix() -> str:
-    """Return how the names of this process's files aside begin, so that a later one can tell that it has ended."""
+    """Return the prefix of this process's temporary files, by which a later process knows that it has ended."""
     return f"{this_process()}-"
 
 
@@ -234,6 +234,6 @@ def holder_of(key: str) -> str:
 
 
 def flush_to_disk(stream: IO[bytes]) -> None:
-    """Return when what was written to a file is on the disk."""
+    """Flush a file's content to the disk."""
     stream.flush()
     os.fsync(stream.fileno())

@@ -1,4 +1,4 @@
-"""What a version is: its manifest, and the names, numbers and digests in it."""
+"""A version's manifest, and the names, numbers and digests in it."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ class Source(_Record):
 
 
 class Manifest(_Record):
-    """What a version is. It never changes; figures, verdicts and proofs are evidence beside it."""
+    """The content of a version. It never changes; figures, verdicts and proofs are stored separately as evidence."""
 
     schema_version: Literal[1] = 1
     name: Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
@@ -100,7 +100,7 @@ class Manifest(_Record):
 
     @property
     def identity(self) -> str:
-        """SHA-256 of what makes a version the same: source, builder's versions, recipes and files; no times."""
+        """SHA-256 of what identifies a version: source, builder's versions, recipes and files; no times."""
         return digest_of(
             {
                 "source": self.source.digest,
@@ -123,7 +123,7 @@ class Manifest(_Record):
 
     @property
     def folder(self) -> str:
-        """The store's key of all that is stored under the version, but for its files' contents."""
+        """The store's prefix of everything stored under the version, except the contents of its files."""
         return f"models/{self.name}/{self.version}"
 
     @property
@@ -133,7 +133,7 @@ class Manifest(_Record):
 
     def to_bytes(self) -> bytes:
         """Return the manifest's stored form."""
-        # What is not known is left out, so that a field added later leaves the digests of older manifests as they are.
+        # Unknown fields are left out, so a field that is added later does not change the digests of older manifests.
         return (json.dumps(self.model_dump(exclude_none=True), indent=2, sort_keys=True) + "\n").encode()
 
     def variant(self, precision: str) -> StoredVariant:
@@ -179,8 +179,8 @@ def now() -> str:
 def parse_foreign_manifest(data: bytes) -> Manifest:
     """Return a manifest that somebody else wrote; raises `ValueError` for one that is not valid.
 
-    It is validated part by part: pydantic collects every error before it tells one, and a manifest can be made of
-    millions.
+    It is validated part by part, because pydantic collects all errors before it reports any, and a hostile manifest can
+    contain millions.
     """
     value = from_json(data, allow_inf_nan=False)
     if _has_large_object(value):

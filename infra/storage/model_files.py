@@ -1,4 +1,4 @@
-"""The files of models in an object store: stored as blobs by their content, and placed where a runtime wants them."""
+"""The files of models in an object store: stored as blobs by content, and placed in folders for a runtime."""
 
 import shutil
 import tempfile
@@ -33,9 +33,9 @@ class ModelFiles:
         return self.add_paths({path.relative_to(folder).as_posix(): path for path in paths}, on_progress)
 
     def add_paths(self, paths: Mapping[str, Path], on_progress: OnProgress | None = None) -> tuple[StoredFile, ...]:
-        """Store files as blobs, by the names that a manifest calls them, and return what it says of them.
+        """Store files as blobs, given by their names in a manifest, and return the manifest's entries.
 
-        What is there is not stored again. All are kept from being collected as garbage until `release_files`.
+        Existing blobs are not stored again. None is collected as garbage until `release_files`.
         """
         files = tuple(
             StoredFile(path=name, sha256=digest_of_file(path), size_bytes=path.stat().st_size)
@@ -56,7 +56,7 @@ class ModelFiles:
     def claim_files(self, files: Iterable[StoredFile]) -> list[Blob]:
         """Rely on files until `release_files`; returns the blobs that are missing.
 
-        Those that are there stay there. Raises `PassingFault` when a collection of garbage does not end.
+        Existing blobs stay. Raises `PassingFault` if a garbage collection does not end.
         """
         return self._claim(map(blob_of, files))
 
@@ -79,17 +79,17 @@ class ModelFiles:
             self.release_files()
 
     def local_file(self, file: StoredFile) -> Path | None:
-        """Return a file of this machine that is the stored one, or None where it would have to be fetched."""
+        """Return a local file with the stored content, or None if it would have to be fetched."""
         for store in (self.objects, self.cache):
             if isinstance(store, LocalObjectStore) and not store.missing([blob_of(file)]):
                 return store.blob_path(blob_of(file))
         return None
 
     def materialize(self, files: Iterable[StoredFile], folder: Path, on_progress: OnProgress | None = None) -> None:
-        """Place files of the store under a folder that does not have them yet: hard links where that is possible.
+        """Place files of the store under a folder that does not have them yet, as hard links if possible.
 
-        What is not on this machine is fetched into the cache first, and verified. Raises `StageFailed` for a file whose
-        content the store has lost.
+        Files that are not on this machine are first fetched into the cache and verified. Raises `StageFailed` for a
+        file whose content the store has lost.
         """
         wanted = list(files)
         aside = folder.with_name(f".{uuid.uuid4().hex}.aside")
@@ -109,7 +109,7 @@ class ModelFiles:
                 aside.rmdir()
 
     def local_files(self, files: Sequence[StoredFile], on_progress: OnProgress | None = None) -> dict[str, Path]:
-        """Return the path of each file -> where its content is on this machine, fetched into the cache if need be.
+        """Return the path of each file -> the local file with its content, fetched into the cache if needed.
 
         Raises `KeyError` for content that the store has lost.
         """

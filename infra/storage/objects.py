@@ -1,4 +1,4 @@
-"""What slmops asks of a store of objects; a local folder is one (`slmops.infra.storage.local`), S3 another."""
+"""The interface of object stores; implementations are a local folder (`slmops.infra.storage.local`) and S3."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Protocol
 
 BLOBS = "blobs/sha256"
 
-# Told of bytes that were moved, in any thread; a negative number takes back those of an attempt that failed.
+# Called with the number of transferred bytes, in any thread; a negative number subtracts those of a failed attempt.
 OnBytes = Callable[[int], None]
 
 
@@ -47,10 +47,10 @@ class ObjectStore(Protocol):
     """
 
     def check(self, *, by_writing: bool = False) -> None:
-        """Raise the error that the first use would end in; with `by_writing` also that of the first write."""
+        """Raise the error that the first use would raise; with `by_writing` also that of the first write."""
 
     def notices(self) -> tuple[str, ...]:
-        """Return what the store cannot do and what is done instead, one sentence each; none before the first write."""
+        """Return the store's limitations and their substitutes, one sentence each; none before the first write."""
 
     def missing(self, blobs: Iterable[Blob]) -> list[Blob]:
         """Return the blobs that are not there in full size."""
@@ -62,10 +62,10 @@ class ObjectStore(Protocol):
         """
 
     def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = untold) -> None:
-        """Place blobs at paths that do not exist yet, each whole or not at all.
+        """Place blobs at paths that do not exist yet, each atomically.
 
-        `aside` is a folder on the file system of the paths, for work under way. What is fetched over a network is
-        verified; a local store makes hard links where it can.
+        `aside` is a folder on the file system of the paths, for temporary files. Blobs that are fetched over a network
+        are verified; a local store makes hard links if possible.
         """
 
     def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:

@@ -18,7 +18,7 @@ def open_object_store(uri: str, settings: Settings) -> ObjectStore:
     """
     scheme = uri.partition("://")[0]
     if scheme == "s3":
-        from slmops.infra.storage.s3.store import S3ObjectStore  # a local store needs none of it
+        from slmops.infra.storage.s3.store import S3ObjectStore  # a local store does not need it
 
         return S3ObjectStore(uri, settings.store)
     try:

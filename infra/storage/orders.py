@@ -1,4 +1,4 @@
-"""Work that one machine asks of another by way of the store: an order, and what each attempt at it hands back.
+"""Work that one machine requests of another through the store: an order, and the result of each attempt.
 
 Keys: `work/<32 hex>/order.json` and `work/<32 hex>/<attempt>.json`. The machine that gave the order removes them.
 """

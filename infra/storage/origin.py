@@ -1,4 +1,4 @@
-"""Evidence that came along when a version was copied: what it says is its origin's word, and it says so itself."""
+"""Evidence that was copied with a version: it is a claim of its origin, and is marked as such."""
 
 import json
 from contextlib import suppress
@@ -14,7 +14,7 @@ def marked(record: bytes, manifest: str, origin: str) -> bytes:
 
 def unmarked(record: bytes) -> bytes:
     """Return a record as it was before it was copied under the same number; any other as it is."""
-    with suppress(ValueError, TypeError, KeyError):  # whether it is a record at all is looked at elsewhere
+    with suppress(ValueError, TypeError, KeyError):  # another module checks whether it is a record at all
         content = json.loads(record)
         if content["manifest"] == content.pop(COPIED_FROM):
             return _to_json(content)

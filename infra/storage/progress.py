@@ -1,4 +1,4 @@
-"""How far a transfer is, in bytes and at what rate."""
+"""The progress of a transfer, in bytes and bytes per second."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from typing import Protocol
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.objects import OnBytes, untold
 
-TOLD_EVERY_S = 0.2  # a transfer moves thousands of pieces a second
+TOLD_EVERY_S = 0.2  # a transfer reports thousands of times a second
 
 
 class _Sized(Protocol):
@@ -17,7 +17,7 @@ class _Sized(Protocol):
 
 
 def byte_progress(on_progress: OnProgress | None, files: Iterable[_Sized], doing: str) -> OnBytes:
-    """Return an `OnBytes` that tells `on_progress` how much of the files' bytes has moved, and how fast.
+    """Return an `OnBytes` that reports to `on_progress` how many of the files' bytes were transferred, and how fast.
 
     `doing` is a verb such as `storing`.
     """

@@ -1,9 +1,9 @@
 """The registry of versions: manifests that never change, the evidence on them, and the aliases that point to them.
 
 Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>.json`,
-`models/NAME/3/deleted.json` (beside its manifest: a number is never given out twice), `models/NAME/aliases/<alias>`,
-`models/NAME/history/<number>.json` (see `slmops.infra.storage.champions`),
-`inputs/<64 hex>.json` (see `slmops.infra.storage.inputs`) and `leases/` (see `slmops.infra.storage.leases`).
+`models/NAME/3/deleted.json` (the manifest stays: a number is never assigned twice), `models/NAME/aliases/<alias>`,
+`models/NAME/history/<number>.json` (see `slmops.infra.storage.champions`), `inputs/<64 hex>.json` (see
+`slmops.infra.storage.inputs`) and `leases/` (see `slmops.infra.storage.leases`).
 """
 
 import itertools
@@ -33,7 +33,7 @@ CANDIDATE = "candidate"
 
 
 class ModelRegistry(ModelFiles):
-    """The versions, evidence and aliases in an object store, beside the files of its models."""
+    """The versions, evidence and aliases in an object store, in addition to the files of its models."""
 
     # Versions
 
@@ -42,8 +42,8 @@ class ModelRegistry(ModelFiles):
     ) -> tuple[Manifest, bool]:
         """Make a version of variants whose files are stored; returns it and whether it is new.
 
-        The same content under the same name is the same version. Raises `PassingFault` when a blob went
-        missing meanwhile (a delete ran beside this deploy).
+        The same content under the same name is the same version. Raises `PassingFault` if a blob was removed meanwhile
+        (a delete ran at the same time).
         """
         draft = Manifest(
             name=check_name(name),
@@ -58,10 +58,10 @@ class ModelRegistry(ModelFiles):
     def add_version(self, draft: Manifest, *, renumber: bool) -> tuple[Manifest, bool]:
         """Add a manifest whose files are stored, under the next free number or (not `renumber`) under its own.
 
-        Returns the version and whether it is new: there already is one of the same identity, perhaps. Every number is
-        looked at before the next one is tried, and taken by a conditional write: writers at once never share one, and
-        two of the same content find each other's. Its files stay claimed until `release_files`: what is under way with
-        the version goes on beside a collection of garbage. Raises `PassingFault` for a blob that is not there,
+        Returns the version and whether it is new: a version of the same identity may exist. Every number is checked
+        before the next one is tried, and taken by a conditional write. So concurrent writers never share a number, and
+        two writers of the same content get the same version. Its files stay claimed until `release_files`, so work on
+        the version can continue during a garbage collection. Raises `PassingFault` for a blob that is not there,
         `BadInput` when the draft's own number is another version's.
         """
         name = draft.name
@@ -71,7 +71,7 @@ class ModelRegistry(ModelFiles):
             raise PassingFault(
                 f"The store lost {lost} before its version was complete.", "Try again.", code="content-lost-meanwhile"
             )
-        taken = self._numbers(name)  # before its versions are read: one that comes between is read, or tried for below
+        taken = self._numbers(name)  # before its versions: one added meanwhile is read, or tried below
         existing = self.same_version(draft)
         if existing:
             return existing, False
@@ -90,7 +90,7 @@ class ModelRegistry(ModelFiles):
         return next((manifest for manifest in self.versions(draft.name) if manifest.identity == draft.identity), None)
 
     def check_number(self, draft: Manifest) -> None:
-        """Raise `BadInput` when a draft's own number was given out already, even if it is deleted now."""
+        """Raise `BadInput` if a draft's own number was assigned before, even if that version is deleted now."""
         if draft.version in self._numbers(draft.name):
             raise self._number_taken(draft)
 
@@ -102,7 +102,7 @@ class ModelRegistry(ModelFiles):
         )
 
     def _numbers(self, name: str) -> set[int]:
-        """Every number ever given out, deleted versions included."""
+        """Every number ever assigned, deleted versions included."""
         return {int(number) for number in self._index(name) if number.isdecimal()}
 
     def _index(self, name: str) -> dict[str, set[str]]:
@@ -110,7 +110,7 @@ class ModelRegistry(ModelFiles):
         return {number: keys for (_, number), keys in self._keys(f"models/{name}").items()}
 
     def _keys(self, folder: str) -> dict[tuple[str, str], set[str]]:
-        """Return (name, number) -> the keys below it; files that something else left between them do not count."""
+        """Return (name, number) -> the keys below it; foreign files between them are ignored."""
         keys: dict[tuple[str, str], set[str]] = {}
         for entry in self.objects.entries(folder):
             parts = entry.key.split("/", 3)
@@ -123,7 +123,7 @@ class ModelRegistry(ModelFiles):
         return sorted({name for (name, _), keys in self._keys("models").items() if _is_version(keys)})
 
     def version_entries(self) -> dict[tuple[str, int], tuple[Entry, ...]]:
-        """Return (name, number) -> what is stored on each version, from one listing: it changes when that does."""
+        """Return (name, number) -> the stored objects of each version, from one listing."""
         entries: dict[tuple[str, str], list[tuple[str, Entry]]] = {}
         for entry in self.objects.entries("models"):
             parts = entry.key.split("/", 3)
@@ -143,7 +143,7 @@ class ModelRegistry(ModelFiles):
         return [manifest for manifest in found if manifest]
 
     def all_versions(self) -> Iterator[Version]:
-        """Yield all versions of all names, sorted by name, of a name the oldest first."""
+        """Yield all versions of all names, sorted by name, and each name's oldest version first."""
         for name in self.names():
             yield from map(self.of, self.versions(name))
 
@@ -193,7 +193,7 @@ class ModelRegistry(ModelFiles):
         return self.of(self.version(name, number))
 
     def mark_deleted(self, manifest: Manifest) -> None:
-        """Make a version invisible and its aliases go; its number stays taken, for its manifest stays."""
+        """Make a version invisible and remove its aliases; its number stays taken, because its manifest stays."""
         for alias in self.aliases_of(manifest):
             self.remove_alias(manifest.name, alias, f"{manifest.reference} was deleted")
         record = {"reference": manifest.reference, "manifest": manifest.digest, "deleted_at": now()}
@@ -226,7 +226,7 @@ class ModelRegistry(ModelFiles):
         return manifest
 
     def evidence_of_deleted(self) -> list[Entry]:
-        """Return the evidence on deleted versions: a deletion that broke off left it."""
+        """Return the evidence on deleted versions, which an interrupted deletion left."""
         entries = list(self.objects.entries("models"))
         deleted = {entry.key.removesuffix("/deleted.json") for entry in entries if entry.key.endswith("/deleted.json")}
         return [
@@ -277,9 +277,9 @@ class ModelRegistry(ModelFiles):
     ) -> bool:
         """Point an alias to a version; returns whether it points there now.
 
-        With `only_if_free`, an alias that is there stays as it is, also where two machines set it at once. A change of
-        the champion is in its history, `rolled_back` or promoted. Raises `BadInput` for an alias that is not spelled
-        like a name, or is all digits.
+        With `only_if_free`, an existing alias is not changed, even if two machines set it at once. A change of the
+        champion is added to its history, as `rolled_back` or promoted. Raises `BadInput` for an alias that is not a
+        valid name, or is all digits.
         """
         if not re.fullmatch(ALIAS_PATTERN, alias) or alias.isdecimal():
             raise BadInput(
@@ -301,9 +301,9 @@ class ModelRegistry(ModelFiles):
     def replace_champion(
         self, name: str, version: int, former: int | None, reason: str, *, rolled_back: bool = False
     ) -> bool:
-        """Make a version the champion in place of `former`; returns False, with nothing changed, where that is not so.
+        """Make a version the champion in place of `former`; returns False, unchanged, if that is not the champion.
 
-        Processes that replace a champion at once all want the same place in its history, and one of them gets it.
+        Processes that replace a champion at once compete for the same place in its history, and one of them gets it.
         """
         place = next_change(self.objects, name)  # before the alias is read: a later change of it has taken this place
         if self.alias(name, CHAMPION) != former:

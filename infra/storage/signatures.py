@@ -1,4 +1,4 @@
-"""Signatures on versions, kept as evidence beside them."""
+"""Signatures on versions, stored as evidence."""
 
 import hashlib
 from pathlib import Path
@@ -34,7 +34,7 @@ def sign_version(version: Version, settings: StoreSettings) -> None:
 def check_signature(version: Version, settings: StoreSettings) -> None:
     """Raise `StageFailed` unless one of a version's signatures is by the settings' verification key and holds.
 
-    The manifest is what is signed: whether the files are those that it names has to be looked at besides.
+    Only the manifest is signed: the caller must compare the files with it.
     """
     from slmops.infra.model_signing.signature import verify_manifest
 

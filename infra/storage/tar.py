@@ -1,8 +1,8 @@
-"""Archives as tar files of plain files, to the byte: what is read is what `TarWriter` writes, and nothing else.
+"""Archives as tar files of plain files. The reader accepts exactly the bytes that `TarWriter` writes.
 
-So reading needs none of what tar has besides plain files (links, devices, sparse files, names in three dialects). Each
-header is parsed by `tarfile.TarInfo` and compared with the one that would be written. `tarfile.TarFile` would follow
-all of these, keep in memory what an extended header holds, and end quietly at a header that is damaged.
+So the reader needs no other features of tar (links, devices, sparse files, names in three dialects). Each header is
+parsed by `tarfile.TarInfo` and compared with the one that would be written. `tarfile.TarFile` would follow all of
+these, keep in memory what an extended header holds, and end quietly at a header that is damaged.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from slmops.infra.storage.local import CHUNK_BYTES
 
 _BLOCK = tarfile.BLOCKSIZE
 _MEMBER = re.compile(r"[A-Za-z0-9._/-]+")
-# A long name, or a size of 8 GiB or more, does not fit into a header: it stands in a block of its own before it.
+# A long name, or a size of 8 GiB or more, does not fit into a header: it is in a separate block before it.
 _EXTENSION = re.compile(rb"[0-9]+ (?:path=([A-Za-z0-9._/-]+)|size=([0-9]{1,20}))\n")
 _KINDS = {
     **{tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.DIRTYPE: "a folder"},
@@ -35,7 +35,7 @@ _REFUSED = "Nothing was imported. Copy it or export it anew, and compare the SHA
 
 
 def header_of(name: str, size_bytes: int) -> bytes:
-    """Return a member's header: mode 0644, nobody's, of no time, so that the same content is the same archive."""
+    """Return a member's header with mode 0644 and without owner and time: equal content gives equal archives."""
     member = tarfile.TarInfo(name)
     member.size = size_bytes
     return member.tobuf(tarfile.PAX_FORMAT, "ascii", "strict")
@@ -109,11 +109,11 @@ class TarReader:
         self.size_bytes = os.fstat(stream.fileno()).st_size
 
     def refusal(self, what: str, fault: str) -> BadInput:
-        """Return the error that tells what of the archive is at fault."""
+        """Return the error for a fault of the archive."""
         return BadInput(f"{self._file} cannot be imported: {what} {fault}.", _REFUSED)
 
     def check_compression(self) -> None:
-        """Raise `BadInput` for what is compressed."""
+        """Raise `BadInput` for a compressed file."""
         start = self._stream.read(_BLOCK)
         self._stream.seek(0)
         compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
@@ -190,7 +190,7 @@ class TarReader:
 
 @contextmanager
 def opened_tar(file: Path) -> Iterator[TarReader]:
-    """Open an archive; raises `BadInput` for what is no file, cannot be read or is compressed."""
+    """Open an archive; raises `BadInput` if it is not a file, cannot be read or is compressed."""
     if not file.is_file():
         raise BadInput(f"There is no file {file}.", "Name what slmops export has written.")
     try:

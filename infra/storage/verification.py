@@ -1,4 +1,4 @@
-"""Whether a version is in a store as it was put there."""
+"""Whether a version in a store is unchanged."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from slmops.infra.storage.version import Version
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it was stored: `what` is a file (`int4/model.onnx`), a record or the manifest."""
+    """One damaged object: `what` is a file (`int4/model.onnx`), a record or the manifest."""
 
     what: str
     fault: Literal["missing", "altered", "truncated"]
@@ -27,7 +27,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was read and compared: files and bytes, each content once, and everything that was found damaged."""
+    """The files and bytes that were read and compared, each content once, and all damage that was found."""
 
     reference: str
     manifest_sha256: str
@@ -42,7 +42,7 @@ class Verification:
 
 
 def verify_version(version: Version, on_progress: OnProgress | None = None) -> Verification:
-    """Read all of a version's files in the store and compare them with its manifest, and that with its evidence."""
+    """Compare all stored files of a version with its manifest, and the manifest with the evidence."""
     paths: dict[Blob, list[str]] = {}
     for variant in version.variants:
         for file in variant.files:

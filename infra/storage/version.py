@@ -1,4 +1,4 @@
-"""A version: a manifest in its registry, with all that is on record of it, and its variants."""
+"""A version: a manifest in its registry, with its evidence and its variants."""
 
 import json
 import re
@@ -93,10 +93,10 @@ class Version:
     def serving(self) -> "Variant | None":
         """The variant that may serve under the model's name, None where none may.
 
-        It is the one that was selected last: a choice is made among the variants that passed the gate, were registered
-        and proven, and one that finds none takes the selection back. A deploy that was recorded after the selection has
-        to have it registered: that of the run which selects is recorded at its end. All that serves, promotes, copies,
-        lists or asks a version goes by this.
+        It is the variant that was selected last. A selection chooses among the variants that passed the gate, were
+        registered and proven; if there is none, it removes the previous selection. If a deploy was recorded after the
+        selection, that record must have the variant registered (the run that selects records its deploy at its end).
+        Everything that serves, promotes, copies, lists or calls a version uses this property.
         """
         selections, deploys = self.records(SELECTION), self.records(DEPLOY)
         selected = selections[-1].value.selected if selections else None
@@ -126,9 +126,9 @@ class Version:
     def record(
         self, kind: Kind[T], value: T, key: str | None = None, beside: Mapping[str, object] | None = None
     ) -> None:
-        """Append a record, with what stands `beside` it in the field of a kind that has one.
+        """Append a record, with the fields `beside` it if its kind has a field for the record.
 
-        With a key, it is the answer to that question and kept once: another one replaces it.
+        With a key, it is the answer to that question, and only one is kept: a new answer replaces it.
         """
         content = kind.to_content(value, beside)
         record = {"kind": kind.name, "manifest": self.manifest.digest, "recorded_at": now(), "content": content}
@@ -149,7 +149,7 @@ class Version:
     def records(self, kind: Kind[T], key: str | None = None, where: Where = always) -> list[Recorded[T]]:
         """Return the records of a kind and when each was appended, oldest first.
 
-        Those whose content, a JSON object, is not `where` it should be are left out before they are validated.
+        Records whose content, a JSON object, does not satisfy `where` are left out before they are validated.
         """
         found = []
         for entry, envelope in self.envelopes(kind.name, key):
@@ -162,13 +162,13 @@ class Version:
         return found
 
     def envelopes(self, kind: str, key: str | None = None) -> list[tuple[Entry, Envelope]]:
-        """Return the files of a kind, oldest first; those that are another version's, or of another kind, do not count.
+        """Return the files of a kind, oldest first, without those of another version or kind.
 
-        A file that is removed meanwhile is none. What came along when the version was copied from another store, nobody
-        has looked into here: it counts where this store has nothing of the kind, and never as the answer to a question.
+        A file that is removed meanwhile is left out. Evidence that was copied with the version was not verified here:
+        it counts only if this store has none of the kind, and never as the answer to a question.
         """
         prefix = self.evidence_key(f"{kind}-{f'{key}.json' if key else ''}")
-        # Only these are records, and marked when they are copied: reports lie beside them, whatever they are called.
+        # Only these are records, and are marked when they are copied: the folder also has reports, with any name.
         records = [entry for entry in self.evidence_entries() if entry.key.endswith(".json")]
         files = [entry for entry in records if entry.key.startswith(prefix)]
         found = [(entry, envelope) for entry in files for envelope in self._read(entry)]
@@ -187,7 +187,7 @@ class Version:
     def read_evidence(self, entry: Entry) -> bytes:
         """Return a file of evidence as it is stored; raises `DamagedEvidence` for one that is no record of the version.
 
-        Reports are texts, and any will do.
+        Reports are texts, and are not checked.
         """
         data = self.registry.objects.read_bytes(entry.key)
         if entry.key.endswith(".json") and self._envelope(entry, data).manifest != self.manifest.digest:
@@ -228,7 +228,7 @@ class Version:
 
     @property
     def says_origin(self) -> bool:
-        """Whether its verdict came along with a copy, and this store has not judged it."""
+        """Whether its verdict was copied with it, and this store has not judged it."""
         return any(envelope.copied_from is not None for _, envelope in self.envelopes(DEPLOY.name))
 
     @property
@@ -262,7 +262,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Variant:
-    """One precision of a version: what the manifest has of it, and its files in the store."""
+    """One precision of a version: its entry in the manifest, and its files in the store."""
 
     version: Version
     stored: StoredVariant
@@ -310,8 +310,8 @@ class Variant:
     def place(self, folder: Path, on_progress: OnProgress | None = None) -> None:
         """Place its files under a folder that does not have them yet, for a runtime to open.
 
-        Every model comes to a runtime this way, whoever made it. Raises `StageFailed` as `ModelRegistry.materialize`
-        does, and for a model that `slmops.infra.genai.model_screening` refuses.
+        Every model reaches a runtime through this method, whatever its origin. Raises `StageFailed` as
+        `ModelRegistry.materialize` does, and for a model that `slmops.infra.genai.model_screening` refuses.
         """
         self.version.registry.materialize(self.files, folder, on_progress)
         try:
@@ -321,12 +321,12 @@ class Variant:
             raise StageFailed(message, error.what_to_do, code=error.code) from None
 
     def altered_in(self, folder: Path, without: Collection[str] = ()) -> list[str]:
-        """Return its files, but for those `without`, that a folder does not hold as the manifest has them."""
+        """Return its files, except those in `without`, that differ in a folder from the manifest."""
         files = ((file, folder / file.path) for file in self.files if file.path not in without)
         return [file.path for file, path in files if not path.is_file() or digest_of_file(path) != file.sha256]
 
     def check_unaltered(self, folder: Path) -> None:
-        """Raise `StageFailed` unless a folder holds every file as the manifest has it."""
+        """Raise `StageFailed` unless every file in a folder matches the manifest."""
         if altered := self.altered_in(folder):
             raise StageFailed(
                 f"{altered[0]} is not what the version's manifest says it is.",

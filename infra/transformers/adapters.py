@@ -10,7 +10,7 @@ from slmops.infra.transformers.calls import MergeAdapter, Merged
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Any of these makes a folder one that AutoTokenizer reads as a tokenizer's.
+# AutoTokenizer reads a folder with any of these files as a tokenizer's.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 EVALUATION_FILES = ("eval.jsonl", "output_schema.json")
 

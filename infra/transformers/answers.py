@@ -1,4 +1,4 @@
-"""The source checkpoint, run in transformers: variants are held to its greedy answers and next-token logits."""
+"""The source checkpoint in transformers: variants are compared with its greedy answers and next-token logits."""
 
 import hashlib
 import json
@@ -116,7 +116,7 @@ def _last_line(error: BaseException) -> str:
 def _render(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
     try:
         text = tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the checkpoint's author and may raise anything
+    except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         raise BadInput(
             f"The chat template cannot render row {row.id!r}: {_last_line(error)}.",
             "Change the row's messages or the chat template.",
@@ -156,7 +156,7 @@ def _answer(
 
     ends = _end_token_ids(tokenizer, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    # generate() fills what a given config leaves unset from the model's own, so that one is replaced instead.
+    # generate() fills unset fields of a given config from the model's own config, so the latter is replaced.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad)
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][1]))

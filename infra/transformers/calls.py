@@ -99,9 +99,9 @@ class RenderedConversations(Record):
 class RenderConversations(Call[RenderedConversations]):
     """Render conversations with a folder's tokenizer.
 
-    `moments` are the local times, ISO 8601, at which a template that writes the date is to be rendered, by
-    conversation (none: the present); `marks` is a regular expression of what looks like a control token, `context`
-    what stands before and behind one.
+    `moments` are the local times, ISO 8601, at which a template that writes the date is to be rendered, by conversation
+    (none: the present); `marks` is a regular expression of what looks like a control token, `context` the text before
+    and after one.
     """
 
     tokenizer_dir: AbsolutePath
@@ -181,7 +181,7 @@ class FineTune(Call[FineTuned]):
     """Fine-tune a checkpoint and write the result: a LoRA adapter, or a whole checkpoint of the base's dtype.
 
     Without `held_out` chats nothing is stopped early. `max_length` in tokens (None: the base's context); `patience` in
-    epochs without improvement. `state_dir` keeps the state of each epoch: a run that broke off goes on from there.
+    epochs without improvement. `state_dir` keeps the state of each epoch: an interrupted run continues from there.
     `output_dir` must not exist.
     """
 

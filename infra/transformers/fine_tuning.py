@@ -19,7 +19,7 @@ LORA_TARGETS = (
     *("qkv_proj", "gate_up_proj"),
 )
 WARM_UP_SHARE = 0.03
-# The loss of what was saved may differ from that in memory by the rounding of its weights, and by no more.
+# The loss of the saved model may differ from that in memory only by the rounding of its weights.
 LOADED_LOSS_TOLERANCE = 0.05
 LOGS_PER_RUN = 100
 MAX_NAMED_ROWS = 3
@@ -28,7 +28,7 @@ MAX_NAMED_ROWS = 3
 def fine_tune(call: FineTune, progress: Progress) -> FineTuned:
     """Fine-tune a checkpoint and write the result: a LoRA adapter, or a whole checkpoint of the base's dtype.
 
-    Only the assistant's turns are learned. Trained in float32 on a CPU, in bfloat16 where a GPU can.
+    Only the assistant's turns are learned. Training is in float32 on a CPU, in bfloat16 on a GPU that supports it.
 
     Raises `BadInput` for chats longer than the context, or a chat template under which a turn's text depends on what
     follows it; `StageFailed` for a base that cannot be loaded, a loss that is not finite, or a result that does not

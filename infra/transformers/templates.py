@@ -1,4 +1,4 @@
-"""What transformers makes of conversations: the prompt of a tokenizer's chat template, and its tokens."""
+"""transformers' prompts of conversations, by a tokenizer's chat template, and their tokens."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ from slmops.infra.transformers.calls import (
 
 
 def render(call: RenderConversations, progress: Progress) -> RenderedConversations:
-    """Render conversations with a folder's tokenizer; what this changes of its process stays changed.
+    """Render conversations with a folder's tokenizer; the changes that it makes to its process are permanent.
 
     Raises `StageFailed` for a tokenizer that cannot be loaded.
     """
@@ -92,7 +92,7 @@ def _rendered(
 ) -> RenderedConversation:
     try:
         return RenderedConversation(renderings=tuple(_renderings(tokenizer, messages, clock, moments)))
-    except Exception as error:  # a template is a program of the checkpoint's author and may raise anything
+    except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         refusal = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         return RenderedConversation(refusal=refusal)
 

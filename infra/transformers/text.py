@@ -29,9 +29,9 @@ def score_text(call: ScoreTextAsSource, progress: Progress) -> SourceText:
     """Score the tokens of a text with the source checkpoint and write the logits at the compared positions.
 
     The text is cut into windows of `window_tokens` tokens (fewer where the context ends earlier); each is scored
-    without what stands before it, after the tokens that the tokenizer itself puts at a text's beginning (a begin
-    token, or none: then a window's first token is given and not scored). The window is fed in pieces with a cache,
-    so that no more than `chunk_bytes` of logits exist at once.
+    without the text before it, after the tokens that the tokenizer adds at a text's beginning (a begin token, or none:
+    then a window's first token is given and not scored). The window is fed in pieces with a cache, so that no more than
+    `chunk_bytes` of logits exist at once.
 
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` for a checkpoint that cannot be loaded or
     whose logits are not finite.

@@ -1,4 +1,4 @@
-"""Train a small chat model from nothing and prove it as a saved checkpoint."""
+"""Train a small chat model from scratch and test it as a saved checkpoint."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def train_chat_model(call: TrainChatModel, progress: Progress) -> TrainedChatMod
     train_loss = _fit(model, examples, call, tokenizer.pad_token_id, progress)
     seconds = time.monotonic() - started
 
-    # bfloat16 is what fine-tuned checkpoints come in, and fp16 holds nearly all of its values exactly.
+    # fine-tuned checkpoints usually are in bfloat16, and fp16 represents nearly all of its values exactly.
     model.to(torch.bfloat16).save_pretrained(output_dir)
     shutil.copyfile(call.eval_file, output_dir / "eval.jsonl")
     progress(total, total, "checking the saved checkpoint")
@@ -84,10 +84,10 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def _train_tokenizer(rows: Sequence[Row], call: TrainChatModel, output_dir: Path) -> Any:
-    """Train a byte-level BPE tokenizer, save it, and return what `AutoTokenizer` makes of the saved files.
+    """Train a byte-level BPE tokenizer, save it, and return the tokenizer that `AutoTokenizer` loads.
 
-    `AutoTokenizer` gives a Qwen2 checkpoint Qwen2's own pre-tokenizer whatever tokenizer.json says, so that one is
-    trained with. Training the model with the loaded tokenizer makes sure that users get the very same.
+    `AutoTokenizer` gives a Qwen2 checkpoint Qwen2's own pre-tokenizer whatever tokenizer.json says, so it is used for
+    training. Training the model with the loaded tokenizer ensures that users get the same one.
     """
     from tokenizers import pre_tokenizers, trainers
     from transformers import AutoTokenizer, Qwen2Tokenizer
@@ -187,7 +187,7 @@ def _fit(
 
 
 def _rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to zero: the last steps settle the weights, which quantization likes."""
+    """Linear warm-up, then a cosine down to zero: the last steps settle the weights, which helps quantization."""
     warm_up = max(1, round(steps * WARM_UP_SHARE))
     if step < warm_up:
         return (step + 1) / warm_up

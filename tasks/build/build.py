@@ -1,4 +1,4 @@
-"""Builds: one variant by its recipe, in a child process, once even if several runs ask for the same."""
+"""Builds: one variant by its recipe, in a child process, only once if several runs request the same."""
 
 import json
 import shutil
@@ -27,10 +27,10 @@ from slmops.tasks.workshop import workshop
 
 
 class BuiltVariant(BaseModel):
-    """A variant whose files are in the store, and what its build took: wall time in s, peak memory in bytes.
+    """A variant whose files are in the store, with its build's wall time in s and peak memory in bytes.
 
-    `passes` are the recipe's, as Olive was told them: the manifest has only their digest. `host` is the machine, where
-    another one built it.
+    `passes` are the recipe's Olive passes: the manifest has only their digest. `host` is the building machine, if it is
+    another one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,8 +44,8 @@ class BuiltVariant(BaseModel):
     host: Json | None = None
 
 
-# A tag is what Prefect can limit, and it costs each run a question to the server: only builds take so much memory that
-# a machine may want a limit.
+# Prefect can limit task runs by tag, but each tagged run costs a request to the server. Only builds have a tag, because
+# only they take enough memory to need a limit.
 @stage("build variant", run_name="build-{recipe.name}", tags=["slmops-build"])
 def build_variant(recipe: Recipe, prepared: PreparedCheckpoint, request: DeployRequest) -> BuiltVariant:
     """Build one variant and store its files; a build that is stored already is reused.

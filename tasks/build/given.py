@@ -1,4 +1,4 @@
-"""A model that is built already: a given onnxruntime-genai folder, taken as it is."""
+"""A model that is built already: a given onnxruntime-genai folder, stored unchanged."""
 
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from slmops.infra.genai.model_files import detect_precision
@@ -13,7 +13,7 @@ from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import workshop
 
-# What stands beside a model without being part of it.
+# Files in a model's folder that are not part of the model.
 NOT_OF_THE_MODEL = (EVALUATION_FILE, OUTPUT_SCHEMA_FILE, INFERENCE_MODEL, MODEL_CARD)
 
 

@@ -1,4 +1,4 @@
-"""Olive's run configuration: written for a recipe, and read where a user gives one."""
+"""Olive's run configuration: written for a recipe, or read from a user's file."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ OLIVE_PROVIDERS: dict[str, tuple[str, str]] = {
     "webgpu": ("WebGpuExecutionProvider", "gpu"),
 }
 
-# Keys of an Olive file that say where to read, write and log: slmops decides that, and they change no model.
+# Keys of an Olive file for its paths and logs: slmops sets these itself, and they do not change the model.
 IGNORED_KEYS = frozenset(
     {
         "cache_dir",
@@ -43,7 +43,7 @@ INPUT_MODEL_KEYS = frozenset({"type", "model_path", "task"})
 SYSTEM_KEYS = frozenset({"type", "accelerators"})
 ACCELERATOR_KEYS = frozenset({"device", "execution_providers"})
 
-# What has Olive run somebody's code, in a pass or in a data configuration. In a user's own file that is theirs to do.
+# Keys that make Olive run foreign code, in a pass or in a data configuration. A user's own file may have them.
 CODE_KEYS = frozenset({"script_dir", "trust_remote_code", "user_script"})
 
 # The pass's options by the names that Olive's own ModelBuilder gives or gave them.
@@ -61,7 +61,7 @@ OPTION_ALIASES = {
 
 
 def olive_run_config(recipe: Recipe) -> Json:
-    """Return the Olive run configuration of `recipe`, complete but for its paths (see infra.olive.engine.build)."""
+    """Return the Olive run configuration of `recipe`, complete except for its paths (see infra.olive.engine.build)."""
     provider, device = OLIVE_PROVIDERS[recipe.execution_provider]
     return {
         "input_model": {"type": "HfModel", "task": "text-generation"},
@@ -81,8 +81,8 @@ def olive_run_config(recipe: Recipe) -> Json:
 def read_olive_config(path: Path) -> Recipe:
     """Return the recipe in a user's Olive configuration, in today's flat form or the older nested one.
 
-    The model, the folders and the logging that it names are left to slmops. Raises `BadInput` naming everything in
-    it that is unknown, or that slmops cannot honour.
+    slmops sets the model, the folders and the logging itself. Raises `BadInput` naming everything in it that is
+    unknown, or that slmops cannot honour.
     """
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -164,7 +164,7 @@ class _Reader:
         return section
 
     def _flat(self, section: Json, name: str) -> Json:
-        """Merge the older form's nested `config` into the section; what is given twice is a fault."""
+        """Merge the older form's nested `config` into the section; a key that is given twice is a fault."""
         nested = section.get("config") or {}
         if not isinstance(nested, dict):
             self.faults.append(f"{name}.config is not an object")

@@ -1,4 +1,4 @@
-"""Recipes: what Olive is told for a precision on an execution provider."""
+"""Recipes: Olive's configuration for a precision on an execution provider."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from slmops.infra.olive.options import BITS
 from slmops.infra.records import Json
 from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
-# One recipe a file: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another one.
+# Each file is a recipe: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another.
 RECIPES_DIR = Path(__file__).parent / "recipes"
 OLIVE_CONFIG = "olive-config"  # the id of a recipe that a user's Olive configuration makes
 
 
 class Recipe(BaseModel):
-    """What one variant is built by.
+    """The recipe of one variant.
 
     `passes` are Olive's, by name and in order, the first of type ModelBuilder; `warnings` are for the user. `id` says
     where it comes from, such as `cpu-int4-block128`.
@@ -53,7 +53,7 @@ class Recipe(BaseModel):
     def digest(self) -> str:
         """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, without its id and the warnings.
 
-        The passes keep their order in it, for another order is another model.
+        It depends on the order of the passes, because another order gives another model.
         """
         content = self.model_dump(mode="json", exclude={"id", "warnings"})
         content["passes"] = list(content["passes"].items())

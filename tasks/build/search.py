@@ -76,20 +76,20 @@ class SearchOutcome(_Record):
 
     @property
     def failures(self) -> dict[str, str]:
-        """Precision -> what went wrong, for each precision of which no recipe gave a variant."""
+        """Precision -> error, for each precision of which no recipe gave a variant."""
         failed = {trial.precision: trial.error or "" for trial in reversed(self.trials)}
         return {precision: error for precision, error in failed.items() if precision not in self.chosen}
 
 
 SEARCH = Kind("search", SearchOutcome)
-Content = Kind[dict[str, Any]]  # a kind whose records are handed on as they are
+Content = Kind[dict[str, Any]]  # a kind whose records are copied unchanged
 
 
 class TrialRegistry(ModelRegistry):
-    """A registry in the cache for what a search builds and finds; files that the store has already are read there.
+    """A registry in the cache for a search's builds and results; files that the store already has are read there.
 
-    A trial stands in it as a version of its own, with one variant that goes by its recipe's name in place of its
-    precision, so that the stages' own tasks work on it and remember what they found.
+    Each trial is a version with one variant, which has its recipe's name in place of a precision. So the stages' tasks
+    can work on a trial and store their results.
     """
 
     def __init__(self, store: ModelRegistry, folder: Path) -> None:
@@ -113,19 +113,19 @@ class TrialRegistry(ModelRegistry):
         super().materialize(own, folder, on_progress)
 
     def _parted(self, files: Iterable[StoredFile]) -> tuple[list[StoredFile], list[StoredFile]]:
-        """Return the files that the store has, and those that only a trial made."""
+        """Return the files that are in the store, and those that are only in the cache."""
         wanted = list(files)
         own = [file for file in wanted if super(TrialRegistry, self).has_files([file])]
         return [file for file in wanted if file not in own], own
 
 
 def open_trials(shop: Workshop) -> TrialRegistry:
-    """Return the registry of trials under the cache, beside the store's own."""
+    """Return the registry of trials under the cache, which also reads the store."""
     return TrialRegistry(shop.registry, shop.settings.cache_dir / "trials")
 
 
 def trial_manifest(name: str, variant: StoredVariant, prepared: PreparedCheckpoint) -> Manifest:
-    """Return what a trial is called in the registry of trials: the same files of the same source, the same trial."""
+    """Return a trial's manifest in the registry of trials: equal files of the same source are the same trial."""
     return _manifest_of(
         variant.model_copy(update={"precision": name}),
         Source(
@@ -151,10 +151,10 @@ def search_recipes(
 ) -> tuple[list[BuiltVariant], SearchOutcome]:
     """Try every recipe of each precision that is asked for; return the chosen variants, stored, and the outcome.
 
-    What an earlier search built, measured or evaluated for the same question is reused. A recipe that fails is told in
-    the outcome and the others go on; a precision of which none is left is missing from the variants. Raises `BadInput`
-    for a checkpoint that already is an ONNX model, and as `plan_search` does. The reference's answers are left in place
-    for the version (see `slmops.tasks.exams.source.sources_in_use`).
+    Results of an earlier search for the same question are reused. A recipe that fails is reported in the outcome, and
+    the others continue; a precision without a working recipe is missing from the variants. Raises `BadInput` for a
+    checkpoint that already is an ONNX model, and as `plan_search` does. The reference's answers are kept for the
+    version (see `slmops.tasks.exams.source.sources_in_use`).
     """
     if prepared.inspection.kind == "genai":
         refuse_recipes(request)
@@ -191,7 +191,7 @@ class _Tried:
         self.error: str | None = None
 
     def build(self, prepared: PreparedCheckpoint, request: DeployRequest) -> None:
-        """Build it into the registry that is worked with."""
+        """Build it into the current registry."""
         try:
             self.built = build_variant(self.recipe, prepared, request)
         except StageFailed as error:
@@ -201,7 +201,7 @@ class _Tried:
         (self.variant,) = workshop().registry.of(manifest).variants
 
     def take_exams(self) -> None:
-        """Measure and evaluate what could be built."""
+        """Measure and evaluate the recipe if it could be built."""
         if self.variant is None:
             return
         measurement, answers = self.exams
@@ -212,7 +212,7 @@ class _Tried:
             self.error = str(error)
 
     def trial(self, request: DeployRequest, settings: Settings) -> Trial:
-        """Return the record of what was found, before the choice."""
+        """Return the record of the results, before the choice."""
         trial = Trial(recipe=self.recipe.name, precision=self.recipe.precision, error=self.error)
         if self.built:
             update = {"variant_digest": self.built.variant.digest, "build_s": self.built.wall_s}
@@ -274,9 +274,9 @@ def choose_recipes(
     """Choose one recipe per precision, by name; `scores` are each recipe's scores row by row, empty without any.
 
     Of the recipes that pass the gate, and keep the budget if any does, the one is chosen that `choose_variant` would:
-    dominated ones go, then those whose quality is measurably below the best one's; the fastest in token generation is
-    left, at like speed the smallest. Where none passes the gate, all that ran are compared, so that the version's own
-    gate tells what is wrong with the best of them.
+    it drops dominated ones, then those whose quality is measurably below the best one's, and takes the fastest in token
+    generation, of equally fast ones the smallest. If none passes the gate, all that ran are compared, so that the
+    version's own gate reports the faults of the best one.
     """
     budget = parse_budget(request.budget) or Budget()
     decided: dict[str, Trial] = {}
@@ -289,7 +289,7 @@ def choose_recipes(
             if trial.candidate
         ]
         choice = choose_variant(judged, budget)
-        if choice.selected is None:  # none keeps the budget: the choice between the precisions says so
+        if choice.selected is None:  # none keeps the budget: the choice between the precisions reports that
             choice = choose_variant(judged, Budget())
         front = pareto_front([variant.candidate for variant in judged])
         others = len([point for point in front.values() if point is None]) - 1
@@ -334,7 +334,7 @@ def keep_variant(variant: StoredVariant) -> None:
 
 @stage("record search", run_name="record-search")
 def record_trials(version: Version, outcome: SearchOutcome) -> None:
-    """Append the outcome to a version, and its variants' figures under the keys that their exams look for them by."""
+    """Append the outcome to a version, and its variants' figures under the keys by which their exams find them."""
     trials = open_trials(workshop())
     for trial in outcome.trials:
         if trial.chosen:
@@ -345,7 +345,7 @@ def record_trials(version: Version, outcome: SearchOutcome) -> None:
 
 
 def last_search(version: Version) -> SearchOutcome | None:
-    """Return the outcome of the search that a version's variants come from, None where there was none."""
+    """Return the outcome of the search that a version's variants come from, None if there was no search."""
     return version.latest(SEARCH)
 
 

@@ -20,7 +20,7 @@ from slmops.tasks.runs.orders import Order, order_on_pool
 from slmops.tasks.workshop import workshop
 
 ON_WORKER = "build-variant"  # the flow that builds on a pool's workers
-# What a build needs of a request: files and addresses of the deploy's own machine stay there.
+# The fields of a request that a build needs: files and addresses of the deploying machine are not sent.
 OF_A_BUILD = {
     "name",
     "precisions",
@@ -34,8 +34,10 @@ OF_A_BUILD = {
 
 
 class BuildOrder(Record):
-    """What one machine's deploy asks of another: the checkpoint by its address in the store, and the builder's
-    versions, by which the result is the one that the deploy would have made itself.
+    """An order from one machine's deploy to another.
+
+    It has the checkpoint's address in the store, and the builder's versions. With equal versions the worker gives the
+    result that the deploy itself would give.
     """
 
     checkpoint: str
@@ -55,14 +57,14 @@ class Built:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the builds tell the user."""
+        """The builds' warnings for the user."""
         return tuple(text for built in self.variants for text in built.warnings)
 
 
 def build_each(
     request: DeployRequest, recipes: Sequence[Recipe], prepared: PreparedCheckpoint, evaluation: EvaluationSet
 ) -> Built:
-    """Build every variant; of one that fails the reason is told, and the others go on.
+    """Build every variant; if one fails, its reason is reported and the others continue.
 
     Raises `BadInput` for recipes of a model that is built already.
     """
@@ -108,9 +110,9 @@ def _build_on_workers(
 
 
 def build_ordered(asked: BuildOrder) -> BuiltVariant:
-    """Build what another machine's deploy asks of this one.
+    """Build the variant that another machine's deploy has ordered.
 
-    Raises `StageFailed` where it would be built otherwise, and `BadInput` as `ordered_recipe` does.
+    Raises `StageFailed` if this machine's builder would give another result, and `BadInput` as `ordered_recipe` does.
     """
     _check_builder(asked.builder)
     settings, recipe = workshop().settings, ordered_recipe(asked.recipe)

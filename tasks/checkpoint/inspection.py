@@ -1,4 +1,4 @@
-"""What a checkpoint, an adapter or a given model is, read off its files before anything runs."""
+"""What a checkpoint, an adapter or a given model is, read from its files before anything runs."""
 
 from pathlib import Path
 from typing import Literal
@@ -21,8 +21,8 @@ from slmops.infra.storage.manifest import digest_of, digest_of_file
 EVALUATION_FILE = "eval.jsonl"
 OUTPUT_SCHEMA_FILE = "output_schema.json"
 
-# What a checkpoint's digest covers: all that decides what the model answers. Model cards, training
-# states, the evaluation file and the output's schema may change without making it another model.
+# The files that a checkpoint's digest covers: all that influence the model's answers. Model cards, training states, the
+# evaluation file and the output's schema may change without changing the model.
 CONTENT_SUFFIXES = (".safetensors", ".onnx", ".data", ".model", ".jinja", ".txt", ".json")
 NOT_CONTENT = (
     *("README", "LICENSE", OUTPUT_SCHEMA_FILE),
@@ -30,13 +30,13 @@ NOT_CONTENT = (
 )
 
 
-# Far above any model's; a damaged config must not make us count for hours.
+# Far above any model's; a damaged config must not make the count take hours.
 LARGEST_SIZE = 100_000_000
 LARGEST_LAYERS = 10_000
 
 
 class Inspection(BaseModel):
-    """What is known of a checkpoint from its files' headers."""
+    """The facts about a checkpoint that its files' headers give."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -54,7 +54,7 @@ class Inspection(BaseModel):
 
 
 def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> Inspection:
-    """Look at a checkpoint folder, an adapter folder or an onnxruntime-genai folder without running any of it.
+    """Inspect a checkpoint folder, an adapter folder or an onnxruntime-genai folder without running any of it.
 
     Raises `BadInput` for anything that cannot be deployed: no or broken config, an unsupported architecture,
     damaged or pickled weights, shapes that disagree with the config, no tokenizer, no chat template, and an
@@ -131,7 +131,7 @@ def _section(config: Json, key: str) -> Json:
 
 
 def _size(config: Json, key: str, *, default: int | None = None) -> int:
-    """Return a size that a config states; raises `BadInput` when it is missing without a default, or no size."""
+    """Return a size that a config states; raises `BadInput` if it is missing without a default, or not a size."""
     value = config.get(key)
     if value is None and default is not None:
         return default
@@ -185,7 +185,7 @@ def _check_tokenizer(folder: Path, chat_template_given: bool) -> None:
 
 
 def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) -> None:
-    """Compare the weights with what config.json promises; the names are those of all supported architectures."""
+    """Compare the weights with the shapes in config.json; the names are those of all supported architectures."""
     expected = expected_shapes(config)
     for name, shape in expected.items():
         found = headers.get(name)

@@ -1,4 +1,4 @@
-"""Preparation: a checkpoint fetched, merged and given its template, wherever it comes from."""
+"""Preparation: a checkpoint from any source is fetched, merged and given its template."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ from slmops.tasks.runs.stage import stage
 
 
 class PreparedCheckpoint(BaseModel):
-    """A checkpoint that is ready to build from: where its folder is, what it is, and the digest of its content."""
+    """A checkpoint that is ready to build from: its folder, its inspection, and the digest of its content."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,7 +62,7 @@ def folder_of(uri: str) -> Path:
 def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCheckpoint:
     """Fetch the checkpoint if it is remote, merge it if it is an adapter, give it its chat template, and digest it.
 
-    Raises `BadInput` for whatever cannot be deployed.
+    Raises `BadInput` for a checkpoint that cannot be deployed.
     """
     with stage_progress("inspect") as on_progress:
         template = read_chat_template_file(Path(request.chat_template_file)) if request.chat_template_file else None
@@ -107,12 +107,12 @@ def fetched_from_store(address: str, digest: str, settings: Settings) -> Prepare
 
 
 def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint:
-    """Return the checkpoint that a version was built from, wherever it is kept on this machine.
+    """Return the checkpoint that a version was built from, from wherever this machine can read it.
 
     Raises `BadInput` when it is gone or has changed since.
     """
     if is_input_address(manifest.source.origin):
-        with contextlib.suppress(BadInput):  # removed from the store; it may be here still
+        with contextlib.suppress(BadInput):  # removed from the store; this machine may still have it
             fetch_input(open_registry(settings), manifest.source.origin, inputs_dir(settings))
     folders = [settings.cache_dir / "checkpoints", inputs_dir(settings)]
     prepared = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
@@ -133,7 +133,7 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
 
 
 def fetch_checkpoint(text: str, revision: str | None, settings: Settings, on_progress: OnProgress) -> Path:
-    """Return the local folder of a checkpoint, after fetching it where it is a Hub id or an `s3://` folder."""
+    """Return the local folder of a checkpoint; a Hub id or an `s3://` folder is fetched first."""
     source = parse_checkpoint(text, revision)
     if source.kind is SourceKind.HUB:
         return fetch_from_hub(source.location, source.revision, settings, on_progress=on_progress)

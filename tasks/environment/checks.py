@@ -1,4 +1,4 @@
-"""Checks: whether this machine, its packages and its room suffice, before anything is built."""
+"""Checks before anything is built: whether this machine, its packages, memory and disk are sufficient."""
 
 import platform
 import re
@@ -40,7 +40,7 @@ STACK = (
     "olive-ai", "onnxruntime-genai", "onnxruntime", "foundry-local-sdk", "transformers", "tokenizers",
     "safetensors", "torch", "onnx", "onnx-ir", "numpy", "peft", "prefect", "fastapi", "pydantic",
 )  # fmt: skip
-# What the builder writes must be what the serving runtime reads: Foundry Local loads these two packages.
+# The builder's format must match the serving runtime's: Foundry Local loads these two packages.
 BUNDLED_BY_FOUNDRY = {"onnxruntime": "onnxruntime", "onnxruntime-genai-core": "onnxruntime-genai"}
 CMAKE_MIN = Version("3.31")
 
@@ -225,7 +225,7 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
 
 
 def check_store(settings: Settings) -> Check:
-    """Reach the store that the settings name, and say what its server cannot do."""
+    """Check that the store in the settings can be reached, and report its server's limitations."""
     needed = "reached, writable"
     try:
         objects = open_object_store(settings.store_uri, settings)
@@ -252,7 +252,7 @@ def _existing_parent(path: Path) -> Path:
 
 
 def check_foundry_runtime(settings: Settings) -> Check:
-    """Load Foundry Local's native runtime in a child process and say which it is."""
+    """Load Foundry Local's native runtime in a child process and report its version."""
     try:
         with work_folder(settings) as work:
             child = run_in_child(
@@ -269,7 +269,7 @@ def check_foundry_runtime(settings: Settings) -> Check:
 
 
 def check_foundry_command(settings: Settings) -> list[Check]:
-    """Say which `foundry` command is on the PATH and whether it serves slmops's models; no row where there is none."""
+    """Report which `foundry` command is on the PATH and whether it serves slmops's models; no row if there is none."""
     command = installed_command()
     if command is None:
         return []
@@ -286,7 +286,7 @@ def check_foundry_command(settings: Settings) -> list[Check]:
 
 @stage("check environment", run_name="check-environment")
 def check_environment(execution_provider: str, settings: Settings) -> None:
-    """Check Python, the system and the stack; raises `StageFailed` naming what does not fit."""
+    """Check Python, the system and the stack; raises `StageFailed` naming every mismatch."""
     checks = [*check_system(), *check_packages()]
     if execution_provider != "cpu":
         with work_folder(settings) as work:

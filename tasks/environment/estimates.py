@@ -1,4 +1,4 @@
-"""What each stage of a deploy takes of this machine: memory, disk and time, from figures that were measured."""
+"""Memory, disk and time that each stage of a deploy takes on this machine, estimated from measurements."""
 
 from collections.abc import Collection, Sequence
 
@@ -35,7 +35,7 @@ BUILD_FLOOR_S = 8.0
 DISK_BYTES_PER_PARAMETER = {"fp16": 2.0, "int8": 1.13, "int4": 0.66}
 TOKENIZER_BYTES = 20_000_000
 RUNTIME_RAM_FLOOR_BYTES = 600_000_000
-REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint is in
+REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint's dtype
 REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
 VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
 ENDURANCE_S_PER_BILLION_PARAMETERS = 600.0  # long use and difficult input, in two runtimes
@@ -95,7 +95,8 @@ def estimate_stages(
 
 def estimate_build_ram(inspection: Inspection, precision: str, *, whole_model: bool = False) -> int:
     """Estimate the peak resident memory of a build, in bytes."""
-    # An adapter's own tensors say nothing of its base's: the embedding is the largest of nearly every small model.
+    # An adapter's tensors say nothing about its base's: the embedding is the largest tensor of nearly every small
+    # model.
     largest = max(inspection.largest_tensor_elements, inspection.vocabulary_size * inspection.hidden_size)
     per_parameter, per_element = (
         BUILD_RAM_BYTES_PER_PARAMETER,

@@ -1,4 +1,4 @@
-"""This machine and what is installed on it, as records and keys name them."""
+"""This machine and its installed packages, as records and keys name them."""
 
 import platform
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""Evaluation: a variant's answers and distributions beside those of its source checkpoint."""
+"""Evaluation: a variant's answers and distributions, compared with those of its source checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, 
 from slmops.tasks.questions.output_format import OutputFormat
 from slmops.tasks.workshop import Workshop
 
-# Raised whenever a record of an evaluation says more, or something else: records of another number are not reused.
+# Increased whenever an evaluation's record gets more or other content: records of another number are not reused.
 EVALUATION_SCHEMA = 2
 
 
@@ -41,7 +41,7 @@ class ReferenceRow(_Result):
 
 
 class Reference(_Result):
-    """What variants are held to: the source checkpoint's greedy answers and the digest of its logits."""
+    """The reference for variants: the source checkpoint's greedy answers and the digest of its logits."""
 
     rows: tuple[ReferenceRow, ...]
     exact_match: Share | None
@@ -137,7 +137,7 @@ def evaluate_variant(
 
 
 def _asked(rows: Sequence[EvaluationRow]) -> tuple[Question, ...]:
-    """What the children are asked; they know no scorer but exact_match."""
+    """The children's questions; they know only the scorer exact_match."""
     return tuple(
         Question(
             id=row.id,
@@ -152,9 +152,9 @@ EVALUATION = Kind("evaluation", Evaluation, field="evaluation")
 
 
 class AnswersExam(ComparedExam[Evaluation]):
-    """What a variant answers to the rows of an evaluation, beside the answers of its source checkpoint.
+    """A variant's answers to the rows of an evaluation, compared with the answers of its source checkpoint.
 
-    `compared` False asks for the answers alone: one with a comparison on record counts as well.
+    With `compared` False only the answers are needed: a stored evaluation with a comparison counts as well.
     """
 
     kind, name, done_before = EVALUATION, "evaluate", "evaluated before"
@@ -210,7 +210,7 @@ class AnswersExam(ComparedExam[Evaluation]):
 def last_evaluation_set(version: Version) -> EvaluationSet | None:
     """Return the rows and output format of a version's last evaluation, or None when it was never evaluated.
 
-    Raises `BadInput` when they cannot be read: then another version of slmops has recorded them.
+    Raises `BadInput` if they cannot be read, because another version of slmops recorded them.
     """
     record = version.latest(Kind(EVALUATION.name, dict[str, object]))
     if record is None:

@@ -40,7 +40,7 @@ PACKAGES: dict[Runtime, tuple[str, ...]] = {
 }
 MIN_WARMUP_REQUESTS = 8
 MAX_RESTARTS = 3
-# One step's share of the stage's deadline, so that several inputs that hang leave time for the others.
+# One step's share of the stage's deadline: if several inputs hang, there is time left for the others.
 STEP_DEADLINE_SHARE = 1 / 6
 
 
@@ -57,7 +57,7 @@ class MemoryGrowth(_Record):
 
 
 class EdgeInputOutcome(_Record):
-    """What became of one difficult input: an answer, a clean error, or a dead process.
+    """The outcome of one difficult input: an answer, a clean error, or a dead process.
 
     `detail` is the beginning of the answer or the error. `alive` says whether the runtime answered an ordinary request
     afterwards as it did before. `control_tokens` says whether control tokens that a user typed reached the model as
@@ -116,15 +116,15 @@ def _block_requests(requests: int) -> int:
 def soak_conversations(requests: int, conversations: int) -> int:
     """How many of the conversations, at least one, a soak cycles over.
 
-    Longer prompts take more memory. So every block of requests has each conversation equally often: what they differ
-    in is no growth.
+    Longer prompts take more memory. So every block of requests has each conversation equally often: differences between
+    them do not count as growth.
     """
     block = _block_requests(requests)
     return max((count for count in range(1, min(block, conversations) + 1) if block % count == 0), default=1)
 
 
 def control_tokens(model_dir: Path) -> tuple[ControlToken, ...]:
-    """Special tokens of a model folder's tokenizer, at most 8: those that its chat template writes come first."""
+    """Special tokens of a model folder's tokenizer, at most 8: those in its chat template come first."""
     path = model_dir / "tokenizer.json"
     added = read_json(path).get("added_tokens", []) if path.is_file() else []
     special = [ControlToken(token["content"], token["id"]) for token in added if token.get("special")]
@@ -137,7 +137,7 @@ def control_tokens(model_dir: Path) -> tuple[ControlToken, ...]:
 
 
 class _Course:
-    """What is still to be done, and what has been found."""
+    """The remaining inputs, and the results so far."""
 
     def __init__(self, requests: int, inputs: Sequence[EdgeInput]) -> None:
         self.requests, self.edge_inputs = requests, list(inputs)
@@ -152,11 +152,11 @@ class _Course:
 
     @property
     def names(self) -> list[str]:
-        """What is still to be done."""
+        """The names of the remaining inputs."""
         return [LONG_USE] * bool(self.requests) + [edge_input.name for edge_input in self.edge_inputs]
 
     def read(self, journal: Path) -> dict[str, Any] | None:
-        """Take over what a child wrote; returns the step that it began and did not end."""
+        """Read a child's journal; returns the step that it began and did not end."""
         under_way: dict[str, Any] | None = None
         text = journal.read_text("utf-8") if journal.is_file() else ""
         whole_lines = text.rpartition("\n")[0].splitlines()  # the child may have died while it wrote
@@ -202,11 +202,11 @@ def examine_endurance(
     *,
     kind: type[Endure] | None = None,
 ) -> Endurance:
-    """Soak a genai model folder in a runtime and give it the edge inputs, in a child process of its own.
+    """Run the soak and the edge inputs on a genai model folder in a runtime, in a separate child process.
 
-    A child that dies at an input is replaced, at most three times, and the remaining inputs go on. The first of the
-    conversations is the ordinary request, and the soak cycles over the first few (`soak_conversations`).
-    `kind` is another call than the runtime's own.
+    A child that dies at an input is replaced, at most three times, and the remaining inputs continue. The first of the
+    conversations is the ordinary request, and the soak cycles over the first few (`soak_conversations`). `kind`
+    replaces the runtime's own call.
 
     Raises `StageFailed` and its kinds: a model that does not load or does not answer an ordinary request.
     """
@@ -271,7 +271,7 @@ def _crashed(
     work_dir: Path,
     on_progress: OnProgress | None,
 ) -> bool:
-    """Run a child for the rest of the course; whether it died on the way."""
+    """Run a child for the remaining inputs; returns whether it died."""
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work_dir, ignore_cleanup_errors=True) as folder:
         call = endure(
@@ -297,7 +297,7 @@ def _crashed(
             )
         except StageFailed as error:
             step = course.read(call.journal)
-            if step is None:  # no step's fault: the model did not load, or answers nothing at all
+            if step is None:  # not the fault of a step: the model did not load, or answers nothing
                 raise
             hung = time.time() - step["at"] >= call.step_deadline_s
             course.crashed(step, f"no answer in {call.step_deadline_s:.0f} s" if hung else error.message)
@@ -314,7 +314,7 @@ ENDURANCE = Kind("exercise", Endurance, field="exercise")
 
 
 class EnduranceExam(Exam[Endurance]):
-    """How a variant stands long use and difficult input in one runtime."""
+    """A variant's behaviour in long use and on difficult input in one runtime."""
 
     kind, name, done_before = ENDURANCE, "exercise", "exercised before"
 
@@ -353,5 +353,5 @@ class EnduranceExam(Exam[Endurance]):
         )
 
     def stands(self, found: Endurance) -> bool:
-        """Not where the process died: the machine may have been short of memory."""
+        """Not if the process died: the machine may have been short of memory."""
         return not any(outcome.outcome == "crashed" for outcome in found.edge_inputs)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-SEED = 0  # the same figures have the same interval
+SEED = 0  # equal figures have equal intervals
 # Bound on the indices that are drawn at once: 8 MB.
 DRAWN_AT_ONCE = 2**20
 DRIFT_BLOCKS = 8
@@ -33,9 +33,9 @@ class Estimate(BaseModel):
 def mean_score(scores: Sequence[float]) -> Estimate:
     """Mean of at least one score between 0 and 1, with its percentile bootstrap interval (Efron 1979).
 
-    Scores that are all alike leave the bootstrap nothing to resample; they get the exact binomial interval (Clopper
-    and Pearson 1934) for as many right answers as they sum up to, so that three right answers of three do not count as
-    certainty. No distribution of scores between 0 and 1 with that mean varies more than right and wrong answers do.
+    If all scores are equal, the bootstrap has no variance. They get the exact binomial interval (Clopper and Pearson
+    1934) for as many correct answers as their sum, so that three correct answers of three do not count as certainty. No
+    distribution of scores between 0 and 1 with that mean varies more than right and wrong answers do.
     """
     values = np.asarray(scores, np.float64)
     if values.min() < values.max():
@@ -52,7 +52,7 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate
     """Weighted mean of at least one value, with a percentile bootstrap interval over the values.
 
     Each value is one cluster, such as an evaluation row with its mean over `weight` token positions: positions of one
-    row are alike, so that rows are resampled, not positions.
+    row are not independent, so rows are resampled, not positions.
     """
     numbers, sizes = np.asarray(values, np.float64), np.asarray(weights, np.float64)
     sums = numbers * sizes
@@ -74,8 +74,8 @@ def paired_loss(reference: Sequence[float], variant: Sequence[float]) -> Estimat
     """Mean of reference minus variant over the same questions, scores between 0 and 1.
 
     The interval is that of Agresti and Min (2005, Simple improved confidence intervals for comparing matched
-    proportions) at one-sided `CONFIDENCE` to either side, as non-inferiority is judged: two questions are added, half
-    of one lost, half of one won and one alike, so that a few equal answers are not taken for proof of equality.
+    proportions) at one-sided `CONFIDENCE` to either side, as in tests of non-inferiority. It adds two pseudo-questions,
+    one with equal scores and one half lost, half won, so that a few equal answers do not prove equality.
     """
     differences = np.asarray(reference, np.float64) - np.asarray(variant, np.float64)
     count = len(differences) + 2
@@ -111,7 +111,7 @@ def slope(positions: Sequence[float], values: Sequence[float]) -> Estimate:
 
 
 def drift(values: Sequence[float]) -> Estimate:
-    """Growth per step of a series that moves in steps and has passing peaks, as memory does; from 8 values on.
+    """Growth per step of a series that moves in steps and has temporary peaks, like memory; needs 8 values.
 
     The mean change between the lowest values of `DRIFT_BLOCKS` successive blocks of equal size (the first values are
     left out where they do not come out even), with its t interval: batch means (Schmeiser 1982, Batch size effects in
@@ -119,8 +119,8 @@ def drift(values: Sequence[float]) -> Estimate:
     correlation of 1/4 that successive changes have when a series wanders at random (Working 1960, Note on the
     correlation of first differences of averages in a random chain).
 
-    A line's slope would take one step in an otherwise flat series for certain growth; here one step alone is none, and
-    growth that goes on from block to block is.
+    A line's slope would show certain growth for a single step in an otherwise flat series. Here a single step is not
+    growth, but growth that continues from block to block is.
     """
     size = len(values) // DRIFT_BLOCKS
     floors = np.asarray(values[-size * DRIFT_BLOCKS :], np.float64).reshape(DRIFT_BLOCKS, size).min(axis=1)

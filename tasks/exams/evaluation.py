@@ -1,4 +1,4 @@
-"""The record of an evaluation, and all that follows from its answers: scores, conformity, intervals, examples."""
+"""The record of an evaluation, and what is derived from its answers: scores, conformity, intervals, examples."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ MAX_WORST_EXAMPLES = 5
 
 
 class EvaluatedRow(AnsweredRow):
-    """A variant's answer to one row, with what follows from it.
+    """A variant's answer to one row, with its scores.
 
     `exact_match` is None for rows of other scorers, the scores are None for rows without an expected answer, and the
-    output faults, what is wrong with an answer's form, are None where nothing is or no format was asked for.
+    output faults (what is wrong with an answer's form) are None without a fault or without a required format.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -79,10 +79,10 @@ class Evaluation(Evaluated):
 def score_evaluation(
     evaluation: Evaluation, rows: Sequence[EvaluationRow], output_format: OutputFormat | None
 ) -> Evaluation:
-    """Fill in all that follows from the answers and the rows' own figures: scores, conformity, intervals, examples.
+    """Compute what is derived from the answers and the rows' figures: scores, conformity, intervals, examples.
 
-    `rows` are those that were evaluated, in the same order. A pattern that is not done with an answer in time has not
-    matched it: that answer scores 0, and a note says so.
+    `rows` are those that were evaluated, in the same order. If a pattern's match exceeds the time limit, the answer
+    scores 0, and a note says so.
     """
     slow: list[str] = []
     answers = [row.answer for row in evaluation.rows]
@@ -196,7 +196,7 @@ def _over_rows(values: Sequence[float | None], weights: Sequence[int]) -> Estima
 
 
 def _worst_examples(rows: Sequence[EvaluatedRow]) -> tuple[RowId, ...]:
-    """Ids of the rows that lost most, of equal losses those whose distributions are farther from the reference's."""
+    """Ids of the rows with the largest losses; of equal losses, those with the larger divergence from the reference."""
     losses = [
         (row.reference_score - row.score, math.inf if row.kl_divergence is None else row.kl_divergence, row.id)
         for row in rows

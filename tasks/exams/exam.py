@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Bench:
-    """Where one exam is taken: a folder with the variant's files, one for its work, and its progress listener."""
+    """The environment of an exam: a folder with the variant's files, a work folder, and a progress listener."""
 
     model: Path
     work: Path
@@ -34,22 +34,22 @@ class Exam(ABC, Generic[R]):
 
     kind: Kind[R]  # of the evidence
     name: ClassVar[str]  # "measure": in progress and in the names of task runs
-    done_before: ClassVar[str]  # "measured before": what progress tells of an answer on record
+    done_before: ClassVar[str]  # "measured before": what progress reports for a stored answer
 
     @abstractmethod
     def question(self, variant: Variant, settings: Settings) -> Json:
-        """Return all that decides the answer."""
+        """Return everything that determines the answer."""
 
     @abstractmethod
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> R:
-        """Find the answer; raises `StageFailed` and its kinds, and `BadInput` for what the question names."""
+        """Determine the answer; raises `StageFailed` and its kinds, and `BadInput` for a fault in the question."""
 
     def stands(self, found: R) -> bool:
-        """Whether an answer on record may be taken for the answer."""
+        """Whether a stored answer may be reused."""
         return True
 
     def record(self, variant: Variant, settings: Settings) -> Json:
-        """Return what stands beside the answer in its record."""
+        """Return the further fields of the answer's record."""
         return self.question(variant, settings)
 
     @property
@@ -70,7 +70,7 @@ class Exam(ABC, Generic[R]):
         return digest_of(self.question(variant, settings))[:16]
 
     def known(self, variant: Variant, settings: Settings) -> R | None:
-        """Return the answer on record, None where there is none that stands.
+        """Return the stored answer, None if there is none that may be reused.
 
         Raises `DamagedEvidence`.
         """
@@ -84,9 +84,9 @@ def _run_name(parameters: Mapping[str, Any]) -> str:
 
 @stage("examine", run_name=_run_name)
 def examine(exam: Exam[R], variant: Variant, *, fresh: bool = False) -> R:
-    """Ask a variant of the store, and keep the answer as evidence; one on record is reused.
+    """Ask a stored variant, and keep the answer as evidence; a stored answer is reused.
 
-    A `fresh` answer is added to those that there are. Raises what `Exam.take` does.
+    With `fresh`, the exam is taken again and its answer is added. Raises what `Exam.take` does.
     """
     shop = workshop()
     with stage_progress(exam.title(variant.precision)) as on_progress:

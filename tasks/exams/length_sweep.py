@@ -10,7 +10,7 @@ from slmops.tasks.exams.measurement import Measurement
 
 # Below this length a request's fixed cost outweighs what the prompt's length adds to it.
 SHORTEST_SCALED_PROMPT_TOKENS = 64
-MIN_LENGTHS_OF_A_SLOPE = 3  # two points have a slope and no interval
+MIN_LENGTHS_OF_A_SLOPE = 3  # two points give a slope without an interval
 
 
 class _Record(BaseModel):
@@ -48,7 +48,7 @@ class LengthSweep(_Record):
 
 
 def length_sweep_of(measurement: Measurement) -> LengthSweep:
-    """Return what the sweep of a measurement says; a measurement without one has no lengths."""
+    """Return the steadiness of a measurement's sweep; without a sweep it has no lengths."""
     speeds = speed_by_length(measurement.sweep)
     lengths = tuple(
         LengthFigures(

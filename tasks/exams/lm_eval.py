@@ -30,18 +30,18 @@ class _Record(BaseModel):
 
 
 class LmEvalResult(TaskMetric):
-    """One metric of one lm-eval task, with the versions that it was measured with and what is to be told of it."""
+    """One metric of one lm-eval task, with the versions that it was measured with, and notes."""
 
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
 
 
 class LmEvalTasks(_Record):
-    """What is run: names of lm-eval's tasks, groups or tags, and how.
+    """The lm-eval tasks to run: names of tasks, groups or tags, and options.
 
     `include_path` is a folder with the user's own tasks, `limit` the documents of each task. Prompts are plain text
-    unless `chat_template`. `allow_network` lets the Hugging Face Hub be asked for the tasks' data; `allow_code` lets
-    the folder's task files run Python code, which they then do with the user's own rights.
+    unless `chat_template`. `allow_network` allows downloads of the tasks' data from the Hugging Face Hub; `allow_code`
+    allows the folder's task files to run Python code, with the user's own permissions.
     """
 
     names: tuple[str, ...]
@@ -64,7 +64,7 @@ def run_lm_eval_tasks(
     """Run lm-eval tasks in a child process, on a genai model folder or on a checkpoint: one of the two.
 
     Raises `BadInput` where lm-eval is not installed, and for tasks that are unknown, cannot be loaded, ask for code, or
-    have no data at hand; `StageFailed` and its kinds for a model that cannot be run.
+    have no local data; `StageFailed` and its kinds for a model that cannot be run.
     """
     _check(tasks)
     child = run_in_child(
@@ -101,12 +101,12 @@ def _folder(include_path: str) -> Path:
 
 
 def lm_eval_question(subject_digest: str, tasks: LmEvalTasks) -> Json:
-    """Return all that decides what lm-eval finds.
+    """Return everything that determines lm-eval's results.
 
-    That is the subject (a variant's or a checkpoint's digest), the tasks, the content of the user's task folder
-    with the data it names, and lm-eval's version. What is allowed does not change an answer and is left out.
+    That is the subject (a variant's or a checkpoint's digest), the tasks, the content of the user's task folder with
+    the data it names, and lm-eval's version. Permissions do not change an answer and are left out.
 
-    Raises `BadInput` for tasks that cannot be, where lm-eval is not installed or the folder cannot be read.
+    Raises `BadInput` for impossible tasks, if lm-eval is not installed, or if the folder cannot be read.
     """
     _check(tasks)
     try:
@@ -124,15 +124,15 @@ def lm_eval_question(subject_digest: str, tasks: LmEvalTasks) -> Json:
 
 
 def check_lm_eval(tasks: LmEvalTasks) -> None:
-    """Raise `BadInput` for what no run of lm-eval can do, before anything else is done."""
-    lm_eval_question("", tasks)  # lm-eval is there, and so is the folder
+    """Raise `BadInput` for tasks that lm-eval cannot run, before anything else is done."""
+    lm_eval_question("", tasks)  # checks that lm-eval is installed and the folder exists
 
 
 LM_EVAL = Kind("lm-eval", tuple[LmEvalResult, ...], field="results")
 
 
 class LmEvalExam(Exam[tuple[LmEvalResult, ...]]):
-    """What lm-eval finds in a variant by its tasks."""
+    """lm-eval's results for a variant."""
 
     kind, name, done_before = LM_EVAL, "lm-eval", "run before"
 
@@ -158,7 +158,7 @@ class LmEvalExam(Exam[tuple[LmEvalResult, ...]]):
 def run_lm_eval_on_checkpoint(
     version: Version, prepared: PreparedCheckpoint, asked: LmEvalTasks
 ) -> tuple[LmEvalResult, ...]:
-    """Run the same tasks on a version's source checkpoint, by lm-eval's own runner, to stand beside its variants."""
+    """Run the same tasks on a version's source checkpoint, by lm-eval's own runner, to compare with its variants."""
     shop = workshop()
     key = digest_of(lm_eval_question(prepared.digest, asked))[:16]
     with stage_progress("lm-eval checkpoint") as on_progress:

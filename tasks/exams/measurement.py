@@ -38,8 +38,8 @@ PER_REQUEST: tuple[MetricName, ...] = (
     "e2e_latency_ms",
 )
 PER_PROCESS: tuple[MetricName, ...] = ("load_ms", "peak_rss_bytes", "cpu_percent", "size_bytes")
-# Raised whenever a figure comes to mean something else, so that older evidence is neither reused nor compared.
-# 2: TTFT without the making of the generator, memory of the measured process alone, and the sweep.
+# Increased whenever the meaning of a figure changes, so that older evidence is neither reused nor compared. 2: TTFT
+# without making the generator, memory of the measured process alone, and the sweep.
 MEASUREMENT_SCHEMA = 2
 QUANTILE_METHOD = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
 
@@ -66,7 +66,7 @@ class PromptLengthStatistics(_Record):
 
 
 class Measurement(_Record):
-    """What a variant takes and gives.
+    """The measured figures of a variant.
 
     `metrics` has one figure per name: medians over the requests of the first prompt length, and the process's own
     figures (`cpu_percent`: 100 is one core busy). `by_prompt_length` has every length's statistics, `rows` the raw
@@ -82,7 +82,7 @@ class Measurement(_Record):
     sweep: tuple[SweptRequest, ...] = ()
     sweep_notes: tuple[str, ...] = ()
     threads: int
-    execution_provider: str | None = None  # what older records may name; None: what the folder says
+    execution_provider: str | None = None  # older records may name one; None: the folder's own
     hardware: Hardware
     versions: dict[str, str]
     wall_s: FiniteFloat
@@ -166,7 +166,7 @@ def measure_variant(
         work_dir=work_dir,
         on_progress=on_progress,
     )
-    # The supervisor's peak memory would have the sweep's long prompts in it.
+    # The supervisor's peak memory would include the sweep's long prompts.
     return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
 
 

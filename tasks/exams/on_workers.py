@@ -1,4 +1,4 @@
-"""Exams that are taken on the device that will serve: by the workers of a pool, where the settings name one."""
+"""Exams on the serving device: by the workers of a pool, if the settings name one."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -26,23 +26,23 @@ def exams_of_a_device(rows: Sequence[EvaluationRow]) -> list[Exam[Any]]:
 
 
 class ExamOrder(Record):
-    """What one machine's deploy asks of another: exams by their ids, and the rows that they are about."""
+    """An order from one machine's deploy to another: the exams' ids, and the evaluation rows."""
 
     exams: tuple[str, ...]
     rows: tuple[EvaluationRow, ...]
 
 
 class Examined(Record):
-    """What a worker found in a variant, by the ids of exams, or why it could not."""
+    """A worker's results for a variant, by the exams' ids, or its error."""
 
     answers: dict[str, Any] = Field(default_factory=dict)
     error: str | None = None
 
 
 def examine_on_workers(version: Version, rows: Sequence[EvaluationRow]) -> dict[str, Examined]:
-    """Have every variant examined on a worker of the measuring pool; returns what was found, by precision.
+    """Have every variant examined on a worker of the measuring pool; returns the results by precision.
 
-    Without such a pool nothing was found.
+    Without such a pool there are no results.
     """
     pool = workshop().measure_pool
     if not pool:
@@ -64,14 +64,14 @@ def examine_on_workers(version: Version, rows: Sequence[EvaluationRow]) -> dict[
 
 
 def examine_ordered(asked: ExamOrder, variant: Variant) -> Examined:
-    """Take the exams that another machine's deploy asks of this one."""
+    """Take the exams that another machine's deploy has ordered."""
     exams = {exam.id: exam for exam in exams_of_a_device(asked.rows)}
     answers = {name: exams[name].kind.to_content(examine(exams[name], variant)) for name in asked.exams}
     return Examined(answers=answers)
 
 
 def answered(exam: Exam[R], variant: Variant, elsewhere: Examined | None) -> R:
-    """Return what a worker found, or examine the variant here; raises `StageFailed` where the worker failed."""
+    """Return a worker's result, or examine the variant here; raises `StageFailed` if the worker failed."""
     if elsewhere is None:
         return examine(exam, variant)
     if elsewhere.error is not None:

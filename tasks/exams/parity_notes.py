@@ -1,4 +1,4 @@
-"""What is told of a comparison of chat templates beside its mismatches: none of it is a reason to reject."""
+"""Notes on a comparison of chat templates: differences that are no reason to reject a variant."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ RUNTIME_NAMES = {"genai": "onnxruntime-genai", "foundry": "Foundry Local"}
 def reference_notes(
     model_dir: Path, checkpoint_dir: Path | None, expected: RenderedConversations, refused: Mapping[str, str]
 ) -> Iterable[str]:
-    """Yield what is to be known of the reference and its chat template; `refused` tells why, by conversation."""
+    """Yield notes on the reference and its chat template; `refused` has the reasons by conversation."""
     if checkpoint_dir is None:
         yield "There is no source checkpoint: the reference is the variant's own tokenizer in transformers."
     for reason in dict.fromkeys(refused.values()):
@@ -41,17 +41,17 @@ def reference_notes(
 
 
 def told_only_notes(mismatches: Sequence[tuple[str, str]]) -> Iterable[str]:
-    """Yield what differs whatever the template, given conversations and runtimes that differ."""
+    """Yield notes on differences that do not depend on the template, by conversations and runtimes that differ."""
     told = [(conversation, runtime) for conversation, runtime in mismatches if conversation in TOLD_ONLY]
     if len(told) < len(mismatches):
-        return  # these differ for another reason
+        return  # these have another cause
     for name in dict.fromkeys(conversation for conversation, _ in told):
         runtimes = " and ".join(RUNTIME_NAMES[runtime] for conversation, runtime in told if conversation == name)
         yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {TOLD_ONLY[name]}."
 
 
 def _differing_templates(model_dir: Path) -> str | None:
-    """Say that a folder holds two chat templates: transformers prefers chat_template.jinja, genai tokenizer_config."""
+    """Note that a folder has two chat templates: transformers prefers chat_template.jinja, genai tokenizer_config."""
     path = model_dir / "chat_template.jinja"
     try:
         configured = read_json(model_dir / TOKENIZER_CONFIG).get("chat_template")
@@ -69,7 +69,7 @@ def _differing_templates(model_dir: Path) -> str | None:
 def compositions_of(
     model_dir: Path, conversations: Mapping[str, Sequence[Message]]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the prompts that inference_model.json's strings make, or why there are none."""
+    """Return the prompts composed of inference_model.json's strings, or why there are none."""
     try:
         template, _ = describe_model(model_dir)
     except SlmopsError as error:
@@ -85,7 +85,7 @@ def compositions_of(
 def composition_notes(
     compositions: Mapping[str, str], expected: RenderedConversations, genai: RenderedChats
 ) -> Iterable[str]:
-    """Say where inference_model.json's strings make other prompts, or other tokens, than the chat template.
+    """Note where inference_model.json's strings give other prompts or tokens than the chat template.
 
     Foundry 0.8 puts these strings together and leaves the begin token to the tokenizer.
     """

@@ -1,4 +1,4 @@
-"""The source checkpoint's side of an exam: run once in transformers, kept for the variants, and gone with the last."""
+"""The source checkpoint's side of an exam: run once in transformers, kept for the variants, then removed."""
 
 import contextlib
 from abc import abstractmethod
@@ -24,28 +24,28 @@ R = TypeVar("R")
 
 
 class ComparedExam(Exam[R]):
-    """An exam whose answer holds a variant beside what its source checkpoint makes of the same question."""
+    """An exam whose answer compares a variant with its source checkpoint on the same question."""
 
     source_name: ClassVar[str]  # "reference": in progress and, with hyphens, as the name of the task run
 
     @abstractmethod
     def source_question(self, source_digest: str, settings: Settings) -> Json:
-        """Return all that decides what the checkpoint makes of it."""
+        """Return everything that determines the checkpoint's answer."""
 
     @abstractmethod
     def run_source(self, checkpoint: Path, folder: Path, on_progress: OnProgress, shop: Workshop) -> None:
-        """Run the checkpoint; `folder` is made, and keeps what variants are compared with."""
+        """Run the checkpoint; `folder` is made, and keeps the reference for the variants."""
 
     def source_folder(self, source_digest: str, settings: Settings) -> Path:
-        """Return where what the checkpoint made waits for the variants."""
+        """Return the folder where the checkpoint's result is kept for the variants."""
         return settings.cache_dir / "references" / digest_of(self.source_question(source_digest, settings))
 
     def source_in_use(self, source_digest: str, settings: Settings) -> AbstractContextManager[None]:
-        """Keep what the checkpoint made, which other runs share: see `slmops.infra.storage.folders.shared_folder`."""
+        """Keep the checkpoint's result, which other runs share: see `slmops.infra.storage.folders.shared_folder`."""
         return shared_folder(self.source_folder(source_digest, settings))
 
     def needs_source(self, variants: Iterable[Variant], settings: Settings) -> bool:
-        """Whether some variant has yet to be compared with its source checkpoint."""
+        """Whether a variant is not yet compared with its source checkpoint."""
         return any(has_source(variant) and self.known(variant, settings) is None for variant in variants)
 
 
@@ -56,7 +56,7 @@ def has_source(variant: Variant) -> bool:
 
 @contextlib.contextmanager
 def sources_in_use(exams: Sequence[ComparedExam[Any]], source_digest: str) -> Iterator[None]:
-    """Keep what the checkpoint makes of several exams: logits are large, and go with the last run that uses them."""
+    """Keep the checkpoint's results for several exams; the last run that uses these large files removes them."""
     with contextlib.ExitStack() as stack:
         for exam in exams:
             stack.enter_context(exam.source_in_use(source_digest, workshop().settings))
@@ -69,7 +69,7 @@ def _run_name(parameters: dict[str, Any]) -> str:
 
 @stage("run source", run_name=_run_name)
 def run_source_once(exam: ComparedExam[Any], prepared: PreparedCheckpoint) -> None:
-    """Run the source checkpoint in transformers on an exam's question, unless what it made waits already."""
+    """Run the source checkpoint in transformers on an exam's question, unless its result is already there."""
     shop = workshop()
     folder = exam.source_folder(prepared.digest, shop.settings)
     with stage_progress(exam.source_name) as on_progress, only_maker(folder, on_progress):

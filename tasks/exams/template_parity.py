@@ -1,4 +1,4 @@
-"""Template parity: the same conversation is the same tokens in transformers, in genai and in Foundry Local."""
+"""Template parity: a conversation gives the same tokens in transformers, in genai and in Foundry Local."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -31,14 +31,14 @@ from slmops.tasks.exams.source import has_source
 from slmops.tasks.questions.chats import CONTEXT, CONVERSATIONS, MARKS, TOLD_ONLY
 from slmops.tasks.workshop import Workshop
 
-# The files that decide what a conversation's tokens are; a SentencePiece model counts as one.
+# The files that determine a conversation's tokens, including a SentencePiece model.
 DECIDING_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "genai_config.json", "config.json",
 )  # fmt: skip
 RUNTIMES = ("transformers", "tokenizers", "onnxruntime-genai", "foundry-local-sdk")
 
-Reference = Literal["checkpoint", "variant"]  # whose tokenizer the runtimes are held to
+Reference = Literal["checkpoint", "variant"]  # the tokenizer that the runtimes are compared with
 
 
 class _Record(BaseModel):
@@ -46,11 +46,11 @@ class _Record(BaseModel):
 
 
 class ParityMismatch(_Record):
-    """A conversation that a runtime renders or counts otherwise than transformers with the checkpoint's tokenizer.
+    """A conversation that a runtime renders or counts differently from transformers with the checkpoint's tokenizer.
 
     `expected` and `found` are prompts, with the token ids where the texts are the same. `found` is the error when the
-    runtime cannot render the conversation, and `found_tokens` is 0 then. Foundry Local tells only how many tokens its
-    prompt has: `found` says so and shows genai's.
+    runtime cannot render the conversation, and `found_tokens` is 0 then. Foundry Local reports only the number of its
+    prompt's tokens: `found` says so and shows genai's prompt.
     """
 
     conversation: str
@@ -62,9 +62,10 @@ class ParityMismatch(_Record):
 
 
 class TemplateParity(_Record):
-    """The comparison over a set of conversations; `notes` are what is told but is no reason to reject.
+    """The comparison over a set of conversations; `notes` are differences that are no reason to reject.
 
-    `broken_control_tokens` are tokens of the checkpoint's vocabulary that a runtime does not know as that one token.
+    `broken_control_tokens` are tokens of the checkpoint's vocabulary that a runtime does not encode as that single
+    token.
     """
 
     conversations: int
@@ -82,10 +83,10 @@ PARITY = Kind("parity", TemplateParity, field="parity")
 
 
 class ParityExam(Exam[TemplateParity]):
-    """Whether a variant's conversations are the same tokens in all runtimes.
+    """Whether a variant's conversations give the same tokens in all runtimes.
 
-    `checkpoint` is the folder of its source; without one the variant's own tokenizer is the reference. Variants that
-    share the files that decide have the same key.
+    `checkpoint` is the folder of its source; without one the variant's own tokenizer is the reference. Variants with
+    equal tokenizer files have the same key.
     """
 
     kind, name, done_before = PARITY, "parity", "compared before"
@@ -95,7 +96,7 @@ class ParityExam(Exam[TemplateParity]):
 
     @property
     def reference(self) -> Reference:
-        """Whose tokenizer the runtimes are held to."""
+        """The owner of the tokenizer that the runtimes are compared with."""
         return "checkpoint" if self.checkpoint else "variant"
 
     def question(self, variant: Variant, settings: Settings) -> Json:
@@ -107,7 +108,7 @@ class ParityExam(Exam[TemplateParity]):
         return {"precision": variant.precision, "reference": self.reference, "versions": dict(_versions())}
 
     def known(self, variant: Variant, settings: Settings) -> TemplateParity | None:
-        """Return the comparison on record; without a checkpoint one with its tokenizer counts as well."""
+        """Return the stored comparison; without a checkpoint, one with its tokenizer counts as well."""
         return known_parity(variant, with_checkpoint=self.checkpoint is not None)
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> TemplateParity:
@@ -128,7 +129,7 @@ def _question(variant: Variant, reference: Reference) -> Json:
 
 
 def known_parity(variant: Variant, *, with_checkpoint: bool) -> TemplateParity | None:
-    """Return the comparison on record; `with_checkpoint` False takes one with the variant's own tokenizer too."""
+    """Return the stored comparison; with `with_checkpoint` False, one with the variant's own tokenizer counts too."""
     references: tuple[Reference, ...] = ("checkpoint", "variant")
     for reference in references[: 1 if with_checkpoint else 2]:
         if found := variant.version.latest(PARITY, digest_of(_question(variant, reference))[:16]):
@@ -137,7 +138,7 @@ def known_parity(variant: Variant, *, with_checkpoint: bool) -> TemplateParity |
 
 
 def needs_parity(variants: Iterable[Variant]) -> bool:
-    """Whether some variant's templates have yet to be compared with those of its source checkpoint."""
+    """Whether a variant's templates are not yet compared with those of its source checkpoint."""
     return any(has_source(variant) and known_parity(variant, with_checkpoint=True) is None for variant in variants)
 
 
@@ -181,7 +182,7 @@ def check_parity(
     foundry = runtimes.foundry(compared) if genai.fault is None else None
     mismatches = list(_mismatches(compared, expected, genai, foundry))
     if mismatches and expected.dated:
-        # Midnight may have passed, or the template writes the time of day: look at the moments that the others saw.
+        # Midnight may have passed, or the template writes the time of day: render at the times of the other runtimes.
         moments = {name: _moments(name, genai, foundry) for name in compared}
         again = runtimes.transformers(moments).conversations
         rendered = {name: found for name, found in again.items() if found.renderings}
@@ -266,7 +267,7 @@ def _mismatches(
     genai: RenderedChats,
     foundry: CountedPrompts | None,
 ) -> Iterable[ParityMismatch]:
-    """Yield what differs; a runtime agrees when it does with one of transformers' renderings."""
+    """Yield the mismatches; a runtime agrees if it matches one of transformers' renderings."""
     for name in compared:
         renderings = expected.conversations[name].renderings
         first = renderings[0]
@@ -312,7 +313,7 @@ def _moments(name: str, genai: RenderedChats, foundry: CountedPrompts | None) ->
 
 
 def _broken_control_tokens(expected: RenderedConversations, genai: RenderedChats) -> Iterable[str]:
-    """Yield the control tokens that genai does not tokenize as transformers does, alone or inside a text."""
+    """Yield the control tokens that genai tokenizes differently from transformers, alone or inside a text."""
     for text, token in expected.control_tokens.items():
         found = genai.control_tokens.get(text)
         if found is None:

@@ -23,9 +23,9 @@ from slmops.tasks.exams.source import ComparedExam, has_source
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
 
-# Each window is scored without what stands before it: long enough to have context, short enough for every model.
+# Each window is scored without the text before it: long enough to have context, short enough for every model.
 WINDOW_TOKENS = 256
-# Far more than the tokens of any language need, so that the bound on tokens decides; a larger file is read no further.
+# Far more bytes than the tokens of any language need, so that the token limit applies; the rest is not read.
 BYTES_PER_TOKEN = 32
 MAX_TEXT_BYTES = 64 * 2**20
 LARGEST_EXPONENT = 700  # exp of more is beyond a float64
@@ -44,7 +44,7 @@ class TextSample(_Record):
 
 
 class TextComparison(_Record):
-    """A variant beside its reference on the beginning of a text; divergences in nats per token.
+    """A variant compared with its reference on the beginning of a text; divergences in nats per token.
 
     The perplexities are over every token, the comparison of distributions is over `positions` of them. Figures are
     None where the variant's logits were not finite or there is no reference. Intervals are bootstrapped over the
@@ -67,7 +67,7 @@ class TextComparison(_Record):
 
 
 def read_text_file(path: Path, max_tokens: int) -> TextSample:
-    """Read as much of a UTF-8 text file as `max_tokens` tokens can need; of a huge file no more than that.
+    """Read as much of a UTF-8 text file as `max_tokens` tokens can need, and no more.
 
     Raises `BadInput` for a file that is missing, no regular file, empty, binary or not UTF-8.
     """
@@ -87,7 +87,7 @@ def read_text_file(path: Path, max_tokens: int) -> TextSample:
             "Name a file of plain text in UTF-8.",
         )
     try:
-        # A cut may fall into a character: only then may bytes be left over.
+        # A cut may split a character: only then may bytes be left over.
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=whole)
     except UnicodeDecodeError as error:
         raise BadInput(
@@ -232,7 +232,7 @@ TEXT = Kind("text", TextComparison, field="comparison")
 
 
 class TextExam(ComparedExam[TextComparison]):
-    """How well a variant predicts a text, beside its source checkpoint."""
+    """How well a variant predicts a text, compared with its source checkpoint."""
 
     kind, name, done_before = TEXT, "text", "compared before"
     source_name = "reference on text"

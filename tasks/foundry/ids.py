@@ -1,4 +1,4 @@
-"""Foundry's ids of versions and variants, and where its cache has them."""
+"""Foundry's ids of versions and variants, and their folders in its cache."""
 
 import re
 from pathlib import Path

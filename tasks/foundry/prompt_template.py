@@ -1,4 +1,4 @@
-"""The description that Foundry's cache wants beside a model: its prompt template and generation defaults."""
+"""The description that Foundry's cache needs in a model's folder: its prompt template and generation defaults."""
 
 import json
 import re
@@ -49,7 +49,7 @@ class PromptTemplate(BaseModel):
 
 
 class GenerationDefaults(BaseModel):
-    """ModelConfig of `inference_model.json`: what Foundry 0.8 generates with unless a client says otherwise.
+    """ModelConfig of `inference_model.json`: Foundry 0.8's generation parameters unless a client sets others.
 
     `max_length` counts prompt and answer, in tokens. A temperature of 0 is greedy. The bounds of temperature are those
     of Foundry's runtime, that of top_p is its definition, and a repetition penalty above 2 leaves no sensible text.
@@ -110,9 +110,9 @@ def derive_prompt_template(
 ) -> PromptTemplate:
     """Cut the static strings of a `PromptTemplate` out of a chat template, for any model family.
 
-    The template renders conversations of known texts; what stands between those texts is split into what belongs to
-    one message and what to the next. The strings are then put together again for four conversations and compared with
-    the template's own rendering: every difference is a note.
+    The template renders conversations of known texts; the text between them is split into the parts of the message
+    before and of the next one. The strings are then composed again for four conversations and compared with the
+    template's own rendering: every difference is a note.
 
     Raises `BadInput` when the template cannot render a single user message, or drops its text.
     """
@@ -165,10 +165,10 @@ def derive_prompt_template(
 def generation_defaults(
     generation_config: Mapping[str, object], overrides: Mapping[str, object], context_length: int
 ) -> GenerationDefaults:
-    """Return ModelConfig from a checkpoint's generation_config.json and what the user sets over it.
+    """Return ModelConfig from a checkpoint's generation_config.json and the user's overrides.
 
-    Without sampling in generation_config.json (`do_sample`), the temperature is 0: the answers that were judged are
-    greedy. `max_length` is the context's length unless a smaller one is given.
+    Without sampling in generation_config.json (`do_sample`), the temperature is 0: the judged answers are greedy too.
+    `max_length` is the context's length unless a smaller one is given.
 
     Raises `BadInput` naming an unknown key, or a value that is no number, out of bounds or beyond the context.
     """
@@ -227,7 +227,7 @@ def _rendered(render: Render, messages: Sequence[Message], add_generation_prompt
 def _turns(render: Render, head: str, tail: str, eos: str, notes: list[str]) -> tuple[str, str, str, str]:
     """Return (user's prefix, user's suffix, the assistant's string, generation prompt).
 
-    `head` and `tail` are what stands before and after a single user message, generation prompt included.
+    `head` and `tail` are the texts before and after a single user message, generation prompt included.
     """
     conversation = [_A_USER, _AN_ASSISTANT, _ANOTHER_USER]
     whole = _rendered(render, conversation, True)
@@ -261,7 +261,7 @@ def _system(render: Render, bos: str, user_prefix: str, notes: list[str]) -> str
 
 
 def _closing(end: str, gap: str, eos: str) -> str:
-    """Return how much of `gap` closes the message before it, from how a conversation ends with that message.
+    """Return the length of the part of `gap` that closes the message before it, from a conversation that ends with it.
 
     Some templates add the end-of-text token where a conversation ends without a generation prompt.
     """
@@ -276,7 +276,7 @@ def _shown(text: str) -> str:
 
 
 def describe_model(folder: Path) -> tuple[PromptTemplate, GenerationDefaults]:
-    """Return the prompt template and the generation defaults that a model folder's own files make."""
+    """Return the prompt template and the generation defaults of a model folder's own files."""
     template = read_chat_template(folder)
     if template is None:
         raise StageFailed(f"The model in {folder} has no chat template.", "Pass one with --chat-template.")

@@ -23,7 +23,7 @@ from slmops.tasks.runs.stage import stage
 
 
 class Proof(BaseModel):
-    """What a registered variant answered in a process of its own; times in ms."""
+    """A registered variant's answer in a separate process; times in ms."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,7 +38,7 @@ class Proof(BaseModel):
 
 
 def proof_of(precision: str) -> Kind[Proof]:
-    """Return the kind of evidence that the proofs of a precision are."""
+    """Return the kind of evidence for the proofs of a precision."""
     return Kind(f"proof-{precision}", Proof)
 
 
@@ -46,9 +46,9 @@ def proof_of(precision: str) -> Kind[Proof]:
 def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, settings: Settings) -> Proof:
     """Let a registered variant answer in a fresh process, and compare with onnxruntime-genai's own answer.
 
-    A variant that is not found, does not load or answers otherwise is unregistered again. Raises `StageFailed`. Where
-    the `foundry` command serves this cache, it is asked too; it renders prompts in its own way, so that what it makes
-    of the model is a note.
+    A variant that is not found, does not load or gives another answer is unregistered again. Raises `StageFailed`. If
+    the `foundry` command serves this cache, it is asked too; because it renders prompts in its own way, its result is
+    only a note.
     """
     model_id = model_id_of(variant)
     messages = [message.model_dump() for message in row.messages]
@@ -66,7 +66,7 @@ def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, s
                 )
         except StageFailed as error:
             unregister_variant(variant, settings)
-            # Never a fault that may pass: another attempt would find nothing to ask.
+            # Not a passing fault: another attempt would find no registered model.
             raise StageFailed(f"{error.message} It was unregistered again.", error.what_to_do, error.code) from error
         question = row.messages[-1].content
         note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
@@ -84,7 +84,7 @@ def repeat_proof(variant: Variant, row: EvaluationRow, recorded: Proof, settings
     """
     model_id = model_id_of(variant)
     messages = [message.model_dump() for message in row.messages]
-    # As long as the recorded answer was, whatever the limit is today: what it was cut by may have been another one.
+    # The length of the recorded answer, not today's limit: the answer may have been cut by another limit.
     max_new_tokens = max(recorded.completion_tokens, 1)
     call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
     with stage_progress(f"prove {variant.precision}") as on_progress:
@@ -112,7 +112,7 @@ def _proof(proven: ProvenAnswer, question: str, notes: tuple[str, ...] = ()) -> 
 
 
 def last_proof(variant: Variant, row: EvaluationRow) -> Proof | None:
-    """Return the last proof of a variant if it was asked this row."""
+    """Return the last proof of a variant if it used this row."""
     proof = variant.version.latest(proof_of(variant.precision))
     return proof if proof and proof.question == row.messages[-1].content else None
 
@@ -120,7 +120,7 @@ def last_proof(variant: Variant, row: EvaluationRow) -> Proof | None:
 def _expected_answer(variant: Variant, messages: Sequence[Message], evaluated_answer: str, settings: Settings) -> str:
     """Return genai's answer with the repetition penalty of the model's own configuration, as Foundry uses it.
 
-    The evaluation's answers are without one; they are the same where the model has none.
+    The evaluation's answers are without a penalty; they are the same if the model has none.
     """
     with work_folder(settings) as work:
         variant.place(work / "model")

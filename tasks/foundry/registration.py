@@ -22,7 +22,7 @@ from slmops.tasks.runs.stage import stage
 
 
 class Registration(BaseModel):
-    """A variant in Foundry Local: its id, whether this call registered it, and what its prompt template cannot say."""
+    """A variant in Foundry Local: its id, whether this call registered it, and its prompt template's gaps."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +35,7 @@ class Registration(BaseModel):
 def register_variant(variant: Variant, description: str, card: str, settings: Settings) -> Registration:
     """Write a variant's folder, with its model card, into Foundry's cache and register it.
 
-    Nothing but the card changes where it is registered already.
+    If it is already registered, only the card changes.
     """
     version, model_id = variant.version, model_id_of(variant)
     with stage_progress(f"register {variant.precision}") as on_progress, work_folder(settings) as work:
@@ -72,7 +72,7 @@ def register_champion(variant: Variant, settings: Settings) -> str:
 
 
 def set_champion_ids(name: str, champions: Sequence[Variant], settings: Settings) -> None:
-    """Register these variants as `NAME:VERSION`, and then no other version under the plain name."""
+    """Register these variants as `NAME:VERSION`, and unregister other versions under the plain name."""
     registered = registered_models(settings)
     folders = {model.model_id: model.folder for model in registered if model.folder_exists}
     for variant in champions:

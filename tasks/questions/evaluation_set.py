@@ -35,9 +35,8 @@ class Message(_Record):
 class EvaluationRow(_Record):
     """A chat to answer and, where there is one, the answer that is expected and how answers are scored by it.
 
-    A system message may come first; then user and assistant alternate, and the user has the last word. `scorer` is a
-    name or an object of a name and options (see `slmops.tasks.questions.scoring`); what `expected` holds has to suit
-    it.
+    A system message may come first; then user and assistant alternate, and the last message is the user's. `scorer` is
+    a name or an object of a name and options (see `slmops.tasks.questions.scoring`); `expected` must fit it.
     """
 
     id: RowId
@@ -68,8 +67,8 @@ class EvaluationRow(_Record):
 def read_evaluation_file(path: Path, scorer: Scorer | None = None) -> list[EvaluationRow]:
     """Read an evaluation file: JSON Lines in UTF-8, one row `{id, messages, expected, scorer?, category?}` a line.
 
-    `scorer` is that of the rows that name none; default: exact_match. Blank lines are skipped. Raises `BadInput` naming
-    the first line that cannot be used and why.
+    `scorer` applies to rows without one; default: exact_match. Blank lines are skipped. Raises `BadInput` naming the
+    first line that cannot be used and why.
     """
     rows = _read_rows(path, scorer)
     for number, row in rows:
@@ -91,7 +90,7 @@ def read_rows(
     output_schema_file: str | None = None,
     output_regex: str | None = None,
 ) -> list[EvaluationRow]:
-    """Return the rows of `read_evaluation_set`; raises `BadInput` for all that it would."""
+    """Return the rows of `read_evaluation_set`; raises `BadInput` as it does."""
     found = read_evaluation_set(
         evaluation_file, folder, scorer=scorer, output_schema_file=output_schema_file, output_regex=output_regex
     )
@@ -184,7 +183,7 @@ def _bad_line(path: Path, number: int, fault: str) -> BadInput:
 
 
 class EvaluationSet(_Record):
-    """The rows of one deploy, where they are from, and the format that every answer has to have, if any."""
+    """The rows of one deploy, their origin, and the required format of every answer, if any."""
 
     rows: tuple[EvaluationRow, ...]
     origin: str
@@ -192,7 +191,7 @@ class EvaluationSet(_Record):
 
     @property
     def summary(self) -> str:
-        """What the report says the variants were judged on."""
+        """The report's description of the rows that the variants were judged on."""
         return f"{len(self.rows)} rows of {self.origin}"
 
 
@@ -204,11 +203,11 @@ def read_evaluation_set(
     output_schema_file: str | None = None,
     output_regex: str | None = None,
 ) -> EvaluationSet:
-    """Read the named file's rows, else those of the checkpoint folder's `eval.jsonl`, else take the built-in chats.
+    """Read the named file's rows, else those of the checkpoint folder's `eval.jsonl`, else use the built-in chats.
 
     `scorer` is a scorer's name or a JSON object of its name and options, for the rows that name none. The output format
-    is a JSON Schema's file or a pattern; where neither is named, an `output_schema.json` beside the folder's
-    `eval.jsonl` is used together with that. Raises `BadInput` for whatever of these cannot be used.
+    is a JSON Schema's file or a pattern; if neither is named and the folder's `eval.jsonl` is used, so is an
+    `output_schema.json` in the folder. Raises `BadInput` for any of these that cannot be used.
     """
     default = None if scorer is None else parse_scorer_text(scorer)
     output_format = _named_format(output_schema_file, output_regex)
@@ -243,7 +242,7 @@ def read_evaluation(
     output_schema_file: str | None = None,
     output_regex: str | None = None,
 ) -> EvaluationSet:
-    """Read what the variants are judged on, of the rows the first `evaluation.max_rows`."""
+    """Read the evaluation set of the variants, with the first `evaluation.max_rows` rows."""
     found = read_evaluation_set(
         evaluation_file, folder, scorer=scorer, output_schema_file=output_schema_file, output_regex=output_regex
     )

@@ -19,7 +19,7 @@ from slmops.tasks.questions.strict_json import parse_json, shorten
 
 MAX_SCHEMA_BYTES = 1_000_000
 MAX_FAULT_CHARACTERS = 200
-# A schema that refers to itself without end does so on one of these.
+# A schema with endless self-reference shows it on one of these.
 _PROBES: tuple[object, ...] = ({}, [], "", 0, True, None)
 
 
@@ -100,9 +100,9 @@ def _check_output_regex(pattern: str) -> None:
 
 
 def output_faults(output_format: OutputFormat, answers: Sequence[str]) -> list[str | None]:
-    """Return what is wrong with the form of each answer, None where nothing is.
+    """Return what is wrong with the form of each answer, None if nothing is wrong.
 
-    Only white space at both ends of an answer is overlooked. A check that takes longer than a second counts as a fault.
+    Only white space at both ends of an answer is ignored. A check that takes longer than a second counts as a fault.
     """
     fault_of = _pattern_check(output_format.regex) if output_format.regex is not None else _schema_check(output_format)
     return [fault_of(answer.strip()) for answer in answers]
@@ -136,7 +136,7 @@ def _schema_check(output_format: OutputFormat) -> Callable[[str], str | None]:
 
 
 # The library evaluates patterns with `re`, which no timeout can stop. It does so in these three keywords and in
-# `unevaluatedProperties` beside `patternProperties`, which is refused.
+# `unevaluatedProperties` together with `patternProperties`, which is refused.
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: object) -> Iterator[ValidationError]:
@@ -191,7 +191,7 @@ def _draft(schema: object) -> Any:
 
 def _validator(schema: object) -> _Validator:
     draft = _draft(schema)
-    # Where `$schema` stands, the library would fall back on the draft's own class, with its own keywords.
+    # With `$schema`, the library would use the draft's own class, with its own keywords.
     bare = {key: value for key, value in schema.items() if key != "$schema"} if isinstance(schema, dict) else schema
     validator: _Validator = extend(draft, _KEYWORDS)(bare, registry=EMPTY_REGISTRY)  # type: ignore[no-untyped-call]
     return validator

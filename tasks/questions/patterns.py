@@ -1,8 +1,7 @@
 """Regular expressions that a user wrote: compiled within bounds, and matched with a timeout.
 
-The dialect is that of the library `regex`. A pattern may need exponential time on some texts. Many such patterns
-already do on the probes below, and are refused when they are read. For the others, every match ends after
-`MATCH_TIMEOUT_S`.
+The dialect is that of the library `regex`. A pattern may need exponential time on some texts. Many such patterns show
+it on the probes below, and are refused when they are read. For the others, every match ends after `MATCH_TIMEOUT_S`.
 """
 
 import itertools
@@ -17,7 +16,7 @@ MAX_PATTERN_CHARACTERS = 10_000
 # `regex` writes counted repetitions out when it compiles: this many parts take some 30 MB.
 MAX_PATTERN_PARTS = 100_000
 PROBE_TIMEOUT_S = 0.5
-# Exponential patterns are lost on a text of this length, polynomial ones are quick.
+# Exponential patterns do not finish on a text of this length, polynomial ones are fast.
 PROBE_CHARACTERS = 64
 MAX_PROBE_LETTERS = 8
 PROBE_LETTERS = "a0 "
@@ -79,7 +78,7 @@ def _parts(pattern: str) -> int:
     for token in _TOKEN.finditer(pattern):
         character = token["other"]
         if token["least"] is not None:
-            # Thirteen digits are already too many, and a number of thousands of them is not worth reading.
+            # Thirteen digits are already too many, and numbers with thousands of digits are slow to parse.
             count = max(int(text[:13] or 0) for text in (token["least"], (token["most"] or ",")[1:]))
             sizes[-1] += last * max(0, count - 1)
             last *= max(1, count)
@@ -95,7 +94,7 @@ def _parts(pattern: str) -> int:
 
 
 def _probes(pattern: str) -> Iterator[str]:
-    """Texts of few letters, the pattern's own among them, that end in what hardly any pattern allows there."""
+    """Texts of few letters, including the pattern's own, with an ending that hardly any pattern allows."""
     own = dict.fromkeys(character for character in pattern if character.isalnum() or character in "_-.,:;\"'/ ")
     letters = [*itertools.islice(own, MAX_PROBE_LETTERS), *(letter for letter in PROBE_LETTERS if letter not in own)]
     pairs = dict.fromkeys(

@@ -1,6 +1,6 @@
-"""Scorers: how well an answer meets the one that is expected, as a number from 0 to 1.
+"""Scorers: how well an answer matches the expected one, as a number from 0 to 1.
 
-White space at both ends of an answer never counts. A score depends on the two texts alone.
+White space at both ends of an answer is ignored. A score depends only on the two texts.
 """
 
 import math
@@ -59,7 +59,7 @@ class NormalizedMatch(_Scorer):
     name: Literal["normalized_match"] = "normalized_match"
 
     def check(self, expected: str) -> None:
-        """Refuse an expected answer of which nothing is left."""
+        """Refuse an expected answer that is empty after normalization."""
         _check_normalized(expected)
 
     def score(self, answer: str, expected: str) -> float:
@@ -115,7 +115,7 @@ class JsonEquality(_Scorer):
     allow_fence: bool = False
 
     def check(self, expected: str) -> None:
-        """Refuse what is not JSON."""
+        """Refuse an expected answer that is not JSON."""
         try:
             parse_json(expected)
         except ValueError as error:
@@ -157,8 +157,8 @@ class RougeL(_Scorer):
 class Numeric(_Scorer):
     """1 for a number within `absolute_tolerance`, or within `relative_tolerance` times the expected one.
 
-    It is the first number of the answer, or with `whole_answer` the answer has to be nothing but a number. Numbers have
-    a decimal point; commas may stand between groups of three digits.
+    It is the first number of the answer, or with `whole_answer` the answer must be only a number. Numbers have a
+    decimal point; commas may stand between groups of three digits.
     """
 
     name: Literal["numeric"] = "numeric"
@@ -167,7 +167,7 @@ class Numeric(_Scorer):
     whole_answer: bool = False
 
     def check(self, expected: str) -> None:
-        """Refuse what is no number."""
+        """Refuse an expected answer that is not a number."""
         if _number(expected, whole=True) is None:
             raise ValueError(f"`expected` is for the scorer numeric and no number, found {shorten(expected, 60)!r}")
 
@@ -234,7 +234,7 @@ def parse_scorer_text(text: str) -> Scorer:
 
 
 def _dump_scorer(scorer: Scorer) -> str | dict[str, object]:
-    """The name alone where no option differs from its default: what means the same is written the same."""
+    """Only the name if no option differs from its default: equal scorers are written equally."""
     options = scorer.model_dump(exclude_defaults=True)
     return {"name": scorer.name, **options} if options else scorer.name
 
@@ -245,7 +245,7 @@ ScorerField = Annotated[Scorer, BeforeValidator(parse_scorer), PlainSerializer(_
 def normalized(text: str) -> str:
     """A text's form for lenient comparison: Unicode NFKC, case-folded, punctuation and white space as one space.
 
-    The minus of a number stays.
+    The minus sign of a number stays.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).replace("\u2212", "-")
     return _BETWEEN_WORDS.sub(" ", folded).strip()
@@ -288,7 +288,7 @@ def _number(text: str, *, whole: bool) -> Decimal | None:
 
 
 class _Words:
-    """The tokenizer that rouge-score asks for; its own drops every script but the Latin."""
+    """The tokenizer for rouge-score, whose own drops every script except Latin."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
@@ -296,6 +296,6 @@ class _Words:
 
 @lru_cache(maxsize=1)
 def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # brings nltk along: two seconds
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes two seconds
 
     return RougeScorer(["rougeL"], tokenizer=_Words())

@@ -1,4 +1,4 @@
-"""JSON without its ambiguities: what one reader takes for another value than the next is refused."""
+"""JSON without ambiguities: documents that parsers read differently are refused."""
 
 import json
 import math
@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 def parse_json(text: str) -> Any:
     """Parse a JSON document; raises `ValueError` saying in words why it cannot be read.
 
-    Refused beyond what is not JSON: a key that an object has twice, NaN and Infinity, numbers beyond float64 or of
-    thousands of digits, and nesting too deep to follow.
+    It also refuses duplicate keys, NaN and Infinity, numbers beyond float64 or with thousands of digits, and nesting
+    that is too deep.
     """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite_float)

@@ -1,4 +1,4 @@
-"""The record of a deploy, put together from what the stages found."""
+"""The record of a deploy, assembled from the stages' results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from slmops.tasks.workshop import workshop
 
 
 def variant_metrics(details: VariantDetails) -> dict[str, float]:
-    """Return a variant's figures as one flat record; what was not compared is left out."""
+    """Return a variant's figures as one flat record, without comparisons that were not made."""
     figures: dict[str, float | None] = {name: interval.value for name, interval in variant_intervals(details).items()}
     if details.evaluation:
         for name in ("top1_agreement", "kl_divergence", "kl_divergence_p99", "perplexity", "exact_match"):
@@ -55,7 +55,7 @@ def variant_intervals(details: VariantDetails) -> dict[str, Estimate]:
 
 
 def judged(variant: VariantReport) -> Judged:
-    """Return what the choice needs of a measured variant."""
+    """Return the choice's input for a measured variant."""
     evaluation = variant.details.evaluation
     scores = [row.score for row in evaluation.rows] if evaluation else []
     metrics = variant.metrics
@@ -93,7 +93,7 @@ def _reason(variant: VariantReport, choice: Choice) -> str:
 
 
 def overall_status(variants: Sequence[VariantReport], choice: Choice, *, unchanged: bool) -> DeployStatus:
-    """Return a deploy's status from its variants': a failure weighs most, then whether one was chosen.
+    """Return a deploy's status from its variants': a failure has priority, then whether one was chosen.
 
     A deploy of which no variant keeps the budget is rejected, whatever is registered.
     """
@@ -124,7 +124,7 @@ def provenance_of(manifest: Manifest) -> Provenance:
 
 
 def failures_of(errors: Mapping[str, str]) -> list[VariantReport]:
-    """Return what is reported of variants that could not be built, given why by precision."""
+    """Return the reports of variants that could not be built, given their errors by precision."""
     return [VariantReport(precision=precision, status="failed", error=error) for precision, error in errors.items()]
 
 
@@ -175,7 +175,7 @@ def deploy_report(
 def failed_report(
     request: DeployRequest, prepared: PreparedCheckpoint, evaluation: EvaluationSet, errors: Mapping[str, str]
 ) -> DeployReport:
-    """Return the report of a deploy of which no variant could be built, so that no version came of it."""
+    """Return the report of a deploy without a version, because no variant could be built."""
     return DeployReport(
         name=request.name,
         version=None,

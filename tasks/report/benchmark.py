@@ -1,4 +1,4 @@
-"""The report of the flow `benchmark`: what a stored version's fresh measurement says beside its earlier ones."""
+"""The report of the flow `benchmark`: a stored version's new measurement, compared with its earlier ones."""
 
 from collections.abc import Iterator, Sequence
 
@@ -22,7 +22,7 @@ class _Record(BaseModel):
 
 
 class VariantBenchmark(_Record):
-    """One variant's fresh figures and their changes against `earlier` measurements; `error` when it did not run."""
+    """One variant's fresh figures and their changes against `earlier` measurements; `error` if it did not run."""
 
     precision: str
     metrics: dict[str, FiniteFloat] = {}
@@ -34,7 +34,7 @@ class VariantBenchmark(_Record):
 
 
 class BenchmarkReport(_Record):
-    """What `benchmark` found; `regressed` when a figure became worse beyond noise."""
+    """The result of `benchmark`; `regressed` if a figure became worse beyond noise."""
 
     name: str
     version: int
@@ -126,7 +126,7 @@ def lm_eval_rows(report: BenchmarkReport) -> list[dict[str, str]]:
 
 
 def benchmark_rows(report: BenchmarkReport) -> list[dict[str, str]]:
-    """Return one row a figure for the terminal: now, and before where there is something to compare with."""
+    """Return one row per figure for the terminal: now, and before if there is an earlier one."""
     rows = []
     for variant in report.variants:
         changes = {change.metric: change for change in variant.changes}

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 MAX_CHARACTERS = 400  # of an answer, a prompt or an error: the report stays a page
 MAX_SENTENCES = 800
-MAX_ROWS = 24  # of a table or list; what is beyond is counted
+MAX_ROWS = 24  # of a table or list; the rest is only counted
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be typed, or somebody else's (an answer, a prompt): it is shown as it stands and never interpreted."""
+    """Text to be typed, or foreign text (an answer, a prompt): it is shown unchanged and never interpreted."""
 
     text: str
     kind: ClassVar[str] = "code"
@@ -87,7 +87,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Texts of others one above the other, in a fixed pitch so that differences stand out; (label, text) each."""
+    """Foreign texts one above the other, in a monospaced font so that differences are visible; (label, text) each."""
 
     title: Text
     lines: Sequence[tuple[str, str]]
@@ -96,7 +96,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Details:
-    """What only some readers want: folded away where the target can."""
+    """Details for some readers: folded if the target format can."""
 
     summary: str
     blocks: "Sequence[Block]"
@@ -127,7 +127,7 @@ def joined(parts: Sequence[Text], separator: str = ", ") -> tuple[Span, ...]:
 
 
 def visible(text: str, limit: int = MAX_CHARACTERS) -> str:
-    """Return somebody else's text in one line, at most `limit` characters of it.
+    """Return foreign text on one line, at most `limit` characters of it.
 
     Line ends, control characters, characters without a glyph and those that turn the writing direction are spelled
     as escapes, so that nothing in an answer can hide or rearrange the text around it.
@@ -148,17 +148,17 @@ def _spelled(character: str) -> str:
 
 
 def quoted(text: str, limit: int = MAX_CHARACTERS) -> Code:
-    """Return somebody else's text, as `visible` has it."""
+    """Return foreign text, as `visible` shows it."""
     return Code(visible(text, limit) or "(empty)")
 
 
 def sentences(text: str) -> str:
-    """Return running text, such as a warning, at a bearable length."""
+    """Return running text, such as a warning, at a limited length."""
     return visible(" ".join(text.split()), MAX_SENTENCES)
 
 
 def first_rows(rows: Sequence[Sequence[Text]], width: int) -> list[Sequence[Text]]:
-    """Return the rows that a table shows, with one that counts what is beyond."""
+    """Return the rows that a table shows, with a last row that counts the rest."""
     beyond = len(rows) - MAX_ROWS
     if beyond <= 0:
         return list(rows)

@@ -1,4 +1,4 @@
-"""What the report says, in reading order: verdict, choice, how to call it, figures, checks, history, provenance."""
+"""The report's content in reading order: verdict, choice, how to call it, figures, checks, history, provenance."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ from slmops.tasks.report.wording import (
 )
 from slmops.tasks.verdict.history import Change
 
-# What Microsoft's tutorial promises of each precision, as a share of the fp32 size.
+# Microsoft's tutorial gives these sizes of each precision, as a share of the fp32 size.
 PROMISED_SHARE_OF_FP32 = {"fp16": 0.5, "int8": 0.25, "int4": 0.125}
 
 METRIC_TITLES = {
@@ -60,7 +60,7 @@ METRIC_TITLES = {
 
 
 def document(report: DeployReport) -> list[Block]:
-    """Return the whole report; what was not measured has no section."""
+    """Return the whole report, without sections for what was not measured."""
     return [
         *_verdict(report),
         *_choice(report),
@@ -199,7 +199,7 @@ def _others(report: DeployReport) -> Iterator[Block]:
 
 
 def why_not(variant: VariantReport) -> Text:
-    """Return why a variant was not chosen: its failure, what the gate found, or what the choice says."""
+    """Return why a variant was not chosen: its failure, the gate's finding, or the choice's reason."""
     if variant.error:
         return quoted(variant.error)
     failed = [check for check in variant.gate.checks if not check.passed] if variant.gate else []

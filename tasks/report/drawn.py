@@ -1,4 +1,4 @@
-"""Plots that were drawn before: equal figures have equal plots, and drawing takes a second or two."""
+"""A cache of plots: equal figures have equal plots, and drawing takes a second or two."""
 
 import base64
 import hashlib
@@ -14,9 +14,9 @@ from slmops.tasks.report.records import DeployReport
 
 
 def draw_once(report: DeployReport, folder: Path) -> dict[str, Plot]:
-    """Return the report's plots: those in `folder`, where this code drew them of the same figures, or new ones.
+    """Return the report's plots: those in `folder` if this code drew them from the same figures, else new ones.
 
-    The folder keeps the last plots of each version; what is in it may be removed at any time.
+    The folder keeps the last plots of each version; its content may be removed at any time.
     """
     path, figures = folder / f"{report.reference}.json", _digest_of_figures(report)
     try:
@@ -26,7 +26,7 @@ def draw_once(report: DeployReport, folder: Path) -> dict[str, Plot]:
                 Plot(plot["name"], plot["alt"], plot["svg"], base64.b64decode(plot["png"])) for plot in kept["plots"]
             ]
             return {plot.name: plot for plot in found}
-    except (OSError, ValueError, KeyError, TypeError):  # none were kept, or not by this version
+    except (OSError, ValueError, KeyError, TypeError):  # none are there, or another version of slmops wrote them
         pass
     drawn = draw_plots(report)
     _keep(path, figures, drawn)

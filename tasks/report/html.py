@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no script, no font, no request to anywhere."""
+"""The report as one self-contained HTML file: without scripts, fonts or requests."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +14,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def to_html(report: DeployReport, plots: Mapping[str, Plot]) -> str:
     """Return the report as an HTML page with the plots inline.
 
-    Everything in the report is escaped; only the plots, which slmops draws, are taken as they are. A content security
-    policy keeps a browser from running or fetching anything, should that ever fail.
+    Everything in the report is escaped; only the plots, which slmops draws, are not. If escaping fails, a content
+    security policy keeps the browser from running or fetching anything.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

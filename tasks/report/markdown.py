@@ -30,7 +30,7 @@ SHOWN_METRICS = {
     "token_generation_throughput_tps": "new tok/s",
     "peak_rss_bytes": "peak RSS",
 }
-# What Markdown or HTML would take for markup anywhere in a line, and what only begins a block.
+# Characters that are markup in Markdown or HTML anywhere in a line, and those that are only at its beginning.
 _MARKUP = re.compile(r"([\\`*\[\]<>|~]|&(?=[#\w])|(?<!\w)_|_(?!\w)|!(?=\[))")
 # Prefect's page does not break a long word: it would leave a phone's screen, 358 pixels wide without the margins.
 LONGEST_WORD = 30
@@ -66,9 +66,9 @@ def _variant_row(variant: VariantReport, parameters: int) -> dict[str, str]:
 def to_markdown(report: DeployReport, images: Mapping[str, str] | None = None) -> str:
     """Return the report as Markdown.
 
-    With `images`, a plot's name -> the address of its image, plots and folded sections are in it, as Prefect's page
-    shows them, and long words may break. Without, it is plain text: sections take the place of what would be folded,
-    and there are no plots.
+    With `images` (a plot's name -> the address of its image), it has plots and folded sections, as Prefect's page shows
+    them, and long words may break. Without `images` it is plain text: without plots, and with sections instead of
+    folded details.
     """
     return "\n\n".join(_rendered(document(report), images)) + "\n"
 
@@ -148,14 +148,14 @@ def _inline(text: Text, widest: int | None, *, in_table: bool = False) -> str:
 
 
 def _breakable(text: str, widest: int | None) -> str:
-    """Return text whose words are at most `widest` characters long: what is longer gets zero width spaces."""
+    """Return text whose words are at most `widest` characters long: longer words get zero width spaces."""
     if widest is None:
         return text
     return re.sub(rf"\S{{{widest}}}(?=\S)", lambda found: f"{found[0]}\u200b", text)
 
 
 def escaped(text: str) -> str:
-    """Return text that shows as it stands in a line of Markdown; white space is one space."""
+    """Return text that Markdown shows unchanged in a line; runs of white space become one space."""
     if text.isspace():
         return " "
     before = " " if text[:1].isspace() else ""
@@ -164,7 +164,7 @@ def escaped(text: str) -> str:
 
 
 def code_span(text: str) -> str:
-    """Return a code span, in which nothing is markup; its fence is longer than any run of backticks in the text."""
+    """Return a code span, without markup inside; its fence is longer than any run of backticks in the text."""
     text = " ".join(text.split("\n"))
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") or (text != text.strip() and text.strip()) else ""

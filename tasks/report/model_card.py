@@ -1,4 +1,4 @@
-"""The Hugging Face model card of one variant: what it is, how to call it, its figures, where it comes from, limits."""
+"""The Hugging Face model card of one variant: description, how to call it, figures, provenance, limits."""
 
 import re
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ INDEXED = {
 def base_model_of(origin: str) -> str | None:
     """Return the Hub id that a checkpoint came from, None for a folder or an S3 address.
 
-    It looks at the file system: a folder of the same name is that folder.
+    It checks the file system: a text that is also the name of a folder is that folder.
     """
     try:
         source = parse_checkpoint(origin)

@@ -1,4 +1,4 @@
-"""The report's part on template parity: where a runtime reads a conversation as other tokens."""
+"""The report's part on template parity: where a runtime tokenizes a conversation differently."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from slmops.tasks.report.records import VariantReport
 
 
 def template_parity(variants: Variants) -> Iterator[Block]:
-    """Yield whether the runtimes read conversations as the same tokens, and where they do not."""
+    """Yield whether the runtimes tokenize conversations equally, and where they do not."""
     blocks: list[Block] = []
     agreeing = [variant for variant in variants if variant.details.parity and variant.details.parity.holds]
     if agreeing:
@@ -74,7 +74,7 @@ def _mismatch(mismatch: ParityMismatch) -> Comparison:
 
 
 def _two_strings(title: Text, expected: str, found: str, expected_tokens: int, found_tokens: int) -> Comparison:
-    """Return both renderings as JSON strings from a little before where they part."""
+    """Return both renderings as JSON strings, starting shortly before their first difference."""
     alike = next(
         (at for at, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]),
         min(len(expected), len(found)),

@@ -1,4 +1,4 @@
-"""What the report's parts on quality share: figures and checks by variant."""
+"""Shared code of the report's parts on quality: figures and checks by variant."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,12 +23,12 @@ def of_variant(variant: VariantReport, blocks: Iterator[Block]) -> Iterator[Bloc
 
 
 def checks_of(variant: VariantReport) -> Sequence[GateCheck]:
-    """Return the gate's checks of a variant; none where it was not judged."""
+    """Return the gate's checks of a variant; none if it was not judged."""
     return variant.gate.checks if variant.gate else ()
 
 
 def threshold_of(variant: VariantReport, *names: str) -> str:
-    """Return what the first of some checks asks of a variant."""
+    """Return the threshold of the first of some checks."""
     return next((check_threshold(check) for check in checks_of(variant) if check.name in names), NOTHING)
 
 
@@ -38,7 +38,7 @@ def evaluations(variants: Variants) -> list[tuple[VariantReport, Evaluation]]:
 
 
 def notes_of(told: Sequence[tuple[str, str]]) -> Iterator[Block]:
-    """Yield each note once, with those of whom it is told."""
+    """Yield each note once, with the variants that have it."""
     subjects: dict[str, list[str]] = {}
     for subject, note in told:
         subjects.setdefault(note, []).append(subject)

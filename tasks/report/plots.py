@@ -21,8 +21,8 @@ PlotName = Literal["quality", "throughput", "latency", "memory", "losses"]
 
 # Okabe and Ito (2008), Color Universal Design, without its yellow, which is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")  # shape tells what colour tells
-MAX_SOAKED = 3  # variants whose lines can be told apart; of more, the chosen one is shown
+MARKERS = ("o", "s", "^", "D", "v", "P")  # the shape carries the same information as the colour
+MAX_SOAKED = 3  # variants whose lines are distinguishable; of more, only the chosen one is shown
 WIDTH_IN, HEIGHT_IN = 4.6, 2.9
 PNG_DPI = 140  # 644 pixels wide: a little more than Prefect's column
 PNG_COLOURS = 64
@@ -33,7 +33,7 @@ _GRID = "#888888"
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot; `alt` tells its figures to those who do not see it."""
+    """One plot; `alt` gives its figures to readers who do not see it."""
 
     name: PlotName
     alt: str
@@ -52,9 +52,9 @@ class QualityPoint:
 
 
 def quality_points(report: DeployReport) -> tuple[str, list[QualityPoint]]:
-    """Return what the plot takes for quality, and each variant that has such a figure.
+    """Return the quality measure of the plot, and each variant that has such a figure.
 
-    The score where there is one, else the share of exact answers, else the agreement with the checkpoint.
+    The score if there is one, else the share of exact answers, else the agreement with the checkpoint.
     """
     sized = [variant for variant in report.variants if variant.size_bytes]
     for metric, title in (("score", "score"), ("exact_match", "exact answers"), ("top1_agreement", "first choice")):
@@ -319,7 +319,7 @@ def _plot(name: PlotName, alt: str, figure: "Figure") -> Plot:
 
 
 def _inline_svg(text: str, name: str) -> str:
-    """Return an SVG file as an element of a page: its ids are its own, its ink is the page's."""
+    """Return an SVG file as an element of a page, with unique ids and the page's text colour."""
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', f"{name}-", svg)

@@ -11,7 +11,7 @@ from slmops.tasks.report.robustness import edge_input, length_sweep, memory
 from slmops.tasks.report.wording import NOTHING, check_threshold, check_value, check_verdict, percent
 from slmops.tasks.verdict.gate import GateCheck
 
-# Microsoft's tutorial lists these five, and the gate's checks that answer each.
+# The five checks that Microsoft's tutorial lists, each with the gate's checks for it.
 QUALITY_LIST = {
     "Domain answers": ("quality_loss", "non_empty_answers"),
     "Output format": ("output_format",),
@@ -28,7 +28,7 @@ SIDE_BY_SIDE = 4  # variants that a table has columns for
 
 
 def quality_blocks(report: DeployReport) -> Iterator[Block]:
-    """Yield what the checks found; a section whose figures are missing is left out."""
+    """Yield the checks' results, without sections whose figures are missing."""
     sections = [
         domain_answers(report),
         output_format(report),

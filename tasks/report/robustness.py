@@ -68,7 +68,7 @@ def length_sweep(variants: Variants) -> Iterator[Block]:
 
 
 def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
-    """Yield how difficult inputs ended; all of them of the selected variant and of those where one ended badly."""
+    """Yield the outcomes of difficult inputs: all outcomes of the selected variant and of variants with a bad one."""
     rows: list[Sequence[Text]] = []
     faults: list[Text] = []
     reaching: dict[str, list[str]] = {}
@@ -84,7 +84,7 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
         faults += [joined([f"{name}: ", _outcome(outcome)], "") for outcome in bad]
         if any(outcome.control_tokens for outcome in outcomes):
             reaching.setdefault(RUNTIMES[endurance.runtime], []).append(variant.precision)
-        # The variants end alike as a rule: variant of them tells.
+        # The variants usually have the same outcomes, so one of them is shown.
         if bad or variant.precision == selected or selected is None:
             folded.append(Paragraph((Strong(name), ":")))
             folded += bullets([_outcome(outcome) for outcome in outcomes])

@@ -1,4 +1,4 @@
-"""Figures as text: with their units, and with the interval where there is one."""
+"""Figures as text, with their units and intervals."""
 
 import re
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def estimated(estimate: Estimate | None, wording: Callable[[float], str]) -> str
 
 
 def told(value: float | None, wording: Callable[[float], str]) -> str:
-    """Return a figure, or a dash where there is none."""
+    """Return a figure, or a dash if there is none."""
     return NOTHING if value is None else wording(value)
 
 
@@ -72,7 +72,7 @@ _WORDING: dict[str, Callable[[float], str]] = {
 
 
 def check_value(check: GateCheck) -> str:
-    """Return what a check found, with its interval."""
+    """Return a check's figure, with its interval."""
     wording = _WORDING.get(check.name, ratio)
     if check.value is None:
         return "not finite"
@@ -82,12 +82,12 @@ def check_value(check: GateCheck) -> str:
 
 
 def check_threshold(check: GateCheck) -> str:
-    """Return what a check asks for."""
+    """Return a check's threshold."""
     return f"{check.bound} {_WORDING.get(check.name, ratio)(check.threshold)}"
 
 
 def check_verdict(check: GateCheck) -> str:
-    """Return how a check ended; one whose interval holds the threshold neither passed nor failed."""
+    """Return a check's result; if its interval contains the threshold, it neither passed nor failed."""
     if not check.passed:
         return "failed"
     return "passed" if check.decided else "not decided"

@@ -34,7 +34,7 @@ class Budget(BaseModel):
     def excesses(self, candidate: "Candidate") -> dict[str, float]:
         """Return by how much a candidate exceeds each limit that it does not keep, as text and factor (above 1).
 
-        A quality loss that is not known does not keep its limit.
+        An unknown quality loss does not keep its limit.
         """
         found: dict[str, float] = {}
 
@@ -64,7 +64,7 @@ def in_megabytes(size_bytes: int) -> str:
 def parse_budget(pairs: Sequence[str]) -> Budget | None:
     """Return the budget that `key=value` texts make, None for none.
 
-    Raises `BadInput` for an unknown key, one given twice, or a value without sense or of the wrong unit.
+    Raises `BadInput` for an unknown key, one given twice, or an invalid value or unit.
     """
     values: dict[str, float] = {}
     for pair in pairs:

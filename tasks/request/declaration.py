@@ -1,4 +1,4 @@
-"""How a record declares parameters, and how a flow takes them: one line per parameter says everything about it."""
+"""How a record declares parameters, and how a flow takes them: each parameter is declared in one line."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Declared:
-    """A field of a record: its type, its default (`MISSING` where it is required), and what is said of it."""
+    """A field of a record: its type, its default (`MISSING` if it is required), and its description."""
 
     name: str
     type: object
@@ -49,7 +49,7 @@ def declared(record: type) -> Iterator[Declared]:
 def takes(record: type[Record]) -> Callable[[Callable[[Record], Result]], Callable[..., Result]]:
     """Give a function of one record a parameter for each of the record's fields.
 
-    Prefect makes a flow's form of its signature and of the section `Args` of its docstring; both come from the record.
+    Prefect builds a flow's form from its signature and the section `Args` of its docstring; both come from the record.
     """
     parameters = list(declared(record))
 

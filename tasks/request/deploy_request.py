@@ -1,4 +1,4 @@
-"""What a deploy is asked for, checked before anything is written."""
+"""A deploy's request, checked before anything is written."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ GENERATION_TAG = r"\{%-?\s*(end)?generation\s*-?%\}"
 
 @dataclass(frozen=True)
 class DeployRequest(DeployParameters):
-    """What a deploy is asked for, of the right types."""
+    """A deploy's request, with checked types."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -41,12 +41,12 @@ class DeployRequest(DeployParameters):
             ) from None
 
     def given(self, names: Set[str]) -> dict[str, object]:
-        """Return those of the named parameters that are not left at their defaults, as JSON can hold them."""
+        """Return the named parameters that differ from their defaults, as JSON values."""
         found: dict[str, object] = REQUEST.dump_python(self, mode="json", include=set(names), exclude_defaults=True)
         return found
 
     def checked(self) -> "DeployRequest":
-        """Return the request with duplicates removed; raises `BadInput` for what no deploy can do."""
+        """Return the request with duplicates removed; raises `BadInput` for a request that no deploy can fulfil."""
         if not self.checkpoint.strip():
             raise BadInput(
                 "No checkpoint is named.",

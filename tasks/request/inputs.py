@@ -1,4 +1,4 @@
-"""What a run reads besides its checkpoint: files on this machine, on S3, or put into the store."""
+"""A run's input files besides its checkpoint: on this machine, on S3, or in the store."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ FILE_PARAMETERS = ("evaluation_file", "output_schema_file", "text_file", "chat_t
 
 
 def with_local_files(parameters: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Return flow parameters in which every file is one of this machine: what is elsewhere is fetched.
+    """Return flow parameters in which every file is local: remote files are fetched.
 
     A file is a path, `s3://BUCKET/KEY` or `store://<64 hex>`. Raises `BadInput` for one that is not there.
     """
@@ -30,7 +30,7 @@ def fetch_inputs(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_file(text: str, settings: Settings) -> str:
-    """Return the path of a file on this machine, after fetching it where it is elsewhere."""
+    """Return the path of a file on this machine; a remote file is fetched first."""
     if is_input_address(text):
         registry = open_registry(settings)
         if read_input(registry, text).kind != "file":

@@ -1,4 +1,4 @@
-"""What a run can be asked for. A parameter is declared here, and nowhere else.
+"""The parameters of runs. A parameter is declared only here.
 
 A record's fields are the parameters of its flow (`declaration.takes`) and the options of its command
 (`slmops.deployments.cli.options`), in the order of the form and of the command's help. Nothing heavy is imported:
@@ -66,7 +66,7 @@ MaxQualityLoss = Annotated[
 
 @dataclass(frozen=True)
 class DeployParameters:
-    """What a deploy can be asked for."""
+    """The parameters of a deploy."""
 
     checkpoint: Annotated[
         str,
@@ -192,7 +192,7 @@ class DeployParameters:
 
 @dataclass(frozen=True)
 class RegateParameters:
-    """What judging a version again can be asked for."""
+    """The parameters of judging a version again."""
 
     reference: Annotated[
         str, Parameter("The version, NAME@VERSION.", "One version of a model.", metavar="NAME@VERSION", positional=True)
@@ -221,7 +221,7 @@ class RegateParameters:
 
 @dataclass(frozen=True)
 class BenchmarkParameters:
-    """What measuring a version anew can be asked for."""
+    """The parameters of measuring a version again."""
 
     reference: Annotated[
         str,
@@ -270,7 +270,7 @@ class BenchmarkParameters:
 
 @dataclass(frozen=True)
 class RetrainParameters:
-    """What a retrain can be asked for."""
+    """The parameters of a retrain."""
 
     dataset: Annotated[
         str,

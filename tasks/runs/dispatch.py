@@ -1,4 +1,4 @@
-"""Flow runs on the workers of a pool: started, followed, given to another worker when one is lost, and cancelled."""
+"""Flow runs on the workers of a pool: started, followed, given to another worker if one is lost, and cancelled."""
 
 import contextlib
 import time
@@ -26,7 +26,7 @@ TELL_INTERVAL_S = 30.0
 
 @dataclass(frozen=True)
 class Job:
-    """One flow run that is wanted: its name and its parameters."""
+    """One requested flow run: its name and its parameters."""
 
     name: str
     parameters: Mapping[str, object]
@@ -47,7 +47,7 @@ class _Attempt:
 
 
 def check_pool(pool: str, flow_names: Sequence[str]) -> None:
-    """Raise `BadInput` for a work pool that is not there, is paused, knows not these flows, or has no worker online."""
+    """Raise `BadInput` for a work pool that is missing or paused, or has no online worker or not these flows."""
     start = f"Start one on a machine of its own: slmops up --pool {pool}"
     with get_client(sync_client=True) as client:
         try:
@@ -72,8 +72,8 @@ def _online(client: SyncPrefectClient, pool: str) -> list[str]:
 def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Settings) -> dict[str, Outcome]:
     """Run a job per key on a pool's workers, all at once, and wait for their ends.
 
-    A run that crashed (its process or its machine died) or that no worker starts is given out again, at most three
-    times. When this call is left by any exception (a cancelled flow run), the runs are cancelled.
+    A run that crashed (its process or its machine died) or that no worker starts is started again, at most three times.
+    When an exception leaves this call (a cancelled flow run), the runs are cancelled.
 
     Raises `StageFailed` when the pool has no worker for `settings.worker.pending_s`.
     """
@@ -143,7 +143,7 @@ def _cancelled_with_the_caller(client: SyncPrefectClient) -> Iterator[dict[str, 
 
 
 class _Watch:
-    """Reads the runs, also across a restart of the server, and tells when the pool has no worker to take them."""
+    """Reads the runs, also across a restart of the server, and reports when the pool has no worker to take them."""
 
     def __init__(self, pool: str, settings: Settings) -> None:
         self._pool = pool

@@ -1,4 +1,4 @@
-"""Orders: what a run asks of other machines, by way of the store, and what their runs hand back."""
+"""Orders: a run's requests to other machines through the store, and the results of their runs."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from slmops.tasks.workshop import workshop
 
 @dataclass(frozen=True)
 class Order:
-    """What one run on a pool is asked: the run's name and parameters, and what it finds in the store."""
+    """The order of one run on a pool: the run's name and parameters, and its content in the store."""
 
     run_name: str
     parameters: Mapping[str, str]
@@ -21,7 +21,7 @@ class Order:
 
 @dataclass(frozen=True)
 class HandedBack:
-    """What the runs handed back, and why the others did not, by the keys of their orders."""
+    """The results of runs, and the errors of failed ones, by the keys of their orders."""
 
     results: dict[str, Json] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class HandedBack:
 def order_on_pool(flow_name: str, pool: str, orders: Mapping[str, Order]) -> HandedBack:
     """Have a flow run on a pool's workers for each order, all at once, and wait for their ends.
 
-    A flow is told its order's id in the parameter `order`. Raises what `run_on_pool` does.
+    A flow gets its order's id in the parameter `order`. Raises what `run_on_pool` does.
     """
     shop = workshop()
     handed_back = HandedBack()

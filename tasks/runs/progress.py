@@ -19,7 +19,7 @@ _listeners: list[StageListener] = []
 
 @contextmanager
 def listening(listener: StageListener) -> Iterator[None]:
-    """Call `listener(stage, share from 0 to 1, what is being done)` at every step of every stage."""
+    """Call `listener(stage, share from 0 to 1, current activity)` at every step of every stage."""
     _listeners.append(listener)
     try:
         yield
@@ -42,7 +42,7 @@ def stage_progress(stage: str) -> Iterator[OnProgress]:
         share = min(max(done / total, 0.0), 1.0) if total else 0.0
         for listener in _listeners:
             listener(stage, share, what)
-        step = what.partition(":")[0]  # what follows is how far it is
+        step = what.partition(":")[0]  # the next field is its progress
         if step != doing and TaskRunContext.get():
             get_run_logger().info("%s: %s", stage, what)
             doing = step

@@ -1,4 +1,4 @@
-"""How a step of a flow becomes a Prefect task, and how a flow ends that a user's input or a stage stopped."""
+"""How a step of a flow becomes a Prefect task, and how a flow ends after bad input or a failed stage."""
 
 import functools
 import logging
@@ -19,17 +19,17 @@ RETRY_DELAYS_S = [5.0, 30.0]
 
 
 def may_pass(task: Task[..., object], run: TaskRun, state: State[object]) -> bool:
-    """Whether a task run failed by a fault that may be gone at the next attempt."""
+    """Whether a task run failed by a fault that may not recur at the next attempt."""
     return isinstance(state.result(raise_on_failure=False), PassingFault)
 
 
 def stage(
     name: str, *, run_name: str | Callable[..., str] | None = None, tags: Iterable[str] = ()
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """Make a function a task: tried again after a fault that may pass, and only then.
+    """Make a function a task, which is retried only after a passing fault.
 
-    `run_name` is Prefect's template over the parameters, or a function of `parameters`. A stage's own records say
-    what was done before, so that Prefect keeps no results: its cache would hash every parameter.
+    `run_name` is Prefect's template over the parameters, or a function of `parameters`. A stage's own records say what
+    was done before, so Prefect keeps no results: its cache would hash every parameter.
     """
     return task(
         name=name,
@@ -43,11 +43,11 @@ def stage(
 
 
 def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
-    """Let a flow's function that a `SlmopsError` leaves end in a failed state whose message is that error's sentence.
+    """Make a flow that raises a `SlmopsError` end in a failed state with that error's sentence as message.
 
-    Prefect logs a traceback for an exception that leaves a flow, which does not help where the input is at fault. The
-    state's data is the error, so that a caller who asks for the flow's result has it raised. Prefect's engine on a
-    worker asks too, and would log it as unexpected.
+    Prefect logs a traceback for an exception that leaves a flow, which does not help if the input is at fault. The
+    state's data is the error, so it is raised for a caller who requests the flow's result. Prefect's engine on a worker
+    requests it too, and would log it as unexpected.
     """
 
     @functools.wraps(flow_function)

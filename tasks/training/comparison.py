@@ -46,7 +46,7 @@ class Challenge(_Record):
 
     @property
     def is_won(self) -> bool:
-        """Whether the challenger is better beyond noise: the whole interval of its gain lies above zero."""
+        """Whether the challenger is better beyond noise: the whole interval of its gain is above zero."""
         return self.gain.low > 0
 
     @property
@@ -61,7 +61,7 @@ class Challenge(_Record):
 
 
 class RetrainReport(_Record):
-    """What a retrain did and why; `version` is None where none was made."""
+    """What a retrain did and why; `version` is None if none was made."""
 
     name: str
     status: RetrainStatus
@@ -71,7 +71,7 @@ class RetrainReport(_Record):
     challenge: Challenge | None = None
 
     def skipped(self) -> "RetrainReport":
-        """Return what is reported when the same is asked again."""
+        """Return the report of a repeated, skipped request."""
         summary = f"Nothing has changed since {self.name}@{self.version} ({self.status}): skipped."
         return self.model_copy(update={"status": "skipped", "summary": summary})
 
@@ -83,7 +83,7 @@ RETRAIN = Kind("retrain", RetrainReport)
 def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport | None:
     """Return the report of the newest retrain of a name, if it asked the same question and its candidate was compared.
 
-    One whose candidate was rejected or could not be built is done again: the cause may have passed.
+    A retrain whose candidate was rejected or could not be built is repeated: the cause may be gone.
     """
     if name not in registry.names():
         return None
@@ -98,7 +98,7 @@ def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport 
 
 
 def check_comparable(evaluation: EvaluationSet) -> None:
-    """Raise `BadInput` for rows that have no expected answers, by which champion and candidate are compared."""
+    """Raise `BadInput` for rows without expected answers, which the comparison needs."""
     if any(row.expected is None for row in evaluation.rows):
         raise BadInput(
             "There is no evaluation file to compare champion and candidate on.",
@@ -114,9 +114,10 @@ def compare(
     *,
     may_promote: bool,
 ) -> RetrainReport:
-    """Compare a candidate with the champion before it, None where there was none.
+    """Compare a candidate with the previous champion, None if there was none.
 
-    The status `promoted` with a challenge is what is to be done; without one, the candidate is the champion already.
+    The status `promoted` with a challenge is still to be carried out; without one, the candidate already is the
+    champion.
     """
     report = RetrainReport(
         name=deployed.name, status="kept", summary=deployed.summary, version=deployed.version, fine_tuning=tuned
@@ -141,9 +142,9 @@ def compare(
 
 @stage("challenge champion", run_name="challenge-{challenger.name}")
 def challenge_champion(challenger: Version, champion: Version, evaluation: EvaluationSet) -> Challenge:
-    """Let the selected variants of both answer the same rows, and compare their scores row by row.
+    """Have the selected variants of both answer the same rows, and compare their scores row by row.
 
-    What is on record is not run again. Raises `BadInput` for a version without a variant that can serve.
+    Stored answers are reused. Raises `BadInput` for a version without a variant that can serve.
     """
     exam = AnswersExam(evaluation, compared=False)
     scores = []

@@ -1,4 +1,4 @@
-"""The dataset of a fine-tuning: chats with their answers, read from JSON Lines, checked, and known by a fingerprint."""
+"""The dataset of a fine-tuning: chats with their answers, read from JSON Lines and checked, and its fingerprint."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ class TrainingRow(_Record):
     """A chat that ends with the answer to be learned.
 
     A system message may come first; then user and assistant alternate. A row in the form of an evaluation file, with
-    the user's turn last and the answer in `expected`, is taken as well; what else a row holds is not looked at.
+    the user's turn last and the answer in `expected`, is accepted too; other keys of a row are ignored.
     """
 
     messages: tuple[Turn, ...] = Field(min_length=2)
@@ -60,7 +60,7 @@ class TrainingRow(_Record):
 
 
 class Dataset(BaseModel):
-    """What a fine-tuning learns from; equal rows in the same order have the same fingerprint."""
+    """The data of a fine-tuning; equal rows in the same order have the same fingerprint."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -84,8 +84,8 @@ def read_dataset_once(text: str, settings: Settings) -> Dataset:
 def read_dataset(text: str, settings: Settings) -> Dataset:
     """Read a local JSON Lines file, an `s3://` object, or a dataset of the `datasets` library (Hub id or folder).
 
-    Raises `BadInput` for a dataset that is not there, has no rows or only one distinct one, or has lines that cannot
-    be used, of which the first few are named.
+    Raises `BadInput` for a dataset that is not there, has no rows or only one distinct one, or has lines that cannot be
+    used, of which it names the first few.
     """
     if text.startswith(S3):
         rows = _read_file(fetch_file_from_s3(text, settings, settings.cache_dir / "s3"), text)

@@ -29,13 +29,14 @@ Row = dict[str, Any]
 
 TRAIN_ROWS = 9000
 HELD_OUT_ROWS = 200
-# Of each intent's commands, the share kept for evaluation; as many of its actions (JSON answers) are never trained on.
+# The share of each intent's commands kept for evaluation; the same share of its actions (JSON answers) is never trained
+# on.
 HELD_OUT_SHARE = 0.08
 
 
 @dataclass(frozen=True)
 class Intent:
-    """What can be asked for: the action's fixed and slotted (`{room}`) values, and its phrasings."""
+    """A possible request: the action's fixed and slotted (`{room}`) values, and its phrasings."""
 
     category: str
     action: Mapping[str, str]
@@ -47,7 +48,7 @@ class Intent:
 
 
 _TABLES = json.loads((Path(__file__).parent / "demo_intents.json").read_text("utf-8"))
-# What may stand for each slot, by its name.
+# The values of each slot, by its name.
 SLOTS: Mapping[str, Sequence[str | int]] = _TABLES["slots"]
 INTENTS = tuple(
     Intent(intent["category"], intent["action"], tuple(intent["phrasings"])) for intent in _TABLES["intents"]
@@ -89,7 +90,7 @@ LIBRARIES = ("safetensors", "tokenizers", "torch", "transformers")
 RECORD = "demo_checkpoint.json"
 _RESULTS = ("exact_match", "eval_rows", "parameters")  # of the training, kept in the record
 
-# Ways of speaking and their weights. Most people are short with a machine.
+# Ways of speaking and their weights. Most people use few words with a machine.
 OPENINGS = {"": 12, "please ": 3, "hey, ": 1, "ok, ": 1}
 CLOSINGS = {"": 12, " please": 2, " now": 1, ", thanks": 1}
 FULL_STOPS = {"": 3, ".": 1}
@@ -119,7 +120,7 @@ class _Recipe:
 
     @cached_property
     def key(self) -> str:
-        """Digest of all that decides the checkpoint's bytes, as far as a machine's arithmetic is the same."""
+        """Digest of everything that determines the checkpoint's bytes, given equal floating-point arithmetic."""
         versions = {name: version(name) for name in LIBRARIES}
         content = [self.seed, self.train_rows, self.held_out_rows, output_schema(), dict(TRAINING), versions]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -136,8 +137,8 @@ def smart_home_dataset(seed: int) -> tuple[list[Row], list[Row]]:
     """Return (training rows, held-out rows), the same for the same seed.
 
     A row is `{id, messages: [{role, content}], expected, category}` with `expected` a compact JSON object. No command
-    (phrasing with its slot values) is in both lists, however it is spoken; about half of the held-out rows also
-    ask for an action that no training row asks for.
+    (phrasing with its slot values) is in both lists, in any way of speaking; about half of the held-out rows also ask
+    for an action that no training row asks for.
     """
     chooser = random.Random(seed)  # noqa: S311 - data, no secrets
     train: list[list[_Command]] = []
@@ -245,11 +246,10 @@ def make_demo_checkpoint(
 ) -> DemoCheckpoint:
     """Train the demo checkpoint of `seed`, or take it from the cache, and copy it into `directory`.
 
-    The cache is keyed by data, recipe and library versions. `directory` appears whole or not at all; if it already is
-    this very checkpoint, nothing is done. With `replace`, another demo checkpoint there (of another seed or recipe)
-    gives way.
+    The cache is keyed by data, recipe and library versions. `directory` is written atomically; if it already is this
+    checkpoint, nothing is done. With `replace`, another demo checkpoint there (of another seed or recipe) is replaced.
 
-    Raises `BadInput` if `directory` holds anything else; `StageFailed` if training misses its accuracy.
+    Raises `BadInput` if `directory` contains anything else; `StageFailed` if training misses its accuracy.
     """
     recipe = _Recipe(seed, *smart_home_dataset(seed))
     directory = directory.expanduser().absolute()
@@ -273,7 +273,7 @@ def make_demo_checkpoint(
         if not _is_whole(aside, recipe.key):
             raise StageFailed(f"The copy of the demo checkpoint in {aside.parent} differs from what was trained.")
         if directory.exists():
-            shutil.rmtree(directory)  # empty, or the demo checkpoint that gives way
+            shutil.rmtree(directory)  # empty, or the demo checkpoint that is replaced
         aside.rename(directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -281,7 +281,7 @@ def make_demo_checkpoint(
 
 
 def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnProgress | None) -> float:
-    """Train into `target`, which appears whole or not at all, and return the seconds that it took."""
+    """Train into `target`, which is written atomically, and return the duration in seconds."""
     work_dir = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     work_dir.mkdir(parents=True)
     try:
@@ -315,7 +315,7 @@ def _write_record(directory: Path, recipe: _Recipe, results: Mapping[str, object
 
 
 def _is_whole(directory: Path, key: str) -> bool:
-    """Whether `directory` is the demo checkpoint of `key`, every byte of it."""
+    """Whether `directory` is exactly the demo checkpoint of `key`."""
     try:
         record = json.loads((directory / RECORD).read_text("utf-8"))
     except (OSError, ValueError):

@@ -60,7 +60,7 @@ class Hyperparameters(_Record):
 
 
 class FineTuning(_Record):
-    """What a fine-tuning did; `key` stands for its question: dataset, base and hyperparameters."""
+    """What a fine-tuning did; `key` identifies its question: dataset, base and hyperparameters."""
 
     key: str
     dataset: str
@@ -83,7 +83,7 @@ class FineTuning(_Record):
 
 
 class Base(BaseModel):
-    """The checkpoint that is fine-tuned; `uri` is its local folder, so that nothing large moves between tasks."""
+    """The checkpoint that is fine-tuned; `uri` is its local folder, so tasks exchange nothing large."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -108,7 +108,7 @@ def prepare_base(base: str, revision: str | None, settings: Settings) -> Base:
 
 
 def key_of(dataset: Dataset, base: Base, hyperparameters: Hyperparameters) -> str:
-    """Return the key of a fine-tuning's question, in hexadecimal; what cannot change the result is not part of it."""
+    """Return the key of a fine-tuning's question, in hexadecimal; it leaves out what cannot change the result."""
     asked = hyperparameters.model_dump(mode="json")
     if hyperparameters.method == "full":
         asked.pop("lora_rank")
@@ -119,9 +119,9 @@ def key_of(dataset: Dataset, base: Base, hyperparameters: Hyperparameters) -> st
 def fine_tune_once(
     dataset: Dataset, base: Base, hyperparameters: Hyperparameters, settings: Settings
 ) -> tuple[str, FineTuning]:
-    """Fine-tune a base, and return the folder of the result with its record; what was done before is reused.
+    """Fine-tune a base, and return the folder of the result with its record; an earlier result is reused.
 
-    A run that broke off goes on from its last epoch. Raises `BadInput` and `StageFailed` as the child does.
+    An interrupted run continues from its last epoch. Raises `BadInput` and `StageFailed` as the child does.
     """
     key = key_of(dataset, base, hyperparameters)
     target = settings.cache_dir / "fine-tunings" / key
@@ -170,7 +170,7 @@ def _numbered(chats: Sequence[tuple[int, TrainingRow]]) -> list[Chat]:
 
 
 def check_retrain(parameters: Mapping[str, Any], settings: Settings) -> None:
-    """Raise `BadInput` for what a retrain would refuse, as far as it can be told without a network."""
+    """Raise `BadInput` for a request that a retrain would refuse, as far as it can be checked without a network."""
     check_name(parameters["name"])
     hyperparameters = {name: parameters[name] for name in Hyperparameters.model_fields if name in parameters}
     Hyperparameters.checked(**hyperparameters)
@@ -193,7 +193,7 @@ def only_retrain_of(name: str, settings: Settings) -> Iterator[None]:
     lock = FileLock(settings.cache_dir / "retrains" / f"{name}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(blocking=False)  # the operating system takes it back when this process ends
+        lock.acquire(blocking=False)  # the operating system releases it when this process ends
     except Timeout:
         raise BadInput(f"A retrain of {name} is running on this machine.", "Wait for it, or cancel it first.") from None
     try:

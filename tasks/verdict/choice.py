@@ -36,8 +36,8 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
 
     Without a budget the smallest precision is chosen, as Microsoft's tutorial does. Under a budget: of the variants
     that keep every limit the dominated ones are dropped (`pareto_front`), then those whose score is measurably below
-    the best one's (`paired_loss`; without expected answers: whose KL divergence is larger), and of what is left the
-    fastest in token generation is chosen, at like speed the smallest.
+    the best one's (`paired_loss`; without expected answers: whose KL divergence is larger), and the fastest remaining
+    one in token generation is chosen, of equally fast ones the smallest.
     """
     if not passed:
         return Choice(selected=None, reason="No variant passed the gate.")
@@ -78,7 +78,7 @@ def _smallest(names: Sequence[str]) -> Choice:
 
 
 def _quality(judged: Judged) -> tuple[float, float]:
-    """More is better: the score, then the nearness to the reference."""
+    """More is better: the score, then the closeness to the reference."""
     score = 0.0 if judged.scores is None else sum(judged.scores) / len(judged.scores)
     divergence = judged.candidate.kl_divergence
     return round(score, 9), float("-inf") if divergence is None else -divergence

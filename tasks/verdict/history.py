@@ -1,4 +1,4 @@
-"""History: what a version does better or worse than an earlier one of the same name, beyond noise."""
+"""History: where a version is better or worse than an earlier one of the same name, beyond noise."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,17 +15,16 @@ from slmops.tasks.exams.measurement import Measurement, MetricName, measurements
 
 Trend = Literal["better", "worse", "same"]
 
-# The interval knows how requests vary within a run. Between runs of the same files a machine's clock and neighbours
-# move medians by a few percent more, so that a smaller change is none, however sure its interval is.
+# The interval reflects how requests vary within a run. Between runs of the same files, a machine's clock and other load
+# move medians by a few percent more, so a smaller change is ignored, however narrow its interval is.
 MATERIAL_SPEED_CHANGE = 0.05
-# One figure a run, without an interval, and an allocator's choices are in it.
+# Each run has one figure, without an interval, and it depends on the allocator.
 MATERIAL_MEMORY_CHANGE = 0.10
-MATERIAL_SIZE_CHANGE = 0.01  # exact: below it are only the files that describe the model
+MATERIAL_SIZE_CHANGE = 0.01  # size is exact: smaller changes are only in the files that describe the model
 MATERIAL_KL_CHANGE = 0.05
-# Of each side, the newest: some, so that their spread is known; few, so that the comparison follows a machine that
-# changed.
+# The newest of each side: enough to show their spread, and few enough to follow changes of the machine.
 COMPARED_MEASUREMENTS = 5
-RAM_TOLERANCE = 0.01  # what the system reports as its memory differs a little from kernel to kernel
+RAM_TOLERANCE = 0.01  # the reported memory size differs slightly between kernels
 
 SPEED_METRICS: tuple[tuple[MetricName, Literal["higher", "lower"]], ...] = (
     ("ttft_ms", "lower"),
@@ -62,7 +61,7 @@ class History(_Record):
 
 
 class Figures(_Record):
-    """What is on record of one precision of one version: its measurements, oldest first, and an evaluation."""
+    """The stored figures of one precision of one version: its measurements, oldest first, and an evaluation."""
 
     measurements: tuple[Measurement, ...] = ()
     evaluation: Evaluation | None = None
@@ -143,7 +142,7 @@ def _compare_measurements(
 
 
 def _differences(earlier: Measurement, later: Measurement) -> list[str]:
-    """What makes two measurements incomparable, as the earlier one has it."""
+    """The conditions in which two measurements differ, with the earlier one's values."""
     old, new = earlier.hardware, later.hardware
     found = [
         f"{title} {_text(getattr(old, name))}, not {_text(getattr(new, name))}"
@@ -278,9 +277,9 @@ def _score(row: EvaluatedRow) -> float | None:
 
 
 def history_of(version: Version, threads: int) -> History | None:
-    """Compare a version with the newest earlier one of its name, from what is on record; None for the first.
+    """Compare a version with the newest earlier one of its name, by stored evidence; None for the first.
 
-    Evidence that was gathered with another number of threads, or on another machine, is not compared.
+    Evidence from another machine or with another number of threads is not compared.
     """
     earlier = [manifest for manifest in version.registry.versions(version.name) if manifest.version < version.number]
     if not earlier:
@@ -302,7 +301,7 @@ def history_of(version: Version, threads: int) -> History | None:
 
 
 def _figures(variant: Variant, *, threads: int | None = None, rows_sha256: str | None = None) -> Figures:
-    """Return what is on record of a variant: with `rows_sha256` the evaluation on these rows if there is one."""
+    """Return the stored figures of a variant: with `rows_sha256`, the evaluation on these rows if there is one."""
     evaluations = variant.version.all(EVALUATION, where=lambda content: content.get("precision") == variant.precision)
     fitting = [evaluation for evaluation in evaluations if evaluation.rows_sha256 == rows_sha256]
     return Figures(

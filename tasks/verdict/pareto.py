@@ -1,11 +1,11 @@
-"""The choice between variants: which of them are worth having at all."""
+"""The choice between variants: which of them are not dominated."""
 
 import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-# Relative differences that decide nothing: the spread of repeated runs on a shared machine for speed and memory, the
+# Relative differences that are ignored: the spread of repeated runs on a shared machine for speed and memory, the
 # graph's own bytes for size, rounding for the divergence.
 NOISE = {
     "size_bytes": 0.005,
@@ -15,11 +15,11 @@ NOISE = {
     "kl_divergence": 0.01,
 }
 LEAST_DIVERGENCE = 1e-9
-UNKNOWN = 1e9  # a figure that is missing is worse than any that is there
+UNKNOWN = 1e9  # a missing figure is worse than any other
 
 
 class Candidate(BaseModel):
-    """What a variant or a trial costs and gives.
+    """The costs and quality of a variant or a trial.
 
     `quality_loss` is the task score below the reference's, `kl_divergence` in nats per token; both None where there
     is no such figure.
@@ -39,10 +39,10 @@ class Candidate(BaseModel):
 def pareto_front(candidates: Sequence[Candidate]) -> dict[str, str | None]:
     """Return by name None for a member of the Pareto front, else the name of a member of the front that dominates it.
 
-    One dominates another when it is worse in nothing and better in something, differences within `NOISE` counting as
-    none. Tolerance alone would let three candidates dominate each other in a ring; so that some member always stays,
-    the dominating one must also have the smaller quality loss or, at the same loss, the smaller product of its costs.
-    The names must differ; the order of `candidates` does not matter.
+    One dominates another if it is worse in no figure and better in at least one; differences within `NOISE` are
+    ignored. With tolerance alone, three candidates could dominate each other in a cycle. To avoid that, the dominating
+    one must also have the smaller quality loss or, at the same loss, the smaller product of its costs. The names must
+    differ; the order of `candidates` does not matter.
     """
     front: list[Candidate] = []
     dominated_by: dict[str, str | None] = {}
@@ -55,7 +55,7 @@ def pareto_front(candidates: Sequence[Candidate]) -> dict[str, str | None]:
 
 
 def dominates(one: Candidate, other: Candidate) -> bool:
-    """Whether `one` makes `other` pointless; see `pareto_front`."""
+    """Whether `one` dominates `other`; see `pareto_front`."""
     ours, theirs = _costs(one), _costs(other)
     loss, other_loss = _loss(one), _loss(other)
     if loss > other_loss or any(ours[name] > theirs[name] + _reach(name) for name in NOISE):

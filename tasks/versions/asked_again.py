@@ -1,4 +1,4 @@
-"""What a stored version is asked anew: what is named, and else what it was asked last."""
+"""The request for judging a stored version again: the named parameters, and otherwise those of the last time."""
 
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.version import Version
@@ -14,7 +14,7 @@ from slmops.tasks.workshop import workshop
 
 
 def ask_again(parameters: RegateParameters, version: Version) -> Qualification:
-    """Return what a version is asked; raises `BadInput` for what is named and cannot be used."""
+    """Return the request for a version; raises `BadInput` for a named parameter that cannot be used."""
     budget = last_budget(version) if parameters.budget is None else parameters.budget
     parse_budget(budget)
     text_file = _local(parameters.text_file)

@@ -1,4 +1,4 @@
-"""What the catalog lists: every version in the store, by the variants of it that passed."""
+"""The catalog's entries: every version in the store, with its variants that passed."""
 
 import json
 import logging
@@ -23,8 +23,8 @@ _logger = logging.getLogger(__name__)
 class StoreCatalog:
     """The models of a store for its catalog; may be asked from several threads.
 
-    Asking lists the store, at most once per `listing_age_s`, and reads only versions on which something was stored
-    since: the pages of one listing by the runtime take one.
+    It lists the store at most once per `listing_age_s`, so all pages of a listing by the runtime need one listing of
+    the store, and reads only versions whose evidence has changed.
     """
 
     def __init__(self, registry: ModelRegistry, listing_age_s: float = LISTING_AGE_S) -> None:
@@ -39,7 +39,7 @@ class StoreCatalog:
         """Return the models of every version; see `version_models`.
 
         A version that cannot be read is logged, once, and left out; the others are listed. Raises `StageFailed` or
-        `BadInput` while the store cannot be asked.
+        `BadInput` while the store cannot be reached.
         """
         with self._lock:
             if self._listed_at is None or time.monotonic() - self._listed_at >= self._listing_age_s:
@@ -56,7 +56,8 @@ class StoreCatalog:
                 continue
             try:
                 version = self._registry.of(self._registry.version(*key))
-                # Whether its origin's word counts depends on who is champion, which may change without a trace here.
+                # Whether copied evidence counts depends on the champion, which may change without a change of this
+                # version.
                 stored = () if version.says_origin else entries
                 found[key] = stored, version_models(version)
             except PassingFault:
@@ -70,8 +71,10 @@ class StoreCatalog:
 
 
 def version_models(version: Version) -> list[CatalogModel]:
-    """Return a version's models: the variant that may serve under the plain name, and every one that its last deploy
-    registered under its own id; none where none was. A verdict that came with a copy counts for the champion only.
+    """Return a version's models: the variant that may serve under the plain name, and all with ids of their own.
+
+    The latter are those that its last deploy registered. A verdict that was copied with the version counts only for the
+    champion.
     """
     if version.says_origin and CHAMPION not in version.aliases:
         return []
@@ -109,7 +112,7 @@ def _provider(name: str) -> str:
 
 
 def _context_length(variant: Variant) -> int | None:
-    """Return what genai_config.json says; None where it cannot be read: a client that loads the model sees why."""
+    """Return the value of genai_config.json; None if it cannot be read: a client sees why when it loads the model."""
     config = _stored_json(variant, GENAI_CONFIG)
     model = config.get("model") if isinstance(config, dict) else None
     length = model.get("context_length") if isinstance(model, dict) else None

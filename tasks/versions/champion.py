@@ -1,7 +1,7 @@
 """Stage "promote": another version becomes the champion, in Foundry Local, on running servers and in the store.
 
-Whatever asks for it (promote, rollback, retrain, a deploy, a first version) comes this one way. The alias is changed
-last, so that it decides: whatever a process that was killed left behind, the next promotion puts in step with it.
+Every change (by promote, rollback, retrain, a deploy or a first version) uses this module. The alias is changed last
+and is authoritative: the next promotion brings everything that a killed process left behind in line with it.
 """
 
 from dataclasses import dataclass
@@ -37,27 +37,27 @@ from slmops.tasks.versions.undo import Undo, all_or_nothing, hand_back, restore_
 
 
 class ChampionChanged(StageFailed):
-    """Somebody else has changed the champion since a change was planned."""
+    """Another process has changed the champion since a change was planned."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a deployed version is: the champion, by its Foundry id; not the champion (None); and what kept it out."""
+    """The standing of a deployed version: the Foundry id of the champion, or None; and the error that prevented it."""
 
     foundry_model_id: str | None = None
     refusal: SlmopsError | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The refusal as the report tells it."""
+        """The refusal as the report shows it."""
         return (str(self.refusal),) if self.refusal else ()
 
 
 def settle_champion(variant: Variant, settings: Settings, *, promote: bool) -> Standing:
-    """Make the version of a variant that was just proven the champion, where that is due, and else the candidate.
+    """Make the version of a variant that was just proven the champion if requested, else the candidate.
 
-    A refused change leaves the store, Foundry Local and the servers as they were. It is returned, for the report to be
-    published before the run ends with it.
+    A refused change leaves the store, Foundry Local and the servers unchanged. The error is returned, so that the
+    report is published before the run ends with it.
     """
     change = choose_champion(variant, promote=promote)
     if change is None:
@@ -67,16 +67,16 @@ def settle_champion(variant: Variant, settings: Settings, *, promote: bool) -> S
     except ChampionChanged as error:
         if promote:
             return Standing(refusal=error)
-        name_candidate(variant.version)  # of two first versions at once, wherever they come from, one is first
+        name_candidate(variant.version)  # of two concurrent first versions, one is first
         return Standing()
     except SlmopsError as error:
         return Standing(refusal=error)
 
 
 def change_champion(change: Change, settings: Settings) -> Promotion:
-    """Prove a version, let it serve, and call it the champion; undo all of it when any of that fails.
+    """Prove a version, make it serve, and make it the champion; if a step fails, undo all of them.
 
-    One change of a name at a time is made on a machine. Raises `ChampionChanged` for one that was overtaken.
+    A machine makes one change of a name at a time. Raises `ChampionChanged` if another process was faster.
     """
     with slot(settings.cache_dir / "promotions" / change.name, 1):
         present = look_at_present(change, settings)
@@ -96,7 +96,7 @@ def change_champion(change: Change, settings: Settings) -> Promotion:
 
 @dataclass(frozen=True)
 class RecordedProof:
-    """What is on record of a variant: the evaluation row of its proof, the proof, its description and model card."""
+    """The stored facts on a variant: the evaluation row of its proof, the proof, its description and model card."""
 
     row: EvaluationRow
     proof: Proof
@@ -105,9 +105,9 @@ class RecordedProof:
 
 
 def prove_again(change: Change, undo: Undo, settings: Settings) -> Proof:
-    """Register a variant where it is not, compare its files with the manifest, and let it answer as it did before.
+    """Register a variant if needed, compare its files with the manifest, and repeat its proof.
 
-    Raises `BadInput` where no proof is on record, and `StageFailed` where it does not answer so.
+    Raises `BadInput` if no proof is stored, and `StageFailed` if it gives another answer.
     """
     variant = change.variant
     recorded = recall_proof(change, settings)
@@ -125,14 +125,17 @@ def prove_again(change: Change, undo: Undo, settings: Settings) -> Proof:
 
 @dataclass(frozen=True)
 class Present:
-    """What serves under a name on this machine now: the versions that Foundry Local has as `NAME:VERSION`, each with
-    its variant, and the running servers that serve the name, each with its version."""
+    """What serves under a name on this machine now.
+
+    These are the versions that Foundry Local has as `NAME:VERSION`, each with its variant, and the running servers that
+    serve the name, each with its version.
+    """
 
     registered: tuple[Variant, ...]
     servers: tuple[tuple[RunningServer, int], ...]
 
     def is_in_step_with(self, change: Change) -> bool:
-        """Whether a change has nothing to do."""
+        """Whether the present state already is the result of a change."""
         return (
             change.former == change.version.number
             and [(variant.version.number, variant.precision) for variant in self.registered]
@@ -180,7 +183,7 @@ def look_at_present(change: Change, settings: Settings) -> Present:
 
 @stage("recall proof", run_name="recall-proof-{change.name}")
 def recall_proof(change: Change, settings: Settings) -> RecordedProof | None:
-    """Return what is on record of a variant; None where there is no proof that can be repeated."""
+    """Return the stored facts on a variant; None if there is no proof that can be repeated."""
     version = change.version
     evaluation = last_evaluation_set(version)
     row = evaluation.rows[0] if evaluation else None
@@ -212,7 +215,7 @@ def _card_of(change: Change, settings: Settings) -> tuple[str, str]:
 
 @stage("check files", run_name="check-files-{change.name}")
 def check_files(change: Change, settings: Settings) -> None:
-    """Raise `StageFailed` when a variant's folder in Foundry's cache is not what the version's manifest says."""
+    """Raise `StageFailed` if a variant's folder in Foundry's cache differs from the version's manifest."""
     with stage_progress(f"check {change.variant.precision}"):
         folder = folder_of(change.variant, settings)
         altered = change.variant.altered_in(folder, without=(INFERENCE_MODEL, MODEL_CARD))
@@ -225,14 +228,14 @@ def check_files(change: Change, settings: Settings) -> None:
 
 @stage("hand over", run_name="hand-over-{change.name}")
 def hand_over(server: RunningServer, change: Change) -> None:
-    """Let a running server serve the new version; raises `StageFailed` with the server's reason."""
+    """Make a running server serve the new version; raises `StageFailed` with the server's reason."""
     with stage_progress(f"hand over {server.url}"):
         server.hand_over(change.name, change.version.number, change.variant.precision)
 
 
 @stage("set champion", run_name="champion-{change.name}")
 def set_champion(change: Change) -> None:
-    """Point the alias to the new champion, which is in its history from then on; a candidate is none any more.
+    """Point the alias to the new champion, and add it to the history; it is no longer a candidate.
 
     Raises `ChampionChanged`.
     """

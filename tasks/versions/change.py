@@ -18,7 +18,7 @@ ChangeKind = Literal["promoted", "rolled back"]
 
 @dataclass(frozen=True)
 class Change:
-    """The variant that is to serve, as the champion of its name, the champion before it, and why.
+    """A change of the champion: the variant that will serve, the previous champion, and why.
 
     `is_proven` says that the run which asks for the change has just registered and proven the variant itself.
     """
@@ -41,7 +41,7 @@ class Change:
 
     @property
     def kind(self) -> ChangeKind:
-        """What it is called when it is done."""
+        """The change's kind, as a record names it."""
         return "rolled back" if self.rolled_back else "promoted"
 
 
@@ -65,7 +65,7 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
     Raises `BadInput` when there is none to go back to, or it cannot be promoted.
     """
     check_name(name)
-    registry.version(name)  # the name has versions, or it is said what there is
+    registry.version(name)  # raises if the name has no versions
     champion = registry.alias(name, CHAMPION)
     back_to = champion_before(registry.champion_history(name)) if to is None else to
     if back_to is None:
@@ -92,10 +92,10 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
 
 
 def plan_deployed(variant: Variant, *, promote: bool) -> Change | None:
-    """Return the change that a deploy asks for when it has proven a variant; None: its version is only a candidate.
+    """Return the change that a deploy requests after it has proven a variant; None: its version is only a candidate.
 
-    A name's first version that can be served becomes its champion; a later one does by `promote`. The champion itself
-    is brought in step with the variant that was chosen.
+    A name's first version that can be served becomes its champion; a later one does by `promote`. If the version is the
+    champion, its serving variant is updated to the chosen one.
     """
     version = variant.version
     former = version.registry.alias(version.name, CHAMPION)

@@ -1,4 +1,4 @@
-"""Stage "store": make a version of what was built, and record which variant was chosen."""
+"""Stage "store": make a version of built variants, and record which variant was chosen."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Choice
 from slmops.tasks.workshop import workshop
 
-# What a build runs on; the bill of materials lists what these require too.
+# The packages of a build; the bill of materials also lists their requirements.
 BUILD_STACK = ("slmops", "onnxruntime-genai", "olive-ai", "onnxruntime", "torch", "transformers")
 
 
@@ -40,7 +40,7 @@ def commit_version(request: DeployRequest, prepared: PreparedCheckpoint, built: 
 
 @stage("record provenance", run_name="provenance-{version.name}")
 def record_provenance(version: Version) -> None:
-    """Record the bill of materials of a version that has none, and sign it where a key is set and it is not signed.
+    """Record the bill of materials of a version that has none, and sign the version if a key is set and it is unsigned.
 
     Raises `BadInput` for a key that cannot be used.
     """
@@ -53,7 +53,7 @@ def record_provenance(version: Version) -> None:
 
 @stage("record choice", run_name="choice-{version.name}")
 def record_choice(version: Version, choice: Choice, budget: Sequence[str]) -> None:
-    """Record a version's selected variant and why it is, unless that is what this store recorded last."""
+    """Record a version's selected variant and the reason, unless it equals this store's last record."""
     selection = Selection(**dict(choice), budget=tuple(budget))
     if version.says_origin or version.latest(SELECTION) != selection:
         version.record(SELECTION, selection)

@@ -27,7 +27,7 @@ FALLBACK_TOKENS = 8
 
 @dataclass(frozen=True)
 class BroughtModel:
-    """A version on a device: its Foundry id, its folder, what it answered, and the ids that it took the place of."""
+    """A version on a device: its Foundry id, its folder, its answer, and the ids that it replaced."""
 
     model_id: str
     precision: str
@@ -39,11 +39,11 @@ class BroughtModel:
 def bring_to_device(version: Version, foundry_cache: Path, settings: Settings, on_progress: OnProgress) -> BroughtModel:
     """Write a version's selected variant into a Foundry cache as `NAME:VERSION`, register it and let it answer.
 
-    Both the SDK's local catalog and Foundry's scan of the cache know it then by that id. Other versions of the name
-    leave the cache once this one has answered as its recorded proof says (any answer does where none is recorded).
+    The SDK's local catalog and Foundry's scan of the cache then have it by that id. Other versions of the name are
+    removed from the cache after this one has given the answer of its recorded proof (any answer if none is recorded).
 
-    Raises `BadInput` for a version that did not pass the gate; `StageFailed`, with the cache as it was, for one that is
-    altered, does not load, or answers otherwise.
+    Raises `BadInput` for a version that did not pass the gate; `StageFailed`, with the cache unchanged, for one that is
+    altered, does not load, or gives another answer.
     """
     variant = version.require_serving()
     model_id = champion_model_id(version.name, version.number)
@@ -75,7 +75,7 @@ def bring_to_device(version: Version, foundry_cache: Path, settings: Settings, o
 
 @contextlib.contextmanager
 def _taken_back(version: Version, model_id: str, before: list[str], there: Settings) -> Iterator[None]:
-    """Take a model that was not there before out of the cache again if it fails."""
+    """Remove a new model from the cache again if it fails."""
     try:
         yield
     except BaseException:
@@ -104,7 +104,7 @@ def _answered(variant: Variant, model_id: str, there: Settings, on_progress: OnP
 
 
 def _replace(version: Version, model_id: str, there: Settings) -> tuple[str, ...]:
-    """Take the name's other versions that this command brought out of the cache; returns their ids."""
+    """Remove the name's other versions, which this command brought, from the cache; returns their ids."""
     own = model_folder(there.foundry_dir, version.name, ROLE, version.number).parent
     gone = []
     for model in registered_models(there):

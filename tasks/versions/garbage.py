@@ -1,4 +1,4 @@
-"""Stage "collect": what neither the store nor this machine needs any longer."""
+"""Stage "collect": remove what neither the store nor this machine still needs."""
 
 import shutil
 import time
@@ -26,7 +26,7 @@ class Collection(BaseModel):
     """What a collection of garbage removed, or (`dry_run`) would remove; sizes in bytes.
 
     `versions` are NAME@VERSION, `in_use` those that stayed because a running deploy works with them. `spared_blobs` are
-    needed by no version, but by a deploy, push or ingestion under way. `cached_bytes` lay on this machine only.
+    needed by no version, but by a deploy, push or ingestion under way. `cached_bytes` were on this machine only.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -58,16 +58,16 @@ def collect(
     dry_run: bool,
     on_progress: OnProgress | None = None,
 ) -> Collection:
-    """Remove old versions (with `keep`) and everything that no version needs, beside running deploys.
+    """Remove old versions (with `keep`) and everything that no version needs, while deploys may run.
 
-    With `keep`, a name's newest versions stay, that many, and every version with an alias; the others are unregistered
-    and deleted. Raises `BadInput` for a `keep` below 1, `StageFailed` where a manifest cannot be read: then nothing is
-    removed.
+    With `keep`, that many of a name's newest versions stay, and every version with an alias; the others are
+    unregistered and deleted. Raises `BadInput` for a `keep` below 1, `StageFailed` where a manifest cannot be read:
+    then nothing is removed.
     """
     if keep is not None and keep < 1:
         raise BadInput(f"--keep is {keep}.", "Keep at least one version of each name.")
     registry, cache_dir = shop.registry, shop.settings.cache_dir
-    needed = {blob.sha256 for blob in needed_blobs(registry)}  # every manifest can be read, or nothing is touched
+    needed = {blob.sha256 for blob in needed_blobs(registry)}  # every manifest must be readable, or nothing is removed
     claimed = claimed_blobs(registry)
     old = (
         []
@@ -104,7 +104,7 @@ def _blobs_of(manifest: Manifest) -> set[str]:
 
 
 def _clean_cache(cache: LocalObjectStore | None, needed: set[str], cache_dir: Path, *, dry_run: bool) -> int:
-    """Remove cached files that no version needs, trials of recipes that were not chosen, and work that broke off."""
+    """Remove cached files that no version needs, trials of recipes that were not chosen, and interrupted work."""
     freed = 0
     if cache:
         unneeded = [entry for entry in cache.entries(BLOBS) if entry.key.rpartition("/")[2] not in needed]
@@ -126,7 +126,7 @@ def _abandoned_work(cache_dir: Path) -> list[Path]:
 
 
 def _trials(cache_dir: Path) -> list[Path]:
-    """Return the folder of a search's trials, unless a search is at work in it."""
+    """Return the folder of a search's trials, unless a search uses it."""
     folder = cache_dir / "trials"
     if not folder.is_dir() or claimed_blobs(ModelRegistry(LocalObjectStore(folder))):
         return []

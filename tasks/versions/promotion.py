@@ -16,9 +16,9 @@ PromotionStatus = Literal["promoted", "rolled back", "unchanged"]
 
 
 class Promotion(BaseModel):
-    """What a promotion or a rollback did; `servers` counts those that took the version over.
+    """What a promotion or a rollback did; `servers` counts those that now serve the version.
 
-    `former` is the champion before; it is the version itself where only this machine had to be brought in step.
+    `former` is the previous champion; it is the version itself if only this machine had to be updated.
     """
 
     model_config = ConfigDict(frozen=True)

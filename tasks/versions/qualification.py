@@ -1,4 +1,4 @@
-"""What a version is asked on its way through the gate, and each variant's way: examined, judged, registered, proven."""
+"""A version's way through the gate: each variant is examined, judged, registered and proven."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from slmops.tasks.workshop import workshop
 
 @dataclass(frozen=True)
 class Gate:
-    """Thresholds of one run, each None where the settings' or the precision's own holds."""
+    """Thresholds of one run, each None if the settings' or the precision's own applies."""
 
     min_top1_agreement: float | None = None
     max_kl_divergence: float | None = None
@@ -40,7 +40,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Qualification:
-    """What a version is asked: by what rows, text, thresholds and budget it is judged."""
+    """The request to qualify a version: the rows, text, thresholds and budget that it is judged by."""
 
     evaluation: EvaluationSet
     text: TextSample | None
@@ -51,12 +51,12 @@ class Qualification:
 
     @property
     def compared_exams(self) -> list[ComparedExam[Any]]:
-        """The exams that hold a variant beside its source checkpoint."""
+        """The exams that compare a variant with its source checkpoint."""
         return [AnswersExam(self.evaluation), *([TextExam(self.text)] if self.text else [])]
 
 
 def needs_source(asked: Qualification, version: Version) -> bool:
-    """Whether some variant has yet to be compared with the source checkpoint."""
+    """Whether a variant is not yet compared with the source checkpoint."""
     settings = workshop().settings
     return needs_parity(version.variants) or any(
         exam.needs_source(version.variants, settings) for exam in asked.compared_exams
@@ -64,7 +64,7 @@ def needs_source(asked: Qualification, version: Version) -> bool:
 
 
 def run_sources(asked: Qualification, version: Version, prepared: PreparedCheckpoint) -> None:
-    """Run the source checkpoint on what some variant has yet to be compared on."""
+    """Run the source checkpoint on the exams for which a variant is not yet compared."""
     for exam in asked.compared_exams:
         if exam.needs_source(version.variants, workshop().settings):
             run_source_once(exam, prepared)
@@ -72,7 +72,7 @@ def run_sources(asked: Qualification, version: Version, prepared: PreparedCheckp
 
 @dataclass(frozen=True)
 class Qualified:
-    """What became of a variant, and whether that is anything new."""
+    """The result for a variant, and whether it is new."""
 
     report: VariantReport
     changed: bool
@@ -81,7 +81,7 @@ class Qualified:
 def qualify_variant(
     asked: Qualification, variant: Variant, checkpoint: Path | None, elsewhere: Examined | None
 ) -> Qualified:
-    """Examine, judge, register and prove a variant; one that fails is reported.
+    """Examine, judge, register and prove a variant; a failure is reported.
 
     `checkpoint` is the folder of its source, None where there is none or it is not needed.
     """
@@ -111,9 +111,9 @@ def qualify_variant(
 def _examined(
     asked: Qualification, variant: Variant, evaluated: Evaluation, checkpoint: Path | None, elsewhere: Examined | None
 ) -> VariantDetails:
-    """Measure a variant in every way that the gate judges; what is on record is not measured again.
+    """Take all exams that the gate judges; stored answers are reused.
 
-    A variant with another vocabulary is not its checkpoint's, and nothing else of it matters.
+    If the variant's vocabulary differs from its checkpoint's, no other exam is taken.
     """
     if not evaluated.vocabulary.comparable:
         return VariantDetails(evaluation=evaluated)

@@ -1,4 +1,4 @@
-"""Measuring a variant of a version anew, beside what was found earlier."""
+"""Measuring a variant of a version again, in addition to earlier results."""
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.version import Variant
@@ -12,7 +12,7 @@ from slmops.tasks.verdict.history import Figures, compare_versions
 def measure_anew(variant: Variant, tasks: LmEvalTasks) -> VariantBenchmark:
     """Measure a variant, once more when it seems worse, and run lm-eval's tasks on it, if there are any.
 
-    What fails is told in the record.
+    The record has the error if it fails.
     """
     try:
         measured = _measured(variant)

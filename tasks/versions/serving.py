@@ -1,4 +1,4 @@
-"""What is served: a name's champion and other versions, from the store, or from what this machine kept of it."""
+"""The served models: a name's champion and other versions, from the store or from this machine's copy of it."""
 
 import json
 import logging
@@ -23,8 +23,8 @@ LOG = logging.getLogger("slmops.serve")
 class StoredModels:
     """The `ModelSource` of a store.
 
-    What was served once can be served again while the store cannot be reached: its manifest, and which version is the
-    champion, are kept under the home directory, and its files in the store's cache; the log then says so.
+    A version that was served can be served again while the store cannot be reached: its manifest and the number of the
+    champion are kept under the home directory, its files in the store's cache. The log then says so.
     """
 
     def __init__(self, registry: ModelRegistry, settings: Settings) -> None:
@@ -88,7 +88,7 @@ class StoredModels:
         described = inference_model(
             champion_model_id(served.name, served.version), served.version, "", template, defaults
         )
-        # In place of it, for it may be a hard link to the store's own file, where a model was brought that has one.
+        # Replace the file instead of writing into it: it may be a hard link to the store's own file.
         write_whole(folder / INFERENCE_MODEL, json.dumps(described, ensure_ascii=False))
         added = read_json(folder / "tokenizer.json").get("added_tokens", [])
         tokens = tuple(str(token["content"]) for token in added if token.get("special"))
@@ -106,7 +106,7 @@ class StoredModels:
             return Manifest.model_validate(kept["manifest"])
 
     def _notice(self, error: SlmopsError) -> None:
-        if error.message != self._outage:  # once per outage: the store is asked often
+        if error.message != self._outage:  # log it once per outage: the store is read often
             LOG.warning("%s Served is what this machine has kept of it.", error.message)
         self._outage = error.message
 

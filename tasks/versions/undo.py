@@ -1,4 +1,4 @@
-"""All or nothing: what a change of the champion has done is undone when a later step of it fails."""
+"""All or nothing: the steps of a champion's change are undone when a later step fails."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from slmops.tasks.versions.change import Change
 
 @dataclass
 class Undo:
-    """What has to be done to put everything back, one step before each change that it undoes."""
+    """The steps that restore everything; each is added before the change that it undoes."""
 
     steps: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
 
@@ -21,9 +21,9 @@ class Undo:
         self.steps.append((what, step))
 
     def run(self) -> list[str]:
-        """Put everything back, the last change first, and return what could not be.
+        """Restore everything, the last change first, and return what could not be restored.
 
-        A step that fails, for whatever reason, keeps no other from being tried.
+        A step that fails does not keep the others from being tried.
         """
         left = []
         while self.steps:
@@ -37,7 +37,7 @@ class Undo:
 
 @contextmanager
 def all_or_nothing(change: Change) -> Iterator[Undo]:
-    """Undo what was changed when anything fails or the run is cancelled; the error then says who is champion."""
+    """Undo all changes if a step fails or the run is cancelled; the error then says which version is champion."""
     undo = Undo()
     try:
         yield undo
@@ -74,11 +74,11 @@ def restore_alias(change: Change) -> None:
 
 
 def hand_back(server: RunningServer, change: Change, version: int) -> None:
-    """Let a server serve what it served before; raises `StageFailed` when it then serves something else."""
+    """Make a server serve the previous version; raises `StageFailed` if it then serves another one."""
     try:
         registry = change.version.registry
         former = registry.version(change.name, version)
         server.hand_over(change.name, version, registry.of(former).require_serving().precision)
     except SlmopsError:
-        if server.serves(change.name) != version:  # one that refused the new version has nothing to give back
+        if server.serves(change.name) != version:  # a server that refused the new version has nothing to restore
             raise

@@ -1,4 +1,4 @@
-"""Answers: a request is sent to the model's process, and what it sends is passed on as it comes."""
+"""Answers: a request is sent to the model's process, and its response is passed on as it arrives."""
 
 import asyncio
 import contextlib
@@ -19,14 +19,14 @@ from slmops.infra.foundry.openai_server.requests import for_runtime, room_for_an
 from slmops.infra.foundry.served_model import RunningModel
 
 DISCONNECT_POLL_S = 0.5
-CRASH_NOTICED_S = 0.2  # a connection breaks off a little before its process is seen to have ended
+CRASH_NOTICED_S = 0.2  # a connection breaks shortly before its process is known to have ended
 _SENT_AGAIN = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 
 T = TypeVar("T")
 
 
 async def ask_runtime(host: ModelHost, running: RunningModel, body: Mapping[str, object]) -> httpx.Response:
-    """Send a request to the model's process, once more where that died before it answered.
+    """Send a request to the model's process, and again if the process died before it answered.
 
     Returns the answer, of which the body is still to be read. Raises `Refused` as the runtime refuses, the host's
     errors where the model cannot be loaded, and `httpx.HTTPError`.
@@ -63,7 +63,7 @@ async def _send(running: RunningModel, body: Mapping[str, object]) -> httpx.Resp
 
 
 async def while_connected(request: Request, work: Coroutine[object, object, T]) -> T:
-    """Return what `work` does; it is cancelled, and with it the runtime's answer, when the client hangs up."""
+    """Return the result of `work`; if the client disconnects, it is cancelled together with the runtime's answer."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait([task], timeout=DISCONNECT_POLL_S))[0]:
@@ -77,9 +77,9 @@ async def while_connected(request: Request, work: Coroutine[object, object, T]) 
 
 
 class Relay(StreamingResponse):
-    """A stream of events, passed on; what it took (the model's turn, the connection) is given back at its end.
+    """A stream of events, passed on; its resources (the model's turn, the connection) are released at its end.
 
-    The usage, which the runtime is always asked for, is left out where the client did not ask for it.
+    The runtime always reports the usage; it is left out if the client did not ask for it.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Relay(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
-        # Whatever becomes of the client, also before the first event: the turn ends, and the runtime stops.
+        # If the client disconnects, even before the first event, the turn ends and the runtime stops.
         async with self._taken:
             await super().__call__(scope, receive, send)
 

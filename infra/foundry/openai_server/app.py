@@ -1,6 +1,7 @@
 """The server in front of the models: OpenAI's API under stable names, a token, queues, metrics, and the hand-over.
 
-Foundry's web service answers to exact ids only, checks nobody and has no queue. What it sends is passed on as it comes.
+Foundry's web service accepts exact ids only, and has no authentication and no queue. Its responses are passed on
+unchanged.
 """
 
 import time
@@ -33,8 +34,8 @@ def openai_server(
 ) -> Starlette:
     """Return the ASGI application: `/v1/models`, `/v1/chat/completions`, `/health`, `/ready`, `/metrics`.
 
-    `/v1` and `/metrics` ask for the settings' token where there is one, `/slmops/v1` for the control token, which only
-    this user's own processes can read.
+    `/v1` and `/metrics` require the settings' token if there is one. `/slmops/v1` requires the control token, which
+    only processes of this user can read.
     """
     front = _Front(host, following, settings)
     token = settings.token.get_secret_value() if settings.token else None
@@ -57,7 +58,7 @@ def openai_server(
 
 
 class _Front:
-    """The requests' handlers; what they raise becomes an answer by `HANDLERS`."""
+    """The request handlers; `HANDLERS` turns their exceptions into responses."""
 
     def __init__(self, host: ModelHost, following: Following, settings: ServeSettings) -> None:
         self._host = host

@@ -1,4 +1,4 @@
-"""What a client is told instead of an answer, in OpenAI's form; exception handlers of the application."""
+"""Error responses in OpenAI's form, and the application's exception handlers."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from slmops.infra.foundry.request_body import TooLarge
 from slmops.infra.foundry.served_model import Busy, NotServed
 
 RETRY_AFTER_S = 1
-CLIENT_GONE = 499  # nginx's; nobody reads it but the metrics
+CLIENT_GONE = 499  # nginx's status; only the metrics use it
 # "requires 2064 total tokens (16 input + 2048 output), which exceeds the model's maximum context length of 1024"
 OVER_CONTEXT = re.compile(r"\((\d+) input \+ \d+ output\).*context length of (\d+)")
 _NATIVE_PREFIX = re.compile(r"\w+\.cc:\d+ .*?\)(?: const)? (?=\S)")
@@ -37,13 +37,13 @@ class Refused(Exception):
         self.error = {"message": message, "type": kind, "param": param, "code": code}
 
     def response(self) -> Response:
-        """Return it as it is sent."""
+        """Return the HTTP response."""
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else None
         return JSONResponse({"error": self.error}, self.status, headers)
 
 
 def refusal_of(error: Exception) -> Refused:
-    """Return what a client is told of an error, without its inner details."""
+    """Return the client's form of an error, without internal details."""
     told = f"{error.message} {error.what_to_do}" if isinstance(error, SlmopsError) else ""
     refusals: dict[type[Exception], tuple[int, str, str, str | None, str | None]] = {
         ClientDisconnect: (CLIENT_GONE, "The client hung up.", "invalid_request_error", None, None),

@@ -1,4 +1,4 @@
-"""What is counted of requests and models, for Prometheus."""
+"""Metrics of requests and models, for Prometheus."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ class Metrics:
         self._waiting = Gauge("slmops_requests_waiting", "Requests that wait for a model.", labels, **shared)
 
     def text(self) -> bytes:
-        """Return all of it as Prometheus reads it."""
+        """Return the metrics in Prometheus's text format."""
         for gauge in (self._rss, self._active, self._waiting):
             gauge.clear()
         for running in self._host.models:

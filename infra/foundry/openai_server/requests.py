@@ -1,4 +1,4 @@
-"""What clients ask: a request's body, checked, and as the runtime takes it."""
+"""Clients' requests: the body is checked and converted to the runtime's form."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from slmops.infra.foundry.openai_server.errors import OVER_CONTEXT, Refused
 from slmops.infra.foundry.request_body import bounded_body
 from slmops.infra.foundry.served_model import RunningModel
 
-BREAK = "\u200b"  # a zero-width space: a text with it inside is no control token any more
+BREAK = "\u200b"  # a zero-width space; inside a control token it makes the token ordinary text
 
 
 async def read_body(request: Request, limit_bytes: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def room_for_answer(refused: Refused, body: Mapping[str, object]) -> int | None:
 
 
 def _without_control_tokens(message: Mapping[str, object], control_tokens: tuple[str, ...]) -> dict[str, object]:
-    """Break what the tokenizer would take for a control token: a text must not end its turn or open another's."""
+    """Break control tokens in texts: a text must not end its turn or open another one."""
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": broken(content, control_tokens)}

@@ -1,4 +1,4 @@
-"""Who may ask: requests bear a token, or are refused."""
+"""Authentication: requests without the token are refused."""
 
 import secrets
 
@@ -9,7 +9,7 @@ from slmops.infra.foundry.openai_server.errors import Refused
 
 
 class BearerToken:
-    """Middleware: lets requests through that bear a token, all of them where it is None; refuses others with 401."""
+    """Middleware: passes requests with the token (all requests if it is None) and refuses others with 401."""
 
     def __init__(self, app: ASGIApp, token: str | None, refusal: Refused) -> None:
         self._app = app

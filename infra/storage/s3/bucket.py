@@ -1,4 +1,4 @@
-"""A folder of a bucket, and the single requests on it that the store is made of."""
+"""A folder of a bucket, and the requests on it that the store uses."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from s3transfer.manager import TransferManager
 
 MIB = 1 << 20
-# Large enough that requests cost little, small enough that all parts under way take little memory.
+# Large enough that requests cost little, small enough that all parts in transfer take little memory.
 PART_BYTES = 16 * MIB
 TRANSFERS = 8
 MOST_PARTS = 10_000  # S3's limit
@@ -79,7 +79,7 @@ class Bucket:
             raise
 
     def listed(self, folder: str, most_pages: int | None = None) -> tuple[list[Entry], bool]:
-        """List a folder, or its first pages only; returns what was found, and whether that is all there is."""
+        """List a folder, or only its first pages; returns the entries, and whether the listing is complete."""
 
         def ask() -> tuple[list[Entry], bool]:
             found: list[Entry] = []
@@ -131,7 +131,7 @@ class Bucket:
             raise ResponseStreamingError(error=error) from None
 
     def again(self, ask: Callable[[], T]) -> T:
-        """Ask again where the answer was cut off, which botocore does not."""
+        """Repeat a request whose response was cut off, which botocore does not do."""
         for _ in range(ATTEMPTS_AT_AN_ANSWER - 1):
             with suppress(*cut_off()):
                 return ask()
@@ -148,7 +148,7 @@ class Bucket:
             multipart_chunksize=part_bytes,
             max_concurrency=TRANSFERS,
             io_chunksize=MIB,
-            # boto3 takes AWS's native client where it is installed and pays; it knows no other endpoint than AWS's.
+            # boto3 uses AWS's native client if it is installed and faster; that client supports only AWS's endpoint.
             preferred_transfer_client="classic" if self._settings.endpoint_url else "auto",
         )
         with create_transfer_manager(self.client, config) as manager:
@@ -162,7 +162,7 @@ def base64_sha256(data: bytes) -> str:
 
 @contextmanager
 def workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads; after an error, what they have not begun is not begun."""
+    """A thread pool; after an error, work that has not begun is dropped."""
     with ThreadPoolExecutor(count) as pool:
         try:
             yield pool

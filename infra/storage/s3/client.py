@@ -1,4 +1,4 @@
-"""A client of an S3 server by the store's settings, and S3's errors in a user's words."""
+"""A client of an S3 server by the store's settings, and S3's errors as messages for users."""
 
 import contextlib
 import functools
@@ -42,7 +42,7 @@ _FULL = {"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "Se
 _PASSING = {"408", "429", "SlowDown", "RequestTimeout", "TooManyRequests", "OperationAborted"}
 _PASSING |= {"ConditionalRequestConflict", "BadDigest", "XAmzContentSHA256Mismatch", "InvalidPart"}
 NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
-# Codes by which servers refuse a body that does not have the SHA-256 sent with it.
+# Codes with which servers refuse a body that does not match the SHA-256 sent with it.
 BAD_CHECKSUM = {
     "BadDigest",
     "InvalidDigest",
@@ -84,8 +84,8 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
 def make_client(settings: StoreSettings) -> "S3Client":
     """Return a client for the settings' endpoint, region, profile and keys; each defaults to the usual AWS chain.
 
-    A server of one's own is addressed path-style unless the settings say otherwise. Raises `BadInput` for settings
-    that make no client.
+    A custom server is addressed path-style unless the settings say otherwise. Raises `BadInput` for settings that make
+    no client.
     """
     import boto3
     import botocore.session
@@ -118,7 +118,7 @@ def make_client(settings: StoreSettings) -> "S3Client":
             endpoint_url=endpoint_url,
             aws_access_key_id=settings.access_key_id,
             aws_secret_access_key=secret.get_secret_value() if secret else None,
-            # A server of one's own has no regions, but requests are signed with one.
+            # A custom server has no regions, but requests are signed with one.
             region_name=session.region_name or ("us-east-1" if endpoint_url else None),
             config=config,
         )
@@ -126,14 +126,14 @@ def make_client(settings: StoreSettings) -> "S3Client":
 
 @functools.cache
 def _kept_loader(data_path: str | None) -> "Loader":
-    """Return what reads botocore's descriptions of services; kept, because reading them is most of making a client."""
+    """Return the loader of botocore's service descriptions; cached, because loading is most of a client's start."""
     from botocore.loaders import create_loader
 
     return create_loader(data_path)
 
 
 def _check_endpoint(url: str) -> None:
-    if "@" in url:  # wherever it stands: what is not a whole address may still hold a password
+    if "@" in url:  # at any position: a malformed address may still contain a password
         raise BadInput("The endpoint SLMOPS_STORE__ENDPOINT_URL holds a user or a password.", _KEYS)
     if not _is_endpoint(url):
         raise BadInput(
@@ -155,10 +155,10 @@ def _is_endpoint(url: str) -> bool:
 
 @contextmanager
 def s3_errors(what: str) -> Iterator[None]:
-    """Say what S3, or the way to it, refused; `what` is the address that was asked.
+    """Turn errors of S3 or of the connection into slmops's; `what` is the requested address.
 
-    botocore's own texts are not passed on whole, because some quote the request. A key that is not there goes on as
-    `KeyError`, a conditional write that was refused as botocore's own error.
+    botocore's own texts are not passed on whole, because some quote the request. A missing key raises `KeyError`, a
+    refused conditional write raises botocore's own error.
     """
     from boto3.exceptions import Boto3Error, RetriesExceededError
     from botocore.exceptions import (
@@ -208,7 +208,7 @@ def s3_errors(what: str) -> Iterator[None]:
 
 
 def cut_off() -> tuple[type[Exception], ...]:
-    """Return the errors of an answer that ended too early, which botocore (unlike those of a request) tries no more."""
+    """Return the errors of a response that ended too early, after which botocore does not retry."""
     from botocore.exceptions import IncompleteReadError, ResponseStreamingError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError

@@ -1,4 +1,4 @@
-"""Files come down: each is verified before it is put in its place."""
+"""Downloads: each file is verified before it is moved to its place."""
 
 import hashlib
 import os
@@ -22,9 +22,9 @@ SMALL_BYTES = 4 * MIB  # TRANSFERS of them are held in memory
 def download(
     bucket: Bucket, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes
 ) -> list[tuple[Blob, Path]]:
-    """Download, verify and place files by way of the folder `aside`; returns those that came altered.
+    """Download files into the folder `aside`, verify and place them; returns those that were altered.
 
-    Raises `KeyError` for one that is not there, `StageFailed` where this machine cannot keep it.
+    Raises `KeyError` for a missing blob, `StageFailed` if this machine cannot store it.
     """
     with (
         s3_errors(bucket.uri),

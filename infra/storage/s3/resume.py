@@ -41,9 +41,8 @@ class Parts:
 def resume_upload(client: "S3Client", bucket: str, key: str, parts: Parts, at_once: int, on_bytes: OnBytes) -> bool:
     """Complete the newest unfinished upload of a key, if its parts are this file's; False, and nothing done, otherwise.
 
-    A part that is there counts only if its size and MD5 (its ETag) are the file's. Somebody else may be at work on the
-    same upload: both then send the same bytes, one completes it, and the other finds the object there. Raises
-    botocore's errors.
+    An uploaded part counts only if its size and MD5 (its ETag) match the file's. Another process may work on the same
+    upload: both then send the same bytes, one completes it, and the other finds the object. Raises botocore's errors.
     """
     pending = client.list_multipart_uploads(Bucket=bucket, Prefix=key).get("Uploads", [])
     own = sorted((upload for upload in pending if upload["Key"] == key), key=lambda upload: upload["Initiated"])
@@ -71,7 +70,7 @@ def resume_upload(client: "S3Client", bucket: str, key: str, parts: Parts, at_on
 
 
 def _parts_there(client: "S3Client", upload: dict[str, str], parts: Parts) -> dict[int, str]:
-    """Return number -> ETag of the parts that are there; none where one is not this file's."""
+    """Return number -> ETag of the uploaded parts; none if one of them is not this file's."""
     there: dict[int, str] = {}
     target: Any = upload
     for page in client.get_paginator("list_parts").paginate(**target):

@@ -21,24 +21,24 @@ from slmops.infra.storage.s3.client import BAD_CHECKSUM, CONNECTIONS, NO_UPLOAD,
 from slmops.infra.storage.s3.downloads import download
 from slmops.infra.storage.s3.uploads import upload
 
-BLOBS_PER_LISTED_PAGE = 50  # to list 1,000 names costs about as much as to ask for so many
+BLOBS_PER_LISTED_PAGE = 50  # listing 1,000 names costs about as much as this many requests
 DOWNLOAD_ATTEMPTS = 3
 DELETED_AT_ONCE = 1000  # S3's limit
 PROBES = "probes"
 CLAIMS = "claims"
-# What only one process writes, so that it can be compared with what was sent.
+# Objects that only one process writes, so that they can be compared with what was sent.
 WRITTEN_ONCE = re.compile(r"models/[^/]+/[0-9]+/|inputs/")
 TAKEN = {"412", "PreconditionFailed"}
-# Codes by which servers refuse a header that they do not know.
+# Codes with which servers refuse an unknown header.
 UNKNOWN = {"501", "NotImplemented", "InvalidArgument"}
 CLAIM_ATTEMPTS = 6
 CLAIM_WAIT_S = 0.1
-CLAIM_TERM = timedelta(minutes=5)  # another machine's claim counts for so long
+CLAIM_TERM = timedelta(minutes=5)  # how long another machine's claim counts
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a server was found to do: refuse to replace an object where that is asked, and verify SHA-256 headers."""
+    """What a server supports: refusing to replace an object on request, and verifying SHA-256 headers."""
 
     conditional_writes: bool
     verifies_sha256: bool
@@ -79,7 +79,7 @@ class S3ObjectStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Found out by trying, once, in a folder of its own; an echoed header is no proof that a server verifies."""
+        """Tested once, in a separate folder; an echoed header does not prove that a server verifies it."""
         with self._lock:
             if self._capabilities is None:
                 with s3_errors(self._uri):
@@ -132,7 +132,7 @@ class S3ObjectStore:
             self._read_back([blob for blob, _ in largest_first])
 
     def _read_back(self, blobs: Sequence[Blob]) -> None:
-        """Remove what does not have its digest: the server has altered it, or the file was while it was read."""
+        """Remove objects with a wrong digest: the server altered them, or the file changed while it was read."""
         altered = [blob for blob, sha256, _ in self.digests(blobs) if sha256 != blob.sha256]
         if altered:
             self.delete(blob.key for blob in altered)
@@ -171,7 +171,7 @@ class S3ObjectStore:
         self._check_stored(key, data)
 
     def _check_stored(self, key: str, data: bytes) -> None:
-        # A lease is renewed and a pointer moved by others too; only what is written once can be compared.
+        # Other processes renew leases and move pointers too; only objects that are written once can be compared.
         if not WRITTEN_ONCE.match(key) or self.capabilities.verifies_sha256 or self._holds(key, data):
             return
         self.delete([key])
@@ -211,8 +211,8 @@ class S3ObjectStore:
             try:
                 self.put_bytes(claim, b"")
                 alone = self._is_alone(folder, claim)
-                taken = self._is_taken(key)  # in this order: one that wrote took its claim away only after that
-                alone = alone and time.monotonic() < deadline  # held up for longer, the claim may count no more
+                taken = self._is_taken(key)  # in this order: a writer removes its claim only after it has written
+                alone = alone and time.monotonic() < deadline  # after a longer delay the claim may have expired
                 if alone and not taken:
                     self.put_bytes(key, data)
             finally:

@@ -1,4 +1,4 @@
-"""What boto3's transfer manager tells of bytes that moved."""
+"""Progress of boto3's transfer manager."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from slmops.infra.storage.objects import OnBytes
 
 
 class Told:
-    """A subscriber of boto3's transfer manager that passes on how many bytes moved."""
+    """A subscriber of boto3's transfer manager that reports how many bytes were transferred."""
 
     def __init__(self, on_bytes: OnBytes, size_bytes: int | None = None) -> None:
         self._on_bytes = on_bytes

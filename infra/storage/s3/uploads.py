@@ -1,4 +1,4 @@
-"""Files go up: small ones by one request each, large ones in parts, of which a killed upload's are used."""
+"""Uploads: small files by one request each, large ones in parts; parts of an interrupted upload are reused."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -26,8 +26,8 @@ def upload(
 ) -> None:
     """Upload files; those of the blobs that are `missing` after their upload vanished are sent again.
 
-    With checksums the server is told the SHA-256 of each part. Raises `StageFailed` for a file that is gone or is not
-    its blob's, `PassingFault` for one that the server refuses or that was removed on the way.
+    With checksums, the SHA-256 of each part is sent. Raises `StageFailed` for a file that is missing or does not match
+    its blob, `PassingFault` for one that the server refuses or that was removed during the upload.
     """
     left = list(files)
     for _ in range(UPLOAD_ATTEMPTS):
@@ -89,7 +89,7 @@ def _send(
 def _put_small(
     bucket: Bucket, blob: Blob, path: Path, config: "TransferConfig", on_bytes: OnBytes, with_checksums: bool
 ) -> None:
-    """Upload a file of one part, for which the transfer manager's threads cost more than they save."""
+    """Upload a file of one part; the transfer manager's threads would cost more than they save."""
     checksum: Any = {"ChecksumSHA256": _part_digests(path, blob, config)[0]} if with_checksums else {}
     with path.open("rb") as body:
         bucket.client.put_object(Bucket=bucket.name, Key=bucket.key(blob.key), Body=body, **checksum)
