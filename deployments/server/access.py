@@ -92,4 +92,5 @@ def _ours(folder: Path) -> Iterator[None]:
         raise BadInput(
             f"{folder} cannot be kept from other users: {error}.",
             "Let it and its content belong to you, or set SLMOPS_HOME to another folder.",
+            code="folder-not-private",
         ) from None

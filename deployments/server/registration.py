@@ -134,6 +134,7 @@ def schedule_of(schedule: dict[str, Any], name: str) -> "Schedule":
         raise BadInput(
             f"The schedule {schedule.get('cron')!r} of the deployment {name!r} is not valid: {fault}.",
             "Write five fields and a time zone, such as 0 3 * * 0 and Europe/Berlin.",
+            code="schedule-not-valid",
         ) from None
     return made
 

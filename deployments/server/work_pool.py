@@ -39,6 +39,7 @@ def ensure_pool(name: str) -> str | None:
             raise BadInput(
                 f"The work pool {name!r} is of the type {pool.type!r}; slmops runs in pools of the type {POOL_TYPE!r}.",
                 "Choose another with --pool.",
+                code="work-pool-type",
             )
         template = locked(pool.base_job_template or default)
         if template == pool.base_job_template:

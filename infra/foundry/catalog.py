@@ -118,10 +118,10 @@ def parse_query(body: bytes) -> CatalogQuery:
     """
     try:
         document = json.loads(body)
-    except ValueError:  # also what is not UTF-8
-        raise BadInput("The request is not JSON.", 'Send {"filters": [...], "pageSize": 50}.') from None
-    except RecursionError:
-        raise BadInput("The request is nested too deeply.", 'Send {"filters": [...], "pageSize": 50}.') from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
+        fault = "nested too deeply" if isinstance(error, RecursionError) else "not JSON"
+        what_to_do = 'Send {"filters": [...], "pageSize": 50}.'
+        raise BadInput(f"The request is {fault}.", what_to_do, code="catalog-request-not-json") from None
     if not isinstance(document, dict):
         raise _unfit("The request", "an object", document)
     filters = document.get("filters", [])
@@ -154,6 +154,7 @@ def _unfit(what: str, wanted: str, found: object) -> BadInput:
     return BadInput(
         f"{what} must be {wanted}, found {shown if len(shown) <= 80 else shown[:80] + '…'}.",
         "See docs/catalog.md for the request's form.",
+        code="catalog-request-not-valid",
     )
 
 

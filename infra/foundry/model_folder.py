@@ -72,6 +72,7 @@ def write_model_folder(
         raise StageFailed(
             f"The model folder {folder} cannot be written: {error}.",
             "Close programs that have the model loaded, and look at the disk's space and permissions.",
+            code="model-folder-not-written",
         ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -148,6 +148,7 @@ def check_model_id(model_id: str) -> str:
         raise BadInput(
             f"{model_id!r} is not a Foundry id.",
             "The forms are NAME:VERSION and NAME-PRECISION-generic-DEVICE:VERSION.",
+            code="foundry-id-not-valid",
         )
     return model_id
 
@@ -159,7 +160,9 @@ def load(catalog: Any, model_id: str) -> tuple[Any, float]:
         if model is None:
             known = ", ".join(sorted(v.id for m in catalog.list_models() for v in m.variants)) or "none"
             raise StageFailed(
-                f"Foundry Local does not know {model_id}; registered are: {known}.", "Deploy or register it first."
+                f"Foundry Local does not know {model_id}; registered are: {known}.",
+                "Deploy or register it first.",
+                code="foundry-model-unknown",
             )
         started = time.perf_counter()
         model.load()
@@ -228,6 +231,7 @@ def answer(
                 f"A conversation of {budget.prompt_tokens} tokens leaves no room for an answer in the context of "
                 f"{budget.context_limit_tokens} tokens.",
                 "Shorten it, or begin a new one.",
+                code="prompt-too-long",
             )
         session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=room, **options)))
         session.set_streaming(True)
@@ -334,7 +338,7 @@ def _explained(doing: str, what_to_do: str) -> Iterator[None]:
         yield
     except FoundryLocalException as error:
         reason = _NATIVE_PREFIX.sub("", str(error).strip()).splitlines()[0].rstrip(".")
-        raise StageFailed(f"Foundry Local cannot {doing}: {reason}.", what_to_do) from error
+        raise StageFailed(f"Foundry Local cannot {doing}: {reason}.", what_to_do, code="foundry-failed") from error
 
 
 def _request(messages: Sequence[dict[str, str]]) -> Any:

@@ -48,7 +48,9 @@ class RunningServer:
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise StageFailed(
-                f"The server at {self.url} does not answer: {reason}.", "Try again, or end that server first."
+                f"The server at {self.url} does not answer: {reason}.",
+                "Try again, or end that server first.",
+                code="server-unreachable",
             ) from error
         except ValueError:
             document = None
@@ -57,7 +59,8 @@ class RunningServer:
         told = document.get("error") if isinstance(document, dict) else None
         if not isinstance(told, dict) or "message" not in told:
             told = {"message": f"it answered with status {answer.status_code}."}
-        raise StageFailed(f"The server at {self.url} refused: {told['message']}", str(told.get("what_to_do", "")))
+        refusal = f"The server at {self.url} refused: {told['message']}"
+        raise StageFailed(refusal, str(told.get("what_to_do", "")), code="server-refused")
 
 
 def running_servers(home: Path, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S) -> list[RunningServer]:
@@ -76,6 +79,7 @@ def running_servers(home: Path, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S
             raise StageFailed(
                 f"{path} does not name a running server: {error!r}.",
                 "Remove the file if no slmops serve of this home is running.",
+                code="server-file-not-valid",
             ) from None
         if not has_ended(process):
             servers.append(RunningServer(url.rstrip("/"), token, hand_over_timeout_s))

@@ -55,6 +55,7 @@ class GenaiModel:
             raise StageFailed(
                 f"onnxruntime-genai cannot open the model in {model_dir}: {_reason(error)}.",
                 "Build it again; if it was built elsewhere, make it with this version of onnxruntime-genai.",
+                code="model-does-not-open",
             ) from error
 
     def render(self, messages: Sequence[dict[str, str]]) -> tuple[str, list[int]]:
@@ -66,6 +67,7 @@ class GenaiModel:
             raise StageFailed(
                 f"onnxruntime-genai cannot render a chat with the model's template: {_reason(error)}.",
                 "Give a chat template that the runtime can render (deploy --chat-template FILE).",
+                code="chat-template-does-not-render",
             ) from error
 
     def start(self, max_length: int, min_length: int = 0) -> Any:
@@ -81,6 +83,7 @@ class GenaiModel:
             raise StageFailed(
                 f"A prompt of {len(prompt_ids)} tokens leaves no room in the model's context of {self.context_length}.",
                 "Shorten the prompt.",
+                code="prompt-too-long",
             )
         return room
 
@@ -178,6 +181,7 @@ class GenaiModel:
         return StageFailed(
             f"onnxruntime-genai opened the model in {self.model_dir} and could not run it: {_reason(error)}.",
             "Build it again, or with another recipe; the stage's log has the whole message.",
+            code="model-does-not-run",
         )
 
 
@@ -188,7 +192,9 @@ def _read_genai_config(model_dir: Path) -> dict[str, Any]:
         missing = {"context_length", "decoder"} - set(config["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageFailed(
-            f"{path} is not a readable genai configuration: {_reason(error)}.", "Build the model again."
+            f"{path} is not a readable genai configuration: {_reason(error)}.",
+            "Build the model again.",
+            code="genai-config-not-valid",
         ) from error
     if missing:
         raise StageFailed(f"{path} lacks model.{', model.'.join(sorted(missing))}.", "Build the model again.")
@@ -212,6 +218,7 @@ def generate(call: Generate, progress: Progress) -> Generated:
         raise StageFailed(
             f"The model in {model.model_dir} gives logits that are not finite.",
             "Its weights hold NaN or infinity, or overflow in their precision: choose another precision.",
+            code="logits-not-finite",
         )
     answer_ids = model.answer(prompt_ids, call.max_new_tokens)
     return Generated(

@@ -119,6 +119,7 @@ class _TextReference:
                 f"The variant's vocabulary has {variant_size} tokens and the reference's {self._vocabulary_size}, "
                 f"of which the tokenizer uses {self._tokenizer_size}.",
                 "The model was not built from this checkpoint: build it again.",
+                code="reference-of-other-vocabulary",
             )
         return min(variant_size, self._vocabulary_size)
 

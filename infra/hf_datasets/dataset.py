@@ -48,6 +48,7 @@ class ExportRows(Call[int]):
             raise BadInput(
                 f"There is no dataset {self.name}: {text}",
                 "Name a JSON Lines file, an s3:// object, a folder of data files, or a Hub id that can be reached.",
+                code="dataset-missing",
             ) from error
         with self.output.open("w", encoding="utf-8") as file:
             for row in dataset:

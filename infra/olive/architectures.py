@@ -30,14 +30,18 @@ def check_architecture(config: Json) -> None:
     supported = f"Supported are: {', '.join(SUPPORTED_ARCHITECTURES)}."
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise BadInput(f"config.json names no architecture (architectures: {architectures!r}).", supported)
+        fault = f"config.json names no architecture (architectures: {architectures!r})."
+        raise BadInput(fault, supported, code="architecture-not-named")
     if architectures[0] not in SUPPORTED_ARCHITECTURES:
-        raise BadInput(f"The architecture {architectures[0]} is not supported.", supported)
+        raise BadInput(
+            f"The architecture {architectures[0]} is not supported.", supported, code="architecture-not-supported"
+        )
     if config.get("quantization_config"):
         method = _value(config["quantization_config"], "quant_method") or "of an unknown kind"
         raise BadInput(
             f"The checkpoint is already quantized ({method}).",
             "Give the checkpoint in floating point; slmops makes the quantized variants from it.",
+            code="checkpoint-quantized",
         )
     _check_rope(architectures[0], config)
 
@@ -49,12 +53,14 @@ def _check_rope(architecture: str, config: Json) -> None:
         raise BadInput(
             f"The rotary embedding of type {rope_type} in config.json is not supported for {architecture}.",
             f"Supported are: {', '.join(SUPPORTED_ROPE_TYPES)}.",
+            code="rope-not-supported",
         )
     share = _value(rope, "partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     if share != 1 and architecture not in PARTIAL_ROTARY_ARCHITECTURES:
         raise BadInput(
             f"A partial rotary embedding (partial_rotary_factor {share}) is not supported for {architecture}.",
             f"It is for {', '.join(PARTIAL_ROTARY_ARCHITECTURES)}.",
+            code="rope-not-supported",
         )
 
 

@@ -181,12 +181,15 @@ def _error_of(target: str, message: Message, status: int, log_path: Path) -> err
         return error_of(error)
     advice = end_of_log(log_path)
     if error:
-        return errors.StageFailed(f"{target} failed: {error['message']}.", advice)
+        return errors.StageFailed(f"{target} failed: {error['message']}.", advice, code="child-failed")
     if status in (-9, -15, 137):
         return errors.PassingFault(
             f"{target} was killed from outside (status {status}), most often because the machine ran out of memory.",
             advice,
+            code="child-killed",
         )
     if status < 0:
         return errors.StageFailed(f"{target} crashed with {signal.Signals(-status).name}.", advice)
-    return errors.StageFailed(f"{target} ended with status {status} without a result.", advice)
+    return errors.StageFailed(
+        f"{target} ended with status {status} without a result.", advice, code="child-without-result"
+    )

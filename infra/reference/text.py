@@ -55,7 +55,9 @@ def cut_windows(token_ids: Sequence[int], begin: Sequence[int], window_tokens: i
     """
     if len(token_ids) < 2:
         raise BadInput(
-            f"The text has {len(token_ids)} token(s), and a perplexity needs at least 2.", "Name a longer text."
+            f"The text has {len(token_ids)} token(s), and a perplexity needs at least 2.",
+            "Name a longer text.",
+            code="text-too-short",
         )
     starts = range(0, len(token_ids), window_tokens)
     windows = [[*begin, *token_ids[start : start + window_tokens]] for start in starts]

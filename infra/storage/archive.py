@@ -183,9 +183,11 @@ def _has_statuses(content: dict[str, object]) -> bool:
 
 def _check_target(file: Path) -> None:
     if os.path.lexists(file):
-        raise BadInput(f"{file} exists already.", "Name a file that does not, or remove it.")
+        raise BadInput(f"{file} exists already.", "Name a file that does not, or remove it.", code="archive-exists")
     if not file.parent.is_dir():
-        raise BadInput(f"There is no folder {file.parent}.", "Name a file in a folder that exists.")
+        raise BadInput(
+            f"There is no folder {file.parent}.", "Name a file in a folder that exists.", code="folder-missing"
+        )
 
 
 @contextmanager
@@ -196,7 +198,9 @@ def _written_aside(file: Path) -> Iterator[TarWriter]:
     except OSError as error:
         kind = StageFailed if error.errno in _FULL else BadInput
         raise kind(
-            f"{file.parent} cannot be written to: {error.strerror or error}.", "Name a file in another folder."
+            f"{file.parent} cannot be written to: {error.strerror or error}.",
+            "Name a file in another folder.",
+            code="folder-not-writable",
         ) from error
     try:
         with disk_errors(f"{file} cannot be written"):
@@ -225,13 +229,14 @@ def _manifest_and_evidence(registry: ModelRegistry, manifest: Manifest) -> Itera
             raise StageFailed(
                 f"{manifest.reference} has {len(names):,} files of evidence, of {MOST_EVIDENCE_FILES:,} at most.",
                 "Push it to a store instead.",
+                code="evidence-too-much",
             )
         for name in names:
             data = unmarked(registry.objects.read_bytes(evidence + name))
             _refuse(manifest, f"evidence {shown(name)}", _fault_of_evidence(name, data, digest))
             yield evidence + name, data
     except KeyError as error:
-        raise StageFailed(f"The store no longer has {error.args[0]}.", _DAMAGED) from None
+        raise StageFailed(f"The store no longer has {error.args[0]}.", _DAMAGED, code="content-lost") from None
 
 
 def _refuse(manifest: Manifest, what: str, fault: str | None) -> None:

@@ -21,6 +21,7 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
             raise StageFailed(
                 f"The disk of {folder} has {free / 1e6:,.1f} MB free, and this takes {taken[device] / 1e6:,.1f} MB.",
                 "Make room, or name a folder on another disk.",
+                code="disk-full",
             )
 
 
@@ -31,5 +32,7 @@ def disk_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StageFailed(
-            f"{what}: {error.strerror or error}.", "Check the disk's free space, and whether it holds such large files."
+            f"{what}: {error.strerror or error}.",
+            "Check the disk's free space, and whether it holds such large files.",
+            code="disk-failed",
         ) from error

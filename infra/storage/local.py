@@ -43,6 +43,7 @@ class LocalObjectStore:
             raise StageFailed(
                 f"The store {self._root} cannot be used: {nearest} is a file.",
                 "Name another with SLMOPS_STORE__URI.",
+                code="store-is-file",
             )
         if by_writing and not os.access(nearest, os.W_OK):
             raise StageFailed(
@@ -220,6 +221,7 @@ class LocalObjectStore:
             raise StageFailed(
                 f"The store {self._root} cannot be used: {error.strerror or error} ({key}).",
                 "Check its free space and permissions, or name another with SLMOPS_STORE__URI.",
+                code="disk-failed",
             ) from error
 
 

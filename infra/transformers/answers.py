@@ -105,6 +105,7 @@ def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
         raise StageFailed(
             f"transformers cannot load the checkpoint {checkpoint_dir}: {_last_line(error)}.",
             "Load it with AutoModelForCausalLM.from_pretrained and correct what that reports.",
+            code="checkpoint-does-not-load",
         ) from error
     return tokenizer, model.eval()
 
@@ -120,6 +121,7 @@ def _render(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
         raise BadInput(
             f"The chat template cannot render row {row.id!r}: {_last_line(error)}.",
             "Change the row's messages or the chat template.",
+            code="row-does-not-render",
         ) from error
     # The template writes the begin token itself where the model has one.
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -136,6 +138,7 @@ def _token_budgets(
             raise BadInput(
                 f"Row {row.id!r} has a prompt of {len(ids)} tokens, and the model's context is {context}.",
                 "Shorten or remove the row.",
+                code="prompt-too-long",
             )
         budgets.append(budget)
     return budgets
@@ -219,6 +222,7 @@ def _write_logits(model: Any, rows: Sequence[SourceAnswer], path: Path, progress
             raise StageFailed(
                 f"The source checkpoint itself gives logits that are not finite, for row {row.id!r}.",
                 "Its weights hold NaN or infinity, or overflow: repair the training before it is deployed.",
+                code="logits-not-finite",
             )
         array[written : written + len(logits)] = logits
         written += len(logits)

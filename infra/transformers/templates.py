@@ -84,6 +84,7 @@ def _load(tokenizer_dir: Path) -> Any:
         raise StageFailed(
             f"transformers cannot load the tokenizer in {tokenizer_dir}: {reason}.",
             "Load it with AutoTokenizer.from_pretrained and correct what that reports.",
+            code="tokenizer-does-not-load",
         ) from error
 
 

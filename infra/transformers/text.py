@@ -109,5 +109,6 @@ def _checked(value: float) -> float:
         raise StageFailed(
             "The source checkpoint itself gives logits that are not finite on the text.",
             "Its weights hold NaN or infinity, or overflow: repair the training before it is deployed.",
+            code="logits-not-finite",
         )
     return value

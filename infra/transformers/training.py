@@ -79,7 +79,7 @@ def train_chat_model(call: TrainChatModel, progress: Progress) -> TrainedChatMod
 def _read_rows(path: Path) -> list[Row]:
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     if not rows:
-        raise BadInput(f"{path} has no rows.", "Give at least one row a line.")
+        raise BadInput(f"{path} has no rows.", "Give at least one row a line.", code="training-file-empty")
     return rows
 
 

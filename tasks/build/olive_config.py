@@ -96,6 +96,7 @@ def read_olive_config(path: Path) -> Recipe:
         raise BadInput(
             f"The Olive configuration {path.name} cannot be used: {'; '.join(reader.faults)}.",
             "Correct or remove these entries.",
+            code="olive-config-not-valid",
         )
     return recipe
 

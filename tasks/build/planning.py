@@ -70,4 +70,5 @@ def refuse_recipes(request: DeployRequest) -> None:
         raise BadInput(
             f"{request.checkpoint} is built already.",
             "Leave --recipe, --search and --olive-config out, or deploy its checkpoint.",
+            code="checkpoint-is-built",
         )

@@ -132,4 +132,5 @@ def _check_builder(wanted: dict[str, str]) -> None:
         raise StageFailed(
             f"This worker would build otherwise than the deploy says: {', '.join(other)}.",
             "Install the same constraints.txt on every machine.",
+            code="builder-of-other-versions",
         )

@@ -207,6 +207,7 @@ def require_resources(checks: Sequence[Check]) -> None:
             raise BadInput(
                 f"Too little {check.name.lower()}: this needs {check.required}, there is {check.found}.",
                 check.what_to_do,
+                code="resources-too-small",
             )
 
 

@@ -222,4 +222,5 @@ def last_evaluation_set(version: Version) -> EvaluationSet | None:
         raise BadInput(
             f"The rows of {version.reference}'s last evaluation cannot be read: {error.errors()[0]['msg']}.",
             "Another version of slmops has recorded them: name the evaluation file (--eval).",
+            code="evaluation-record-unreadable",
         ) from error

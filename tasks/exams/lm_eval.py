@@ -112,7 +112,9 @@ def lm_eval_question(subject_digest: str, tasks: LmEvalTasks) -> Json:
     try:
         lm_eval_version = version_of("lm-eval")
     except PackageNotFoundError:
-        raise BadInput("lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.") from None
+        raise BadInput(
+            "lm-eval is not installed.", "Install it: pip install 'slmops[lm-eval]'.", code="lm-eval-missing"
+        ) from None
     return {
         "subject": subject_digest,
         "tasks": list(tasks.names),

@@ -175,6 +175,7 @@ def check_parity(
             f"transformers renders no conversation with the chat template of {runtimes.reference_dir}: "
             f"{refused['one user turn']}.",
             "Give a working one with --chat-template.",
+            code="chat-template-does-not-render",
         )
     compared = {name: messages for name, messages in CONVERSATIONS.items() if name not in refused}
     compositions, notes = compositions_of(model_dir, compared)

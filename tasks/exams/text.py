@@ -74,27 +74,32 @@ def read_text_file(path: Path, max_tokens: int) -> TextSample:
     limit = min(max_tokens * BYTES_PER_TOKEN, MAX_TEXT_BYTES)
     try:
         if path.exists() and not path.is_file():
-            raise BadInput(f"{path} is no text file.", "Name a file of plain text in UTF-8.")
+            raise BadInput(f"{path} is no text file.", "Name a file of plain text in UTF-8.", code="text-file-not-file")
         with path.open("rb") as file:
             content = file.read(limit)
             whole = not file.read(1)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"The text file {path} cannot be read: {reason}.", "Name a readable file.") from error
+        raise BadInput(
+            f"The text file {path} cannot be read: {reason}.", "Name a readable file.", code="text-file-unreadable"
+        ) from error
     if b"\0" in content:
         raise BadInput(
             f"{path} is not text: it has a null byte at byte {content.index(0) + 1}.",
             "Name a file of plain text in UTF-8.",
+            code="text-file-not-text",
         )
     try:
         # A cut may split a character: only then may bytes be left over.
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=whole)
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"{path} is not UTF-8 at byte {error.start + 1}.", "Save it as UTF-8 (iconv -t UTF-8 does that)."
+            f"{path} is not UTF-8 at byte {error.start + 1}.",
+            "Save it as UTF-8 (iconv -t UTF-8 does that).",
+            code="text-file-not-utf8",
         ) from None
     if not text.strip():
-        raise BadInput(f"The text file {path} is empty.", "Name a file with some text.")
+        raise BadInput(f"The text file {path} is empty.", "Name a file with some text.", code="text-file-empty")
     return TextSample(origin=path.name, text=text, digest=hashlib.sha256(text.encode()).hexdigest())
 
 

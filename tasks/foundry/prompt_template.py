@@ -90,6 +90,7 @@ def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str 
         raise BadInput(
             f"The chat template is not valid Jinja: {error.message} (line {error.lineno}).",
             "Give a working one with --chat-template.",
+            code="chat-template-not-jinja",
         ) from error
     tokens = {key: token for key, token in special_tokens.items() if token is not None}
 
@@ -125,6 +126,7 @@ def derive_prompt_template(
         raise BadInput(
             "The chat template does not render a conversation of one user message.",
             "Give a working one with --chat-template.",
+            code="chat-template-does-not-render",
         )
     head, tail = first.split(_USER)
     user_prefix, user_suffix, assistant, generation = _turns(render, head.removeprefix(bos), tail, eos, notes)

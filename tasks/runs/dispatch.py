@@ -53,7 +53,7 @@ def check_pool(pool: str, flow_names: Sequence[str]) -> None:
         try:
             found = client.read_work_pool(pool)
         except ObjectNotFound:
-            raise BadInput(f"There is no work pool {pool!r}.", start) from None
+            raise BadInput(f"There is no work pool {pool!r}.", start, code="work-pool-missing") from None
         if found.is_paused:
             raise BadInput(f"The work pool {pool!r} is paused.", "Resume it in Prefect's UI.")
         for flow_name in flow_names:

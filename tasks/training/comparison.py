@@ -103,6 +103,7 @@ def check_comparable(evaluation: EvaluationSet) -> None:
         raise BadInput(
             "There is no evaluation file to compare champion and candidate on.",
             "Name one with --eval, or put an eval.jsonl into the base's folder.",
+            code="evaluation-file-not-named",
         )
 
 

@@ -97,6 +97,7 @@ def read_dataset(text: str, settings: Settings) -> Dataset:
         raise BadInput(
             f"The dataset {text} has {len(rows)} rows and only one distinct example.",
             "A model learns nothing but that answer from it: give examples that differ.",
+            code="dataset-one-example",
         )
     return Dataset(origin=text, rows=tuple(rows))
 
@@ -130,6 +131,7 @@ def _parsed(text: str, unit: str, found: Iterable[tuple[int, object]]) -> list[T
         raise BadInput(
             f"The dataset {text} cannot be used: {'; '.join(faults[:MAX_NAMED_FAULTS])}{more}.",
             'Write one chat a row: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}.',
+            code="dataset-row-not-valid",
         )
     if not rows:
         raise BadInput(f"The dataset {text} has no rows.", "Write at least two chats, one JSON object on a line.")

@@ -260,6 +260,7 @@ def make_demo_checkpoint(
             raise BadInput(
                 f"{directory} exists and is not the demo checkpoint of seed {seed}.",
                 "Give a new or an empty folder, or remove this one.",
+                code="output-is-other-demo",
             )
     cached = settings.cache_dir / "demo" / recipe.key[:32]
     training_s = None

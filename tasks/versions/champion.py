@@ -115,6 +115,7 @@ def prove_again(change: Change, undo: Undo, settings: Settings) -> Proof:
         raise BadInput(
             f"{change.version.reference} {variant.precision} has no proof on record that can be repeated.",
             f"Prove it with slmops regate {change.version.reference}.",
+            code="version-not-proven",
         )
     registration = register_variant(variant, recorded.description, recorded.card, settings)
     if registration.changed:
@@ -254,4 +255,5 @@ def _overtaken(change: Change) -> ChampionChanged:
     return ChampionChanged(
         f"Meanwhile {f'{change.name}@{present}' if present else 'nobody'} became the champion.",
         f"See slmops history {change.name}, and try again.",
+        code="champion-changed-meanwhile",
     )

@@ -65,7 +65,7 @@ def collect(
     then nothing is removed.
     """
     if keep is not None and keep < 1:
-        raise BadInput(f"--keep is {keep}.", "Keep at least one version of each name.")
+        raise BadInput(f"--keep is {keep}.", "Keep at least one version of each name.", code="keep-not-valid")
     registry, cache_dir = shop.registry, shop.settings.cache_dir
     needed = {blob.sha256 for blob in needed_blobs(registry)}  # every manifest must be readable, or nothing is removed
     claimed = claimed_blobs(registry)

@@ -29,6 +29,7 @@ from slmops.tasks.runs.dispatch import check_pool
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
 from tests.e2e.test_report_in_ui import Browser, browser, screenshot  # noqa: F401
 from tests.e2e.test_up import ENDED, example, wait_for
+from tests.support.errors import coded
 from tests.support.stack import IS_INSTALLED, MISSING, Stack, running_stack
 
 pytestmark = [
@@ -196,7 +197,7 @@ def test_the_check_of_the_services_tells_when_they_are_gone(stack: Stack) -> Non
 
 def test_an_unknown_pool_is_refused(stack: Stack) -> None:
     here = {PREFECT_API_URL: stack.api_url, PREFECT_API_AUTH_STRING: stack.authentication}
-    with temporary_settings(here), pytest.raises(BadInput, match="There is no work pool 'nobody'") as refused:
+    with temporary_settings(here), pytest.raises(BadInput, check=coded("work-pool-missing", "'nobody'")) as refused:
         check_pool("nobody", ["build-variant"])
     assert "slmops up --pool nobody" in refused.value.what_to_do
 

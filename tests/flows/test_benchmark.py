@@ -16,6 +16,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA, Measurement, measure_variant
 from slmops.tasks.report.benchmark import REGRESSION_EVENT
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
 from tests.support.versions import add_evidence, evidence
 
@@ -199,22 +200,25 @@ def test_a_variant_that_no_longer_runs_fails_the_run_and_the_others_go_on(api, c
 
 
 def test_a_version_that_is_not_there_is_bad_input(api, registry):
-    with pytest.raises(BadInput, match="no nowhere"):
+    with pytest.raises(BadInput, check=coded("version-missing", "nowhere")):
         run("nowhere").result()
 
 
 @pytest.mark.parametrize(
-    ("asked", "fault"),
+    ("asked", "refused"),
     [
-        ({"lm_eval_on_checkpoint": True}, "No lm-eval task is named"),
-        ({"lm_eval_tasks": ["mine"], "lm_eval_limit": 0}, "The limit is 0 documents"),
-        ({"lm_eval_tasks": ["mine"], "lm_eval_include": "/gone/for/good"}, "/gone/for/good"),
+        ({"lm_eval_on_checkpoint": True}, coded("bad-input", "No lm-eval task is named")),
+        ({"lm_eval_tasks": ["mine"], "lm_eval_limit": 0}, coded("bad-input", "The limit is 0 documents")),
+        (
+            {"lm_eval_tasks": ["mine"], "lm_eval_include": "/gone/for/good"},
+            coded("lm-eval-folder-missing", "/gone/for/good"),
+        ),
     ],
 )
 def test_a_bad_question_to_lm_eval_is_refused_before_anything_is_measured(
-    api, commit, registry, model_dir, asked, fault
+    api, commit, registry, model_dir, asked, refused
 ):
     manifest = commit("home", model_dir)
-    with pytest.raises(BadInput, match=fault):
+    with pytest.raises(BadInput, check=refused):
         benchmark("home", **asked)
     assert not list(evidence(registry, manifest, "measurement"))

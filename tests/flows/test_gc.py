@@ -9,6 +9,7 @@ from slmops.flows.gc import gc
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
+from tests.support.errors import coded
 from tests.support.versions import store_version
 
 
@@ -30,5 +31,5 @@ def test_it_removes_old_versions_and_says_so(
     assert (done.name, done.message) == ("Completed", done.result().summary)
     assert "Removed home@2, 0 files" in done.result().summary
     assert [one.version for one in registry.versions("home")] == [1, 3]
-    with pytest.raises(BadInput, match="--keep is 0"):
+    with pytest.raises(BadInput, check=coded("keep-not-valid", "0")):
         refused.result()

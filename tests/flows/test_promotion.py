@@ -28,6 +28,7 @@ from slmops.tasks.versions.champion import ChampionChanged, Standing, change_cha
 from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rollback
 from slmops.tasks.versions.promotion import Promotion, promotion_markdown
 from slmops.tasks.versions.undo import all_or_nothing, hand_back, restore_alias
+from tests.support.errors import coded
 from tests.support.model_server import ModelServer
 from tests.support.versions import FILES, add_evidence, store_version
 
@@ -67,20 +68,20 @@ class TestPlans:
         assert plan_promotion("home@2", "", registry).reason == "promoted by hand"
 
     @pytest.mark.parametrize(
-        ("reference", "said"),
+        ("reference", "refused"),
         [
-            ("home", "'home' names no version"),
-            ("home@", "'home@' names no version"),
-            ("home@9", "no home@9"),
-            ("home@staging", "'home@staging' names no version"),
-            ("away@1", "no away@1"),
-            ("../home@1", "'../home' is not valid"),
+            ("home", coded("reference-not-valid", "'home'")),
+            ("home@", coded("reference-not-valid", "'home@'")),
+            ("home@9", coded("version-missing", "home@9")),
+            ("home@staging", coded("reference-not-valid", "'home@staging'")),
+            ("away@1", coded("version-missing", "away@1")),
+            ("../home@1", coded("name-not-valid", "'../home'")),
         ],
     )
     def test_what_is_not_there_is_refused(
-        self, registry: ModelRegistry, versions: list[Manifest], reference: str, said: str
+        self, registry: ModelRegistry, versions: list[Manifest], reference: str, refused: coded
     ) -> None:
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(BadInput, check=refused):
             plan_promotion(reference, "", registry)
 
     @pytest.mark.parametrize(
@@ -91,17 +92,17 @@ class TestPlans:
     ) -> None:
         add_evidence(registry, versions[1], "selection", {"selected": selected})
         add_evidence(registry, versions[1], "deploy", {"variants": [{"precision": "int4", "status": status}]})
-        with pytest.raises(BadInput, match=rf"home@2 has no variant that passed and was selected \(int4 {status}\)"):
+        with pytest.raises(BadInput, check=coded("version-not-proven", "home@2", f"(int4 {status})")):
             plan_promotion("home@2", "", registry)
 
     def test_a_version_that_was_never_judged_is_refused(self, registry: ModelRegistry, tmp_path: Path) -> None:
         store_version(registry, tmp_path / "1")
-        with pytest.raises(BadInput, match="home@1 has no variant that passed") as caught:
+        with pytest.raises(BadInput, check=coded("version-not-proven", "home@1")) as caught:
             plan_promotion("home@1", "", registry)
         assert "slmops regate home@1" in caught.value.what_to_do
 
     def test_a_rollback_goes_to_the_champion_before(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
-        with pytest.raises(BadInput, match="nothing to go back to: no champion of home before home@1"):
+        with pytest.raises(BadInput, check=coded("no-former-champion", "home before home@1")):
             plan_rollback("home", None, "", registry)
         for number in (2, 3):
             registry.set_alias("home", CHAMPION, number, "better")
@@ -112,13 +113,13 @@ class TestPlans:
     def test_a_rollback_to_what_is_gone_is_refused(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
         registry.set_alias("home", CHAMPION, 2, "better")
         delete_version(registry.of(versions[0]))
-        with pytest.raises(BadInput, match="home@1 is not in the store any more, or never was") as caught:
+        with pytest.raises(BadInput, check=coded("version-missing", "home@1")) as caught:
             plan_rollback("home", None, "", registry)
         assert caught.value.what_to_do == "Use --to with one of 2, 3."
         for number in (0, -1, 9):
-            with pytest.raises(BadInput, match="is not in the store"):
+            with pytest.raises(BadInput, check=coded("version-missing")):
                 plan_rollback("home", number, "", registry)
-        with pytest.raises(BadInput, match="no away"):
+        with pytest.raises(BadInput, check=coded("version-missing", "away")):
             plan_rollback("away", None, "", registry)
 
 
@@ -177,7 +178,7 @@ class TestUndoing:
     ) -> None:
         change = plan_promotion("home@2", "", registry)
         registry.set_alias("home", CHAMPION, 3, "theirs")
-        with pytest.raises(StageFailed, match="Meanwhile home@3 became the champion"):
+        with pytest.raises(StageFailed, check=coded("champion-changed-meanwhile", "home@3")):
             set_champion.fn(change)
         restore_alias(change)
         assert registry.alias("home", CHAMPION) == 3
@@ -192,7 +193,7 @@ class TestUndoing:
             assert model_server.models == {"home": 1}
             model_server.refuses |= {1, 3}
             hand_back(running, change, 1)  # it serves it: that it refuses to load it again is no failure
-            with pytest.raises(StageFailed, match="does not fit"):
+            with pytest.raises(StageFailed, check=coded("server-refused", "does not fit")):
                 hand_back(running, change, 3)
 
 
@@ -371,10 +372,10 @@ class TestFlows:
     def test_what_was_never_proven_is_refused(
         self, api: None, registry: ModelRegistry, versions: list[Manifest]
     ) -> None:
-        with pytest.raises(BadInput, match="home@2 int4 has no proof on record"):
+        with pytest.raises(BadInput, check=coded("version-not-proven", "home@2 int4")):
             promote("home@2")
         registry.set_alias("home", CHAMPION, 3, "better")
-        with pytest.raises(BadInput, match="home@1 int4 has no proof on record"):
+        with pytest.raises(BadInput, check=coded("version-not-proven", "home@1 int4")):
             rollback("home")
         assert registry.alias("home", CHAMPION) == 3
 

@@ -20,6 +20,7 @@ from slmops.tasks.exams import on_workers
 from slmops.tasks.versions import qualification
 from slmops.tasks.versions.champion import Standing
 from tests.support import reports
+from tests.support.errors import coded
 from tests.support.versions import evidence, store_version
 
 
@@ -110,16 +111,16 @@ def test_an_exam_that_fails_is_told_of_its_variant(registry: ModelRegistry, exam
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "refused"),
     [
-        ({"reference": "home@9"}, "no home@9"),
-        ({"reference": "home@1", "budget": ["max-size=much"]}, "max-size"),
-        ({"reference": "home@1", "scorer": "contains"}, "without an evaluation file"),
+        ({"reference": "home@9"}, coded("version-missing", "home@9")),
+        ({"reference": "home@1", "budget": ["max-size=much"]}, coded("budget-value-not-valid", "max-size")),
+        ({"reference": "home@1", "scorer": "contains"}, coded("bad-input", "without an evaluation file")),
     ],
 )
 def test_bad_input_is_refused_before_any_exam(
-    registry: ModelRegistry, exams: AtOnce, asked: dict[str, Any], said: str
+    registry: ModelRegistry, exams: AtOnce, asked: dict[str, Any], refused: coded
 ) -> None:
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, check=refused):
         regate(**asked)
     assert exams.asked == []

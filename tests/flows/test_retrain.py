@@ -22,6 +22,7 @@ from slmops.tasks.training import comparison
 from slmops.tasks.training.comparison import Challenge, RetrainReport
 from slmops.tasks.training.fine_tune import Base, FineTuning, Hyperparameters
 from tests.support import reports
+from tests.support.errors import coded
 from tests.support.versions import store_version
 
 CHAT = '{"messages": [{"role": "user", "content": "light %d"}, {"role": "assistant", "content": "on %d"}]}\n'
@@ -142,6 +143,6 @@ def test_a_candidate_that_the_gate_keeps_out_ends_the_run(stages: Stages) -> Non
 
 def test_rows_without_answers_compare_nothing(stages: Stages) -> None:
     stages.rows = tuple(row.model_copy(update={"expected": None}) for row in stages.rows)
-    with pytest.raises(BadInput, match="no evaluation file to compare"):
+    with pytest.raises(BadInput, check=coded("evaluation-file-not-named")):
         run(stages)
     assert stages.deployed == []

@@ -143,7 +143,7 @@ def test_a_misplaced_secret_is_not_shown(variable: str, value: str, monkeypatch:
 )
 def test_a_value_that_is_not_valid_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(BadInput, match=variable) as caught:
+    with pytest.raises(BadInput, check=coded("settings-not-valid", variable)) as caught:
         load_settings()
     assert caught.value.what_to_do
 
@@ -203,6 +203,6 @@ def test_a_file_that_is_not_valid_is_named_and_not_shown(
 ) -> None:
     (tmp_path / name).write_text("short-secret")
     monkeypatch.setenv("SLMOPS_SECRETS_DIR", str(tmp_path))
-    with pytest.raises(BadInput, match=name) as caught:
+    with pytest.raises(BadInput, check=coded("settings-not-valid", name)) as caught:
         load_settings()
     assert "short-secret" not in str(caught.value)

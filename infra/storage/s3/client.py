@@ -185,7 +185,7 @@ def s3_errors(what: str) -> Iterator[None]:
             f"{what}: AWS's configuration has no profile of that name.", "Correct SLMOPS_STORE__PROFILE or AWS_PROFILE."
         ) from None
     except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, SSOError):
-        raise BadInput(f"There are no credentials for {what}.", _KEYS) from None
+        raise BadInput(f"There are no credentials for {what}.", _KEYS, code="s3-credentials-missing") from None
     except ClientError as error:
         raise _in_words(what, error) from None
     except SSLError:
@@ -199,6 +199,7 @@ def s3_errors(what: str) -> Iterator[None]:
         raise PassingFault(
             f"{what}: the server cannot be reached ({type(error).__name__}).",
             "Check SLMOPS_STORE__ENDPOINT_URL and the network.",
+            code="s3-unreachable",
         ) from None
     except (BotoCoreError, Boto3Error, ValueError) as error:
         raise BadInput(
@@ -251,7 +252,7 @@ def _in_words(what: str, error: Any) -> Exception:
     if code in _FULL:
         return StageFailed(f"{what}: the server has no room left ({code}).", "Make room, or run slmops gc.")
     if status >= 500 or code in _PASSING:
-        return PassingFault(f"{what}: the server answered with {code}.", "Try again.")
+        return PassingFault(f"{what}: the server answered with {code}.", "Try again.", code="s3-server-failed")
     return StageFailed(f"{what}: the server answered with {code}.", "Look the code up in the server's documentation.")
 
 

@@ -78,6 +78,7 @@ def _placed(bucket: Bucket, done: "Future[bool]", blob: Blob) -> bool:
         raise StageFailed(
             f"The files of {bucket.uri} cannot be kept: {error.strerror or error}.",
             "Check the disk's free space and the permissions under SLMOPS_HOME.",
+            code="disk-failed",
         ) from error
 
 

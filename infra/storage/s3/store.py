@@ -139,6 +139,7 @@ class S3ObjectStore:
             raise PassingFault(
                 f"{self._uri}: {len(altered)} of {len(blobs)} files were read back otherwise than they were stored.",
                 "Try again; if it stays so, check the files (slmops verify) and the server's disk.",
+                code="s3-read-back-otherwise",
             )
 
     def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = untold) -> None:
@@ -155,6 +156,7 @@ class S3ObjectStore:
         raise StageFailed(
             f"{self._uri}: {blob.key} came altered {DOWNLOAD_ATTEMPTS} times.",
             "See with slmops verify whether the store holds it so, or the way to it alters it.",
+            code="content-altered",
         )
 
     def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:
@@ -178,6 +180,7 @@ class S3ObjectStore:
         raise PassingFault(
             f"{self.uri(key)} was read back otherwise than it was stored.",
             "Try again; if it stays so, check the server's disk.",
+            code="s3-read-back-otherwise",
         )
 
     def put_bytes_if_absent(self, key: str, data: bytes) -> bool:

@@ -21,6 +21,7 @@ from slmops.deployments.server.registration import deployment_of, read_deploymen
 from slmops.deployments.server.supervised import Children, Supervised
 from slmops.deployments.server.work_pool import ensure_pool, locked
 from slmops.infra.errors import BadInput
+from tests.support.errors import coded
 
 on_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX: file modes")
 
@@ -48,7 +49,7 @@ class TestThePrivateFolder:
 
     def test_one_that_cannot_be_made_is_refused_by_name(self, tmp_path: Path) -> None:
         (tmp_path / "home").write_text("a file")
-        with pytest.raises(BadInput, match="prefect cannot be kept from other users") as refused:
+        with pytest.raises(BadInput, check=coded("folder-not-private", "prefect")) as refused:
             make_private(tmp_path / "home" / "prefect")
         assert "SLMOPS_HOME" in refused.value.what_to_do
 
@@ -155,7 +156,7 @@ class TestTheWorkPool:
 
     def test_one_of_another_type_is_refused(self, client: SyncPrefectClient) -> None:
         client.create_work_pool(WorkPoolCreate(name="containers", type="docker"))
-        with pytest.raises(BadInput, match="'containers' is of the type 'docker'"):
+        with pytest.raises(BadInput, check=coded("work-pool-type", "'containers'", "'docker'")):
             ensure_pool("containers")
 
     def test_what_the_owner_said_in_the_template_itself_stays(self) -> None:

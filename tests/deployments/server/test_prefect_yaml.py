@@ -20,6 +20,7 @@ from slmops.deployments.server.registration import (
     variant_entries,
 )
 from slmops.infra.errors import BadInput
+from tests.support.errors import coded
 
 ENTRIES = read_deployments()
 EVERY = [*ENTRIES, *variant_entries("slmops")]
@@ -86,7 +87,7 @@ def test_a_limit_says_what_happens_to_a_second_run() -> None:
     ],
 )
 def test_a_schedule_that_is_not_valid_is_refused_by_name(schedule: dict[str, Any], fault: str) -> None:
-    with pytest.raises(BadInput, match="of the deployment 'gc' is not valid") as refused:
+    with pytest.raises(BadInput, check=coded("schedule-not-valid", "'gc'")) as refused:
         schedule_of(schedule, "gc")
     assert fault in str(refused.value)
 

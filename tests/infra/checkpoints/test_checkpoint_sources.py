@@ -188,7 +188,7 @@ class TestFetchFromS3:
 
     def test_a_dead_endpoint_is_named_without_secrets(self, s3_settings: Settings, tmp_path: Path) -> None:
         dead = s3_settings.store.model_copy(update={"endpoint_url": f"http://127.0.0.1:{_free_port()}"})
-        with pytest.raises(StageFailed, match="cannot be reached") as caught:
+        with pytest.raises(StageFailed, check=coded("s3-unreachable")) as caught:
             fetch_from_s3("s3://bucket/home", s3_settings.model_copy(update={"store": dead}), tmp_path / "fetched")
         assert SECRET not in str(caught.value)
         assert not (tmp_path / "fetched").exists()
@@ -209,7 +209,7 @@ class TestFetchFromS3:
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
         monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
         settings = s3_settings.model_copy(update={"store": StoreSettings(endpoint_url=s3_endpoint)})
-        with pytest.raises(BadInput, match="no credentials"):
+        with pytest.raises(BadInput, check=coded("s3-credentials-missing")):
             fetch_from_s3("s3://bucket/home", settings, tmp_path / "fetched")
 
     def test_a_file_of_another_size_than_listed_fails(self, s3_settings: Settings, tmp_path: Path) -> None:

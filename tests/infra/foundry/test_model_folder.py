@@ -5,6 +5,7 @@ import pytest
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.model_folder import model_folder, remove_model_folder, write_model_folder
+from tests.support.errors import coded
 
 DESCRIPTION = {"Name": "home-int4-generic-cpu:1", "Description": "Übung"}
 CARD = "# home\n\nÜbung\n"
@@ -103,7 +104,7 @@ def test_a_new_description_replaces_the_folder(tmp_path, sources):
 
 
 def test_a_failed_write_leaves_nothing_that_foundry_sees(tmp_path, sources):
-    with pytest.raises(StageFailed, match="cannot be written"):
+    with pytest.raises(StageFailed, check=coded("model-folder-not-written")):
         write(tmp_path, sources | {"model.onnx.data": tmp_path / "nowhere"})
     assert not list(tmp_path.glob("foundry/**/*.json"))
     assert not list(tmp_path.glob("foundry/.*"))

@@ -26,6 +26,7 @@ from slmops.infra.process.call import Call, Progress
 from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from slmops.infra.process.supervisor import run_in_child
 from tests.support.checkpoints import BEGIN_AND_END_TOKENS, make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
 from tests.tasks.chat_templates import FAMILIES, TEMPLATES
 
@@ -181,7 +182,7 @@ def test_variants_versions_and_the_champion_live_side_by_side(foundry):
     assert foundry.ask(Unregister, model_id=f"{INT4}:1").changed is False
     assert sorted(foundry.ids()) == sorted(everything.keys() - {f"{INT4}:1"})
     with pytest.raises(
-        StageFailed, match="does not know home-int4-generic-cpu:1; registered are: home-int4-generic-cpu:2"
+        StageFailed, check=coded("foundry-model-unknown", "home-int4-generic-cpu:1;", ": home-int4-generic-cpu:2")
     ):
         foundry.prove(f"{INT4}:1")
 
@@ -199,15 +200,15 @@ def test_a_folder_that_is_gone_or_damaged_is_told_apart(foundry):
     foundry.register(f"{INT4}:1", folder)
     (folder / "model.onnx").unlink()
     (folder / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(StageFailed, match=r"cannot load home-int4-generic-cpu:1: failed to load model"):
+    with pytest.raises(StageFailed, check=coded("foundry-failed", "home-int4-generic-cpu:1: failed to load model")):
         foundry.prove(f"{INT4}:1")
     (folder / "genai_config.json").unlink()
     (folder / "genai_config.json").write_text("{")
-    with pytest.raises(StageFailed, match=r"failed to parse genai_config\.json"):
+    with pytest.raises(StageFailed, check=coded("foundry-failed", "failed to parse genai_config.json")):
         foundry.prove(f"{INT4}:1")
     shutil.rmtree(folder)
     assert foundry.ask(ListModels)[0].folder_exists is False
-    with pytest.raises(StageFailed, match="model not found at path"):
+    with pytest.raises(StageFailed, check=coded("foundry-failed", "model not found at path")):
         foundry.prove(f"{INT4}:1")
     with pytest.raises(StageFailed, match=r"genai_config\.json is missing"):
         foundry.register(f"{INT4}:2", folder)
@@ -219,7 +220,7 @@ def test_a_folder_that_is_gone_or_damaged_is_told_apart(foundry):
     "model_id", ["home", "home:0", "home:01", "Home:1", "../home:1", "home-int4", "home:1:1", "home:x", "-home:1", ""]
 )
 def test_an_id_of_another_form_is_refused(model_id):
-    with pytest.raises(BadInput, match="is not a Foundry id"):
+    with pytest.raises(BadInput, check=coded("foundry-id-not-valid")):
         check_model_id(model_id)
 
 
@@ -261,7 +262,7 @@ def test_foundry_renders_prompts_as_transformers_and_genai_do(family, families, 
         proof = foundry.prove(f"{INT4}:1", messages)
         assert {key: getattr(proof, key) for key in ("answer", "prompt_tokens")} == answer
     if not FAMILIES[family][1]:
-        with pytest.raises(StageFailed, match="System role not supported"):
+        with pytest.raises(StageFailed, check=coded("foundry-failed", "System role not supported")):
             foundry.prove(f"{INT4}:1", WITH_SYSTEM)
 
 
@@ -270,7 +271,7 @@ def test_an_answer_ends_with_the_context(foundry):
     words = "light " * 300
     proof = foundry.prove(f"{INT4}:1", [{"role": "user", "content": words}], max_new_tokens=5000)
     assert proof.prompt_tokens + proof.completion_tokens == 1024
-    with pytest.raises(StageFailed, match="leaves no room for an answer in the context of 1024 tokens"):
+    with pytest.raises(StageFailed, check=coded("prompt-too-long", "1024 tokens")):
         foundry.prove(f"{INT4}:1", [{"role": "user", "content": words * 4}])
 
 
@@ -285,13 +286,13 @@ def test_a_conversation_goes_on_over_several_turns(foundry, tmp_path):
             expected = foundry.genai(messages)
             assert ("".join(pieces), chat.last["prompt_tokens"]) == (expected["answer"], expected["prompt_tokens"])
             messages += [{"role": "assistant", "content": "".join(pieces)}, {"role": "user", "content": f"And {turn}?"}]
-        with pytest.raises(StageFailed, match="leaves no room"):
+        with pytest.raises(StageFailed, check=coded("prompt-too-long")):
             list(chat.answer([{"role": "user", "content": "light " * 2000}], NEW_TOKENS))
         assert "".join(chat.answer(PLAIN, NEW_TOKENS))
 
 
 def test_a_chat_with_an_unknown_model_says_so(foundry, tmp_path):
-    with pytest.raises(StageFailed, match="does not know home:1; registered are: none"):
+    with pytest.raises(StageFailed, check=coded("foundry-model-unknown", "home:1;", ": none")):
         FoundryChat(foundry.cache_dir, "home:1", log_path=tmp_path / "chat.log")
 
 

@@ -10,6 +10,7 @@ import pytest
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.server_client import RunningServer, running_servers
 from slmops.infra.storage.holders import this_process
+from tests.support.errors import coded
 from tests.support.model_server import TOKEN, ModelServer
 
 HOLDER = "from slmops.infra.storage.holders import this_process; print(this_process())"
@@ -37,7 +38,7 @@ def test_servers_of_processes_that_have_ended_are_skipped(tmp_path: Path) -> Non
 def test_a_file_that_names_no_server_is_named(content: str, tmp_path: Path) -> None:
     path = describe(tmp_path, "broken")
     path.write_text(content)
-    with pytest.raises(StageFailed, match=r"broken\.json"):
+    with pytest.raises(StageFailed, check=coded("server-file-not-valid", "broken.json")):
         running_servers(tmp_path)
 
 
@@ -51,12 +52,12 @@ def test_a_hand_over_is_done_or_refused_with_the_servers_reason(
         assert running.hand_over("home", 3, "int4") == 2
         assert (running.serves("home"), server.asked) == (3, [("home", 3, "int4")])
         server.refuses.add(4)
-        with pytest.raises(StageFailed, match="does not fit into memory") as caught:
+        with pytest.raises(StageFailed, check=coded("server-refused", "does not fit into memory")) as caught:
             running.hand_over("home", 4, "int8")
         assert (caught.value.what_to_do, running.serves("home")) == ("Free some.", 3)
-        with pytest.raises(StageFailed, match="token is wrong"):
+        with pytest.raises(StageFailed, check=coded("server-refused", "token is wrong")):
             RunningServer(running.url, "another").serves("home")
-    with pytest.raises(StageFailed, match="does not answer"):
+    with pytest.raises(StageFailed, check=coded("server-unreachable")):
         running.serves("home")
 
 
@@ -64,7 +65,7 @@ def test_a_server_that_takes_too_long_has_not_handed_over(tmp_path: Path) -> Non
     with ModelServer({"home": 1}).running(tmp_path) as server:
         server.waits.clear()
         (running,) = running_servers(tmp_path, hand_over_timeout_s=0.2)
-        with pytest.raises(StageFailed, match="does not answer: timed out"):
+        with pytest.raises(StageFailed, check=coded("server-unreachable", "timed out")):
             running.hand_over("home", 2, "int4")
 
 
@@ -72,5 +73,5 @@ def test_an_answer_that_is_no_json_is_told_by_its_status(tmp_path: Path, monkeyp
     with ModelServer({}).running(tmp_path) as server:
         monkeypatch.setattr(server, "answer", lambda *_: (500, ["no", "document"]))
         (running,) = running_servers(tmp_path)
-        with pytest.raises(StageFailed, match="status 500"):
+        with pytest.raises(StageFailed, check=coded("server-refused", "status 500")):
             running.serves("home")

@@ -12,6 +12,7 @@ from slmops.infra.genai.measurement import measure
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.genai.timing import benchmark_prompt, chat_prompt, time_request
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
 
 SWEEP = {"max_prompt_tokens": None, "new_tokens": 6, "repetitions": 2, "budget_s": 60.0, "max_cliff_ratio": 1e9}
@@ -193,5 +194,5 @@ def test_a_model_that_cannot_run_is_a_clear_error(damaged):
     model = onnx.load(damaged / "model.onnx", load_external_data=False)
     model.graph.node[3].op_type = "NoSuchOperator"
     onnx.save(model, damaged / "model.onnx")
-    with pytest.raises(StageFailed, match="NoSuchOperator"):
+    with pytest.raises(StageFailed, check=coded("model-does-not-open", "NoSuchOperator")):
         run_measure(damaged, sweep=SWEEP)

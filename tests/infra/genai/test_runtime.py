@@ -12,6 +12,7 @@ from slmops.infra.genai.evaluation import evaluate
 from slmops.infra.transformers.answers import answer
 from slmops.infra.transformers.calls import AnswerAsSource
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model, with_weights_set
 
 ROWS = [
@@ -177,7 +178,7 @@ def test_weights_that_are_not_numbers_leave_no_figures(fp32, reference_dir, tmp_
     assert result["perplexity"] is None
     assert run_evaluate(sabotaged, None)["finite_logits"] == 0.0
     json.dumps(result, allow_nan=False)
-    with pytest.raises(StageFailed, match="not finite"):
+    with pytest.raises(StageFailed, check=coded("logits-not-finite")):
         call = Generate(model_dir=sabotaged, messages=ROWS[0]["messages"], max_new_tokens=4, threads=1)
         runtime.generate(call, ignore_progress)
 
@@ -247,7 +248,7 @@ def test_a_model_without_the_end_of_its_vocabulary_is_told_though_it_cannot_run(
     assert (result["positions"], result["finite_logits"], result["empty_answers"]) == (0, 0.0, len(ROWS))
     assert all(row["template_matches"] for row in result["rows"])
     json.dumps(result, allow_nan=False)
-    with pytest.raises(StageFailed, match="could not run it"):
+    with pytest.raises(StageFailed, check=coded("model-does-not-run")):
         run_evaluate(damaged, None)
 
 
@@ -325,7 +326,7 @@ def test_an_execution_provider_that_is_not_there_is_a_clear_error(fp32, tmp_path
     other = shutil.copytree(fp32, tmp_path / "cuda")
     options = {"provider_options": [{"cuda": {}}]}
     change_genai_config(other, lambda config: config["model"]["decoder"]["session_options"].update(options))
-    with pytest.raises(StageFailed, match="cannot open"):
+    with pytest.raises(StageFailed, check=coded("model-does-not-open")):
         run_evaluate(other, None)
 
 

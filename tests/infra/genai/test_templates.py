@@ -9,6 +9,7 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.genai.calls import RenderChats
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.transformers.calls import RenderConversations
+from tests.support.errors import coded
 from tests.support.family_tokenizers import FAMILIES, save_tokenizer
 
 ASKING = [{"role": "user", "content": "What is the capital of France?"}]
@@ -119,7 +120,7 @@ def test_what_a_template_refuses_is_told_conversation_by_conversation(transforme
 def test_a_tokenizer_that_does_not_open(transformers, genai, tokenizer_dir, tmp_path):
     damaged = shutil.copytree(tokenizer_dir, tmp_path / "damaged")
     (damaged / "tokenizer.json").write_text("[]", "utf-8")
-    with pytest.raises(StageFailed, match="transformers cannot load the tokenizer in"):
+    with pytest.raises(StageFailed, check=coded("tokenizer-does-not-load")):
         transformers({"plain": ASKING}, folder=damaged)
     (tokenizer_dir / "tokenizer.json").write_text("[]", "utf-8")
     found = genai({"plain": ASKING})

@@ -16,6 +16,7 @@ from slmops.infra.reference.text import LOGITS_CHUNK_BYTES, compared_positions, 
 from slmops.infra.transformers.calls import ScoreTextAsSource
 from slmops.infra.transformers.text import score_text
 from tests.support.checkpoints import SENTENCES, make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model, with_weights_set
 from tests.support.lm_eval_tasks import add_begin_token
 
@@ -234,15 +235,15 @@ def test_a_checkpoint_with_broken_weights_is_named(checkpoint, work, tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][:] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(StageFailed, match="not finite on the text"):
+    with pytest.raises(StageFailed, check=coded("logits-not-finite")):
         run_reference(broken, tmp_path / "reference", work / "text.txt")
 
 
 def test_a_text_of_one_token_is_refused_on_either_side(checkpoint, model_dir, tmp_path):
     (tmp_path / "one.txt").write_text("a")
-    with pytest.raises(BadInput, match="has 1 token"):
+    with pytest.raises(BadInput, check=coded("text-too-short", "1 token")):
         run_reference(checkpoint, tmp_path / "reference", tmp_path / "one.txt")
-    with pytest.raises(BadInput, match="has 1 token"):
+    with pytest.raises(BadInput, check=coded("text-too-short", "1 token")):
         run_compare(model_dir, None, tmp_path / "one.txt")
     (tmp_path / "two.txt").write_text("a b")
     assert sums(run_compare(model_dir, None, tmp_path / "two.txt"), "tokens") == [1]
@@ -255,7 +256,7 @@ def test_a_reference_of_another_text_or_another_vocabulary_is_refused(model_dir,
     other = shutil.copytree(reference_dir, tmp_path / "reference")
     content = json.loads((other / "text.json").read_text())
     (other / "text.json").write_text(json.dumps(content | {"vocabulary_size": 600, "tokenizer_size": 600}))
-    with pytest.raises(StageFailed, match="was not built from this checkpoint"):
+    with pytest.raises(StageFailed, check=coded("reference-of-other-vocabulary")):
         run_compare(model_dir, other, work / "text.txt")
 
 

@@ -141,7 +141,7 @@ def test_requests_that_the_model_cannot_take_are_named(pair):
     _, ours = pair
     with pytest.raises(BadInput, check=coded("lm-eval-too-long")):
         ours.loglikelihood(instances("loglikelihood", ("Turn", " ".join(SENTENCES))))
-    with pytest.raises(BadInput, match=f"answers of {CONTEXT} tokens"):
+    with pytest.raises(BadInput, check=coded("lm-eval-answer-too-long", f"{CONTEXT} tokens")):
         ours.generate_until(instances("generate_until", ("Turn", {"until": [], "max_gen_toks": CONTEXT})))
 
 

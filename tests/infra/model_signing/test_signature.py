@@ -92,8 +92,8 @@ class TestSigning:
     def test_an_encrypted_key_needs_its_password(self, form: serialization.PrivateFormat, folder: Path) -> None:
         (folder / "locked.pem").write_bytes(private_pem(KEY, PASSWORD, form))
         verify_manifest(MANIFEST, sign_manifest(MANIFEST, folder / "locked.pem", PASSWORD), folder / "key.pub")
-        for password, said in ((None, "no password was given"), ("", "no password"), ("wrong", "with this password")):
-            with pytest.raises(BadInput, match=said):
+        for password, code in ((None, "key-encrypted"), ("", "key-encrypted"), ("wrong", "key-password-wrong")):
+            with pytest.raises(BadInput, check=coded(code)):
                 sign_manifest(MANIFEST, folder / "locked.pem", password)
 
     def test_a_password_for_an_open_key_is_refused_and_an_empty_one_is_none(self, folder: Path) -> None:
@@ -252,36 +252,36 @@ DAMAGED = b"-----BEGIN %s KEY-----\nAAAA\n-----END %s KEY-----\n"
 
 class TestKeys:
     @pytest.mark.parametrize(
-        ("use", "content", "said"),
+        ("use", "content", "refused"),
         [
-            (use_private, b"", "no key in PEM form"),
-            (use_private, b"\x30\x81\x00", "no key in PEM form"),
-            (use_private, BODY, "no key in PEM form"),
-            (use_private, public_pem(KEY), "holds a public key"),
-            (use_private, b"-----BEGIN CERTIFICATE-----", "holds a certificate"),
-            (use_private, private_pem(RSA), "kind RSA"),
-            (use_private, private_pem(RSA, form=SEC1), "kind RSA"),
-            (use_private, private_pem(ED25519), "kind Ed25519"),
-            (use_private, private_pem(SECP256K1), "kind secp256k1"),
-            (use_private, DAMAGED % (b"PRIVATE", b"PRIVATE"), "damaged"),
-            (use_private, private_pem(KEY)[:-30], "damaged"),
-            (use_public, b"", "no key in PEM form"),
-            (use_public, private_pem(KEY), "holds a private key"),
-            (use_public, private_pem(KEY, PASSWORD), "holds a private key"),
-            (use_public, private_pem(KEY, form=SEC1), "holds a private key"),
-            (use_public, b"-----BEGIN CERTIFICATE-----", "holds a certificate"),
-            (use_public, public_pem(RSA), "kind RSA"),
-            (use_public, public_pem(ED25519), "kind Ed25519"),
-            (use_public, public_pem(SECP256K1), "kind secp256k1"),
-            (use_public, DAMAGED % (b"PUBLIC", b"PUBLIC"), "damaged"),
+            (use_private, b"", coded("key-of-other-role", "no key in PEM form")),
+            (use_private, b"\x30\x81\x00", coded("key-of-other-role", "no key in PEM form")),
+            (use_private, BODY, coded("key-of-other-role", "no key in PEM form")),
+            (use_private, public_pem(KEY), coded("key-of-other-role", "holds a public key")),
+            (use_private, b"-----BEGIN CERTIFICATE-----", coded("key-of-other-role", "holds a certificate")),
+            (use_private, private_pem(RSA), coded("key-kind", "kind RSA")),
+            (use_private, private_pem(RSA, form=SEC1), coded("key-kind", "kind RSA")),
+            (use_private, private_pem(ED25519), coded("key-kind", "kind Ed25519")),
+            (use_private, private_pem(SECP256K1), coded("key-kind", "kind secp256k1")),
+            (use_private, DAMAGED % (b"PRIVATE", b"PRIVATE"), coded("key-damaged")),
+            (use_private, private_pem(KEY)[:-30], coded("key-damaged")),
+            (use_public, b"", coded("key-of-other-role", "no key in PEM form")),
+            (use_public, private_pem(KEY), coded("key-of-other-role", "holds a private key")),
+            (use_public, private_pem(KEY, PASSWORD), coded("key-of-other-role", "holds a private key")),
+            (use_public, private_pem(KEY, form=SEC1), coded("key-of-other-role", "holds a private key")),
+            (use_public, b"-----BEGIN CERTIFICATE-----", coded("key-of-other-role", "holds a certificate")),
+            (use_public, public_pem(RSA), coded("key-kind", "kind RSA")),
+            (use_public, public_pem(ED25519), coded("key-kind", "kind Ed25519")),
+            (use_public, public_pem(SECP256K1), coded("key-kind", "kind secp256k1")),
+            (use_public, DAMAGED % (b"PUBLIC", b"PUBLIC"), coded("key-damaged")),
         ],
         ids=lambda value: "content" if isinstance(value, bytes) else None,  # keys are drawn anew by each worker
     )
     def test_a_file_that_is_no_such_key_is_refused(
-        self, use: Callable[[Path], None], content: bytes, said: str, tmp_path: Path
+        self, use: Callable[[Path], None], content: bytes, refused: coded, tmp_path: Path
     ) -> None:
         (tmp_path / "key").write_bytes(content)
-        with pytest.raises(BadInput, match=said) as caught:
+        with pytest.raises(BadInput, check=refused) as caught:
             use(tmp_path / "key")
         assert str(tmp_path / "key") in caught.value.message
         assert caught.value.what_to_do

@@ -32,6 +32,7 @@ from tests.infra.child_functions import (
     SleepWithAGrandchild,
     UseMemory,
 )
+from tests.support.errors import coded
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -70,15 +71,15 @@ def test_the_childs_own_error_arrives_as_it_was_raised(tmp_path: Path) -> None:
 
 
 def test_a_crash_is_a_failed_stage_with_the_end_of_its_log(tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match="disk on fire") as caught:
+    with pytest.raises(StageFailed, check=coded("child-failed", "disk on fire")) as caught:
         run(Crash(), tmp_path)
     assert "about to fail" in caught.value.what_to_do
-    with pytest.raises(StageFailed, match="status 4"):
+    with pytest.raises(StageFailed, check=coded("child-without-result", "status 4")):
         run(EndSilently(), tmp_path)
 
 
 def test_an_answer_of_another_type_is_a_failed_stage(tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match="child_functions:AnswerOtherwise failed"):
+    with pytest.raises(StageFailed, check=coded("child-failed", "child_functions:AnswerOtherwise")):
         run(AnswerOtherwise(), tmp_path)
 
 
@@ -112,13 +113,13 @@ def test_every_call_of_the_product_is_found_by_its_name_and_declares_its_answer(
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no signals")
 def test_a_killed_child_is_a_fault_that_may_pass(tmp_path: Path) -> None:
-    with pytest.raises(PassingFault, match="killed from outside"):
+    with pytest.raises(PassingFault, check=coded("child-killed")):
         run(KillItself(), tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
 def test_a_child_that_dies_in_the_middle_of_its_answer_is_not_waited_for(tmp_path: Path) -> None:
-    with pytest.raises(PassingFault, match="killed"):
+    with pytest.raises(PassingFault, check=coded("child-killed")):
         run(DieWhileItAnswers(), tmp_path, deadline_s=30)
 
 
@@ -131,7 +132,7 @@ def test_a_child_whose_supervisor_dies_in_the_middle_of_a_call_ends(tmp_path: Pa
 
 def test_the_deadline_ends_the_whole_tree(tmp_path: Path) -> None:
     pids: list[int] = []
-    with pytest.raises(DeadlineExceeded, match="deadline of 2 s"):
+    with pytest.raises(DeadlineExceeded, check=coded("deadline-exceeded", "2 s")):
         run(
             SleepWithAGrandchild(),
             tmp_path,
@@ -196,10 +197,10 @@ def test_one_process_answers_several_calls_each_with_its_own_log_and_folder(tmp_
 def test_after_a_failed_call_another_process_takes_over(tmp_path: Path) -> None:
     with ChildProcess() as child:
         first = call(child, tmp_path, "first", 1)
-        with pytest.raises(StageFailed, match="negative"):
+        with pytest.raises(StageFailed, check=coded("child-failed", "negative")):
             call(child, tmp_path, "second", -1)
         wait_until_gone([first.value.pid])
-        with pytest.raises(DeadlineExceeded, match="deadline of 1 s"):
+        with pytest.raises(DeadlineExceeded, check=coded("deadline-exceeded", "1 s")):
             call(child, tmp_path, "third", 0, deadline_s=1)
         assert call(child, tmp_path, "fourth", 4).value.calls == 1
 

@@ -30,6 +30,7 @@ from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
 from slmops.infra.storage.origin import unmarked
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.verification import verify_version
+from tests.support.errors import coded
 from tests.support.versions import add_evidence, latest_evidence
 
 SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="Qwen2ForCausalLM", parameters=494_000_000)
@@ -256,7 +257,7 @@ class TestConflicts:
     def test_a_number_that_is_anothers_is_refused_and_renumber_takes_the_next(self, exported: Exported) -> None:
         other = make_version(exported.target, exported.folder, {"int4": {"model.onnx": b"other"}})
         before = files_below(exported.target_root)
-        with pytest.raises(BadInput, match="another home@1") as caught:
+        with pytest.raises(BadInput, check=coded("version-taken", "home@1")) as caught:
             exported.run()
         assert "--renumber" in caught.value.what_to_do
         assert files_below(exported.target_root) == before
@@ -282,7 +283,7 @@ class TestConflicts:
     def test_the_number_of_a_deleted_version_stays_taken(self, exported: Exported) -> None:
         exported.run()
         delete_version(exported.target.of(exported.manifest))
-        with pytest.raises(BadInput, match="or had, another home@1"):
+        with pytest.raises(BadInput, check=coded("version-taken", "home@1")):
             exported.run()
         assert exported.run(renumber=True).version.manifest.version == 2
 
@@ -291,13 +292,13 @@ class TestExportRefuses:
     def test_a_file_that_exists(self, exported: Exported) -> None:
         (exported.folder / "dangling.tar").symlink_to(exported.folder / "nowhere")
         for name in ("home.tar", "source", "dangling.tar"):
-            with pytest.raises(BadInput, match=f"{name} exists already"):
+            with pytest.raises(BadInput, check=coded("archive-exists", name)):
                 export_version(exported.source, exported.manifest, exported.folder / name)
         assert hashlib.sha256(exported.file.read_bytes()).hexdigest() == exported.written.sha256
 
     def test_a_folder_that_cannot_be_written_to(self, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
         for folder in ("missing", "home.tar"):
-            with pytest.raises(BadInput, match="There is no folder"):
+            with pytest.raises(BadInput, check=coded("folder-missing")):
                 export_version(exported.source, exported.manifest, exported.folder / folder / "x.tar")
 
         def refuse(_path: Path, mode: str = "r", *_: Any, **__: Any) -> Any:
@@ -305,7 +306,7 @@ class TestExportRefuses:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
         monkeypatch.setattr(Path, "open", refuse)
-        with pytest.raises(BadInput, match="cannot be written to: Permission denied"):
+        with pytest.raises(BadInput, check=coded("folder-not-writable", "Permission denied")):
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
 
     @pytest.mark.parametrize("content", [b"altered", b"", None])
@@ -369,18 +370,18 @@ class TestExportRefuses:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(Path, "open", refuse)
-        with pytest.raises(StageFailed, match="cannot be written to: No space left"):
+        with pytest.raises(StageFailed, check=coded("folder-not-writable", "No space left")):
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
 
     def test_more_evidence_than_an_archive_holds(self, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(archive, "MOST_EVIDENCE_FILES", 3)
-        with pytest.raises(StageFailed, match="4 files of evidence"):
+        with pytest.raises(StageFailed, check=coded("evidence-too-much", "4 files")):
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
         exported.assert_refused("is one too many")
 
     def test_a_version_that_was_deleted_meanwhile(self, exported: Exported) -> None:
         (exported.folder / "source" / NAME / "manifest.json").unlink()
-        with pytest.raises(StageFailed, match=r"no longer has models/home/1/manifest\.json"):
+        with pytest.raises(StageFailed, check=coded("content-lost", "models/home/1/manifest.json")):
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
         assert_only_old_files(exported)
 
@@ -411,26 +412,29 @@ def files_of_at_most(size_bytes: int) -> Iterator[None]:
 class TestFullDisk:
     def test_an_export_that_cannot_be_flushed(self, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
         fill_disk(monkeypatch)
-        with pytest.raises(StageFailed, match=r"x\.tar cannot be written: No space left on device") as caught:
+        with pytest.raises(StageFailed, check=coded("disk-failed", "x.tar", "No space left on device")) as caught:
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
         assert "free space" in caught.value.what_to_do
         assert_only_old_files(exported)
 
     @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no RLIMIT_FSIZE")
     def test_an_export_that_breaks_off_in_the_middle(self, exported: Exported) -> None:
-        with files_of_at_most(9_000), pytest.raises(StageFailed, match=r"x\.tar cannot be written: File too large"):
+        with files_of_at_most(9_000), pytest.raises(StageFailed, check=coded("disk-failed", "x.tar", "File too large")):
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
         assert_only_old_files(exported)
 
     @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no RLIMIT_FSIZE")
     def test_an_import_that_breaks_off_in_the_middle(self, exported: Exported) -> None:
-        with files_of_at_most(9_000), pytest.raises(StageFailed, match=r"cannot be unpacked below .*File too large"):
+        with (
+            files_of_at_most(9_000),
+            pytest.raises(StageFailed, check=coded("disk-failed", "unpacked", "File too large")),
+        ):
             exported.run()
         exported.assert_nothing_is_left()
 
     def test_an_import_that_cannot_be_flushed(self, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
         fill_disk(monkeypatch)
-        with pytest.raises(StageFailed, match="No space left on device"):
+        with pytest.raises(StageFailed, check=coded("disk-failed", "No space left on device")):
             exported.run()
         exported.assert_nothing_is_left()
 
@@ -441,10 +445,10 @@ class TestFullDisk:
         room = [0]
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, room[0]))
         room[0] = content - 1
-        with pytest.raises(StageFailed, match=r"has 0\.0 MB free, and this takes 0\.0 MB"):
+        with pytest.raises(StageFailed, check=coded("disk-full", "has 0.0 MB free", "takes 0.0 MB")):
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
         room[0] = exported.written.size_bytes + content - 1  # unpacked, and once more in the store beside
-        with pytest.raises(StageFailed, match=r"The disk of .* has 0\.0 MB free"):
+        with pytest.raises(StageFailed, check=coded("disk-full", "has 0.0 MB free")):
             exported.run()
         exported.assert_nothing_is_left()
         room[0] += 1
@@ -454,7 +458,7 @@ class TestFullDisk:
 
     def test_a_staging_folder_that_cannot_be_made(self, exported: Exported) -> None:
         exported.staging.write_bytes(b"a file")
-        with pytest.raises(StageFailed, match="staging cannot be written to"):
+        with pytest.raises(StageFailed, check=coded("disk-failed", "staging")):
             exported.run()
         assert files_below(exported.target_root) == {}
 

@@ -11,6 +11,7 @@ from slmops.infra.storage.evidence import DEPLOY, SIGNATURE, Signature
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import repair_version, verify_version
+from tests.support.errors import coded
 from tests.support.stores import StoreCase
 from tests.support.versions import FILES, add_evidence, content_of, latest_evidence, store_version
 
@@ -107,7 +108,7 @@ def test_a_number_that_is_taken_is_another_versions(here: ModelRegistry, team: M
     store_version(team, tmp_path / "theirs")
     mine = store_version(here, tmp_path / "mine", OTHER)
     here.of(mine).record(SIGNATURE, Signature(bundle={"covers": "home@1"}))
-    with pytest.raises(BadInput, match="another home@1") as caught:
+    with pytest.raises(BadInput, check=coded("version-taken", "home@1")) as caught:
         copy_version(here.of(mine), team)
     assert "--renumber" in caught.value.what_to_do
     assert len(list(team.objects.entries("blobs/sha256"))) == len(FILES)  # refused before anything moved

@@ -19,6 +19,7 @@ from slmops.infra.storage.leases import Collector, WriteLease, collecting
 from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import verify_version
+from tests.support.errors import coded
 from tests.support.stores import StoreCase
 from tests.support.versions import FILES, store_version
 
@@ -85,7 +86,7 @@ def test_a_manifest_that_cannot_be_read_stops_it(registry: ModelRegistry, tmp_pa
     registry.objects.put_bytes("blobs/sha256/" + "0" * 64, b"an orphan")
     registry.objects.put_bytes("models/home/1/manifest.json", b"{")
     before = blob_keys(registry)
-    with pytest.raises(StageFailed, match="manifest of home@1"):
+    with pytest.raises(StageFailed, check=coded("manifest-damaged", "home@1")):
         collect_garbage(registry)
     assert blob_keys(registry) == before
     assert list(registry.objects.entries("leases")) == []
@@ -199,13 +200,13 @@ class TestInputs:
 
     def test_bad_input(self, registry: ModelRegistry, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        for path, said in ((tmp_path / "gone", "no file or folder"), (tmp_path / "empty", "holds no file")):
-            with pytest.raises(BadInput, match=said):
+        for path, code in ((tmp_path / "gone", "input-missing"), (tmp_path / "empty", "input-not-valid")):
+            with pytest.raises(BadInput, check=coded(code)):
                 ingest(registry, path)
         (tmp_path / "linked").mkdir()
         (tmp_path / "secret").write_text("not to be shared")
         (tmp_path / "linked" / "config.json").symlink_to(tmp_path / "secret")
-        with pytest.raises(BadInput, match="holds a link out of it"):
+        with pytest.raises(BadInput, check=coded("input-not-valid", "config.json")):
             ingest(registry, tmp_path / "linked")
         for address in ("store://", "store://abc", "store://" + "g" * 64, "store://" + "0" * 64, "store://../x"):
             with pytest.raises(BadInput, match="store://"):
@@ -218,5 +219,5 @@ class TestInputs:
         key = f"inputs/{stored.digest}.json"
         for data in (registry.objects.read_bytes(key).replace(b"rows.jsonl", b"../../rows"), b"{", b"[]"):
             registry.objects.put_bytes(key, data)
-            with pytest.raises(StageFailed, match="is not valid"):
+            with pytest.raises(StageFailed, check=coded("input-damaged")):
                 read_input(registry, stored.address)

@@ -38,6 +38,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.s3.client import ATTEMPTS, make_client, parse_s3_uri
 from slmops.infra.storage.verification import verify_version
 from tests.infra.storage.test_registry import COMMITTER
+from tests.support.errors import coded
 from tests.support.s3_proxy import (
     ACCESS_DENIED,
     INTERNAL_ERROR,
@@ -361,7 +362,7 @@ def test_a_server_that_is_down_is_asked_again_with_growing_waits(
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(PassingFault, match="cannot be reached") as caught:
+        with pytest.raises(PassingFault, check=coded("s3-unreachable")) as caught:
             open_registry(shared_journey.store.settings(shared_journey.home, url)).objects.check()
     assert_one_sentence(caught.value)
     assert len(waits) == ATTEMPTS - 1
@@ -375,7 +376,7 @@ def test_a_server_that_wants_less_is_given_time(shared_journey: Journey) -> None
     proxy.clear()
     proxy.forget()
     proxy.add(Fault("*", "", SLOW_DOWN))
-    with pytest.raises(PassingFault, match="SlowDown") as caught:
+    with pytest.raises(PassingFault, check=coded("s3-server-failed", "SlowDown")) as caught:
         shared_journey.far().objects.check()
     proxy.clear()
     assert_one_sentence(caught.value)
@@ -519,7 +520,7 @@ def test_what_is_read_back_otherwise_is_not_kept(
     action: AlterResponseBody | ShortenBody, journey: Journey, brief_waits: None
 ) -> None:
     journey.proxy.add(Fault("GET", BLOB, action, times=1))
-    with pytest.raises(PassingFault, match="1 of 3 files were read back otherwise") as caught:
+    with pytest.raises(PassingFault, check=coded("s3-read-back-otherwise", "1 of 3 files")) as caught:
         journey.push()
     assert_one_sentence(caught.value)
     beside = journey.beside()
@@ -747,7 +748,7 @@ def test_a_damaged_blob_is_not_pulled_and_is_named(
     assert f"{blob_of(file).key} came altered 3 times" in err
     assert journey.puller().versions("home") == []
     assert_clean(journey.tmp_path / "puller/store")
-    with pytest.raises(StageFailed, match="came altered"):
+    with pytest.raises(StageFailed, check=coded("content-altered")):
         journey.far("user").materialize([file], journey.tmp_path / "out")
     assert_clean(journey.tmp_path / "user/cache/store")
 
@@ -860,10 +861,10 @@ def test_a_disk_that_fills_while_pulling(step: str, journey: Journey, monkeypatc
     journey.pushed()
     with monkeypatch.context() as patched:
         patched.setattr(step, no_space)
-        with pytest.raises(StageFailed, match="No space left") as caught:
+        with pytest.raises(StageFailed, check=coded("disk-failed", "No space left")) as caught:
             journey.pull()
         assert_one_sentence(caught.value)
-        with pytest.raises(StageFailed, match="No space left"):
+        with pytest.raises(StageFailed, check=coded("disk-failed", "No space left")):
             journey.far("user").materialize(journey.manifest.variants[0].files, journey.tmp_path / "out")
     for root in ("puller/store", "user/cache/store"):
         assert_clean(journey.tmp_path / root)

@@ -13,6 +13,7 @@ from slmops.infra.storage.evidence import DEPLOY, SELECTION, DamagedEvidence, De
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
+from tests.support.errors import coded
 from tests.support.versions import FILES, store_version
 
 
@@ -92,7 +93,7 @@ def test_a_variant_places_its_files(version: Version, tmp_path: Path) -> None:
     assert {name: (tmp_path / "model" / name).read_bytes() for name in files} == files
     with pytest.raises(StageFailed, match="genai_config"):
         version.variant("int4").place(tmp_path / "no model")
-    with pytest.raises(BadInput, match="no variant 'int8'"):
+    with pytest.raises(BadInput, check=coded("variant-missing", "'int8'")):
         version.variant("int8")
 
 
@@ -108,7 +109,7 @@ def test_what_was_selected_last_serves(version: Version) -> None:
     assert version.serving == version.variant("int4")
     version.record(SELECTION, Selection(selected=None))
     assert version.serving is None
-    with pytest.raises(BadInput, match="int4 registered"):
+    with pytest.raises(BadInput, check=coded("version-not-proven", "int4 registered")):
         version.require_serving()
 
 

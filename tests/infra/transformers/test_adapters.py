@@ -142,18 +142,18 @@ def test_the_declared_base_is_read(base: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "refused"),
     [
-        (None, r"has no adapter_config\.json"),
-        ("{", "not valid JSON"),
-        ("[]", "not a JSON object"),
-        (json.dumps({"peft_type": "IA3"}), "peft_type 'IA3'"),
+        (None, coded("file-missing", "adapter_config.json")),
+        ("{", coded("file-not-json")),
+        ("[]", coded("file-not-object")),
+        (json.dumps({"peft_type": "IA3"}), coded("adapter-kind", "peft_type 'IA3'")),
     ],
 )
-def test_a_config_that_cannot_be_used(text: str | None, fault: str, tmp_path: Path) -> None:
+def test_a_config_that_cannot_be_used(text: str | None, refused: coded, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(BadInput, match=fault):
+    with pytest.raises(BadInput, check=refused):
         read_adapter_config(tmp_path)
 
 

@@ -11,6 +11,7 @@ from slmops.infra.reference.answers import choose_positions
 from slmops.infra.transformers.answers import answer
 from slmops.infra.transformers.calls import AnswerAsSource
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 
 ROWS = [
     {"id": "short", "messages": [{"role": "user", "content": "hi"}]},
@@ -136,7 +137,7 @@ def test_answers_end_at_the_end_of_the_context(tmp_path):
 def test_a_row_that_the_template_refuses_is_bad_input(tmp_path):
     gemma_style = make_tiny_checkpoint(tmp_path / "checkpoint", chat_template="gemma")
     rows = [{"id": 9, "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}]
-    with pytest.raises(BadInput, match="cannot render row 9: System role not supported"):
+    with pytest.raises(BadInput, check=coded("row-does-not-render", "row 9: System role not supported")):
         run(gemma_style, tmp_path, rows=rows)
 
 
@@ -147,12 +148,12 @@ def test_a_checkpoint_whose_weights_are_not_numbers_is_refused(tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(StageFailed, match="source checkpoint itself gives logits that are not finite"):
+    with pytest.raises(StageFailed, check=coded("logits-not-finite")):
         run(broken, tmp_path)
 
 
 def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path):
-    with pytest.raises(StageFailed, match="cannot load the checkpoint"):
+    with pytest.raises(StageFailed, check=coded("checkpoint-does-not-load")):
         run(tmp_path, tmp_path)
 
 

@@ -13,6 +13,7 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.transformers.calls import TrainChatModel, TrainedChatModel
 from slmops.tasks.training.demo import TRAINING
+from tests.support.errors import coded
 from tests.support.torch_process import TORCH_PROCESS
 
 COLORS = ("red", "green", "blue", "white")
@@ -135,5 +136,5 @@ def test_a_model_that_did_not_learn_fails_loudly(tmp_path: Path) -> None:
 
 def test_no_rows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(BadInput, match="has no rows"):
+    with pytest.raises(BadInput, check=coded("training-file-empty")):
         _train(tmp_path / "run", train_file=str(tmp_path / "empty.jsonl"))

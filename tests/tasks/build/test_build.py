@@ -24,6 +24,7 @@ from slmops.tasks.build.recipes import RECIPES_DIR, Recipe, known_recipes, load_
 from slmops.tasks.plan import parse_request
 from slmops.tasks.request.deploy_request import DeployRequest
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 
 OLD_FORM: dict[str, Any] = {
     "input_model": {"type": "HfModel", "model_path": "/somewhere/else", "task": "text-generation"},
@@ -200,7 +201,7 @@ def test_a_recipe_that_cannot_be_used_is_refused(
 
 @pytest.mark.parametrize("parameters", [{"recipes": ["int4-block128"]}, {"search": True}])
 def test_an_olive_configuration_leaves_nothing_to_name_or_search(parameters: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match="Olive configuration"):
+    with pytest.raises(BadInput, check=coded("recipe-beside-olive-config")):
         _request(olive_config_file="olive.json", **parameters)
 
 
@@ -318,7 +319,7 @@ def test_what_is_wrong_is_named_in_one_sentence(case: str, tmp_path: Path) -> No
 
 def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
     config = {**_with_builder(precision="int5", colour="red"), "shape": 1}
-    with pytest.raises(BadInput, match="shape") as refusal:
+    with pytest.raises(BadInput, check=coded("olive-config-not-valid", "shape")) as refusal:
         _read(tmp_path, config)
     assert "'colour'" in refusal.value.message
     assert "'int5'" in refusal.value.message

@@ -32,6 +32,7 @@ from slmops.tasks.verdict.pareto import Candidate
 from slmops.tasks.versions.commit import commit_version
 from slmops.tasks.workshop import Workshop, torch_process, working_in
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
 from tests.support.versions import evidence
 
@@ -286,5 +287,5 @@ class TestSearch:
         taken = prepared.model_copy(update={"inspection": inspect_checkpoint(folder)})
         evaluation = EvaluationSet(rows=chat_prompts()[:1], origin="a prompt")
         shop = Workshop(small_settings, open_registry(small_settings))
-        with working_in(shop), pytest.raises(BadInput, match="built already"):
+        with working_in(shop), pytest.raises(BadInput, check=coded("checkpoint-is-built")):
             search_recipes(_request(), taken, evaluation)

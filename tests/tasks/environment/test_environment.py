@@ -25,6 +25,7 @@ from slmops.tasks.environment.checks import (
 from slmops.tasks.environment.estimates import estimate_build_ram, estimate_stages
 from slmops.tasks.environment.host import builder_versions, host_facts
 from slmops.tasks.request.parameters import PRECISIONS
+from tests.support.errors import coded
 
 STACK = {"olive-ai", "onnxruntime-genai", "onnxruntime", "foundry-local-sdk", "transformers", "torch", "prefect"}
 
@@ -162,7 +163,9 @@ class TestResources:
     def test_too_little_memory_names_need_and_found(self, tmp_path: Path) -> None:
         estimates = estimate_stages(inspection(), PRECISIONS, rows=200)
         peak = max(one.ram_bytes for one in estimates)
-        with pytest.raises(BadInput, match=rf"Too little memory: this needs {peak / 1e9:.1f} GB .* 1\.5 GB") as caught:
+        with pytest.raises(
+            BadInput, check=coded("resources-too-small", f"memory: this needs {peak / 1e9:.1f} GB ", " 1.5 GB")
+        ) as caught:
             require_resources(check_resources(estimates, machine(tmp_path, ram_bytes=1_500_000_000)))
         assert "SLMOPS_MACHINE__RAM_CHECK=false" in caught.value.what_to_do
         require_resources(check_resources(estimates, machine(tmp_path, ram_bytes=peak)))
@@ -174,7 +177,9 @@ class TestResources:
         enough = machine(tmp_path, ram_bytes=2**50, disk_bytes=need)
         require_resources(check_resources(estimates, enough))
         settings = machine(tmp_path / "not" / "there" / "yet", ram_bytes=2**50, disk_bytes=need - 1)
-        with pytest.raises(BadInput, match=rf"Too little disk: this needs {need / 1e9:.1f} GB, there is") as caught:
+        with pytest.raises(
+            BadInput, check=coded("resources-too-small", f"disk: this needs {need / 1e9:.1f} GB,")
+        ) as caught:
             require_resources(check_resources(estimates, settings))
         assert "SLMOPS_HOME" in caught.value.what_to_do
         assert not (tmp_path / "not").exists()
@@ -188,7 +193,9 @@ class TestResources:
     def test_the_first_row_that_fails_is_told(self) -> None:
         good = Check(name="Disk", required="1 GB", found="2 GB", ok=True)
         require_resources([good])
-        with pytest.raises(BadInput, match=r"Too little memory: this needs 3 GB, there is 1 GB\.") as caught:
+        with pytest.raises(
+            BadInput, check=coded("resources-too-small", "memory: this needs 3 GB, there is 1 GB.")
+        ) as caught:
             require_resources([good, Check(name="Memory", required="3 GB", found="1 GB", ok=False, what_to_do="Buy.")])
         assert caught.value.what_to_do == "Buy."
 

@@ -30,6 +30,7 @@ from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, 
 from slmops.tasks.questions.output_format import OutputFormat
 from slmops.tasks.verdict.gate import judge, thresholds_for
 from tests.support.checkpoints import SENTENCES, make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model, with_weights_set
 from tests.support.versions import add_evidence
 
@@ -257,7 +258,7 @@ def test_the_last_evaluation_comes_with_its_output_format(
     add_evidence(registry, manifest, "evaluation", record, "0123456789abcdef")
     assert last_evaluation_set(registry.of(manifest)) == evaluation
     add_evidence(registry, manifest, "evaluation", {**record, "rows": [{"id": 0}]}, "0123456789abcdee")
-    with pytest.raises(BadInput, match=r"The rows of home@1's last evaluation cannot be read"):
+    with pytest.raises(BadInput, check=coded("evaluation-record-unreadable", "home@1")):
         last_evaluation_set(registry.of(manifest))
 
 

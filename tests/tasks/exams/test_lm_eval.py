@@ -18,6 +18,7 @@ from slmops.tasks.exams.lm_eval import (
 )
 from slmops.tasks.workshop import Workshop, working_in
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
 from tests.support.lm_eval_tasks import QUESTIONS, write_tasks
 from tests.support.versions import evidence
@@ -153,6 +154,6 @@ def test_without_lm_eval_the_extra_is_named_before_anything_starts(monkeypatch):
         raise benchmarks.PackageNotFoundError(package)
 
     monkeypatch.setattr(benchmarks, "version_of", no_version)
-    with pytest.raises(BadInput, match="not installed") as caught:
+    with pytest.raises(BadInput, check=coded("lm-eval-missing")) as caught:
         lm_eval_question("a" * 64, LmEvalTasks(names=NAMES))
     assert "pip install 'slmops[lm-eval]'" in caught.value.what_to_do

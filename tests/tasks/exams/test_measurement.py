@@ -9,6 +9,7 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.settings import BenchmarkSettings, MachineSettings, Settings, SweepSettings
 from slmops.tasks.exams.measurement import Measurement, measure_variant, statistics_of, summarize
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
 from tests.support.measurements import raw_result, raw_row, swept_row
 
@@ -100,5 +101,5 @@ def test_a_real_model_is_measured_in_a_child_process(tmp_path):
 
 def test_a_broken_model_is_a_clear_error_of_the_parent(tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(StageFailed, match="not a readable genai configuration"):
+    with pytest.raises(StageFailed, check=coded("genai-config-not-valid")):
         measure_variant(Settings(home=tmp_path), tmp_path / "model", tmp_path / "work")

@@ -30,6 +30,7 @@ from slmops.tasks.exams.text import (
 )
 from slmops.tasks.workshop import Workshop, working_in
 from tests.support.checkpoints import SENTENCES, make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model, with_weights_set
 from tests.support.versions import evidence
 
@@ -63,37 +64,37 @@ def test_any_bytes_are_read_or_refused_in_words(tmp_path_factory, content):
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"),
+    ("content", "refused"),
     [
-        (b"", "is empty"),
-        (b" \n\t\n", "is empty"),
-        (b"\xef\xbb\xbf", "is empty"),
-        (b"PK\x03\x04\x00\x00", "is not text: it has a null byte at byte 5"),
-        ("naïve".encode("latin-1"), "is not UTF-8 at byte 3"),
-        ("naïve".encode("utf-16"), "is not text"),
-        (b"cut off: \xe6\x9d", "is not UTF-8"),
+        (b"", coded("text-file-empty")),
+        (b" \n\t\n", coded("text-file-empty")),
+        (b"\xef\xbb\xbf", coded("text-file-empty")),
+        (b"PK\x03\x04\x00\x00", coded("text-file-not-text", "byte 5")),
+        ("naïve".encode("latin-1"), coded("text-file-not-utf8", "byte 3")),
+        ("naïve".encode("utf-16"), coded("text-file-not-text")),
+        (b"cut off: \xe6\x9d", coded("text-file-not-utf8")),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path, content, fault):
+def test_what_is_no_text_is_refused(tmp_path, content, refused):
     (tmp_path / "text.txt").write_bytes(content)
-    with pytest.raises(BadInput, match=fault) as caught:
+    with pytest.raises(BadInput, check=refused) as caught:
         read_text_file(tmp_path / "text.txt", 100)
     assert caught.value.exit_code == 2
 
 
 def test_missing_files_folders_and_odd_names_are_refused(tmp_path):
-    with pytest.raises(BadInput, match="cannot be read: No such file"):
+    with pytest.raises(BadInput, check=coded("text-file-unreadable", "No such file")):
         read_text_file(tmp_path / "none.txt", 10)
-    with pytest.raises(BadInput, match="is no text file"):
+    with pytest.raises(BadInput, check=coded("text-file-not-file")):
         read_text_file(tmp_path, 10)
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, check=coded("text-file-unreadable")):
         read_text_file(Path("null\0.txt"), 10)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX has named pipes")
 def test_a_pipe_that_nobody_writes_to_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(BadInput, match="is no text file"):
+    with pytest.raises(BadInput, check=coded("text-file-not-file")):
         read_text_file(tmp_path / "pipe", 10)
 
 
@@ -244,7 +245,7 @@ def test_a_model_without_a_checkpoint_has_a_perplexity_only(model_dir, settings,
 
 def test_a_text_of_one_token_is_bad_input_not_a_failed_stage(model_dir, settings, tmp_path):
     text = TextSample(origin="a.txt", text="a", digest=digest_of("a"))
-    with pytest.raises(BadInput, match="needs at least 2"):
+    with pytest.raises(BadInput, check=coded("text-too-short")):
         compare_on_text(settings, model_dir, text, reference_dir=None, work_dir=tmp_path / "work")
 
 

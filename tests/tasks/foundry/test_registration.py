@@ -10,6 +10,7 @@ from slmops.tasks.foundry.prompt_template import (
     inference_model,
 )
 from tests.support.checkpoints import BEGIN_AND_END_TOKENS
+from tests.support.errors import coded
 from tests.tasks.chat_templates import FAMILIES, TEMPLATES
 
 CHATML = {
@@ -134,12 +135,12 @@ def test_a_template_of_one_turn_is_used_as_far_as_it_goes():
     ["{{ 'constant' }}", "{{ raise_exception('no') }}", "{{ messages[0].text.x }}", "{{ range(9 ** 9) }}"],
 )
 def test_a_template_that_renders_no_user_message_is_refused(chat_template):
-    with pytest.raises(BadInput, match="does not render"):
+    with pytest.raises(BadInput, check=coded("chat-template-does-not-render")):
         derive_prompt_template(chat_template, {})
 
 
 def test_a_template_that_is_not_jinja_is_refused():
-    with pytest.raises(BadInput, match=r"not valid Jinja.*line 2"):
+    with pytest.raises(BadInput, check=coded("chat-template-not-jinja", "line 2")):
         derive_prompt_template("\n{% for %}", {})
 
 
@@ -194,20 +195,20 @@ def test_generation_defaults(generation_config, overrides, expected):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fault"),
+    ("overrides", "named"),
     [
-        ({"max_length": 2049}, "context has 2048 tokens"),
-        ({"max_length": 0}, "max_length"),
-        ({"temperature": 2.1}, "temperature.*found 2.1"),
-        ({"temperature": "nan"}, "temperature"),
-        ({"temperature": "warm"}, "temperature.*found 'warm'"),
-        ({"top_p": 0}, "top_p"),
-        ({"repetition_penalty": -1}, "repetition_penalty"),
-        ({"top_q": 1}, "top_q"),
+        ({"max_length": 2049}, ["max_length is 2049", "2048 tokens"]),
+        ({"max_length": 0}, ["max_length"]),
+        ({"temperature": 2.1}, ["temperature", "found 2.1"]),
+        ({"temperature": "nan"}, ["temperature"]),
+        ({"temperature": "warm"}, ["temperature", "found 'warm'"]),
+        ({"top_p": 0}, ["top_p"]),
+        ({"repetition_penalty": -1}, ["repetition_penalty"]),
+        ({"top_q": 1}, ["top_q"]),
     ],
 )
-def test_generation_defaults_out_of_bounds_are_refused(overrides, fault):
-    with pytest.raises(BadInput, match=fault):
+def test_generation_defaults_out_of_bounds_are_refused(overrides, named):
+    with pytest.raises(BadInput, check=coded("bad-input", *named)):
         generation_defaults({}, overrides, 2048)
 
 

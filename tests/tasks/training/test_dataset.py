@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.tasks.training.dataset import Dataset, TrainingRow, read_dataset, split
+from tests.support.errors import coded
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "good morning"}
 CHAT = {"messages": [USER, ANSWER]}
@@ -39,22 +40,30 @@ def test_chats_and_evaluation_rows_are_the_same_rows(tmp_path: Path, settings: S
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "refused"),
     [
-        ([], "has no rows"),
-        ([CHAT, "{", OTHER], "line 2: it is not JSON"),
-        ([CHAT, {"messages": [ANSWER, USER]}], "line 2: messages must alternate.*found assistant, user"),
-        ([CHAT, {"messages": [USER, USER, ANSWER]}], "found user, user, assistant"),
-        ([CHAT, {"messages": [USER]}], "line 2"),
-        ([CHAT, {"chat": []}], "line 2: messages: Field required"),
-        ([CHAT, {"messages": [{"role": "tool", "content": ""}, ANSWER]}], "line 2: messages.0.role"),
-        ([CHAT, {"messages": [USER], "expected": 7}], "line 2: messages.1.content"),
-        ([CHAT, CHAT, CHAT], "3 rows and only one distinct example"),
-        ([CHAT, "[1]", "7", "x", "y"], "line 4: .*; and 1 more"),
+        ([], coded("bad-input", "has no rows")),
+        ([CHAT, "{", OTHER], coded("dataset-row-not-valid", "line 2: it is not JSON")),
+        (
+            [CHAT, {"messages": [ANSWER, USER]}],
+            coded("dataset-row-not-valid", "line 2: messages must alternate", "found assistant, user"),
+        ),
+        ([CHAT, {"messages": [USER, USER, ANSWER]}], coded("dataset-row-not-valid", "found user, user, assistant")),
+        ([CHAT, {"messages": [USER]}], coded("dataset-row-not-valid", "line 2")),
+        ([CHAT, {"chat": []}], coded("dataset-row-not-valid", "line 2: messages: Field required")),
+        (
+            [CHAT, {"messages": [{"role": "tool", "content": ""}, ANSWER]}],
+            coded("dataset-row-not-valid", "line 2: messages.0.role"),
+        ),
+        ([CHAT, {"messages": [USER], "expected": 7}], coded("dataset-row-not-valid", "line 2: messages.1.content")),
+        ([CHAT, CHAT, CHAT], coded("dataset-one-example", "3 rows")),
+        ([CHAT, "[1]", "7", "x", "y"], coded("dataset-row-not-valid", "line 4: ", "; and 1 more")),
     ],
 )
-def test_what_cannot_be_learned_from_is_refused(rows: list[Any], said: str, tmp_path: Path, settings: Settings) -> None:
-    with pytest.raises(BadInput, match=said) as caught:
+def test_what_cannot_be_learned_from_is_refused(
+    rows: list[Any], refused: coded, tmp_path: Path, settings: Settings
+) -> None:
+    with pytest.raises(BadInput, check=refused) as caught:
         read_dataset(written(tmp_path, *rows), settings)
     assert caught.value.what_to_do
     assert not settings.home_dir.exists()
@@ -69,7 +78,7 @@ def test_a_folder_of_the_datasets_library_is_read(tmp_path: Path, settings: Sett
 
 def test_a_dataset_that_is_nowhere_is_named(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match=r"There is no dataset .*empty"):
+    with pytest.raises(BadInput, check=coded("dataset-missing", "empty")):
         read_dataset(str(tmp_path / "empty"), settings)
 
 

@@ -21,6 +21,7 @@ from slmops.tasks.training.demo import (
     output_schema,
     smart_home_dataset,
 )
+from tests.support.errors import coded
 
 
 def _command(row: train.Row) -> str:
@@ -115,7 +116,7 @@ def test_a_damaged_cache_is_made_again_and_a_changed_checkpoint_is_refused(tmp_p
     assert make_demo_checkpoint(place, tmp_path / "second", 7).training_s is not None
     assert _contents(tmp_path / "first") == _contents(tmp_path / "second")
     (tmp_path / "first" / "config.json").write_text("{}")
-    with pytest.raises(BadInput, match="is not the demo checkpoint of seed 7"):
+    with pytest.raises(BadInput, check=coded("output-is-other-demo", "seed 7")):
         make_demo_checkpoint(place, tmp_path / "first", 7)
 
 
@@ -123,7 +124,7 @@ def test_a_damaged_cache_is_made_again_and_a_changed_checkpoint_is_refused(tmp_p
 def test_another_demo_checkpoint_gives_way_when_asked(tmp_path: Path) -> None:
     place = Settings(home=tmp_path / "home")
     make_demo_checkpoint(place, tmp_path / "demo", 7)
-    with pytest.raises(BadInput, match="is not the demo checkpoint of seed 8"):
+    with pytest.raises(BadInput, check=coded("output-is-other-demo", "seed 8")):
         make_demo_checkpoint(place, tmp_path / "demo", 8)
     make_demo_checkpoint(place, tmp_path / "demo", 8, replace=True)
     assert make_demo_checkpoint(place, tmp_path / "demo", 8).seed == 8
@@ -133,7 +134,7 @@ def test_a_folder_or_file_of_the_user_s_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     for occupied in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
-        with pytest.raises(BadInput, match="exists and is not the demo checkpoint"):
+        with pytest.raises(BadInput, check=coded("output-is-other-demo")):
             make_demo_checkpoint(Settings(home=tmp_path / "home"), occupied, 7, replace=True)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     assert not (tmp_path / "home").exists()
