@@ -50,7 +50,7 @@ Method = Callable[[], dict[str, float]]
 
 def our_method(folder: Path, prompt_tokens: int, new_tokens: int, threads: int) -> Method:
     """Make requests as the child function `measure` does, its watch over the memory included."""
-    model = GenaiModel(folder, threads=threads, execution_provider=None)
+    model = GenaiModel(folder, threads=threads)
     prompt_ids = benchmark_prompt(model, prompt_tokens)
 
     def request() -> dict[str, float]:
