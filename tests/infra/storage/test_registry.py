@@ -284,7 +284,7 @@ class TestFilesOfTheStore:
         root.write_bytes(b"not a folder")
         registry = ModelRegistry(LocalObjectStore(root))
         assert registry.names() == []
-        with pytest.raises(StageFailed, check=coded("store-is-file", str(root))):
+        with pytest.raises(StageFailed, check=coded("disk-failed", str(root))):
             variant(registry, tmp_path / "built", FILES)
 
     def test_only_stores_that_can_be_opened_are(self, tmp_path: Path) -> None:
