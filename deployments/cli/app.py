@@ -67,7 +67,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "catalog": catalog.catalog,
     "up": up.up,
 }
-# These read only the settings and the store; all others may import `tasks` and `flows`.
+# These read only the settings and the store. All others may import `tasks` and `flows`.
 LIGHT = {
     "config", "list", "show", "logs", "chat", "foundry-dir", "push", "verify", "ingest", "diff", "sign", "sbom",
     "alias", "tag", "note", "export", "import", "history",
@@ -85,7 +85,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def options(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Options of slmops itself."""
     if version:
@@ -103,7 +103,7 @@ for name, command in COMMANDS.items():
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command and end with its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    gc.set_threshold(10_000)  # imports allocate much and free little: garbage collection took a tenth of their time
+    gc.set_threshold(10_000)  # imports allocate much and free little: collecting would add a tenth to their time
     status = run(arguments)
     gc.freeze()  # at exit the interpreter would scan all objects of Prefect, for half a second
     sys.exit(status)
@@ -114,13 +114,13 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app(args=list(arguments), standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
-        told = _told(error)
-        print_error(told, as_json="--json" in arguments)
-        return told.exit_code
+        shown = _shown(error)
+        print_error(shown, as_json="--json" in arguments)
+        return shown.exit_code
     return status if isinstance(status, int) else 0
 
 
-def _told(error: BaseException) -> SlmopsError:
+def _shown(error: BaseException) -> SlmopsError:
     """Return the error that the user sees after a command failed."""
     if isinstance(error, SlmopsError):
         return error
@@ -128,7 +128,7 @@ def _told(error: BaseException) -> SlmopsError:
         message = str(error.format_message())  # type: ignore[attr-defined]
         return BadInput(f"{message.rstrip('.')}.", "See slmops --help.")
     if isinstance(error, typer.Abort | KeyboardInterrupt):
-        return SlmopsError("Interrupted.", "Run the command again: it goes on from the stages that are done.")
+        return SlmopsError("Interrupted.", "Run the command again: it continues after the stages that are done.")
     log = load_settings().cache_dir / "logs" / "unexpected-error.log"
     write_whole(log, "".join(traceback.format_exception(error)))
     return SlmopsError(

@@ -1,4 +1,4 @@
-"""`slmops benchmark`: measure a stored version anew."""
+"""`slmops benchmark`: measure a stored version again."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from slmops.tasks.request.parameters import BenchmarkParameters
 
 @asks_for(BenchmarkParameters)
 def benchmark(parameters: dict[str, Any], log_level: LogLevel = None, as_json: Json = False) -> None:
-    """Measure a stored version anew, beside its earlier figures on this machine; run standard benchmarks on it."""
+    """Measure a stored version again and compare it with its earlier figures; run standard benchmarks on it."""
     version_of(parameters["reference"])  # refuses a missing version before anything is written
     report = run_flow("benchmark", parameters)
     if as_json:

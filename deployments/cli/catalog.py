@@ -1,4 +1,4 @@
-"""`slmops catalog`: the store's registered versions as a catalog that Foundry Local's runtime asks."""
+"""`slmops catalog`: the store's registered versions as a catalog for Foundry Local's runtime."""
 
 import contextlib
 import socket
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 5274
 SHUTDOWN_S = 5
 
-Host = Annotated[str, typer.Option(help="Address to listen on; any but loopback takes SLMOPS_CATALOG__TOKEN.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; one that is not loopback needs SLMOPS_CATALOG__TOKEN.")]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0: a free one.")]
 Upstream = Annotated[str | None, typer.Option(help="URL of a catalog whose models are listed after ours.")]
 
@@ -41,13 +41,13 @@ def catalog(host: Host = "127.0.0.1", port: Port = DEFAULT_PORT, upstream: Upstr
 def _check_upstream(upstream: str | None) -> None:
     if upstream is None:
         return
-    with contextlib.suppress(ValueError):  # a port that is none, brackets that hold no address
+    with contextlib.suppress(ValueError):  # an invalid port, or brackets without an address
         parts = urlsplit(upstream)
         # A password would end up in logs.
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
             return
     raise BadInput(
-        "The upstream catalog's address is no http:// or https:// URL without a user's name.", "Correct --upstream."
+        "The upstream catalog's address must be an http:// or https:// URL without a user name.", "Correct --upstream."
     )
 
 

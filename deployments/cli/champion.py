@@ -1,4 +1,4 @@
-"""The commands on the champion: promote a version, roll back, and see who held the name and why."""
+"""The commands for the champion: promote a version, roll back, and print the history."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def promote(
     reference: VersionReference, reason: Reason = "", log_level: LogLevel = None, as_json: Json = False
 ) -> None:
-    """Make a version the champion, in the store, Foundry Local and running servers, or nowhere."""
+    """Make a version the champion in the store, Foundry Local and running servers: in all of them or in none."""
     from slmops.tasks.versions.change import plan_promotion
 
     plan_promotion(reference, reason, the_registry())  # refuses bad input before anything is written
@@ -25,12 +25,12 @@ def promote(
 
 def rollback(
     name: ModelName,
-    to: Annotated[int | None, typer.Option(help="Version to go back to; default: the champion before.")] = None,
+    to: Annotated[int | None, typer.Option(help="Version to go back to; default: the previous champion.")] = None,
     reason: Reason = "",
     log_level: LogLevel = None,
     as_json: Json = False,
 ) -> None:
-    """Go back to the champion before the present one, in the way of any promotion."""
+    """Make the previous champion the champion again, by the same steps as a promotion."""
     from slmops.tasks.versions.change import plan_rollback
 
     plan_rollback(name, to, reason, the_registry())  # refuses bad input before anything is written
@@ -48,7 +48,7 @@ def _show(promotion: "Promotion", *, as_json: bool) -> None:
 
 
 def history(name: ModelName, as_json: Json = False) -> None:
-    """Tell who was the champion of a name, since when, by whom and why, the present one first."""
+    """List the champions of a name, newest first: since when, set by whom, and why."""
     from dataclasses import asdict
 
     from slmops.infra.storage.manifest import check_name
@@ -75,4 +75,4 @@ def history(name: ModelName, as_json: Json = False) -> None:
     ]
     print_table(f"Champions of {name}", rows)
     if not rows:
-        print_line(f"No change of {name}'s champion is on record.")
+        print_line(f"No change of {name}'s champion is recorded.")

@@ -50,4 +50,4 @@ def _registered_variant(version: Version) -> tuple[str, str]:
     for precision in ((serving.precision,) if serving else ()) + ("int4", "int8", "fp16", "fp32"):
         if model_id := ids.get(precision):
             return precision, model_id
-    raise BadInput(f"No variant of {version.reference} is registered.", "Deploy it again; slmops show tells why.")
+    raise BadInput(f"No variant of {version.reference} is registered.", "Deploy it again; slmops show says why.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @asks_for(DeployParameters)
 def deploy(
     parameters: dict[str, object],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and exit.")] = False,
     log_level: LogLevel = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +62,7 @@ def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
     """Run the flow `deploy`, print its report, and end with its exit status."""
     from slmops.deployments.server.environment import begin_embedded_server
 
-    server = begin_embedded_server()  # this start takes as long as the imports of the plan
+    server = begin_embedded_server()  # the server's start takes as long as the imports of the plan
     try:
         from slmops.tasks.plan import plan_deploy
 

@@ -1,4 +1,4 @@
-"""The commands on this machine: its settings, what it lacks, and where Foundry Local looks for models."""
+"""The commands about this machine: its settings, its missing requirements, and Foundry Local's model folder."""
 
 from typing import Annotated
 

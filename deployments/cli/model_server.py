@@ -15,7 +15,7 @@ from slmops.infra.settings import Settings
 
 
 async def serve_models(names: list[str], host: str, listener: socket.socket, settings: Settings) -> None:
-    """Serve the named models, or all, on a socket that listens; `host` is what was asked for, and is only shown."""
+    """Serve the named models, or all, on a socket that listens; `host` is only for messages."""
     from slmops.infra.foundry.following import Following
     from slmops.infra.foundry.model_host import ModelHost
     from slmops.infra.foundry.openai_server.app import openai_server
@@ -46,7 +46,7 @@ async def serve_models(names: list[str], host: str, listener: socket.socket, set
 def _wait_for_the_first(settings: Settings) -> None:
     if not settings.serve.follow_s:
         raise BadInput("The store has no champion to serve.", "Deploy a model first: slmops deploy, or slmops demo.")
-    print_note(f"note: {settings.store_uri} has no champion yet; the first one will be served as soon as it is there.")
+    print_note(f"note: {settings.store_uri} has no champion yet; the first one is served as soon as it exists.")
 
 
 @contextlib.contextmanager

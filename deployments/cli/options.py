@@ -1,4 +1,4 @@
-"""The options that commands share, and those that are made from a record of a run's parameters."""
+"""The options that commands share, and those that are generated from a record of a run's parameters."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ LogLevel = Annotated[
 ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")]
 Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Model, or one version (or alias) of it.")]
 VersionReference = Annotated[str, typer.Argument(metavar="NAME@VERSION", help="One version of a model.")]
-Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
+Reason = Annotated[str, typer.Option(help="Reason; kept in the history.")]
 
 Pairs = Sequence[str] | None
 
@@ -83,7 +83,7 @@ def _option(field: Declared) -> inspect.Parameter:
 
 
 def _asked(field: Declared) -> tuple[object, object]:
-    """Return an option's type and default. Choices are strings here: the request refuses an unknown one by name."""
+    """Return an option's type and default. Choices are strings here; the request refuses an unknown one."""
     if field.parameter.switch is not None:
         return bool, False
     if any(get_origin(kind) is tuple for kind in (field.type, *get_args(field.type))):

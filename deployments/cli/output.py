@@ -12,7 +12,7 @@ from rich.table import Table
 
 from slmops.infra.errors import SlmopsError
 
-SIDE_BY_SIDE = 4  # columns of figures that an 80-column terminal has room for
+SIDE_BY_SIDE = 4  # an 80-column terminal has room for this many columns of figures
 
 
 def print_json(document: Mapping[str, object]) -> None:
@@ -104,7 +104,7 @@ class StageDisplay:
         self._progress.update(self._lines[stage], completed=share, what=escape(what))
 
     def _tell(self, stage: str, share: float, what: str) -> None:
-        # A log should have few lines: one when a stage begins, one per quarter and one when it ends.
+        # A log gets few lines: one when a stage begins, one per quarter and one when it ends.
         mark = f"{int(share * 4)}" if share < 1 else "end"
         if self._told.get(stage) != mark:
             self._told[stage] = mark

@@ -77,6 +77,6 @@ def run_flow(name: str, parameters: Mapping[str, object], server: "EmbeddedServe
 
 
 def end_with(status: str) -> None:
-    """End a command with the exit status of its run: 3 if everything was rejected, 1 if something failed."""
+    """End a command with the exit status of its run: 3 if every variant was rejected, 1 if something failed."""
     if status in ("rejected", "failed"):
         raise typer.Exit(3 if status == "rejected" else 1)

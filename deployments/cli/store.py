@@ -1,4 +1,4 @@
-"""The commands on the store: copy versions from store to store, verify, collect, pack and ingest."""
+"""The commands for the store: push, pull, verify, gc, export, import and ingest."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from slmops.infra.storage.version import Version
 
 Renumber = Annotated[
-    bool, typer.Option("--renumber", help="Take the next free number there if its own is another version's.")
+    bool, typer.Option("--renumber", help="Take the next free number there if another version has this one.")
 ]
 
 
@@ -35,11 +35,11 @@ def pull(
     renumber: Renumber = False,
     foundry_cache: Annotated[
         Path | None,
-        typer.Option(help="Bring the version to a device instead: into this Foundry cache, registered there."),
+        typer.Option(help="Copy the version into this Foundry cache of a device instead, and register it there."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Copy a version from the store that SLMOPS_STORE__URI names to this machine's own store, or into a device."""
+    """Copy a version from the store that SLMOPS_STORE__URI names to this machine's own store, or to a device."""
     from slmops.infra.storage.opening import open_local_registry
 
     settings = load_settings()
@@ -121,10 +121,10 @@ def _show_copied(copied: "CopiedVersion", *, as_json: bool) -> None:
 
 def verify(
     reference: Reference,
-    repair: Annotated[bool, typer.Option("--repair", help="Put damaged files back from another copy here.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Restore damaged files from a local copy.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every file of a version in the store, and name what is missing or altered."""
+    """Read every file of a version in the store, and list what is missing or altered."""
     from dataclasses import asdict
 
     from slmops.infra.storage.verification import verify_version
@@ -172,7 +172,7 @@ def _signature_state(version: "Version", store: "StoreSettings") -> str:
     if not is_signed(version):
         return "none" if not store.require_signature else "not valid: the version is not signed"
     if store.verification_key is None:
-        return "not looked at (SLMOPS_STORE__VERIFICATION_KEY is not set)"
+        return "not checked (SLMOPS_STORE__VERIFICATION_KEY is not set)"
     try:
         check_signature(version, store)
     except StageFailed as error:
@@ -182,12 +182,12 @@ def _signature_state(version: "Version", store: "StoreSettings") -> str:
 
 def gc(
     keep: Annotated[
-        int | None, typer.Option(help="Delete all but the newest versions, and those with an alias.")
+        int | None, typer.Option(help="Number of newest versions to keep, besides those with an alias.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what nothing needs from the store and from this machine, beside running deploys."""
+    """Remove what nothing needs from the store and from this machine; deploys may run at the same time."""
     from slmops.tasks.versions.garbage import collect
     from slmops.tasks.workshop import Workshop
 
@@ -205,15 +205,15 @@ def gc(
         return
     print_line(found.summary)
     if found.in_use:
-        print_line(f"Kept, for a deploy works with them: {', '.join(found.in_use)}.")
+        print_line(f"Kept, because running deploys use them: {', '.join(found.in_use)}.")
     if found.spared_blobs:
-        print_line(f"Kept {found.spared_blobs:,} files that work under way relies on.")
+        print_line(f"Kept {found.spared_blobs:,} files that running work relies on.")
 
 
 def export_version(
     reference: Reference, file: Annotated[Path, typer.Argument(help="New .tar file.")], as_json: Json = False
 ) -> None:
-    """Pack a version with its evidence into one file, for machines without network."""
+    """Pack a version with its evidence into one file, for machines without a network."""
     from slmops.infra.storage.archive import export_version as export
 
     version = version_of(reference)
@@ -230,11 +230,11 @@ def export_version(
 
 def import_version(
     file: Annotated[Path, typer.Argument(help="File that slmops export wrote.")],
-    sha256: Annotated[str | None, typer.Option(help="Digest that export printed: refuse any other file.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="SHA-256 that the file must have.")] = None,
     renumber: Renumber = False,
     as_json: Json = False,
 ) -> None:
-    """Unpack an exported version into the store, once all of it is verified."""
+    """Verify an exported version and unpack it into the store."""
     from slmops.infra.storage.archive import import_version as unpack
     from slmops.infra.storage.manifest import digest_of_file
 
@@ -242,7 +242,7 @@ def import_version(
     registry = the_registry()
     registry.objects.check()
     if sha256 and file.is_file() and (found := digest_of_file(file)) != sha256.lower():
-        raise BadInput(f"{file} has the SHA-256 {found}, not {sha256}.", "Copy it again from where it was exported.")
+        raise BadInput(f"{file} has the SHA-256 {found}, not {sha256}.", "Copy the file again.")
     with stage_display() as display:
         copied = unpack(
             file,
@@ -258,7 +258,7 @@ def import_version(
 def ingest(
     path: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or an evaluation file.")], as_json: Json = False
 ) -> None:
-    """Put a checkpoint or a file into the store, so that any worker can read it by the address that is printed."""
+    """Put a checkpoint or a file into the store, so that any worker can read it; prints its address."""
     from slmops.infra.storage.inputs import ingest as put_in
 
     registry = the_registry()

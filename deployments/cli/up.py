@@ -1,4 +1,4 @@
-"""`slmops up`: all that is needed to start flows from Prefect's UI, by schedule, over its API and on events."""
+"""`slmops up`: start flows from Prefect's UI, by schedule, over its API and on events."""
 
 import os
 from typing import Annotated
@@ -14,14 +14,14 @@ from slmops.infra.errors import BadInput
 DEFAULT_PORT = 4200
 
 Pool = Annotated[str, typer.Option(help="Work pool that this machine's worker takes runs from.")]
-Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port of the server where one is started; 0: a free one.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port of the server, if one is started; 0: a free one.")]
 Limit = Annotated[
     int | None,
     typer.Option(
-        min=1, help=f"Runs at once; default: no limit in the pool {DEFAULT_POOL}, SLMOPS_WORKER__BUILDS in any other."
+        min=1, help=f"Concurrent runs; default: unlimited in the pool {DEFAULT_POOL}, SLMOPS_WORKER__BUILDS in others."
     ),
 ]
-Check = Annotated[bool, typer.Option("--check", help="Say what is running, and end.")]
+Check = Annotated[bool, typer.Option("--check", help="Print what is running, and exit.")]
 
 
 def up(
@@ -31,7 +31,7 @@ def up(
     check: Check = False,
     as_json: Json = False,
 ) -> None:
-    """Start what runs flows, until it is stopped: a Prefect server if none is set, deployments, a worker."""
+    """Start a Prefect server (if none is set), the deployments and a worker, and run them until stopped."""
     settings = load_settings()
     if not check:
         if as_json:

@@ -1,4 +1,4 @@
-"""The commands on versions: list and show them, what is kept of them, and take them away."""
+"""The commands for versions: list, show, compare, annotate, sign and delete them."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,7 @@ def list_models(as_json: Json = False) -> None:
     for version in registry.all_versions():
         try:
             models.append(_listed(version))
-        except DamagedEvidence as error:  # of one version: the others are listed
+        except DamagedEvidence as error:  # it concerns one version: the others are listed
             damaged.append(error)
     if as_json:
         if damaged:
@@ -110,7 +110,7 @@ def show(reference: Reference, as_json: Json = False) -> None:
 
 
 def _last_deploy(version: "Version") -> dict[str, object]:
-    """Return the record of the last deploy as it is stored, and when it was recorded."""
+    """Return the record of the last deploy as it is stored, and the time when it was recorded."""
     from slmops.infra.storage.evidence import DEPLOY
 
     records = version.records(DEPLOY)
@@ -135,9 +135,9 @@ def logs(reference: Reference) -> None:
 
 def delete(
     reference: VersionReference,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Unregister a version and remove it from the store; its number is never used again. Or remove an input."""
+    """Unregister a version and remove it from the store, or remove an input. A number is never used again."""
     from slmops.infra.storage.garbage import delete_version
     from slmops.infra.storage.inputs import is_input_address
 
@@ -169,7 +169,7 @@ def _delete_input(address: str, *, yes: bool) -> None:
 
 
 def unregister(reference: Reference) -> None:
-    """Take a version out of Foundry Local; it stays in the store."""
+    """Unregister a version from Foundry Local; it stays in the store."""
     settings = load_settings()
     version = version_of(reference)
     from slmops.tasks.foundry.registration import unregister_version
@@ -192,7 +192,7 @@ def diff(
     second: Annotated[str, typer.Argument(metavar="NAME@VERSION")],
     as_json: Json = False,
 ) -> None:
-    """Tell what sets two versions apart: source, builder, recipes, files and figures."""
+    """List the differences between two versions: source, builder, recipes, files and figures."""
     from slmops.infra.storage.comparing import compare_versions
 
     registry = the_registry()
@@ -212,7 +212,7 @@ def diff(
 
 
 def sign(reference: VersionReference) -> None:
-    """Sign a version with the key of SLMOPS_STORE__SIGNING_KEY; its signature is kept beside it."""
+    """Sign a version with the key of SLMOPS_STORE__SIGNING_KEY; the signature is stored with it."""
     from slmops.infra.storage.signatures import sign_version
 
     version = version_of(reference)
@@ -221,21 +221,21 @@ def sign(reference: VersionReference) -> None:
 
 
 def sbom(reference: Reference) -> None:
-    """Print the bill of materials of a version and what it was built with (CycloneDX, JSON)."""
+    """Print the bill of materials of a version and of its build environment (CycloneDX, JSON)."""
     from slmops.infra.storage.evidence import SBOM
 
     version = version_of(reference)
     bill = version.latest(SBOM)
     if bill is None:
-        raise BadInput(f"{version.reference} has no bill of materials.", "Deploy its checkpoint again: it gets one.")
+        raise BadInput(f"{version.reference} has no bill of materials.", "Deploy its checkpoint again to make one.")
     print_json(bill)
 
 
 def alias(
     reference: Reference,
     name: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as `staging`; spelled like a model name.")],
-    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away.")] = False,
-    reason: Annotated[str, typer.Option(help="Why; kept with the alias.")] = "set by hand",
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
+    reason: Annotated[str, typer.Option(help="Reason; kept with the alias.")] = "set by hand",
 ) -> None:
     """Point an alias of your own to a version: NAME@ALIAS names it from then on."""
     version = version_of(reference)
@@ -254,9 +254,9 @@ def alias(
 
 def tag(
     reference: Reference,
-    tags: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="KEY= takes a tag away.")],
+    tags: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="KEY= removes a tag.")],
 ) -> None:
-    """Give a version tags, change them or take them away."""
+    """Set, change or remove tags of a version."""
     version = version_of(reference)
     pairs = [text.partition("=") for text in tags]
     bad = next((text for text, (key, mark, _) in zip(tags, pairs, strict=True) if not key or not mark), None)
@@ -268,10 +268,10 @@ def tag(
     print_line(f"{version.reference}: {shown or 'no tags'}")
 
 
-def note(reference: Reference, text: Annotated[str, typer.Argument(help="What is to be remembered of it.")]) -> None:
+def note(reference: Reference, text: Annotated[str, typer.Argument(help="Text of the note.")]) -> None:
     """Write a note on a version; slmops show prints them."""
     version = version_of(reference)
     if not text.strip():
-        raise BadInput("The note is empty.", "Write what is to be remembered.")
+        raise BadInput("The note is empty.", "Give the text of the note.")
     version.add_note(text)
     print_line(f"Noted on {version.reference}.")

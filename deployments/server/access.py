@@ -18,12 +18,12 @@ OTHERS_MAY_NOTHING = 0o077  # as a umask
 
 
 def new_password() -> str:
-    """Return a new user and password, as `PREFECT_API_AUTH_STRING` has them."""
+    """Return a new user and password in the form of `PREFECT_API_AUTH_STRING`."""
     return f"slmops:{secrets.token_urlsafe(32)}"
 
 
 def closed_to_others(password: str) -> dict[str, str]:
-    """Return the environment in which a Prefect server requires the password, and answers only to its own UI.
+    """Return the environment in which a Prefect server requires the password, and accepts pages of its own UI only.
 
     Prefect's protection against forged requests stays off: it protects passwords that a browser sends automatically,
     but the UI's script sends this one. With it, each call of a client that is not Prefect's would need two requests.
@@ -37,7 +37,7 @@ def closed_to_others(password: str) -> dict[str, str]:
 
 
 def authorization(password: str) -> dict[str, str]:
-    """Return the HTTP header that says a user and password."""
+    """Return the HTTP header that carries a user and password."""
     return {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"}
 
 
@@ -61,8 +61,8 @@ def make_password(folder: Path) -> str:
         with NamedTemporaryFile("w", dir=folder, prefix=f"{AUTH_FILE}.", delete=False) as aside:  # 0600
             aside.write(new_password() + "\n")
         try:
-            os.link(aside.name, path)  # unlike a rename, it never replaces what another command has written
-        except OSError:  # that command was first; or this file system has no links, or the file is empty
+            os.link(aside.name, path)  # unlike a rename, a link never replaces what another command has written
+        except OSError:  # another command was first, the file system has no links, or the file is empty
             if not kept_password(folder):
                 Path(aside.name).replace(path)
         finally:
@@ -90,7 +90,7 @@ def _ours(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BadInput(
-            f"{folder} cannot be kept from other users: {error}.",
-            "Let it and its content belong to you, or set SLMOPS_HOME to another folder.",
+            f"{folder} cannot be made private: {error}.",
+            "Make its owner the user who runs slmops, or set SLMOPS_HOME to another folder.",
             code="folder-not-private",
         ) from None

@@ -1,4 +1,4 @@
-"""The automations of `slmops up`: deploy on an event, send notices, find lost runs."""
+"""The automations of `slmops up`: they deploy on an event, send notices, and find lost runs."""
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -31,14 +31,14 @@ ENDED = (*FAILED, "Completed", "Cancelled", "Paused", "Suspended")
 
 
 def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automation"]:
-    """Return the automations, ready to be created; those that post notices only if there is a webhook."""
+    """Return the automations, ready to be created. Those that post notices are included only if there is a webhook."""
     from prefect.automations import Automation, CallWebhook, ChangeFlowRunState, EventTrigger, Posture, RunDeployment
     from prefect.client.schemas.objects import StateType
 
     found = [
         Automation(
             name=DEPLOY_ON_EVENT,
-            description="A training emits slmops.checkpoint.ready; its checkpoint is deployed.",
+            description="A training run emits slmops.checkpoint.ready, and its checkpoint is deployed.",
             trigger=EventTrigger(
                 expect={CHECKPOINT_READY},
                 match={"prefect.resource.id": "slmops.model.*"},

@@ -1,7 +1,7 @@
-"""No settings of Prefect's from the current directory, which may be a stranger's checkpoint.
+"""Prefect must read no settings in the current directory, which may be a foreign checkpoint.
 
-Prefect reads `.env`, `prefect.toml` and `pyproject.toml` there, whenever it makes its settings. Such a file can name
-the server that the run is told to, or a configuration of logging, which runs any function that it names.
+By default, Prefect reads `.env`, `prefect.toml` and `pyproject.toml` there. Such a file can name the server that
+receives the run's data, or a logging configuration, which can call any function.
 """
 
 import sys
@@ -15,13 +15,13 @@ _MODULE = "prefect.settings.base"  # has the class that all of Prefect's setting
 
 
 def read_no_settings_here() -> None:
-    """Have Prefect take its settings from the environment alone; call it before Prefect is imported."""
+    """Make Prefect take its settings from the environment only; call this before Prefect is imported."""
     if _MODULE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as usual, and changes it once it is loaded. Importing Prefect here would cost a second."""
+    """Finds one module as usual, and changes it after it is loaded. Importing Prefect here would cost a second."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,7 +1,7 @@
 """Prefect's API for one command, where no server is configured.
 
-Prefect's own temporary server outlives a command that is killed. This one is a child process that ends with its
-parent, however that comes about: its standard input is a lifeline, as in `slmops.infra.process.child`.
+Prefect's own temporary server outlives a command that is killed. This one is a child process that always ends with its
+parent: its standard input is a lifeline, as in `slmops.infra.process.child`.
 """
 
 import atexit
@@ -37,11 +37,11 @@ SERVER_ENVIRONMENT = {
 
 
 class EmbeddedServer:
-    """Prefect's API server as a child of this process, which it serves until this one ends.
+    """Prefect's API server as a child process, which serves until this process ends.
 
-    It begins at once with what takes it seconds, its imports, so that a command's own go on meanwhile. Nothing is
-    written before `serve`. It stays for the client's last logs and events, which are sent while the interpreter exits.
-    It takes calls with `password` only, a user and password of its own.
+    Its imports take seconds. They start at once and run in parallel with those of the command. Nothing is written
+    before `serve`. The server stays for the client's last logs and events, which are sent while the interpreter exits.
+    It accepts only calls with `password`, which is a user and password of its own.
     """
 
     def __init__(self) -> None:
@@ -56,9 +56,9 @@ class EmbeddedServer:
         atexit.register(self.end)
 
     def serve(self, log_path: Path, templates: Path) -> str:
-        """Have it serve on a free port of the loopback interface, with its log in a file, and return its URL.
+        """Let it serve on a free port of the loopback interface, with its log in a file, and return its URL.
 
-        `templates` is the folder of `embedded_database.make_database`. Raises `StageFailed` when it does not come up.
+        `templates` is the folder of `embedded_database.make_database`. Raises `StageFailed` when it does not start.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.touch()
@@ -66,7 +66,7 @@ class EmbeddedServer:
         return _wait_until_healthy(self._channel, log_path)
 
     def end(self) -> None:
-        """End it, at once where it does not serve yet; without this call it ends with this process."""
+        """End it, at once if it does not serve yet. Without this call it ends with this process."""
         atexit.unregister(self.end)
         self._channel.end(SHUTDOWN_TIMEOUT_S)
 
@@ -106,7 +106,7 @@ class _Lifeline:
         os._exit(1)
 
     def begin(self) -> Path:
-        """Wait for the line, let standard error and output be the log, and return the folder of templates."""
+        """Wait for the line, redirect standard output and error to the log, and return the folder of templates."""
         beginning = next(self._messages)
         log = os.open(beginning["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(log, 1)
@@ -119,7 +119,7 @@ def main() -> None:
     """Serve as soon as standard input names a log, until it closes."""
     send = speak()
     lifeline = _Lifeline()
-    gc.disable()  # what the imports make stays: looking for garbage among it takes a tenth of their time
+    gc.disable()  # objects of the imports stay alive: garbage collection would add a tenth to their time
     try:
         import uvicorn
         from prefect.server.api.server import create_app
@@ -127,7 +127,7 @@ def main() -> None:
 
         app = create_app(ephemeral=True, final=True)
     finally:
-        templates = lifeline.begin()  # the log is where an import that fails is told too
+        templates = lifeline.begin()  # a failed import is reported in the log too
     gc.freeze()
     gc.enable()
     prefect = get_current_settings()
@@ -142,7 +142,7 @@ def main() -> None:
     lifeline.server = server
     send({"port": port})
     server.run(sockets=[listener])
-    gc.freeze()  # the command waits for the end, at which the interpreter would look through all that is loaded
+    gc.freeze()  # the command waits for this exit, at which the interpreter would scan all loaded objects
 
 
 if __name__ == "__main__":

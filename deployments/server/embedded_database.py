@@ -1,7 +1,7 @@
-"""The embedded Prefect API's database: to make an empty one takes Prefect seconds of computing, to copy one nothing.
+"""The embedded Prefect API's database. Prefect needs seconds to make an empty one, so it is copied.
 
-The first start with a version of Prefect makes the database where Prefect's own migrations lead, and leaves it in the
-user's cache. Starts with other home directories copy it from there.
+The first start with a version of Prefect makes the database by Prefect's own migrations, and keeps a copy in the user's
+cache. Starts with other home directories use that copy.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ _FOR_THE_USER_ALONE = 0o600  # it will hold secrets
 def make_database(path: Path, templates: Path) -> bool:
     """Write an empty database for the installed Prefect, unless there is one; returns whether it was written.
 
-    It is a copy of the one in the folder `templates`, which is made where it is missing or damaged. Where it is not
-    written, such as on a disk that does not take it, Prefect migrates by itself; standard error says why.
+    It is a copy of the one in the folder `templates`, which is made where it is missing or damaged. If it cannot be
+    written, for example on a full disk, Prefect migrates by itself, and standard error says why.
     """
     if path.exists():
         return False
@@ -56,7 +56,7 @@ def _make_template(template: Path) -> None:
         migrated, compact = Path(folder) / "migrated.db", Path(folder) / "compact.db"
         asyncio.run(_migrate(migrated))
         with closing(sqlite3.connect(migrated)) as database:
-            database.execute("VACUUM INTO ?", (str(compact),))  # one file, whatever its journal was
+            database.execute("VACUUM INTO ?", (str(compact),))  # one file without a journal
         write_whole(template, compact.read_bytes(), mode=_FOR_THE_USER_ALONE)
 
 
@@ -76,7 +76,7 @@ def _copy(template: Path, path: Path) -> bool:
     try:
         aside.touch(_FOR_THE_USER_ALONE)
         aside.write_bytes(template.read_bytes())
-        with contextlib.suppress(OSError):  # another command was first, or no links here: then Prefect migrates
+        with contextlib.suppress(OSError):  # another command was first, or links are impossible
             os.link(aside, path)
             return True
         return False

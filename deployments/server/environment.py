@@ -1,4 +1,4 @@
-"""The process environment in which Prefect is imported: which API, where its files go, nothing sent home."""
+"""The process environment in which Prefect is imported: its API, the place of its files, no telemetry."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def _reach_loopback_directly() -> None:
 
 
 def running_server(settings: Settings) -> str | None:
-    """Return the API's URL of the server that a running `slmops up` of this home directory started, if there is one."""
+    """Return the API's URL of the server that a running `slmops up` of this home directory started, or None."""
     try:
         record = json.loads(_server_record(settings).read_bytes())
         return None if has_ended(record["process"]) else str(record["url"])
@@ -98,7 +98,7 @@ def begin_embedded_server() -> EmbeddedServer | None:
 
 @contextmanager
 def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iterator[None]:
-    """Provide an API for flow runs: the configured one, or an embedded one, whose start may have `begun`."""
+    """Provide an API for flow runs: the configured one, or an embedded one, which may have `begun` to start."""
     make_private(prefect_home(settings))  # the server makes its database there, but not the folder
     if os.environ.get("PREFECT_API_URL"):
         yield

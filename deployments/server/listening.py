@@ -18,7 +18,7 @@ def check_address(host: str, token_variable: str, how_sent: str, *, has_token: b
     """Raise `BadInput` for an address that other machines may reach without a token."""
     if not _is_loopback(host) and not has_token:
         raise BadInput(
-            f"Other machines could ask at {host}, and there is no token.",
+            f"Other machines can reach {host}, and no token is set.",
             f"Set {token_variable}, which clients send {how_sent}, or listen on 127.0.0.1.",
         )
 
@@ -40,14 +40,14 @@ def listen(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)
-    except (OSError, UnicodeError) as error:  # the latter for a host name that cannot be one
+    except (OSError, UnicodeError) as error:  # the latter for an invalid host name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise BadInput(f"Nothing can listen at {host}, port {port}: {reason}.", "Choose another with --port.") from None
     return listener
 
 
 def shown_url(host: str, listener: socket.socket) -> str:
-    """Return the address of a socket that listens, with the host as it was asked for."""
+    """Return the address of a listening socket, with the host as the user named it."""
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"
 
@@ -59,7 +59,7 @@ def log_to_terminal() -> None:
 
 
 async def serve_until_stopped(app: "Starlette", listener: socket.socket, *, drain_s: float) -> None:
-    """Serve an application until SIGINT or SIGTERM; then running requests have `drain_s` seconds to end."""
+    """Serve an application until SIGINT or SIGTERM; running requests then have `drain_s` seconds to end."""
     import uvicorn
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(drain_s))

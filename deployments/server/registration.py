@@ -45,7 +45,7 @@ def full_name(entry: Mapping[str, object]) -> str:
 
 
 def variant_entries(pool: str) -> list[dict[str, Any]]:
-    """Return the deployments by which a pool's workers build and measure variants of deploys that run elsewhere.
+    """Return the deployments with which a pool's workers build and measure variants for deploys on other machines.
 
     They are named like their pool, which `SLMOPS_WORKER__POOL` and `__MEASURE_POOL` name.
     """
@@ -66,8 +66,8 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
 def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
     """Register deployments; one that the server already has in this version is not changed.
 
-    One of another version is updated, and keeps its schedules, because users may change them. Raises `BadInput` for a
-    schedule that Prefect refuses.
+    A deployment of another version is updated, and keeps its schedules, because users may change them. Raises
+    `BadInput` for a schedule that Prefect refuses.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound

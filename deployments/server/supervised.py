@@ -1,8 +1,8 @@
 """Prefect's own long-running commands as child processes: restarted when they end, stopped with their parent.
 
 Started as `python -m slmops.deployments.server.supervised ARGUMENT...`, it runs Prefect's command line. Standard input
-is the lifeline, as in `slmops.infra.process.child`: when it closes, the command is asked to stop, and killed after a
-while.
+is the lifeline, as in `slmops.infra.process.child`: when it closes, the command is asked to stop, and killed
+after a grace period.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Supervised:
         return self._channel is not None and self._channel.status is None
 
     def look_after(self) -> str | None:
-        """Restart it if it ended, after a delay that grows each time; returns a message, if there is one."""
+        """Restart it if it ended, after a delay that grows each time. Returns a message, or None."""
         now = time.monotonic()
         if self.is_running:
             if now - self._started_at > STEADY_S:
@@ -73,7 +73,7 @@ class Supervised:
         if now >= self._start_at:
             try:
                 self.start()
-            except OSError as error:  # a full disk or table of processes passes
+            except OSError as error:  # a full disk or process table may be temporary
                 return f"{self.name} could not be started: {error}; {self._put_off(now)}."
         return None
 
@@ -89,7 +89,7 @@ class Supervised:
 
 
 class Children:
-    """Commands that are started one by one, supervised together, and stopped when this context is left."""
+    """Commands that are started one by one, supervised together, and stopped when this context ends."""
 
     def __init__(self, stopping: threading.Event, tell: Tell) -> None:
         self._stopping = stopping

@@ -49,7 +49,7 @@ WORKER_ENVIRONMENT = {
 
 
 def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: Tell, note: Tell) -> None:
-    """Start everything and supervise it; `port` is the server's, `limit` is of concurrent runs, None for the default.
+    """Start everything and supervise it. `port` is the server's; `limit` is the number of concurrent runs, or None.
 
     `say` prints the result, `note` prints events.
     """
@@ -61,7 +61,9 @@ def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: 
             say(f"API: {url}")
             _wait_until_healthy(url, children, stopping, note)
             if is_open(url):
-                note("It asks for no password: who reaches it can run programs here. docs/orchestration.md says more.")
+                note(
+                    "It requires no password: whoever reaches it can run programs here. See docs/orchestration.md."
+                )
         else:
             url = _start_server(settings, port, children, stopping, say=say, note=note)
         if stopping.is_set():
@@ -73,7 +75,7 @@ def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: 
         say(f"A worker takes runs from the work pool {pool!r}; its log: {worker.log_path}")
         say("Stop with Ctrl-C; slmops up --check says what is running.")
         children.look_after()
-        note("Stopping the worker, its runs and what was started beside it.")
+        note("Stopping the worker, its runs and the server.")
 
 
 @contextlib.contextmanager
@@ -114,7 +116,7 @@ def _start_server(
 
 
 def _password(home: Path) -> tuple[str, str]:
-    """Return the server's user and password, and their place: the user's own, or those of the file."""
+    """Return the server's user and password, and where they are set: in the environment or in a file."""
     for variable in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"):
         if password := os.environ.get(variable):
             return password, f"of {variable}"

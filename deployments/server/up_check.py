@@ -51,7 +51,7 @@ class Running(BaseModel):
 
 
 def server_fault(url: str) -> str | None:
-    """Return why the API at a URL does not answer that it is healthy, or None when it does."""
+    """Return why the API at a URL is not healthy, or None if it is."""
     password = os.environ.get("PREFECT_API_AUTH_STRING")
     try:
         answer = httpx.get(f"{url}/health", timeout=TIMEOUT_S)
@@ -60,7 +60,7 @@ def server_fault(url: str) -> str | None:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__
     if called.status_code == httpx.codes.UNAUTHORIZED and not os.environ.get("PREFECT_API_KEY"):
-        return "PREFECT_API_AUTH_STRING is not the user and password that it wants"
+        return "PREFECT_API_AUTH_STRING is not its user and password"
     return None if answer.status_code == 200 else f"it answers with status {answer.status_code}"
 
 
@@ -73,7 +73,7 @@ def is_open(url: str) -> bool:
 
 
 def check_running(url: str | None, pool: str, entries: Sequence[Mapping[str, object]]) -> Running:
-    """Check at the server `url` of Prefect's settings for everything that `slmops up` starts, without changes."""
+    """Check, without changes, that the server `url` of Prefect's settings has everything that `slmops up` starts."""
     from prefect.client.orchestration import get_client
 
     if not url or (fault := server_fault(url)):
@@ -134,7 +134,7 @@ def _check_deployment(client: "SyncPrefectClient", entry: Mapping[str, object]) 
                 what=f"schedule of {name}",
                 ok=due is not None,
                 found=f"{_shown(schedule.schedule)}, next run {due or 'never'}",
-                what_to_do="" if due else "Its times are past, or never come: change it.",
+                what_to_do="" if due else "It has no time in the future: change it.",
             )
         )
     return checks

@@ -10,14 +10,14 @@ DEFAULT_POOL = "slmops"
 POOL_TYPE = "process"
 TAG = "slmops"  # of every slmops deployment
 
-# With each of these, a caller of the API could name its own program, or replace a module of slmops.
+# With any of these, a client of the API could run its own program, or replace a module of slmops.
 LOCKED = ("command", "env", "working_dir")
 
 
 def ensure_pool(name: str) -> str | None:
-    """Make a work pool of processes, or lock an existing one; returns a message, if there is one.
+    """Make a work pool of processes, or lock an existing one. Returns a message, or None.
 
-    A pool that also has other deployments is not changed: they may need the settings that would be locked. Raises
+    A pool that also has other deployments is not changed, because they may need the settings. Raises
     `BadInput` for a pool of another type.
     """
     from prefect.client.orchestration import get_client
@@ -52,11 +52,11 @@ def ensure_pool(name: str) -> str | None:
         ]
         if others:
             return (
-                f"Whoever starts a run of the work pool {name!r} may name its command and its environment. It was left "
-                f"so, since others' deployments run there ({', '.join(others)}); --pool names one of slmops alone."
+                f"Clients that start runs in the work pool {name!r} can set their command and environment. slmops does "
+                f"not lock it, because it has other deployments ({', '.join(others)}); --pool names another pool."
             )
         client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
-        return f"Who starts a run of the work pool {name!r} may no longer name its command and its environment."
+        return f"Clients that start runs in the work pool {name!r} can no longer set their command and environment."
 
 
 def locked(template: dict[str, Any]) -> dict[str, Any]:

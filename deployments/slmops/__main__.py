@@ -17,7 +17,7 @@ def _forget_the_users_folders() -> None:
     # PYTHONPATH precedes installed packages, and `python -m` puts the current directory first: a queue.py in a
     # checkpoint would run. Only modules that Python loads before this line cannot be protected. Even pathlib could be
     # the user's.
-    named = os.environ.pop("PYTHONPATH", "").split(os.pathsep)  # children must not have it either
+    named = os.environ.pop("PYTHONPATH", "").split(os.pathsep)  # child processes must not have it either
     try:
         folders = {os.path.abspath(folder) for folder in ("", *named)}  # noqa: PTH100
         folders -= {*site.getsitepackages(), site.getusersitepackages()}

@@ -1,4 +1,4 @@
-"""Events by which training code on another machine has its checkpoint deployed.
+"""Events with which training code on another machine requests the deployment of its checkpoint.
 
 from slmops.events import checkpoint_ready
 
@@ -11,7 +11,7 @@ CHECKPOINT_READY = "slmops.checkpoint.ready"
 
 
 def checkpoint_ready(checkpoint: str, name: str, training_run: str | None = None) -> str:
-    """Tell the Prefect server of `PREFECT_API_URL` that a checkpoint is ready to be deployed; returns the event's id.
+    """Report to the Prefect server of `PREFECT_API_URL` that a checkpoint is ready; returns the event's id.
 
     `checkpoint` is what `slmops deploy` takes and the worker can read: `s3://`, `store://`, a Hub id, a folder there.
     Raises `BadInput` for an empty checkpoint or a name that is not valid, `StageFailed` where no server answers.
@@ -28,7 +28,7 @@ def checkpoint_ready(checkpoint: str, name: str, training_run: str | None = None
     if not checkpoint:
         raise BadInput("No checkpoint is named.", "Give its address, such as s3://bucket/folder.")
     if not PREFECT_API_URL.value():
-        raise BadInput("There is no Prefect server to tell.", "Set PREFECT_API_URL.")
+        raise BadInput("No Prefect server is set.", "Set PREFECT_API_URL.")
     payload = {"checkpoint": checkpoint, "name": name} | ({"training_run": training_run} if training_run else {})
     resource = Resource({"prefect.resource.id": f"slmops.model.{name}", "prefect.resource.name": name})
     event = Event(event=CHECKPOINT_READY, resource=resource, payload=payload)
@@ -40,6 +40,6 @@ def checkpoint_ready(checkpoint: str, name: str, training_run: str | None = None
         except httpx.HTTPError as error:
             raise StageFailed(
                 f"Prefect's server at {PREFECT_API_URL.value()} did not take the event: {error}.",
-                "Tell it again: a second event of the same checkpoint deploys nothing anew.",
+                "Send it again: a second event for the same checkpoint builds nothing new.",
             ) from error
     return str(event.id)

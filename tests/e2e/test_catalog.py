@@ -110,7 +110,7 @@ def test_it_ends_cleanly_and_writes_nothing(slmops: Slmops, number: signal.Signa
 
 def test_other_machines_need_a_token(slmops: Slmops) -> None:
     said = slmops.run("catalog", "--host", "0.0.0.0", status=2).stderr
-    assert "Other machines could ask at 0.0.0.0, and there is no token." in said
+    assert "Other machines can reach 0.0.0.0, and no token is set." in said
     said = slmops.run("catalog", "--host", "0.0.0.0", status=2, SLMOPS_CATALOG__TOKEN="short").stderr
     assert "SLMOPS_CATALOG__TOKEN: Value should have at least 16 items" in said and "short'" not in said
     with catalog(slmops, "--host", "0.0.0.0", SLMOPS_CATALOG__TOKEN=TOKEN) as (url, _):
@@ -133,7 +133,7 @@ def test_what_cannot_be_served_is_said_in_one_sentence(slmops: Slmops) -> None:
     )
     for url in ("ftp://host/x", "http://", "https://host:port/x", "https://user:pw@host/x", "models"):
         said = slmops.run("catalog", "--upstream", url, status=2).stderr
-        assert "The upstream catalog's address is no http:// or https:// URL without a user's name." in said
+        assert "The upstream catalog's address must be an http:// or https:// URL without a user name." in said
         assert "pw" not in said
     said = slmops.run("catalog", status=2, SLMOPS_STORE__URI="ftp://x").stderr
     assert "cannot be opened" in said

@@ -178,7 +178,7 @@ def test_the_api_refuses_who_does_not_say_the_password(stack: Stack, slmops: Slm
     assert httpx.post(flows, json={}, auth=("slmops", "guessed")).status_code == httpx.codes.UNAUTHORIZED
     assert httpx.get(f"{stack.api_url}/health").status_code == httpx.codes.OK
     (refused,) = slmops.json("up", "--check", status=1, PREFECT_API_AUTH_STRING="slmops:guessed")["checks"]
-    assert "PREFECT_API_AUTH_STRING is not the user and password" in refused["found"]
+    assert "PREFECT_API_AUTH_STRING is not its user and password" in refused["found"]
 
 
 def test_machines_that_start_at_once_register_each_automation_once(stack: Stack) -> None:

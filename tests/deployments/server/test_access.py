@@ -138,7 +138,7 @@ class TestTheWorkPool:
         deployment_of(entry).apply()
         told = ensure_pool("before")
         assert told
-        assert "may no longer name its command" in told
+        assert "can no longer set their command" in told
         template = client.read_work_pool("before").base_job_template
         assert template["job_configuration"]["env"] == {"SLMOPS_STORE__URI": "s3://models/slm"}
         assert not {"command", "env", "working_dir"} & set(template["variables"]["properties"])
