@@ -61,9 +61,7 @@ def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: 
             say(f"API: {url}")
             _wait_until_healthy(url, children, stopping, note)
             if is_open(url):
-                note(
-                    "It requires no password: whoever reaches it can run programs here. See docs/orchestration.md."
-                )
+                note("It requires no password: whoever reaches it can run programs here. See docs/orchestration.md.")
         else:
             url = _start_server(settings, port, children, stopping, say=say, note=note)
         if stopping.is_set():
