@@ -1,4 +1,4 @@
-"""The flow `benchmark`: measure a stored version anew, and tell when it became worse."""
+"""The flow `benchmark`: measure a stored version again, and report whether it became worse."""
 
 from prefect import State, flow
 from prefect.states import Completed
@@ -19,13 +19,13 @@ from slmops.tasks.workshop import in_workshop, workshop
 @in_workshop
 @takes(BenchmarkParameters)
 def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
-    """Measure every variant of a stored version anew and compare it with its earlier measurements on this machine.
+    """Measure every variant of a stored version again and compare it with its earlier measurements on this machine.
 
-    The figures are appended to the version's evidence. A change for the worse beyond noise is measured twice before it
-    is believed; then the event `slmops.benchmark.regression` is emitted.
+    The figures are appended to the version's evidence. A change for the worse beyond noise is measured a second time.
+    If it is confirmed, the event `slmops.benchmark.regression` is emitted.
 
     Returns:
-        The report, in a completed state whether or not there is a regression: the report says so.
+        The report, in a completed state whether or not there is a regression: the report says which.
     """
     shop = workshop()
     version = shop.registry.find(parameters.reference)
@@ -44,7 +44,7 @@ def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
 
 
 def lm_eval_tasks(parameters: BenchmarkParameters) -> LmEvalTasks:
-    """Return the tasks that are asked for, checked; raises `BadInput`."""
+    """Return the requested tasks after checking them; raises `BadInput`."""
     tasks = LmEvalTasks(
         names=parameters.lm_eval_tasks,
         include_path=parameters.lm_eval_include,

@@ -40,7 +40,7 @@ def deploy(parameters: DeployParameters) -> State[DeployReport]:
     """Build, store, measure, judge, register and prove a fine-tuned small language model.
 
     Returns:
-        The report, as a completed state; a failed one named `Rejected` when every variant fell short, and a failed
+        The report, as a completed state; a failed one named `Rejected` when every variant was rejected, and a failed
         one when a variant could not be built or proven.
     """
     request = parse_request(fetch_inputs(asdict(parameters)))
@@ -80,7 +80,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         whole_model=[recipe.precision for recipe in recipes if recipe.quantizes_at_once],
     )
 
-    with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # a search's, for the version made from it
+    with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # trials' answers
         built = build_each(request, recipes, prepared, evaluation)
         if not built.variants:
             report = failed_report(request, prepared, evaluation, built.errors)

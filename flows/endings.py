@@ -6,6 +6,6 @@ from slmops.infra.errors import SlmopsError
 
 
 class RunEnded(SlmopsError):
-    """A run that finished without the requested result; `report` has what it found."""
+    """A run that finished without the requested result; `report` holds its findings."""
 
     report: Any

@@ -13,13 +13,13 @@ from slmops.tasks.workshop import in_workshop
 @ends_by_its_errors
 @in_workshop
 def gc(keep: int | None = None, dry_run: bool = False) -> State[Collection]:
-    """Free what the store keeps for nobody: content of deleted versions, broken-off work, with `keep` old versions too.
+    """Remove what nothing needs: content of deleted versions, interrupted work, and with `keep` also old versions.
 
-    It runs beside deploys: what they work with stays.
+    Deploys may run at the same time: what they use stays.
 
     Args:
-        keep: Newest versions of each name that stay; versions with an alias stay too. Without it no version goes.
-        dry_run: Only tell what would be removed.
+        keep: Newest versions of each name that stay; versions with an alias stay too. Default: all versions stay.
+        dry_run: Only report what would be removed.
 
     Returns:
         What was removed, in a completed state.

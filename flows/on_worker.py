@@ -19,12 +19,12 @@ from slmops.tasks.workshop import in_workshop, workshop
 @ends_by_its_errors
 @in_workshop
 def build_variant_on_worker(name: str, recipe: str, order: str) -> State[None]:
-    """Build one variant of a deploy that runs elsewhere. Started by `deploy` when SLMOPS_WORKER__POOL is set.
+    """Build one variant of a deploy that runs elsewhere. `deploy` starts it when SLMOPS_WORKER__POOL is set.
 
     Args:
         name: Name of the model.
         recipe: Recipe that it is built by.
-        order: Id of the order in the store, which says the rest.
+        order: Id of the order in the store, which holds the other parameters.
     """
     registry = workshop().registry
     built = variants.build_ordered(variants.BuildOrder.model_validate(read_order(registry, order)))
@@ -36,12 +36,12 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> State[None]:
 @ends_by_its_errors
 @in_workshop
 def measure_variant_on_worker(reference: str, precision: str, order: str) -> State[None]:
-    """Measure and exercise one variant of a stored version on this device. Started by `deploy`.
+    """Measure one variant of a stored version on this device, for a `deploy` elsewhere.
 
     Args:
         reference: The version, NAME@VERSION.
         precision: Which of its variants.
-        order: Id of the order in the store, which says the rest.
+        order: Id of the order in the store, which holds the other parameters.
     """
     registry = workshop().registry
     asked = on_workers.ExamOrder.model_validate(read_order(registry, order))

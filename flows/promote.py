@@ -1,4 +1,4 @@
-"""The flow `promote`: another version becomes the champion, everywhere at once or not at all."""
+"""The flow `promote`: another version becomes the champion, in all places or in none."""
 
 from prefect import State, flow
 from prefect.states import Completed
@@ -15,15 +15,15 @@ from slmops.tasks.workshop import in_workshop, workshop
 @ends_by_its_errors
 @in_workshop
 def promote(reference: str, reason: str = "") -> State[Promotion]:
-    """Make a version the champion: in Foundry Local, on the running servers and in the store, or nowhere.
+    """Make a version the champion in Foundry Local, on the running servers and in the store: in all or in none.
 
     Args:
         reference: The version, NAME@VERSION, or NAME@ALIAS such as home@candidate.
-        reason: Why; kept in the history of the name's champions.
+        reason: Kept in the history of the name's champions.
 
     Returns:
-        What was done, in a completed state; a failed one when the version is not proven or something refuses it, and
-        then the former champion still serves everywhere.
+        What was done, in a completed state; a failed one when the version is not proven or a step fails, and then the
+        former champion still serves everywhere.
     """
     shop = workshop()
     check_store()
@@ -31,7 +31,7 @@ def promote(reference: str, reason: str = "") -> State[Promotion]:
 
 
 def promoted(promotion: Promotion) -> State[Promotion]:
-    """Return the final state of a run that changed the champion, or found nothing to change."""
+    """Return the final state of a run that changed the champion, or had nothing to change."""
     if promotion.status != "unchanged":
         publish_promotion(promotion)
     return Completed(message=promotion.summary, data=promotion)

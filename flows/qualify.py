@@ -40,8 +40,8 @@ def qualify(
 ) -> DeployReport:
     """Qualify every variant of a version, choose the one that serves, settle the champion, and publish the report.
 
-    `prepared` is the source checkpoint; None where there is none (a model that came as ONNX) or none is needed.
-    `errors` say, by precision, why variants could not be built. After the report is published, it raises the error that
+    `prepared` is the source checkpoint; None if the model came as ONNX, or if no checkpoint is needed.
+    `errors` say, by precision, why variants could not be built. Raises, after the report is published, the error that
     kept the version from becoming the champion.
     """
     settings, source = workshop().settings, version.manifest.source.digest

@@ -15,13 +15,13 @@ from slmops.tasks.workshop import in_workshop, workshop
 @ends_by_its_errors
 @in_workshop
 def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promotion]:
-    """Go back to the version that was champion before the present one, or to the one that is named.
+    """Make the previous champion, or the version that is named, the champion again.
 
     Args:
         name: Name of the model.
-        to: Number of the version to go back to; default: the champion before the present one. After a rollback that
-            is the one before the version that was gone back to, never the one that was left.
-        reason: Why; kept in the history of the name's champions.
+        to: Number of the version to go back to; default: the previous champion. After a rollback, the next one goes one
+            champion further back, never to a version that was rolled back from.
+        reason: Kept in the history of the name's champions.
 
     Returns:
         What was done, in the states that `promote` ends in.

@@ -16,7 +16,7 @@ OnProgress = Callable[[float, float, str], None]
 
 
 class Progress(Protocol):
-    """Report `done` of `total` steps and the current activity; cheap enough to call in a loop."""
+    """Report `done` of `total` steps and the current activity. It is cheap enough to be called in a loop."""
 
     def __call__(self, done: float, total: float, what: str) -> None: ...
 
@@ -25,7 +25,7 @@ class Call(Record, Generic[R]):
     """A request to a child process; `R` is the type of its answer.
 
     A call and its answer cross between the processes as JSON and are validated on both sides. Both import the module of
-    a call, so heavy packages are imported within `perform`. A relative path would mean another place in the child, so
+    a call, so heavy packages are imported within `perform`. A relative path would name another file in the child, so
     path fields are of type `slmops.infra.records.AbsolutePath`.
     """
 
@@ -57,12 +57,12 @@ def perform(target: str, request: JsonValue, progress: Progress) -> JsonValue:
     """Perform a call that came from another process, and return its answer as JSON.
 
     Raises `pydantic.ValidationError` for a request or an answer that is not of the call's type, `TypeError` for a
-    target that is no call, and what the call raises.
+    target that is not a call, and what the call raises.
     """
     module, _, name = target.partition(":")
     kind = getattr(importlib.import_module(module), name)
     if not (isinstance(kind, type) and issubclass(kind, Call)):
-        raise TypeError(f"{target} is no call")
+        raise TypeError(f"{target} is not a call")
     answer_type = kind.answer_type()
     answer = answer_type.validate_python(kind.model_validate(request).perform(progress))
     sent: JsonValue = answer_type.dump_python(answer, mode="json")

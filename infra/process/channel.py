@@ -1,4 +1,4 @@
-"""A child process of slmops: its start, the messages with it, and its reliable end.
+"""A child process of slmops: its start, the messages to and from it, and its reliable end.
 
 Both sides write JSON, one object a line. The child's standard input is also its lifeline: it closes when the parent has
 ended or no longer needs the child, and the child then ends itself. Output that libraries print in the child goes to its
@@ -39,8 +39,9 @@ QUIET_ENVIRONMENT = {
     "PYTHONUTF8": "1",
 }
 
-# With these, Python searches other folders for modules before the folder where slmops and its dependencies are
-# installed. Without them and without the current directory (-P), no folder of the user can replace a module of a child.
+# With these variables, Python searches other folders for modules before the folder where slmops and its dependencies
+# are installed. Without them and without the current directory (-P), no folder of the user can replace a module of a
+# child.
 SHADOWING = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
 PYTHON = (sys.executable, "-P")
 
@@ -93,7 +94,7 @@ class Channel:
 
     def _read(self) -> None:
         assert self._process.stdout
-        with contextlib.suppress(OSError, ValueError):  # it was closed on this side
+        with contextlib.suppress(OSError, ValueError):  # this side closed it
             for line in self._process.stdout:
                 self._messages.put(json.loads(line))
         self._messages.put(None)
@@ -122,13 +123,13 @@ class Channel:
         except queue.Empty:
             raise TimeoutError from None
         if message is None:
-            self._messages.put(None)  # a later call gets the same answer
+            self._messages.put(None)  # a later call must get the same answer
         return message
 
     def end(self, grace_s: float, *, ends_by_itself: bool = False) -> int:
         """End the process, or after `grace_s` kill it and all its descendants; returns its exit status.
 
-        The grace begins as its lifeline closes, unless it `ends_by_itself` now.
+        The grace period begins when its lifeline closes, unless it `ends_by_itself` now.
         """
         descendants = descendants_of(self.pid)  # they cannot be found any more once it has ended
         if not ends_by_itself:
@@ -153,7 +154,7 @@ class Channel:
 
 
 def descendants_of(pid: int) -> list[psutil.Process]:
-    """Return all processes below one; none of one that has ended."""
+    """Return all descendants of a process; none if it has ended."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:
@@ -161,7 +162,7 @@ def descendants_of(pid: int) -> list[psutil.Process]:
 
 
 def end_of_log(log_path: Path) -> str:
-    """Return the last lines of a child's log, to report a child that ended without a message."""
+    """Return the last lines of a child's log, for the report of a child that ended without a message."""
     tail = "\n".join(log_path.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:])
     return f"The end of its log ({log_path}):\n{tail}"
 
@@ -195,7 +196,7 @@ def speak() -> Send:
 
 
 def listen(on_end: Callable[[], None]) -> Iterator[Message]:
-    """Return the parent's messages as they come, without an end: when the parent is gone, `on_end` ends this process.
+    """Yield the parent's messages without end: when the parent is gone, `on_end` ends this process.
 
     `on_end` is called in a separate thread, even while this process computes.
     """

@@ -1,4 +1,4 @@
-"""The child's side: perform calls of `infra` for the supervisor, and report to it.
+"""The child's side: perform calls for the supervisor, and report to it.
 
 Started as `python -m slmops.infra.process.child MODULE:CLASS`; the argument names the first call in lists of processes.
 Each line of standard input is a call, a JSON object `{"call": "MODULE:CLASS", "request": {...}, "log_path": str,
@@ -24,7 +24,7 @@ from slmops.infra.process.channel import Message, listen, message_of, speak
 
 
 class _Lifeline:
-    """When the supervisor is gone, this process and all its descendants end."""
+    """Ends this process and all its descendants when the supervisor is gone."""
 
     def __init__(self) -> None:
         self.is_idle = True
@@ -70,7 +70,7 @@ def _log_to(path: str) -> None:
 
 def _give_memory_back() -> None:
     gc.collect()
-    with contextlib.suppress(AttributeError, TypeError):  # only glibc keeps freed memory, and has this function
+    with contextlib.suppress(AttributeError, TypeError):  # only glibc keeps freed memory, and only it has this function
         ctypes.CDLL(None).malloc_trim(0)
 
 

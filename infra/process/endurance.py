@@ -1,7 +1,7 @@
 """The child's side of endurance: long use and difficult input, for any runtime that answers conversations.
 
-The child may die at any step. So every step is written to a journal before it begins and after it has ended, where the
-supervisor's side reads which step was interrupted.
+The child may die at any step. Therefore it writes every step to a journal before the step begins and after it has
+ended. The supervisor's side reads there which step was interrupted.
 """
 
 import faulthandler
@@ -24,7 +24,7 @@ from slmops.infra.records import AbsolutePath, Json, Record
 
 Messages = Sequence[dict[str, str]]
 
-# Half a minute's work on two cores, where a model of 0.5 B parameters processes 80 tokens a second.
+# Half a minute of work on two cores, where a model of 0.5 B parameters processes 80 tokens a second.
 MAX_PROMPT_TOKENS = 2048
 DETAIL_CHARACTERS = 200
 LONG_USE = "long use"  # the soak's name among the steps
@@ -39,7 +39,7 @@ class OpenedModel(Protocol):
         """Length of the prompt that the runtime makes of a conversation."""
 
     def answer(self, messages: Messages, max_new_tokens: int) -> str:
-        """Text of the greedy answer; the runtime itself refuses a prompt that does not fit the context."""
+        """Text of the greedy answer. The runtime itself refuses a prompt that does not fit the context."""
 
     def takes_for_control_token(self, text: str, token_id: int) -> bool:
         """Whether the text of a control token inside a user's message becomes that token."""
@@ -104,7 +104,7 @@ class _Journal:
 
     def write(self, line: Json) -> None:
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()  # to the operating system, so it survives the end of this process
+        self._file.flush()  # handed to the operating system, so it survives a crash of this process
 
     @contextmanager
     def step(self, name: str, request: int | None = None) -> Iterator[None]:
@@ -125,17 +125,17 @@ def _soak(
     on_request: Callable[[int], None],
 ) -> None:
     process = psutil.Process()
-    rss_bytes = array("q", [0] * len(turns))  # its memory is taken before the first request
+    rss_bytes = array("q", [0] * len(turns))  # its own memory is allocated before the first request
     for index, messages in enumerate(turns):
         on_request(index)
         with journal.step(LONG_USE, index + 1):
             try:
                 model.answer(messages, new_tokens)
-            except Exception as error:  # a runtime may raise anything; its process lives
+            except Exception as error:  # a runtime may raise anything; the process is still alive
                 detail = f"request {index + 1} of {len(turns)}: {_shown(_reason(error))}"
                 journal.write({"outcome": _outcome(LONG_USE, "refused", detail, alive=False)})
                 return
-        gc.collect()  # Python's own garbage is not the runtime's leak
+        gc.collect()  # Python's own garbage must not count as a leak of the runtime
         rss_bytes[index] = process.memory_info().rss
     journal.write({"rss_bytes": [*rss_bytes]})
 
@@ -145,7 +145,7 @@ def _outcome(name: str, outcome: str, detail: str, **further: JsonValue) -> Json
 
 
 class _OrdinaryRequest:
-    """An ordinary conversation, whose greedy answer stays the same as long as the runtime works."""
+    """An ordinary conversation. Its greedy answer stays the same as long as the runtime works."""
 
     def __init__(self, model: OpenedModel, messages: Messages, new_tokens: int, journal: _Journal) -> None:
         self._model, self._messages, self._new_tokens = model, messages, new_tokens
@@ -156,7 +156,7 @@ class _OrdinaryRequest:
                 f"The model does not answer an ordinary request: {_reason(error)}.", "See the stage's log."
             ) from error
         if len(self._expected) > 1:
-            journal.write({"note": "Greedy answers to the same request differ here; any answer counts as alive."})
+            journal.write({"note": "Greedy answers to the same request differ here, so any answer counts as alive."})
 
     def _ask(self) -> str:
         return self._model.answer(self._messages, self._new_tokens)
@@ -178,7 +178,7 @@ def _try_edge_input(
         started = time.perf_counter()
         try:
             outcome, detail = "answered", model.answer(messages, new_tokens)
-        except Exception as error:  # a runtime may raise anything: it refused, and its process lives
+        except Exception as error:  # a runtime may raise anything: it refused, and the process is still alive
             outcome, detail = "refused", _reason(error)
         wall_ms = 1000 * (time.perf_counter() - started)
         return _outcome(
@@ -193,16 +193,16 @@ def _try_edge_input(
 
 
 def _fitting(model: OpenedModel, name: str, messages: Messages, journal: _Journal) -> tuple[Messages, int | None]:
-    """Return the conversation and its prompt's length, the last message cut where that takes too long to process.
+    """Return the conversation and its prompt's length. The last message is cut if it takes too long to process.
 
-    A prompt longer than the context is not cut: the runtime should refuse it. None for a prompt that the runtime does
-    not render.
+    A prompt longer than the context is not cut, because the runtime should refuse it. The length is None if the runtime
+    does not render the prompt.
     """
     text = messages[-1]["content"] if messages else ""
     try:
         prompt_tokens = model.count_prompt_tokens(messages)
         if "\0" in text and prompt_tokens < model.count_prompt_tokens(_ending(messages, text.replace("\0", ""))):
-            journal.write({"note": "A NUL character in a message drops what follows it, without an error."})
+            journal.write({"note": "Text after a NUL character in a message is dropped without an error."})
         if prompt_tokens <= model.context_length:
             kept = text
             while prompt_tokens > MAX_PROMPT_TOKENS and kept:
@@ -212,7 +212,7 @@ def _fitting(model: OpenedModel, name: str, messages: Messages, journal: _Journa
                 journal.write({"note": f"{name}: cut to {len(kept):,} of {len(text):,} characters to save time."})
                 messages = _ending(messages, kept)
     except Exception:
-        traceback.print_exc()  # to the stage's log; the runtime is asked nevertheless
+        traceback.print_exc()  # to the stage's log; the runtime still gets the request
         return messages, None
     return messages, prompt_tokens
 

@@ -1,4 +1,4 @@
-"""Other programs on the PATH."""
+"""Programs on the PATH."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 def installed_program(name: str) -> str | None:
     """Return a program's absolute path, or None; a program under the current directory does not count.
 
-    On Windows the current directory is searched first, and a PATH may name relative folders anywhere.
+    Windows searches the current directory first, and on any system a PATH may contain relative folders.
     """
     found = shutil.which(name)
     return found if found and Path(found).is_absolute() else None

@@ -25,13 +25,13 @@ def slot(folder: Path, count: int, on_progress: OnProgress | None = None) -> Ite
 
 @contextmanager
 def only_maker(path: Path, on_progress: OnProgress | None = None) -> Iterator[None]:
-    """Be the only process that makes the file or folder `path`; waits without limit for another one.
+    """Be the only process that makes the file or folder `path`; waits without limit for others.
 
     Check for `path` again inside the block: the other process may have made it. The lock is an empty file in the same
     folder.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
-    with _held([lock], "waiting for another run that makes the same", on_progress):
+    with _held([lock], "waiting for another run that makes the same file", on_progress):
         yield
 
 

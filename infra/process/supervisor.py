@@ -13,7 +13,7 @@ from slmops.infra.process.call import Call, ChildResult, OnProgress, R
 from slmops.infra.process.channel import Channel, Message, child_environment, end_of_log, error_of
 
 SAMPLE_INTERVAL_S = 0.05
-# Finding descendants looks at every process of the machine: at each sample it would take a tenth of a core.
+# Finding descendants reads every process of the machine: doing it at each sample would take a tenth of a core.
 DESCENDANTS_INTERVAL_S = 0.5
 EXIT_GRACE_S = 0.5  # a child that sent its result ends at once by itself
 
@@ -74,15 +74,15 @@ class ChildProcess:
         on_progress: OnProgress | None = None,
         is_last: bool = False,
     ) -> ChildResult[R]:
-        """Perform a call once, as `run_in_child` does; `is_last` lets the process end with it.
+        """Perform a call once, as `run_in_child` does. After a call that `is_last` the process ends.
 
-        The peak memory includes what earlier calls left.
+        The peak memory includes memory that earlier calls left allocated.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         work_dir.mkdir(parents=True, exist_ok=True)
         log_path.touch()
         started = time.monotonic()
-        if self._channel and self._channel.status is not None:  # it was killed since the last call
+        if self._channel and self._channel.status is not None:  # the process was killed since the last call
             self._end()
         target = call.target()
         channel = self._channel = self._channel or Channel(
@@ -119,7 +119,7 @@ class ChildProcess:
         raise _error_of(target, message, status, log_path)
 
     def close(self) -> None:
-        """End the process, which waits for a call, with all its descendants."""
+        """End the process and all its descendants."""
         self._end()
 
     def _end(self, *, ends_by_itself: bool = False) -> int:
@@ -128,9 +128,9 @@ class ChildProcess:
 
 
 def _follow(channel: Channel, deadline: float, on_progress: OnProgress | None) -> tuple[Message, int]:
-    """Return the answer of a call, or nothing from a child that ended without one, and the peak of its tree's memory.
+    """Return a call's answer (None from a child that ended without one) and the peak memory of its process tree.
 
-    Raises `TimeoutError` at the deadline, a time of the monotonic clock.
+    Raises `TimeoutError` at the deadline, which is a time of the monotonic clock.
     """
     tree = _TreeMemory(channel.pid)
     while True:

@@ -46,7 +46,7 @@ _EVIDENCE = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][A-Za-z0-9._-]*\.(?:json|md|htm
 _RECORD_FIELDS = {"kind": str, "manifest": str, "recorded_at": str, "content": dict}
 
 
-_DAMAGED = "See with slmops verify what else, and push the version again from a machine that has it whole."
+_DAMAGED = "slmops verify lists all damage; push the version again from a machine with an intact copy."
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def export_version(
 ) -> ExportedVersion:
     """Write a version and its evidence into a new file atomically.
 
-    All content is verified while it is written. Raises `BadInput` for a file that exists and for a folder that cannot
-    be written to, `StageFailed` for a full disk and for content that is missing or altered in the store.
+    All content is verified while it is written. Raises `BadInput` for a file that exists and for a read-only folder,
+    `StageFailed` for a full disk and for content that is missing or altered in the store.
     """
     _check_target(file)
     blobs = _named_blobs(manifest)
@@ -90,11 +90,11 @@ def import_version(
     on_progress: OnProgress | None = None,
     settings: StoreSettings | None = None,
 ) -> CopiedVersion:
-    """Copy the version in an archive into a store, as `copy_version` does, once all of it is unpacked and verified.
+    """Unpack and verify an archive, and then copy its version into a store as `copy_version` does.
 
     It is unpacked into a separate folder below `staging`, which is removed afterwards. That needs disk space for the
     archive, and in a local store on the same disk also for the new content. Raises `BadInput` for anything that
-    `export_version` does not write and for a number that is taken, `StageFailed` for a disk without room.
+    `export_version` does not write and for a number that is taken, `StageFailed` for a disk without enough space.
     """
     with opened_tar(file) as archive, _new_folder(staging) as folder:
         staged = ModelRegistry(LocalObjectStore(folder))
@@ -105,7 +105,7 @@ def import_version(
         )
 
 
-# What export and import both require of a version
+# Requirements of both export and import
 
 
 def _manifest_key(manifest: Manifest) -> str:
@@ -113,7 +113,7 @@ def _manifest_key(manifest: Manifest) -> str:
 
 
 def _named_blobs(manifest: Manifest) -> dict[Blob, tuple[str, StoredFile]]:
-    """Return every content of a version, the first file that has it, and that file's shown name: `int4/model.onnx`."""
+    """Return each content of a version with the first file that has it and its name, such as `int4/model.onnx`."""
     blobs: dict[Blob, tuple[str, StoredFile]] = {}
     for variant in manifest.variants:
         for file in variant.files:
@@ -137,7 +137,7 @@ def _fault_of_manifest(data: bytes, manifest: Manifest) -> str | None:
 
 
 def _unplaceable(paths: Iterable[str]) -> str | None:
-    """Return a path that cannot be placed: it is invalid, a duplicate, or a folder of another path."""
+    """Return a path that cannot be placed: it is invalid, a duplicate, or the parent folder of another path."""
     parts = sorted(path.split("/") for path in paths)
     for folders, after in itertools.pairwise([*parts, []]):
         path = "/".join(folders)
@@ -148,9 +148,9 @@ def _unplaceable(paths: Iterable[str]) -> str | None:
 
 
 def _fault_of_evidence(name: str, data: bytes, digest: str) -> str | None:
-    """Return what is wrong with a file of evidence: a record on the manifest of a digest (`.json`), or a text."""
+    """Return what is wrong with a file of evidence: a record on the manifest with this digest (`.json`), or a text."""
     if not _EVIDENCE.fullmatch(name):
-        return "is no name of a record or a report"
+        return "is not the name of a record or a report"
     if len(data) > MOST_EVIDENCE_BYTES:
         return f"has {len(data):,} bytes, and at most {MOST_EVIDENCE_BYTES:,} are allowed"
     try:
@@ -166,14 +166,14 @@ def _fault_of_record(record: object, digest: str) -> str | None:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), of) for key, of in _RECORD_FIELDS.items()):
         return f"is not a record, which has {', '.join(_RECORD_FIELDS)}"
     if record["kind"] == "deploy" and not _has_statuses(record["content"]):
-        return "is a deploy's and does not tell its variants' status"
+        return "is the record of a deploy without the status of its variants"
     if record["manifest"] != digest:
         return f"is on another manifest, {shown(record['manifest'])}: this one's SHA-256 is {digest}"
     return None
 
 
 def _has_statuses(content: dict[str, object]) -> bool:
-    """Whether evidence on a deploy has the fields that `copy_version` reads."""
+    """Whether the record of a deploy has the fields that `copy_version` reads."""
     variants = content.get("variants")
     return isinstance(variants, list) and all(isinstance(variant, dict) and "status" in variant for variant in variants)
 
@@ -183,10 +183,10 @@ def _has_statuses(content: dict[str, object]) -> bool:
 
 def _check_target(file: Path) -> None:
     if os.path.lexists(file):
-        raise BadInput(f"{file} exists already.", "Name a file that does not, or remove it.", code="archive-exists")
+        raise BadInput(f"{file} exists already.", "Name another file, or remove it.", code="archive-exists")
     if not file.parent.is_dir():
         raise BadInput(
-            f"There is no folder {file.parent}.", "Name a file in a folder that exists.", code="folder-missing"
+            f"There is no folder {file.parent}.", "Name a file in an existing folder.", code="folder-missing"
         )
 
 
@@ -206,16 +206,16 @@ def _written_aside(file: Path) -> Iterator[TarWriter]:
         with disk_errors(f"{file} cannot be written"):
             with stream:
                 yield TarWriter(stream)
-            _check_target(file)  # another export may have been faster
+            _check_target(file)  # another export may have made the file meanwhile
             aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def _manifest_and_evidence(registry: ModelRegistry, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
-    """Yield names of members and their bytes as they are stored.
+    """Yield the names of members and their stored bytes.
 
-    Raises `StageFailed` for what import would refuse.
+    Raises `StageFailed` for anything that import would refuse.
     """
     version = registry.of(manifest)
     evidence = version.evidence_key("")
@@ -227,7 +227,7 @@ def _manifest_and_evidence(registry: ModelRegistry, manifest: Manifest) -> Itera
         names = sorted(entry.key.removeprefix(evidence) for entry in version.evidence_entries())
         if len(names) > MOST_EVIDENCE_FILES:
             raise StageFailed(
-                f"{manifest.reference} has {len(names):,} files of evidence, of {MOST_EVIDENCE_FILES:,} at most.",
+                f"{manifest.reference} has {len(names):,} files of evidence; the limit is {MOST_EVIDENCE_FILES:,}.",
                 "Push it to a store instead.",
                 code="evidence-too-much",
             )
@@ -257,7 +257,7 @@ def _on_this_machine(registry: ModelRegistry, file: StoredFile, beside: Path) ->
 
 
 def _verified(path: Path, blob: Blob, what: str, on_bytes: OnBytes) -> Iterator[bytes]:
-    """Yield a file's bytes; raises `StageFailed`, at the latest after the last byte, if they are not the blob's."""
+    """Yield a file's bytes; raises `StageFailed`, at the latest after the last byte, if they do not match the blob."""
     found = hashlib.sha256()
     size_bytes = 0
     try:
@@ -290,7 +290,7 @@ def _new_folder(staging: Path) -> Iterator[Path]:
 def _unpack(
     archive: TarReader, staged: ModelRegistry, target: ModelRegistry, folder: Path, on_progress: OnProgress | None
 ) -> Manifest:
-    """Bring an archive's version into the staged store and return it; all of it is verified."""
+    """Verify an archive, put its version into the staged store and return it."""
     manifest = _read_manifest(archive)
     blobs = _named_blobs(manifest)
     _check_sizes(archive, blobs, folder, target)
@@ -308,7 +308,7 @@ def _unpack(
         if member.name.startswith(evidence):
             records += 1
             if records > MOST_EVIDENCE_FILES:
-                raise archive.refusal(member.name, f"is one too many: {MOST_EVIDENCE_FILES:,} records are allowed")
+                raise archive.refusal(member.name, f"exceeds the limit of {MOST_EVIDENCE_FILES:,} records")
             _unpack_evidence(archive, member, member.name.removeprefix(evidence), digest, staged)
         elif blob := left.pop(member.name, None):
             _unpack_blob(archive, member, blob, folder, on_bytes)
@@ -343,13 +343,13 @@ def _read_manifest(archive: TarReader) -> Manifest:
 
 
 def _check_sizes(archive: TarReader, blobs: Iterable[Blob], folder: Path, target: ModelRegistry) -> None:
-    """Raise `BadInput` for an archive that is smaller than the files it should hold, `StageFailed` for too little room.
+    """Raise `BadInput` for an archive that is smaller than its files, `StageFailed` for too little disk space.
 
-    What is unpacked is never larger than the archive.
+    The unpacked files are never larger than the archive.
     """
     size_bytes = sum(blob.size_bytes for blob in blobs)
     if size_bytes > archive.size_bytes:
-        raise archive.refusal("its manifest", f"names more bytes than the {archive.size_bytes:,} of the whole archive")
+        raise archive.refusal("its manifest", f"names more bytes than the whole archive has ({archive.size_bytes:,})")
     needs = [(folder, archive.size_bytes)]
     if isinstance(target.objects, LocalObjectStore):
         missing = target.objects.missing(blobs)

@@ -1,9 +1,8 @@
-"""The history of a name's champion: who held the alias, since when, by whom set and why.
+"""The history of a name's champions: which version, since when, set by whom, and why.
 
-Each change is one object, `models/NAME/history/000007.json`, numbered by conditional writes, so the order does not
-depend on any machine's clock. A change is written before the alias. If the process ends in between, the change has no
-effect: each change names the version that was champion before it, and a change without effect is not part of that
-chain.
+Each change is one object, `models/NAME/history/000007.json`. Conditional writes number it, so the order does not depend
+on any machine's clock. A change is written before the alias. If the process ends in between, the change has no effect:
+each change names the version that was champion before it, and a change without effect is not part of that chain.
 """
 
 import getpass
@@ -48,7 +47,7 @@ def record_change(
     rolled_back: bool,
     place: int | None = None,
 ) -> bool:
-    """Append a change that is about to be made; with `place`, there or (False) nowhere."""
+    """Append a change that is about to be made. With `place`, its number must be that one: False if it is taken."""
     record = {
         **{"version": version, "former": former, "since": now(), "by": _user()},
         **{"reason": reason, "rolled_back": rolled_back},
@@ -70,10 +69,10 @@ def champion_changes(objects: ObjectStore, name: str, champion: int | None) -> l
 
 
 def champion_before(changes: list[ChampionChange]) -> int | None:
-    """Return the version to go back to from the present state, None where there is none.
+    """Return the version that a rollback goes back to, or None.
 
-    After a rollback the earlier state holds again: its predecessor is the same as then, never the version that was
-    rolled back from.
+    After a rollback the earlier state is the present one: its predecessor is the same as before, never the version that
+    was rolled back from.
     """
     at: int | None = 0 if changes else None
     while at is not None and changes[at].rolled_back:
@@ -97,12 +96,12 @@ def _read(objects: ObjectStore, key: str) -> ChampionChange:
         return ChampionChange(**{name: record[name] for name in ChampionChange.__dataclass_fields__})
     except (ValueError, TypeError, KeyError):
         raise StageFailed(
-            f"The history's record {objects.uri(key)} is not valid.", "It was altered: put it back, or remove the file."
+            f"The history's record {objects.uri(key)} is not valid.", "It was altered: restore it, or remove the file."
         ) from None
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, ImportError, OSError):  # a container's user may have no name
+    except (KeyError, ImportError, OSError):  # the user of a container may have no name
         return "unknown"

@@ -47,11 +47,11 @@ def copy_version(
     has a version of the same identity, that is the copy, whatever its number. The copy becomes visible only after all
     its files are stored. The next copy completes an interrupted one.
 
-    The copied evidence is trusted only as a claim of its origin, so it makes no champion. The copy becomes the champion
+    The copied evidence is only a claim of its origin, so it makes no champion. The copy becomes the champion
     only if it has a signature by the verification key of `settings`, its name has no champion, and it can be served.
 
-    Raises `BadInput` for a number that is taken and for a model that is refused, `StageFailed` for files that the
-    source has lost or altered, `DamagedEvidence` for a record that cannot be read; then nothing is written.
+    Raises `BadInput` for a number that is taken and for a model that is refused, `StageFailed` for files that are
+    missing or altered in the source, `DamagedEvidence` for a record that cannot be read. Nothing is written then.
     """
     manifest, source = version.manifest, version.registry
     existing = target.same_version(manifest)
@@ -77,7 +77,7 @@ def copy_version(
 
 
 def _screen(manifest: Manifest, source: ModelRegistry, on_progress: OnProgress | None) -> None:
-    """Raise `BadInput` for a model that no runtime may open; a variant that is not a model cannot be opened anyway."""
+    """Raise `BadInput` for a model that no runtime may open; no runtime can open a variant that is not a model."""
     for variant in manifest.variants:
         files = {file.path: file for file in variant.files if "/" not in file.path}
         if GENAI_CONFIG not in files:
@@ -97,7 +97,7 @@ def _move(
     on_bytes = byte_progress(on_progress, here, "copying")
     cache = target.objects if isinstance(target.objects, LocalObjectStore) else source.cache
     if far and cache is None:
-        raise StageFailed("The store has lost some of the version's files.", "See with slmops verify which.")
+        raise StageFailed("The store has lost some of the version's files.", "slmops verify lists them.")
     try:
         if cache and far:
             source.objects.fetch_blobs([(blob, cache.blob_path(blob)) for blob in far], cache.aside, on_bytes)
@@ -110,7 +110,7 @@ def _move(
 
 def _lost(error: KeyError) -> StageFailed:
     return StageFailed(
-        f"The store has lost {error.args[0]}.", "See with slmops verify what else, and deploy the version again."
+        f"The store has lost {error.args[0]}.", "slmops verify lists all missing files; deploy the version again."
     )
 
 
@@ -119,7 +119,7 @@ def _names_of(version: Version) -> frozenset[str]:
 
 
 def _read_evidence(version: Version, known: frozenset[str]) -> dict[str, bytes]:
-    """Return the name of each file of evidence -> its bytes, without those that are `known` in the target.
+    """Return each file of evidence as name -> bytes, without those that are `known` in the target.
 
     Raises `DamagedEvidence` for a file that is not a record of the version, and for records that another module cannot
     read.
@@ -151,12 +151,12 @@ def _write_evidence(evidence: Mapping[str, bytes], version: Version, stored: Ver
 
 
 def _of_what_serves(names: Iterable[str]) -> frozenset[str]:
-    """Return the names of the evidence that decides which variant serves: copied evidence does not change that."""
+    """Return the kinds of evidence that decide which variant serves. Copied evidence must not change that."""
     return frozenset(name for name in names if name.partition("-")[0] in (SELECTION.name, DEPLOY.name))
 
 
 def _holds_for_another(name: str) -> bool:
-    """Whether evidence is of the content alone: a signature covers the number, and reports are texts that name it."""
+    """Whether evidence is valid under another number. A signature covers the number, and reports name it."""
     return name.endswith(".json") and not name.startswith(f"{SIGNATURE.name}-")
 
 

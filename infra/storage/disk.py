@@ -19,20 +19,20 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
         free = shutil.disk_usage(folder).free
         if free < taken[device]:
             raise StageFailed(
-                f"The disk of {folder} has {free / 1e6:,.1f} MB free, and this takes {taken[device] / 1e6:,.1f} MB.",
-                "Make room, or name a folder on another disk.",
+                f"The disk of {folder} has {free / 1e6:,.1f} MB free, and this needs {taken[device] / 1e6:,.1f} MB.",
+                "Free disk space, or name a folder on another disk.",
                 code="disk-full",
             )
 
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turn errors of the disk into `StageFailed`; `what` is the half sentence before the reason."""
+    """Turn errors of the disk into `StageFailed`; `what` is the part of the message before the reason."""
     try:
         yield
     except OSError as error:
         raise StageFailed(
             f"{what}: {error.strerror or error}.",
-            "Check the disk's free space, and whether it holds such large files.",
+            "Check the disk's free space, and whether its file system allows files of this size.",
             code="disk-failed",
         ) from error

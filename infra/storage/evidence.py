@@ -18,7 +18,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class DamagedEvidence(StageFailed):
-    """A record of evidence cannot be read as what its kind holds."""
+    """A record of evidence is not valid for its kind."""
 
     code = "evidence-damaged"
 
@@ -27,7 +27,7 @@ class DamagedEvidence(StageFailed):
 class Kind(Generic[T]):
     """A kind of evidence: its name on disk, and the type of its records, which is one that pydantic validates.
 
-    A record is a JSON object on disk, or the `field` of an object that also has the question that it answers.
+    On disk, a record is a JSON object, or the `field` of an object that also holds the question that it answers.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Kind(Generic[T]):
 
     def to_content(self, value: T, beside: Mapping[str, object] | None = None) -> dict[str, object]:
         """Return the JSON object that stores a record, with the fields `beside` it."""
-        # JSON values stay unchanged, so that a figure that is not a number is refused when it is written.
+        # JSON values stay unchanged, so a figure that is NaN is refused when it is written.
         content = value if isinstance(value, dict) else self._adapter.dump_python(value, mode="json", by_alias=True)
         return {**(beside or {}), self.field: content} if self.field else content
 
@@ -59,7 +59,7 @@ class Recorded(Generic[T_co]):
 
 
 class Envelope(BaseModel):
-    """A file of evidence: the record is its `content`; `manifest` is the digest of the version that it is on.
+    """A file of evidence: the record is its `content`; `manifest` is the digest of its version's manifest.
 
     `copied_from` is set on a record that was copied with a version (`slmops.infra.storage.origin`).
     """
@@ -74,7 +74,7 @@ class Envelope(BaseModel):
 
 
 def first_fault(error: ValidationError) -> str:
-    """Return where a record is not valid and why, for the first fault."""
+    """Return where a record is not valid and why; only the first fault."""
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"])
     return f"{where}: {fault['msg']}" if where else fault["msg"]
@@ -85,7 +85,7 @@ class _Record(BaseModel):
 
 
 class Tag(_Record):
-    """A tag that was given to a version, or (`value` None) taken away."""
+    """A tag that was set on a version, or (`value` None) removed."""
 
     tag: str
     value: str | None
@@ -116,7 +116,7 @@ class Build(_Record):
 
 
 class Selection(_Record):
-    """Which variant serves, by its precision, and why; None if none may. `reasons` say why each other one does not."""
+    """The precision of the variant that serves (None if none may), and why. `reasons` are those against the others."""
 
     selected: str | None
     reason: str = ""
@@ -125,7 +125,7 @@ class Selection(_Record):
 
 
 class DeployedVariant(_Record):
-    """What the store reads of a variant in the record of a deploy; `foundry_model_id` None: it is not registered."""
+    """The part of a deploy's record on a variant that the store reads; `foundry_model_id` is None if not registered."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -136,7 +136,7 @@ class DeployedVariant(_Record):
 
 
 class Deployed(_Record):
-    """What the store reads in the record of a deploy: the rest is the report's, and kept as it is."""
+    """The part of a deploy's record that the store reads. The rest belongs to the report and is stored as it is."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -145,7 +145,7 @@ class Deployed(_Record):
     evaluation: str = ""
 
     def variant(self, precision: str) -> DeployedVariant | None:
-        """Return what is on record of the variant of a precision."""
+        """Return the record of the variant of a precision."""
         return next((variant for variant in self.variants if variant.precision == precision), None)
 
 
@@ -153,9 +153,9 @@ TAG = Kind("tag", Tag)
 NOTE = Kind("note", Note)
 SIGNATURE = Kind("signature", Signature)
 BUILD = Kind("build", Build)
-SBOM = Kind("sbom", dict[str, Any])  # as CycloneDX has it
+SBOM = Kind("sbom", dict[str, Any])  # in CycloneDX's form
 SELECTION = Kind("selection", Selection)
 DEPLOY = Kind("deploy", Deployed)
 
-# Kinds of evidence without a judgement: they count in every store, whoever recorded them.
+# Kinds of evidence without a judgement: they count in every store, whatever their origin.
 STATEMENTS = frozenset({"tag", "note", "signature", "sbom", "build"})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from filelock import ReadWriteLock, Timeout
 
-if TYPE_CHECKING:  # child processes move folders too, and need no settings
+if TYPE_CHECKING:  # child processes move folders too, without any settings
     from slmops.infra.settings import Settings
 
 
@@ -36,9 +36,9 @@ def place(folder: Path, target: Path) -> None:
 
 @contextmanager
 def shared_folder(folder: Path) -> Iterator[None]:
-    """Keep a folder, which need not exist yet, for its users in all processes; the last user removes it.
+    """Share a folder, which need not exist yet, between processes; its last user removes it.
 
-    A user that leaves by an exception removes nothing: the next attempt can use what took long to make. The locks are
+    A user that leaves by an exception removes nothing: the next attempt can reuse expensive content. The locks are
     on an empty file in the parent folder; the operating system releases those of a process that dies.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +53,9 @@ def shared_folder(folder: Path) -> Iterator[None]:
 
 
 def link_or_copy(source: Path, target: Path, *, symbolic: bool = True) -> None:
-    """Make `target` a hard link to `source`, a symbolic link where allowed, or a copy: the first that can be made.
+    """Make `target` a hard link to `source`, a symbolic link if allowed, or a copy: the first that is possible.
 
-    Where the file system can (btrfs, XFS), the copy shares its blocks. Raises `FileNotFoundError` and
+    On file systems with that feature (btrfs, XFS), the copy shares its blocks. Raises `FileNotFoundError` and
     `FileExistsError` as `os.link` does.
     """
     make: Callable[[Path, Path], None]

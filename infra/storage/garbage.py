@@ -1,4 +1,4 @@
-"""What a store no longer needs: found, reported and removed while deploys run."""
+"""Garbage in a store: it is found, reported and removed while deploys run."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ REMOVED_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Garbage:
-    """What a collection found: blobs that nothing needs, evidence on deleted versions, and interrupted work.
+    """The garbage that a collection found: unneeded blobs, evidence on deleted versions, and interrupted work.
 
     `spared_blobs` are those that a running deploy, push or ingestion still relies on.
     """
@@ -36,8 +36,8 @@ class Garbage:
 def delete_version(version: Version, *, even_in_use: bool = True) -> int | None:
     """Remove a version, its evidence, the aliases on it and the blobs that nothing else needs; returns the bytes freed.
 
-    It disappears in one step; `collect_garbage` removes what a killed process has left. With `even_in_use` false, a
-    version that a running deploy works with stays, and None is returned. Raises `StageFailed`, and removes nothing,
+    It disappears in one step; `collect_garbage` removes the remains if this process is killed. With `even_in_use`
+    false, a version that a running deploy uses stays, and None is returned. Raises `StageFailed`, and removes nothing,
     where another version's manifest cannot be read.
     """
     registry = version.registry
@@ -55,7 +55,7 @@ def delete_version(version: Version, *, even_in_use: bool = True) -> int | None:
 
 
 def claimed_blobs(registry: ModelRegistry) -> set[str]:
-    """Return the SHA-256 of the blobs that running deploys, pushes and ingestions work with now."""
+    """Return the SHA-256 of the blobs that running deploys, pushes and ingestions use now."""
     with collecting(registry.objects) as collector:
         return collector.spared
 
@@ -77,10 +77,10 @@ def collect_garbage(
     without: Collection[Manifest] = (),
     on_progress: OnProgress | None = None,
 ) -> Garbage:
-    """Remove what nothing needs, or (`dry_run`) only find it; `without` are versions that count as deleted.
+    """Remove the store's garbage, or (`dry_run`) only find it; versions in `without` count as deleted.
 
-    Writers wait while it works; blobs that they rely on stay. Raises `StageFailed`, and removes nothing, where a
-    manifest cannot be read: what it needs is not known.
+    Writers wait meanwhile; blobs that they rely on stay. Raises `StageFailed`, and removes nothing, if a manifest
+    cannot be read, because its blobs are not known.
     """
     objects = registry.objects
     with collecting(objects) as collector:

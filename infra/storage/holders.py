@@ -1,4 +1,4 @@
-"""Which process left something in a store, and whether that process has ended."""
+"""Names of processes that hold something in a store, and whether such a process has ended."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from functools import cache
 
 import psutil
 
-# Start times of processes are told to a second or so: they are reckoned from the time of the machine's start.
+# Start times of processes are exact to about a second, because they are computed from the machine's boot time.
 START_TOLERANCE_S = 2
 
 
@@ -33,13 +33,13 @@ def has_ended(holder: str) -> bool:
         return False
 
 
-@cache  # every file aside is named by it; a forked process has another number
+@cache  # temporary files are named by it; a forked process has another number
 def _process(pid: int) -> str:
     return f"{_machine()}~{pid}~{int(psutil.Process(pid).create_time())}"
 
 
 @cache
 def _machine() -> str:
-    # Many people may share a store: the hash shows that a machine is the same, but not which one it is.
+    # Many people may share a store. The hash identifies a machine without revealing its name.
     facts = f"{socket.gethostname()} {uuid.getnode():x}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -51,7 +51,7 @@ class StoredInput(BaseModel):
 
 
 def is_input_address(text: str) -> bool:
-    """Whether a text is spelled as an input's address."""
+    """Whether a text has the form of an input's address."""
     return text.startswith(SCHEME)
 
 
@@ -68,10 +68,8 @@ def ingest(registry: ModelRegistry, path: Path, on_progress: OnProgress | None =
         paths = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
         outside = next((name for name, file in paths.items() if not file.resolve().is_relative_to(root)), None)
         if outside or not paths:
-            fault = f"holds a link out of it: {outside}" if outside else "holds no file"
-            raise BadInput(
-                f"{path} {fault}.", "Give a folder that holds the checkpoint's own files.", code="input-not-valid"
-            )
+            fault = f"has a link to a file outside of it: {outside}" if outside else "has no file"
+            raise BadInput(f"{path} {fault}.", "Give a folder with the checkpoint's own files.", code="input-not-valid")
         found = StoredInput(kind="folder", name=path.resolve().name, files=registry.add_paths(paths, on_progress))
     else:
         raise BadInput(
@@ -90,7 +88,7 @@ def read_input(registry: ModelRegistry, address: str) -> StoredInput:
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise BadInput(
             f"{address!r} is not the address of an input.",
-            "Write what slmops ingest printed.",
+            "Use the address that slmops ingest printed.",
             code="input-address-not-valid",
         )
     try:
@@ -98,7 +96,7 @@ def read_input(registry: ModelRegistry, address: str) -> StoredInput:
     except KeyError:
         raise BadInput(
             f"The store has no input {address}.",
-            "Put it in with slmops ingest, or name the store that has it.",
+            "Add it with slmops ingest, or name the store that has it.",
             code="input-missing",
         ) from None
 
@@ -110,7 +108,7 @@ def stored_inputs(registry: ModelRegistry) -> Iterator[StoredInput]:
 
 
 def fetch_input(registry: ModelRegistry, address: str, directory: Path, on_progress: OnProgress | None = None) -> Path:
-    """Return the local folder or file of an input, below `directory`; existing content is not fetched again."""
+    """Return the local folder or file of an input, below `directory`. Existing content is not fetched again."""
     found = read_input(registry, address)
     target = directory / found.digest
     with only_maker(target, on_progress):
@@ -125,7 +123,7 @@ def fetch_input(registry: ModelRegistry, address: str, directory: Path, on_progr
 
 
 def delete_input(registry: ModelRegistry, address: str) -> StoredInput:
-    """Remove an input; its blobs go with the next collection of garbage."""
+    """Remove an input; the next garbage collection removes its blobs."""
     found = read_input(registry, address)
     registry.objects.delete([_key(found.digest)])
     return found
@@ -134,7 +132,7 @@ def delete_input(registry: ModelRegistry, address: str) -> StoredInput:
 def _parse(registry: ModelRegistry, digest: str) -> StoredInput:
     try:
         found = StoredInput.model_validate_json(registry.objects.read_bytes(_key(digest)))
-        fault = "" if found.digest == digest else "it is of other files"
+        fault = "" if found.digest == digest else "it names other files"
     except ValidationError as error:
         fault = error.errors()[0]["msg"]
     if fault:

@@ -25,7 +25,7 @@ COLLECT = "collect"
 # A lease that outlived its process is ignored after this time. A writer renews its lease whenever it stores something
 # and before it makes a version. The time between a deploy's first store and its commit must fit into this time.
 WRITE_LEASE = timedelta(hours=24)
-# A collector renews its own between its steps, which are short, and stops when it could not for half of this time.
+# A collector renews its own lease between its short steps. It stops if it could not renew it for half of this time.
 COLLECT_LEASE = timedelta(minutes=5)
 TERMS = {WRITE: WRITE_LEASE, COLLECT: COLLECT_LEASE}
 RENEW_AFTER_S = 30.0
@@ -41,7 +41,7 @@ class WriteLease:
         self._blobs: set[str] = set()
 
     def claim(self, blobs: Iterable[Blob]) -> None:
-        """Rely on more blobs, and on those claimed before for another while: until `release` none is collected.
+        """Rely on more blobs, and renew earlier claims: none of them is collected until `release`.
 
         Blobs that exist after this call stay; missing ones must be stored. Waits for collectors that started before the
         claim; a later collector reads the claim. Raises `PassingFault` when one of them does not end.
@@ -51,7 +51,7 @@ class WriteLease:
         deadline = time.monotonic() + 2 * COLLECT_LEASE.total_seconds()
         while at_work:
             if time.monotonic() > deadline:
-                raise PassingFault("A collection of garbage is at work in the store and does not end.", "Try again.")
+                raise PassingFault("A garbage collection is running in the store and does not end.", "Try again.")
             time.sleep(POLL_S)
             at_work &= self._put_and_see_collectors()
 
@@ -60,7 +60,7 @@ class WriteLease:
         return {key for kind, key in _leases(self._objects, self._key).live if kind == COLLECT}
 
     def release(self) -> None:
-        """Rely on nothing any more."""
+        """Give up all claims."""
         if self._blobs:
             self._objects.delete([self._key])
             self._blobs.clear()
@@ -77,7 +77,7 @@ class Collector:
         self.now = datetime.now(UTC)
 
     def begin(self) -> None:
-        """Make writers wait, and learn what they rely on; leases that outlived their processes are removed."""
+        """Make writers wait, and read what they rely on. Leases that outlived their processes are removed."""
         self.renew()
         leases = _leases(self._objects, self._key)
         self.now = leases.now
@@ -94,13 +94,13 @@ class Collector:
         now = time.monotonic()
         held_up_s = 0.0 if self._renewed_at is None else now - self._renewed_at
         if held_up_s > COLLECT_LEASE.total_seconds() / 2:
-            raise PassingFault("The collection of garbage was held up for too long and stopped.", "Run it again.")
+            raise PassingFault("The garbage collection was delayed for too long and stopped.", "Run it again.")
         if self._renewed_at is None or held_up_s > RENEW_AFTER_S:
             self._objects.put_bytes(self._key, b"{}")
             self._renewed_at = now
 
     def end(self) -> None:
-        """Let writers go on."""
+        """Let writers continue."""
         self._objects.delete([self._key])
 
 
@@ -127,11 +127,11 @@ class _Leases:
 
 
 def _leases(objects: ObjectStore, own: str) -> _Leases:
-    """Return all leases except the own one, which was just written and so gives the store's time."""
+    """Return the other leases. This process's own lease was just written, so it gives the store's time."""
     entries = list(objects.entries(FOLDER))
     now = next((entry.modified_at for entry in entries if entry.key == own), None)
     if now is None:
-        raise PassingFault("The store does not list what was just written to it.", "Try again.")
+        raise PassingFault("The store does not list an object that was just written to it.", "Try again.")
     live, stale = [], []
     for entry in entries:
         kind, _, rest = entry.key.removeprefix(f"{FOLDER}/").partition("-")
@@ -147,5 +147,5 @@ def _leases(objects: ObjectStore, own: str) -> _Leases:
 def _blobs_of(objects: ObjectStore, key: str) -> set[str]:
     try:
         return set(json.loads(objects.read_bytes(key)))
-    except KeyError:  # its writer has made its version, which is read after this
+    except KeyError:  # its writer has added its version, which is read after this
         return set()

@@ -17,7 +17,7 @@ from slmops.infra.storage.folders import link_or_copy
 from slmops.infra.storage.holders import has_ended, this_process
 from slmops.infra.storage.objects import Blob, Entry, OnBytes, untold
 
-ASIDE = "aside"  # objects under way; on the store's own file system, so that a rename is atomic
+ASIDE = "aside"  # unfinished objects; on the store's own file system, so that a rename is atomic
 CHUNK_BYTES = 1 << 20
 
 
@@ -29,7 +29,7 @@ class LocalObjectStore:
 
     @property
     def aside(self) -> Path:
-        """The folder for work under way on the store's file system."""
+        """The folder for unfinished files on the store's file system."""
         return self._root / ASIDE
 
     def blob_path(self, blob: Blob) -> Path:
@@ -73,22 +73,22 @@ class LocalObjectStore:
                     on_bytes(len(chunk))
             if found.hexdigest() != blob.sha256:
                 raise StageFailed(
-                    f"{source} is not what it was: its SHA-256 is {found.hexdigest()}, not {blob.sha256}.",
-                    "It was altered: bring it anew from where it came from.",
+                    f"{source} was altered: its SHA-256 is {found.hexdigest()}, not {blob.sha256}.",
+                    "Copy it again from its origin.",
                 )
             flush_to_disk(target)
             target.close()
             self.adopt_blob(blob, Path(target.name))
 
     def adopt_blob(self, blob: Blob, file: Path) -> None:
-        """Move a file of the store's own file system in as a blob; its content must have been verified."""
+        """Move a file of the store's own file system into the store as a blob; its content must have been verified."""
         path = self._path(blob.key)
         with self._reported(blob.key):
             path.parent.mkdir(parents=True, exist_ok=True)
             # A model folder may be a hard link to this file: writing there must not alter the store.
             file.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
-            if os.name == "nt" and path.exists():  # damaged, or another process was faster
-                self.delete([blob.key])  # Windows replaces no read-only file
+            if os.name == "nt" and path.exists():  # the blob there is damaged, or another process made it meanwhile
+                self.delete([blob.key])  # Windows does not replace a read-only file
             file.replace(path)
 
     def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = untold) -> None:
@@ -141,7 +141,7 @@ class LocalObjectStore:
                 aside.write(data)
                 flush_to_disk(aside)
                 try:
-                    os.link(aside.name, path)  # unlike a rename, a link never replaces what is there
+                    os.link(aside.name, path)  # unlike a rename, a link never replaces an existing file
                 except FileExistsError:
                     return path.read_bytes() == data
         return True
@@ -155,7 +155,7 @@ class LocalObjectStore:
         """See `ObjectStore.entries`."""
         root = self._path(folder)
         for path in sorted(root.rglob("*")) if root.is_dir() else []:
-            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+            with contextlib.suppress(FileNotFoundError):  # it was removed after it was listed
                 yield from self._entry(path, path.relative_to(self._root).as_posix())
 
     def _entry(self, path: Path, key: str) -> Iterator[Entry]:
@@ -173,7 +173,7 @@ class LocalObjectStore:
                 path.unlink()
 
     def leftovers(self, older_than: datetime) -> list[Entry]:
-        """See `ObjectStore.leftovers`: files aside whose process has ended, or that are old."""
+        """See `ObjectStore.leftovers`: temporary files whose process has ended, or that are old."""
         entries = self.entries(ASIDE)
         return [entry for entry in entries if entry.modified_at < older_than or has_ended(holder_of(entry.key))]
 
@@ -226,7 +226,7 @@ class LocalObjectStore:
 
 
 def aside_prefix() -> str:
-    """Return the prefix of this process's temporary files, by which a later process knows that it has ended."""
+    """Return the prefix of this process's temporary files, which shows other processes whether it has ended."""
     return f"{this_process()}-"
 
 

@@ -15,9 +15,9 @@ from slmops.infra.errors import BadInput
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 
 LONGEST_TRAINING_RUN = 2000
-MOST_KEYS = 200  # of one object in a foreign manifest
+MOST_KEYS = 200  # limit for one object in a foreign manifest
 
-# What becomes a part of a folder's name and of a model's id.
+# Such a text becomes a part of a folder's name and of a model's id.
 PlainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -43,7 +43,7 @@ class StoredFile(_Record):
 
 
 class StoredVariant(_Record):
-    """One precision of a version: what it was built by, for what device, and its files."""
+    """One precision of a version: its recipe, its device and its files."""
 
     precision: PlainName
     device: PlainName
@@ -71,7 +71,7 @@ class StoredVariant(_Record):
 
 
 class Source(_Record):
-    """The checkpoint that a version came from, and the training run that made it, where that is known."""
+    """The checkpoint that a version came from, and the training run that made it, if known."""
 
     digest: Sha256
     origin: str
@@ -100,7 +100,7 @@ class Manifest(_Record):
 
     @property
     def identity(self) -> str:
-        """SHA-256 of what identifies a version: source, builder's versions, recipes and files; no times."""
+        """SHA-256 of what identifies a version: source, builder's versions, recipes and files, but no times."""
         return digest_of(
             {
                 "source": self.source.digest,
@@ -172,12 +172,12 @@ def check_name(name: str) -> str:
 
 
 def now() -> str:
-    """Return the present time in UTC, ISO 8601, to the microsecond: records of one process sort by it."""
+    """Return the time in UTC, ISO 8601, to the microsecond, so that the records of one process sort by it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def parse_foreign_manifest(data: bytes) -> Manifest:
-    """Return a manifest that somebody else wrote; raises `ValueError` for one that is not valid.
+    """Return a manifest from a foreign origin; raises `ValueError` for one that is not valid.
 
     It is validated part by part, because pydantic collects all errors before it reports any, and a hostile manifest can
     contain millions.

@@ -19,7 +19,7 @@ from slmops.infra.storage.progress import byte_progress
 class ModelFiles:
     """The files of models in an object store.
 
-    A store that is not on this machine has a `cache` here, of verified blobs.
+    A remote store has a `cache` of verified blobs on this machine.
     """
 
     def __init__(self, objects: ObjectStore, cache: LocalObjectStore | None = None) -> None:
@@ -35,7 +35,7 @@ class ModelFiles:
     def add_paths(self, paths: Mapping[str, Path], on_progress: OnProgress | None = None) -> tuple[StoredFile, ...]:
         """Store files as blobs, given by their names in a manifest, and return the manifest's entries.
 
-        Existing blobs are not stored again. None is collected as garbage until `release_files`.
+        Existing blobs are not stored again. No blob of them is collected as garbage until `release_files`.
         """
         files = tuple(
             StoredFile(path=name, sha256=digest_of_file(path), size_bytes=path.stat().st_size)
@@ -50,7 +50,7 @@ class ModelFiles:
         return files
 
     def has_files(self, files: Iterable[StoredFile]) -> bool:
-        """Whether every blob is there in full size."""
+        """Whether every blob is in the store in full size."""
         return not self.objects.missing(map(blob_of, files))
 
     def claim_files(self, files: Iterable[StoredFile]) -> list[Blob]:
@@ -62,11 +62,11 @@ class ModelFiles:
 
     def _claim(self, blobs: Iterable[Blob]) -> list[Blob]:
         wanted = list(dict.fromkeys(blobs))
-        self._lease.claim(wanted)  # first, and only then looked for: see slmops.infra.storage.leases
+        self._lease.claim(wanted)  # claim before looking: see slmops.infra.storage.leases
         return self.objects.missing(wanted)
 
     def release_files(self) -> None:
-        """Rely on no file any more."""
+        """Give up all claims on files."""
         self._lease.release()
 
     @contextmanager
@@ -79,14 +79,14 @@ class ModelFiles:
             self.release_files()
 
     def local_file(self, file: StoredFile) -> Path | None:
-        """Return a local file with the stored content, or None if it would have to be fetched."""
+        """Return a local file with the stored content, or None if it is not on this machine."""
         for store in (self.objects, self.cache):
             if isinstance(store, LocalObjectStore) and not store.missing([blob_of(file)]):
                 return store.blob_path(blob_of(file))
         return None
 
     def materialize(self, files: Iterable[StoredFile], folder: Path, on_progress: OnProgress | None = None) -> None:
-        """Place files of the store under a folder that does not have them yet, as hard links if possible.
+        """Place files of the store under a folder that does not have them yet, by hard links if possible.
 
         Files that are not on this machine are first fetched into the cache and verified. Raises `StageFailed` for a
         file whose content the store has lost.
@@ -114,7 +114,7 @@ class ModelFiles:
         Raises `KeyError` for content that the store has lost.
         """
         here = self._on_this_machine(files, on_progress)
-        assert isinstance(here, LocalObjectStore)  # a store elsewhere has a cache here
+        assert isinstance(here, LocalObjectStore)  # a remote store has a cache
         if lost := here.missing([blob_of(file) for file in files]):
             raise KeyError(lost[0].key)
         return {file.path: here.blob_path(blob_of(file)) for file in files}
@@ -128,7 +128,7 @@ class ModelFiles:
         return self.cache
 
     def copy_files(self, files: Iterable[StoredFile], folder: Path) -> None:
-        """Write the user's own copy of files of the store: independent of the store's, and writable."""
+        """Write a writable copy of files of the store for the user, independent of the store's files."""
         wanted = list(files)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:

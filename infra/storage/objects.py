@@ -8,7 +8,7 @@ from typing import Protocol
 
 BLOBS = "blobs/sha256"
 
-# Called with the number of transferred bytes, in any thread; a negative number subtracts those of a failed attempt.
+# Called with the number of transferred bytes, in any thread; a negative number subtracts the bytes of a failed attempt.
 OnBytes = Callable[[int], None]
 
 
@@ -39,11 +39,11 @@ class Entry:
 
 
 class ObjectStore(Protocol):
-    """Objects under `/`-separated keys. An object is either whole or not there.
+    """Objects under `/`-separated keys. An object is either complete or absent.
 
-    Every method raises `slmops.infra.errors.BadInput` when the store cannot be used as it is named (no such bucket,
-    refused credentials), `StageFailed` when it cannot be used (full, gone), its kind `PassingFault` when another
-    attempt may succeed, and `KeyError` when a key that must be there is not.
+    Every method raises `slmops.infra.errors.BadInput` when its address or credentials are wrong, `StageFailed` when it
+    fails (full, unreachable), its kind `PassingFault` when another attempt may succeed, and `KeyError` when a required
+    key is missing.
     """
 
     def check(self, *, by_writing: bool = False) -> None:
@@ -53,10 +53,10 @@ class ObjectStore(Protocol):
         """Return the store's limitations and their substitutes, one sentence each; none before the first write."""
 
     def missing(self, blobs: Iterable[Blob]) -> list[Blob]:
-        """Return the blobs that are not there in full size."""
+        """Return the blobs that the store does not have in full size."""
 
     def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = untold) -> None:
-        """Store files as blobs, replacing what is there.
+        """Store files as blobs, replacing existing ones.
 
         Afterwards the bytes in the store are known to have the digests: raises `StageFailed` for a file that does not.
         """
@@ -69,13 +69,13 @@ class ObjectStore(Protocol):
         """
 
     def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:
-        """Read blobs as they are stored; yields (blob, SHA-256 in hex, size), None and 0 where there is none."""
+        """Read blobs as they are stored; yields (blob, SHA-256 in hex, size), or (blob, None, 0) for a missing one."""
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Store bytes, replacing what is there."""
+        """Store bytes, replacing an existing object."""
 
     def put_bytes_if_absent(self, key: str, data: bytes) -> bool:
-        """Store bytes under a key that is free; False, and nothing done, when it is taken by other bytes."""
+        """Store bytes under a free key; returns False, with nothing changed, if the key has other bytes."""
 
     def read_bytes(self, key: str) -> bytes:
         """Return an object's bytes."""
@@ -84,13 +84,13 @@ class ObjectStore(Protocol):
         """Yield the objects under a folder, sorted by key."""
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; nothing happens to one that is not there."""
+        """Remove objects; a missing one is no error."""
 
     def leftovers(self, older_than: datetime) -> list[Entry]:
-        """Return what interrupted writes left outside of any key, if it has not been touched since `older_than`."""
+        """Return the remains of interrupted writes, outside of any key, that were not modified since `older_than`."""
 
     def remove_leftovers(self, found: Iterable[Entry]) -> None:
-        """Remove what `leftovers` found."""
+        """Remove remains that `leftovers` returned."""
 
     def uri(self, key: str) -> str:
         """Return the object's address."""

@@ -23,11 +23,11 @@ def open_object_store(uri: str, settings: Settings) -> ObjectStore:
         return S3ObjectStore(uri, settings.store)
     try:
         parts = urlsplit(uri)
-    except ValueError:  # brackets that hold no address
+    except ValueError:  # brackets without an address
         parts = urlsplit("")
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return LocalObjectStore(Path(url2pathname(parts.path)))
-    shown = f"of the scheme {scheme!r}" if "@" in uri else repr(uri)  # what stands before an @ may be a password
+    shown = f"of the scheme {scheme!r}" if "@" in uri else repr(uri)  # the part before an @ may be a password
     raise BadInput(
         f"The store {shown} cannot be opened.",
         "SLMOPS_STORE__URI takes file:///folder or s3://bucket/prefix.",

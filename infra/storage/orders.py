@@ -1,4 +1,4 @@
-"""Work that one machine requests of another through the store: an order, and the result of each attempt.
+"""Work that one machine requests from another through the store: an order, and the result of each attempt.
 
 Keys: `work/<32 hex>/order.json` and `work/<32 hex>/<attempt>.json`. The machine that gave the order removes them.
 """
@@ -23,7 +23,7 @@ def give_order(registry: ModelRegistry, order: dict[str, object]) -> str:
 
 
 def read_order(registry: ModelRegistry, order_id: str) -> Json:
-    """Return an order; raises `BadInput` where this machine's store does not have it."""
+    """Return an order; raises `BadInput` if this machine's store does not have it."""
     if not re.fullmatch(r"[0-9a-f]{32}", order_id):
         raise BadInput(f"{order_id!r} is not the id of an order.", "Only a deploy gives orders.")
     try:
@@ -31,7 +31,7 @@ def read_order(registry: ModelRegistry, order_id: str) -> Json:
     except KeyError:
         raise BadInput(
             f"The store has no order {order_id}: there is no {registry.objects.uri(_key(order_id, ORDER))}.",
-            "All workers and what starts the deploy need the same SLMOPS_STORE__URI.",
+            "All workers and the machine that starts the deploy need the same SLMOPS_STORE__URI.",
         ) from None
 
 
@@ -41,7 +41,7 @@ def hand_back(registry: ModelRegistry, order_id: str, attempt: str, result: dict
 
 
 def take_back(registry: ModelRegistry, order_id: str, attempt: str) -> Json | None:
-    """Return what an attempt handed back, or None."""
+    """Return the result that an attempt stored, or None."""
     try:
         return dict(json.loads(registry.objects.read_bytes(_key(order_id, attempt))))
     except KeyError:
@@ -49,7 +49,7 @@ def take_back(registry: ModelRegistry, order_id: str, attempt: str) -> Json | No
 
 
 def forget_order(registry: ModelRegistry, order_id: str) -> None:
-    """Remove an order and all that was handed back."""
+    """Remove an order and all its results."""
     registry.objects.delete([entry.key for entry in registry.objects.entries(f"{FOLDER}/{order_id}")])
 
 

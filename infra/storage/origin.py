@@ -1,9 +1,9 @@
-"""Evidence that was copied with a version: it is a claim of its origin, and is marked as such."""
+"""Evidence that was copied with a version is a claim of its origin, and is marked as such."""
 
 import json
 from contextlib import suppress
 
-# In such a record: the SHA-256 of the manifest that it was copied from.
+# The field of such a record with the SHA-256 of the manifest that it was copied from.
 COPIED_FROM = "copied_from"
 
 
@@ -13,8 +13,8 @@ def marked(record: bytes, manifest: str, origin: str) -> bytes:
 
 
 def unmarked(record: bytes) -> bytes:
-    """Return a record as it was before it was copied under the same number; any other as it is."""
-    with suppress(ValueError, TypeError, KeyError):  # another module checks whether it is a record at all
+    """Return a record as it was before it was copied under the same number, and any other record unchanged."""
+    with suppress(ValueError, TypeError, KeyError):  # another module checks whether this is a record at all
         content = json.loads(record)
         if content["manifest"] == content.pop(COPIED_FROM):
             return _to_json(content)

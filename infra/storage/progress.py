@@ -8,7 +8,7 @@ from typing import Protocol
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.objects import OnBytes, untold
 
-TOLD_EVERY_S = 0.2  # a transfer reports thousands of times a second
+TOLD_EVERY_S = 0.2  # a transfer would report thousands of times a second
 
 
 class _Sized(Protocol):

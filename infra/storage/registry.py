@@ -1,9 +1,9 @@
 """The registry of versions: manifests that never change, the evidence on them, and the aliases that point to them.
 
 Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>.json`,
-`models/NAME/3/deleted.json` (the manifest stays: a number is never assigned twice), `models/NAME/aliases/<alias>`,
-`models/NAME/history/<number>.json` (see `slmops.infra.storage.champions`), `inputs/<64 hex>.json` (see
-`slmops.infra.storage.inputs`) and `leases/` (see `slmops.infra.storage.leases`).
+`models/NAME/3/deleted.json` (the manifest stays, because a number is never assigned twice),
+`models/NAME/aliases/<alias>`, `models/NAME/history/<number>.json` (see `slmops.infra.storage.champions`), `inputs/<64
+hex>.json` (see `slmops.infra.storage.inputs`) and `leases/` (see `slmops.infra.storage.leases`).
 """
 
 import itertools
@@ -40,7 +40,7 @@ class ModelRegistry(ModelFiles):
     def commit(
         self, name: str, source: Source, builder: Mapping[str, str], variants: Iterable[StoredVariant]
     ) -> tuple[Manifest, bool]:
-        """Make a version of variants whose files are stored; returns it and whether it is new.
+        """Make a version of variants whose files are stored; returns it, and whether it is new.
 
         The same content under the same name is the same version. Raises `PassingFault` if a blob was removed meanwhile
         (a delete ran at the same time).
@@ -71,7 +71,7 @@ class ModelRegistry(ModelFiles):
             raise PassingFault(
                 f"The store lost {lost} before its version was complete.", "Try again.", code="content-lost-meanwhile"
             )
-        taken = self._numbers(name)  # before its versions: one added meanwhile is read, or tried below
+        taken = self._numbers(name)  # before its versions: one that is added meanwhile is either read or found below
         existing = self.same_version(draft)
         if existing:
             return existing, False
@@ -97,12 +97,12 @@ class ModelRegistry(ModelFiles):
     def _number_taken(self, draft: Manifest) -> BadInput:
         return BadInput(
             f"The store has, or had, another {draft.reference} ({self.objects.uri('models')}).",
-            "Take the next free number there with --renumber.",
+            "Use --renumber to take the next free number there.",
             code="version-taken",
         )
 
     def _numbers(self, name: str) -> set[int]:
-        """Every number ever assigned, deleted versions included."""
+        """Every number ever assigned, including those of deleted versions."""
         return {int(number) for number in self._index(name) if number.isdecimal()}
 
     def _index(self, name: str) -> dict[str, set[str]]:
@@ -110,7 +110,7 @@ class ModelRegistry(ModelFiles):
         return {number: keys for (_, number), keys in self._keys(f"models/{name}").items()}
 
     def _keys(self, folder: str) -> dict[tuple[str, str], set[str]]:
-        """Return (name, number) -> the keys below it; foreign files between them are ignored."""
+        """Return (name, number) -> the keys below it. Foreign files are ignored."""
         keys: dict[tuple[str, str], set[str]] = {}
         for entry in self.objects.entries(folder):
             parts = entry.key.split("/", 3)
@@ -213,13 +213,13 @@ class ModelRegistry(ModelFiles):
             return None
         try:
             manifest = Manifest.model_validate_json(data)
-            fault = "" if (manifest.name, manifest.version) == (name, number) else f"it is of {manifest.reference}"
+            fault = "" if (manifest.name, manifest.version) == (name, number) else f"it belongs to {manifest.reference}"
         except ValidationError as error:
             fault = error.errors()[0]["msg"]
         if fault:
             raise StageFailed(
                 f"The manifest of {name}@{number} is not valid: {fault}.",
-                "It was altered after it was stored: put it back as it was, or remove "
+                "It was altered after it was stored: restore it, or remove "
                 f"{self.objects.uri(_manifest(name, number))} and deploy again.",
                 code="manifest-damaged",
             )
@@ -244,7 +244,7 @@ class ModelRegistry(ModelFiles):
     def _aliased(self, key: str) -> int | None:
         try:
             record = self.objects.read_bytes(key)
-        except KeyError:  # there is none, or it was removed meanwhile
+        except KeyError:  # it does not exist, or was removed meanwhile
             return None
         try:
             return int(json.loads(record)["version"])
@@ -284,7 +284,7 @@ class ModelRegistry(ModelFiles):
         if not re.fullmatch(ALIAS_PATTERN, alias) or alias.isdecimal():
             raise BadInput(
                 f"The alias {alias!r} is not valid.",
-                "It is spelled like a model name, and is no number.",
+                "An alias is spelled like a model name, and is not a number.",
                 code="alias-not-valid",
             )
         if alias == CHAMPION:
@@ -301,11 +301,11 @@ class ModelRegistry(ModelFiles):
     def replace_champion(
         self, name: str, version: int, former: int | None, reason: str, *, rolled_back: bool = False
     ) -> bool:
-        """Make a version the champion in place of `former`; returns False, unchanged, if that is not the champion.
+        """Make a version the champion in place of `former`; returns False, with nothing changed, if `former` is not it.
 
         Processes that replace a champion at once compete for the same place in its history, and one of them gets it.
         """
-        place = next_change(self.objects, name)  # before the alias is read: a later change of it has taken this place
+        place = next_change(self.objects, name)  # before the alias is read: a later change of it takes this place
         if self.alias(name, CHAMPION) != former:
             return False
         change = (version, former, reason)
@@ -318,7 +318,7 @@ class ModelRegistry(ModelFiles):
         return True
 
     def remove_alias(self, name: str, alias: str, reason: str = "") -> None:
-        """Remove an alias; nothing happens when it is not there."""
+        """Remove an alias; a missing one is no error."""
         if alias == CHAMPION and (former := self.alias(name, CHAMPION)) is not None:
             record_change(self.objects, name, None, former, reason, rolled_back=False)
         self.objects.delete([_alias(name, alias)])

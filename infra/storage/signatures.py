@@ -18,7 +18,7 @@ def sign_version(version: Version, settings: StoreSettings) -> None:
 
     if settings.signing_key is None:
         raise BadInput(
-            "No key to sign with is named.",
+            "No signing key is set.",
             "Set SLMOPS_STORE__SIGNING_KEY to a private key (PEM).",
             code="signing-key-not-named",
         )
@@ -32,7 +32,7 @@ def sign_version(version: Version, settings: StoreSettings) -> None:
 
 
 def check_signature(version: Version, settings: StoreSettings) -> None:
-    """Raise `StageFailed` unless one of a version's signatures is by the settings' verification key and holds.
+    """Raise `StageFailed` unless one of a version's signatures is valid for the settings' verification key.
 
     Only the manifest is signed: the caller must compare the files with it.
     """
@@ -54,15 +54,15 @@ def check_signature(version: Version, settings: StoreSettings) -> None:
 
 
 def is_signed(version: Version) -> bool:
-    """Whether a version has a signature, by whatever key."""
+    """Whether a version has a signature by any key."""
     return version.latest(SIGNATURE) is not None
 
 
 def verification_key(settings: StoreSettings) -> Path:
-    """Return the public key that signatures are verified with; raises `BadInput` when none is named."""
+    """Return the public key for verifying signatures; raises `BadInput` when none is set."""
     if settings.verification_key is None:
         raise BadInput(
-            "No key to verify signatures with is named.",
+            "No verification key is set.",
             "Set SLMOPS_STORE__VERIFICATION_KEY to a public key (PEM).",
             code="verification-key-not-named",
         )
@@ -74,7 +74,7 @@ def _intact(version: Version) -> bytes:
     if hashlib.sha256(stored).hexdigest() != version.manifest.digest:
         raise StageFailed(
             f"The manifest of {version.reference} was altered after it was stored.",
-            "See with slmops verify; push the version again from a machine that has it whole.",
+            "slmops verify shows the damage; push the version again from a machine with an intact copy.",
             code="manifest-altered",
         )
     return stored

@@ -1,8 +1,8 @@
 """Archives as tar files of plain files. The reader accepts exactly the bytes that `TarWriter` writes.
 
-So the reader needs no other features of tar (links, devices, sparse files, names in three dialects). Each header is
-parsed by `tarfile.TarInfo` and compared with the one that would be written. `tarfile.TarFile` would follow all of
-these, keep in memory what an extended header holds, and end quietly at a header that is damaged.
+Therefore the reader supports no other features of tar (links, devices, sparse files, names in three dialects).
+`tarfile.TarInfo` parses each header, which is compared with the header that would be written. `tarfile.TarFile` would
+follow all of these features, keep extended headers in memory, and stop without an error at a damaged header.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from slmops.infra.storage.local import CHUNK_BYTES
 
 _BLOCK = tarfile.BLOCKSIZE
 _MEMBER = re.compile(r"[A-Za-z0-9._/-]+")
-# A long name, or a size of 8 GiB or more, does not fit into a header: it is in a separate block before it.
+# A long name, or a size of 8 GiB or more, does not fit into a header: a separate block before it holds them.
 _EXTENSION = re.compile(rb"[0-9]+ (?:path=([A-Za-z0-9._/-]+)|size=([0-9]{1,20}))\n")
 _KINDS = {
     **{tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.DIRTYPE: "a folder"},
@@ -31,7 +31,7 @@ _COMPRESSED = {
     **{b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"},
     **{b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7-Zip"},
 }
-_REFUSED = "Nothing was imported. Copy it or export it anew, and compare the SHA-256 that slmops export tells."
+_REFUSED = "Nothing was imported. Copy or export it again, and compare its SHA-256 with that of slmops export."
 
 
 def header_of(name: str, size_bytes: int) -> bytes:
@@ -42,17 +42,17 @@ def header_of(name: str, size_bytes: int) -> bytes:
 
 
 def padding(size_bytes: int) -> int:
-    """Return how many zeros follow a member of this size."""
+    """Return the number of zero bytes after a member of this size."""
     return -size_bytes % _BLOCK
 
 
 def whole_size(size_bytes: int) -> int:
-    """Return the size of an archive whose members take so many bytes: zeros follow, two blocks and to a full record."""
+    """Return the size of an archive from that of its members: two zero blocks follow, and zeros to a full record."""
     return -(-(size_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def shown(name: str) -> str:
-    """Return a foreign name as a message may show it."""
+    """Return a foreign name in a form that is safe in a message."""
     return ascii(name) if len(name) <= 100 else f"{name[:100]!a}…"
 
 
@@ -77,7 +77,7 @@ class TarWriter:
         self._write(bytes(padding(size_bytes)))
 
     def end(self) -> None:
-        """Write what ends an archive, and wait until the disk has all of it."""
+        """Write the end of the archive, and flush all of it to the disk."""
         self._write(bytes(whole_size(self.size_bytes) - self.size_bytes))
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -97,9 +97,9 @@ class Member:
 
 
 class TarReader:
-    """The members of an archive, each at its turn: `next`, then its `chunks`.
+    """The members of an archive, one after the other: `next`, then its `chunks`.
 
-    Raises `BadInput` for what `TarWriter` does not write.
+    Raises `BadInput` for anything that `TarWriter` does not write.
     """
 
     def __init__(self, file: Path, stream: IO[bytes]) -> None:
@@ -141,9 +141,9 @@ class TarReader:
         if header.type != tarfile.REGTYPE:
             raise self.refusal(shown(name), f"is {_KINDS.get(header.type, 'of a kind of tar')}, not a plain file")
         if not _MEMBER.fullmatch(name):
-            raise self.refusal(shown(name), "is no name in an archive")
+            raise self.refusal(shown(name), "is not a valid name in an archive")
         if not 0 <= size_bytes <= self.size_bytes - self._offset:
-            raise self.refusal(shown(name), f"has {size_bytes:,} bytes by its header, and fewer are left")
+            raise self.refusal(shown(name), f"has {size_bytes:,} bytes by its header, but fewer follow")
         if raw != header_of(name, size_bytes):
             raise self.refusal(shown(name), "has a header that slmops export does not write")
         return Member(name, size_bytes)
@@ -156,7 +156,7 @@ class TarReader:
             left -= len(chunk)
             yield chunk
         if any(self._read(padding(member.size_bytes))):
-            raise self.refusal(shown(member.name), "is followed by bytes that are not its own")
+            raise self.refusal(shown(member.name), "is followed by bytes that do not belong to it")
 
     def content(self, member: Member, at_most_bytes: int) -> bytes:
         """Return the bytes of the member that `next` returned, unless they are too many."""
@@ -170,7 +170,7 @@ class TarReader:
             return tarfile.TarInfo.frombuf(block, "ascii", "surrogateescape")
         except tarfile.TarError as error:
             if self._offset == _BLOCK:
-                raise self.refusal("it", "is not a tar, as slmops export writes") from None
+                raise self.refusal("it", "is not a tar file of slmops export") from None
             raise self.refusal(f"its header at byte {self._offset - _BLOCK:,}", f"is damaged ({error})") from None
 
     def _check_end(self) -> None:
@@ -178,7 +178,7 @@ class TarReader:
         if self.size_bytes != whole:
             raise self.refusal("it", f"has {self.size_bytes:,} bytes and should have {whole:,}")
         if any(self._read(whole - self._offset)):
-            raise self.refusal("it", "has something after its last member")
+            raise self.refusal("it", "has data after its last member")
 
     def _read(self, size_bytes: int) -> bytes:
         data = self._stream.read(size_bytes)
@@ -192,7 +192,7 @@ class TarReader:
 def opened_tar(file: Path) -> Iterator[TarReader]:
     """Open an archive; raises `BadInput` if it is not a file, cannot be read or is compressed."""
     if not file.is_file():
-        raise BadInput(f"There is no file {file}.", "Name what slmops export has written.")
+        raise BadInput(f"There is no file {file}.", "Name a file that slmops export wrote.")
     try:
         stream = file.open("rb")
     except OSError as error:

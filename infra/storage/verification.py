@@ -27,7 +27,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """The files and bytes that were read and compared, each content once, and all damage that was found."""
+    """The numbers of files and bytes that were read and compared (each content once), and all damage found."""
 
     reference: str
     manifest_sha256: str
@@ -67,7 +67,7 @@ def repair_version(
     others: Sequence[LocalObjectStore],
     on_progress: OnProgress | None = None,
 ) -> int:
-    """Put a version's damaged files back from another store that has them whole; returns how many could be."""
+    """Restore a version's damaged files from intact copies in another store; returns how many were restored."""
     damaged = {fault.blob for fault in found.damage if fault.blob}
     whole: dict[Blob, Path] = {}
     for other in others:
@@ -82,7 +82,7 @@ def _damage_of(what: str, blob: Blob, sha256: str | None, size_bytes: int) -> Da
     if sha256 is None:
         return Damage(what, "missing", f"{blob.key} is not in the store", blob)
     if size_bytes < blob.size_bytes:
-        return Damage(what, "truncated", f"{size_bytes:,} of {blob.size_bytes:,} bytes are left", blob)
+        return Damage(what, "truncated", f"it has {size_bytes:,} of {blob.size_bytes:,} bytes", blob)
     return Damage(what, "altered", f"its SHA-256 is {sha256}, the manifest says {blob.sha256}", blob)
 
 
@@ -91,7 +91,7 @@ def _damage_of_manifest(version: Version) -> list[Damage]:
     manifest, objects = version.manifest, version.registry.objects
     stored = version.stored_manifest()
     if hashlib.sha256(stored).hexdigest() != manifest.digest:
-        damage.append(Damage("manifest.json", "altered", "it is not written as slmops writes manifests"))
+        damage.append(Damage("manifest.json", "altered", "it is not in the form in which slmops writes manifests"))
     for entry in version.evidence_entries():
         name = entry.key.rpartition("/")[2]
         if not name.endswith(".json"):
@@ -102,7 +102,7 @@ def _damage_of_manifest(version: Version) -> list[Damage]:
             damage.append(Damage(f"evidence/{name}", "altered", "it is not a record"))
             continue
         if named != manifest.digest:
-            detail = f"its SHA-256 is {manifest.digest}, evidence/{name} is of one with {named}"
+            detail = f"its SHA-256 is {manifest.digest}, evidence/{name} belongs to one with {named}"
             damage.append(Damage("manifest.json", "altered", detail))
             break
     return damage

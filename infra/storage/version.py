@@ -45,10 +45,10 @@ def always(_: Mapping[str, object]) -> bool:
 
 @dataclass(frozen=True)
 class Version:
-    """A manifest in its registry: what is stored under the version is read and written through it.
+    """A manifest in its registry: everything stored under the version is read and written through it.
 
-    Nothing is kept: each question asks the store. `DamagedEvidence` is raised for a record that is not what its kind
-    holds, and the store's own errors (`slmops.infra.storage.objects.ObjectStore`) where it cannot be asked.
+    Nothing is cached: each access reads the store. Raises `DamagedEvidence` for a record that is not valid for its
+    kind, and the store's own errors (`slmops.infra.storage.objects.ObjectStore`).
     """
 
     registry: "ModelRegistry"
@@ -61,7 +61,7 @@ class Version:
 
     @property
     def number(self) -> int:
-        """The number, from 1 on."""
+        """The number, starting with 1."""
         return self.manifest.version
 
     @property
@@ -91,7 +91,7 @@ class Version:
 
     @property
     def serving(self) -> "Variant | None":
-        """The variant that may serve under the model's name, None where none may.
+        """The variant that may serve under the model's name, or None.
 
         It is the variant that was selected last. A selection chooses among the variants that passed the gate, were
         registered and proven; if there is none, it removes the previous selection. If a deploy was recorded after the
@@ -107,7 +107,7 @@ class Version:
         return stored
 
     def require_serving(self) -> "Variant":
-        """Return the variant that may serve; raises `BadInput`, with what is on record, where none may."""
+        """Return the variant that may serve; raises `BadInput`, with the recorded statuses, if there is none."""
         serving = self.serving
         if serving is None:
             told = (
@@ -116,7 +116,7 @@ class Version:
             )
             raise BadInput(
                 f"{self.reference} has no variant that passed and was selected ({told}).",
-                f"Judge it with slmops regate {self.reference}; slmops show tells what is on record.",
+                f"Judge it with slmops regate {self.reference}; slmops show prints its evidence.",
                 code="version-not-proven",
             )
         return serving
@@ -128,7 +128,7 @@ class Version:
     ) -> None:
         """Append a record, with the fields `beside` it if its kind has a field for the record.
 
-        With a key, it is the answer to that question, and only one is kept: a new answer replaces it.
+        With a key, the record is the answer to that question, and a new answer replaces it.
         """
         content = kind.to_content(value, beside)
         record = {"kind": kind.name, "manifest": self.manifest.digest, "recorded_at": now(), "content": content}
@@ -138,7 +138,7 @@ class Version:
         self.registry.objects.put_bytes(self.evidence_key(file), data)
 
     def latest(self, kind: Kind[T], key: str | None = None) -> T | None:
-        """Return the newest record of a kind (with a key: the answer to that question), None where there is none."""
+        """Return the newest record of a kind (with a key: the answer to that question), or None."""
         records = self.records(kind, key)
         return records[-1].value if records else None
 
@@ -164,11 +164,11 @@ class Version:
     def envelopes(self, kind: str, key: str | None = None) -> list[tuple[Entry, Envelope]]:
         """Return the files of a kind, oldest first, without those of another version or kind.
 
-        A file that is removed meanwhile is left out. Evidence that was copied with the version was not verified here:
-        it counts only if this store has none of the kind, and never as the answer to a question.
+        A file that is removed meanwhile is left out. Evidence that was copied with the version was not verified here.
+        It counts only if this store has none of the kind, and never as the answer to a question.
         """
         prefix = self.evidence_key(f"{kind}-{f'{key}.json' if key else ''}")
-        # Only these are records, and are marked when they are copied: the folder also has reports, with any name.
+        # Only these are records, and are marked when they are copied. The folder also has reports, with any name.
         records = [entry for entry in self.evidence_entries() if entry.key.endswith(".json")]
         files = [entry for entry in records if entry.key.startswith(prefix)]
         found = [(entry, envelope) for entry in files for envelope in self._read(entry)]
@@ -185,13 +185,13 @@ class Version:
         yield self._envelope(entry, data)
 
     def read_evidence(self, entry: Entry) -> bytes:
-        """Return a file of evidence as it is stored; raises `DamagedEvidence` for one that is no record of the version.
+        """Return a file of evidence as it is stored; raises `DamagedEvidence` if it is not a record of the version.
 
         Reports are texts, and are not checked.
         """
         data = self.registry.objects.read_bytes(entry.key)
         if entry.key.endswith(".json") and self._envelope(entry, data).manifest != self.manifest.digest:
-            raise self._damaged(entry, "it is of another version")
+            raise self._damaged(entry, "it belongs to another version")
         return data
 
     def _envelope(self, entry: Entry, data: bytes) -> Envelope:
@@ -203,7 +203,7 @@ class Version:
     def _damaged(self, entry: Entry, fault: str) -> DamagedEvidence:
         return DamagedEvidence(
             f"The evidence {self.registry.objects.uri(entry.key)} of {self.reference} is not valid: {fault}.",
-            "It was altered, or another version of slmops wrote it: put it back as it was, or remove the file.",
+            "It was altered, or another version of slmops wrote it: restore it, or remove the file.",
         )
 
     def evidence_key(self, file: str) -> str:
@@ -219,11 +219,11 @@ class Version:
         self.registry.objects.put_bytes(self.evidence_key(file), text.encode())
         return self.registry.objects.uri(self.evidence_key(file))
 
-    # What is known of it
+    # Evidence, aliases, tags and notes
 
     @property
     def deployed(self) -> Deployed:
-        """What its last deploy or regate has recorded; an empty record where there was none."""
+        """The record of its last deploy or regate; an empty record if there was none."""
         return self.latest(DEPLOY) or Deployed()
 
     @property
@@ -243,7 +243,7 @@ class Version:
         return {tag: value for tag, value in sorted(latest.items()) if value is not None}
 
     def set_tag(self, tag: str, value: str | None) -> None:
-        """Give it a tag, change it, or take it away (None); earlier values stay on record."""
+        """Set, change or remove (None) a tag; earlier values stay recorded."""
         self.record(TAG, Tag(tag=tag, value=value))
 
     @property
@@ -252,7 +252,7 @@ class Version:
         return self.records(NOTE)
 
     def add_note(self, text: str) -> None:
-        """Write a note on it."""
+        """Add a note."""
         self.record(NOTE, Note(text=text))
 
     def in_use(self) -> AbstractContextManager[None]:
@@ -330,6 +330,6 @@ class Variant:
         if altered := self.altered_in(folder):
             raise StageFailed(
                 f"{altered[0]} is not what the version's manifest says it is.",
-                "See with slmops verify whether the store's copy is damaged, and repair it.",
+                "slmops verify shows whether the store's copy is damaged; --repair restores it.",
                 code="content-altered",
             )

@@ -1,4 +1,4 @@
-"""A folder of a bucket, and the requests on it that the store uses."""
+"""A folder of a bucket, and the requests that the store sends for it."""
 
 import base64
 import hashlib
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Bucket:
-    """What lies under `s3://BUCKET/PREFIX`; raises `BadInput` for an address that is not valid.
+    """The objects under `s3://BUCKET/PREFIX`; raises `BadInput` for an address that is not valid.
 
     Keys are those of the store: the prefix goes before them. Its methods raise botocore's errors.
     """
@@ -38,12 +38,12 @@ class Bucket:
         self.name, self._prefix = parse_s3_uri(uri)
         self.uri = f"s3://{self.name}/{self._prefix}".rstrip("/")
         self._settings = settings
-        # Key in the bucket -> SHA-256 (base 64) of each part that is uploaded: boto3's transfer manager sends none.
+        # Key in the bucket -> SHA-256 (base 64) of each uploaded part: boto3's transfer manager sends none.
         self.part_digests: dict[str, list[str]] = {}
 
     @cached_property
     def client(self) -> "S3Client":
-        """The connection, which is made when it is first asked for."""
+        """The connection, made at its first use."""
         client = make_client(self._settings)
 
         def add_checksum(params: dict[str, Any], **_: object) -> Any:
@@ -68,7 +68,7 @@ class Bucket:
         self.client.put_object(Bucket=self.name, Key=self.key(key), Body=data, **conditions)
 
     def size_bytes(self, key: str) -> int | None:
-        """Return an object's size, None where there is none."""
+        """Return an object's size, or None if there is no object."""
         from botocore.exceptions import ClientError
 
         try:
@@ -98,7 +98,7 @@ class Bucket:
         return self.again(ask)
 
     def digest(self, key: str, on_bytes: OnBytes) -> tuple[str | None, int]:
-        """Read an object; returns its SHA-256 (hex; None where there is none) and its size."""
+        """Read an object; returns its SHA-256 (hex; None if there is no object) and its size."""
         from botocore.exceptions import ClientError
 
         def digest() -> tuple[str, int]:
@@ -127,7 +127,7 @@ class Bucket:
         body = self.client.get_object(Bucket=self.name, Key=self.key(key))["Body"]
         try:
             yield from body.iter_chunks(MIB)
-        except ReadTimeoutError as error:  # in mid-body, where botocore does not try again
+        except ReadTimeoutError as error:  # within the body, where botocore does not retry
             raise ResponseStreamingError(error=error) from None
 
     def again(self, ask: Callable[[], T]) -> T:
@@ -139,7 +139,7 @@ class Bucket:
 
     @contextmanager
     def transfers(self, largest_bytes: int) -> Iterator[tuple["TransferManager", "TransferConfig"]]:
-        """Yield boto3's transfer manager, and how it cuts files of which the largest has this size."""
+        """Yield boto3's transfer manager, and how it divides files into parts; the largest file has this size."""
         from boto3.s3.transfer import TransferConfig, create_transfer_manager
 
         part_bytes = max(PART_BYTES, -(-largest_bytes // MOST_PARTS))
@@ -156,13 +156,13 @@ class Bucket:
 
 
 def base64_sha256(data: bytes) -> str:
-    """Return the SHA-256 as S3's headers have it."""
+    """Return the SHA-256 in the form of S3's headers."""
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
 @contextmanager
 def workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A thread pool; after an error, work that has not begun is dropped."""
+    """Yield a thread pool; after an error, work that has not begun is dropped."""
     with ThreadPoolExecutor(count) as pool:
         try:
             yield pool

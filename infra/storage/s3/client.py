@@ -27,11 +27,11 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _IP_ADDRESS = re.compile(r"\d+\.\d+\.\d+\.\d+")
 # "Safe characters": https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
 _SEGMENT = re.compile(r"[A-Za-z0-9!_.*'()=-]{1,255}")
-_PREFIX_BYTES = 512  # a key has at most 1,024, and the longest of a store's own takes about 200
+_PREFIX_BYTES = 512  # a key has at most 1,024 bytes, and the longest key below the prefix about 200
 
 _KEYS = "Set SLMOPS_STORE__ACCESS_KEY_ID and SLMOPS_STORE__SECRET_ACCESS_KEY, or log in with AWS's tools."
 _PERMISSIONS = (
-    "It takes s3:ListBucket on the bucket, and s3:GetObject, PutObject, DeleteObject, AbortMultipartUpload below the "
+    "It needs s3:ListBucket on the bucket, and s3:GetObject, PutObject, DeleteObject, AbortMultipartUpload below the "
     "prefix."
 )
 _WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
@@ -42,7 +42,7 @@ _FULL = {"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "Se
 _PASSING = {"408", "429", "SlowDown", "RequestTimeout", "TooManyRequests", "OperationAborted"}
 _PASSING |= {"ConditionalRequestConflict", "BadDigest", "XAmzContentSHA256Mismatch", "InvalidPart"}
 NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
-# Codes with which servers refuse a body that does not match the SHA-256 sent with it.
+# Error codes of servers for a body that does not match the SHA-256 sent with it.
 BAD_CHECKSUM = {
     "BadDigest",
     "InvalidDigest",
@@ -61,7 +61,7 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
     letters, digits and `! - _ . * ' ( ) =` between its slashes; a user or a password is not shown.
     """
     if "@" in uri:
-        raise BadInput("The store's address holds a user or a password.", f"Write s3://BUCKET/PREFIX. {_KEYS}")
+        raise BadInput("The store's address contains a user or a password.", f"Write s3://BUCKET/PREFIX. {_KEYS}")
     scheme, _, rest = uri.partition("://")
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.removesuffix("/")
@@ -73,7 +73,7 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
     segments = prefix.split("/") if prefix else []
     bad = next((segment for segment in segments if not _SEGMENT.fullmatch(segment) or segment in (".", "..")), None)
     if bad is not None or len(prefix.encode()) > _PREFIX_BYTES:
-        fault = f"it is longer than {_PREFIX_BYTES} bytes" if bad is None else f"{bad[:80]!r} cannot be a part of it"
+        fault = f"it is longer than {_PREFIX_BYTES} bytes" if bad is None else f"{bad[:80]!r} is not allowed in it"
         raise BadInput(
             f"The prefix of {uri[:200]!r} is not valid: {fault}.",
             "Use letters, digits, hyphens, dots and underscores between single slashes.",
@@ -84,8 +84,8 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
 def make_client(settings: StoreSettings) -> "S3Client":
     """Return a client for the settings' endpoint, region, profile and keys; each defaults to the usual AWS chain.
 
-    A custom server is addressed path-style unless the settings say otherwise. Raises `BadInput` for settings that make
-    no client.
+    A custom server is addressed path-style unless the settings say otherwise. Raises `BadInput` for settings from which
+    no client can be made.
     """
     import boto3
     import botocore.session
@@ -100,8 +100,8 @@ def make_client(settings: StoreSettings) -> "S3Client":
         read_timeout=READ_TIMEOUT_S,
         retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
         max_pool_connections=CONNECTIONS,
-        # Bodies are protected by the SHA-256 that the store sends or reads back; a second one in the signature, and a
-        # CRC over what is verified by its SHA-256 anyway, would only cost time.
+        # The SHA-256 that the store sends or reads back protects bodies. A second SHA-256 in the signature, and a CRC,
+        # would only cost time.
         s3={"addressing_style": style, "payload_signing_enabled": False},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -126,15 +126,15 @@ def make_client(settings: StoreSettings) -> "S3Client":
 
 @functools.cache
 def _kept_loader(data_path: str | None) -> "Loader":
-    """Return the loader of botocore's service descriptions; cached, because loading is most of a client's start."""
+    """Return botocore's loader of service descriptions; cached, because loading takes most of a client's start."""
     from botocore.loaders import create_loader
 
     return create_loader(data_path)
 
 
 def _check_endpoint(url: str) -> None:
-    if "@" in url:  # at any position: a malformed address may still contain a password
-        raise BadInput("The endpoint SLMOPS_STORE__ENDPOINT_URL holds a user or a password.", _KEYS)
+    if "@" in url:  # at any position, because a malformed address may still contain a password
+        raise BadInput("The endpoint SLMOPS_STORE__ENDPOINT_URL contains a user or a password.", _KEYS)
     if not _is_endpoint(url):
         raise BadInput(
             f"The endpoint {url.partition('?')[0][:200]!r} is not valid.",
@@ -147,7 +147,7 @@ def _is_endpoint(url: str) -> bool:
         return False
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises for one that is no number, or too high
+        _ = parts.port  # raises for a port that is not a number, or is too high
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
@@ -155,7 +155,7 @@ def _is_endpoint(url: str) -> bool:
 
 @contextmanager
 def s3_errors(what: str) -> Iterator[None]:
-    """Turn errors of S3 or of the connection into slmops's; `what` is the requested address.
+    """Turn errors of S3 or of the connection into slmops's errors; `what` is the requested address.
 
     botocore's own texts are not passed on whole, because some quote the request. A missing key raises `KeyError`, a
     refused conditional write raises botocore's own error.
@@ -191,10 +191,10 @@ def s3_errors(what: str) -> Iterator[None]:
     except SSLError:
         raise BadInput(
             f"{what}: the server's certificate cannot be verified.",
-            "Name its authority's certificates with AWS_CA_BUNDLE, or correct SLMOPS_STORE__ENDPOINT_URL.",
+            "Set AWS_CA_BUNDLE to its authority's certificates, or correct SLMOPS_STORE__ENDPOINT_URL.",
         ) from None
     except broken_off:
-        raise PassingFault(f"{what}: the connection broke off again and again.", "Try again.") from None
+        raise PassingFault(f"{what}: the connection was interrupted repeatedly.", "Try again.") from None
     except (ConnectionError, HTTPClientError) as error:
         raise PassingFault(
             f"{what}: the server cannot be reached ({type(error).__name__}).",
@@ -250,7 +250,7 @@ def _in_words(what: str, error: Any) -> Exception:
         fault, advice = refused[code]
         return BadInput(f"{what}: {fault}.", advice)
     if code in _FULL:
-        return StageFailed(f"{what}: the server has no room left ({code}).", "Make room, or run slmops gc.")
+        return StageFailed(f"{what}: the server has no room left ({code}).", "Free space there, or run slmops gc.")
     if status >= 500 or code in _PASSING:
         return PassingFault(f"{what}: the server answered with {code}.", "Try again.", code="s3-server-failed")
     return StageFailed(f"{what}: the server answered with {code}.", "Look the code up in the server's documentation.")

@@ -1,4 +1,4 @@
-"""Downloads: each file is verified before it is moved to its place."""
+"""Downloads. Each file is verified before it is moved to its final place."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from slmops.infra.storage.s3.bucket import MIB, TRANSFERS, Bucket, workers
 from slmops.infra.storage.s3.client import NOT_FOUND, error_code, s3_errors
 from slmops.infra.storage.s3.told import Told
 
-SMALL_BYTES = 4 * MIB  # TRANSFERS of them are held in memory
+SMALL_BYTES = 4 * MIB  # files up to this size are read into memory, TRANSFERS of them at once
 
 
 def download(
@@ -45,7 +45,7 @@ def download(
 
 
 def _fetch_small(bucket: Bucket, part: Path, blob: Blob, path: Path, on_bytes: OnBytes) -> bool:
-    """Fetch a file that is verified before it is written, and faster than by the transfer manager's threads."""
+    """Fetch a small file; one request is faster than the transfer manager's threads."""
     chunks = bucket.again(lambda: list(bucket.chunks(blob.key)))
     on_bytes(blob.size_bytes)
     found = hashlib.sha256()
@@ -72,11 +72,11 @@ def _placed(bucket: Bucket, done: "Future[bool]", blob: Blob) -> bool:
         if error_code(error) in NOT_FOUND:
             raise KeyError(blob.key) from None
         raise
-    except BotoCoreError:  # some are `OSError` too
+    except BotoCoreError:  # some of these are `OSError` too
         raise
     except OSError as error:
         raise StageFailed(
-            f"The files of {bucket.uri} cannot be kept: {error.strerror or error}.",
+            f"The files of {bucket.uri} cannot be saved: {error.strerror or error}.",
             "Check the disk's free space and the permissions under SLMOPS_HOME.",
             code="disk-failed",
         ) from error
@@ -91,7 +91,7 @@ def _await_and_place(future: Any, part: Path, blob: Blob, path: Path) -> bool:
 
 
 def _place(part: Path, blob: Blob, path: Path) -> bool:
-    """Move a fetched file to its place if it has the blob's digest; False, and nothing done, otherwise."""
+    """Move a fetched file to its place if it has the blob's digest; otherwise return False and do nothing."""
     with part.open("rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != blob.sha256:
             return False

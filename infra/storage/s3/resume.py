@@ -1,4 +1,4 @@
-"""Continue a multipart upload that a killed process left behind; boto3's transfer manager would start again."""
+"""Continue a multipart upload of a killed process; boto3's transfer manager would start from the beginning."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """How a file is cut: bytes per part, and (for servers that verify them) the SHA-256 of each part in base 64."""
+    """How a file is divided: bytes per part, and (for servers that verify it) the SHA-256 of each part in base 64."""
 
     path: Path
     size_bytes: int
@@ -28,21 +28,22 @@ class Parts:
         return -(-self.size_bytes // self.part_bytes)
 
     def read(self, number: int) -> bytes:
-        """Return the bytes of a part; numbers begin at 1."""
+        """Return the bytes of a part; numbers start at 1."""
         with self.path.open("rb") as stream:
             stream.seek((number - 1) * self.part_bytes)
             return stream.read(self.part_bytes)
 
     def checksum(self, number: int) -> dict[str, str]:
-        """Return the checksum of a part as boto3 takes it."""
+        """Return the checksum of a part in boto3's form."""
         return {"ChecksumSHA256": self.sha256[number - 1]} if self.sha256 else {}
 
 
 def resume_upload(client: "S3Client", bucket: str, key: str, parts: Parts, at_once: int, on_bytes: OnBytes) -> bool:
-    """Complete the newest unfinished upload of a key, if its parts are this file's; False, and nothing done, otherwise.
+    """Complete the newest unfinished upload of a key if its parts are this file's; otherwise return False.
 
-    An uploaded part counts only if its size and MD5 (its ETag) match the file's. Another process may work on the same
-    upload: both then send the same bytes, one completes it, and the other finds the object. Raises botocore's errors.
+    An uploaded part counts only if its size and MD5 (its ETag) match the file's. Another process may continue the same
+    upload. Both then send the same bytes, one completes the upload, and the other finds the object. Raises botocore's
+    errors.
     """
     pending = client.list_multipart_uploads(Bucket=bucket, Prefix=key).get("Uploads", [])
     own = sorted((upload for upload in pending if upload["Key"] == key), key=lambda upload: upload["Initiated"])

@@ -29,16 +29,16 @@ CLAIMS = "claims"
 # Objects that only one process writes, so that they can be compared with what was sent.
 WRITTEN_ONCE = re.compile(r"models/[^/]+/[0-9]+/|inputs/")
 TAKEN = {"412", "PreconditionFailed"}
-# Codes with which servers refuse an unknown header.
+# Error codes of servers for an unknown header.
 UNKNOWN = {"501", "NotImplemented", "InvalidArgument"}
 CLAIM_ATTEMPTS = 6
 CLAIM_WAIT_S = 0.1
-CLAIM_TERM = timedelta(minutes=5)  # how long another machine's claim counts
+CLAIM_TERM = timedelta(minutes=5)  # after this time another machine's claim expires
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a server supports: refusing to replace an object on request, and verifying SHA-256 headers."""
+    """Whether a server supports conditional writes, and whether it verifies SHA-256 headers."""
 
     conditional_writes: bool
     verifies_sha256: bool
@@ -53,7 +53,7 @@ class S3ObjectStore:
         self._lock = threading.Lock()
         self._capabilities: Capabilities | None = None
 
-    # What the server can do
+    # Capabilities of the server
 
     def check(self, *, by_writing: bool = False) -> None:
         """See `ObjectStore.check`."""
@@ -71,15 +71,15 @@ class S3ObjectStore:
         if not found.conditional_writes:
             texts.append(
                 f"{self._uri}: the server does not know conditional writes (If-None-Match). A version number is "
-                "claimed and looked at again before it is taken, which is as safe and may skip one."
+                "claimed and checked again before it is used. This is as safe, but may skip a number."
             )
         if not found.verifies_sha256:
-            texts.append(f"{self._uri}: the server does not verify SHA-256 checksums. What is stored is read back.")
+            texts.append(f"{self._uri}: the server does not verify SHA-256 checksums. Stored content is read back.")
         return tuple(texts)
 
     @property
     def capabilities(self) -> Capabilities:
-        """Tested once, in a separate folder; an echoed header does not prove that a server verifies it."""
+        """Tested once in a separate folder, because an echoed header does not prove that a server verifies it."""
         with self._lock:
             if self._capabilities is None:
                 with s3_errors(self._uri):
@@ -132,13 +132,13 @@ class S3ObjectStore:
             self._read_back([blob for blob, _ in largest_first])
 
     def _read_back(self, blobs: Sequence[Blob]) -> None:
-        """Remove objects with a wrong digest: the server altered them, or the file changed while it was read."""
+        """Remove objects with a wrong digest: the server altered them, or the file changed during the upload."""
         altered = [blob for blob, sha256, _ in self.digests(blobs) if sha256 != blob.sha256]
         if altered:
             self.delete(blob.key for blob in altered)
             raise PassingFault(
-                f"{self._uri}: {len(altered)} of {len(blobs)} files were read back otherwise than they were stored.",
-                "Try again; if it stays so, check the files (slmops verify) and the server's disk.",
+                f"{self._uri}: {len(altered)} of {len(blobs)} files differ when they are read back.",
+                "Try again. If this repeats, check the files (slmops verify) and the server's disk.",
                 code="s3-read-back-otherwise",
             )
 
@@ -154,8 +154,8 @@ class S3ObjectStore:
                 return
         blob = left[0][0]
         raise StageFailed(
-            f"{self._uri}: {blob.key} came altered {DOWNLOAD_ATTEMPTS} times.",
-            "See with slmops verify whether the store holds it so, or the way to it alters it.",
+            f"{self._uri}: {blob.key} arrived altered {DOWNLOAD_ATTEMPTS} times.",
+            "slmops verify shows whether the store's copy is damaged; if not, check the network.",
             code="content-altered",
         )
 
@@ -178,8 +178,8 @@ class S3ObjectStore:
             return
         self.delete([key])
         raise PassingFault(
-            f"{self.uri(key)} was read back otherwise than it was stored.",
-            "Try again; if it stays so, check the server's disk.",
+            f"{self.uri(key)} differs from what was stored when it is read back.",
+            "Try again. If this repeats, check the server's disk.",
             code="s3-read-back-otherwise",
         )
 
@@ -195,17 +195,16 @@ class S3ObjectStore:
             except ClientError as error:
                 if error_code(error) not in TAKEN:
                     raise
-                return self._holds(key, data)  # ours, if only the answer to an earlier attempt was lost
+                return self._holds(key, data)  # it is ours if the answer to an earlier attempt was lost
         self._check_stored(key, data)
         return True
 
     def _put_bytes_alone(self, key: str, data: bytes) -> bool:
-        """Store bytes under a free key of a server without conditional writes.
+        """Store bytes under a free key on a server without conditional writes.
 
-        Each writer first leaves a claim on the key, and then looks at the others. The later one of two writers
-        therefore sees the other's claim, or the object. A writer that is not alone withdraws its claim and tries again,
-        so that at most one of them writes. A claim that another machine left behind keeps the key taken until it
-        expires.
+        Each writer first writes a claim on the key, and then lists the claims. The later one of two writers therefore
+        sees the other's claim, or the object. A writer that is not alone withdraws its claim and tries again, so that
+        at most one of them writes. A claim of a killed process keeps the key taken until it expires.
         """
         folder = f"{CLAIMS}/{key}"
         claim = f"{folder}/{aside_prefix()}{uuid.uuid4().hex}"
@@ -215,7 +214,7 @@ class S3ObjectStore:
                 self.put_bytes(claim, b"")
                 alone = self._is_alone(folder, claim)
                 taken = self._is_taken(key)  # in this order: a writer removes its claim only after it has written
-                alone = alone and time.monotonic() < deadline  # after a longer delay the claim may have expired
+                alone = alone and time.monotonic() < deadline  # after this delay the claim may have expired
                 if alone and not taken:
                     self.put_bytes(key, data)
             finally:
@@ -269,7 +268,7 @@ class S3ObjectStore:
                 if failed:
                     raise StageFailed(
                         f"{self._uri}: {len(failed)} objects could not be deleted ({failed[0].get('Code')}).",
-                        "See whether they are locked, and whether this user may delete.",
+                        "Check whether they are locked, and whether this user may delete them.",
                     )
 
     def leftovers(self, older_than: datetime) -> list[Entry]:
@@ -287,7 +286,7 @@ class S3ObjectStore:
                         key = f"{self._bucket.without_prefix(upload['Key'])}?{upload['UploadId']}"
                         uploads.append(Entry(key, 0, upload["Initiated"]))
             except ClientError as error:
-                if error_code(error) not in NO_UPLOAD:  # rclone's answer where there is none
+                if error_code(error) not in NO_UPLOAD:  # rclone's answer if there is none
                     raise
         aside = (*uploads, *self.entries(CLAIMS), *self.entries(PROBES))
         return [entry for entry in aside if entry.modified_at < older_than or has_ended(holder_of(entry.key))]

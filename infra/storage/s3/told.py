@@ -13,7 +13,7 @@ class Told:
         self._size_bytes = size_bytes
 
     def on_queued(self, future: Any, **_: object) -> None:
-        if self._size_bytes is not None:  # known from the manifest: it need not be asked for
+        if self._size_bytes is not None:  # known from the manifest, so that boto3 need not request it
             future.meta.provide_transfer_size(self._size_bytes)
 
     def on_progress(self, bytes_transferred: int, **_: object) -> None:

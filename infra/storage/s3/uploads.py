@@ -24,7 +24,7 @@ Missing = Callable[[Iterable[Blob]], list[Blob]]
 def upload(
     bucket: Bucket, files: Sequence[tuple[Blob, Path]], missing: Missing, on_bytes: OnBytes, *, with_checksums: bool
 ) -> None:
-    """Upload files; those of the blobs that are `missing` after their upload vanished are sent again.
+    """Upload files; a file whose upload vanished is sent again if its blob is `missing`.
 
     With checksums, the SHA-256 of each part is sent. Raises `StageFailed` for a file that is missing or does not match
     its blob, `PassingFault` for one that the server refuses or that was removed during the upload.
@@ -77,10 +77,10 @@ def _send(
                         vanished.append((blob, path))
         except ClientError as error:
             if with_checksums and error_code(error) in BAD_CHECKSUM:
-                raise PassingFault(f"{bucket.uri}: a file was altered on its way there.", "Try again.") from None
+                raise PassingFault(f"{bucket.uri}: a file was altered in transit.", "Try again.") from None
             raise
         except FileNotFoundError as error:
-            raise StageFailed(f"{error.filename} is gone.", "It was removed meanwhile: try again.") from None
+            raise StageFailed(f"{error.filename} is missing.", "It was removed during the upload: try again.") from None
         finally:
             bucket.part_digests.clear()
     return vanished
@@ -89,7 +89,7 @@ def _send(
 def _put_small(
     bucket: Bucket, blob: Blob, path: Path, config: "TransferConfig", on_bytes: OnBytes, with_checksums: bool
 ) -> None:
-    """Upload a file of one part; the transfer manager's threads would cost more than they save."""
+    """Upload a file of one part, without the transfer manager's threads, which would cost more than they save."""
     checksum: Any = {"ChecksumSHA256": _part_digests(path, blob, config)[0]} if with_checksums else {}
     with path.open("rb") as body:
         bucket.client.put_object(Bucket=bucket.name, Key=bucket.key(blob.key), Body=body, **checksum)
@@ -108,16 +108,16 @@ def _resumed(bucket: Bucket, blob: Blob, parts: Parts, on_bytes: OnBytes) -> boo
 
     try:
         return resume_upload(bucket.client, bucket.name, bucket.key(blob.key), parts, TRANSFERS, tell)
-    except ClientError:  # it vanished, or the server does not go on with it: from the beginning, then
+    except ClientError:  # it vanished, or the server refuses to continue it: start from the beginning
         on_bytes(-told)
         return False
 
 
 def _part_digests(path: Path, blob: Blob, config: "TransferConfig") -> list[str]:
-    """Return the SHA-256 of each part (base 64), of the very bytes whose SHA-256 as a whole is the blob's.
+    """Return the SHA-256 of each part (base 64), computed from the same reading of the file as the blob's SHA-256.
 
-    The server refuses a part that has another: what it stores is what was digested here. Raises `StageFailed` for a
-    file that is not the blob's.
+    The server refuses a part with another SHA-256, so it stores the bytes that were digested here. Raises `StageFailed`
+    for a file that is not the blob's.
     """
     whole = hashlib.sha256()
     parts = []
@@ -127,7 +127,7 @@ def _part_digests(path: Path, blob: Blob, config: "TransferConfig") -> list[str]
             parts.append(base64_sha256(chunk))
     if whole.hexdigest() != blob.sha256:
         raise StageFailed(
-            f"{path} is not what it was: its SHA-256 is {whole.hexdigest()}, not {blob.sha256}.",
-            "It was altered: bring it anew from where it came from.",
+            f"{path} was altered: its SHA-256 is {whole.hexdigest()}, not {blob.sha256}.",
+            "Copy it again from its origin.",
         )
     return parts or [base64_sha256(b"")]

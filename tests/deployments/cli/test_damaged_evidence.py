@@ -86,7 +86,7 @@ def test_a_damaged_record_is_one_sentence_with_the_file_and_what_to_do(
     assert Path(DEPLOYED).name in told
     assert "home@2" in told
     assert "is not valid" in told
-    assert "put it back" in err
+    assert "restore it" in err
     assert files_below(store.parent) == before
     assert not (store.parents[1] / "team").exists()
     assert cli.run([*command, "--json"]) == 1

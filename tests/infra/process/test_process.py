@@ -85,7 +85,7 @@ def test_an_answer_of_another_type_is_a_failed_stage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["os.path:join", "slmops.infra.records:Record"])
 def test_a_child_performs_calls_and_nothing_else(target: str) -> None:
-    with pytest.raises(TypeError, match="is no call"):
+    with pytest.raises(TypeError, match="is not a call"):
         perform(target, {}, lambda done, total, what: None)
 
 

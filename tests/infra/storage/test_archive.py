@@ -330,8 +330,8 @@ class TestExportRefuses:
             ("manifest.json", lambda old: old + b"\n", "its manifest is not written as"),
             ("evidence/report.md", lambda _: b"\xff", r"'report\.md' is not UTF-8"),
             ("evidence/new.json", lambda _: b"{", r"'new\.json' is not JSON"),
-            ("evidence/a b.json", lambda _: b"{}", r"'a b\.json' is no name"),
-            ("evidence/model.bin", lambda _: b"{}", r"'model\.bin' is no name"),
+            ("evidence/a b.json", lambda _: b"{}", r"'a b\.json' is not a valid name"),
+            ("evidence/model.bin", lambda _: b"{}", r"'model\.bin' is not a valid name"),
         ],
     )
     def test_what_import_would_refuse(
@@ -377,7 +377,7 @@ class TestExportRefuses:
         monkeypatch.setattr(archive, "MOST_EVIDENCE_FILES", 3)
         with pytest.raises(StageFailed, check=coded("evidence-too-much", "4 files")):
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
-        exported.assert_refused("is one too many")
+        exported.assert_refused("exceeds the limit")
 
     def test_a_version_that_was_deleted_meanwhile(self, exported: Exported) -> None:
         (exported.folder / "source" / NAME / "manifest.json").unlink()
@@ -509,25 +509,25 @@ OUT_OF_PLACE = "does not belong to home@1|comes twice or out of order"
 MEMBERS: dict[str, tuple[Callable[[Members], Members], str]] = {
     "parent folder": (insert(-1, "../x"), OUT_OF_PLACE),
     "parent folder first": (insert(0, "../x"), r"\.\./x comes before the manifest"),
-    "parent folder in a name": (insert(1, f"{NAME}evidence/../x.json"), "is no name of a record"),
+    "parent folder in a name": (insert(1, f"{NAME}evidence/../x.json"), "is not the name of a record"),
     "parent folder after a blob": (insert(-1, f"{BLOBS}../../x"), OUT_OF_PLACE),
     "absolute": (insert(-1, "/x"), OUT_OF_PLACE),
-    "backslash": (insert(-1, "a\\b"), r"'a\\\\b' is no name"),
-    "backslash in a record": (insert(1, f"{NAME}evidence/a\\b.json"), r"a\\\\b.json' is no name"),
-    "drive": (insert(-1, "C:x"), "'C:x' is no name"),
-    "double slash": (insert(1, f"{NAME}evidence//x.json"), "is no name of a record"),
+    "backslash": (insert(-1, "a\\b"), r"'a\\\\b' is not a valid name"),
+    "backslash in a record": (insert(1, f"{NAME}evidence/a\\b.json"), r"a\\\\b.json' is not a valid name"),
+    "drive": (insert(-1, "C:x"), "'C:x' is not a valid name"),
+    "double slash": (insert(1, f"{NAME}evidence//x.json"), "is not the name of a record"),
     "NUL": (insert(1, f"{NAME}evidence/a.json\0b.json"), "a header that slmops export does not write"),
-    "line feed": (insert(1, f"{NAME}evidence/a.json\n"), r"\\n' is no name"),
-    "terminal's escape": (insert(1, f"{NAME}evidence/\x1b[2J.json"), r"\\x1b\[2J\.json' is no name"),
-    "not ASCII": (insert(1, f"{NAME}evidence/ä.json"), "is no name"),
-    "look-alike": (insert(-1, "blobs\u2215sha256/" + "a" * 64), "is no name"),
-    "not ASCII in a blob": (insert(-1, BLOBS + "а" * 64), "is no name"),  # noqa: RUF001
-    "empty name": (insert(1, ""), "is no name"),
-    "hidden record": (insert(1, f"{NAME}evidence/.json"), "is no name of a record"),
-    "record in a folder": (insert(1, f"{NAME}evidence/sub/x.json"), "is no name of a record"),
+    "line feed": (insert(1, f"{NAME}evidence/a.json\n"), r"\\n' is not a valid name"),
+    "terminal's escape": (insert(1, f"{NAME}evidence/\x1b[2J.json"), r"\\x1b\[2J\.json' is not a valid name"),
+    "not ASCII": (insert(1, f"{NAME}evidence/ä.json"), "is not a valid name"),
+    "look-alike": (insert(-1, "blobs\u2215sha256/" + "a" * 64), "is not a valid name"),
+    "not ASCII in a blob": (insert(-1, BLOBS + "а" * 64), "is not a valid name"),  # noqa: RUF001
+    "empty name": (insert(1, ""), "is not a valid name"),
+    "hidden record": (insert(1, f"{NAME}evidence/.json"), "is not the name of a record"),
+    "record in a folder": (insert(1, f"{NAME}evidence/sub/x.json"), "is not the name of a record"),
     "record of another version": (insert(-1, "models/home/2/evidence/x.json"), OUT_OF_PLACE),
-    "record with a long name": (insert(1, f"{NAME}evidence/{'x' * 196}.json"), "is no name of a record"),
-    "another kind of record": (insert(1, f"{NAME}evidence/x.exe"), "is no name of a record"),
+    "record with a long name": (insert(1, f"{NAME}evidence/{'x' * 196}.json"), "is not the name of a record"),
+    "another kind of record": (insert(1, f"{NAME}evidence/x.exe"), "is not the name of a record"),
     "alias": (insert(-1, "models/home/aliases/champion"), OUT_OF_PLACE),
     "lease": (insert(-1, "leases/x"), OUT_OF_PLACE),
     "symbolic link": (
@@ -596,14 +596,14 @@ MEMBERS: dict[str, tuple[Callable[[Members], Members], str]] = {
     ),
     "deploy without variants": (
         evidence("deploy-a.json", b'{"kind": "deploy", "manifest": "x", "recorded_at": "x", "content": {}}'),
-        "does not tell its variants' status",
+        "without the status of its variants",
     ),
     "deploy of variants without status": (
         evidence(
             "deploy-a.json",
             b'{"kind": "deploy", "manifest": "x", "recorded_at": "x", "content": {"variants": [{}]}}',
         ),
-        "does not tell its variants' status",
+        "without the status of its variants",
     ),
     "record that is not finite": (evidence("a.json", b'{"content": NaN}'), "is not JSON"),
     "record that is deep": (evidence("a.json", b"[" * 100_000 + b"]" * 100_000), "is not JSON"),
@@ -752,12 +752,12 @@ class TestSizes:
     @pytest.mark.parametrize(
         ("index", "size_bytes", "said"),
         [
-            (0, 1 << 40, "has 1,099,511,627,776 bytes by its header, and fewer are left"),
+            (0, 1 << 40, "has 1,099,511,627,776 bytes by its header, but fewer follow"),
             (0, (16 << 20) + 1, "at most 16,777,216 are allowed"),
             (1, (64 << 20) + 1, "at most 67,108,864 are allowed"),
-            (-1, 1 << 40, "fewer are left"),
+            (-1, 1 << 40, "fewer follow"),
             (-1, 70 << 20, "73,400,320 bytes by its header, and .* by the manifest"),
-            (-1, 10**19, "fewer are left"),
+            (-1, 10**19, "fewer follow"),
             (-1, 1 << 80, "a header that slmops export does not write"),
         ],
     )

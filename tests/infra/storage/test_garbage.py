@@ -146,7 +146,7 @@ def test_a_collector_that_was_held_up_stops(registry: ModelRegistry, monkeypatch
     collector.begin()
     later = time.monotonic() + leases.COLLECT_LEASE.total_seconds()
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    with pytest.raises(PassingFault, match="held up"):
+    with pytest.raises(PassingFault, match="delayed"):
         collector.renew()
 
 

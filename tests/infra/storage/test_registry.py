@@ -311,8 +311,8 @@ class TestAltered:
         ("change", "said"),
         [
             ({"version": 0}, "greater than or equal to 1"),
-            ({"version": 9}, "it is of home@9"),
-            ({"name": "other"}, "it is of other@1"),
+            ({"version": 9}, "it belongs to home@9"),
+            ({"name": "other"}, "it belongs to other@1"),
             ({"signed_by": "me"}, "Extra inputs"),
             ({"variants": "none"}, "valid array"),
         ],

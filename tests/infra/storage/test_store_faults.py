@@ -484,10 +484,10 @@ ALWAYS_PUSH = {
     "resets in manifests": (Fault("PUT", MANIFEST, ResetConnection(after_request_bytes=100)), "cannot be reached"),
     "lost answers to the manifest": (Fault("PUT", MANIFEST, DropAnswer()), "cannot be reached"),
     "errors at the manifest": (Fault("PUT", MANIFEST, INTERNAL_ERROR), "InternalError"),
-    "altered parts": (Fault("PUT", "partNumber=1", AlterRequestBody(9_000)), "altered on its way|read back otherwise"),
-    "altered files": (Fault("PUT", BLOB, AlterRequestBody(9_000)), "altered on its way|read back otherwise"),
-    "altered manifests": (Fault("PUT", MANIFEST, AlterRequestBody(100)), "BadDigest|read back otherwise"),
-    "altered evidence": (Fault("PUT", "/evidence/", AlterRequestBody(20)), "BadDigest|read back otherwise"),
+    "altered parts": (Fault("PUT", "partNumber=1", AlterRequestBody(9_000)), "altered in transit|read back"),
+    "altered files": (Fault("PUT", BLOB, AlterRequestBody(9_000)), "altered in transit|read back"),
+    "altered manifests": (Fault("PUT", MANIFEST, AlterRequestBody(100)), "BadDigest|read back"),
+    "altered evidence": (Fault("PUT", "/evidence/", AlterRequestBody(20)), "BadDigest|read back"),
     "wrong ETags of parts": (Fault("PUT", "partNumber=", WrongEtag()), "InvalidPart"),
 }
 AFTER_THE_VERSION = {"lost answers to the manifest", "altered evidence"}
@@ -533,13 +533,13 @@ ALWAYS_PULL = {
     "slow down": (Fault("GET", BLOB, SLOW_DOWN), "SlowDown"),
     "internal errors": (Fault("GET", BLOB, INTERNAL_ERROR), "InternalError"),
     "resets before": (Fault("GET", BLOB, ResetConnection()), "cannot be reached"),
-    "resets in blobs": (Fault("GET", BLOB, ResetConnection(after_response_bytes=9_000)), "broke off"),
-    "truncated blobs": (Fault("GET", BLOB, TruncateBody(9_000)), "broke off"),
-    "shortened blobs": (Fault("GET", BLOB, ShortenBody(9_000)), "came altered 3 times"),
-    "altered blobs": (Fault("GET", BLOB, AlterResponseBody(9_000)), "came altered 3 times"),
-    "truncated manifests": (Fault("GET", MANIFEST, TruncateBody(100)), "broke off"),
-    "resets in manifests": (Fault("GET", MANIFEST, ResetConnection(after_response_bytes=100)), "broke off"),
-    "resets in evidence": (Fault("GET", "/evidence/deploy", ResetConnection(after_response_bytes=50)), "broke off"),
+    "resets in blobs": (Fault("GET", BLOB, ResetConnection(after_response_bytes=9_000)), "interrupted"),
+    "truncated blobs": (Fault("GET", BLOB, TruncateBody(9_000)), "interrupted"),
+    "shortened blobs": (Fault("GET", BLOB, ShortenBody(9_000)), "arrived altered 3 times"),
+    "altered blobs": (Fault("GET", BLOB, AlterResponseBody(9_000)), "arrived altered 3 times"),
+    "truncated manifests": (Fault("GET", MANIFEST, TruncateBody(100)), "interrupted"),
+    "resets in manifests": (Fault("GET", MANIFEST, ResetConnection(after_response_bytes=100)), "interrupted"),
+    "resets in evidence": (Fault("GET", "/evidence/deploy", ResetConnection(after_response_bytes=50)), "interrupted"),
     "shortened manifests": (Fault("GET", MANIFEST, ShortenBody(100)), "not valid|altered"),
     "altered manifests": (Fault("GET", MANIFEST, AlterResponseBody(0)), "not valid|altered"),
 }
@@ -745,7 +745,7 @@ def test_a_damaged_blob_is_not_pulled_and_is_named(
 
     status, _, err = run_cli(["pull", "home@1"], capfd)
     assert (status, err.count("error:")) == (1, 1)
-    assert f"{blob_of(file).key} came altered 3 times" in err
+    assert f"{blob_of(file).key} arrived altered 3 times" in err
     assert journey.puller().versions("home") == []
     assert_clean(journey.tmp_path / "puller/store")
     with pytest.raises(StageFailed, check=coded("content-altered")):

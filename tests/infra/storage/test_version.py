@@ -162,5 +162,5 @@ def test_a_damaged_record_is_named_with_the_reason_and_what_to_do(damage: str, v
     assert version.registry.objects.uri(key) in refused.value.message
     assert version.reference in refused.value.message
     assert "\n" not in str(refused.value)
-    assert "put it back" in refused.value.what_to_do
+    assert "restore it" in refused.value.what_to_do
     assert refused.value.exit_code == 1

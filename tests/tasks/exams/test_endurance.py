@@ -205,7 +205,7 @@ class TestRealRuntimes:
         assert outcomes["unpaired surrogate"].outcome == "refused"
         assert outcomes["emoji"].outcome == outcomes["right to left"].outcome == "answered"
         assert outcomes["control tokens typed by a user"].control_tokens is True
-        assert any(note.startswith("A NUL character") for note in found.notes)
+        assert any(note.startswith("Text after a NUL character") for note in found.notes)
         assert found.memory.bytes_per_request.low <= settings.gate.max_memory_growth_bytes_per_request
         assert found.versions["onnxruntime"]
 
