@@ -1,4 +1,4 @@
-"""What child processes are asked to do with Foundry Local, and what they answer.
+"""Calls of child processes that use Foundry Local, and their answers.
 
 `cache_dir` is Foundry's cache; everything that the runtime writes is below it.
 """
@@ -43,7 +43,7 @@ class Register(OnCatalog[Registered]):
 
 
 class Unregistered(Record):
-    """A model that is registered no longer; `changed` is false if it was not before."""
+    """The id of an unregistered model; `changed` is false if it was not registered before."""
 
     model_id: str
     changed: bool
@@ -125,7 +125,7 @@ class RuntimeVersions(Record):
 
 
 class DescribeRuntime(Call[RuntimeVersions]):
-    """Load the native runtime and say which versions it consists of."""
+    """Load the native runtime and return the versions of its parts."""
 
     def perform(self, progress: Progress) -> RuntimeVersions:
         """See `slmops.infra.foundry.runtime.runtime_versions`."""
@@ -146,16 +146,16 @@ class CountedPrompt(Record):
 
 
 class CountedPrompts(Record):
-    """The prompts that Foundry Local makes of conversations."""
+    """The prompts that Foundry Local renders from conversations."""
 
     conversations: dict[str, CountedPrompt]
     versions: dict[str, str]
 
 
 class CountPrompts(OnCatalog[CountedPrompts]):
-    """Count the tokens of conversations' prompts with a model folder that is registered nowhere.
+    """Count the tokens of conversations' prompts with an unregistered model folder.
 
-    `cache_dir` is empty and thrown away afterwards.
+    `cache_dir` is empty, and is deleted afterwards.
     """
 
     model_dir: AbsolutePath

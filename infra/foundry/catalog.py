@@ -1,4 +1,4 @@
-"""A catalog for Foundry Local's runtime with the protocol of Microsoft's: the request, and its answer from records.
+"""A catalog for Foundry Local's runtime, with the protocol of Microsoft's catalog: requests, and answers from records.
 
 docs/catalog.md describes how the runtime uses a catalog; `slmops.infra.foundry.catalog_server` serves this over HTTP.
 """
@@ -14,7 +14,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.records import Json
 
 CATALOG_PATH = "/asset-gallery/v1.0/models"
-PAGE_SIZE = 50  # what the runtime asks for
+PAGE_SIZE = 50  # the path that the runtime requests
 LARGEST_PAGE_SIZE = 1000
 OPERATORS = ("eq", "NotEquals")
 
@@ -27,7 +27,7 @@ _FIRST_PAGE: tuple[str, int] = ("", 0)
 class CatalogModel:
     """One version of one model as the runtime lists it: `name` with its `version` is the id, `alias` groups names.
 
-    `device` is cpu, gpu or npu; `execution_provider` is onnxruntime's name of it; `created_at` is ISO 8601 in UTC;
+    `device` is cpu, gpu or npu; `execution_provider` is named as in onnxruntime; `created_at` is ISO 8601 in UTC;
     `context_length` is in tokens, None where it is not known.
     """
 
@@ -52,14 +52,14 @@ class CatalogModel:
         described: Json = {
             "displayName": self.display_name,
             "publisher": self.publisher,
-            "inferenceTasks": ["chat-completion"],  # without it, chat sessions refuse the model
+            "inferenceTasks": ["chat-completion"],  # without this field, chat sessions refuse the model
             "inputModalities": ["text"],
             "outputModalities": ["text"],
         }
         if self.context_length is not None:
             described["textContextWindow"] = self.context_length
         return {
-            "assetId": f"slmops:{self.model_id}",  # an entry without one is skipped
+            "assetId": f"slmops:{self.model_id}",  # the runtime skips an entry without one
             "annotations": {"tags": {"alias": self.alias}, "systemCatalogData": described},
             "properties": {
                 "id": self.model_id,
@@ -88,7 +88,7 @@ class CatalogFilter:
     values: tuple[str, ...]
 
     def holds(self, found: Collection[str]) -> bool:
-        """Whether an entry whose field has the values `found` passes, letter case aside."""
+        """Whether an entry whose field has the values `found` passes; letter case does not count."""
         wanted = {value.casefold() for value in self.values}
         return any(value.casefold() in wanted for value in found) == (self.operator == "eq")
 
@@ -102,7 +102,7 @@ class CatalogQuery:
     continuation_token: str | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Return the request's JSON, as the runtime writes it."""
+        """Return the request's JSON in the runtime's form."""
         filters = [
             {"field": condition.field, "operator": condition.operator, "values": list(condition.values)}
             for condition in self.filters
@@ -114,7 +114,7 @@ class CatalogQuery:
 def parse_query(body: bytes) -> CatalogQuery:
     """Read a request's JSON; a page larger than `LARGEST_PAGE_SIZE` becomes one of that size.
 
-    Raises `BadInput` for anything of another shape, naming the key.
+    Raises `BadInput`, which names the key, for a request of another form.
     """
     try:
         document = json.loads(body)
@@ -161,8 +161,8 @@ def _unfit(what: str, wanted: str, found: object) -> BadInput:
 def find_page(models: Sequence[CatalogModel], query: CatalogQuery) -> tuple[list[CatalogModel], str | None, int]:
     """Return a page of a query's models, the next page's token (None: it is the last), and the total number.
 
-    Sorted by name and then newest first. A token names the last model before its page, so that models which come or go
-    between two pages make none of the others appear twice or be left out. Raises `BadInput` for another token.
+    Models are sorted by name, then newest first. A token names the last model before its page. So no model appears
+    twice or is left out when others are added or removed between two pages. Raises `BadInput` for another token.
     """
     after = _position(query.continuation_token) if query.continuation_token else _FIRST_PAGE
     found = sorted(find_models(models, query.filters), key=_order)
@@ -172,15 +172,15 @@ def find_page(models: Sequence[CatalogModel], query: CatalogQuery) -> tuple[list
 
 
 def page_document(entries: Sequence[JsonValue], token: str | None, count: int, form: str = "value") -> Json:
-    """Return a page's JSON: its entries, the next page's token (None: it is the last), how many there are in all."""
+    """Return a page's JSON: its entries, the next page's token (None: it is the last) and the total number."""
     return {"totalCount": count, form: list(entries), **({"continuationToken": token} if token else {})}
 
 
 def find_models(models: Sequence[CatalogModel], filters: Sequence[CatalogFilter]) -> list[CatalogModel]:
     """Return the models that pass all filters.
 
-    `labels` = latest is the newest version of a name that passes the others: on a machine without a GPU, the newest for
-    its CPU. A filter on a field that is not known here holds nothing back.
+    `labels` = latest selects the newest version of a name that passes the other filters: on a machine without a GPU,
+    the newest one for its CPU. A filter on an unknown field excludes nothing.
     """
     labels = [condition for condition in filters if condition.field == "labels"]
     others = [condition for condition in filters if condition.field != "labels"]
@@ -224,9 +224,9 @@ def _position(token: str) -> tuple[str, int]:
 
 
 def outward_query(query: CatalogQuery, ours: Sequence[CatalogModel]) -> CatalogQuery | None:
-    """Return what another catalog is asked: the query without our own names and aliases.
+    """Return the query for the upstream catalog, which is without our own names and aliases.
 
-    None when nothing is left to ask for.
+    None if no name is left.
     """
     own = {
         "name": {model.name for model in ours},

@@ -1,4 +1,4 @@
-"""The catalog over HTTP: what Foundry Local's runtime posts to, and another catalog behind it."""
+"""The catalog over HTTP: the service that Foundry Local's runtime queries, and the upstream catalog behind it."""
 
 import asyncio
 import hmac
@@ -35,11 +35,11 @@ HEALTH_PATH = "/health"
 LARGEST_REQUEST_BYTES = 1 << 20
 LARGEST_UPSTREAM_BYTES = 16 << 20
 UPSTREAM_TIMEOUT_S = 3.0
-UPSTREAM_REST_S = 30.0  # pause after a failure of upstream: the runtime would wait for each of its pages
+UPSTREAM_REST_S = 30.0  # pause after a failure of upstream, because the runtime would wait for each of its pages
 
 # Tokens of upstream's pages start like this; ours are NAME:VERSION, and no name has a slash.
 _UPSTREAM_PREFIX = "upstream/"
-# As the runtime itself asks; by its published source the public catalog refuses another User-Agent.
+# The runtime's own value. According to its published source, the public catalog refuses others.
 _UPSTREAM_HEADERS = {
     "User-Agent": "AzureAiStudio",
     "x-ms-use-full-service-contracts": "true",
@@ -52,7 +52,7 @@ _logger = logging.getLogger(__name__)
 def catalog_app(
     models: Callable[[], Sequence[CatalogModel]], upstream: str | None = None, token: str | None = None
 ) -> Starlette:
-    """Return the HTTP service: POST `CATALOG_PATH` is the catalog's request, GET `HEALTH_PATH` says that it serves.
+    """Return the HTTP service: POST `CATALOG_PATH` is the catalog's request, GET `HEALTH_PATH` checks that it serves.
 
     `models` is called for every request, in a thread of its own. The entries of the catalog at the URL `upstream`
     follow on the pages after ours, without those that share a name with ours. While upstream cannot be reached, only
@@ -60,7 +60,7 @@ def catalog_app(
     in no other way.
 
     A failure is answered as `{"error": {"message", "what_to_do"}}`: 400 for a request of another form, 401 without the
-    token, 413 for one larger than `LARGEST_REQUEST_BYTES`, 503 while `models` raises.
+    token, 413 for a request larger than `LARGEST_REQUEST_BYTES`, and 503 while `models` raises.
     """
     other = _Upstream(upstream) if upstream else None
 
@@ -75,7 +75,7 @@ def catalog_app(
         await run_in_threadpool(models)
         return _json({"status": "ok"})
 
-    # The runtime follows no redirect, so that a URL with a slash at its end has a route too.
+    # The runtime does not follow redirects, so a URL with a slash at its end has its own route.
     routes = [Route(path, ask, methods=["POST"]) for path in (CATALOG_PATH, f"{CATALOG_PATH}/")]
     app = Starlette(routes=[*routes, Route(HEALTH_PATH, health)], exception_handlers=_HANDLERS)
     app.router.redirect_slashes = False
@@ -87,13 +87,13 @@ async def _tell(request: Request, error: Exception) -> Response:
         case HTTPException():
             return _failed(error.status_code, f"{error.detail}.", f"POST to {CATALOG_PATH}.")
         case TooLarge():
-            return _failed(413, str(error), "Ask for fewer names.")
+            return _failed(413, str(error), "Request fewer names.")
         case BadInput():
             return _failed(400, error.message, error.what_to_do)
         case SlmopsError():
             _logger.warning("The models cannot be listed: %s", error)
             return _failed(503, error.message, error.what_to_do)
-        case _:  # it is raised again when this is answered, and uvicorn logs it
+        case _:  # starlette raises it again after this answer, and uvicorn logs it
             return _failed(
                 503, f"The models cannot be listed: {type(error).__name__}.", "See the log of slmops catalog."
             )
@@ -138,7 +138,7 @@ def _failed(status: int, message: str, what_to_do: str) -> Response:
 
 
 class _Upstream:
-    """Another catalog. It is asked with a short timeout, and after a failure not for a while."""
+    """The upstream catalog. Requests have a short timeout, and after a failure it is not asked for some time."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -150,7 +150,7 @@ class _Upstream:
         return time.monotonic() >= self._rests_until
 
     async def ask(self, query: CatalogQuery) -> tuple[str, list[JsonValue], str | None] | None:
-        """Return (the key of the entries, the entries, the next page's token), or None while it cannot be asked."""
+        """Return (the key of the entries, the entries, the next page's token), or None while it is unreachable."""
         import httpx
 
         if not self.may_be_asked:
@@ -168,7 +168,7 @@ class _Upstream:
             answer = _read_answer(bytes(body))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:
             self._rests_until = time.monotonic() + UPSTREAM_REST_S
-            if not self._has_failed:  # once per outage: the runtime asks often
+            if not self._has_failed:  # once per outage, because the runtime asks often
                 reason = str(error) or type(error).__name__
                 _logger.warning("The catalog %s cannot be asked, and only our models are listed: %s", self._url, reason)
             self._has_failed = True
@@ -179,7 +179,7 @@ class _Upstream:
 
 def _read_answer(body: bytes) -> tuple[str, list[JsonValue], str | None]:
     document = json.loads(body, parse_constant=_refuse_constant)
-    for form in ("value", "summaries"):  # the runtime reads either
+    for form in ("value", "summaries"):  # the runtime accepts either
         entries = document.get(form) if isinstance(document, dict) else None
         if isinstance(entries, list):
             token = document.get("continuationToken")

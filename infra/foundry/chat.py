@@ -1,4 +1,4 @@
-"""A conversation with a registered model: one process that keeps it loaded, one JSON line per message.
+"""A conversation with a registered model: a process keeps the model loaded, and each message is one JSON line.
 
 To the child's standard input go requests (`{"messages": [...], "max_new_tokens": int, "search": {...} or null}`); from
 its standard output come `{"ready": {"load_ms": float}}` once, then per request `{"text": str}` for each piece and
@@ -30,7 +30,7 @@ CLOSE_TIMEOUT_S = 2
 
 
 class FoundryChat:
-    """A loaded model to talk to; a context manager that ends the process behind it.
+    """A loaded model for a conversation; a context manager that ends the model's process.
 
     `last` holds the last answer's record (see `slmops.infra.foundry.runtime.answer`). Raises `StageFailed` when the
     model is not registered or does not load.
@@ -56,9 +56,9 @@ class FoundryChat:
     def answer(
         self, messages: Sequence[dict[str, str]], max_new_tokens: int, search: Json | None = None
     ) -> Iterator[str]:
-        """Yield the answer to the whole conversation `messages` piece by piece; greedy unless `search` says otherwise.
+        """Yield the answer to the conversation `messages` piece by piece; greedy unless `search` sets other options.
 
-        Raises `StageFailed` when the conversation does not fit; a shorter one may be asked afterwards.
+        Raises `StageFailed` when the conversation does not fit; a shorter one may follow.
         """
         self._channel.send({"messages": list(messages), "max_new_tokens": max_new_tokens, "search": search})
         while "done" not in (message := self._receive()):
@@ -66,7 +66,7 @@ class FoundryChat:
         self.last = message["done"]
 
     def close(self) -> None:
-        """End the process behind the conversation."""
+        """End the model's process."""
         self._channel.end(CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> "FoundryChat":

@@ -1,4 +1,4 @@
-"""Foundry Local's `foundry` command, if it is installed: whether it lists slmops's models, and what a model answers.
+"""Foundry Local's `foundry` command, if it is installed: whether it lists slmops's models, and a model's answer.
 
 It is installed separately (winget, brew) and serves one cache per user, which `foundry cache cd` sets. This module
 reads that setting and never changes it.
@@ -18,7 +18,7 @@ ASKING_DEADLINE_S = 60  # its service may have to start first
 
 
 class CommandFailed(Exception):
-    """The command did not do what it was asked; the text is one sentence."""
+    """The command failed; the text is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FoundryCommand:
         return model_id in self._run("cache", "ls").split()
 
     def answer(self, model_id: str, question: str, deadline_s: float) -> str:
-        """Return its output when the model is asked, which contains more than the answer. Raises `CommandFailed`."""
+        """Return its output for a question to the model, which has more than the answer. Raises `CommandFailed`."""
         return self._run("model", "run", model_id, "--prompt", question, deadline_s=deadline_s).strip()
 
     def _run(self, *arguments: str, deadline_s: float = ASKING_DEADLINE_S) -> str:
@@ -85,7 +85,7 @@ def seen_by_command(cache_dir: Path, model_id: str, question: str, deadline_s: f
         if not command.lists(model_id):
             return f"The foundry command does not list {model_id} in its cache."
         if not command.answer(model_id, question, deadline_s):
-            return f"Through the foundry command {model_id} answers nothing."
+            return f"The foundry command prints no answer of {model_id}."
     except CommandFailed as error:
-        return f"The foundry command does not answer through {model_id}: {error}"
+        return f"The foundry command fails with {model_id}: {error}"
     return ""

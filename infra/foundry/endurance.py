@@ -1,4 +1,4 @@
-"""Long use and difficult input in Foundry Local."""
+"""Soak test and edge inputs in Foundry Local."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def endure(call: endurance.Endure, progress: Progress) -> None:
 
 
 class _Opened:
-    """The runtime as another program uses it, without the checks of `slmops.infra.foundry.runtime.answer`."""
+    """The runtime as other programs use it, without the checks of `slmops.infra.foundry.runtime.answer`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -33,8 +33,8 @@ class _Opened:
         return runtime.answer_unchecked(self._model, messages, max_new_tokens)
 
     def takes_for_control_token(self, text: str, token_id: int) -> bool:
-        # Foundry shows no token ids, only how many. A control token's text is several tokens when it is ordinary text
-        # (a vocabulary does not have it twice), so that one more token per repetition is the control token.
+        # Foundry returns only the number of tokens, not their ids. As ordinary text, a control token's text is several
+        # tokens, because a vocabulary has it only once. So one more token per repetition means the control token.
         once, repeated = (
             self.count_prompt_tokens([{"role": "user", "content": "a" + text * times}]) for times in (1, REPEATS)
         )

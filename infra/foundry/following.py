@@ -1,4 +1,4 @@
-"""Following the store: a version promoted on another machine is served here a little later."""
+"""Following the store: a version that another machine promotes is soon served here too."""
 
 import asyncio
 import logging
@@ -49,7 +49,7 @@ class Following:
             await self.look()
 
     async def look(self) -> None:
-        """Look at every name once; an error with one name does not affect the others."""
+        """Check every name once; an error with one name does not affect the others."""
         names = await self._names()
         self._faults = {what: reason for what, reason in self._faults.items() if what in {*names, NAMES}}
         for name in names:
@@ -81,7 +81,7 @@ class Following:
 
     def _failed(self, what: str, error: Exception) -> None:
         reason = str(error) if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}."
-        if what not in self._faults:  # log it once: polls are frequent
+        if what not in self._faults:  # log it once, because polls are frequent
             known = isinstance(error, SlmopsError)
             LOG.warning("%s cannot be followed: %s", what, reason, exc_info=None if known else error)
         self._faults[what] = reason

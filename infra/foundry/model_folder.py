@@ -43,7 +43,8 @@ def write_model_folder(
     content only the model card is rewritten; a folder with other content is replaced. Foundry sees a folder only when
     it is complete.
 
-    Raises `StageFailed` when a source is missing, has a name that is no plain relative path, or the folder is in use.
+    Raises `StageFailed` when a source is missing, has a name that is not a plain relative path, or the folder is in
+    use.
     """
     derived = (INFERENCE_MODEL, MODEL_CARD)
     files = {_checked(file): source for file, source in sources.items() if file not in derived}
@@ -71,7 +72,7 @@ def write_model_folder(
     except OSError as error:
         raise StageFailed(
             f"The model folder {folder} cannot be written: {error}.",
-            "Close programs that have the model loaded, and look at the disk's space and permissions.",
+            "Close programs that have the model loaded, and check the disk's space and permissions.",
             code="model-folder-not-written",
         ) from error
     finally:
@@ -130,5 +131,5 @@ def _remove(folder: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # it is not empty, or another process was faster
+    with contextlib.suppress(OSError):  # it is not empty, or another process removed it
         folder.rmdir()

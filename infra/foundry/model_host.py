@@ -1,4 +1,4 @@
-"""Which models run, under which names: loading, memory budget, hand-over from version to version, restart."""
+"""The host of served models: loading, memory budget, hand-over from version to version, and restart."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ LOG = logging.getLogger("slmops.serve")
 FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
 STEADY_S = 60.0  # a process that ran this long had started correctly
-# Weights and the runtime itself; the KV cache comes on top of it with use.
+# Weights and the runtime itself; in use, the KV cache needs additional memory.
 MEMORY_PER_SIZE = 1.2
 MEMORY_OF_RUNTIME_BYTES = 100_000_000
 PROBE = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1, "temperature": 0}
@@ -43,7 +43,7 @@ class ModelHost:
 
     @property
     def models(self) -> list[RunningModel]:
-        """The versions that are or were loaded, without those that were dropped."""
+        """The versions that are or were loaded, except those that were dropped."""
         return list(self._models.values())
 
     @property
@@ -52,7 +52,7 @@ class ModelHost:
         return bool(self.champions) and not self._is_closing and any(model.is_loaded for model in self.models)
 
     async def start(self, names: Sequence[str] = ()) -> None:
-        """Read the champions of these names and load them while there is memory for them.
+        """Read the champions of these names, and load as many as the memory allows.
 
         Without names, it loads the champion of every name. Raises what the source raises, and `StageFailed` when none
         can be loaded.
@@ -115,10 +115,10 @@ class ModelHost:
         Raises `NotServed`; `Busy` when too many wait; `StageFailed` when it cannot be loaded.
         """
         if self._is_closing:
-            raise Busy("The server is stopping.", "Ask again when it has been started.")
+            raise Busy("The server is stopping.", "Try again after its next start.")
         running = self._model(await self.resolve(model))
         if running.waiting >= self._settings.max_queue:
-            raise Busy(f"{running.waiting} requests wait for {model} already.", "Try again later.")
+            raise Busy(f"{running.waiting} requests already wait for {model}.", "Try again later.")
         running.waiting += 1
         running.unused.clear()
         try:
@@ -141,7 +141,7 @@ class ModelHost:
     async def hand_over(self, name: str, version: int) -> tuple[ServedVersion, ServedVersion | None]:
         """Make `name` mean another version, after that version was loaded and has answered.
 
-        Requests under way end with the former version, which is unloaded then. Returns the new and the former one;
+        Running requests finish on the former version, which is unloaded then. Returns the new and the former one;
         raises `NotServed`, and `StageFailed` or `BadInput` with nothing changed.
         """
         former = self.champions.get(name)
@@ -152,7 +152,7 @@ class ModelHost:
         return served, former
 
     async def go_over(self, served: ServedVersion) -> None:
-        """Make the version's name mean this version from now on, as `hand_over` does; the name may be new."""
+        """Make the version's name mean this version, as `hand_over` does; the name may be new."""
         former = self.champions.get(served.name)
         running = self._model(served)
         if served == former and running.is_loaded:
@@ -234,7 +234,7 @@ class ModelHost:
         while running.served in self.champions.values() and not running.is_loaded and not self._is_closing:
             try:
                 await self.ensure_loaded(running)
-            except Busy:  # it is loaded at the next request
+            except Busy:  # the next request loads it
                 return
             except Exception as error:
                 LOG.warning("%s cannot be started again: %s", running.served.model_id, error)
@@ -263,11 +263,11 @@ class ModelHost:
                 idle = [model for model in loaded if model.unused.is_set()]
                 if not idle:
                     raise Busy(
-                        f"There is no memory for {wanted.served.model_id} while other models answer.",
+                        f"There is not enough memory for {wanted.served.model_id} while other models answer.",
                         "Try again later, or raise SLMOPS_SERVE__MAX_MEMORY_BYTES.",
                     )
                 least_recent = min(idle, key=lambda model: model.used_at)
-                LOG.info("%s is unloaded: it was not used for longest", least_recent.served.model_id)
+                LOG.info("%s is unloaded as the least recently used model", least_recent.served.model_id)
                 await self._unload(least_recent)
 
     def _retire(self, running: RunningModel) -> None:
@@ -296,4 +296,4 @@ class ModelHost:
     def _let_go(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            LOG.error("what looked after a model failed", exc_info=error)
+            LOG.error("the supervision of a model failed", exc_info=error)

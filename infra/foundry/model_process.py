@@ -1,4 +1,4 @@
-"""One model behind Foundry Local's own web service, in a process of its own.
+"""One model in Foundry Local's own web service, in a process of its own.
 
 The child starts the runtime on a folder that contains only this model, with a catalog of one entry that the child
 serves itself. The web service serves models of a catalog, but no models that are registered locally. Its first line of
@@ -97,7 +97,7 @@ class ModelProcess:
         return status
 
     async def stop(self) -> None:
-        """End the process; its requests are broken off."""
+        """End the process; its running requests fail."""
         await asyncio.to_thread(self._channel.end, STOP_TIMEOUT_S)
 
 

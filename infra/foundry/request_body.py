@@ -1,17 +1,17 @@
-"""Requests of unknown clients: their bodies are read up to a bound."""
+"""Bodies of requests from unknown clients, which are read up to a limit."""
 
 from starlette.requests import Request
 
 
 class TooLarge(Exception):
-    """A request's body is larger than the bound."""
+    """A request's body is larger than the limit."""
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"The request has more than {limit_bytes:,} bytes.")
 
 
 async def bounded_body(request: Request, limit_bytes: int) -> bytes:
-    """Return a request's body; raises `TooLarge` as soon as the bound is exceeded."""
+    """Return a request's body; raises `TooLarge` as soon as the limit is exceeded."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

@@ -44,7 +44,7 @@ CLOSED_CATALOG_URL = "http://127.0.0.1:9/asset-gallery/v1.0/models"
 # NAME:VERSION or NAME-PRECISION-generic-DEVICE:VERSION.
 MODEL_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}(-[a-z0-9]{1,8}-generic-[a-z]{1,8})?:[1-9][0-9]{0,8}")
 
-# What `open_folder` calls a folder that has no id of its own, inside its throw-away directory.
+# The name that `open_folder` gives, in its temporary directory, to a folder without an id.
 UNREGISTERED_ID = "unregistered:1"
 
 # The native messages start with "file.cc:LINE signature(...) ".
@@ -58,7 +58,7 @@ def register(call: Register, progress: Progress) -> Registered:
     """
     model_id, folder = check_model_id(call.model_id), str(call.folder)
     if not (call.folder / GENAI_CONFIG).is_file():
-        raise StageFailed(f"{folder} holds no model: {GENAI_CONFIG} is missing.", "Deploy the version again.")
+        raise StageFailed(f"{folder} has no model: {GENAI_CONFIG} is missing.", "Deploy the version again.")
     catalog = open_local_catalog(call.cache_dir)
     from foundry_local_sdk import ModelInfoBuilder
 
@@ -81,7 +81,7 @@ def register(call: Register, progress: Progress) -> Registered:
 def unregister(call: Unregister, progress: Progress) -> Unregistered:
     """Take a model out of the local catalog; its folder stays.
 
-    Raises `BadInput` for an id of another form: given an alias, the runtime would take out every version behind it.
+    Raises `BadInput` for an id of another form, because for an alias the runtime would remove all its versions.
     """
     model_id = check_model_id(call.model_id)
     catalog = open_local_catalog(call.cache_dir)
@@ -103,7 +103,7 @@ def list_models(call: ListModels, progress: Progress) -> tuple[CatalogModel, ...
 def prove(call: Prove, progress: Progress) -> ProvenAnswer:
     """Find a model by its id, load it and let it answer one conversation, greedily.
 
-    The folder's own `search.repetition_penalty` holds, as for every client of the runtime.
+    The folder's own `search.repetition_penalty` applies, as for every client of the runtime.
 
     Raises `StageFailed` when it is not found, does not load, or the conversation does not fit its context.
     """
@@ -120,7 +120,7 @@ def prove(call: Prove, progress: Progress) -> ProvenAnswer:
 
 
 def runtime_versions() -> RuntimeVersions:
-    """Load the native runtime and say which versions it consists of.
+    """Load the native runtime and return the versions of its parts.
 
     Raises `StageFailed` when the SDK is missing or its native library does not load on this machine.
     """
@@ -147,7 +147,7 @@ def check_model_id(model_id: str) -> str:
     if not MODEL_ID.fullmatch(model_id):
         raise BadInput(
             f"{model_id!r} is not a Foundry id.",
-            "The forms are NAME:VERSION and NAME-PRECISION-generic-DEVICE:VERSION.",
+            "Its form is NAME:VERSION or NAME-PRECISION-generic-DEVICE:VERSION.",
             code="foundry-id-not-valid",
         )
     return model_id
@@ -172,7 +172,7 @@ def load(catalog: Any, model_id: str) -> tuple[Any, float]:
 def open_folder(folder: Path, cache_dir: Path) -> Any:
     """Load an unregistered genai model folder and return the SDK's loaded model; once per process.
 
-    Foundry's runtime starts on the empty throw-away directory `cache_dir` and writes only there; `folder` is only read,
+    Foundry's runtime starts on the empty temporary directory `cache_dir` and writes only there; `folder` is only read,
     not copied, and needs no `inference_model.json`. `answer` takes the returned model.
 
     Raises `StageFailed` when the runtime does not start, or does not load the folder.
@@ -209,8 +209,8 @@ def answer(
 ) -> Answer:
     """Let a loaded model answer a conversation, at most `max_new_tokens` long, in a session of its own.
 
-    `on_text` gets the answer's text piece by piece. `search` are fields of the SDK's SearchOptions; by default the
-    answer is greedy. This must be requested, because the runtime samples regardless of genai_config.json.
+    `on_text` gets the answer's text piece by piece. `search` holds fields of the SDK's SearchOptions. By default the
+    answer is greedy, which is set explicitly, because the runtime samples regardless of genai_config.json.
 
     Raises `StageFailed` when the conversation does not fit the context or cannot be rendered by the model's chat
     template.
@@ -219,7 +219,7 @@ def answer(
     from foundry_local_sdk.items import TextItemType
 
     texts: dict[Any, list[str]] = {TextItemType.DEFAULT: [], TextItemType.REASONING: []}
-    refused = _explained(f"answer with {model.id}", "See the model's chat template and its genai_config.json.")
+    refused = _explained(f"answer with {model.id}", "Check the model's chat template and its genai_config.json.")
     with refused, ChatSession(model) as session:
         options = search or {"do_sample": False}
         session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=1, **options)))
@@ -256,13 +256,13 @@ def answer(
 
 
 def count_prompt_tokens(model: object, messages: Sequence[dict[str, str]]) -> int:
-    """Return how many tokens a loaded model's prompt for a conversation has, nothing generated.
+    """Return how many tokens a loaded model's prompt for a conversation has, without generating any.
 
     Raises `StageFailed` when the conversation cannot be rendered.
     """
     from foundry_local_sdk import ChatSession, RequestOptions, SearchOptions
 
-    refused = _explained("count a prompt's tokens", "See the model's chat template.")
+    refused = _explained("count a prompt's tokens", "Check the model's chat template.")
     with refused, ChatSession(model) as session:
         session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=1)))
         with _request(messages) as probe:
@@ -270,13 +270,13 @@ def count_prompt_tokens(model: object, messages: Sequence[dict[str, str]]) -> in
 
 
 def answer_unchecked(model: object, messages: Sequence[dict[str, str]], max_new_tokens: int) -> str:
-    """Return the greedy answer's text as another program gets it: only the runtime checks whether the prompt fits.
+    """Return the greedy answer's text as other programs get it: only the runtime checks whether the prompt fits.
 
     Raises `StageFailed` with the runtime's own reason.
     """
     from foundry_local_sdk import ChatSession, RequestOptions, SearchOptions
 
-    refused = _explained("answer", "Shorten the conversation, or see the model's chat template.")
+    refused = _explained("answer", "Shorten the conversation, or check the model's chat template.")
     with refused, ChatSession(model) as session:
         session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=max_new_tokens, do_sample=False)))
         with _request(messages) as request, session.process_request(request) as response:
@@ -308,7 +308,7 @@ def start_web_service(cache_dir: Path, catalog_url: str, model_id: str) -> tuple
 
 
 def _start(cache_dir: Path, catalog_url: str) -> Any:
-    os.environ.update(QUIET_ENVIRONMENT)  # before the native libraries load: they look for CI once
+    os.environ.update(QUIET_ENVIRONMENT)  # before the native libraries load, because they look for CI only once
     from foundry_local_sdk import Configuration, FoundryLocalManager
 
     own = cache_dir / ".slmops-runtime"

@@ -14,11 +14,11 @@ from slmops.infra.settings import ServeSettings
 
 
 class NotServed(errors.SlmopsError):
-    """No served model has the name that was asked for."""
+    """No served model has the requested name."""
 
 
 class Busy(errors.SlmopsError):
-    """Too many requests wait for the model, or there is no memory for it now."""
+    """Too many requests wait for the model, or there is not enough memory for it now."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class ServedVersion:
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model folder that is ready to be loaded: size in bytes, and the texts that its tokenizer takes for control."""
+    """A model folder that is ready to be loaded: its size in bytes, and the texts of its control tokens."""
 
     size_bytes: int
     control_tokens: tuple[str, ...]
 
 
 class ModelSource(Protocol):
-    """Where versions come from; every call may block."""
+    """The source of versions; every call may block."""
 
     def names(self) -> list[str]:
         """Return the names that have a champion; raises the store's own errors."""
@@ -56,7 +56,7 @@ class ModelSource(Protocol):
         """Return a version's selected variant; raises `BadInput` when there is none that passed the gate."""
 
     def place(self, served: ServedVersion, folder: Path) -> PlacedModel:
-        """Write the verified model into a folder that is not there yet; raises `StageFailed`."""
+        """Write the verified model into a new folder; raises `StageFailed`."""
 
 
 class RunningModel:

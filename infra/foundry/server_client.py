@@ -14,7 +14,7 @@ from slmops.infra.storage.holders import has_ended
 
 FOLDER = "serve"
 ASK_TIMEOUT_S = 30.0
-HAND_OVER_TIMEOUT_S = 900.0  # it loads the new version before it unloads the old one
+HAND_OVER_TIMEOUT_S = 900.0  # the server loads the new version before it unloads the old one
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class RunningServer:
     hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S
 
     def serves(self, name: str) -> int | None:
-        """Return the version that it serves under a name, None where it does not serve that name."""
+        """Return the version that it serves under a name, or None if it does not serve that name."""
         models = self._ask("GET", "/slmops/v1/models", ASK_TIMEOUT_S).get("models", [])
         return next((int(model["version"]) for model in models if model["name"] == name), None)
 
     def hand_over(self, name: str, version: int, precision: str) -> int | None:
-        """Make it serve a version under a name from now on; returns the version that it served before."""
+        """Make it serve a version under a name; returns the version that it served before."""
         path, asked = f"/slmops/v1/models/{name}/champion", {"version": version, "precision": precision}
         former = self._ask("POST", path, self.hand_over_timeout_s, asked).get("former")
         return None if former is None else int(former)
@@ -41,7 +41,7 @@ class RunningServer:
 
         headers = {"Authorization": f"Bearer {self.control_token}"}
         try:
-            # Without the environment: the token must not reach a proxy that the user configured.
+            # Without the environment, because the token must not reach a proxy that the user configured.
             with httpx.Client(trust_env=False, timeout=httpx.Timeout(timeout_s, connect=ASK_TIMEOUT_S)) as client:
                 answer = client.request(method, self.url + path, json=asked, headers=headers)
             document = answer.json()
@@ -73,7 +73,7 @@ def running_servers(home: Path, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S
         try:
             record = json.loads(path.read_text("utf-8"))
             process, url, token = str(record["process"]), str(record["url"]), str(record["control_token"])
-        except FileNotFoundError:  # it ended after it was listed
+        except FileNotFoundError:  # the server ended after it was listed
             continue
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise StageFailed(

@@ -1,4 +1,4 @@
-"""How many tokens Foundry Local's prompts of conversations have. The runtime reports nothing else about them."""
+"""The number of tokens in Foundry Local's prompts of conversations. The runtime reports nothing else about them."""
 
 from collections.abc import Sequence
 from datetime import datetime

@@ -150,7 +150,7 @@ def _unplaceable(paths: Iterable[str]) -> str | None:
 def _fault_of_evidence(name: str, data: bytes, digest: str) -> str | None:
     """Return what is wrong with a file of evidence: a record on the manifest with this digest (`.json`), or a text."""
     if not _EVIDENCE.fullmatch(name):
-        return "is not the name of a record or a report"
+        return "is not a valid name of a record or a report"
     if len(data) > MOST_EVIDENCE_BYTES:
         return f"has {len(data):,} bytes, and at most {MOST_EVIDENCE_BYTES:,} are allowed"
     try:

@@ -1,4 +1,4 @@
-"""Answers: a request is sent to the model's process, and its response is passed on as it arrives."""
+"""Answers. A request is sent to the model's process, and the response is passed on as it arrives."""
 
 import asyncio
 import contextlib
@@ -19,17 +19,17 @@ from slmops.infra.foundry.openai_server.requests import for_runtime, room_for_an
 from slmops.infra.foundry.served_model import RunningModel
 
 DISCONNECT_POLL_S = 0.5
-CRASH_NOTICED_S = 0.2  # a connection breaks shortly before its process is known to have ended
+CRASH_NOTICED_S = 0.2  # a connection breaks shortly before the end of its process is detected
 _SENT_AGAIN = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 
 T = TypeVar("T")
 
 
 async def ask_runtime(host: ModelHost, running: RunningModel, body: Mapping[str, object]) -> httpx.Response:
-    """Send a request to the model's process, and again if the process died before it answered.
+    """Send a request to the model's process; repeat it if the process died before it answered.
 
-    Returns the answer, of which the body is still to be read. Raises `Refused` as the runtime refuses, the host's
-    errors where the model cannot be loaded, and `httpx.HTTPError`.
+    Returns the answer, whose body is not read yet. Raises `Refused` for a refusal of the runtime, the host's errors if
+    the model cannot be loaded, and `httpx.HTTPError`.
     """
     sent = for_runtime(body, running)
     try:
@@ -63,7 +63,7 @@ async def _send(running: RunningModel, body: Mapping[str, object]) -> httpx.Resp
 
 
 async def while_connected(request: Request, work: Coroutine[object, object, T]) -> T:
-    """Return the result of `work`; if the client disconnects, it is cancelled together with the runtime's answer."""
+    """Return the result of `work`. If the client disconnects, `work` and the runtime's answer are cancelled."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait([task], timeout=DISCONNECT_POLL_S))[0]:
@@ -77,7 +77,7 @@ async def while_connected(request: Request, work: Coroutine[object, object, T]) 
 
 
 class Relay(StreamingResponse):
-    """A stream of events, passed on; its resources (the model's turn, the connection) are released at its end.
+    """Passes on a stream of events; its resources (the model's turn, the connection) are released at its end.
 
     The runtime always reports the usage; it is left out if the client did not ask for it.
     """
@@ -142,7 +142,7 @@ def _has_text(event: bytes) -> bool:
 
 
 def usage_of(content: bytes) -> Mapping[str, object]:
-    """Return the tokens that an answer tells."""
+    """Return the numbers of tokens that an answer reports."""
     with contextlib.suppress(ValueError, AttributeError):
         return json.loads(content).get("usage") or {}
     return {}

@@ -22,7 +22,7 @@ _NATIVE_PREFIX = re.compile(r"\w+\.cc:\d+ .*?\)(?: const)? (?=\S)")
 
 
 class Refused(Exception):
-    """A request that is not answered: the HTTP status, and OpenAI's record of the error."""
+    """The refusal of a request: the HTTP status, and OpenAI's record of the error."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ def refusal_of(error: Exception) -> Refused:
     """Return the client's form of an error, without internal details."""
     told = f"{error.message} {error.what_to_do}" if isinstance(error, SlmopsError) else ""
     refusals: dict[type[Exception], tuple[int, str, str, str | None, str | None]] = {
-        ClientDisconnect: (CLIENT_GONE, "The client hung up.", "invalid_request_error", None, None),
+        ClientDisconnect: (CLIENT_GONE, "The client disconnected.", "invalid_request_error", None, None),
         TooLarge: (413, str(error), "invalid_request_error", None, None),
         NotServed: (404, told, "invalid_request_error", "model_not_found", "model"),
         Busy: (429, told, "rate_limit_error", "rate_limit_exceeded", None),
@@ -54,7 +54,7 @@ def refusal_of(error: Exception) -> Refused:
         httpx.TimeoutException: (504, "The model did not answer in time.", "server_error", "timeout", None),
         httpx.HTTPError: (
             502,
-            "The model's process ended before the answer did.",
+            "The model's process ended before the answer was complete.",
             "server_error",
             "model_crashed",
             None,

@@ -14,7 +14,7 @@ LATENCIES_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """The counts of one server."""
+    """The metrics of one server."""
 
     def __init__(self, host: ModelHost) -> None:
         self._host = host
@@ -24,7 +24,7 @@ class Metrics:
         histogram: Any = {"labelnames": labels, "buckets": LATENCIES_S, **shared}
         self._requests = Counter("slmops_requests", "Requests by model and HTTP status.", ["model", "code"], **shared)
         self._latency = Histogram("slmops_e2e_latency_seconds", "From a request to the end of its answer.", **histogram)
-        self._ttft = Histogram("slmops_ttft_seconds", "From a request to a stream's first text.", **histogram)
+        self._ttft = Histogram("slmops_ttft_seconds", "From a request to the first text of a stream.", **histogram)
         self._tokens = Counter("slmops_tokens", "Tokens by model and kind.", ["model", "kind"], **shared)
         self._rss = Gauge("slmops_model_rss_bytes", "Resident memory of a model's process.", labels, **shared)
         self._active = Gauge("slmops_requests_active", "Requests that a model is answering.", labels, **shared)
@@ -43,7 +43,7 @@ class Metrics:
 
     @contextmanager
     def counted(self, model: str, began: float) -> Iterator["CountedRequest"]:
-        """Count a request: by the status of the refusal that is raised, or as it is told that it was answered."""
+        """Count a request: with the status of the raised refusal, or as answered after `CountedRequest.answered`."""
         request = CountedRequest(self, model, began)
         try:
             yield request
@@ -59,7 +59,7 @@ class Metrics:
 
 
 class CountedRequest:
-    """One request; `model` is its name, empty until it is known to be served, `began` its time by `perf_counter`."""
+    """One request; `model` is empty until its name is known to be served; `began` is its start by `perf_counter`."""
 
     def __init__(self, metrics: Metrics, model: str, began: float) -> None:
         self.model = model
@@ -67,9 +67,9 @@ class CountedRequest:
         self._began = began
 
     def first_token(self) -> None:
-        """Count the time to a stream's first text."""
+        """Record the time to a stream's first text."""
         self._metrics._ttft.labels(self.model).observe(time.perf_counter() - self._began)
 
     def answered(self, status: int, usage: Mapping[str, object]) -> None:
-        """Count the request's end, with the tokens that the runtime told."""
+        """Record the request's end, with the numbers of tokens that the runtime reported."""
         self._metrics._answered(self.model, status, time.perf_counter() - self._began, usage)

@@ -14,7 +14,7 @@ BREAK = "\u200b"  # a zero-width space; inside a control token it makes the toke
 
 
 async def read_body(request: Request, limit_bytes: int) -> dict[str, Any]:
-    """Return a request's JSON object; raises `Refused` for one that is none, and `TooLarge`."""
+    """Return a request's JSON object; raises `Refused` if it is not one, and `TooLarge`."""
     received = await bounded_body(request, limit_bytes)
     try:
         body = json.loads(received.decode("utf-8"))
@@ -43,7 +43,7 @@ def checked_chat(body: Mapping[str, object]) -> tuple[str, bool]:
 
 
 def for_runtime(body: Mapping[str, Any], running: RunningModel) -> dict[str, object]:
-    """Return a checked request as the runtime takes it: the exact model, usage always, no control tokens in texts."""
+    """Return a checked request for the runtime: the exact model, usage always, no control tokens in texts."""
     control_tokens = running.placed.control_tokens
     sent = {**body, "model": running.served.model_id}
     sent["messages"] = [_without_control_tokens(message, control_tokens) for message in body["messages"]]
@@ -55,7 +55,7 @@ def for_runtime(body: Mapping[str, Any], running: RunningModel) -> dict[str, obj
 
 
 def room_for_answer(refused: Refused, body: Mapping[str, object]) -> int | None:
-    """Return how many tokens are left for the answer, if only the runtime's own default of 2,048 did not fit."""
+    """Return the tokens left for the answer, if the prompt fits and only the runtime's default of 2,048 does not."""
     if any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens")):
         return None
     found = OVER_CONTEXT.search(refused.error["message"] or "")
@@ -64,7 +64,7 @@ def room_for_answer(refused: Refused, body: Mapping[str, object]) -> int | None:
 
 
 def _without_control_tokens(message: Mapping[str, object], control_tokens: tuple[str, ...]) -> dict[str, object]:
-    """Break control tokens in texts: a text must not end its turn or open another one."""
+    """Break control tokens in texts, because a text must not end its turn or begin another one."""
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": broken(content, control_tokens)}
@@ -80,7 +80,7 @@ def _without_control_tokens(message: Mapping[str, object], control_tokens: tuple
 
 
 def broken(text: str, control_tokens: tuple[str, ...]) -> str:
-    """Return a text with a zero-width space inside each control token; a text without any stays as it is."""
+    """Return a text with a zero-width space inside each control token."""
     for token in sorted(control_tokens, key=len, reverse=True):
         if token in text:
             text = text.replace(token, f"{token[:1]}{BREAK}{token[1:]}")

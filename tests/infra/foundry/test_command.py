@@ -90,7 +90,7 @@ def test_another_cache_is_not_asked(other: str, cache: Path, monkeypatch: pytest
     ("listed", "run", "said"),
     [
         ("home-int4-generic-cpu:2", "print('on')", "does not list"),
-        (MODEL_ID, "pass", "answers nothing"),
+        (MODEL_ID, "pass", "prints no answer"),
         (MODEL_ID, "sys.exit('Exception: it was not found in the catalog')", "1: Exception: it was not found"),
         (MODEL_ID, "import time; time.sleep(60)", "did not end within 1 s"),
     ],
