@@ -19,7 +19,7 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
         free = shutil.disk_usage(folder).free
         if free < taken[device]:
             raise StageFailed(
-                f"The disk of {folder} has {free / 1e6:,.1f} MB free, and this needs {taken[device] / 1e6:,.1f} MB.",
+                f"The disk of {folder} has {free / 1e6:,.1f} MB free, and this takes {taken[device] / 1e6:,.1f} MB.",
                 "Free disk space, or name a folder on another disk.",
                 code="disk-full",
             )
