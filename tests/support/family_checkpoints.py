@@ -1,0 +1,178 @@
+"""Tiny checkpoints with random weights and the real tokenizer and chat template of a family of models.
+
+`family_checkpoint("llama-3.2")` makes one the first time and keeps it beside the real models of
+`tests.support.real_models`.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.real_models import cache_folder, real_model
+from tests.tasks.chat_templates import TEMPLATES
+
+
+@dataclass(frozen=True)
+class RealFamily:
+    """How a family's checkpoint is made.
+
+    `model` is a key of tests.support.checkpoints.FAMILIES, `tokenizer` a name in tests.support.real_models.MODELS whose
+    vocabulary the family shares; `added` are the control tokens that the family has in place of that vocabulary's or
+    behind them (id -> text), and `last` is the largest id that it keeps. `template` is a file of llama.cpp's templates
+    or of tests.tasks.chat_templates, None the tokenizer's own.
+    """
+
+    model: str
+    tokenizer: str
+    template: str | None = None
+    bos: str | None = None
+    eos: str | None = None
+    added: dict[int, str] = field(default_factory=dict)
+    last: int | None = None
+    begins: bool = True  # whether the tokenizer puts its begin token before a text, as the shared one does
+
+
+_GRANITE = {49152: "<|start_of_role|>", 49153: "<|end_of_role|>", 49154: "<|tool_call|>"}
+_BAR = "\uff5c"
+_DEEPSEEK_R1_LLAMA = {
+    128000: f"<{_BAR}begin▁of▁sentence{_BAR}>",
+    128001: f"<{_BAR}end▁of▁sentence{_BAR}>",
+    128011: f"<{_BAR}User{_BAR}>",
+    128012: f"<{_BAR}Assistant{_BAR}>",
+    128013: "<think>",
+    128014: "</think>",
+    128015: f"<{_BAR}▁pad▁{_BAR}>",
+}
+_SMOLLM3 = {
+    128002: "<think>",
+    128003: "</think>",
+    128011: "<|im_start|>",
+    128012: "<|im_end|>",
+    128013: "<tool_response>",
+    128014: "</tool_response>",
+    128015: "<tool_call>",
+    128016: "</tool_call>",
+    128017: "<code>",
+    128018: "</code>",
+}
+
+REAL_FAMILIES = {
+    "smollm2": RealFamily("llama", "smollm2"),
+    "llama-2": RealFamily("llama", "tokenizers/llama-spm", "llama-2"),
+    "llama-3": RealFamily("llama", "tokenizers/llama3"),
+    "llama-3.1": RealFamily("llama3-rope", "tokenizers/llama3_1", "meta-llama-Llama-3.1-8B-Instruct"),
+    "llama-3.2": RealFamily("llama3-rope", "tokenizers/llama3_1", "meta-llama-Llama-3.2-3B-Instruct"),
+    "deepseek-r1-distill-llama": RealFamily(
+        "llama3-rope",
+        "tokenizers/llama3_1",
+        "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+        bos=_DEEPSEEK_R1_LLAMA[128000],
+        eos=_DEEPSEEK_R1_LLAMA[128001],
+        added=_DEEPSEEK_R1_LLAMA,
+    ),
+    "smollm3": RealFamily(
+        "smollm3", "tokenizers/llama3_1", "HuggingFaceTB-SmolLM3-3B", eos="<|im_end|>", added=_SMOLLM3, begins=False
+    ),
+    "qwen2.5": RealFamily("qwen2", "tokenizers/qwen3", "Qwen-Qwen2.5-7B-Instruct", last=151664),
+    "qwen3": RealFamily("qwen3", "tokenizers/qwen3"),
+    "gemma-3": RealFamily("gemma3", "tokenizers/gemma3"),
+    "mistral-v0.1": RealFamily("mistral", "tokenizers/llama2", "mistral-v0.1"),
+    "phi-3.5": RealFamily("phi3", "tokenizers/phi-3", "microsoft-Phi-3.5-mini-instruct", bos="<s>", eos="<|end|>"),
+    "granite-3.3": RealFamily(
+        "granite",
+        "tokenizers/starcoder",
+        "ibm-granite-granite-3.3-2B-Instruct",
+        bos="<|endoftext|>",
+        eos="<|endoftext|>",
+        added=_GRANITE,
+    ),
+}
+
+
+def family_checkpoint(name: str, **changes: Any) -> Path:
+    """Return a tiny checkpoint (a key of REAL_FAMILIES), made now if it is not kept yet; read only.
+
+    `changes` are further arguments of `make_tiny_checkpoint`; each set of them is a checkpoint of its own.
+
+    Raises `RealModelMissing` where the tokenizer or the template can be neither found nor fetched.
+    """
+    told = "-".join(f"{key}={value}" for key, value in sorted(changes.items()))
+    made = cache_folder() / "families" / "-".join(filter(None, (name, told)))
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{made}.lock"):
+        if not made.is_dir():
+            with tempfile.TemporaryDirectory(dir=made.parent) as aside:
+                _make(REAL_FAMILIES[name], Path(aside) / "made", changes)
+                (Path(aside) / "made").rename(made)
+    return made
+
+
+def save_real_tokenizer(family: RealFamily, directory: Path) -> int:
+    """Write the family's tokenizer.json, tokenizer_config.json and chat template; return how many tokens it has."""
+    shared = real_model(family.tokenizer)
+    tokenizer = json.loads((shared / "tokenizer.json").read_text("utf-8"))
+    config = json.loads((shared / "tokenizer_config.json").read_text("utf-8"))
+    _set_added_tokens(tokenizer, family)
+    config.pop("added_tokens_decoder", None)  # tokenizer.json has them
+    if not family.begins:
+        tokenizer["post_processor"] = None
+        config["add_bos_token"] = False
+    if family.eos:
+        config |= {"bos_token": family.bos, "eos_token": family.eos}
+    config["chat_template"] = _template_of(family, config)
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), "utf-8")
+    return 1 + max(*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"]))
+
+
+def _set_added_tokens(tokenizer: dict[str, Any], family: RealFamily) -> None:
+    kept = {token["id"]: token for token in tokenizer["added_tokens"]}
+    if family.last is not None:
+        kept = {number: token for number, token in kept.items() if number <= family.last}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    kept |= {number: {"id": number, "content": text, **plain} for number, text in family.added.items()}
+    tokenizer["added_tokens"] = [kept[number] for number in sorted(kept)]
+    renamed = json.dumps(tokenizer["post_processor"])  # names its begin token, which may have another text here
+    if family.bos and tokenizer["post_processor"]:
+        renamed = renamed.replace("<|begin_of_text|>", family.bos)
+    tokenizer["post_processor"] = json.loads(renamed)
+
+
+def _template_of(family: RealFamily, config: dict[str, Any]) -> str:
+    if family.template is None:
+        beside = real_model(family.tokenizer) / "chat_template.jinja"
+        return beside.read_text("utf-8") if beside.is_file() else str(config["chat_template"])
+    ours = TEMPLATES / f"{family.template}.jinja"
+    real = real_model("llama-cpp-models") / "templates" / f"{family.template}.jinja"
+    return (ours if ours.is_file() else real).read_text("utf-8")
+
+
+def _make(family: RealFamily, directory: Path, changes: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as aside:
+        tokens = save_real_tokenizer(family, Path(aside))
+        make_tiny_checkpoint(directory, family.model, vocab_size=tokens, **changes)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (directory / file).unlink(missing_ok=True)
+        shutil.copytree(aside, directory, dirs_exist_ok=True)
+    _name_end_tokens(directory)
+
+
+def _name_end_tokens(directory: Path) -> None:
+    """Write the ids of the real tokenizer's begin, end and padding into both configs."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    config = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
+    ids = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    found = {f"{name}_token_id": ids[text] for name, text in texts.items() if text is not None}
+    found.setdefault("pad_token_id", found["eos_token_id"])
+    for file in (directory / "config.json", directory / "generation_config.json"):
+        values = json.loads(file.read_text("utf-8"))
+        values = {key: value for key, value in values.items() if not key.endswith("_token_id")}
+        file.write_text(json.dumps(values | found, indent=2), "utf-8")
