@@ -46,11 +46,11 @@ class DeployPlan(BaseModel):
 
 
 def parse_request(parameters: dict[str, Any]) -> DeployRequest:
-    """Return the request that flow parameters make; raises `BadInput` for any that is not valid."""
+    """Return the request from flow parameters; raises `BadInput` for one that is not valid."""
     if "precisions" in parameters:
         parameters = {**parameters, "precisions": check_precisions(parameters["precisions"])}
     request = DeployRequest.of(parameters).checked()
-    foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses further names
+    foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses unknown names
     return request
 
 
@@ -128,7 +128,7 @@ def _rows(request: DeployRequest, folder: Path | None, settings: Settings) -> li
 
 
 def _check_on_hub(repo_id: str, revision: str | None, settings: Settings) -> None:
-    """Fetch only the config: a missing model or network is reported before the flow begins."""
+    """Fetch only the config, so that a missing model or network is reported before the flow begins."""
     with TemporaryDirectory() as aside:  # a refused deploy leaves nothing under the home directory
         elsewhere = settings.model_copy(update={"home": Path(aside)})
         fetch_from_hub(repo_id, revision, elsewhere, files=("config.json", "adapter_config.json"))

@@ -1,4 +1,4 @@
-"""The workshop: a run's settings, registry and child process, available in every stage without being passed on."""
+"""The workshop: a run's settings, registry and child process, available in every stage without parameters."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ class Workshop:
 
     @property
     def torch(self) -> ChildProcess:
-        """The process for work that imports torch, when there must be one."""
+        """The process for work that imports torch, in a workshop that has one."""
         assert self.torch_child, "this workshop has no torch process"
         return self.torch_child
 
@@ -48,13 +48,13 @@ _current: ContextVar[Workshop] = ContextVar("workshop")
 
 
 def workshop() -> Workshop:
-    """Return the workshop of the run that calls this; raises `LookupError` outside of one."""
+    """Return the workshop of the current run; raises `LookupError` outside of a run."""
     return _current.get()
 
 
 @contextmanager
 def working_in(shop: Workshop) -> Iterator[Workshop]:
-    """Make `workshop` return this one, in this thread and in the stages that it calls."""
+    """Make `workshop` return this one in this thread and in the stages that the thread calls."""
     token = _current.set(shop)
     try:
         yield shop
@@ -64,7 +64,7 @@ def working_in(shop: Workshop) -> Iterator[Workshop]:
 
 @contextmanager
 def working_with(registry: ModelRegistry) -> Iterator[Workshop]:
-    """Work with another registry for a while."""
+    """Work with another registry within this context."""
     with working_in(replace(workshop(), registry=registry)) as shop:
         yield shop
 
@@ -72,8 +72,8 @@ def working_with(registry: ModelRegistry) -> Iterator[Workshop]:
 def in_workshop(flow_function: Callable[P, R]) -> Callable[P, R]:
     """Open a workshop for each run of a flow's function, by the settings of its process's environment.
 
-    A run raises `BadInput` for settings that are not valid. A context manager that decorates would not do: it holds a
-    generator, and Prefect pickles a flow that it serves.
+    A run raises `BadInput` for settings that are not valid. A context manager as decorator would not work, because it
+    holds a generator, and Prefect pickles the flows that it serves.
     """
 
     @wraps(flow_function)

@@ -16,8 +16,8 @@ DEVICES = ("cpu", "gpu", "npu")
 def foundry_model_id(name: str, precision: str, device: str, version: int) -> str:
     """Return a variant's Foundry id, `NAME-PRECISION-generic-DEVICE:VERSION`.
 
-    Raises `BadInput` for a name that itself ends like one: the runtime derives the alias by cutting that ending off, so
-    that two models would share an id or an alias.
+    Raises `BadInput` for a name that itself ends like one. The runtime derives the alias by removing that ending, so
+    two models would share an id or an alias.
     """
     if re.search(rf"-generic-({'|'.join(DEVICES)})$", name):
         raise BadInput(f"The name {name!r} ends like a Foundry id.", "Choose a name without `-generic-` and a device.")

@@ -26,11 +26,11 @@ _ANOTHER_USER = {"role": "user", "content": _NEXT_USER}
 
 
 class PromptTemplate(BaseModel):
-    """The static strings that Foundry 0.8 builds a prompt of, each with the placeholder `{Content}`.
+    """The static strings from which Foundry 0.8 builds a prompt, each with the placeholder `{Content}`.
 
     A prompt is the concatenation of one string per message; the last user message takes `prompt`, which ends where the
-    answer begins. `system` is None when the template has no system role. The beginning-of-text token is in none of
-    them. `notes` say what the strings cannot express; without notes they agree with the chat template.
+    answer begins. `system` is None when the template has no system role. No string contains the beginning-of-text
+    token. `notes` say what the strings cannot express; without notes they agree with the chat template.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,7 +52,8 @@ class GenerationDefaults(BaseModel):
     """ModelConfig of `inference_model.json`: Foundry 0.8's generation parameters unless a client sets others.
 
     `max_length` counts prompt and answer, in tokens. A temperature of 0 is greedy. The bounds of temperature are those
-    of Foundry's runtime, that of top_p is its definition, and a repetition penalty above 2 leaves no sensible text.
+    of Foundry's runtime, that of top_p follows from its definition, and a repetition penalty above 2 gives no sensible
+    text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,7 +69,8 @@ def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str 
 
     `special_tokens` are the template's variables (`bos_token`, `eos_token`, ...). The template runs in Jinja's
     immutable sandbox, with the settings and functions that transformers gives to chat templates. Rendering raises
-    jinja2's `TemplateError` for a conversation that the template refuses. Raises `BadInput` for one that is not Jinja.
+    jinja2's `TemplateError` for a conversation that the template refuses. Raises `BadInput` for a template that is not
+    Jinja.
     """
     from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.ext import loopcontrols
@@ -111,8 +113,8 @@ def derive_prompt_template(
 ) -> PromptTemplate:
     """Cut the static strings of a `PromptTemplate` out of a chat template, for any model family.
 
-    The template renders conversations of known texts; the text between them is split into the parts of the message
-    before and of the next one. The strings are then composed again for four conversations and compared with the
+    The template renders conversations of known texts. The text between two messages is divided into the end of the
+    first and the beginning of the second. The strings are then composed for four conversations and compared with the
     template's own rendering: every difference is a note.
 
     Raises `BadInput` when the template cannot render a single user message, or drops its text.
@@ -133,10 +135,10 @@ def derive_prompt_template(
     system = _system(render, bos, user_prefix, notes)
     default_head = head.removeprefix(bos).removesuffix(user_prefix)
     if head.removeprefix(bos) == default_head and user_prefix:
-        notes.append("The first user message begins otherwise than later ones.")
+        notes.append("The first user message begins differently from later ones.")
     elif default_head:
         notes.append(
-            f"Without a system message the template writes {_shown(default_head)} first, which the strings leave out."
+            f"Without a system message the template writes {_shown(default_head)} first, which the strings omit."
         )
     if "strftime_now" in chat_template:
         notes.append("The template writes the current date; the strings keep the date of the registration.")
@@ -172,7 +174,7 @@ def generation_defaults(
     Without sampling in generation_config.json (`do_sample`), the temperature is 0: the judged answers are greedy too.
     `max_length` is the context's length unless a smaller one is given.
 
-    Raises `BadInput` naming an unknown key, or a value that is no number, out of bounds or beyond the context.
+    Raises `BadInput` naming an unknown key, or a value that is not a number, is out of bounds or exceeds the context.
     """
     values: dict[str, Any] = {
         key: generation_config[key]
@@ -222,7 +224,7 @@ def _rendered(render: Render, messages: Sequence[Message], add_generation_prompt
         LookupError,
         ArithmeticError,
         AttributeError,
-    ):  # the template refuses or trips over it
+    ):  # the template refuses it or fails
         return None
 
 
@@ -254,7 +256,7 @@ def _system(render: Render, bos: str, user_prefix: str, notes: list[str]) -> str
     before, _, after = text.partition(_SYSTEM)
     gap, found, _ = after.partition(_USER)
     if not found:
-        notes.append("The template writes the system message behind the user's.")
+        notes.append("The template writes the system message after the user's.")
         return None
     if not gap.endswith(user_prefix):
         notes.append("The template writes the system message inside the first user message; the strings put it before.")
@@ -263,9 +265,9 @@ def _system(render: Render, bos: str, user_prefix: str, notes: list[str]) -> str
 
 
 def _closing(end: str, gap: str, eos: str) -> str:
-    """Return the length of the part of `gap` that closes the message before it, from a conversation that ends with it.
+    """Return the length of the part of `gap` that ends the message before it, from a conversation that ends there.
 
-    Some templates add the end-of-text token where a conversation ends without a generation prompt.
+    Some templates add the end-of-text token if a conversation ends without a generation prompt.
     """
     for closing in (end, end.removesuffix(eos)):
         if gap.startswith(closing):

@@ -47,8 +47,8 @@ def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, s
     """Let a registered variant answer in a fresh process, and compare with onnxruntime-genai's own answer.
 
     A variant that is not found, does not load or gives another answer is unregistered again. Raises `StageFailed`. If
-    the `foundry` command serves this cache, it is asked too; because it renders prompts in its own way, its result is
-    only a note.
+    the `foundry` command serves this cache, its answer is checked too. Because it renders prompts in its own way, the
+    result is only a note.
     """
     model_id = model_id_of(variant)
     messages = [message.model_dump() for message in row.messages]
@@ -62,11 +62,11 @@ def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, s
                 raise StageFailed(
                     f"Through Foundry Local {model_id} answers {proven.answer!r}, "
                     f"onnxruntime-genai with the same model {expected!r}.",
-                    "See whether its chat template renders alike in both (the evaluation's template mismatches).",
+                    "Check whether both render its chat template alike (the evaluation's template mismatches).",
                 )
         except StageFailed as error:
             unregister_variant(variant, settings)
-            # Not a passing fault: another attempt would find no registered model.
+            # This is no passing fault, because another attempt would find no registered model.
             raise StageFailed(f"{error.message} It was unregistered again.", error.what_to_do, error.code) from error
         question = row.messages[-1].content
         note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
@@ -80,11 +80,11 @@ def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, s
 def repeat_proof(variant: Variant, row: EvaluationRow, recorded: Proof, settings: Settings) -> Proof:
     """Let a registered variant answer the row of a recorded proof in a fresh process, and compare the answers.
 
-    Raises `StageFailed` when it is not found, does not load or answers otherwise.
+    Raises `StageFailed` when it is not found, does not load or gives another answer.
     """
     model_id = model_id_of(variant)
     messages = [message.model_dump() for message in row.messages]
-    # The length of the recorded answer, not today's limit: the answer may have been cut by another limit.
+    # The length of the recorded answer, not the present limit, because another limit may have cut that answer.
     max_new_tokens = max(recorded.completion_tokens, 1)
     call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
     with stage_progress(f"prove {variant.precision}") as on_progress:
@@ -93,7 +93,7 @@ def repeat_proof(variant: Variant, row: EvaluationRow, recorded: Proof, settings
         raise StageFailed(
             f"Through Foundry Local {model_id} answers {proven.answer!r}, "
             f"and when it was proven it answered {recorded.answer!r}.",
-            "See with slmops verify whether its files are whole; slmops regate judges and proves the version anew.",
+            "slmops verify checks its files; slmops regate judges and proves the version again.",
         )
     return _proof(proven, recorded.question)
 
@@ -120,7 +120,7 @@ def last_proof(variant: Variant, row: EvaluationRow) -> Proof | None:
 def _expected_answer(variant: Variant, messages: Sequence[Message], evaluated_answer: str, settings: Settings) -> str:
     """Return genai's answer with the repetition penalty of the model's own configuration, as Foundry uses it.
 
-    The evaluation's answers are without a penalty; they are the same if the model has none.
+    The evaluation's answers have no penalty; they are the same if the model sets none.
     """
     with work_folder(settings) as work:
         variant.place(work / "model")

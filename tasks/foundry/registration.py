@@ -22,7 +22,7 @@ from slmops.tasks.runs.stage import stage
 
 
 class Registration(BaseModel):
-    """A variant in Foundry Local: its id, whether this call registered it, and its prompt template's gaps."""
+    """A variant in Foundry Local: its id, whether this call registered it, and the notes on its prompt template."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -95,7 +95,7 @@ def _metadata(variant: Variant, description: str) -> dict[str, str]:
 
 
 def unregister_variant(variant: Variant, settings: Settings) -> list[str]:
-    """Take a variant out of Foundry Local, under all its ids, and out of its cache; returns those ids."""
+    """Unregister a variant under all its ids, and remove it from Foundry's cache; returns those ids."""
     folder = folder_of(variant, settings)
     ids = [model.model_id for model in registered_models(settings) if model.folder == str(folder)]
     for model_id in ids:
@@ -105,7 +105,7 @@ def unregister_variant(variant: Variant, settings: Settings) -> list[str]:
 
 
 def unregister_version(version: Version, settings: Settings) -> list[str]:
-    """Take all variants of a version out of Foundry Local; returns the ids that were registered."""
+    """Unregister all variants of a version; returns the ids that were registered."""
     return [model_id for variant in version.variants for model_id in unregister_variant(variant, settings)]
 
 

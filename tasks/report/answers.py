@@ -25,7 +25,7 @@ from slmops.tasks.report.wording import INTERVALS, NOTHING, estimated, percent, 
 
 
 def domain_answers(report: DeployReport) -> Iterator[Block]:
-    """Yield the scores, those by category, and examples of wrong answers."""
+    """Yield the scores, the scores by category, and examples of wrong answers."""
     scored = [(variant, evaluated) for variant, evaluated in evaluations(report.variants) if evaluated.score]
     if scored:
         count = len(scored[0][1].rows)
@@ -89,7 +89,7 @@ def _example(precision: str, row: EvaluatedRow, asked: EvaluationRow | None) -> 
 
 
 def output_format(report: DeployReport) -> Iterator[Block]:
-    """Yield the shares of answers in the asked format, and examples of those that are not."""
+    """Yield the shares of answers in the requested format, and examples of other answers."""
     checked = [
         (variant, evaluated) for variant, evaluated in evaluations(report.variants) if evaluated.output_conformity
     ]
@@ -103,7 +103,7 @@ def output_format(report: DeployReport) -> Iterator[Block]:
         for variant, evaluated in checked
     ]
     if rows:
-        yield Paragraph(f"Share of raw answers in the format that was asked for. {INTERVALS}")
+        yield Paragraph(f"Share of raw answers in the requested format. {INTERVALS}")
     yield from table(("variant", "in format", "reference", "asked"), rows)
     for variant, evaluated in checked:
         faulty = [row for row in evaluated.rows if row.output_fault]
@@ -116,12 +116,12 @@ def output_format(report: DeployReport) -> Iterator[Block]:
         ]
         if examples:
             yield Details(
-                f"{len(faulty):,} of {len(evaluated.rows):,} answers of {variant.precision} out of it", examples
+                f"{len(faulty):,} of {len(evaluated.rows):,} answers of {variant.precision} are not in it", examples
             )
 
 
 def distributions(variants: Variants) -> Iterator[Block]:
-    """Yield how far the variants' next-token distributions are from the checkpoint's."""
+    """Yield the distances of the variants' next-token distributions from the checkpoint's."""
     rows = [
         (
             Strong(variant.precision),
@@ -138,7 +138,7 @@ def distributions(variants: Variants) -> Iterator[Block]:
     yield Heading("Distance from the checkpoint", level=3)
     yield Paragraph(
         "First choice: share of tokens at which variant and checkpoint prefer the same next token. KL divergence: mean "
-        "over tokens and 99th percentile, in nats. Perplexity: the variant's over the checkpoint's; 1 is alike. "
+        "over tokens and 99th percentile, in nats. Perplexity: the variant's over the checkpoint's; 1 means equal. "
         f"{INTERVALS}"
     )
     columns = ("variant", "first choice", "KL divergence", "perplexity")

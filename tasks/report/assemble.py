@@ -93,9 +93,9 @@ def _reason(variant: VariantReport, choice: Choice) -> str:
 
 
 def overall_status(variants: Sequence[VariantReport], choice: Choice, *, unchanged: bool) -> DeployStatus:
-    """Return a deploy's status from its variants': a failure has priority, then whether one was chosen.
+    """Return a deploy's status from those of its variants: a failure has priority, then whether one was chosen.
 
-    A deploy of which no variant keeps the budget is rejected, whatever is registered.
+    A deploy without a variant within the budget is rejected, even if variants are registered.
     """
     if any(variant.status == "failed" for variant in variants):
         return "failed"
@@ -113,7 +113,7 @@ def reference_scores(variants: Sequence[VariantReport]) -> dict[str, Any]:
 
 
 def provenance_of(manifest: Manifest) -> Provenance:
-    """Return where a version comes from."""
+    """Return the provenance of a version."""
     return Provenance(
         source_digest=manifest.source.digest,
         manifest_digest=manifest.digest,
@@ -141,9 +141,9 @@ def deploy_report(
     warnings: Sequence[str],
     unchanged: bool,
 ) -> DeployReport:
-    """Return the report of a version's way through the gate, with its history from the store.
+    """Return the report of a version's qualification, with its history from the store.
 
-    `champion_id` is its Foundry id as the champion, None where it is not the champion.
+    `champion_id` is its Foundry id as the champion, or None.
     """
     settings = workshop().settings
     explained = with_reasons(in_order_of_size(variants), choice)

@@ -22,7 +22,7 @@ class _Record(BaseModel):
 
 
 class VariantBenchmark(_Record):
-    """One variant's fresh figures and their changes against `earlier` measurements; `error` if it did not run."""
+    """One variant's new figures and their changes from `earlier` measurements; `error` if it did not run."""
 
     precision: str
     metrics: dict[str, FiniteFloat] = {}
@@ -63,7 +63,7 @@ class BenchmarkReport(_Record):
 
     @property
     def faults(self) -> str:
-        """Why those could not be measured."""
+        """Their errors."""
         return " ".join(f"{variant.precision}: {variant.error}" for variant in self.variants if variant.error)
 
     @property
@@ -109,7 +109,7 @@ def _document(report: BenchmarkReport) -> Iterator[Block]:
 
 
 def lm_eval_rows(report: BenchmarkReport) -> list[dict[str, str]]:
-    """Return one row a task's metric, with the value and its standard error for the checkpoint and each precision."""
+    """Return one row per task and metric, with value and standard error for the checkpoint and each precision."""
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     subjects = {
         "checkpoint": report.checkpoint_lm_eval,
@@ -126,7 +126,7 @@ def lm_eval_rows(report: BenchmarkReport) -> list[dict[str, str]]:
 
 
 def benchmark_rows(report: BenchmarkReport) -> list[dict[str, str]]:
-    """Return one row per figure for the terminal: now, and before if there is an earlier one."""
+    """Return one row per figure for the terminal: the new value, and the earlier one if there is one."""
     rows = []
     for variant in report.variants:
         changes = {change.metric: change for change in variant.changes}

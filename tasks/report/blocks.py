@@ -1,18 +1,18 @@
-"""The parts that a report is made of, free of any markup; `markdown` and `html` show them."""
+"""The parts of a report, without any markup; `markdown` and `html` render them."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-MAX_CHARACTERS = 400  # of an answer, a prompt or an error: the report stays a page
+MAX_CHARACTERS = 400  # of an answer, a prompt or an error, so that the report stays a page
 MAX_SENTENCES = 800
-MAX_ROWS = 24  # of a table or list; the rest is only counted
+MAX_ROWS = 24  # of a table or list; the others are only counted
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be typed, or foreign text (an answer, a prompt): it is shown unchanged and never interpreted."""
+    """Text to type, or foreign text (an answer, a prompt); it is shown unchanged and never interpreted."""
 
     text: str
     kind: ClassVar[str] = "code"
@@ -69,7 +69,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """The place of a plot, by its name in `plots.PlotName`; nothing where there is no such plot."""
+    """The place of a plot, by its name in `plots.PlotName`; empty if there is no such plot."""
 
     name: str
     caption: str
@@ -107,7 +107,7 @@ Block = Heading | Paragraph | Bullets | Table | Figure | Listing | Comparison | 
 
 
 def spans(text: Text) -> tuple[Span, ...]:
-    """Return a text's spans as they are shown: in one line, with control characters spelled."""
+    """Return a text's spans as they are shown: on one line, with control characters escaped."""
     return tuple(_in_one_line(span) for span in (text if isinstance(text, tuple) else (text,)))
 
 
@@ -129,8 +129,8 @@ def joined(parts: Sequence[Text], separator: str = ", ") -> tuple[Span, ...]:
 def visible(text: str, limit: int = MAX_CHARACTERS) -> str:
     """Return foreign text on one line, at most `limit` characters of it.
 
-    Line ends, control characters, characters without a glyph and those that turn the writing direction are spelled
-    as escapes, so that nothing in an answer can hide or rearrange the text around it.
+    Line ends, control characters, characters without a glyph and those that change the writing direction become
+    escapes, so that nothing in an answer can hide or rearrange the text around it.
     """
     beyond = len(text) - limit
     shown = "".join(_spelled(character) for character in text[:limit])
@@ -153,7 +153,7 @@ def quoted(text: str, limit: int = MAX_CHARACTERS) -> Code:
 
 
 def sentences(text: str) -> str:
-    """Return running text, such as a warning, at a limited length."""
+    """Return running text, such as a warning, of limited length."""
     return visible(" ".join(text.split()), MAX_SENTENCES)
 
 

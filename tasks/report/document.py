@@ -43,7 +43,7 @@ from slmops.tasks.report.wording import (
 )
 from slmops.tasks.verdict.history import Change
 
-# Microsoft's tutorial gives these sizes of each precision, as a share of the fp32 size.
+# Sizes in Microsoft's tutorial, as a share of the fp32 size.
 PROMISED_SHARE_OF_FP32 = {"fp16": 0.5, "int8": 0.25, "int4": 0.125}
 
 METRIC_TITLES = {
@@ -86,7 +86,7 @@ def _verdict(report: DeployReport) -> Iterator[Block]:
         (" ".join(facts), " Built from ", Code(report.checkpoint), f"{parameters}, judged on {report.evaluation}.")
     )
     if report.description:
-        yield Paragraph(f"What it is for: {visible(report.description)}")
+        yield Paragraph(f"Purpose: {visible(report.description)}")
     if report.budget:
         yield Paragraph(("Budget: ", *joined([Code(limit) for limit in report.budget]), "."))
 
@@ -163,14 +163,14 @@ def _prompt_length(variant: VariantReport) -> str:
 
 
 def size_share(variant: VariantReport, parameters: int) -> str:
-    """Return a variant's size as a share of its parameters in fp32, or nothing where that is unknown."""
+    """Return a variant's size as a share of its parameters in fp32; empty if that is unknown."""
     if variant.size_bytes is None or not parameters:
         return ""
     return f"{variant.size_bytes / (4 * parameters):.3f}"
 
 
 def sdk_example(model_id: str, foundry_dir: str) -> str:
-    """Return a Python program that asks a registered model through Foundry Local's SDK."""
+    """Return a Python program that calls a registered model through Foundry Local's SDK."""
     return (
         "from foundry_local_sdk import CatalogType, ChatSession, Configuration, FoundryLocalManager\n"
         "from foundry_local_sdk import MessageItem, Request, RequestOptions, SearchOptions\n\n"
@@ -181,7 +181,7 @@ def sdk_example(model_id: str, foundry_dir: str) -> str:
         f'model = catalog.get_model_variant("{model_id}")\n'
         "model.load()\n"
         "with ChatSession(model) as session:\n"
-        # Foundry asks for room for 2,048 tokens otherwise, and refuses where the context is smaller.
+        # By default Foundry reserves 2,048 tokens, and refuses if the context is smaller.
         "    session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=256)))\n"
         '    request = Request().add_item(MessageItem.user("Hello"))\n'
         "    with session.process_request(request) as response:\n"
@@ -205,7 +205,7 @@ def why_not(variant: VariantReport) -> Text:
     failed = [check for check in variant.gate.checks if not check.passed] if variant.gate else []
     if failed:
         return "; ".join(
-            f"{check.name.replace('_', ' ')} {check_value(check)}, {check_threshold(check)} is asked"
+            f"{check.name.replace('_', ' ')} {check_value(check)}, {check_threshold(check)} is required"
             for check in failed
         )
     return sentences(variant.reason)
@@ -213,7 +213,7 @@ def why_not(variant: VariantReport) -> Text:
 
 def _variants(report: DeployReport) -> Iterator[Block]:
     yield Heading("Size and quality")
-    yield Figure("quality", "Quality against size: up and left is better. The ring marks the choice.")
+    yield Figure("quality", "Quality against size: up and left is better. A ring marks the chosen variant.")
     rows: list[Sequence[Text]] = []
     for variant in report.variants:
         promised = PROMISED_SHARE_OF_FP32.get(variant.precision)
@@ -224,7 +224,7 @@ def _variants(report: DeployReport) -> Iterator[Block]:
     yield from table(("variant", "verdict", "size", "of fp32"), rows)
     if any(size_share(variant, report.parameters) for variant in report.variants):
         yield Paragraph(
-            "Of fp32: size as a share of the parameters in fp32; in brackets what Microsoft's tutorial promises."
+            "Of fp32: size as a share of the parameters in fp32; in brackets the share in Microsoft's tutorial."
         )
 
 
@@ -235,7 +235,7 @@ def _speed(report: DeployReport) -> Iterator[Block]:
     if not measured:
         return
     yield Heading("Speed and memory")
-    yield Figure("throughput", "Medians; the whiskers reach from the slowest to the fastest request.")
+    yield Figure("throughput", "Medians; whiskers: from the slowest to the fastest request.")
     columns = {
         "TTFT, ms": "ttft_ms",
         "prompt tok/s": "prompt_processing_throughput_tps",
@@ -249,7 +249,7 @@ def _speed(report: DeployReport) -> Iterator[Block]:
     statistics = [block for variant in measured for block in _statistics(variant)]
     if statistics:
         yield Details("All figures of speed", statistics)
-    yield Figure("latency", "Time to the first token over the length of the prompt; dashed: in proportion to it.")
+    yield Figure("latency", "Time to the first token over the length of the prompt; dashed: proportional growth.")
     yield Figure("memory", "Growth of the resident memory since the first request.")
 
 
@@ -330,7 +330,7 @@ def _history(report: DeployReport) -> Iterator[Block]:
 
 
 def _change(change: Change) -> Sequence[Text]:
-    # Speed, memory and size change by a factor, a task score and a divergence by their difference.
+    # Changes of speed, memory and size are factors; those of a task score and a divergence are differences.
     is_ratio = change.metric in get_args(MetricName)
     in_bytes = change.metric.endswith("_bytes")
     wording = megabytes if in_bytes else decimal if is_ratio else ratio
@@ -370,7 +370,7 @@ def _provenance(report: DeployReport) -> Iterator[Block]:
     measured = next((variant.details.measurement for variant in report.variants if variant.details.measurement), None)
     if origin is None and measured is None and not any(variant.digest for variant in report.variants):
         return
-    yield Heading("Where it comes from")
+    yield Heading("Provenance")
     facts: list[Text] = []
     if origin is not None:
         facts.append(f"Made {origin.created_at} from a {origin.architecture}.")

@@ -1,4 +1,4 @@
-"""A cache of plots: equal figures have equal plots, and drawing takes a second or two."""
+"""A cache of plots, because drawing takes a second or two and equal figures have equal plots."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ def draw_once(report: DeployReport, folder: Path) -> dict[str, Plot]:
                 Plot(plot["name"], plot["alt"], plot["svg"], base64.b64decode(plot["png"])) for plot in kept["plots"]
             ]
             return {plot.name: plot for plot in found}
-    except (OSError, ValueError, KeyError, TypeError):  # none are there, or another version of slmops wrote them
+    except (OSError, ValueError, KeyError, TypeError):  # the folder has none, or another version of slmops wrote them
         pass
     drawn = draw_plots(report)
     _keep(path, figures, drawn)

@@ -1,4 +1,4 @@
-"""The report as Markdown: for Prefect's page with the plots in it, and as a file that reads as plain text."""
+"""The report as Markdown: with plots for Prefect's page, and as a file that is readable as plain text."""
 
 import html
 import re
@@ -30,9 +30,9 @@ SHOWN_METRICS = {
     "token_generation_throughput_tps": "new tok/s",
     "peak_rss_bytes": "peak RSS",
 }
-# Characters that are markup in Markdown or HTML anywhere in a line, and those that are only at its beginning.
+# Characters that are markup in Markdown or HTML anywhere in a line, and those that are markup only at its beginning.
 _MARKUP = re.compile(r"([\\`*\[\]<>|~]|&(?=[#\w])|(?<!\w)_|_(?!\w)|!(?=\[))")
-# Prefect's page does not break a long word: it would leave a phone's screen, 358 pixels wide without the margins.
+# Prefect's page does not break a long word, so it would not fit a phone's screen (358 pixels without margins).
 LONGEST_WORD = 30
 LONGEST_CELL_WORD = 14
 _BLOCK_START = re.compile(r"^([#+=-]|\d{1,9}[.)])")
@@ -74,7 +74,7 @@ def to_markdown(report: DeployReport, images: Mapping[str, str] | None = None) -
 
 
 def blocks_to_markdown(blocks: Sequence[Block], images: Mapping[str, str] | None = None) -> str:
-    """Return blocks as Markdown that reads as plain text; with `images`, as Prefect's page shows them."""
+    """Return blocks as Markdown that is readable as plain text; with `images`, for Prefect's page."""
     return "\n\n".join(_rendered(blocks, images)) + "\n"
 
 
@@ -172,7 +172,7 @@ def code_span(text: str) -> str:
 
 
 def _code_in_table(text: str) -> str:
-    # Parsers disagree on which pipes of a code span end its cell; a character reference ends none.
+    # Parsers disagree on which pipes in a code span end its cell; a character reference never does.
     if "|" not in text:
         return code_span(text)
     return f"<code>{''.join(char if char.isalnum() or char == ' ' else f'&#{ord(char)};' for char in text)}</code>"

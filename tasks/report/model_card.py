@@ -36,7 +36,7 @@ from slmops.tasks.report.wording import (
 )
 
 TAGS = ("onnx", "onnxruntime", "onnxruntime-genai", "foundry-local", "chat", "slmops")
-# The metrics that a card's model-index names; the Hub knows the first two, the others are spelled out in the card.
+# The metrics in a card's model-index. The Hub knows the first two; the others have names of their own.
 INDEXED = {
     "exact_match": "Exact match",
     "perplexity": "Perplexity",
@@ -49,11 +49,11 @@ INDEXED = {
 def base_model_of(origin: str) -> str | None:
     """Return the Hub id that a checkpoint came from, None for a folder or an S3 address.
 
-    It checks the file system: a text that is also the name of a folder is that folder.
+    It checks the file system: a text that names an existing folder is that folder.
     """
     try:
         source = parse_checkpoint(origin)
-    except BadInput:  # a folder that is no longer there
+    except BadInput:  # a folder that no longer exists
         return None
     return source.location if source.kind is SourceKind.HUB else None
 
@@ -209,7 +209,7 @@ def _figures(variant: VariantReport, dataset: str) -> Iterator[Block]:
 
 
 def _provenance(manifest: Manifest, variant: VariantReport) -> Iterator[Block]:
-    yield Heading("Where it comes from")
+    yield Heading("Provenance")
     facts: list[Text] = [
         ("Source: ", Code(f"sha256:{manifest.source.digest}")),
         ("Manifest of ", Code(manifest.reference), ": ", Code(f"sha256:{manifest.digest}"), f", {manifest.created_at}"),
@@ -224,8 +224,8 @@ def _provenance(manifest: Manifest, variant: VariantReport) -> Iterator[Block]:
 
 def _limits(variant: VariantReport, dataset: str) -> Iterator[Text]:
     yield f"Its quality was measured on {dataset} and says little about other questions."
-    yield "Its weights are rounded: it may answer otherwise than the checkpoint, as the figures above tell."
-    yield "Speed and memory are those of one machine."
+    yield "Its weights are rounded, so its answers may differ from the checkpoint's, as the figures above show."
+    yield "Speed and memory were measured on one machine."
     yield from (variant.gate.notes if variant.gate else ())
     yield from variant.warnings
     if variant.details.parity:

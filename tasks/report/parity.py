@@ -23,7 +23,7 @@ from slmops.tasks.report.records import VariantReport
 
 
 def template_parity(variants: Variants) -> Iterator[Block]:
-    """Yield whether the runtimes tokenize conversations equally, and where they do not."""
+    """Yield whether the runtimes tokenize conversations equally, and where they differ."""
     blocks: list[Block] = []
     agreeing = [variant for variant in variants if variant.details.parity and variant.details.parity.holds]
     if agreeing:

@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 PlotName = Literal["quality", "throughput", "latency", "memory", "losses"]
 
-# Okabe and Ito (2008), Color Universal Design, without its yellow, which is too pale for lines on white.
+# Okabe and Ito (2008), Color Universal Design, without yellow, which is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")  # the shape carries the same information as the colour
-MAX_SOAKED = 3  # variants whose lines are distinguishable; of more, only the chosen one is shown
+MAX_SOAKED = 3  # more lines cannot be distinguished; then only the chosen variant is shown
 WIDTH_IN, HEIGHT_IN = 4.6, 2.9
 PNG_DPI = 140  # 644 pixels wide: a little more than Prefect's column
 PNG_COLOURS = 64
-# matplotlib writes colours as they are; this one, which no plot has, becomes the page's own text colour.
+# matplotlib writes colours unchanged. This one, which no plot uses, is replaced by the page's text colour.
 _INK = "#010203"
 _GRID = "#888888"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot; `alt` gives its figures to readers who do not see it."""
+    """One plot; `alt` describes its figures for readers who cannot see it."""
 
     name: PlotName
     alt: str
@@ -52,7 +52,7 @@ class QualityPoint:
 
 
 def quality_points(report: DeployReport) -> tuple[str, list[QualityPoint]]:
-    """Return the quality measure of the plot, and each variant that has such a figure.
+    """Return the plot's measure of quality, and each variant that has this figure.
 
     The score if there is one, else the share of exact answers, else the agreement with the checkpoint.
     """
@@ -78,7 +78,7 @@ def _interval(variant: VariantReport, metric: str) -> Estimate | None:
 
 
 def pareto_front(points: Sequence[QualityPoint]) -> list[QualityPoint]:
-    """Return the points that no other beats in both size and quality, from the smallest on."""
+    """Return the points that no other point beats in both size and quality, smallest first."""
     front: list[QualityPoint] = []
     for point in sorted(points, key=lambda point: (point.size_mb, -point.quality)):
         if not front or point.quality > front[-1].quality:
@@ -87,7 +87,7 @@ def pareto_front(points: Sequence[QualityPoint]) -> list[QualityPoint]:
 
 
 def draw_plots(report: DeployReport) -> dict[str, Plot]:
-    """Draw the plots that there are figures for; about 0.2 s each, and half a second for loading matplotlib."""
+    """Draw every plot that has figures; about 0.2 s each, and half a second for loading matplotlib."""
     drawn = [_quality(report), _throughput(report), _latency(report), _memory(report)]
     return {plot.name: plot for plot in drawn if plot}
 
@@ -172,7 +172,7 @@ def _throughput(report: DeployReport) -> Plot | None:
 
 
 def _range(variant: VariantReport, metric: str) -> tuple[float, float]:
-    """Return the slowest and fastest request of the length that the medians are of."""
+    """Return the slowest and the fastest request at the prompt length of the medians."""
     measured = variant.details.measurement
     if measured is None:
         return variant.metrics[metric], variant.metrics[metric]
@@ -275,7 +275,7 @@ def draw_losses(losses: "Sequence[Loss]") -> Plot:
 
 
 def _canvas(panels: int = 1, *, height: float = HEIGHT_IN) -> "tuple[Figure, list[Axes]]":
-    # Figure itself, not pyplot: pyplot keeps every figure and a backend for the whole process.
+    # Figure instead of pyplot, because pyplot keeps every figure and a backend for the whole process.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
@@ -304,7 +304,7 @@ def _plot(name: PlotName, alt: str, figure: "Figure") -> Plot:
         text.set_color(_INK)  # type: ignore[attr-defined]
     for axes in figure.axes:
         axes.tick_params(color=_GRID, which="both", labelcolor=_INK, labelsize=8.5)
-    # The hash salt makes equal figures equal files; text stays text.
+    # With a fixed hash salt, equal figures give equal files; text stays text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.patch.set_visible(False)
         drawn = io.StringIO()
@@ -313,7 +313,7 @@ def _plot(name: PlotName, alt: str, figure: "Figure") -> Plot:
     figure.patch.set_facecolor("white")
     raster, image = io.BytesIO(), io.BytesIO()
     figure.savefig(raster, format="png", dpi=PNG_DPI)
-    # A palette is a third of the size: Prefect keeps the image inside the artifact.
+    # With a palette, the image has a third of the size: Prefect stores it inside the artifact.
     Image.open(raster).convert("RGB").quantize(PNG_COLOURS).save(image, "png", optimize=True)
     return Plot(name, alt, _inline_svg(drawn.getvalue(), name), image.getvalue())
 

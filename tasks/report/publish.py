@@ -28,7 +28,7 @@ def publish_report(report: DeployReport, version: Version | None, settings: Sett
 
     Returns the report with the paths of its Markdown and HTML files; without a version there are none.
     """
-    # matplotlib keeps a cache of fonts; everything that slmops writes is under its home directory.
+    # matplotlib writes a cache of fonts. It must be under slmops's home directory too.
     os.environ.setdefault("MPLCONFIGDIR", str(settings.cache_dir / "matplotlib"))
     plots = draw_once(report, settings.cache_dir / "plots")
     key = f"slmops-{report.name}"
@@ -56,12 +56,12 @@ def publish_report(report: DeployReport, version: Version | None, settings: Sett
 
 
 def artifact_markdown(report: DeployReport, plots: Mapping[str, Plot]) -> str:
-    """Return the report for Prefect's page, with the plots in it as data: below 200 kB for three variants."""
+    """Return the report for Prefect's page, with the plots as data URLs: below 200 kB for three variants."""
     return to_markdown(report, {name: image_data(plot) for name, plot in plots.items()})
 
 
 def image_data(plot: Plot) -> str:
-    """Return a plot as the address of an image that holds its data."""
+    """Return a plot as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(plot.png).decode()}"
 
 

@@ -11,12 +11,12 @@ from slmops.tasks.report.robustness import edge_input, length_sweep, memory
 from slmops.tasks.report.wording import NOTHING, check_threshold, check_value, check_verdict, percent
 from slmops.tasks.verdict.gate import GateCheck
 
-# The five checks that Microsoft's tutorial lists, each with the gate's checks for it.
+# The five checks of Microsoft's tutorial, each with the gate's checks for it.
 QUALITY_LIST = {
     "Domain answers": ("quality_loss", "non_empty_answers"),
     "Output format": ("output_format",),
     "Memory in long use": ("memory_growth_genai", "memory_growth_foundry"),
-    "Steadiness over prompt lengths": ("valid_lengths", "steadiness"),
+    "Speed over prompt lengths": ("valid_lengths", "steadiness"),
     "Edge input": ("edge_input_genai", "edge_input_foundry"),
 }
 FURTHER = {
@@ -24,7 +24,7 @@ FURTHER = {
     "On the text": ("text_top1_agreement", "text_kl_divergence"),
     "Template parity": ("template_parity",),
 }
-SIDE_BY_SIDE = 4  # variants that a table has columns for
+SIDE_BY_SIDE = 4  # a table has columns for this many variants
 
 
 def quality_blocks(report: DeployReport) -> Iterator[Block]:
@@ -79,7 +79,7 @@ def _summary(report: DeployReport) -> Iterator[Block]:
 
 
 def _verdict(checks: Sequence[GateCheck]) -> Text:
-    """Return the gravest verdict of some checks."""
+    """Return the worst verdict of some checks."""
     verdicts = {check_verdict(check) for check in checks}
     gravest = next((verdict for verdict in ("failed", "not decided", "passed") if verdict in verdicts), NOTHING)
     return Strong(gravest) if gravest == "failed" else gravest

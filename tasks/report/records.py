@@ -1,4 +1,4 @@
-"""What a deploy did, as a record; the other modules of this package show it."""
+"""The record of a deploy; the other modules of this package render it."""
 
 from typing import Literal
 
@@ -21,7 +21,7 @@ DeployStatus = Literal["registered", "unchanged", "rejected", "failed"]
 
 
 class VariantDetails(BaseModel):
-    """Everything that was measured of a variant, for plots, tables of examples and intervals; None: not done."""
+    """All measurements of a variant, for plots, tables of examples and intervals; None: not measured."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,8 +34,8 @@ class VariantDetails(BaseModel):
 
 
 class VariantReport(BaseModel):
-    """One variant of a deploy; `intervals` are those of the metrics of the same name, `reason` says why it was or was
-    not chosen.
+    """One variant of a deploy. `intervals` are those of the metrics of the same name; `reason` says why it was chosen
+    or not.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,7 +59,7 @@ class VariantReport(BaseModel):
 
 
 class Provenance(BaseModel):
-    """Where a version comes from, as its manifest has it."""
+    """The provenance of a version, according to its manifest."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,10 +71,10 @@ class Provenance(BaseModel):
 
 
 class DeployReport(BaseModel):
-    """What a deploy did; `slmops deploy --json` prints it.
+    """The result of a deploy; `slmops deploy --json` prints it.
 
-    `selected` is the precision that serves under the model's name, None when none may; `reason` says why that one.
-    `evaluation_rows` let the report show what was asked beside the worst answers; the JSON leaves them out.
+    `selected` is the precision that serves under the model's name, or None; `reason` says why.
+    The report shows the `evaluation_rows` beside the worst answers; the JSON leaves them out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -106,7 +106,7 @@ class DeployReport(BaseModel):
 
     @property
     def reference(self) -> str:
-        """`NAME@VERSION`, or `NAME` when no version came of it."""
+        """`NAME@VERSION`, or `NAME` if the deploy made no version."""
         return f"{self.name}@{self.version}" if self.version else self.name
 
     def to_contract(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The report's parts on long use: memory, steadiness over prompt lengths, and edge input."""
+"""The report's parts on robustness: memory in long use, speed over prompt lengths, and edge inputs."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,12 +23,12 @@ def memory(variants: Variants) -> Iterator[Block]:
         name = f"{variant.precision}, {RUNTIMES[endurance.runtime]}"
         rows.append((name, requests, found, threshold_of(variant, f"memory_growth_{endurance.runtime}")))
     if rows:
-        yield Paragraph(f"Growth of the resident memory per request, behind the warm-up. {INTERVALS}")
+        yield Paragraph(f"Growth of the resident memory per request, after the warm-up. {INTERVALS}")
     yield from table(("variant, runtime", "requests", "growth", "asked"), rows)
 
 
 def length_sweep(variants: Variants) -> Iterator[Block]:
-    """Yield how speed changes with the prompt's length."""
+    """Yield the change of speed with the prompt's length."""
     swept = [
         (variant, variant.details.length_sweep)
         for variant in variants
@@ -44,7 +44,7 @@ def length_sweep(variants: Variants) -> Iterator[Block]:
         rows.append((Strong(variant.precision), exponent, cliff, valid))
     if rows:
         limits = {threshold_of(variant, "steadiness") for variant, _ in swept} - {NOTHING}
-        asked = f" ({', '.join(sorted(limits))} is asked)" if limits else ""
+        asked = f" ({', '.join(sorted(limits))} is required)" if limits else ""
         yield Paragraph(
             "Exponent: time to the first token grows as the prompt's length to this power. Drop: the largest loss of "
             f"throughput from one length to the next, and the prompt tokens where it is{asked}."
@@ -68,7 +68,7 @@ def length_sweep(variants: Variants) -> Iterator[Block]:
 
 
 def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
-    """Yield the outcomes of difficult inputs: all outcomes of the selected variant and of variants with a bad one."""
+    """Yield the outcomes of edge inputs: all of the selected variant, and of each variant with a bad one."""
     rows: list[Sequence[Text]] = []
     faults: list[Text] = []
     reaching: dict[str, list[str]] = {}
@@ -94,7 +94,7 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
     yield from bullets(faults)
     for runtime, precisions in reaching.items():
         yield Paragraph(
-            f"Control tokens that a user types reach the model as such in {runtime} ({', '.join(precisions)})."
+            f"Control tokens typed by a user reach the model as control tokens in {runtime} ({', '.join(precisions)})."
         )
     yield from notes_of(
         [
@@ -104,7 +104,7 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
         ]
     )
     if folded:
-        yield Details("What became of each input", folded)
+        yield Details("The outcome of each input", folded)
 
 
 def _outcome(outcome: EdgeInputOutcome) -> Text:

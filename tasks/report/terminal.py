@@ -1,4 +1,4 @@
-"""The report's plots in the terminal: short, and of plain characters without colours."""
+"""The report's plots in the terminal: small, and of plain characters without colours."""
 
 from typing import Any
 
@@ -13,8 +13,7 @@ QUALITY_ROWS = 12
 def terminal_plots(report: DeployReport, width: int) -> str:
     """Return quality against size and the throughput of new tokens, for a terminal of `width` columns.
 
-    Empty where the terminal is narrower than `NARROWEST` columns or there is nothing to compare: fewer than two
-    variants with figures.
+    Empty if the terminal is narrower than `NARROWEST` columns, or if fewer than two variants have figures.
     """
     if width < NARROWEST:
         return ""
@@ -50,20 +49,20 @@ def _throughput(report: DeployReport, width: int) -> str:
     ]
     if len(measured) < 2:
         return ""
-    # Rows are bottom up, and each bar has one.
+    # Rows count from the bottom, one per bar.
     names = [f"{precision} {value:,.0f}" for precision, value in reversed(measured)]
     values = [value for _, value in reversed(measured)]
     figure = _figure(width, 2 * len(measured) + 4)
     figure.title("new tokens, tok/s")
     figure.draw(figure.bar(names, values, orientation="horizontal", width=0.4))
-    figure.ruler("x").lim(0, max(values))  # of bars of different length it would take the last one's
+    figure.ruler("x").lim(0, max(values))  # for bars of different length it would use the last one's
     return _text(figure)
 
 
 def _figure(width: int, height: int) -> Any:
     import plotext
 
-    # One figure for the whole process: it keeps nothing from the last plot.
+    # The library has one figure for the whole process: clear the last plot.
     plotext.terminal.limit(False, False)
     plotext.figure.clear()
     plotext.figure.plot_size(width, height)

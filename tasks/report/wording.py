@@ -16,12 +16,12 @@ def megabytes(size_bytes: float) -> str:
 
 
 def decimal(value: float) -> str:
-    """Return a figure such as milliseconds or tokens per second, to about three digits."""
+    """Return a figure such as milliseconds or tokens per second, with about three digits."""
     return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def ratio(value: float) -> str:
-    """Return a figure of no unit, to three significant digits."""
+    """Return a figure without a unit, with three significant digits."""
     return f"{value:.3g}"
 
 
@@ -42,7 +42,7 @@ def signed_percent(value: float) -> str:
 
 def bytes_per_request(value: float) -> str:
     """Return a growth in kB per request (10^3 bytes)."""
-    return f"{round(value / 1e3, 1) + 0:,.1f} kB"  # + 0: no minus before a zero
+    return f"{round(value / 1e3, 1) + 0:,.1f} kB"  # + 0 avoids a minus sign before zero
 
 
 def estimated(estimate: Estimate | None, wording: Callable[[float], str]) -> str:

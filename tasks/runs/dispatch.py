@@ -1,4 +1,4 @@
-"""Flow runs on the workers of a pool: started, followed, given to another worker if one is lost, and cancelled."""
+"""Flow runs on the workers of a pool: they are started, followed, restarted if they are lost, and cancelled."""
 
 import contextlib
 import time
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: in the run of this id, with an error where it failed."""
+    """The end of a job: the id of its run, and the error if it failed."""
 
     run_id: str
     error: str | None = None
@@ -47,7 +47,7 @@ class _Attempt:
 
 
 def check_pool(pool: str, flow_names: Sequence[str]) -> None:
-    """Raise `BadInput` for a work pool that is missing or paused, or has no online worker or not these flows."""
+    """Raise `BadInput` for a work pool that is missing or paused, or that has no online worker or lacks these flows."""
     start = f"Start one on a machine of its own: slmops up --pool {pool}"
     with get_client(sync_client=True) as client:
         try:
@@ -70,7 +70,7 @@ def _online(client: SyncPrefectClient, pool: str) -> list[str]:
 
 
 def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Settings) -> dict[str, Outcome]:
-    """Run a job per key on a pool's workers, all at once, and wait for their ends.
+    """Run a job per key on a pool's workers, all in parallel, and wait for their ends.
 
     A run that crashed (its process or its machine died) or that no worker starts is started again, at most three times.
     When an exception leaves this call (a cancelled flow run), the runs are cancelled.
@@ -89,7 +89,7 @@ def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Se
                 attempt = under_way[key]
                 lost = _lost(run, settings)
                 if lost and attempt.number < ATTEMPTS:
-                    get_run_logger().warning("%s: %s It is given to a worker again.", jobs[key].name, lost)
+                    get_run_logger().warning("%s: %s It is started again.", jobs[key].name, lost)
                     _give_up(client, run)
                     under_way[key] = _Attempt(_start(flow_name, pool, jobs[key]), attempt.number + 1)
                 elif run.state and run.state.is_final():
@@ -121,13 +121,13 @@ def _lost(run: FlowRun, settings: Settings) -> str | None:
         return f"The run crashed: {state.message or 'its process was killed'}"
     waited_s = (datetime.now(UTC) - state.timestamp).total_seconds()
     if state.is_pending() and waited_s > settings.worker.pending_s:
-        return f"A worker took the run and did not start it in {waited_s:.0f} s."
+        return f"A worker accepted the run but did not start it within {waited_s:.0f} s."
     return None
 
 
 def _give_up(client: SyncPrefectClient, run: FlowRun) -> None:
     if run.state and not run.state.is_final():
-        client.set_flow_run_state(run.id, Crashed(message="Given to another worker."), force=True)
+        client.set_flow_run_state(run.id, Crashed(message="Replaced by another run."), force=True)
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ def _cancelled_with_the_caller(client: SyncPrefectClient) -> Iterator[dict[str, 
 
 
 class _Watch:
-    """Reads the runs, also across a restart of the server, and reports when the pool has no worker to take them."""
+    """Reads the runs, also across a restart of the server, and reports when the pool has no worker for them."""
 
     def __init__(self, pool: str, settings: Settings) -> None:
         self._pool = pool

@@ -1,4 +1,4 @@
-"""Limits that hold over all machines of a Prefect server."""
+"""Limits across all machines of a Prefect server."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.logging import get_run_logger
 
-# A worker that died holds its slot for this time, the shortest that Prefect accepts.
+# A dead worker keeps its slot for this time, which is the shortest that Prefect accepts.
 LEASE_S = 60.0
 
 
@@ -17,10 +17,10 @@ LEASE_S = 60.0
 def one_at_a_time(name: str) -> Iterator[None]:
     """Wait until no other run on the server is in a block of this name.
 
-    It holds for runs that a worker started. A command's own run neither waits nor makes others wait: its embedded
-    server has no other runs, and the store separates two deploys of one name in any case.
+    This applies to runs that a worker started. A command's own run neither waits nor makes others wait, because its
+    embedded server has no other runs, and the store separates two deploys of one name in any case.
     """
-    if "PREFECT__FLOW_RUN_ID" not in os.environ:  # a worker sets this for the process of a run
+    if "PREFECT__FLOW_RUN_ID" not in os.environ:  # workers set this variable for the process of a run
         yield
         return
     limit = f"slmops-{name}"

@@ -28,7 +28,7 @@ class HandedBack:
 
 
 def order_on_pool(flow_name: str, pool: str, orders: Mapping[str, Order]) -> HandedBack:
-    """Have a flow run on a pool's workers for each order, all at once, and wait for their ends.
+    """Run a flow on a pool's workers for each order, all in parallel, and wait for their ends.
 
     A flow gets its order's id in the parameter `order`. Raises what `run_on_pool` does.
     """
@@ -39,7 +39,7 @@ def order_on_pool(flow_name: str, pool: str, orders: Mapping[str, Order]) -> Han
         for key, outcome in run_on_pool(flow_name, pool, jobs, shop.settings).items():
             result = take_back(shop.registry, ids[key], outcome.run_id) if outcome.error is None else None
             if result is None:
-                handed_back.errors[key] = outcome.error or f"The run {outcome.run_id} handed nothing back."
+                handed_back.errors[key] = outcome.error or f"The run {outcome.run_id} returned no result."
             else:
                 handed_back.results[key] = result
     return handed_back
@@ -47,7 +47,7 @@ def order_on_pool(flow_name: str, pool: str, orders: Mapping[str, Order]) -> Han
 
 @contextlib.contextmanager
 def _in_store(orders: Mapping[str, Order]) -> Iterator[dict[str, str]]:
-    """Put orders into the store and yield their ids by their keys; they are removed at the end."""
+    """Put orders into the store and yield their ids by their keys. They are removed at the end."""
     registry = workshop().registry
     ids: dict[str, str] = {}
     try:

@@ -31,7 +31,7 @@ def listening(listener: StageListener) -> Iterator[None]:
 def stage_progress(stage: str) -> Iterator[OnProgress]:
     """Yield the callback that a stage reports its steps to.
 
-    The artifact is made when a stage takes more than two seconds, and renewed at most every two.
+    The artifact is made after two seconds of a stage, and updated at most every two seconds.
     """
     artifact: UUID | None = None
     posted_at = time.monotonic()
@@ -42,7 +42,7 @@ def stage_progress(stage: str) -> Iterator[OnProgress]:
         share = min(max(done / total, 0.0), 1.0) if total else 0.0
         for listener in _listeners:
             listener(stage, share, what)
-        step = what.partition(":")[0]  # the next field is its progress
+        step = what.partition(":")[0]  # the next column is its progress
         if step != doing and TaskRunContext.get():
             get_run_logger().info("%s: %s", stage, what)
             doing = step

@@ -1,4 +1,4 @@
-"""How a step of a flow becomes a Prefect task, and how a flow ends after bad input or a failed stage."""
+"""`stage` makes a step of a flow a Prefect task; `ends_by_its_errors` ends a flow after bad input or a failed stage."""
 
 import functools
 import logging
@@ -19,7 +19,7 @@ RETRY_DELAYS_S = [5.0, 30.0]
 
 
 def may_pass(task: Task[..., object], run: TaskRun, state: State[object]) -> bool:
-    """Whether a task run failed by a fault that may not recur at the next attempt."""
+    """Whether a task run failed because of a fault that may not recur at the next attempt."""
     return isinstance(state.result(raise_on_failure=False), PassingFault)
 
 
@@ -28,7 +28,7 @@ def stage(
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a task, which is retried only after a passing fault.
 
-    `run_name` is Prefect's template over the parameters, or a function of `parameters`. A stage's own records say what
+    `run_name` is Prefect's template over the parameters, or a function of `parameters`. A stage's own records show what
     was done before, so Prefect keeps no results: its cache would hash every parameter.
     """
     return task(
@@ -47,7 +47,7 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
 
     Prefect logs a traceback for an exception that leaves a flow, which does not help if the input is at fault. The
     state's data is the error, so it is raised for a caller who requests the flow's result. Prefect's engine on a worker
-    requests it too, and would log it as unexpected.
+    requests the result too, and would log the error as unexpected.
     """
 
     @functools.wraps(flow_function)

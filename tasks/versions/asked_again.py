@@ -1,4 +1,4 @@
-"""The request for judging a stored version again: the named parameters, and otherwise those of the last time."""
+"""The request for judging a stored version again: the named parameters, and for the others the last ones."""
 
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.version import Version
@@ -35,7 +35,7 @@ def _evaluation(parameters: RegateParameters, version: Version) -> EvaluationSet
         "output_regex": parameters.output_regex,
     }
     if evaluation_file is None and any(form.values()):
-        raise BadInput("A scorer or an output format is named without an evaluation file.", "Name its file too.")
+        raise BadInput("A scorer or an output format is named without an evaluation file.", "Add --eval FILE.")
     last = last_evaluation_set(version) if evaluation_file is None else None
     return last or read_evaluation(evaluation_file, None, workshop().settings, **form)
 

@@ -21,10 +21,10 @@ _logger = logging.getLogger(__name__)
 
 
 class StoreCatalog:
-    """The models of a store for its catalog; may be asked from several threads.
+    """The models of a store for its catalog; safe for several threads.
 
-    It lists the store at most once per `listing_age_s`, so all pages of a listing by the runtime need one listing of
-    the store, and reads only versions whose evidence has changed.
+    It lists the store at most once per `listing_age_s`, so one listing of the store is enough for all pages that the
+    runtime requests. It reads only versions whose evidence has changed.
     """
 
     def __init__(self, registry: ModelRegistry, listing_age_s: float = LISTING_AGE_S) -> None:
@@ -38,7 +38,7 @@ class StoreCatalog:
     def models(self) -> list[CatalogModel]:
         """Return the models of every version; see `version_models`.
 
-        A version that cannot be read is logged, once, and left out; the others are listed. Raises `StageFailed` or
+        A version that cannot be read is logged once and left out; the others are listed. Raises `StageFailed` or
         `BadInput` while the store cannot be reached.
         """
         with self._lock:
@@ -71,7 +71,7 @@ class StoreCatalog:
 
 
 def version_models(version: Version) -> list[CatalogModel]:
-    """Return a version's models: the variant that may serve under the plain name, and all with ids of their own.
+    """Return a version's models: the variant that may serve under the plain name, and all variants under their own ids.
 
     The latter are those that its last deploy registered. A verdict that was copied with the version counts only for the
     champion.
@@ -112,7 +112,7 @@ def _provider(name: str) -> str:
 
 
 def _context_length(variant: Variant) -> int | None:
-    """Return the value of genai_config.json; None if it cannot be read: a client sees why when it loads the model."""
+    """Return the context length in genai_config.json; None if it cannot be read: a client sees why at loading."""
     config = _stored_json(variant, GENAI_CONFIG)
     model = config.get("model") if isinstance(config, dict) else None
     length = model.get("context_length") if isinstance(model, dict) else None

@@ -1,7 +1,7 @@
 """Stage "promote": another version becomes the champion, in Foundry Local, on running servers and in the store.
 
 Every change (by promote, rollback, retrain, a deploy or a first version) uses this module. The alias is changed last
-and is authoritative: the next promotion brings everything that a killed process left behind in line with it.
+and is authoritative. After a killed process, the next promotion brings everything in line with it.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Standing:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The refusal as the report shows it."""
+        """The refusal, in the report's form."""
         return (str(self.refusal),) if self.refusal else ()
 
 
@@ -67,7 +67,7 @@ def settle_champion(variant: Variant, settings: Settings, *, promote: bool) -> S
     except ChampionChanged as error:
         if promote:
             return Standing(refusal=error)
-        name_candidate(variant.version)  # of two concurrent first versions, one is first
+        name_candidate(variant.version)  # of two concurrent first versions, only one becomes the champion
         return Standing()
     except SlmopsError as error:
         return Standing(refusal=error)
@@ -113,7 +113,7 @@ def prove_again(change: Change, undo: Undo, settings: Settings) -> Proof:
     recorded = recall_proof(change, settings)
     if recorded is None:
         raise BadInput(
-            f"{change.version.reference} {variant.precision} has no proof on record that can be repeated.",
+            f"{change.version.reference} {variant.precision} has no recorded proof that can be repeated.",
             f"Prove it with slmops regate {change.version.reference}.",
             code="version-not-proven",
         )
@@ -126,7 +126,7 @@ def prove_again(change: Change, undo: Undo, settings: Settings) -> Proof:
 
 @dataclass(frozen=True)
 class Present:
-    """What serves under a name on this machine now.
+    """The present state of a name on this machine.
 
     These are the versions that Foundry Local has as `NAME:VERSION`, each with its variant, and the running servers that
     serve the name, each with its version.
@@ -156,14 +156,14 @@ def choose_champion(variant: Variant, *, promote: bool) -> Change | None:
 
 @stage("name candidate", run_name="candidate-{version.name}")
 def name_candidate(version: Version) -> None:
-    """Point the alias of the newest version that can be promoted to this one."""
+    """Point the alias of candidates to this version."""
     champion = version.registry.alias(version.name, CHAMPION)
     version.registry.set_alias(version.name, CANDIDATE, version.number, f"deployed while {champion} was the champion")
 
 
 @stage("look at what serves", run_name="present-{change.name}")
 def look_at_present(change: Change, settings: Settings) -> Present:
-    """Find what serves under a name.
+    """Return the present state of a name.
 
     Raises `StageFailed` for a running server that does not answer, and `ChampionChanged`.
     """
@@ -202,7 +202,7 @@ def _card_of(change: Change, settings: Settings) -> tuple[str, str]:
     recorded = deployed.variant(precision)
     try:
         report = VariantReport.model_validate(recorded and recorded.model_dump(exclude_unset=True))
-    except ValidationError:  # another version of slmops has recorded it
+    except ValidationError:  # another version of slmops recorded it
         return deployed.description, f"# {version.reference} {precision}\n"
     card = model_card(
         version.manifest,
@@ -223,7 +223,7 @@ def check_files(change: Change, settings: Settings) -> None:
     if altered:
         raise StageFailed(
             f"{', '.join(altered)} of {change.version.reference} {change.variant.precision} was altered.",
-            f"See slmops verify {change.version.reference}, and --repair where another copy is whole.",
+            f"Run slmops verify {change.version.reference}; --repair restores files from an intact copy.",
         )
 
 

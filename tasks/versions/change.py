@@ -1,4 +1,4 @@
-"""Which version is to become the champion of its name, in place of which, and why."""
+"""A requested change of a champion: the new version, the former one, and the reason."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ ChangeKind = Literal["promoted", "rolled back"]
 class Change:
     """A change of the champion: the variant that will serve, the previous champion, and why.
 
-    `is_proven` says that the run which asks for the change has just registered and proven the variant itself.
+    `is_proven` is true if the run that requests the change has just registered and proven the variant itself.
     """
 
     variant: Variant
@@ -41,12 +41,12 @@ class Change:
 
     @property
     def kind(self) -> ChangeKind:
-        """The change's kind, as a record names it."""
+        """The change's kind, as records name it."""
         return "rolled back" if self.rolled_back else "promoted"
 
 
 def plan_promotion(reference: str, reason: str, registry: ModelRegistry) -> Change:
-    """Return the change that `NAME@VERSION` or `NAME@ALIAS` asks for; raises `BadInput` for what cannot be promoted."""
+    """Return the change to `NAME@VERSION` or `NAME@ALIAS`; raises `BadInput` for a version that cannot be promoted."""
     name, at, _ = reference.partition("@")
     check_name(name)
     if not at:
@@ -60,7 +60,7 @@ def plan_promotion(reference: str, reason: str, registry: ModelRegistry) -> Chan
 
 
 def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistry) -> Change:
-    """Return the change back to a version, or (None) to the one that was champion before the present one.
+    """Return the change back to a version, or (None) to the previous champion.
 
     Raises `BadInput` when there is none to go back to, or it cannot be promoted.
     """
@@ -71,14 +71,14 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
     if back_to is None:
         present = f"{name}@{champion}" if champion else "any"
         raise BadInput(
-            f"There is nothing to go back to: no champion of {name} before {present} is known.",
+            f"No champion of {name} before {present} is known.",
             f"See slmops history {name} and slmops list; name a version with --to.",
             code="no-former-champion",
         )
     versions = {manifest.version: manifest for manifest in registry.versions(name)}
     if back_to not in versions:
         raise BadInput(
-            f"{name}@{back_to} is not in the store any more, or never was.",
+            f"{name}@{back_to} is not in the store.",
             f"Use --to with one of {', '.join(map(str, versions))}.",
             code="version-missing",
         )
@@ -94,8 +94,8 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
 def plan_deployed(variant: Variant, *, promote: bool) -> Change | None:
     """Return the change that a deploy requests after it has proven a variant; None: its version is only a candidate.
 
-    A name's first version that can be served becomes its champion; a later one does by `promote`. If the version is the
-    champion, its serving variant is updated to the chosen one.
+    A name's first version that can be served becomes its champion; a later one only with `promote`. If the version is
+    the champion, its serving variant is changed to the chosen one.
     """
     version = variant.version
     former = version.registry.alias(version.name, CHAMPION)

@@ -15,7 +15,7 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Choice
 from slmops.tasks.workshop import workshop
 
-# The packages of a build; the bill of materials also lists their requirements.
+# The packages of a build. The bill of materials also lists their requirements.
 BUILD_STACK = ("slmops", "onnxruntime-genai", "olive-ai", "onnxruntime", "torch", "transformers")
 
 

@@ -19,7 +19,7 @@ from slmops.tasks.foundry.prompt_template import describe_model, inference_model
 from slmops.tasks.foundry.proof import last_proof
 from slmops.tasks.foundry.registration import ask_foundry, registered_models
 
-# Its folder, `models/custom/NAME-champion/v3`, is apart from those that deploys on the same machine register.
+# Its folder, `models/custom/NAME-champion/v3`, is separate from those that deploys on the same machine register.
 ROLE = "champion"
 FALLBACK_MESSAGES = [{"role": "user", "content": "Hello"}]
 FALLBACK_TOKENS = 8
@@ -39,8 +39,8 @@ class BroughtModel:
 def bring_to_device(version: Version, foundry_cache: Path, settings: Settings, on_progress: OnProgress) -> BroughtModel:
     """Write a version's selected variant into a Foundry cache as `NAME:VERSION`, register it and let it answer.
 
-    The SDK's local catalog and Foundry's scan of the cache then have it by that id. Other versions of the name are
-    removed from the cache after this one has given the answer of its recorded proof (any answer if none is recorded).
+    The SDK's local catalog and Foundry's scan of the cache then list it under that id. Other versions of the name are
+    removed from the cache after this one has given the answer of its recorded proof (any answer if there is none).
 
     Raises `BadInput` for a version that did not pass the gate; `StageFailed`, with the cache unchanged, for one that is
     altered, does not load, or gives another answer.
@@ -97,8 +97,8 @@ def _answered(variant: Variant, model_id: str, there: Settings, on_progress: OnP
     answer = ask_foundry(call, there, on_progress).answer
     if proof and answer.strip() != proof.answer.strip():
         raise StageFailed(
-            f"{model_id} answers {answer!r} there; recorded is {proof.answer!r}.",
-            "See whether both machines have the same versions: slmops check.",
+            f"{model_id} answers {answer!r} there; the recorded answer is {proof.answer!r}.",
+            "Check whether both machines have the same package versions: slmops check.",
         )
     return answer
 

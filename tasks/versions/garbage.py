@@ -1,4 +1,4 @@
-"""Stage "collect": remove what neither the store nor this machine still needs."""
+"""Stage "collect": remove garbage from the store and from this machine."""
 
 import shutil
 import time
@@ -23,10 +23,10 @@ from slmops.tasks.workshop import Workshop, workshop
 
 
 class Collection(BaseModel):
-    """What a collection of garbage removed, or (`dry_run`) would remove; sizes in bytes.
+    """What a garbage collection removed, or (`dry_run`) would remove; sizes in bytes.
 
-    `versions` are NAME@VERSION, `in_use` those that stayed because a running deploy works with them. `spared_blobs` are
-    needed by no version, but by a deploy, push or ingestion under way. `cached_bytes` were on this machine only.
+    `versions` are NAME@VERSION; those `in_use` stayed because a running deploy uses them. No version needs the
+    `spared_blobs`, but a running deploy, push or ingestion does. `cached_bytes` were on this machine only.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,8 +61,8 @@ def collect(
     """Remove old versions (with `keep`) and everything that no version needs, while deploys may run.
 
     With `keep`, that many of a name's newest versions stay, and every version with an alias; the others are
-    unregistered and deleted. Raises `BadInput` for a `keep` below 1, `StageFailed` where a manifest cannot be read:
-    then nothing is removed.
+    unregistered and deleted. Raises `BadInput` for a `keep` below 1, `StageFailed` if a manifest cannot be read;
+    nothing is removed then.
     """
     if keep is not None and keep < 1:
         raise BadInput(f"--keep is {keep}.", "Keep at least one version of each name.", code="keep-not-valid")
@@ -150,7 +150,7 @@ def publish_collection(collection: Collection) -> None:
         "leftovers": f"{collection.leftovers:,}",
         "freed in the store": f"{collection.freed_bytes / 1e6:,.1f} MB",
         "freed on this machine": f"{collection.cached_bytes / 1e6:,.1f} MB",
-        "spared for work under way": f"{collection.spared_blobs:,} files",
+        "kept for running work": f"{collection.spared_blobs:,} files",
     }
     create_table_artifact(
         table=[{"what": what, "removed": value} for what, value in rows.items()],

@@ -18,7 +18,7 @@ PromotionStatus = Literal["promoted", "rolled back", "unchanged"]
 class Promotion(BaseModel):
     """What a promotion or a rollback did; `servers` counts those that now serve the version.
 
-    `former` is the previous champion; it is the version itself if only this machine had to be updated.
+    `former` is the previous champion, or the version itself if only this machine had to be updated.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -84,6 +84,6 @@ def promotion_markdown(promotion: Promotion) -> str:
 
 @stage("publish promotion", run_name="report-{promotion.name}")
 def publish_promotion(promotion: Promotion) -> None:
-    """Post what was promoted and why as a Markdown artifact."""
+    """Post the promoted version and the reason as a Markdown artifact."""
     key = f"slmops-promotion-{promotion.name}"
     create_markdown_artifact(markdown=promotion_markdown(promotion), key=key, description=promotion.summary)

@@ -1,4 +1,4 @@
-"""A version's way through the gate: each variant is examined, judged, registered and proven."""
+"""The qualification of a version: each variant is examined, judged, registered and proven."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from slmops.tasks.workshop import workshop
 
 @dataclass(frozen=True)
 class Gate:
-    """Thresholds of one run, each None if the settings' or the precision's own applies."""
+    """Thresholds of one run; None means the value of the settings or of the precision."""
 
     min_top1_agreement: float | None = None
     max_kl_divergence: float | None = None
@@ -40,7 +40,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Qualification:
-    """The request to qualify a version: the rows, text, thresholds and budget that it is judged by."""
+    """The request to qualify a version: rows, text, thresholds and budget."""
 
     evaluation: EvaluationSet
     text: TextSample | None
@@ -83,7 +83,7 @@ def qualify_variant(
 ) -> Qualified:
     """Examine, judge, register and prove a variant; a failure is reported.
 
-    `checkpoint` is the folder of its source, None where there is none or it is not needed.
+    `checkpoint` is the folder of its source; None if there is none, or if it is not needed.
     """
     report = VariantReport(
         precision=variant.precision,

@@ -10,7 +10,7 @@ from slmops.tasks.verdict.history import Figures, compare_versions
 
 
 def measure_anew(variant: Variant, tasks: LmEvalTasks) -> VariantBenchmark:
-    """Measure a variant, once more when it seems worse, and run lm-eval's tasks on it, if there are any.
+    """Measure a variant, a second time if it seems worse, and run the requested lm-eval tasks on it.
 
     The record has the error if it fails.
     """

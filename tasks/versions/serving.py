@@ -88,7 +88,7 @@ class StoredModels:
         described = inference_model(
             champion_model_id(served.name, served.version), served.version, "", template, defaults
         )
-        # Replace the file instead of writing into it: it may be a hard link to the store's own file.
+        # Replace the file instead of writing into it, because it may be a hard link to the store's own file.
         write_whole(folder / INFERENCE_MODEL, json.dumps(described, ensure_ascii=False))
         added = read_json(folder / "tokenizer.json").get("added_tokens", [])
         tokens = tuple(str(token["content"]) for token in added if token.get("special"))
@@ -106,8 +106,8 @@ class StoredModels:
             return Manifest.model_validate(kept["manifest"])
 
     def _notice(self, error: SlmopsError) -> None:
-        if error.message != self._outage:  # log it once per outage: the store is read often
-            LOG.warning("%s Served is what this machine has kept of it.", error.message)
+        if error.message != self._outage:  # log it once per outage, because the store is read often
+            LOG.warning("%s This machine serves from its local copy.", error.message)
         self._outage = error.message
 
     def _read(self, name: str) -> dict[str, Any] | None:

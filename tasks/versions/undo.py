@@ -17,13 +17,13 @@ class Undo:
     steps: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
 
     def add(self, what: str, step: Callable[[], object]) -> None:
-        """Add a step; it may run although its change was made in part or not at all."""
+        """Add a step. It may run even if its change was made only in part, or not at all."""
         self.steps.append((what, step))
 
     def run(self) -> list[str]:
         """Restore everything, the last change first, and return what could not be restored.
 
-        A step that fails does not keep the others from being tried.
+        A step that fails does not prevent the others.
         """
         left = []
         while self.steps:
@@ -37,7 +37,7 @@ class Undo:
 
 @contextmanager
 def all_or_nothing(change: Change) -> Iterator[Undo]:
-    """Undo all changes if a step fails or the run is cancelled; the error then says which version is champion."""
+    """Undo all changes if a step fails or the run is cancelled. The error then names the present champion."""
     undo = Undo()
     try:
         yield undo
@@ -59,14 +59,14 @@ def _refusal(change: Change, error: SlmopsError, left: Sequence[str]) -> tuple[s
     if not left:
         return message, error.what_to_do
     again = f"slmops promote {change.name}@{change.former}" if change.former else "slmops unregister"
-    return f"{message} Not put back: {'; '.join(left)}.", f"Put it in step with {again}. {error.what_to_do}".strip()
+    return f"{message} Not restored: {'; '.join(left)}.", f"Restore it with {again}. {error.what_to_do}".strip()
 
 
 def restore_alias(change: Change) -> None:
     """Make the former version the champion again, if this change had replaced it."""
     name, version, registry = change.name, change.version.number, change.version.registry
     if change.former != version and registry.alias(name, CHAMPION) == version:
-        reason = f"the promotion of {change.version.reference} did not end"
+        reason = f"the promotion of {change.version.reference} did not complete"
         if change.former is None:
             registry.remove_alias(name, CHAMPION, reason)
         else:
@@ -80,5 +80,5 @@ def hand_back(server: RunningServer, change: Change, version: int) -> None:
         former = registry.version(change.name, version)
         server.hand_over(change.name, version, registry.of(former).require_serving().precision)
     except SlmopsError:
-        if server.serves(change.name) != version:  # a server that refused the new version has nothing to restore
+        if server.serves(change.name) != version:  # a server that refused the new version still serves the former one
             raise

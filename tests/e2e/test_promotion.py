@@ -204,7 +204,7 @@ def test_a_server_that_refuses_has_everything_undone(slmops: Slmops, model_serve
         error = slmops.run("promote", "home@2", status=1).stderr
     assert f"home@2 was not promoted: The server at {refusing.url} refused: The new version does not fit" in error
     assert "home@1 still is the champion." in error
-    assert "Not put back" not in error
+    assert "Not restored" not in error
     assert (refusing.models, model_server.models) == ({"home": 1}, {"home": 1})
     assert model_server.asked == [("home", 2, "int4"), ("home", 1, "int4")]
     assert holds(slmops) == {"alias": 1, "foundry": ["home:1"]}

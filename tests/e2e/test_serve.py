@@ -344,7 +344,7 @@ class TestFaults:
             with serving(tmp_path / "far", environment=variables) as server:
                 assert ask(server).model == "home:1"
         with serving(tmp_path / "far", environment=variables) as server:
-            assert "Served is what this machine has kept" in server.log.read_text()
+            assert "This machine serves from its local copy" in server.log.read_text()
             assert ask(server).model == "home:1"
         done = run_serve(tmp_path / "never", **variables)
         assert done.returncode == 1

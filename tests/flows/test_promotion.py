@@ -145,10 +145,10 @@ class TestUndoing:
         assert caught.value.code == "no-room"
         assert undone == ["alias", "Foundry"]
         assert caught.value.message == (
-            "home@2 was not promoted: No room. home@1 still is the champion. Not put back: the server (It is gone); "
+            "home@2 was not promoted: No room. home@1 still is the champion. Not restored: the server (It is gone); "
             "the disk (OSError: [Errno 28] No space left on device)."
         )
-        assert caught.value.what_to_do == "Put it in step with slmops promote home@1. Make room."
+        assert caught.value.what_to_do == "Restore it with slmops promote home@1. Make room."
 
     def test_an_interrupted_one_is_undone_too(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
         undone: list[str] = []

@@ -121,13 +121,13 @@ def test_it_reads_from_the_verdict_to_the_provenance() -> None:
         "#### Where the reference is right and int4 is wrong",
         "### Output format",
         "### Memory in long use",
-        "### Steadiness over prompt lengths",
+        "### Speed over prompt lengths",
         "### Edge input",
         "### Distance from the checkpoint",
         "### Template parity",
         "## Since home@2",
         "## Warnings",
-        "## Where it comes from",
+        "## Provenance",
     ]
 
 
@@ -143,7 +143,7 @@ def test_it_says_why_the_others_were_not_chosen() -> None:
     broken = variant("fp16", "failed", error="Olive could not build the model.")
     text = to_markdown(full_report(broken, rejected, full_variant("int4")))
     assert "- **fp16** (failed): `Olive could not build the model.`" in text
-    assert "- **int8** (rejected): kl divergence 0.25, at most 0.02 is asked" in text
+    assert "- **int8** (rejected): kl divergence 0.25, at most 0.02 is required" in text
     assert "- **int4** (" not in text
 
 
@@ -253,7 +253,7 @@ def test_what_a_leak_a_cliff_and_a_crash_look_like() -> None:
     assert "| int4, Foundry | 1 | 0 | **2** |" in text
     assert "- int4, Foundry: `empty` crashed: `signal 11`" in text
     assert "- int4, Foundry: `white space` answered, and the runtime did not work afterwards" in text
-    assert "Control tokens that a user types reach the model as such in genai (int4)." in text
+    assert "Control tokens typed by a user reach the model as control tokens in genai (int4)." in text
 
 
 def test_a_template_mismatch_shows_both_strings() -> None:
