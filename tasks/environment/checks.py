@@ -40,7 +40,7 @@ STACK = (
     "olive-ai", "onnxruntime-genai", "onnxruntime", "foundry-local-sdk", "transformers", "tokenizers",
     "safetensors", "torch", "onnx", "onnx-ir", "numpy", "peft", "prefect", "fastapi", "pydantic",
 )  # fmt: skip
-# The builder's format must match the serving runtime's: Foundry Local loads these two packages.
+# Foundry Local loads these two packages, so the builder's format must match that of the serving runtime.
 BUNDLED_BY_FOUNDRY = {"onnxruntime": "onnxruntime", "onnxruntime-genai-core": "onnxruntime-genai"}
 CMAKE_MIN = Version("3.31")
 
@@ -60,7 +60,7 @@ class Check(BaseModel):
 def locked_versions() -> dict[str, str]:
     """Return the proven version of each package of the stack.
 
-    They come from the lock file of a checkout; an installed package has none and gets its requirements' ranges.
+    They come from the lock file of a checkout. An installed package has no lock file, and uses its requirements.
     """
     if LOCK_FILE.is_file():
         lines = (line.split("#")[0].strip() for line in LOCK_FILE.read_text("utf-8").splitlines())
@@ -101,7 +101,7 @@ def _check_bundled_runtime() -> list[Check]:
     checks = []
     for runtime, builder in BUNDLED_BY_FOUNDRY.items():
         bundled, installed = pins.get(runtime, "unknown"), installed_version(builder) or "not installed"
-        # A Windows build of the SDK may bring another patch release; the model format follows major.minor.
+        # A Windows build of the SDK may contain another patch release; the model format depends on major.minor.
         same = bundled.split(".")[:2] == installed.split(".")[:2]
         checks.append(
             Check(
@@ -109,7 +109,7 @@ def _check_bundled_runtime() -> list[Check]:
                 required=f"{installed} (the builder's)",
                 found=bundled,
                 ok=same,
-                what_to_do="" if same else f"Install the {builder} that foundry-local-sdk asks for: {bundled}",
+                what_to_do="" if same else f"Install the {builder} that foundry-local-sdk requires: {bundled}",
             )
         )
     return checks
@@ -165,7 +165,7 @@ def check_execution_provider(execution_provider: str, available: Iterable[str]) 
 
 
 def check_resources(estimates: Sequence[StageEstimate], settings: Settings) -> list[Check]:
-    """Compare the estimates with the memory that is available and the disk that is free under the home directory."""
+    """Compare the estimates with the available memory and the free disk space under the home directory."""
     available = _given(settings.machine.ram_bytes, psutil.virtual_memory().available)
     free = _given(settings.machine.disk_bytes, shutil.disk_usage(_existing_parent(settings.home_dir)).free)
     disk_bytes = sum(estimate.disk_bytes for estimate in estimates)
@@ -180,14 +180,14 @@ def check_resources(estimates: Sequence[StageEstimate], settings: Settings) -> l
             what_to_do=""
             if enough_ram
             else "Close other programs, leave that precision out, use a larger machine, "
-            "or try all the same with SLMOPS_MACHINE__RAM_CHECK=false.",
+            "or skip this check with SLMOPS_MACHINE__RAM_CHECK=false.",
         ),
         Check(
             name="Disk",
             required=f"{disk_bytes / GB:.1f} GB",
             found=f"{free / GB:.1f} GB free for {settings.home_dir}",
             ok=disk_bytes <= free,
-            what_to_do="" if disk_bytes <= free else "Free some space or point SLMOPS_HOME to another disk.",
+            what_to_do="" if disk_bytes <= free else "Free some space or set SLMOPS_HOME to a folder on another disk.",
         ),
     ]
 
@@ -197,7 +197,7 @@ def require_packages(checks: Sequence[Check]) -> None:
     failed = [check for check in checks if not check.ok]
     if failed:
         faults = "; ".join(f"{check.name} is {check.found}, needed {check.required}" for check in failed)
-        raise StageFailed(f"The environment does not fit: {faults}.", "; ".join(check.what_to_do for check in failed))
+        raise StageFailed(f"The environment is unsuitable: {faults}.", "; ".join(check.what_to_do for check in failed))
 
 
 def require_resources(checks: Sequence[Check]) -> None:
@@ -212,7 +212,7 @@ def require_resources(checks: Sequence[Check]) -> None:
 
 
 def check_machine(settings: Settings, checkpoint: str | None, *, source_build: bool = False) -> list[Check]:
-    """Return every row of `slmops check`; with a checkpoint also whether there is room for it.
+    """Return every row of `slmops check`, with a checkpoint also those of memory and disk for it.
 
     Raises `BadInput` when the checkpoint cannot be deployed anywhere.
     """
@@ -274,14 +274,14 @@ def check_foundry_command(settings: Settings) -> list[Check]:
     command = installed_command()
     if command is None:
         return []
-    optional = "none, or one that runs"
+    optional = "none, or one that works"
     try:
         version, serves = command.version(), command.serves(settings.foundry_dir)
     except CommandFailed as error:
-        advice = "Repair Foundry Local's installation, or take it off the PATH."
+        advice = "Repair Foundry Local's installation, or remove it from the PATH."
         return [Check(name="foundry command", required=optional, found=str(error), ok=False, what_to_do=advice)]
     cache = "it serves slmops's models" if serves else "it serves another cache"
-    advice = "" if serves else f"To use the models there: foundry cache cd {settings.foundry_dir}"
+    advice = "" if serves else f"To use slmops's models there: foundry cache cd {settings.foundry_dir}"
     return [Check(name="foundry command", required=optional, found=f"{version}, {cache}", ok=True, what_to_do=advice)]
 
 
@@ -310,7 +310,7 @@ def check_room(
     *,
     whole_model: Collection[str] = (),
 ) -> None:
-    """Check memory and disk against this checkpoint's need (`estimate_stages`); raises `BadInput` for too little."""
+    """Check memory and disk against this checkpoint's need (`estimate_stages`); raises `BadInput` if too small."""
     positions = settings.evaluation.max_positions
     stages = estimate_stages(inspection, precisions, rows=rows, positions=positions, whole_model=whole_model)
     require_resources(check_resources(stages, settings))

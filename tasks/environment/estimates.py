@@ -10,7 +10,7 @@ GB = 1_000_000_000
 
 
 class StageEstimate(BaseModel):
-    """What a stage is expected to take: wall time in s, peak memory and lasting disk space in bytes."""
+    """The estimate for a stage: wall time in s, peak memory and lasting disk space in bytes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -26,8 +26,8 @@ class StageEstimate(BaseModel):
 BUILD_RAM_FLOOR_BYTES = 780_000_000
 BUILD_RAM_BYTES_PER_PARAMETER = 0.2
 BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR = {"fp16": 6.0, "int8": 7.3, "int4": 6.7}
-# Where weights are quantized all at once (infra/olive/streamed_quantization.py): per parameter, and per element of the
-# largest tensor on top.
+# If all weights are quantized at once (infra/olive/streamed_quantization.py): per parameter, and in addition per
+# element of the largest tensor.
 BUILD_RAM_BYTES_AT_ONCE = {"int8": (7.3, 11.4), "int4": (6.2, 7.9)}
 BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 18.0, "int8": 48.0, "int4": 48.0}
 BUILD_FLOOR_S = 8.0
@@ -35,10 +35,10 @@ BUILD_FLOOR_S = 8.0
 DISK_BYTES_PER_PARAMETER = {"fp16": 2.0, "int8": 1.13, "int4": 0.66}
 TOKENIZER_BYTES = 20_000_000
 RUNTIME_RAM_FLOOR_BYTES = 600_000_000
-REFERENCE_BYTES_PER_PARAMETER = 4  # it runs in float32, whatever the checkpoint's dtype
+REFERENCE_BYTES_PER_PARAMETER = 4  # it always runs in float32
 REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
 VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
-ENDURANCE_S_PER_BILLION_PARAMETERS = 600.0  # long use and difficult input, in two runtimes
+ENDURANCE_S_PER_BILLION_PARAMETERS = 600.0  # soak and edge inputs, in two runtimes
 
 
 def estimate_stages(
@@ -49,7 +49,7 @@ def estimate_stages(
     positions: int = 1024,
     whole_model: Collection[str] = (),
 ) -> list[StageEstimate]:
-    """Estimate what each stage of a deploy takes on two cores; the memory of a stage is that of its child process.
+    """Estimate each stage of a deploy on two cores; the memory of a stage is that of its child process.
 
     `whole_model` are the precisions whose weights are quantized all at once (`slmops.tasks.build.recipes.Recipe`).
     """
@@ -95,7 +95,7 @@ def estimate_stages(
 
 def estimate_build_ram(inspection: Inspection, precision: str, *, whole_model: bool = False) -> int:
     """Estimate the peak resident memory of a build, in bytes."""
-    # An adapter's tensors say nothing about its base's: the embedding is the largest tensor of nearly every small
+    # An adapter's tensors do not show those of its base. The embedding is the largest tensor of nearly every small
     # model.
     largest = max(inspection.largest_tensor_elements, inspection.vocabulary_size * inspection.hidden_size)
     per_parameter, per_element = (

@@ -1,4 +1,4 @@
-"""This machine and its installed packages, as records and keys name them."""
+"""This machine and its installed packages, in the form of records and keys."""
 
 import platform
 from importlib import metadata
@@ -7,14 +7,14 @@ import psutil
 
 
 def builder_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide what a build writes; part of a version's identity."""
+    """Return the versions of the packages that determine a build's files; they are part of a version's identity."""
     return {
         name: installed_version(name) or "" for name in ("olive-ai", "onnxruntime-genai", "onnx-ir", "transformers")
     }
 
 
 def host_facts() -> dict[str, str | int]:
-    """Return what evidence records of this machine; no host name, no user name."""
+    """Return the facts about this machine for evidence, without host name and user name."""
     return {
         "system": platform.system(),
         "machine": platform.machine(),

@@ -1,6 +1,6 @@
-"""Conversations by which renderings of a chat template are compared: `chats.jsonl`, one a line.
+"""Conversations for comparing renderings of a chat template: `chats.jsonl`, one per line.
 
-Every one ends with a user's message: what is compared is the prompt for the answer to it. None contains anything that
+Each ends with a user's message, because the prompt for an answer is compared. None contains anything that
 looks like a control token (`MARKS`).
 """
 
@@ -16,5 +16,5 @@ CONTEXT = ("a ", " b")
 
 _CHATS = [json.loads(line) for line in Path(__file__).with_name("chats.jsonl").read_text("utf-8").splitlines()]
 CONVERSATIONS: dict[str, tuple[Message, ...]] = {chat["name"]: tuple(chat["messages"]) for chat in _CHATS}
-# Text that runtimes treat differently for every model and template: noted, but no reason to reject.
+# Text that runtimes treat differently with every model and template. It is noted, but is no reason to reject.
 TOLD_ONLY: dict[str, str] = {chat["name"]: chat["told_only"] for chat in _CHATS if "told_only" in chat}

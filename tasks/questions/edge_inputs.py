@@ -1,4 +1,4 @@
-"""Edge inputs: conversations that are valid, or nearly so, and that ordinary tests leave out."""
+"""Edge inputs: valid or nearly valid conversations that ordinary tests omit."""
 
 import string
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _EMOJI = (
     "\U0001f44d\U0001f3fd \U0001f1eb\U0001f1f7 "
     "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f 7\ufe0f\u20e3 \u2764\ufe0f\u200d\U0001f525"
 )
-# Arabic, Hebrew, and an override that turns what follows around.
+# Arabic, Hebrew, and an override that reverses the following text.
 _RIGHT_TO_LEFT = "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd 123 \u202eabc\u202c \u200f!"
 _MIXED_SCRIPTS = (
     "Latin \u041a\u0438\u0440\u0438\u043b\u043b \u0395\u03bb\u03bb\u03ac\u03b4\u03b1 \u6771\u4eac \ud55c\uad6d\uc5b4 "
@@ -34,7 +34,7 @@ class ControlToken:
 
 @dataclass(frozen=True)
 class EdgeInput:
-    """A named conversation of {role, content}; `control_tokens` are those that a user typed in it."""
+    """A named conversation of {role, content}; `control_tokens` are those in a user's message."""
 
     name: str
     messages: tuple[dict[str, str], ...]
@@ -44,7 +44,7 @@ class EdgeInput:
 def edge_inputs(context_length: int, control_tokens: Sequence[ControlToken]) -> tuple[EdgeInput, ...]:
     """Return the edge inputs for a model with a context of `context_length` tokens.
 
-    Without control tokens there is no input that types them.
+    Without control tokens, the input that contains them is left out.
     """
     inputs = [
         _typed("empty text", ""),
@@ -58,7 +58,7 @@ def edge_inputs(context_length: int, control_tokens: Sequence[ControlToken]) -> 
         _typed("mixed scripts", _MIXED_SCRIPTS),
         _typed("combining marks", "e" + "\u0301\u0323\u0336" * 30),
         _typed("odd code points", _ODD_CODE_POINTS),
-        # Half a pair: JSON can spell it, UTF-8 cannot.
+        # Half a surrogate pair: JSON can express it, UTF-8 cannot.
         _typed("unpaired surrogate", "a\ud83d b\udc00"),
         _typed("10,000 repeats of one character", "a" * 10_000),
         _typed("very long word", "".join(string.ascii_letters[i * i % 52] for i in range(1_000))),

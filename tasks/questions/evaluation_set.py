@@ -33,7 +33,7 @@ class Message(_Record):
 
 
 class EvaluationRow(_Record):
-    """A chat to answer and, where there is one, the answer that is expected and how answers are scored by it.
+    """A chat to answer, the expected answer if there is one, and its scorer.
 
     A system message may come first; then user and assistant alternate, and the last message is the user's. `scorer` is
     a name or an object of a name and options (see `slmops.tasks.questions.scoring`); `expected` must fit it.
@@ -65,7 +65,7 @@ class EvaluationRow(_Record):
 
 
 def read_evaluation_file(path: Path, scorer: Scorer | None = None) -> list[EvaluationRow]:
-    """Read an evaluation file: JSON Lines in UTF-8, one row `{id, messages, expected, scorer?, category?}` a line.
+    """Read an evaluation file: JSON Lines in UTF-8, one row `{id, messages, expected, scorer?, category?}` per line.
 
     `scorer` applies to rows without one; default: exact_match. Blank lines are skipped. Raises `BadInput` naming the
     first line that cannot be used and why.
@@ -98,7 +98,7 @@ def read_rows(
 
 
 def digest_of(rows: Sequence[EvaluationRow]) -> str:
-    """SHA-256 of the rows' canonical JSON, in hexadecimal: same rows in the same order, same digest."""
+    """SHA-256 of the rows' canonical JSON, in hexadecimal: equal rows in the same order have the same digest."""
     return digest_of_json([row.model_dump(mode="json") for row in rows])
 
 
@@ -129,7 +129,7 @@ def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, Eval
 
 
 def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) of the lines that are not blank; raises `BadInput` for one too long or not UTF-8."""
+    """Yield (number, text) of the lines that are not blank; raises `BadInput` for one that is too long or not UTF-8."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -157,7 +157,7 @@ def _parse_row(path: Path, number: int, line: str, scorer: Scorer | None) -> Eva
         row.model_dump_json().encode()
     except ValidationError as error:
         raise _bad_line(path, number, "; ".join(_fault(fault) for fault in error.errors()[:3])) from None
-    except (UnicodeError, ValueError):  # JSON can spell half a surrogate pair, which is no text
+    except (UnicodeError, ValueError):  # JSON can express half a surrogate pair, which is not text
         raise _bad_line(path, number, "it holds an unpaired surrogate, which is not text") from None
     return row
 
@@ -191,7 +191,7 @@ class EvaluationSet(_Record):
 
     @property
     def summary(self) -> str:
-        """The report's description of the rows that the variants were judged on."""
+        """The report's description of the evaluated rows."""
         return f"{len(self.rows)} rows of {self.origin}"
 
 
@@ -206,8 +206,8 @@ def read_evaluation_set(
     """Read the named file's rows, else those of the checkpoint folder's `eval.jsonl`, else use the built-in chats.
 
     `scorer` is a scorer's name or a JSON object of its name and options, for the rows that name none. The output format
-    is a JSON Schema's file or a pattern; if neither is named and the folder's `eval.jsonl` is used, so is an
-    `output_schema.json` in the folder. Raises `BadInput` for any of these that cannot be used.
+    is a JSON Schema file or a pattern. If neither is named and the folder's `eval.jsonl` is used, an
+    `output_schema.json` in the folder is used too. Raises `BadInput` for any of these that is not valid.
     """
     default = None if scorer is None else parse_scorer_text(scorer)
     output_format = _named_format(output_schema_file, output_regex)

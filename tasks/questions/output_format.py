@@ -19,12 +19,12 @@ from slmops.tasks.questions.strict_json import parse_json, shorten
 
 MAX_SCHEMA_BYTES = 1_000_000
 MAX_FAULT_CHARACTERS = 200
-# A schema with endless self-reference shows it on one of these.
+# Validating one of these exposes a schema that refers to itself without end.
 _PROBES: tuple[object, ...] = ({}, [], "", 0, True, None)
 
 
 class OutputFormat(BaseModel):
-    """What every answer has to be: JSON that a schema allows, or text that a pattern matches as a whole.
+    """The required form of every answer: JSON that a schema allows, or text that a pattern matches as a whole.
 
     Exactly one of the two is given. Making one raises pydantic's `ValidationError` for a schema that is not valid,
     refers to anything outside itself, or has a pattern that cannot be used, and for such a pattern.
@@ -38,7 +38,7 @@ class OutputFormat(BaseModel):
     @model_validator(mode="after")
     def _can_be_used(self) -> "OutputFormat":
         if (self.json_schema is None) == (self.regex is None):
-            raise ValueError("exactly one of json_schema and regex has to be given")
+            raise ValueError("exactly one of json_schema and regex must be given")
         if self.regex is not None:
             _check_output_regex(self.regex)
         else:
@@ -47,12 +47,12 @@ class OutputFormat(BaseModel):
 
     @property
     def summary(self) -> str:
-        """What it asks for, in a few words."""
+        """The format in a few words."""
         return "JSON of the given schema" if self.regex is None else f"text that {shorten(self.regex, 60)!r} matches"
 
 
 def read_output_schema(path: Path) -> OutputFormat:
-    """Read a JSON Schema from a UTF-8 file, Draft 2020-12 or what its `$schema` says.
+    """Read a JSON Schema from a UTF-8 file, Draft 2020-12 or the draft that its `$schema` names.
 
     Raises `BadInput` naming the file, the place in it and the fault.
     """
@@ -113,7 +113,7 @@ def _pattern_check(pattern: str) -> Callable[[str], str | None]:
         try:
             return None if is_found(pattern, answer, whole=True) else "the pattern does not match it as a whole"
         except TimeoutError:
-            return f"the pattern was not done with it after {MATCH_TIMEOUT_S:g} s"
+            return f"the pattern did not finish with it after {MATCH_TIMEOUT_S:g} s"
 
     return fault_of
 
@@ -125,9 +125,9 @@ def _schema_check(output_format: OutputFormat) -> Callable[[str], str | None]:
         try:
             fault = best_match(validator.iter_errors(parse_json(answer)))
         except TimeoutError:
-            return f"a pattern of the schema was not done with it after {MATCH_TIMEOUT_S:g} s"
+            return f"a pattern of the schema did not finish with it after {MATCH_TIMEOUT_S:g} s"
         except (RecursionError, OverflowError):
-            return "its nesting or its numbers are beyond what the schema can be checked for"
+            return "its nesting is too deep or its numbers are too large for a check against the schema"
         except ValueError as error:
             return str(error)
         return None if fault is None else shorten(f"{fault.json_path}: {fault.message}", MAX_FAULT_CHARACTERS)
@@ -182,7 +182,7 @@ def _draft(schema: object) -> Any:
     if named is None:
         return Draft202012Validator
     found = None
-    with contextlib.suppress(ValueError):  # a name that is no URI
+    with contextlib.suppress(ValueError):  # a name that is not a URI
         found = validator_for(schema, default=None) if isinstance(named, str) else None  # type: ignore[arg-type]
     if found is None:
         raise ValueError(f"the `$schema` {shorten(repr(named), 100)} is not a known draft of JSON Schema")
@@ -232,7 +232,7 @@ def _check_subschemas(document: dict[str, Any], specification: Any) -> None:
         seen.add(id(schema))
         place = own[id(schema)]
         if "$schema" in schema:
-            raise ValueError(f"at #{place}/$schema: it may only stand at the top")
+            raise ValueError(f"at #{place}/$schema: it is only allowed at the top")
         if isinstance(schema.get("pattern"), str):
             _check_pattern(schema["pattern"], f"{place}/pattern")
         for pattern in schema.get("patternProperties", {}):
@@ -246,7 +246,7 @@ def _check_subschemas(document: dict[str, Any], specification: Any) -> None:
                 waiting.append((specification.create_resource(found.contents), found.resolver))
         try:
             waiting += [(subresource, resolver.in_subresource(subresource)) for subresource in resource.subresources()]
-        except ValueError as error:  # an `$id` that is no URI
+        except ValueError as error:  # an `$id` that is not a URI
             raise ValueError(f"at #{place}: {error}") from None
     if patterns and unevaluated is not None:
         raise ValueError(
@@ -267,7 +267,7 @@ def _look_up(resolver: Any, reference: str, place: str) -> Any:
         return resolver.lookup(reference)
     except (Unresolvable, ValueError):
         raise ValueError(
-            f"at #{place}: {shorten(repr(reference), 100)} is not in this file, and nothing else is looked up"
+            f"at #{place}: {shorten(repr(reference), 100)} is not in this file, and other files are not read"
         ) from None
 
 

@@ -1,7 +1,7 @@
 """Regular expressions that a user wrote: compiled within bounds, and matched with a timeout.
 
-The dialect is that of the library `regex`. A pattern may need exponential time on some texts. Many such patterns show
-it on the probes below, and are refused when they are read. For the others, every match ends after `MATCH_TIMEOUT_S`.
+The dialect is that of the library `regex`. A pattern may need exponential time on some texts. The probes below find
+many such patterns, which are refused when they are read. For the others, every match ends after `MATCH_TIMEOUT_S`.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import regex
 
 MATCH_TIMEOUT_S = 1.0
 MAX_PATTERN_CHARACTERS = 10_000
-# `regex` writes counted repetitions out when it compiles: this many parts take some 30 MB.
+# `regex` expands counted repetitions when it compiles: this many parts take some 30 MB.
 MAX_PATTERN_PARTS = 100_000
 PROBE_TIMEOUT_S = 0.5
 # Exponential patterns do not finish on a text of this length, polynomial ones are fast.
@@ -38,7 +38,7 @@ def compile_pattern(pattern: str, *, ignore_case: bool = False) -> regex.Pattern
     if len(pattern) > MAX_PATTERN_CHARACTERS:
         raise ValueError(f"the pattern {shown} is longer than {MAX_PATTERN_CHARACTERS:,} characters")
     if _RECURSION.search(pattern):
-        raise ValueError(f"the pattern {shown} refers to itself, and how much memory that takes has no bound")
+        raise ValueError(f"the pattern {shown} refers to itself, and its memory has no bound")
     if _parts(pattern) > MAX_PATTERN_PARTS:
         raise ValueError(f"the pattern {shown} repeats more than {MAX_PATTERN_PARTS:,} parts")
     try:
@@ -55,14 +55,14 @@ def compile_pattern(pattern: str, *, ignore_case: bool = False) -> regex.Pattern
             compiled.search(probe, timeout=max(0.001, deadline - time.process_time()))
         except TimeoutError:
             raise ValueError(
-                f"the pattern {shown} backtracks without end: it was not done with a text of "
+                f"the pattern {shown} backtracks without end: it did not finish with a text of "
                 f"{len(probe)} characters after {PROBE_TIMEOUT_S:g} s"
             ) from None
     return compiled
 
 
 def is_found(pattern: str, text: str, *, whole: bool = False, ignore_case: bool = False) -> bool:
-    """Whether a pattern occurs in a text, or with `whole` is all of it.
+    """Whether a pattern matches a part of a text, or with `whole` all of it.
 
     Raises `TimeoutError` after `MATCH_TIMEOUT_S` and `ValueError` for a pattern that cannot be used.
     """
@@ -72,7 +72,7 @@ def is_found(pattern: str, text: str, *, whole: bool = False, ignore_case: bool 
 
 
 def _parts(pattern: str) -> int:
-    """Roughly how many parts a pattern has once its counted repetitions are written out."""
+    """Roughly the number of parts of a pattern after its counted repetitions are expanded."""
     sizes = [0]
     last = 0
     for token in _TOKEN.finditer(pattern):
@@ -87,14 +87,14 @@ def _parts(pattern: str) -> int:
         elif character == ")" and len(sizes) > 1:
             last = sizes.pop()
             sizes[-1] += last
-        elif character is None or not character.isspace():  # a verbose pattern may have space before its count
+        elif character is None or not character.isspace():  # a verbose pattern may have white space before its count
             last = 1
             sizes[-1] += 1
     return sum(sizes)
 
 
 def _probes(pattern: str) -> Iterator[str]:
-    """Texts of few letters, including the pattern's own, with an ending that hardly any pattern allows."""
+    """Texts of few letters, including the pattern's own, with an ending that hardly any pattern matches."""
     own = dict.fromkeys(character for character in pattern if character.isalnum() or character in "_-.,:;\"'/ ")
     letters = [*itertools.islice(own, MAX_PROBE_LETTERS), *(letter for letter in PROBE_LETTERS if letter not in own)]
     pairs = dict.fromkeys(

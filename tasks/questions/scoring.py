@@ -1,4 +1,4 @@
-"""Scorers: how well an answer matches the expected one, as a number from 0 to 1.
+"""Scorers: they rate from 0 to 1 how well an answer matches the expected one.
 
 White space at both ends of an answer is ignored. A score depends only on the two texts.
 """
@@ -36,7 +36,7 @@ class _Scorer(BaseModel, ABC):
     name: str
 
     def check(self, expected: str) -> None:
-        """Raise `ValueError` saying why an expected answer cannot be scored with."""
+        """Raise `ValueError`, which says why, if this scorer cannot use an expected answer."""
 
     @abstractmethod
     def score(self, answer: str, expected: str) -> float:
@@ -44,7 +44,7 @@ class _Scorer(BaseModel, ABC):
 
 
 class ExactMatch(_Scorer):
-    """1 for an answer that is the expected one, character by character."""
+    """1 for an answer that equals the expected one in every character."""
 
     name: Literal["exact_match"] = "exact_match"
 
@@ -54,7 +54,7 @@ class ExactMatch(_Scorer):
 
 
 class NormalizedMatch(_Scorer):
-    """1 for an answer that is the expected one but for case, punctuation, white space and compatible characters."""
+    """1 for an answer that equals the expected one but for case, punctuation, white space and compatible characters."""
 
     name: Literal["normalized_match"] = "normalized_match"
 
@@ -133,9 +133,9 @@ class JsonEquality(_Scorer):
 
 
 class RougeL(_Scorer):
-    """F-measure of ROUGE-L (Lin 2004): the longest common subsequence of words, whatever their case.
+    """F-measure of ROUGE-L (Lin 2004): the longest common subsequence of words; case does not count.
 
-    A word is a run of letters, marks and digits of any script; in scripts that put no space between words (Chinese,
+    A word is a run of letters, marks and digits of any script; in scripts without spaces between words (Chinese,
     Japanese, Thai, Lao, Khmer, Burmese) it is one character.
     """
 
@@ -169,14 +169,14 @@ class Numeric(_Scorer):
     def check(self, expected: str) -> None:
         """Refuse an expected answer that is not a number."""
         if _number(expected, whole=True) is None:
-            raise ValueError(f"`expected` is for the scorer numeric and no number, found {shorten(expected, 60)!r}")
+            raise ValueError(f"`expected` is for the scorer numeric and not a number, found {shorten(expected, 60)!r}")
 
     def score(self, answer: str, expected: str) -> float:
         """1 or 0."""
         found, aim = _number(answer, whole=self.whole_answer), _number(expected, whole=True)
         if found is None or aim is None:
             return 0.0
-        # In decimal: 21.3 is not more than 0.3 away from 21.
+        # Decimal, so that 21.3 is not more than 0.3 away from 21.
         with localcontext(_EXACT):
             relative = Decimal(repr(self.relative_tolerance)) * abs(aim)
             return float(abs(found - aim) <= max(Decimal(repr(self.absolute_tolerance)), relative))
@@ -195,7 +195,7 @@ SCORERS: dict[str, type[Scorer]] = {
 
 
 def parse_scorer(value: object) -> Scorer:
-    """Return the scorer that a name, or an object of its name and options, stands for.
+    """Return the scorer that a name, or an object of its name and options, denotes.
 
     Raises `ValueError` for an unknown scorer, an unknown option or an option's value that is not valid.
     """
@@ -234,7 +234,7 @@ def parse_scorer_text(text: str) -> Scorer:
 
 
 def _dump_scorer(scorer: Scorer) -> str | dict[str, object]:
-    """Only the name if no option differs from its default: equal scorers are written equally."""
+    """Only the name if all options have their defaults, so that equal scorers have one form."""
     options = scorer.model_dump(exclude_defaults=True)
     return {"name": scorer.name, **options} if options else scorer.name
 
@@ -258,7 +258,7 @@ def words(text: str) -> list[str]:
 
 def _check_normalized(expected: str) -> None:
     if not normalized(expected):
-        raise ValueError("nothing but punctuation and white space is in `expected`, and those are not compared")
+        raise ValueError("`expected` has only punctuation and white space, which are not compared")
 
 
 def _is_same_json(first: object, second: object) -> bool:
@@ -273,7 +273,7 @@ def _is_same_json(first: object, second: object) -> bool:
             if len(left) != len(right):
                 return False
             waiting += zip(left, right, strict=True)
-        elif isinstance(left, bool) != isinstance(right, bool) or left != right:  # to Python, True is 1
+        elif isinstance(left, bool) != isinstance(right, bool) or left != right:  # in Python, True equals 1
             return False
     return True
 
@@ -288,7 +288,7 @@ def _number(text: str, *, whole: bool) -> Decimal | None:
 
 
 class _Words:
-    """The tokenizer for rouge-score, whose own drops every script except Latin."""
+    """The tokenizer for rouge-score, because its own one drops every script except Latin."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)

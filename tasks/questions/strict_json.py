@@ -49,5 +49,5 @@ def _finite_float(text: str) -> float:
 
 
 def shorten(text: str, length: int) -> str:
-    """Return a text of at most `length` characters, with an ellipsis where it was cut."""
+    """Return a text of at most `length` characters, with an ellipsis if it was cut."""
     return text if len(text) <= length else text[: length - 3] + "..."

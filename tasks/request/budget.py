@@ -1,4 +1,4 @@
-"""The budget: limits that the chosen variant must keep, as a user writes them."""
+"""The budget: limits for the chosen variant, in the user's notation."""
 
 import re
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Budget(BaseModel):
     max_quality_loss: FiniteFloat | None = Field(None, ge=0, le=1)
 
     def excesses(self, candidate: "Candidate") -> dict[str, float]:
-        """Return by how much a candidate exceeds each limit that it does not keep, as text and factor (above 1).
+        """Return by how much a candidate exceeds each limit, as text and factor (above 1); kept limits are left out.
 
-        An unknown quality loss does not keep its limit.
+        An unknown quality loss exceeds its limit.
         """
         found: dict[str, float] = {}
 
@@ -51,7 +51,7 @@ class Budget(BaseModel):
         if self.max_quality_loss is not None and candidate.quality_loss is None:
             found["quality loss unknown (no expected answers)"] = float("inf")
         elif candidate.quality_loss is not None:
-            loss = round(candidate.quality_loss, 9)  # 1.0 - 0.98 is a little more than 0.02
+            loss = round(candidate.quality_loss, 9)  # rounded, because 1.0 - 0.98 is a little more than 0.02
             compare(f"quality loss {loss:.3f}", loss, self.max_quality_loss)
         return found
 
@@ -62,7 +62,7 @@ def in_megabytes(size_bytes: int) -> str:
 
 
 def parse_budget(pairs: Sequence[str]) -> Budget | None:
-    """Return the budget that `key=value` texts make, None for none.
+    """Parse a budget from `key=value` texts; None if there are none.
 
     Raises `BadInput` for an unknown key, one given twice, or an invalid value or unit.
     """

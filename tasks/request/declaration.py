@@ -1,4 +1,4 @@
-"""How a record declares parameters, and how a flow takes them: each parameter is declared in one line."""
+"""The declaration of parameters in a record, and their use by a flow: each parameter is declared once."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a parameter is for, and how the command line asks for it.
+    """The purpose of a parameter, and its form on the command line.
 
     `description` is shown by Prefect's form and API; `help` by the command, which has less room (default: the same).
     `option` is the option's name (default: the parameter's own); a `positional` parameter is an argument. A `key` is

@@ -17,7 +17,7 @@ from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, Device, Precision
 
 DEVICE_OF_PROVIDER: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu", "dml": "gpu", "webgpu": "gpu"}
-# A tag of Hugging Face's own, for training; every runtime strips it.
+# A tag of Hugging Face's own, for training; every runtime removes it.
 GENERATION_TAG = r"\{%-?\s*(end)?generation\s*-?%\}"
 
 
@@ -50,7 +50,7 @@ class DeployRequest(DeployParameters):
         if not self.checkpoint.strip():
             raise BadInput(
                 "No checkpoint is named.",
-                "Name a folder, a Hub id, or an s3:// or store:// address; so does an event.",
+                "Name a folder, a Hub id, or an s3:// or store:// address, in an event too.",
                 code="checkpoint-not-named",
             )
         check_name(self.name)
@@ -77,7 +77,7 @@ class DeployRequest(DeployParameters):
         if self.olive_config_file and (self.recipes or self.search):
             raise BadInput(
                 f"An Olive configuration leaves no {'recipe to name' if self.recipes else 'recipes to search'}.",
-                "Leave it out, or leave the other out.",
+                "Leave one of the two out.",
                 code="recipe-beside-olive-config",
             )
         if self.training_run is not None and not 0 < len(self.training_run) <= LONGEST_TRAINING_RUN:
@@ -88,7 +88,7 @@ class DeployRequest(DeployParameters):
             )
         if self.training_run and (urlsplit(self.training_run).username or urlsplit(self.training_run).password):
             raise BadInput(
-                "The training run's address holds a user or a password.",
+                "The training run's address contains a user or a password.",
                 "Leave them out.",
                 code="training-run-with-password",
             )
@@ -128,7 +128,7 @@ def check_precisions(names: Sequence[str]) -> tuple[Precision, ...]:
 
 
 def read_chat_template_file(path: Path) -> str:
-    """Return a chat template's text; raises `BadInput` when there is none or it is not valid Jinja."""
+    """Return a chat template's text; raises `BadInput` if the file is missing or not valid Jinja."""
     try:
         text = path.expanduser().read_text("utf-8")
         SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(GENERATION_TAG, "", text))
@@ -169,5 +169,5 @@ def check_output(path: Path) -> None:
 def _check_range(name: str, value: float | None, lowest: float, highest: float) -> None:
     if value is not None and not lowest <= value <= highest:
         raise BadInput(
-            f"{name} is {value}.", f"It must lie between {lowest} and {highest}.", code="parameter-out-of-range"
+            f"{name} is {value}.", f"It must be between {lowest} and {highest}.", code="parameter-out-of-range"
         )

@@ -1,4 +1,4 @@
-"""A run's input files besides its checkpoint: on this machine, on S3, or in the store."""
+"""A run's input files other than its checkpoint: on this machine, on S3, or in the store."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ FILE_PARAMETERS = ("evaluation_file", "output_schema_file", "text_file", "chat_t
 def with_local_files(parameters: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return flow parameters in which every file is local: remote files are fetched.
 
-    A file is a path, `s3://BUCKET/KEY` or `store://<64 hex>`. Raises `BadInput` for one that is not there.
+    A file is a path, `s3://BUCKET/KEY` or `store://<64 hex>`. Raises `BadInput` for a missing one.
     """
     named = {name: parameters[name] for name in FILE_PARAMETERS if parameters.get(name)}
     return {**parameters, **{name: local_file(text, settings) for name, text in named.items()}}
@@ -46,5 +46,5 @@ def local_file(text: str, settings: Settings) -> str:
 
 
 def inputs_dir(settings: Settings) -> Path:
-    """Return where fetched inputs are kept on this machine."""
+    """Return the folder of fetched inputs on this machine."""
     return settings.cache_dir / "inputs"

@@ -46,7 +46,7 @@ TextFile = Annotated[
     str | None,
     Parameter(
         "UTF-8 text on which perplexity and distributions are compared too.",
-        "UTF-8 text to take perplexity and distributions on.",
+        "UTF-8 text for perplexity and distributions.",
         "--text",
     ),
 ]
@@ -103,7 +103,7 @@ class DeployParameters:
     scorer: Annotated[
         str | None,
         _scorer(
-            "How an answer is scored where its row does not say: exact_match, normalized_match, contains, regex, "
+            "Scorer of rows that name none: exact_match, normalized_match, contains, regex, "
             'json_equality, rouge_l or numeric, or a JSON object {"name": ..., options}; default: exact_match.'
         ),
     ] = None
@@ -140,9 +140,9 @@ class DeployParameters:
     repetition_penalty: Annotated[
         float | None, _generation("Repetition penalty that the model is registered with.")
     ] = None
-    description: Annotated[
-        str, Parameter("What the model is for; shown by Foundry Local.", "What the model is for.")
-    ] = ""
+    description: Annotated[str, Parameter("Purpose of the model; shown by Foundry Local.", "Purpose of the model.")] = (
+        ""
+    )
     olive_config_file: Annotated[
         str | None,
         Parameter(
@@ -153,7 +153,7 @@ class DeployParameters:
     ] = None
     output: Annotated[
         str | None,
-        Parameter("New folder for a plain copy of what was built.", "New folder for a plain copy of what is built."),
+        Parameter("New folder for a copy of the built variants.", "New folder for a copy of the built variants."),
     ] = None
     min_top1_agreement: MinTop1Agreement = None
     max_kl_divergence: MaxKlDivergence = None
@@ -200,9 +200,7 @@ class RegateParameters:
     evaluation_file: Annotated[
         str | None, _rows("JSONL rows {id, messages, expected}; default: the rows of the last evaluation.")
     ] = None
-    scorer: Annotated[
-        str | None, _scorer("How an answer is scored where its row in `evaluation_file` does not say.")
-    ] = None
+    scorer: Annotated[str | None, _scorer("Scorer of the rows in `evaluation_file` that name none.")] = None
     output_schema_file: Annotated[
         str | None, _schema("JSON Schema that every answer must conform to; with `evaluation_file`.")
     ] = None
@@ -235,7 +233,7 @@ class BenchmarkParameters:
     lm_eval_tasks: Annotated[
         tuple[str, ...],
         Parameter(
-            "Tasks, groups or tags of lm-eval to run on every variant; results on record are reused.",
+            "Tasks, groups or tags of lm-eval to run on every variant; recorded results are reused.",
             "Task of lm-eval, or of --lm-eval-include; repeatable.",
             "--lm-eval-task",
         ),
@@ -246,7 +244,7 @@ class BenchmarkParameters:
     ] = None
     lm_eval_chat_template: Annotated[
         bool,
-        Parameter("Ask lm-eval's questions through the model's chat template.", "Ask through the chat template."),
+        Parameter("Render lm-eval's questions with the model's chat template.", "Use the model's chat template."),
     ] = False
     lm_eval_allow_network: Annotated[
         bool,
@@ -262,7 +260,7 @@ class BenchmarkParameters:
     lm_eval_on_checkpoint: Annotated[
         bool,
         Parameter(
-            "Run lm-eval's tasks on the source checkpoint too, to stand beside its variants.",
+            "Run lm-eval's tasks on the source checkpoint too, for comparison with its variants.",
             "Run the tasks on the source checkpoint too.",
         ),
     ] = False
@@ -304,7 +302,7 @@ class RetrainParameters:
     epochs: Annotated[int, Parameter("Passes over the dataset, at most.")] = 3
     learning_rate: Annotated[
         float,
-        Parameter("Highest learning rate; full fine-tuning wants a smaller one than LoRA.", "Highest learning rate."),
+        Parameter("Highest learning rate; full fine-tuning needs a smaller one than LoRA.", "Highest learning rate."),
     ] = 2e-4
     batch_size: Annotated[int, Parameter("Chats per step.")] = 8
     lora_rank: Annotated[int, Parameter("Rank of the adapter's matrices.")] = 16
@@ -312,14 +310,14 @@ class RetrainParameters:
         int,
         Parameter(
             "Epochs without improvement on held-out chats after which training stops.",
-            "Epochs without improvement before it stops.",
+            "Epochs without improvement before training stops.",
             "--patience",
         ),
     ] = 2
     max_length: Annotated[
         int | None, Parameter("Longest chat, in tokens; default: the base's context.", "Longest chat, in tokens.")
     ] = None
-    seed: Annotated[int, Parameter("Seed of all that is random.")] = 0
+    seed: Annotated[int, Parameter("Seed of all random choices.")] = 0
     revision: Annotated[
         str | None,
         Parameter("Revision of a base from the Hub: branch, tag or commit.", "Revision of a base from the Hub."),
@@ -338,5 +336,5 @@ class RetrainParameters:
         ),
     ] = "if better"
     force: Annotated[
-        bool, Parameter("Train and deploy although nothing has changed.", "Train although nothing has changed.")
+        bool, Parameter("Train and deploy even if nothing has changed.", "Train even if nothing has changed.")
     ] = False

@@ -1,4 +1,4 @@
-"""Stage "challenge": is a new version better than the champion? Judged by a paired test on the same evaluation rows."""
+"""Stage "challenge": a paired test on the same evaluation rows shows whether a new version beats the champion."""
 
 from typing import Literal
 
@@ -34,7 +34,7 @@ class _Record(BaseModel):
 class Challenge(_Record):
     """The champion and its challenger on the same rows; `gain` is the challenger's score minus the champion's, paired.
 
-    Its interval is one-sided at 95 % to either side (`slmops.tasks.exams.estimates.paired_loss`).
+    Its interval is one-sided at 95 % on either side (`slmops.tasks.exams.estimates.paired_loss`).
     """
 
     champion: str
@@ -61,7 +61,7 @@ class Challenge(_Record):
 
 
 class RetrainReport(_Record):
-    """What a retrain did and why; `version` is None if none was made."""
+    """The result of a retrain and the reason; `version` is None if none was made."""
 
     name: str
     status: RetrainStatus
@@ -81,9 +81,9 @@ RETRAIN = Kind("retrain", RetrainReport)
 
 @stage("recall retrain", run_name="recall-{name}")
 def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport | None:
-    """Return the report of the newest retrain of a name, if it asked the same question and its candidate was compared.
+    """Return the report of a name's newest retrain, if its question was the same and its candidate was compared.
 
-    A retrain whose candidate was rejected or could not be built is repeated: the cause may be gone.
+    A retrain whose candidate was rejected or could not be built is repeated, because the cause may be gone.
     """
     if name not in registry.names():
         return None
@@ -117,7 +117,7 @@ def compare(
 ) -> RetrainReport:
     """Compare a candidate with the previous champion, None if there was none.
 
-    The status `promoted` with a challenge is still to be carried out; without one, the candidate already is the
+    With a challenge, the status `promoted` means that the promotion follows; without one, the candidate already is the
     champion.
     """
     report = RetrainReport(
@@ -125,14 +125,14 @@ def compare(
     )
     if deployed.selected is None:
         status = "rejected" if deployed.status == "rejected" else "failed"
-        summary = f"The candidate was kept out: {deployed.summary}"
+        summary = f"The candidate was rejected: {deployed.summary}"
         return report.model_copy(update={"status": status, "summary": summary})
     challenger = workshop().registry.find(deployed.reference)
     if champion is None:
         summary = f"{challenger.reference} is the first champion of {deployed.name}."
         return report.model_copy(update={"status": "promoted", "summary": summary})
     if champion.reference == challenger.reference:
-        summary = f"The result is {champion.reference}, which is the champion already."
+        summary = f"The result is {champion.reference}, which already is the champion."
         return report.model_copy(update={"summary": summary})
     challenge = challenge_champion(challenger, champion, evaluation)
     if challenge.is_won and may_promote:
@@ -143,7 +143,7 @@ def compare(
 
 @stage("challenge champion", run_name="challenge-{challenger.name}")
 def challenge_champion(challenger: Version, champion: Version, evaluation: EvaluationSet) -> Challenge:
-    """Have the selected variants of both answer the same rows, and compare their scores row by row.
+    """Let the selected variants of both answer the same rows, and compare their scores row by row.
 
     Stored answers are reused. Raises `BadInput` for a version without a variant that can serve.
     """
@@ -165,7 +165,7 @@ def challenge_champion(challenger: Version, champion: Version, evaluation: Evalu
 
 @stage("find champion", run_name="champion-of-{name}")
 def champion_of(name: str, registry: ModelRegistry) -> Version | None:
-    """Return the champion, or None where a name has none yet."""
+    """Return the champion of a name, or None."""
     number = registry.alias(name, CHAMPION) if name in registry.names() else None
     return None if number is None else registry.of(registry.version(name, number))
 

@@ -1,4 +1,4 @@
-"""The dataset of a fine-tuning: chats with their answers, read from JSON Lines and checked, and its fingerprint."""
+"""The dataset of a fine-tuning: chats with answers, read from JSON Lines and checked, and its fingerprint."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ class _Record(BaseModel):
 
 
 class Turn(_Record):
-    """One turn of a chat that is learned from."""
+    """One turn of a training chat."""
 
     role: Literal["system", "user", "assistant"]
     content: StrictStr
@@ -84,8 +84,8 @@ def read_dataset_once(text: str, settings: Settings) -> Dataset:
 def read_dataset(text: str, settings: Settings) -> Dataset:
     """Read a local JSON Lines file, an `s3://` object, or a dataset of the `datasets` library (Hub id or folder).
 
-    Raises `BadInput` for a dataset that is not there, has no rows or only one distinct one, or has lines that cannot be
-    used, of which it names the first few.
+    Raises `BadInput` for a dataset that is missing, has no rows or only one distinct row, or has lines that cannot be
+    used; the message names the first few.
     """
     if text.startswith(S3):
         rows = _read_file(fetch_file_from_s3(text, settings, settings.cache_dir / "s3"), text)
@@ -96,7 +96,7 @@ def read_dataset(text: str, settings: Settings) -> Dataset:
     if len({row.model_dump_json() for row in rows}) < 2:
         raise BadInput(
             f"The dataset {text} has {len(rows)} rows and only one distinct example.",
-            "A model learns nothing but that answer from it: give examples that differ.",
+            "A model would learn only that answer: give different examples.",
             code="dataset-one-example",
         )
     return Dataset(origin=text, rows=tuple(rows))
@@ -130,7 +130,7 @@ def _parsed(text: str, unit: str, found: Iterable[tuple[int, object]]) -> list[T
         more = f"; and {len(faults) - MAX_NAMED_FAULTS} more" if len(faults) > MAX_NAMED_FAULTS else ""
         raise BadInput(
             f"The dataset {text} cannot be used: {'; '.join(faults[:MAX_NAMED_FAULTS])}{more}.",
-            'Write one chat a row: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}.',
+            'Write one chat per row: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}.',
             code="dataset-row-not-valid",
         )
     if not rows:
@@ -145,7 +145,7 @@ def split(rows: Sequence[TrainingRow], held_out_share: float) -> tuple[list[Numb
     """Return the rows to train on, and the held-out rows, whose loss decides when training stops.
 
     Rows are held out at equal distances; of a few rows, the last one. Each row comes with its number in the dataset,
-    from 1 on. A row that also occurs among the rows to train on is not held out: its loss would say nothing.
+    starting with 1. A row that also occurs in the training rows is not held out, because its loss would mean nothing.
     """
     every = min(len(rows), round(1 / held_out_share))
     train = [(number, row) for number, row in enumerate(rows, 1) if number % every]

@@ -1,6 +1,6 @@
 """The demo checkpoint: smart-home commands in English, answered by JSON actions.
 
-The data come from demo_intents.json: an intent is a JSON action with slots and the ways in which people ask for it.
+The data come from demo_intents.json: an intent is a JSON action with slots, and phrasings of requests for it.
 Every (phrasing, slot values) pair is one command; a way of speaking (politeness, capitals, full stop) makes it a row.
 """
 
@@ -29,8 +29,8 @@ Row = dict[str, Any]
 
 TRAIN_ROWS = 9000
 HELD_OUT_ROWS = 200
-# The share of each intent's commands kept for evaluation; the same share of its actions (JSON answers) is never trained
-# on.
+# The share of each intent's commands kept for evaluation. The same share of its actions (JSON answers) is not in the
+# training rows.
 HELD_OUT_SHARE = 0.08
 
 
@@ -76,13 +76,13 @@ TRAINING: Mapping[str, Any] = {
     },
     "chat_template": CHAT_TEMPLATE,
     "vocabulary_size": 640,
-    "epochs": 1,  # every row is new; a second pass would repeat sentences
+    "epochs": 1,  # in one pass every row is new
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
-    # Prompts are trained on a little, so that their next-token distributions are smooth and survive quantization.
+    # Prompts get a small weight, so that their next-token distributions are smooth and survive quantization.
     "prompt_loss_weight": 0.1,
     "batch_size": 8,
-    "threads": 2,  # not the machine's number: the order of floating-point sums, so the weights, depends on it
+    "threads": 2,  # fixed, because the order of floating-point sums, and so the weights, depends on it
     "max_new_tokens": 48,
     "min_exact_match": 0.95,
 }
@@ -90,7 +90,7 @@ LIBRARIES = ("safetensors", "tokenizers", "torch", "transformers")
 RECORD = "demo_checkpoint.json"
 _RESULTS = ("exact_match", "eval_rows", "parameters")  # of the training, kept in the record
 
-# Ways of speaking and their weights. Most people use few words with a machine.
+# Ways of speaking and their weights. Most people speak to machines in few words.
 OPENINGS = {"": 12, "please ": 3, "hey, ": 1, "ok, ": 1}
 CLOSINGS = {"": 12, " please": 2, " now": 1, ", thanks": 1}
 FULL_STOPS = {"": 3, ".": 1}
@@ -137,15 +137,15 @@ def smart_home_dataset(seed: int) -> tuple[list[Row], list[Row]]:
     """Return (training rows, held-out rows), the same for the same seed.
 
     A row is `{id, messages: [{role, content}], expected, category}` with `expected` a compact JSON object. No command
-    (phrasing with its slot values) is in both lists, in any way of speaking; about half of the held-out rows also ask
-    for an action that no training row asks for.
+    (phrasing with its slot values) is in both lists, in any way of speaking. About half of the held-out rows also
+    request an action that is in no training row.
     """
     chooser = random.Random(seed)  # noqa: S311 - data, no secrets
     train: list[list[_Command]] = []
     held_out: list[list[_Command]] = []
     for intent in INTENTS:
         seen, unseen = _split(list(_commands(intent)), chooser)
-        # Two slots mean two things to learn to copy at once: such intents get twice the rows.
+        # With two slots the model must copy two values at once: such intents get twice the rows.
         train += [seen[0::2], seen[1::2]] if len(intent.slots()) > 1 else [seen]
         held_out.append(unseen)
     return (
@@ -197,7 +197,7 @@ def _machine_value(spoken: str | int) -> str | int:
 def _split(commands: list[_Command], chooser: random.Random) -> tuple[list[_Command], list[_Command]]:
     chooser.shuffle(commands)
     answers = sorted({command.answer for command in commands})
-    # An action of few values would lose a whole room or door, which nothing else teaches: hold out only its phrasings.
+    # An action with few values would lose a whole room or door that occurs nowhere else: hold out only its phrasings.
     few = len(answers) < 50
     unseen_answers = set() if few else set(chooser.sample(answers, round(len(answers) * HELD_OUT_SHARE / 2)))
     new_actions = [command for command in commands if command.answer in unseen_answers]
@@ -272,7 +272,7 @@ def make_demo_checkpoint(
     try:
         shutil.copytree(cached, aside)
         if not _is_whole(aside, recipe.key):
-            raise StageFailed(f"The copy of the demo checkpoint in {aside.parent} differs from what was trained.")
+            raise StageFailed(f"The copy of the demo checkpoint in {aside.parent} differs from the trained one.")
         if directory.exists():
             shutil.rmtree(directory)  # empty, or the demo checkpoint that is replaced
         aside.rename(directory)

@@ -1,4 +1,4 @@
-"""Stage "fine-tune": a base and a dataset become an adapter or a checkpoint, once for the same question."""
+"""Stage "fine-tune": a base and a dataset become an adapter or a checkpoint; the same question is trained once."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class _Record(BaseModel):
 
 
 class Hyperparameters(_Record):
-    """How a base is fine-tuned; `early_stopping_patience` in epochs, `max_length` in tokens."""
+    """The hyperparameters of a fine-tuning; `early_stopping_patience` in epochs, `max_length` in tokens."""
 
     method: Method = "lora"
     epochs: int = Field(3, ge=1, le=1000)
@@ -56,11 +56,11 @@ class Hyperparameters(_Record):
             faults = "; ".join(
                 f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()
             )
-            raise BadInput(f"The fine-tuning cannot be done so: {faults}.", "Correct these values.") from None
+            raise BadInput(f"The hyperparameters are not valid: {faults}.", "Correct these values.") from None
 
 
 class FineTuning(_Record):
-    """What a fine-tuning did; `key` identifies its question: dataset, base and hyperparameters."""
+    """The result of a fine-tuning; `key` identifies its question: dataset, base and hyperparameters."""
 
     key: str
     dataset: str
@@ -99,16 +99,16 @@ class Base(BaseModel):
 
 @stage("prepare base", run_name="prepare-base")
 def prepare_base(base: str, revision: str | None, settings: Settings) -> Base:
-    """Fetch a base and check it; raises `BadInput` for one that is not there or is no whole checkpoint."""
+    """Fetch a base and check it; raises `BadInput` for one that is missing or not a whole checkpoint."""
     with stage_progress("prepare base") as on_progress:
         folder = fetch_checkpoint(base, revision, settings, on_progress)
         if inspect_checkpoint(folder).kind != "checkpoint":
-            raise BadInput(f"The base {base} is not a whole checkpoint.", "Name a model as save_pretrained writes it.")
+            raise BadInput(f"The base {base} is not a whole checkpoint.", "Name a model that save_pretrained wrote.")
         return Base(origin=base, uri=str(folder.absolute()), digest=content_digest(folder))
 
 
 def key_of(dataset: Dataset, base: Base, hyperparameters: Hyperparameters) -> str:
-    """Return the key of a fine-tuning's question, in hexadecimal; it leaves out what cannot change the result."""
+    """Return the key of a fine-tuning's question, in hexadecimal, without values that cannot change the result."""
     asked = hyperparameters.model_dump(mode="json")
     if hyperparameters.method == "full":
         asked.pop("lora_rank")
@@ -170,7 +170,7 @@ def _numbered(chats: Sequence[tuple[int, TrainingRow]]) -> list[Chat]:
 
 
 def check_retrain(parameters: Mapping[str, Any], settings: Settings) -> None:
-    """Raise `BadInput` for a request that a retrain would refuse, as far as it can be checked without a network."""
+    """Raise `BadInput` for a request that a retrain would refuse, as far as this is known without a network."""
     check_name(parameters["name"])
     hyperparameters = {name: parameters[name] for name in Hyperparameters.model_fields if name in parameters}
     Hyperparameters.checked(**hyperparameters)
@@ -189,7 +189,7 @@ def check_retrain(parameters: Mapping[str, Any], settings: Settings) -> None:
 
 @contextmanager
 def only_retrain_of(name: str, settings: Settings) -> Iterator[None]:
-    """Keep a second retrain of a name away on this machine; raises `BadInput` while one runs."""
+    """Prevent a second retrain of a name on this machine; raises `BadInput` while one runs."""
     lock = FileLock(settings.cache_dir / "retrains" / f"{name}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -171,7 +171,7 @@ class TestUndoing:
         assert registry.alias("home", CHAMPION) == 1
         newest, promoted, _ = registry.champion_history("home")
         assert (promoted.version, promoted.reason) == (2, "better")
-        assert (newest.version, newest.reason) == (1, "the promotion of home@2 did not end")
+        assert (newest.version, newest.reason) == (1, "the promotion of home@2 did not complete")
 
     def test_a_champion_that_someone_else_changed_meanwhile_stays(
         self, api: None, registry: ModelRegistry, versions: list[Manifest]

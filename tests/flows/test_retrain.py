@@ -138,7 +138,7 @@ def test_a_candidate_that_the_gate_keeps_out_ends_the_run(stages: Stages) -> Non
     stages.selected = None
     report = run(stages)
     assert (report.status, stages.promoted) == ("rejected", [])
-    assert report.summary.startswith("The candidate was kept out: ")
+    assert report.summary.startswith("The candidate was rejected: ")
 
 
 def test_rows_without_answers_compare_nothing(stages: Stages) -> None:

@@ -255,7 +255,7 @@ CASES = {
     "clock ahead": Case("clock is 90 minutes ahead of the server's", 2, faults=(Fault("*", "", clock_skewed(-5400)),)),
     "unknown profile": Case("has no profile of that name", 2, store(profile="nobody")),
     "endpoint with a password": Case(
-        "holds a user or a password", 2, store(endpoint_url=f"http://me:{SECRET}@127.0.0.1:1")
+        "contains a user or a password", 2, store(endpoint_url=f"http://me:{SECRET}@127.0.0.1:1")
     ),
     "endpoint without a scheme": Case("not valid", 2, store(endpoint_url="127.0.0.1:9000")),
     "endpoint of another scheme": Case("not valid", 2, store(endpoint_url="ftp://127.0.0.1")),
@@ -671,7 +671,7 @@ def commit_at_once(journey: Journey, rounds: int) -> None:
     ],
 )
 def test_hostile_addresses_are_refused(uri: str) -> None:
-    with pytest.raises(BadInput, match=r"names no bucket|is not valid|holds a user") as caught:
+    with pytest.raises(BadInput, match=r"names no bucket|is not valid|contains a user") as caught:
         parse_s3_uri(uri)
     assert_one_sentence(caught.value)
 

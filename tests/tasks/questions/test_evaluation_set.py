@@ -128,7 +128,7 @@ def chat(*roles):
         (json.dumps({**ROW, "scorer": "bleu"}).encode(), "the scorer 'bleu' is unknown; there are exact_match, norm"),
         (json.dumps({**ROW, "scorer": {"name": "numeric", "x": 1}}).encode(), "the scorer numeric has no option `x`"),
         (json.dumps({**ROW, "scorer": None}).encode(), "`scorer` must be a name or an object"),
-        (json.dumps({**ROW, "scorer": "numeric"}).encode(), "`expected` is for the scorer numeric and no number"),
+        (json.dumps({**ROW, "scorer": "numeric"}).encode(), "`expected` is for the scorer numeric and not a number"),
         (
             json.dumps({**ROW, "scorer": "json_equality", "expected": "{"}).encode(),
             "scorer json_equality, and it is not",
