@@ -22,12 +22,12 @@ from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, 
 from slmops.tasks.questions.output_format import OutputFormat
 from slmops.tasks.workshop import Workshop
 
-# Increased whenever an evaluation's record gets more or other content: records of another number are not reused.
+# Increased whenever the content of an evaluation's record changes: records with another number are not reused.
 EVALUATION_SCHEMA = 2
 
 
 class _Result(BaseModel):
-    """A child's result: keys that are not evidence (token ids, rendered prompts) are left out."""
+    """A child's result, without keys that are not evidence (token ids, rendered prompts)."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -64,9 +64,10 @@ def run_reference(
     on_progress: OnProgress | None = None,
     torch_child: ChildProcess | None = None,
 ) -> Reference:
-    """Run the source checkpoint on the rows in a child process; `work_dir` keeps what `evaluate_variant` compares with.
+    """Run the source checkpoint on the rows in a child process; `work_dir` keeps the result for `evaluate_variant`.
 
-    It is run within `torch_child`, if that is given; the peak memory then counts what earlier calls left there.
+    It is run within `torch_child`, if that is given; the peak memory then includes memory that earlier calls left
+    allocated.
 
     Raises `BadInput` for a row that the model cannot take, `StageFailed` and its kinds as `run_in_child` does.
     """
@@ -110,7 +111,7 @@ def evaluate_variant(
     `reference_dir` is the `work_dir` that `run_reference` was given for the same rows, or None for a model without a
     source checkpoint.
 
-    Raises `StageFailed` and its kinds: a model that cannot be opened or run.
+    Raises `StageFailed` and its kinds for a model that cannot be opened or run.
     """
     used = rows[: settings.evaluation.max_rows]
     child = run_in_child(
@@ -137,7 +138,7 @@ def evaluate_variant(
 
 
 def _asked(rows: Sequence[EvaluationRow]) -> tuple[Question, ...]:
-    """The children's questions; they know only the scorer exact_match."""
+    """The children's questions. Children know only the scorer exact_match."""
     return tuple(
         Question(
             id=row.id,
@@ -154,7 +155,7 @@ EVALUATION = Kind("evaluation", Evaluation, field="evaluation")
 class AnswersExam(ComparedExam[Evaluation]):
     """A variant's answers to the rows of an evaluation, compared with the answers of its source checkpoint.
 
-    With `compared` False only the answers are needed: a stored evaluation with a comparison counts as well.
+    With `compared` False only the answers are needed, and a stored evaluation with a comparison counts too.
     """
 
     kind, name, done_before = EVALUATION, "evaluate", "evaluated before"
@@ -208,7 +209,7 @@ class AnswersExam(ComparedExam[Evaluation]):
 
 
 def last_evaluation_set(version: Version) -> EvaluationSet | None:
-    """Return the rows and output format of a version's last evaluation, or None when it was never evaluated.
+    """Return the rows and output format of a version's last evaluation, or None if it was never evaluated.
 
     Raises `BadInput` if they cannot be read, because another version of slmops recorded them.
     """
@@ -221,6 +222,6 @@ def last_evaluation_set(version: Version) -> EvaluationSet | None:
     except ValidationError as error:
         raise BadInput(
             f"The rows of {version.reference}'s last evaluation cannot be read: {error.errors()[0]['msg']}.",
-            "Another version of slmops has recorded them: name the evaluation file (--eval).",
+            "Another version of slmops recorded them: name the evaluation file (--eval).",
             code="evaluation-record-unreadable",
         ) from error

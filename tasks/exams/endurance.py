@@ -1,4 +1,4 @@
-"""Endurance: a variant in long use and on difficult input, in each runtime that may serve it."""
+"""Endurance: soak test and edge inputs of a variant, in each runtime that may serve it."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ PACKAGES: dict[Runtime, tuple[str, ...]] = {
 }
 MIN_WARMUP_REQUESTS = 8
 MAX_RESTARTS = 3
-# One step's share of the stage's deadline: if several inputs hang, there is time left for the others.
+# One step's share of the stage's deadline, so that several inputs may hang and time is left for the others.
 STEP_DEADLINE_SHARE = 1 / 6
 
 
@@ -49,7 +49,7 @@ class _Record(BaseModel):
 
 
 class MemoryGrowth(_Record):
-    """Resident memory after each request of a soak, in bytes, and the growth fitted behind the warm-up."""
+    """Resident memory after each request of a soak, in bytes, and the growth fitted after the warm-up."""
 
     rss_bytes: tuple[int, ...]
     warmup_requests: int
@@ -57,11 +57,11 @@ class MemoryGrowth(_Record):
 
 
 class EdgeInputOutcome(_Record):
-    """The outcome of one difficult input: an answer, a clean error, or a dead process.
+    """The outcome of one edge input: an answer, a clean error, or a dead process.
 
     `detail` is the beginning of the answer or the error. `alive` says whether the runtime answered an ordinary request
-    afterwards as it did before. `control_tokens` says whether control tokens that a user typed reached the model as
-    such; None for other inputs. `wall_ms` is how long the answer or the error took.
+    afterwards as it did before. `control_tokens` says whether control tokens in a user's text reached the model as
+    control tokens; None for other inputs. `wall_ms` is how long the answer or the error took.
     """
 
     name: str
@@ -79,7 +79,7 @@ class EdgeInputOutcome(_Record):
 
 
 class Endurance(_Record):
-    """A variant's soak and edge inputs in one runtime; `memory` is None when the soak did not end.
+    """A variant's soak and edge inputs in one runtime; `memory` is None if the soak did not end.
 
     A soak that did not end is among `edge_inputs` as well, under the name of
     `slmops.infra.process.endurance.LONG_USE`: its input is ordinary, and is not handled.
@@ -116,8 +116,8 @@ def _block_requests(requests: int) -> int:
 def soak_conversations(requests: int, conversations: int) -> int:
     """How many of the conversations, at least one, a soak cycles over.
 
-    Longer prompts take more memory. So every block of requests has each conversation equally often: differences between
-    them do not count as growth.
+    Longer prompts take more memory. Therefore every block of requests has each conversation equally often, so that
+    differences between conversations do not count as growth.
     """
     block = _block_requests(requests)
     return max((count for count in range(1, min(block, conversations) + 1) if block % count == 0), default=1)
@@ -156,10 +156,10 @@ class _Course:
         return [LONG_USE] * bool(self.requests) + [edge_input.name for edge_input in self.edge_inputs]
 
     def read(self, journal: Path) -> dict[str, Any] | None:
-        """Read a child's journal; returns the step that it began and did not end."""
+        """Read a child's journal; returns the step that began and did not end."""
         under_way: dict[str, Any] | None = None
         text = journal.read_text("utf-8") if journal.is_file() else ""
-        whole_lines = text.rpartition("\n")[0].splitlines()  # the child may have died while it wrote
+        whole_lines = text.rpartition("\n")[0].splitlines()  # the child may have died while writing
         for line in map(json.loads, whole_lines):
             if "begun" in line:
                 under_way = line
@@ -204,11 +204,11 @@ def examine_endurance(
 ) -> Endurance:
     """Run the soak and the edge inputs on a genai model folder in a runtime, in a separate child process.
 
-    A child that dies at an input is replaced, at most three times, and the remaining inputs continue. The first of the
+    A child that dies at an input is replaced, at most three times, and the remaining inputs follow. The first of the
     conversations is the ordinary request, and the soak cycles over the first few (`soak_conversations`). `kind`
     replaces the runtime's own call.
 
-    Raises `StageFailed` and its kinds: a model that does not load or does not answer an ordinary request.
+    Raises `StageFailed` and its kinds for a model that does not load or does not answer an ordinary request.
     """
     started = time.monotonic()
     soak, deadline_s = settings.soak, settings.timeout.exercise_s
@@ -216,7 +216,7 @@ def examine_endurance(
     context_length = int(read_json(model_dir / "genai_config.json")["model"]["context_length"])
     course = _Course(soak.requests, edge_inputs(context_length, typed))
     if not typed:
-        course.notes.append("The tokenizer names no control token: none was typed.")
+        course.notes.append("The tokenizer names no control token, so the input with control tokens was left out.")
     rows = conversations[: soak_conversations(soak.requests, len(conversations))]
     shared = {
         "model_dir": model_dir,
@@ -243,7 +243,7 @@ def examine_endurance(
     if memory is None and course.rss_bytes:
         course.notes.append(f"{len(course.rss_bytes)} requests are too few to fit the growth of memory.")
     elif not soak.requests:
-        course.notes.append("No soak was asked for: the growth of memory is not known.")
+        course.notes.append("No soak was requested: the growth of memory is not known.")
     return Endurance(
         runtime=runtime,
         memory=memory,
@@ -297,7 +297,7 @@ def _crashed(
             )
         except StageFailed as error:
             step = course.read(call.journal)
-            if step is None:  # not the fault of a step: the model did not load, or answers nothing
+            if step is None:  # not the fault of a step: the model did not load, or does not answer
                 raise
             hung = time.time() - step["at"] >= call.step_deadline_s
             course.crashed(step, f"no answer in {call.step_deadline_s:.0f} s" if hung else error.message)
@@ -314,7 +314,7 @@ ENDURANCE = Kind("exercise", Endurance, field="exercise")
 
 
 class EnduranceExam(Exam[Endurance]):
-    """A variant's behaviour in long use and on difficult input in one runtime."""
+    """A variant's soak and edge inputs in one runtime."""
 
     kind, name, done_before = ENDURANCE, "exercise", "exercised before"
 
@@ -353,5 +353,5 @@ class EnduranceExam(Exam[Endurance]):
         )
 
     def stands(self, found: Endurance) -> bool:
-        """Not if the process died: the machine may have been short of memory."""
+        """Not if the process died, because the machine may have been short of memory."""
         return not any(outcome.outcome == "crashed" for outcome in found.edge_inputs)

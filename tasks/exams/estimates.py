@@ -1,6 +1,6 @@
 """Uncertainty: intervals of means, of paired differences and of ratios, each by a named method.
 
-scipy gives the quantiles, from `scipy.special` and where they are needed: `scipy.stats` takes a second to load.
+`scipy.special` gives the quantiles and is imported inside functions: `scipy.stats` takes a second to load.
 """
 
 import math
@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-SEED = 0  # equal figures have equal intervals
-# Bound on the indices that are drawn at once: 8 MB.
+SEED = 0  # a fixed seed, so that equal figures have equal intervals
+# Limit on the indices that are drawn at once: 8 MB.
 DRAWN_AT_ONCE = 2**20
 DRIFT_BLOCKS = 8
 WANDERING_CORRELATION = 0.25
@@ -34,8 +34,8 @@ def mean_score(scores: Sequence[float]) -> Estimate:
     """Mean of at least one score between 0 and 1, with its percentile bootstrap interval (Efron 1979).
 
     If all scores are equal, the bootstrap has no variance. They get the exact binomial interval (Clopper and Pearson
-    1934) for as many correct answers as their sum, so that three correct answers of three do not count as certainty. No
-    distribution of scores between 0 and 1 with that mean varies more than right and wrong answers do.
+    1934) for as many correct answers as their sum, so that three correct answers out of three do not count as
+    certainty. No distribution of scores between 0 and 1 with that mean varies more than right and wrong answers.
     """
     values = np.asarray(scores, np.float64)
     if values.min() < values.max():
@@ -75,7 +75,7 @@ def paired_loss(reference: Sequence[float], variant: Sequence[float]) -> Estimat
 
     The interval is that of Agresti and Min (2005, Simple improved confidence intervals for comparing matched
     proportions) at one-sided `CONFIDENCE` to either side, as in tests of non-inferiority. It adds two pseudo-questions,
-    one with equal scores and one half lost, half won, so that a few equal answers do not prove equality.
+    one with equal scores and one half lost, half won, so that a few equal answers do not count as proof of equality.
     """
     differences = np.asarray(reference, np.float64) - np.asarray(variant, np.float64)
     count = len(differences) + 2
@@ -111,16 +111,16 @@ def slope(positions: Sequence[float], values: Sequence[float]) -> Estimate:
 
 
 def drift(values: Sequence[float]) -> Estimate:
-    """Growth per step of a series that moves in steps and has temporary peaks, like memory; needs 8 values.
+    """Growth per step of a series with steps and temporary peaks, such as memory; needs 8 values.
 
     The mean change between the lowest values of `DRIFT_BLOCKS` successive blocks of equal size (the first values are
-    left out where they do not come out even), with its t interval: batch means (Schmeiser 1982, Batch size effects in
-    the analysis of simulation output), of minima because a peak is given back. The interval is widened for the
-    correlation of 1/4 that successive changes have when a series wanders at random (Working 1960, Note on the
+    left out if the number is not divisible), with its t interval: batch means (Schmeiser 1982, Batch size effects in
+    the analysis of simulation output), of minima because peaks are temporary. The interval is widened for the
+    correlation of 1/4 that successive changes of a random walk have (Working 1960, Note on the
     correlation of first differences of averages in a random chain).
 
-    A line's slope would show certain growth for a single step in an otherwise flat series. Here a single step is not
-    growth, but growth that continues from block to block is.
+    The slope of a line would show significant growth for a single step in an otherwise flat series. Here only growth
+    that continues from block to block counts.
     """
     size = len(values) // DRIFT_BLOCKS
     floors = np.asarray(values[-size * DRIFT_BLOCKS :], np.float64).reshape(DRIFT_BLOCKS, size).min(axis=1)
@@ -134,7 +134,7 @@ def drift(values: Sequence[float]) -> Estimate:
 
 
 def _student_reach(freedom: int) -> float:
-    """Return the t within which `CONFIDENCE` of Student's distribution lies, to either side of 0."""
+    """Return the t for which `CONFIDENCE` of Student's distribution is between -t and t."""
     from scipy import special
 
     return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))

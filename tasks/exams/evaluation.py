@@ -1,4 +1,4 @@
-"""The record of an evaluation, and what is derived from its answers: scores, conformity, intervals, examples."""
+"""The record of an evaluation, and the figures derived from its answers: scores, conformity, intervals, examples."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class EvaluatedRow(AnsweredRow):
     """A variant's answer to one row, with its scores.
 
     `exact_match` is None for rows of other scorers, the scores are None for rows without an expected answer, and the
-    output faults (what is wrong with an answer's form) are None without a fault or without a required format.
+    output faults (errors in an answer's form) are None without a fault or a required format.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -79,7 +79,7 @@ class Evaluation(Evaluated):
 def score_evaluation(
     evaluation: Evaluation, rows: Sequence[EvaluationRow], output_format: OutputFormat | None
 ) -> Evaluation:
-    """Compute what is derived from the answers and the rows' figures: scores, conformity, intervals, examples.
+    """Derive scores, conformity, intervals and examples from the answers and the rows' figures.
 
     `rows` are those that were evaluated, in the same order. If a pattern's match exceeds the time limit, the answer
     scores 0, and a note says so.
@@ -107,7 +107,7 @@ def score_evaluation(
     notes = []
     if slow:
         places = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
-        notes = [f"A pattern was not done after {MATCH_TIMEOUT_S:g} s and so scored 0: {places}."]
+        notes = [f"A pattern did not finish within {MATCH_TIMEOUT_S:g} s, so the score is 0: {places}."]
     agreements = [row.top1_agreement for row in scored if row.positions]
     divergences = [row.kl_divergence for row in scored if row.positions]
     weights = [row.positions for row in scored if row.positions]

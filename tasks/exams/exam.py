@@ -1,4 +1,4 @@
-"""Exams: questions that are asked of a stored variant, answered once, and kept as evidence of its version."""
+"""Exams: questions on a stored variant. Each is answered once, and the answer is kept as evidence of its version."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -30,11 +30,11 @@ class Bench:
 
 
 class Exam(ABC, Generic[R]):
-    """A question that is asked of a variant; its answer of type `R` is evidence under the digest of the question."""
+    """A question on a variant; its answer of type `R` is evidence under the digest of the question."""
 
     kind: Kind[R]  # of the evidence
     name: ClassVar[str]  # "measure": in progress and in the names of task runs
-    done_before: ClassVar[str]  # "measured before": what progress reports for a stored answer
+    done_before: ClassVar[str]  # "measured before": the progress report for a stored answer
 
     @abstractmethod
     def question(self, variant: Variant, settings: Settings) -> Json:
@@ -54,7 +54,7 @@ class Exam(ABC, Generic[R]):
 
     @property
     def id(self) -> str:
-        """What it is called among the exams of a run."""
+        """Its name among the exams of a run."""
         return self.name
 
     def run_name(self, precision: str) -> str:
@@ -62,7 +62,7 @@ class Exam(ABC, Generic[R]):
         return f"{self.name}-{precision}"
 
     def title(self, precision: str) -> str:
-        """Return what progress calls the exam of a variant."""
+        """Return the exam's name in progress reports on a variant."""
         return f"{self.name} {precision}"
 
     def key(self, variant: Variant, settings: Settings) -> str:
@@ -70,7 +70,7 @@ class Exam(ABC, Generic[R]):
         return digest_of(self.question(variant, settings))[:16]
 
     def known(self, variant: Variant, settings: Settings) -> R | None:
-        """Return the stored answer, None if there is none that may be reused.
+        """Return the stored answer, or None if there is none that may be reused.
 
         Raises `DamagedEvidence`.
         """
@@ -84,7 +84,7 @@ def _run_name(parameters: Mapping[str, Any]) -> str:
 
 @stage("examine", run_name=_run_name)
 def examine(exam: Exam[R], variant: Variant, *, fresh: bool = False) -> R:
-    """Ask a stored variant, and keep the answer as evidence; a stored answer is reused.
+    """Take an exam of a stored variant, and keep the answer as evidence; a stored answer is reused.
 
     With `fresh`, the exam is taken again and its answer is added. Raises what `Exam.take` does.
     """

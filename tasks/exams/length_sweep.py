@@ -1,4 +1,4 @@
-"""The length sweep: how speed and validity hold as the prompt grows towards the context's limit."""
+"""The length sweep: speed and validity as the prompt grows towards the context's limit."""
 
 import math
 
@@ -8,7 +8,7 @@ from slmops.infra.genai.sweep import speed_by_length, throughput_losses
 from slmops.tasks.exams.estimates import Estimate, slope
 from slmops.tasks.exams.measurement import Measurement
 
-# Below this length a request's fixed cost outweighs what the prompt's length adds to it.
+# Below this length a request's fixed cost is larger than the cost of the prompt's length.
 SHORTEST_SCALED_PROMPT_TOKENS = 64
 MIN_LENGTHS_OF_A_SLOPE = 3  # two points give a slope without an interval
 
@@ -18,7 +18,7 @@ class _Record(BaseModel):
 
 
 class LengthFigures(_Record):
-    """Medians at one prompt length; `valid` when every logit was finite and each chat's answer was text."""
+    """Medians at one prompt length; `valid` if every logit was finite and each chat's answer was text."""
 
     prompt_tokens: int
     ttft_ms: FiniteFloat
@@ -48,7 +48,7 @@ class LengthSweep(_Record):
 
 
 def length_sweep_of(measurement: Measurement) -> LengthSweep:
-    """Return the steadiness of a measurement's sweep; without a sweep it has no lengths."""
+    """Return the record of a measurement's sweep; without a sweep it has no lengths."""
     speeds = speed_by_length(measurement.sweep)
     lengths = tuple(
         LengthFigures(

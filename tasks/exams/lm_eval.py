@@ -1,4 +1,4 @@
-"""Standard benchmarks: lm-eval's tasks, or the user's own in its format, on a variant and on its checkpoint."""
+"""Standard benchmarks: lm-eval's tasks, or the user's own tasks in its format, on a variant and its checkpoint."""
 
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -61,9 +61,9 @@ def run_lm_eval_tasks(
     work_dir: Path,
     on_progress: OnProgress | None = None,
 ) -> tuple[LmEvalResult, ...]:
-    """Run lm-eval tasks in a child process, on a genai model folder or on a checkpoint: one of the two.
+    """Run lm-eval tasks in a child process, either on a genai model folder or on a checkpoint.
 
-    Raises `BadInput` where lm-eval is not installed, and for tasks that are unknown, cannot be loaded, ask for code, or
+    Raises `BadInput` if lm-eval is not installed, and for tasks that are unknown, cannot be loaded, contain code, or
     have no local data; `StageFailed` and its kinds for a model that cannot be run.
     """
     _check(tasks)
@@ -103,8 +103,8 @@ def _folder(include_path: str) -> Path:
 def lm_eval_question(subject_digest: str, tasks: LmEvalTasks) -> Json:
     """Return everything that determines lm-eval's results.
 
-    That is the subject (a variant's or a checkpoint's digest), the tasks, the content of the user's task folder with
-    the data it names, and lm-eval's version. Permissions do not change an answer and are left out.
+    This is the subject (a variant's or a checkpoint's digest), the tasks, the content of the user's task folder and the
+    data that it names, and lm-eval's version. Permissions do not change an answer and are left out.
 
     Raises `BadInput` for impossible tasks, if lm-eval is not installed, or if the folder cannot be read.
     """
@@ -160,7 +160,7 @@ class LmEvalExam(Exam[tuple[LmEvalResult, ...]]):
 def run_lm_eval_on_checkpoint(
     version: Version, prepared: PreparedCheckpoint, asked: LmEvalTasks
 ) -> tuple[LmEvalResult, ...]:
-    """Run the same tasks on a version's source checkpoint, by lm-eval's own runner, to compare with its variants."""
+    """Run the same tasks on a version's source checkpoint with lm-eval's own runner, to compare its variants."""
     shop = workshop()
     key = digest_of(lm_eval_question(prepared.digest, asked))[:16]
     with stage_progress("lm-eval checkpoint") as on_progress:

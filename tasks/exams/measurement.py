@@ -38,7 +38,7 @@ PER_REQUEST: tuple[MetricName, ...] = (
     "e2e_latency_ms",
 )
 PER_PROCESS: tuple[MetricName, ...] = ("load_ms", "peak_rss_bytes", "cpu_percent", "size_bytes")
-# Increased whenever the meaning of a figure changes, so that older evidence is neither reused nor compared. 2: TTFT
+# Increased whenever the meaning of a figure changes: older evidence is neither reused nor compared. 2: TTFT
 # without making the generator, memory of the measured process alone, and the sweep.
 MEASUREMENT_SCHEMA = 2
 QUANTILE_METHOD = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
@@ -58,7 +58,7 @@ class Statistics(_Record):
 
 
 class PromptLengthStatistics(_Record):
-    """Statistics of the requests of one prompt length; the inter-token latency's are over every decoding step."""
+    """Statistics of the requests of one prompt length; those of the inter-token latency are over all decoding steps."""
 
     prompt_tokens: int
     new_tokens: int
@@ -82,7 +82,7 @@ class Measurement(_Record):
     sweep: tuple[SweptRequest, ...] = ()
     sweep_notes: tuple[str, ...] = ()
     threads: int
-    execution_provider: str | None = None  # older records may name one; None: the folder's own
+    execution_provider: str | None = None  # older records may name a provider; None: that of the folder
     hardware: Hardware
     versions: dict[str, str]
     wall_s: FiniteFloat
@@ -166,7 +166,7 @@ def measure_variant(
         work_dir=work_dir,
         on_progress=on_progress,
     )
-    # The supervisor's peak memory would include the sweep's long prompts.
+    # The supervisor's peak memory would include that of the sweep's long prompts.
     return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
 
 
@@ -174,7 +174,7 @@ MEASUREMENT = Kind("measurement", Measurement, field="measurement")
 
 
 class MeasurementExam(Exam[Measurement]):
-    """How fast and how large a variant is on this machine."""
+    """Speed and size of a variant on this machine."""
 
     kind, name, done_before = MEASUREMENT, "measure", "measured before"
 
@@ -196,7 +196,7 @@ class MeasurementExam(Exam[Measurement]):
 
 
 def measurements_of(variant: Variant) -> list[Measurement]:
-    """Return a variant's measurements on record, oldest first; those by another method are left out."""
+    """Return a variant's stored measurements, oldest first; those by another method are left out."""
     asked = (MEASUREMENT_SCHEMA, variant.digest)
     return variant.version.all(
         MEASUREMENT, where=lambda content: (content.get("schema"), content.get("variant")) == asked

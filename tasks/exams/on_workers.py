@@ -1,4 +1,4 @@
-"""Exams on the serving device: by the workers of a pool, if the settings name one."""
+"""Exams on the serving device, by the workers of a pool, if the settings name one."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -40,9 +40,9 @@ class Examined(Record):
 
 
 def examine_on_workers(version: Version, rows: Sequence[EvaluationRow]) -> dict[str, Examined]:
-    """Have every variant examined on a worker of the measuring pool; returns the results by precision.
+    """Let workers of the measuring pool examine every variant; returns the results by precision.
 
-    Without such a pool there are no results.
+    Without such a pool the result is empty.
     """
     pool = workshop().measure_pool
     if not pool:
@@ -64,7 +64,7 @@ def examine_on_workers(version: Version, rows: Sequence[EvaluationRow]) -> dict[
 
 
 def examine_ordered(asked: ExamOrder, variant: Variant) -> Examined:
-    """Take the exams that another machine's deploy has ordered."""
+    """Take the exams that a deploy on another machine ordered."""
     exams = {exam.id: exam for exam in exams_of_a_device(asked.rows)}
     answers = {name: exams[name].kind.to_content(examine(exams[name], variant)) for name in asked.exams}
     return Examined(answers=answers)

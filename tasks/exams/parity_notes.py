@@ -26,7 +26,7 @@ def reference_notes(
         yield f"Not compared, as the chat template refuses them ({reason}): {names}."
     if expected.dated:
         yield (
-            "The chat template writes the date: the same conversation has another prompt every day. "
+            "The chat template writes the date, so the same conversation has another prompt every day. "
             "All runtimes take it from the machine's clock."
         )
     plain = [mark for mark, tokens in expected.marks.items() if tokens > 1]
@@ -44,7 +44,7 @@ def told_only_notes(mismatches: Sequence[tuple[str, str]]) -> Iterable[str]:
     """Yield notes on differences that do not depend on the template, by conversations and runtimes that differ."""
     told = [(conversation, runtime) for conversation, runtime in mismatches if conversation in TOLD_ONLY]
     if len(told) < len(mismatches):
-        return  # these have another cause
+        return  # these differences have another cause
     for name in dict.fromkeys(conversation for conversation, _ in told):
         runtimes = " and ".join(RUNTIME_NAMES[runtime] for conversation, runtime in told if conversation == name)
         yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {TOLD_ONLY[name]}."
@@ -61,7 +61,7 @@ def _differing_templates(model_dir: Path) -> str | None:
     if not path.is_file() or not isinstance(configured, str) or configured == used:
         return None
     return (
-        f"{TOKENIZER_CONFIG} and {path.name} hold different templates: onnxruntime-genai and Foundry Local use the "
+        f"{TOKENIZER_CONFIG} and {path.name} have different templates: onnxruntime-genai and Foundry Local use the "
         "former, transformers the latter."
     )
 
@@ -69,7 +69,7 @@ def _differing_templates(model_dir: Path) -> str | None:
 def compositions_of(
     model_dir: Path, conversations: Mapping[str, Sequence[Message]]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the prompts composed of inference_model.json's strings, or why there are none."""
+    """Return the prompts composed from inference_model.json's strings, or the reason why there are none."""
     try:
         template, _ = describe_model(model_dir)
     except SlmopsError as error:
@@ -87,7 +87,7 @@ def composition_notes(
 ) -> Iterable[str]:
     """Note where inference_model.json's strings give other prompts or tokens than the chat template.
 
-    Foundry 0.8 puts these strings together and leaves the begin token to the tokenizer.
+    Foundry 0.8 concatenates these strings and leaves the begin token to the tokenizer.
     """
     begin = expected.begin_token or ""
     other_text: list[str] = []
@@ -101,18 +101,18 @@ def composition_notes(
             if found not in ids:
                 why = ""
                 if found in [sequence[1:] for sequence in ids]:
-                    why = f": the strings hold no {begin}, and the tokenizer adds none by itself"
+                    why = f": the strings have no {begin}, and the tokenizer adds none by itself"
                 elif found[1:] in ids:
                     why = ": the tokenizer adds a begin token that the template does not write"
                 other_tokens.setdefault(why, []).append(name)
     if other_text:
         yield (
-            "inference_model.json's PromptTemplate makes other prompts than the chat template: "
+            "inference_model.json's PromptTemplate gives other prompts than the chat template: "
             f"{_listed(other_text, compositions)}."
         )
     for why, names in other_tokens.items():
         yield (
-            f"inference_model.json's PromptTemplate makes the chat template's text, but other tokens{why} "
+            f"inference_model.json's PromptTemplate gives the chat template's text, but other tokens{why} "
             f"({_listed(names, compositions)})."
         )
 

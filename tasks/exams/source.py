@@ -1,4 +1,4 @@
-"""The source checkpoint's side of an exam: run once in transformers, kept for the variants, then removed."""
+"""The source checkpoint's side of an exam: it runs once in transformers, is kept for the variants, then removed."""
 
 import contextlib
 from abc import abstractmethod
@@ -34,14 +34,14 @@ class ComparedExam(Exam[R]):
 
     @abstractmethod
     def run_source(self, checkpoint: Path, folder: Path, on_progress: OnProgress, shop: Workshop) -> None:
-        """Run the checkpoint; `folder` is made, and keeps the reference for the variants."""
+        """Run the checkpoint; makes `folder`, which keeps the reference for the variants."""
 
     def source_folder(self, source_digest: str, settings: Settings) -> Path:
-        """Return the folder where the checkpoint's result is kept for the variants."""
+        """Return the folder that keeps the checkpoint's result for the variants."""
         return settings.cache_dir / "references" / digest_of(self.source_question(source_digest, settings))
 
     def source_in_use(self, source_digest: str, settings: Settings) -> AbstractContextManager[None]:
-        """Keep the checkpoint's result, which other runs share: see `slmops.infra.storage.folders.shared_folder`."""
+        """Keep the checkpoint's result, which runs share: see `slmops.infra.storage.folders.shared_folder`."""
         return shared_folder(self.source_folder(source_digest, settings))
 
     def needs_source(self, variants: Iterable[Variant], settings: Settings) -> bool:
@@ -50,7 +50,7 @@ class ComparedExam(Exam[R]):
 
 
 def has_source(variant: Variant) -> bool:
-    """Whether a variant was built from a checkpoint that it can be compared with."""
+    """Whether a variant was built from a checkpoint with which it can be compared."""
     return variant.version.manifest.source.parameters > 0
 
 
@@ -69,7 +69,7 @@ def _run_name(parameters: dict[str, Any]) -> str:
 
 @stage("run source", run_name=_run_name)
 def run_source_once(exam: ComparedExam[Any], prepared: PreparedCheckpoint) -> None:
-    """Run the source checkpoint in transformers on an exam's question, unless its result is already there."""
+    """Run the source checkpoint in transformers on an exam's question, unless its result exists."""
     shop = workshop()
     folder = exam.source_folder(prepared.digest, shop.settings)
     with stage_progress(exam.source_name) as on_progress, only_maker(folder, on_progress):

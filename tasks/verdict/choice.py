@@ -8,7 +8,7 @@ from slmops.tasks.exams.estimates import paired_loss
 from slmops.tasks.request.budget import Budget
 from slmops.tasks.verdict.pareto import NOISE, Candidate, pareto_front
 
-# Microsoft's tutorial: start with int4, fall back to int8, then fp16, where quality is not enough.
+# Microsoft's tutorial: start with int4, fall back to int8 and then fp16 if quality is not sufficient.
 PREFERENCE = ("int4", "int8", "fp16", "fp32")
 
 
@@ -22,7 +22,7 @@ class Judged(BaseModel):
 
 
 class Choice(BaseModel):
-    """The chosen variant by name, None when none may serve, and why; `reasons` tell why each other one was not."""
+    """The name of the chosen variant (None if none may serve) and why; `reasons` are those against the others."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,7 +52,7 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
         return Choice(selected=None, reason=reason, reasons=reasons)
     for name, dominator in pareto_front([variant.candidate for variant in fitting]).items():
         if dominator is not None:
-            reasons[name] = f"{dominator} is better in something and worse in nothing"
+            reasons[name] = f"{dominator} is better in at least one figure and worse in none"
     front = [variant for variant in fitting if variant.candidate.name not in reasons]
     best = max(front, key=_quality)
     for point in front:
@@ -63,22 +63,20 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
     chosen = _fastest(equals)
     for candidate in equals:
         if candidate is not chosen:
-            reasons[candidate.name] = (
-                f"no better than {chosen.name} as far as can be told, and {_costlier(candidate, chosen)}"
-            )
+            reasons[candidate.name] = f"not measurably better than {chosen.name}, and {_costlier(candidate, chosen)}"
     return Choice(selected=chosen.name, reason=_reason(chosen, best, equals, front), reasons=reasons)
 
 
 def _smallest(names: Sequence[str]) -> Choice:
     selected = min(names, key=PREFERENCE.index)
-    reasons = {name: f"{selected} passed the gate too and is smaller" for name in names if name != selected}
+    reasons = {name: f"{selected} also passed the gate and is smaller" for name in names if name != selected}
     return Choice(
         selected=selected, reason=f"{selected} is the smallest precision that passed the gate.", reasons=reasons
     )
 
 
 def _quality(judged: Judged) -> tuple[float, float]:
-    """More is better: the score, then the closeness to the reference."""
+    """A larger value is better: the score, then the closeness to the reference."""
     score = 0.0 if judged.scores is None else sum(judged.scores) / len(judged.scores)
     divergence = judged.candidate.kl_divergence
     return round(score, 9), float("-inf") if divergence is None else -divergence
@@ -114,10 +112,10 @@ def _costlier(candidate: Candidate, chosen: Candidate) -> str:
 
 def _reason(chosen: Candidate, best: Judged, equals: Sequence[Candidate], front: Sequence[Judged]) -> str:
     if len(front) == 1:
-        return f"{chosen.name} keeps the budget, and no other that does is better in anything."
+        return f"{chosen.name} keeps the budget, and no other variant within the budget is better in any figure."
     if len(equals) == 1:
         return f"{chosen.name} has the best quality under the budget."
-    quality = "answers as well as" if best.scores is not None else "is as near to the reference as"
+    quality = "answers as well as" if best.scores is not None else "is as close to the reference as"
     if chosen is best.candidate:
-        return f"{chosen.name} has the best quality under the budget, and is the fastest of those as good."
-    return f"{chosen.name} {quality} {best.candidate.name} as far as can be told, and is the fastest of those."
+        return f"{chosen.name} has the best quality under the budget, and is the fastest among equals."
+    return f"{chosen.name} {quality} {best.candidate.name} within the noise, and is the fastest of these."

@@ -1,4 +1,4 @@
-"""The gate: whether a variant may be served, decided from what was measured of it."""
+"""The gate: it decides from measurements whether a variant may be served."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ class _Record(BaseModel):
 
 
 class GateThresholds(_Record):
-    """What a variant must reach: shares, nats per token, bytes per request, and a factor."""
+    """Thresholds for a variant: shares, nats per token, bytes per request, and a factor."""
 
     min_top1_agreement: Share
     max_kl_divergence: Annotated[FiniteFloat, Field(ge=0)]
@@ -36,7 +36,7 @@ class GateThresholds(_Record):
 
 
 # By precision: top-1 agreement at least, mean KL divergence at most, task score at most this much below the
-# reference's. DESIGN.md, section 8; fp32 is held to what fp16 is.
+# reference's. DESIGN.md, section 8; fp32 has the thresholds of fp16.
 DEFAULT_THRESHOLDS: dict[str, dict[str, float]] = {
     precision: {"min_top1_agreement": top1, "max_kl_divergence": kl, "max_quality_loss": loss}
     for precision, top1, kl, loss in (
@@ -111,10 +111,10 @@ CheckName = Literal[
 
 
 class GateCheck(_Record):
-    """One comparison with a threshold; `value` is None when there is no finite figure, and then it did not pass.
+    """One comparison with a threshold; `value` is None without a finite figure, and the check fails then.
 
-    `low` and `high` bound the figure where it has an interval. `decided` is false where that interval holds the
-    threshold: the figure neither passed nor failed, and does not keep a variant from passing.
+    `low` and `high` are the bounds of the figure's interval, if it has one. `decided` is false if that interval
+    contains the threshold: the check neither passed nor failed, and does not prevent a variant from passing.
     """
 
     name: CheckName
@@ -129,7 +129,7 @@ class GateCheck(_Record):
 
 
 class GateVerdict(_Record):
-    """The gate's decision: passed when every check passed. `notes` say what could not be judged, or what stands out."""
+    """The gate's decision: passed if every check passed. `notes` report what could not be judged, and anomalies."""
 
     passed: bool
     checks: tuple[GateCheck, ...]
@@ -137,7 +137,7 @@ class GateVerdict(_Record):
 
     @property
     def failed_checks(self) -> tuple[GateCheck, ...]:
-        """The checks that keep the variant from being served."""
+        """The checks that prevent the variant from being served."""
         return tuple(check for check in self.checks if not check.passed)
 
 
@@ -150,7 +150,7 @@ def judge(
     text: TextComparison | None = None,
     endurance: Sequence[Endurance] = (),
 ) -> GateVerdict:
-    """Decide whether a variant may be registered; what was not measured is not judged.
+    """Decide whether a variant may be registered. Figures that were not measured are not judged.
 
     Against the source checkpoint, where there is one: the same `vocabulary`, `top1_agreement` (at least) and
     `kl_divergence` (at most) on the evaluation set and on the user's text, and `quality_loss`: the reference's score
@@ -228,7 +228,7 @@ def _on_text(text: TextComparison, thresholds: GateThresholds) -> list[GateCheck
 
 
 def _parity_faults(parity: TemplateParity) -> list[str]:
-    mismatches = [f"{mismatch.runtime} renders {mismatch.conversation!r} otherwise" for mismatch in parity.mismatches]
+    mismatches = [f"{mismatch.runtime} renders {mismatch.conversation!r} differently" for mismatch in parity.mismatches]
     return mismatches + [f"{token} is not one token" for token in parity.broken_control_tokens]
 
 
@@ -247,7 +247,7 @@ def _of_endurance(endurance: Endurance, thresholds: GateThresholds) -> list[Gate
 
 def _notes(evaluation: Evaluation, checks: Sequence[GateCheck]) -> Iterator[str]:
     if not evaluation.has_reference:
-        yield "There is no source checkpoint to compare with: only what a variant shows alone was judged."
+        yield "There is no source checkpoint to compare with: only checks of the variant alone were made."
     elif evaluation.quality_loss is None:
         yield "The evaluation rows have no expected answers: the task score was not judged."
     yield from evaluation.notes
@@ -255,12 +255,12 @@ def _notes(evaluation: Evaluation, checks: Sequence[GateCheck]) -> Iterator[str]
         if not check.decided:
             yield (
                 f"{check.name.replace('_', ' ')} is not decided: {check.value:,.5g}, between {check.low:,.5g} and "
-                f"{check.high:,.5g}, where the threshold is {check.threshold:,.5g}. More rows or requests would tell."
+                f"{check.high:,.5g}, where the threshold is {check.threshold:,.5g}. More rows or requests decide it."
             )
     mismatches = evaluation.template_mismatches.count
     if mismatches:
         share = f"{mismatches} of {len(evaluation.rows)} prompts"
-        yield f"The runtime renders or tokenizes {share} otherwise than transformers."
+        yield f"The runtime renders or tokenizes {share} differently from transformers."
 
 
 def _at_least(name: CheckName, value: float | None, threshold: float, interval: Estimate | None = None) -> GateCheck:
@@ -305,12 +305,12 @@ def _count(name: CheckName, faults: Sequence[str]) -> GateCheck:
 
 
 def _finite(value: float | None) -> float | None:
-    """The value without the last bits' noise (1.0 - 0.98 is a little more than 0.02); None when it is not finite."""
+    """The value without rounding noise (1.0 - 0.98 is a little more than 0.02); None if it is not finite."""
     return round(value, 12) if value is not None and math.isfinite(value) else None
 
 
 class VariantVerdict(GateVerdict):
-    """The verdict on a variant of a version, and the thresholds that it was judged by."""
+    """The verdict on a variant of a version, and the thresholds."""
 
     precision: str
     thresholds: GateThresholds

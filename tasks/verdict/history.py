@@ -1,4 +1,4 @@
-"""History: where a version is better or worse than an earlier one of the same name, beyond noise."""
+"""History: the figures of a version that are better or worse, beyond noise, than those of an earlier version."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from slmops.tasks.exams.measurement import Measurement, MetricName, measurements
 
 Trend = Literal["better", "worse", "same"]
 
-# The interval reflects how requests vary within a run. Between runs of the same files, a machine's clock and other load
-# move medians by a few percent more, so a smaller change is ignored, however narrow its interval is.
+# The interval reflects how requests vary within a run. Between runs of the same files, clock speed and other load move
+# medians by a few percent more, so a smaller change is ignored even if its interval is narrow.
 MATERIAL_SPEED_CHANGE = 0.05
-# Each run has one figure, without an interval, and it depends on the allocator.
+# Each run has one figure, without an interval, which depends on the allocator.
 MATERIAL_MEMORY_CHANGE = 0.10
-MATERIAL_SIZE_CHANGE = 0.01  # size is exact: smaller changes are only in the files that describe the model
+MATERIAL_SIZE_CHANGE = 0.01  # size is exact; smaller changes come from the files that describe the model
 MATERIAL_KL_CHANGE = 0.05
-# The newest of each side: enough to show their spread, and few enough to follow changes of the machine.
+# The newest of each side: enough for their spread, and few enough to follow changes of the machine.
 COMPARED_MEASUREMENTS = 5
 RAM_TOLERANCE = 0.01  # the reported memory size differs slightly between kernels
 
@@ -53,7 +53,7 @@ class Change(_Record):
 
 
 class History(_Record):
-    """The comparison with one earlier version; `notes` say what could not be compared and why."""
+    """The comparison with one earlier version; `notes` report what could not be compared and why."""
 
     previous: str
     changes: tuple[Change, ...]
@@ -68,9 +68,9 @@ class Figures(_Record):
 
 
 class Comparison(_Record):
-    """The changes of one precision, and what could not be compared or must be known when reading them.
+    """The changes of one precision, and notes on figures that could not be compared or need an explanation.
 
-    `earlier_measurements` is how many of the earlier measurements could be compared.
+    `earlier_measurements` is the number of earlier measurements that could be compared.
     """
 
     changes: tuple[Change, ...]
@@ -81,14 +81,14 @@ class Comparison(_Record):
 def compare_versions(precision: str, earlier: Figures, later: Figures) -> Comparison:
     """Compare one precision's figures; pure.
 
-    Of each side the newest five measurements count that were made under the same conditions as the newest later one:
+    On each side, the newest five measurements count that have the same conditions as the newest later one:
     hardware, system, threads, execution provider, numbers of prompt and new tokens.
 
     Speed: `ratio_of_medians` over the raw requests of the first prompt length, a side's measurements together. A trend
-    needs an interval without 1, a change of more than 5 %, and medians of the later measurements that all lie beyond
-    those of the earlier ones. Memory: the same over the measurements' peaks, with 10 %. Size: exact, from 1 % on. Task
-    score and KL divergence: row by row, where both were judged on the same rows, by an interval without 0; for the KL
-    divergence also from 5 % on.
+    needs an interval without 1, a change of more than 5 %, and medians of the later measurements that are all beyond
+    those of the earlier ones. Memory: the same over the measurements' peaks, with 10 %. Size: exact, at least 1 %. Task
+    score and KL divergence: row by row, if both were judged on the same rows, by an interval without 0; the KL
+    divergence also needs a change of at least 5 %.
     """
     changes: list[Change] = []
     notes: list[str] = []
@@ -126,7 +126,7 @@ def _compare_measurements(
     if not before:
         differences = ", ".join(_differences(earlier[-1], newest))
         notes.append(
-            f"{precision}: speed and memory cannot be compared, for the earlier measurement has {differences}."
+            f"{precision}: speed and memory cannot be compared, because the earlier measurement has {differences}."
         )
         changes.append(size)
         return 0
@@ -185,7 +185,7 @@ def _lengths(measurement: Measurement) -> list[tuple[int, int]]:
 
 
 def _values(rows: Sequence[RequestFigures], metric: str) -> list[float]:
-    """The raw figures of the first prompt length, which the flat metrics are of too."""
+    """The raw figures of the first prompt length, from which the flat metrics come too."""
     first = (rows[0].prompt_tokens, rows[0].new_tokens)
     return [float(getattr(row, metric)) for row in rows if (row.prompt_tokens, row.new_tokens) == first]
 
@@ -224,7 +224,7 @@ def _compare_evaluations(
     precision: str, earlier: Evaluation, later: Evaluation, changes: list[Change], notes: list[str]
 ) -> None:
     if earlier.rows_sha256 != later.rows_sha256:
-        notes.append(f"{precision}: quality cannot be compared, for the earlier one was judged on other rows.")
+        notes.append(f"{precision}: quality cannot be compared, because the earlier version was judged on other rows.")
         return
     old = {row.id: row for row in earlier.rows}
     pairs = [(old[row.id], row) for row in later.rows if row.id in old]
@@ -254,11 +254,11 @@ def _compare_evaluations(
     if diverging:
         changes.append(_kl_change(precision, diverging))
     elif later.has_reference:
-        notes.append(f"{precision}: the KL divergence cannot be compared, for one of the two has no finite figure.")
+        notes.append(f"{precision}: the KL divergence cannot be compared, because one of the two is not finite.")
 
 
 def _kl_change(precision: str, rows: Sequence[tuple[float, float, float]]) -> Change:
-    """Compare rows of (before, after, positions); each row weighs as the positions it was compared at."""
+    """Compare rows of (before, after, positions); each row has the weight of its compared positions."""
     weights = [weight for _, _, weight in rows]
     before, after = (weighted_mean([row[side] for row in rows], weights).value for side in (0, 1))
     estimate = weighted_mean([row[1] - row[0] for row in rows], weights)
@@ -277,7 +277,7 @@ def _score(row: EvaluatedRow) -> float | None:
 
 
 def history_of(version: Version, threads: int) -> History | None:
-    """Compare a version with the newest earlier one of its name, by stored evidence; None for the first.
+    """Compare a version with the newest earlier one of its name by stored evidence; None for the first version.
 
     Evidence from another machine or with another number of threads is not compared.
     """
@@ -301,7 +301,7 @@ def history_of(version: Version, threads: int) -> History | None:
 
 
 def _figures(variant: Variant, *, threads: int | None = None, rows_sha256: str | None = None) -> Figures:
-    """Return the stored figures of a variant: with `rows_sha256`, the evaluation on these rows if there is one."""
+    """Return the stored figures of a variant; with `rows_sha256`, the evaluation on these rows if there is one."""
     evaluations = variant.version.all(EVALUATION, where=lambda content: content.get("precision") == variant.precision)
     fitting = [evaluation for evaluation in evaluations if evaluation.rows_sha256 == rows_sha256]
     return Figures(

@@ -1,12 +1,12 @@
-"""The choice between variants: which of them are not dominated."""
+"""The Pareto front: the variants that no other variant dominates."""
 
 import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-# Relative differences that are ignored: the spread of repeated runs on a shared machine for speed and memory, the
-# graph's own bytes for size, rounding for the divergence.
+# Relative differences that are ignored: for speed and memory the spread of repeated runs on a shared machine, for size
+# the bytes of the graph itself, for the divergence rounding.
 NOISE = {
     "size_bytes": 0.005,
     "peak_rss_bytes": 0.05,
@@ -21,8 +21,8 @@ UNKNOWN = 1e9  # a missing figure is worse than any other
 class Candidate(BaseModel):
     """The costs and quality of a variant or a trial.
 
-    `quality_loss` is the task score below the reference's, `kl_divergence` in nats per token; both None where there
-    is no such figure.
+    `quality_loss` is the task score below the reference's, `kl_divergence` in nats per token; both are None if there is
+    no such figure.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,12 +37,12 @@ class Candidate(BaseModel):
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> dict[str, str | None]:
-    """Return by name None for a member of the Pareto front, else the name of a member of the front that dominates it.
+    """Return name -> None for a member of the Pareto front, else the name of a front member that dominates it.
 
     One dominates another if it is worse in no figure and better in at least one; differences within `NOISE` are
-    ignored. With tolerance alone, three candidates could dominate each other in a cycle. To avoid that, the dominating
-    one must also have the smaller quality loss or, at the same loss, the smaller product of its costs. The names must
-    differ; the order of `candidates` does not matter.
+    ignored. With tolerance alone, three candidates could dominate each other in a cycle. To prevent this, the
+    dominating one must also have the smaller quality loss or, at equal loss, the smaller product of its costs. The
+    names must differ; the order of `candidates` does not matter.
     """
     front: list[Candidate] = []
     dominated_by: dict[str, str | None] = {}
@@ -69,12 +69,12 @@ def _rank(candidate: Candidate) -> tuple[float, float]:
 
 
 def _loss(candidate: Candidate) -> float:
-    # Without the last bits' noise: 1.0 - 0.98 is a little more than 0.02.
+    # Rounded, because 1.0 - 0.98 is a little more than 0.02.
     return UNKNOWN if candidate.quality_loss is None else round(candidate.quality_loss, 9)
 
 
 def _costs(candidate: Candidate) -> dict[str, float]:
-    """Logarithms, so that a relative difference is a difference; more is worse."""
+    """Logarithms of the costs, so that a relative difference becomes a difference; a larger value is worse."""
     divergence = UNKNOWN if candidate.kl_divergence is None else max(candidate.kl_divergence, LEAST_DIVERGENCE)
     return {
         "size_bytes": math.log(candidate.size_bytes),

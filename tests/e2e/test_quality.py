@@ -71,7 +71,7 @@ def test_the_smallest_precision_is_selected_without_a_budget(demo: Demo) -> None
     slmops, report = demo
     assert report["selected"] == "int4"
     assert report["reason"] == "int4 is the smallest precision that passed the gate."
-    assert variant_of(report, "fp16")["reason"] == "int4 passed the gate too and is smaller"
+    assert variant_of(report, "fp16")["reason"] == "int4 also passed the gate and is smaller"
     shown = slmops.json("show", "home@1")
     assert shown["deploy"]["selected"] == "int4"
 

@@ -315,7 +315,7 @@ def full_variant(precision: str, **changes: Any) -> VariantReport:
         "metrics": variant_metrics(details),
         "intervals": variant_intervals(details),
         "gate": verdict(precision),
-        "reason": "" if precision == "int4" else "int4 passed the gate too and is smaller",
+        "reason": "" if precision == "int4" else "int4 also passed the gate and is smaller",
         "answer": _answer(0),
         "details": details,
     }

@@ -170,7 +170,9 @@ def test_a_pattern_that_is_not_done_in_time_scores_0_and_is_told() -> None:
     rows = [row("slow", expected="^foo(a|aa)+$", scorer="regex")]
     found = score_evaluation(evaluated({"answer": "foo" + "a" * 99 + "!", "reference_answer": "fooa"}), rows, None)
     assert (found.rows[0].score, found.rows[0].reference_score) == (0.0, 1.0)
-    assert found.notes == ("A pattern was not done after 1 s and so scored 0: row 'slow' with the variant's answer.",)
+    assert found.notes == (
+        "A pattern did not finish within 1 s, so the score is 0: row 'slow' with the variant's answer.",
+    )
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ class TestMemory:
         found = run({}, requests=48).memory.bytes_per_request
         assert found.low <= 1024 and abs(found.value) < 8192
 
-    @pytest.mark.parametrize(("requests", "told"), [(0, "No soak was asked for"), (15, "15 requests are too few")])
+    @pytest.mark.parametrize(("requests", "told"), [(0, "No soak was requested"), (15, "15 requests are too few")])
     def test_too_few_requests_give_no_figure_and_a_note(self, run, requests, told):
         found = run({}, requests=requests)
         assert found.memory is None and not unhandled(found)

@@ -111,7 +111,7 @@ def test_runtimes_agree_on_a_family(case, family):
     assert mentions(parity, "look like control tokens") == bool(plain)
     assert mentions(parity, plain)
     otherwise = f"other prompts than the chat template: {OTHERWISE.get(family)}."
-    assert mentions(parity, "PromptTemplate makes") == mentions(parity, otherwise) == (family in OTHERWISE)
+    assert mentions(parity, "PromptTemplate gives") == mentions(parity, otherwise) == (family in OTHERWISE)
     assert mentions(parity, "Unicode normalization is not applied") == (FAMILIES[family].kind == "qwen")
 
 
@@ -121,7 +121,7 @@ def test_runtimes_agree_on_a_family(case, family):
         (
             "llama-3",
             False,
-            "the strings hold no <|begin_of_text|>, and the tokenizer adds none by itself (all but white",
+            "the strings have no <|begin_of_text|>, and the tokenizer adds none by itself (all but white",
         ),
         ("phi-3", True, "the tokenizer adds a begin token that the template does not write (all conversations)."),
     ],
@@ -129,7 +129,7 @@ def test_runtimes_agree_on_a_family(case, family):
 def test_a_begin_token_that_static_strings_do_not_have_is_told(case, family, begins, why):
     parity = case(replace(FAMILIES[family], begins=begins)).check()
     assert parity.holds
-    assert mentions(parity, f"makes the chat template's text, but other tokens: {why}")
+    assert mentions(parity, f"gives the chat template's text, but other tokens: {why}")
 
 
 def test_a_swapped_template_is_caught_with_both_strings(case):
@@ -233,7 +233,7 @@ def test_two_templates_in_one_folder_are_caught_without_a_checkpoint(case):
     parity = both.check(with_checkpoint=False)
     assert parity.notes[0].startswith("There is no source checkpoint")
     assert names_of(parity) == JUDGED
-    assert mentions(parity, "tokenizer_config.json and chat_template.jinja hold different templates")
+    assert mentions(parity, "tokenizer_config.json and chat_template.jinja have different templates")
 
 
 def test_a_variant_without_a_template_is_caught(case):

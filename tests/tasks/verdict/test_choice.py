@@ -25,7 +25,7 @@ INT4, INT8, FP16 = judged("int4", 300, 42), judged("int8", 560, 25), judged("fp1
 def test_without_a_budget_the_smallest_precision_that_passed_is_chosen() -> None:
     choice = choose_variant([FP16, INT8, INT4], None)
     assert choice.selected == "int4"
-    assert choice.reasons == dict.fromkeys(("fp16", "int8"), "int4 passed the gate too and is smaller")
+    assert choice.reasons == dict.fromkeys(("fp16", "int8"), "int4 also passed the gate and is smaller")
     assert choose_variant([FP16, INT8], None).selected == "int8"
     assert choose_variant([FP16], None) == Choice(
         selected="fp16", reason="fp16 is the smallest precision that passed the gate."
@@ -47,10 +47,8 @@ def test_of_like_quality_the_fastest_is_chosen() -> None:
     near = [judged("int8", 560, 25, right=99, kl_divergence=0.001), judged("int4", 300, 42, right=98)]
     choice = choose_variant(near, Budget(max_size=10**9))
     assert choice.selected == "int4"
-    assert choice.reason == "int4 answers as well as int8 as far as can be told, and is the fastest of those."
-    assert choice.reasons == {
-        "int8": "no better than int4 as far as can be told, and slower (25.0 instead of 42.0 tok/s)"
-    }
+    assert choice.reason == "int4 answers as well as int8 within the noise, and is the fastest of these."
+    assert choice.reasons == {"int8": "not measurably better than int4, and slower (25.0 instead of 42.0 tok/s)"}
 
 
 def test_a_measurably_worse_score_is_not_chosen_for_its_speed() -> None:
@@ -63,15 +61,15 @@ def test_a_measurably_worse_score_is_not_chosen_for_its_speed() -> None:
 def test_a_dominated_variant_is_dropped() -> None:
     choice = choose_variant([INT4, judged("int8", 560, 25, right=90)], Budget(max_size=10**9))
     assert choice.selected == "int4"
-    assert choice.reason == "int4 keeps the budget, and no other that does is better in anything."
-    assert choice.reasons == {"int8": "int4 is better in something and worse in nothing"}
+    assert choice.reason == "int4 keeps the budget, and no other variant within the budget is better in any figure."
+    assert choice.reasons == {"int8": "int4 is better in at least one figure and worse in none"}
 
 
 def test_at_like_speed_the_smallest_is_chosen() -> None:
     near = [judged("int8", 560, 42.5, kl_divergence=0.001), judged("int4", 300, 42)]
     choice = choose_variant(near, Budget(max_size=10**9))
     assert choice.selected == "int4"
-    assert choice.reasons == {"int8": "no better than int4 as far as can be told, and larger"}
+    assert choice.reasons == {"int8": "not measurably better than int4, and larger"}
 
 
 def test_without_expected_answers_nearness_to_the_reference_is_the_quality() -> None:

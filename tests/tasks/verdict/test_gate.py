@@ -204,7 +204,7 @@ def test_a_template_that_a_runtime_renders_otherwise_fails() -> None:
     given = {"conversations": 4, "mismatches": (), "broken_control_tokens": (), "notes": ()}
     assert judge(evaluation(), INT8, parity=TemplateParity(**given)).passed
     for fault, detail in (
-        ({"mismatches": (mismatch,)}, "foundry renders 'one turn' otherwise"),
+        ({"mismatches": (mismatch,)}, "foundry renders 'one turn' differently"),
         ({"broken_control_tokens": ("<|im_end|>",)}, "<|im_end|> is not one token"),
     ):
         (check,) = judge(evaluation(), INT8, parity=TemplateParity(**given | fault)).failed_checks

@@ -192,7 +192,7 @@ def test_other_rows_are_not_compared():
     before, after = (evaluation([row(1, 1.0)], rows_sha256=digest * 64) for digest in "ab")
     found = compare_versions("int4", Figures(evaluation=before), Figures(evaluation=after))
     assert found.changes == ()
-    assert found.notes == ("int4: quality cannot be compared, for the earlier one was judged on other rows.",)
+    assert found.notes == ("int4: quality cannot be compared, because the earlier version was judged on other rows.",)
 
 
 @pytest.mark.parametrize(("factor", "trend"), [(2.0, "worse"), (1.01, "same"), (0.5, "better")])
@@ -212,7 +212,7 @@ def test_the_divergence_is_compared_row_by_row(factor, trend):
 def test_a_divergence_that_is_not_finite_is_said():
     before, after = (evaluation([row(number, 1.0, kl) for number in range(3)]) for kl in (0.01, None))
     found = compare_versions("int4", Figures(evaluation=before), Figures(evaluation=after))
-    assert "no finite figure" in found.notes[0]
+    assert "not finite" in found.notes[0]
 
 
 # From the registry
