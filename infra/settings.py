@@ -133,6 +133,15 @@ class EvaluationSettings(_Section):
     )
 
 
+class CalibrationSettings(_Section):
+    """Size of the texts that quantized variants are calibrated on."""
+
+    max_tokens: int = Field(8192, ge=16, le=1_000_000, description="Tokens of all texts.")
+    max_new_tokens: int = Field(
+        128, ge=1, le=8192, description="Longest answer of the checkpoint's own that is calibrated on, in tokens."
+    )
+
+
 class BenchmarkSettings(_Section):
     """Size of the measurement of speed and memory."""
 
@@ -239,6 +248,7 @@ class Settings(BaseSettings):
     serve: ServeSettings = ServeSettings()
     catalog: CatalogSettings = CatalogSettings()
     gate: GateSettings = GateSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
     sweep: SweepSettings = SweepSettings()

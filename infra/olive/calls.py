@@ -14,7 +14,8 @@ class Build(Call[Built]):
     """Build one variant of a checkpoint.
 
     `olive_config` is complete but for its paths. The finished folder is written to `output_dir`, which must be empty or
-    missing; intermediate files are in a separate folder under `cache_dir`, which is removed at the end.
+    missing; intermediate files are in a separate folder under `cache_dir`, which is removed at the end. `calibration`
+    are the token ids of the texts that passes are calibrated on.
     """
 
     olive_config: Json
@@ -22,6 +23,7 @@ class Build(Call[Built]):
     output_dir: AbsolutePath
     cache_dir: AbsolutePath
     threads: int
+    calibration: tuple[tuple[int, ...], ...] = ()
 
     def perform(self, progress: Progress) -> Built:
         """See `slmops.infra.olive.engine.build`."""

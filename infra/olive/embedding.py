@@ -37,7 +37,11 @@ def replace_embedding(model: Any, *, bits: int, block_size: int, tied: bool) -> 
     if lookup is None:
         return False
     embedding = lookup.inputs[0]
-    blocks = (_lm_head_blocks(graph) if tied else None) or _rounded_blocks(graph, embedding, bits, block_size)
+    lm_head = _quantized_lm_head(graph)
+    if tied and lm_head:
+        blocks = _lm_head_blocks(graph, lm_head)
+    else:
+        blocks = _rounded_blocks(graph, embedding, bits, block_size)
     _replace_lookup(graph, lookup, blocks)
     del graph.initializers[embedding.name]
     graph.sort()
@@ -54,11 +58,19 @@ def _float_lookup(graph: Any) -> Any:
     return None
 
 
-def _lm_head_blocks(graph: Any) -> _Blocks | None:
-    """Return lm_head's quantized weights, or None where it is not quantized or packed for one device only."""
+def lm_head_bits(model: Any) -> int | None:
+    """Return the width of an onnx-ir model's quantized lm_head, None where it is in floating point."""
+    node = _quantized_lm_head(model.graph)
+    return int(node.attributes["bits"].as_int()) if node else None
+
+
+def _quantized_lm_head(graph: Any) -> Any:
+    """Return lm_head's node, or None where it is not quantized or packed for one device only."""
     node = next((n for n in graph if n.op_type == "MatMulNBits" and n.name.startswith("/lm_head/")), None)
-    if node is None or "weight_prepacked" in node.attributes:
-        return None
+    return None if node is None or "weight_prepacked" in node.attributes else node
+
+
+def _lm_head_blocks(graph: Any, node: Any) -> _Blocks:
     bits, block_size, rows = (node.attributes[name].as_int() for name in ("bits", "block_size", "N"))
     weight, scales = node.inputs[1:3]
     zero_points = node.inputs[3] if len(node.inputs) > 3 else None

@@ -1,5 +1,6 @@
 """Run Olive, which turns a checkpoint into an onnxruntime-genai folder."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -11,13 +12,21 @@ from typing import Any
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.olive.architectures import check_architecture
+from slmops.infra.olive.calibration_data import calibrating_with
 from slmops.infra.olive.calls import Build, Built
 from slmops.infra.olive.lean_files import spare_reads_and_writes
 from slmops.infra.olive.lean_import import import_olive_workflows
 from slmops.infra.olive.options import read_olive_package_config
+from slmops.infra.olive.step_progress import listening_to_steps
 from slmops.infra.process.call import Progress
 
 MODEL_BUILDER = "ModelBuilder"
+# Olive's passes that slmops has its own class for.
+OWN_PASSES = {
+    MODEL_BUILDER: "slmops.infra.olive.model_builder.ModelBuilder",
+    "Gptq": "slmops.infra.olive.quantizing_passes.Gptq",
+    "Rtn": "slmops.infra.olive.quantizing_passes.Rtn",
+}
 
 # Olive writes it into the model's folder, with paths and times of this run.
 OLIVE_RECORDS = frozenset({"model_config.json", "run_history.txt", "footprint.json", "output_footprint.json"})
@@ -48,7 +57,11 @@ def build(call: Build, progress: Progress) -> Built:
     call.cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="olive-", dir=call.cache_dir) as work:
         progress(0, 2, "building the model")
-        built = _run_olive(call.olive_config, call.checkpoint_dir, Path(work))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(listening_to_steps(progress))
+            if call.calibration:
+                stack.enter_context(calibrating_with(call.calibration))
+            built = _run_olive(call.olive_config, call.checkpoint_dir, Path(work))
         progress(1, 2, "writing the model's folder")
         files = _move_model(built, call.output_dir)
     progress(2, 2, "built")
@@ -60,7 +73,8 @@ def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -
     workflows = import_olive_workflows()
     spare_reads_and_writes()
     package_config = read_olive_package_config()
-    package_config["passes"][MODEL_BUILDER] |= {"module_path": f"slmops.infra.olive.model_builder.{MODEL_BUILDER}"}
+    for name, path in OWN_PASSES.items():
+        package_config["passes"][name] |= {"module_path": path}
     result_dir = work / "result"
     run_config = {
         **copy.deepcopy(olive_config),  # Olive modifies its argument

@@ -17,7 +17,7 @@ from olive.passes import Pass
 from olive.passes.olive_pass import PassConfigParam
 from olive.passes.pass_config import BasePassConfig
 
-from slmops.infra.olive.embedding import replace_embedding
+from slmops.infra.olive.embedding import lm_head_bits, replace_embedding
 from slmops.infra.olive.options import BITS, BUILDER_OPTIONS, BUILDER_QUANTIZATION_OPTIONS
 from slmops.infra.olive.streamed_quantization import streamed_quantization
 
@@ -70,12 +70,15 @@ def _create_model(checkpoint: Path, folder: Path, options: dict[str, Any]) -> No
     from transformers import AutoConfig
 
     precision, target = options["precision"], options.get("execution_provider", "cpu")
-    tied = bool(getattr(AutoConfig.from_pretrained(checkpoint), "tie_word_embeddings", False))
+    config = AutoConfig.from_pretrained(checkpoint)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    # A pass before this one may have quantized the weights, each to its own width; the embedding it leaves as it was.
+    is_quantized = hasattr(config, "quantization_config")
     extra_options = ROBUST_OPTIONS | {name: options[name] for name in BUILDER_QUANTIZATION_OPTIONS if name in options}
     if precision == "fp16" and target == "cpu":
         target = FP16_TARGET_ON_CPU
         extra_options |= FP16_OPTIONS_ON_CPU
-    if precision in BITS and tied and not _builder_can_share(options):
+    if precision in BITS and tied and (is_quantized or not _builder_can_share(options)):
         extra_options["shared_embeddings"] = False
     extra_options |= options.get("extra_options", {})
     # The builder removes its cache if it is empty, and fails if it does not exist.
@@ -88,7 +91,8 @@ def _create_model(checkpoint: Path, folder: Path, options: dict[str, Any]) -> No
     def finish(model: Any) -> None:
         if options.get("quantize_embedding", True):
             block_size = options.get("block_size", DEFAULT_BLOCK_SIZE)
-            replace_embedding(model, bits=BITS[precision], block_size=block_size, tied=tied)
+            bits = (is_quantized and lm_head_bits(model)) or BITS[precision]
+            replace_embedding(model, bits=bits, block_size=block_size, tied=tied)
 
     with streamed_quantization(builder, finish):
         builder.create_model(*arguments, **extra_options)

@@ -104,7 +104,7 @@ class Signature(_Record):
 
 
 class Build(_Record):
-    """A variant's build: its duration in s, peak memory in bytes, warnings, `passes` and machine."""
+    """A variant's build: its duration in s, peak memory in bytes, warnings, `passes`, calibration and machine."""
 
     precision: str
     wall_s: float
@@ -112,6 +112,7 @@ class Build(_Record):
     log: str
     warnings: tuple[str, ...] = ()
     passes: dict[str, dict[str, Any]] = {}
+    calibration: str | None = None
     host: dict[str, Any]
 
 

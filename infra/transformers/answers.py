@@ -38,9 +38,9 @@ def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     call.output_dir.mkdir(parents=True, exist_ok=True)
     progress(0, 1, "loading the source checkpoint")
     tokenizer, model = load_checkpoint(call.checkpoint_dir, call.dtype)
-    prompts = [_render(tokenizer, row) for row in call.rows]
-    budgets = _token_budgets(call.rows, prompts, model, call.max_new_tokens)
-    answer_ids = _answer(tokenizer, model, prompts, budgets, batch_size=call.batch_size, progress=progress)
+    prompts = [render_question(tokenizer, row) for row in call.rows]
+    budgets = token_budgets(call.rows, prompts, model, call.max_new_tokens)
+    answer_ids = answer_greedily(tokenizer, model, prompts, budgets, batch_size=call.batch_size, progress=progress)
     lengths = [len(prompt_ids) + len(ids) - 1 for (_, prompt_ids), ids in zip(prompts, answer_ids, strict=True)]
     chosen = choose_positions(lengths, call.max_positions)
     rows = tuple(
@@ -114,7 +114,8 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
 
 
-def _render(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
+def render_question(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
+    """Return a row's prompt and its token ids; raises `BadInput` where the chat template cannot render it."""
     try:
         text = tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
@@ -127,9 +128,10 @@ def _render(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _token_budgets(
+def token_budgets(
     rows: Sequence[Question], prompts: Sequence[tuple[str, list[int]]], model: Any, max_new_tokens: int
 ) -> list[int]:
+    """Return how many tokens each answer may have; raises `BadInput` for a prompt that fills the context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     budgets = []
     for row, (_, ids) in zip(rows, prompts, strict=True):
@@ -144,7 +146,7 @@ def _token_budgets(
     return budgets
 
 
-def _answer(
+def answer_greedily(
     tokenizer: Any,
     model: Any,
     prompts: Sequence[tuple[str, list[int]]],

@@ -33,6 +33,36 @@ class AnswerAsSource(Call[SourceAnswers]):
         return answer(self, progress)
 
 
+class CalibrationTexts(Record):
+    """The token ids of texts to calibrate on; the last `answers` of them are the checkpoint's own answers."""
+
+    rows: tuple[tuple[int, ...], ...]
+    answers: int
+
+
+class Calibrate(Call[CalibrationTexts]):
+    """Make the texts that a checkpoint's quantization is calibrated on, `max_tokens` tokens or a little more.
+
+    They are chats, prompt and answer, from the first on; where those are not enough, `prompts` with the checkpoint's
+    own greedy answers of at most `max_new_tokens` tokens.
+    """
+
+    checkpoint_dir: AbsolutePath
+    chats: tuple["Chat", ...]
+    prompts: tuple[Question, ...]
+    max_tokens: int
+    max_new_tokens: int
+    batch_size: int
+    threads: int
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+
+    def perform(self, progress: Progress) -> CalibrationTexts:
+        """See `slmops.infra.transformers.calibration.calibrate`."""
+        from slmops.infra.transformers.calibration import calibrate
+
+        return calibrate(self, progress)
+
+
 class ScoreTextAsSource(Call[SourceText]):
     """Score the first `max_tokens` tokens of a UTF-8 text file with a source checkpoint.
 

@@ -16,6 +16,7 @@ from slmops.infra.process.slots import only_maker, slot
 from slmops.infra.records import Json
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import StoredVariant, digest_of
+from slmops.tasks.build.calibration import Calibration
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -29,8 +30,8 @@ from slmops.tasks.workshop import workshop
 class BuiltVariant(BaseModel):
     """A variant whose files are in the store, with its build's wall time in s and peak memory in bytes.
 
-    `passes` are the recipe's Olive passes: the manifest has only their digest. `host` is the building machine, if it is
-    another one.
+    `passes` are the recipe's Olive passes: the manifest has only their digest. `calibration` says what they were
+    calibrated on. `host` is the building machine, if it is another one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,19 +42,24 @@ class BuiltVariant(BaseModel):
     log: str
     warnings: tuple[str, ...] = ()
     passes: dict[str, Json] = {}
+    calibration: str | None = None
     host: Json | None = None
 
 
 # Prefect can limit task runs by tag, but each tagged run costs a request to the server. Only builds have a tag, because
 # only they take enough memory to need a limit.
 @stage("build variant", run_name="build-{recipe.name}", tags=["slmops-build"])
-def build_variant(recipe: Recipe, prepared: PreparedCheckpoint, request: DeployRequest) -> BuiltVariant:
+def build_variant(
+    recipe: Recipe, prepared: PreparedCheckpoint, request: DeployRequest, calibration: Calibration | None = None
+) -> BuiltVariant:
     """Build one variant and store its files; a build that is stored already is reused.
 
+    `calibration` is what a calibrated recipe needs; others ignore it.
     Raises `StageFailed` and its kinds as `run_in_child` does.
     """
     shop = workshop()
     settings, registry = shop.settings, shop.registry
+    calibration = calibration if recipe.is_calibrated else None
     key = digest_of(
         {
             "source": prepared.digest,
@@ -61,6 +67,7 @@ def build_variant(recipe: Recipe, prepared: PreparedCheckpoint, request: DeployR
             "builder": builder_versions(),
             "generation": request.generation_defaults,
             "device": request.device,
+            **({"calibration": calibration.digest} if calibration else {}),
         }
     )
     record = settings.cache_dir / "builds" / f"{key}.json"
@@ -81,6 +88,7 @@ def build_variant(recipe: Recipe, prepared: PreparedCheckpoint, request: DeployR
                     output_dir=work / "model",
                     cache_dir=work / "cache",
                     threads=settings.threads,
+                    calibration=calibration.rows if calibration else (),
                 ),
                 deadline_s=settings.timeout.build_s,
                 log_path=log,
@@ -103,6 +111,7 @@ def build_variant(recipe: Recipe, prepared: PreparedCheckpoint, request: DeployR
             log=log.read_text("utf-8", "replace"),
             warnings=recipe.warnings,
             passes=recipe.passes,
+            calibration=calibration.summary if calibration else None,
         )
         write_whole(record, built.model_dump_json(indent=2))
     return built

@@ -8,12 +8,18 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
-from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
+from slmops.infra.olive.options import (
+    BUILDER_OPTIONS,
+    BUILDER_QUANTIZATION_OPTIONS,
+    EXTRA_OPTIONS,
+    olive_pass_types,
+)
 from slmops.infra.records import Json
-from slmops.tasks.build.recipes import OLIVE_CONFIG, Recipe, load_recipe
+from slmops.tasks.build.recipes import MODEL_BUILDER, OLIVE_CONFIG, Recipe, load_recipe
 from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
-MODEL_BUILDER = "ModelBuilder"
+# Passes that turn a Hugging Face checkpoint into another one, and so may come before the ModelBuilder.
+BEFORE_BUILDER = frozenset({"AutoClip", "Gptq", "KQuant", "QuaRot", "Rtn", "SelectiveMixedPrecision"})
 # Olive's names of the execution providers, and the device that its systems pair them with.
 OLIVE_PROVIDERS: dict[str, tuple[str, str]] = {
     "cpu": ("CPUExecutionProvider", "cpu"),
@@ -22,13 +28,15 @@ OLIVE_PROVIDERS: dict[str, tuple[str, str]] = {
     "webgpu": ("WebGpuExecutionProvider", "gpu"),
 }
 
-# Keys of an Olive file for its paths and logs: slmops sets these itself, and they do not change the model.
+# Keys of an Olive file for its paths, logs and evaluation: slmops does these itself, and they do not change the model.
 IGNORED_KEYS = frozenset(
     {
         "cache_dir",
         "clean_cache",
         "clean_evaluation_cache",
         "evaluate_input_model",
+        "evaluator",
+        "evaluators",
         "log_severity_level",
         "log_to_file",
         "no_artifacts",
@@ -39,7 +47,8 @@ IGNORED_KEYS = frozenset(
     }
 )
 KNOWN_KEYS = IGNORED_KEYS | {"data_configs", "engine", "host", "input_model", "passes", "systems", "target"}
-INPUT_MODEL_KEYS = frozenset({"type", "model_path", "task"})
+INPUT_MODEL_KEYS = frozenset({"type", "model_path", "task", "load_kwargs"})
+LOAD_KEYS = frozenset({"torch_dtype"})  # a checkpoint is loaded in its own dtype
 SYSTEM_KEYS = frozenset({"type", "accelerators"})
 ACCELERATOR_KEYS = frozenset({"device", "execution_providers"})
 
@@ -58,6 +67,9 @@ OPTION_ALIASES = {
         "op_types_to_quantize",
     )
 }
+
+
+MOVED_OPTIONS = frozenset(BUILDER_QUANTIZATION_OPTIONS)
 
 
 def olive_run_config(recipe: Recipe) -> Json:
@@ -143,7 +155,7 @@ class _Reader:
         passes = self._passes(merged, provider)
         if self.faults or not passes:
             return None
-        precision = str(next(iter(passes.values()))["precision"])
+        precision = str(next(entry for entry in passes.values() if entry["type"] == MODEL_BUILDER)["precision"])
         try:
             warnings = load_recipe(precision, provider).warnings
         except BadInput as error:
@@ -179,6 +191,7 @@ class _Reader:
 
     def _check_input_model(self, model: Json) -> None:
         self._name_unknown("key of input_model", model, INPUT_MODEL_KEYS)
+        self._name_unknown("key of load_kwargs", self._section(model, "load_kwargs"), LOAD_KEYS)
         if str(model.get("type", "HfModel")).lower() != "hfmodel":
             self.faults.append(f"input_model is of type {model['type']!r} where HfModel was expected")
         if str(model.get("task", "text-generation")) not in ("text-generation", "text-generation-with-past"):
@@ -240,14 +253,28 @@ class _Reader:
                 passes[name] = self._builder(name, entry, provider)
             else:
                 passes[name] = {**entry, "type": pass_type}
-        builders = [name for name, entry in passes.items() if entry["type"] == MODEL_BUILDER]
-        if not self.faults and builders != list(passes)[:1]:
-            self.faults.append(f"exactly one pass must be of type {MODEL_BUILDER}, and it must be the first")
+        if not self.faults:
+            self._check_order(passes)
         return passes
+
+    def _check_order(self, passes: dict[str, Json]) -> None:
+        types = {name: str(entry["type"]) for name, entry in passes.items()}
+        builders = [name for name, pass_type in types.items() if pass_type == MODEL_BUILDER]
+        if len(builders) != 1:
+            self.faults.append(f"exactly one pass must be of type {MODEL_BUILDER}, found {len(builders)}")
+            return
+        before = list(types)[: list(types).index(builders[0])]
+        self.faults += [
+            f"the pass {name!r} of type {types[name]} comes before {MODEL_BUILDER}, where only "
+            f"{', '.join(sorted(BEFORE_BUILDER))} may"
+            for name in before
+            if types[name] not in BEFORE_BUILDER
+        ]
 
     def _builder(self, name: str, entry: Json, provider: str) -> Json:
         given = self._flat(entry, f"the pass {name}")
         given |= self._quantization(name, given)
+        given = self._with_options_of_its_own(name, given)
         options: Json = {"type": MODEL_BUILDER, "execution_provider": provider}
         for key, value in given.items():
             option = OPTION_ALIASES.get(key, key)
@@ -266,6 +293,17 @@ class _Reader:
             if key not in EXTRA_OPTIONS:
                 self.faults.append(f"unknown key {key!r} of extra_options of the pass {name!r}")
         return options
+
+    def _with_options_of_its_own(self, name: str, given: Json) -> Json:
+        """Take the options that Olive's pass knows by another way out of extra_options, where its users write them."""
+        extra = given.get("extra_options")
+        if not isinstance(extra, dict):
+            return given
+        moved = {key: value for key, value in extra.items() if OPTION_ALIASES.get(key, key) in MOVED_OPTIONS}
+        self.faults += [f"the pass {name!r} gives {key} twice" for key in sorted(moved.keys() & given.keys())]
+        numbers = {key: int(value) for key, value in moved.items() if isinstance(value, str) and value.isdecimal()}
+        rest = {key: value for key, value in extra.items() if key not in moved}
+        return {**given, **moved, **numbers, "extra_options": rest or None}
 
     def _quantization(self, name: str, given: Json) -> Json:
         section = given.get("quantization_config") or {}

@@ -14,14 +14,16 @@ from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
 # Each file is a recipe: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another.
 RECIPES_DIR = Path(__file__).parent / "recipes"
+MODEL_BUILDER = "ModelBuilder"
+CALIBRATED_PASSES = frozenset({"AutoClip", "Gptq", "SelectiveMixedPrecision"})
 OLIVE_CONFIG = "olive-config"  # the id of a recipe that a user's Olive configuration makes
 
 
 class Recipe(BaseModel):
     """The recipe of one variant.
 
-    `passes` are Olive's, by name and in order, the first of type ModelBuilder; `warnings` are for the user. `id` says
-    where it comes from, such as `cpu-int4-block128`.
+    `passes` are Olive's, by name and in order, one of type ModelBuilder; `warnings` are for the user. `id` says where
+    it comes from, such as `cpu-int4-block128`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,9 +41,19 @@ class Recipe(BaseModel):
         return self.precision if self.id == OLIVE_CONFIG else self.id.partition("-")[2]
 
     @property
+    def builder(self) -> Json:
+        """The pass of type ModelBuilder."""
+        return next(entry for entry in self.passes.values() if entry["type"] == MODEL_BUILDER)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a pass looks at texts: see `slmops.tasks.build.calibration`."""
+        return any(entry["type"] in CALIBRATED_PASSES for entry in self.passes.values())
+
+    @property
     def quantizes_at_once(self) -> bool:
         """Whether all weights are quantized at once, in memory: see infra/olive/streamed_quantization.py."""
-        builder = next(iter(self.passes.values()))
+        builder = self.builder
         extra = builder.get("extra_options")
         has_own_widths = isinstance(extra, dict) and "matmul_mixed_precision" in extra
         is_plain = (

@@ -17,6 +17,7 @@ from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.build import BuiltVariant, build_variant
+from slmops.tasks.build.calibration import Calibration, calibration_for
 from slmops.tasks.build.planning import plan_search, refuse_recipes
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -162,9 +163,10 @@ def search_recipes(
     settings, trials = shop.settings, open_trials(shop)
     exams = MeasurementExam(), AnswersExam(evaluation)
     found = [_Tried(recipe, exams) for recipe in plan_search(request)]
+    calibration = calibration_for([tried.recipe for tried in found], request, prepared, evaluation.rows)
     with working_with(trials):
         for tried in found:
-            tried.build(prepared, request)
+            tried.build(prepared, request, calibration)
     answers = AnswersExam(evaluation)
     if answers.needs_source([tried.variant for tried in found if tried.variant], settings):
         run_source_once(answers, prepared)
@@ -190,10 +192,10 @@ class _Tried:
         self.evaluated: Evaluation | None = None
         self.error: str | None = None
 
-    def build(self, prepared: PreparedCheckpoint, request: DeployRequest) -> None:
+    def build(self, prepared: PreparedCheckpoint, request: DeployRequest, calibration: Calibration | None) -> None:
         """Build it into the current registry."""
         try:
-            self.built = build_variant(self.recipe, prepared, request)
+            self.built = build_variant(self.recipe, prepared, request, calibration)
         except StageFailed as error:
             self.error = str(error)
             return

@@ -7,6 +7,7 @@ from typing import Any
 from slmops.infra.errors import StageFailed
 from slmops.infra.records import Record
 from slmops.tasks.build.build import BuiltVariant, build_variant
+from slmops.tasks.build.calibration import Calibration, calibration_for
 from slmops.tasks.build.given import take_model
 from slmops.tasks.build.olive_config import ordered_recipe
 from slmops.tasks.build.recipes import Recipe
@@ -45,6 +46,7 @@ class BuildOrder(Record):
     builder: dict[str, str]
     request: dict[str, Any]
     recipe: dict[str, Any]
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,24 @@ def build_each(
         return Built(variants, outcome.failures, outcome)
     if prepared.inspection.kind == "genai":
         return Built([take_model(prepared, request)])
+    calibration = calibration_for(recipes, request, prepared, evaluation.rows)
     if pool := workshop().build_pool:
-        return _build_on_workers(request, recipes, prepared, pool)
+        return _build_on_workers(request, recipes, prepared, pool, calibration)
     built = Built()
     for recipe in recipes:
         try:
-            built.variants.append(build_variant(recipe, prepared, request))
+            built.variants.append(build_variant(recipe, prepared, request, calibration))
         except StageFailed as error:
             built.errors[recipe.precision] = str(error)
     return built
 
 
 def _build_on_workers(
-    request: DeployRequest, recipes: Sequence[Recipe], prepared: PreparedCheckpoint, pool: str
+    request: DeployRequest,
+    recipes: Sequence[Recipe],
+    prepared: PreparedCheckpoint,
+    pool: str,
+    calibration: Calibration | None,
 ) -> Built:
     registry = workshop().registry
     checkpoint = put_into_store(prepared, registry)
@@ -98,6 +105,7 @@ def _build_on_workers(
             builder=builder_versions(),
             request=wanted,
             recipe=recipe.model_dump(mode="json"),
+            calibration=calibration if recipe.is_calibrated else None,
         )
         parameters = {"name": request.name, "recipe": recipe.name}
         orders[recipe.precision] = Order(f"build-{request.name}-{recipe.name}", parameters, asked)
@@ -119,7 +127,7 @@ def build_ordered(asked: BuildOrder) -> BuiltVariant:
     prepared = fetched_from_store(asked.checkpoint, asked.digest, settings)
     whole_model = [recipe.precision] if recipe.quantizes_at_once else []
     check_room(prepared.inspection, [recipe.precision], 0, settings, whole_model=whole_model)
-    built = build_variant(recipe, prepared, DeployRequest.of(asked.request))
+    built = build_variant(recipe, prepared, DeployRequest.of(asked.request), asked.calibration)
     return built.model_copy(update={"host": host_facts()})
 
 

@@ -11,7 +11,14 @@ from slmops.infra.storage.opening import open_registry
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import workshop
 
-FILE_PARAMETERS = ("evaluation_file", "output_schema_file", "text_file", "chat_template_file", "olive_config_file")
+FILE_PARAMETERS = (
+    "evaluation_file",
+    "calibration_file",
+    "output_schema_file",
+    "text_file",
+    "chat_template_file",
+    "olive_config_file",
+)
 
 
 def with_local_files(parameters: dict[str, Any], settings: Settings) -> dict[str, Any]:

@@ -173,6 +173,16 @@ class DeployParameters:
             "--recipe",
         ),
     ] = ()
+    calibration_file: Annotated[
+        str | None,
+        Parameter(
+            "JSONL chats {messages}, each ending with an answer, that quantized weights are calibrated on; where they "
+            "are few, and by default, the checkpoint's own answers to built-in prompts. No chat may be an evaluation "
+            "row.",
+            "JSONL chats to calibrate quantized weights on.",
+            "--calibration",
+        ),
+    ] = None
     search: Annotated[
         bool,
         Parameter(

@@ -20,10 +20,11 @@ from slmops.infra.transformers.calls import Chat, FineTune, Loss
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import fetch_checkpoint
 from slmops.tasks.questions.evaluation_set import read_evaluation_set
+from slmops.tasks.questions.training_rows import TrainingRow
 from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
-from slmops.tasks.training.dataset import Dataset, TrainingRow, read_dataset, split
+from slmops.tasks.training.dataset import Dataset, read_dataset, split
 
 Method = Literal["lora", "full"]
 HELD_OUT_SHARE = 0.1

@@ -121,14 +121,14 @@ def test_digests_tell_all_recipes_apart_and_ignore_id_and_warnings() -> None:
 DIGESTS = {
     "fp16": "63df83869d74e804929103829bee6bb7573545795e0df925a938ec9eb993cc00",
     "int8": "9b1364fbb145baebc8cba3b5b3b10667e7fca50bba732ddf1a94941210f4184d",
-    "int4": "024483c3c00c3d59e520f530faec19b350263bce79523e5d2fbf1ccf7e06c24a",
+    "int4-rtn": "024483c3c00c3d59e520f530faec19b350263bce79523e5d2fbf1ccf7e06c24a",
 }
 
 
-@pytest.mark.parametrize("precision", DIGESTS)
-def test_a_default_recipe_is_the_one_that_versions_were_built_by(precision: str) -> None:
-    recipe = load_recipe(precision)
-    assert (recipe.digest, recipe.id) == (DIGESTS[precision], f"cpu-{precision}")
+@pytest.mark.parametrize("name", DIGESTS)
+def test_a_recipe_is_the_one_that_versions_were_built_by(name: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.digest, recipe.id) == (DIGESTS[name], f"cpu-{name}")
 
 
 def test_the_digest_follows_the_order_of_passes_and_not_that_of_keys() -> None:
@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
     "broken JSON": ("{", ["not valid JSON"]),
     "a list": ([], ["it is a list"]),
     "no passes": ({}, ["no passes"]),
-    "unknown top-level key": ({**FLAT_FORM, "pases": {}, "evaluators": {}}, ["'pases'", "'evaluators'"]),
+    "unknown top-level key": ({**FLAT_FORM, "pases": {}, "search": {}}, ["'pases'", "'search'"]),
     "unknown pass": (
         {**FLAT_FORM, "passes": {**FLAT_FORM["passes"], "x": {"type": "Magic"}}},
         ["'x'", "unknown type 'Magic'"],
@@ -288,14 +288,15 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
     "bad value": (_with_builder(precision="int4", int4_block_size=33), ["int4_block_size 33"]),
     "bad type": (_with_builder(precision="int4", is_symmetric="no"), ["is_symmetric 'no'"]),
     "given twice": (_with_builder(precision="int4", int4_block_size=32, block_size=64), ["block_size twice"]),
-    "builder not first": (
+    "a pass of ONNX models before the builder": (
         {**FLAT_FORM, "passes": {"x": {"type": "OnnxPeepholeOptimizer"}, **FLAT_FORM["passes"]}},
-        ["must be the first"],
+        ["'x'", "OnnxPeepholeOptimizer comes before ModelBuilder", "Gptq"],
     ),
+    "no builder": ({**FLAT_FORM, "passes": {"g": {"type": "gptq"}}}, ["exactly one", "found 0"]),
     "two builders": ({**FLAT_FORM, "passes": {**FLAT_FORM["passes"], "x": OLD_FORM["passes"]["builder"]}}, ["exactly"]),
     "code of the model": (
         {**FLAT_FORM, "input_model": {"type": "HfModel", "load_kwargs": {"trust_remote_code": True}}},
-        ["'load_kwargs'"],
+        ["'trust_remote_code'"],
     ),
     "another kind of model": ({**FLAT_FORM, "input_model": {"type": "OnnxModel"}}, ["'OnnxModel'"]),
     "another task": ({**FLAT_FORM, "input_model": {"type": "HfModel", "task": "fill-mask"}}, ["'fill-mask'"]),
@@ -368,9 +369,10 @@ class Built:
 
     PROMPT = tuple((7 * i * i + 13 * i) % 470 for i in range(40))
 
-    def __init__(self, name: str, checkpoint: Path, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, checkpoint: Path, folder: Path) -> None:
         call = Build(
-            olive_config=olive_run_config(load_recipe(name)),
+            olive_config=olive_run_config(recipe),
+            calibration=CALIBRATION if recipe.is_calibrated else (),
             checkpoint_dir=checkpoint,
             output_dir=folder / "model",
             cache_dir=folder / "cache",
@@ -394,7 +396,7 @@ class Built:
     def attribute(self, name: str) -> dict[str, int]:
         """Name of each matrix multiplication -> its value of an attribute."""
         return {
-            node.name.removesuffix("_Q4").removesuffix("_Q8"): one.i
+            node.name.removesuffix("_Q4").removesuffix("_Q8").replace("MatMulNBits", "MatMul"): one.i
             for node in self.nodes.values()
             for one in node.attribute
             if one.name == name
@@ -410,6 +412,7 @@ class Built:
         return self.weights[next(node for key, node in self.nodes.items() if key.startswith(name)).input[1]]
 
 
+CALIBRATION = tuple(tuple((7 * i * i + 11 * i + row) % 470 for i in range(40)) for row in range(4))
 HEAD = "/lm_head/MatMul"
 DOWN = "/model/layers.0/mlp/down_proj/MatMul"
 GATE = "/model/layers.0/mlp/gate_proj/MatMul"
@@ -420,7 +423,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
     """Build a recipe by its name, once; embedding and lm_head are tied, as in most small models."""
     root = tmp_path_factory.mktemp("recipes")
     checkpoint = make_tiny_checkpoint(root / "checkpoint", "qwen2", tied=True, hidden_size=256, intermediate_size=512)
-    return cache(lambda name: Built(name, checkpoint, root / name))
+    return cache(lambda name: Built(load_recipe(name), checkpoint, root / name))
 
 
 def test_recipes_that_need_the_whole_model_in_memory_say_so() -> None:
@@ -429,21 +432,57 @@ def test_recipes_that_need_the_whole_model_in_memory_say_so() -> None:
     assert at_once == {"int4-k-quant", "int4-k-quant-mixed", "int4-int8-head"}
 
 
+PUBLIC_CHAIN: dict[str, Any] = {
+    "input_model": {"type": "HfModel", "model_path": "owner/model", "load_kwargs": {"torch_dtype": "float16"}},
+    "systems": OLD_FORM["systems"],
+    "evaluators": {"evaluator": {"type": "LMEvaluator", "tasks": ["arc_easy"]}},
+    "evaluator": "evaluator",
+    "passes": {
+        "s": {
+            "type": "SelectiveMixedPrecision",
+            "algorithm": "kld_gradient",
+            "bits": 4,
+            "high_bits": 8,
+            "ratio": 0.65,
+            "sym": False,
+            "group_size": 64,
+        },
+        "g": {"type": "gptq", "bits": 4, "sym": False, "group_size": 64},
+        "r": {
+            "type": "rtn",
+            "bits": 8,
+            "sym": False,
+            "group_size": 64,
+            "lm_head": True,
+            "embeds": True,
+            "overrides": {"lm_head": {"bits": 8}, "model.embed_tokens": {"bits": 8}},
+        },
+        "m": {"type": "ModelBuilder", "precision": "int4", "extra_options": {"int4_accuracy_level": "4"}},
+        "t": {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}]},
+    },
+    "target": "local_system",
+    "output_dir": "model_cpu_int4",
+    "no_artifacts": True,
+}
+
+
 class TestBuiltRecipes:
     @pytest.mark.parametrize(
         ("name", "bits", "head_bits", "block_size", "asymmetric"),
         [
-            ("int4", {4}, 4, 32, False),
-            ("int4-block128", {4}, 4, 128, False),
-            ("int4-asymmetric", {4}, 4, 32, True),
-            ("int4-block128-asymmetric", {4}, 4, 128, True),
-            ("int4-pruned-head", {4}, 4, 32, False),
-            ("int4-fast", {4}, 4, 64, False),
-            ("int4-k-quant", {4}, 4, 32, True),
-            ("int4-k-quant-mixed", {4, 8}, 8, 32, True),
-            ("int4-int8-head", {4, 8}, 8, 32, False),
-            ("int8", {8}, 8, 32, False),
-            ("int8-block128", {8}, 8, 128, False),
+            ("int4", {4, 8}, 8, 32, {True, False}),
+            ("int4-mixed", {4, 8}, 8, 32, {True, False}),
+            ("int4-rtn", {4}, 4, 32, {False}),
+            ("int4-block128", {4}, 4, 128, {False}),
+            ("int4-asymmetric", {4}, 4, 32, {True}),
+            ("int4-block128-asymmetric", {4}, 4, 128, {True}),
+            ("int4-pruned-head", {4}, 4, 32, {False}),
+            ("int4-fast", {4}, 4, 64, {False}),
+            ("int4-k-quant", {4}, 4, 32, {True}),
+            ("int4-k-quant-mixed", {4, 8}, 8, 32, {True}),
+            ("int4-int8-head", {4, 8}, 8, 32, {False}),
+            ("int8", {8}, 8, 32, {False}),
+            ("int8-block128", {8}, 8, 128, {False}),
         ],
     )
     def test_it_is_what_its_name_says_and_runs(
@@ -453,13 +492,13 @@ class TestBuiltRecipes:
         bits: set[int],
         head_bits: int,
         block_size: int,
-        asymmetric: bool,
+        asymmetric: set[bool],
     ) -> None:
         found, plain = built(name), built("int8")
         assert set(found.attribute("bits").values()) == bits
         assert found.attribute("bits")[HEAD] == head_bits
         assert set(found.attribute("block_size").values()) == {block_size}
-        assert found.asymmetric == {asymmetric}
+        assert found.asymmetric == asymmetric
         assert np.isfinite(found.logits).all()
         error = np.abs(found.logits[-1] - plain.logits[-1]).mean() / plain.logits.std()
         assert error < (0.1 if bits == {8} else 0.8)
@@ -470,13 +509,13 @@ class TestBuiltRecipes:
         assert {case[0] for case in mark.args[1]} == {*known_recipes("int4"), *known_recipes("int8")}
 
     def test_a_pruned_head_gives_the_last_positions_logits_alone(self, built: Callable[[str], Built]) -> None:
-        whole, pruned = built("int4").logits, built("int4-pruned-head").logits
+        whole, pruned = built("int4-rtn").logits, built("int4-pruned-head").logits
         assert whole.shape[0] == len(Built.PROMPT)
         assert pruned.shape == (1, whole.shape[1])
         assert np.abs(pruned[0] - whole[-1]).max() < 1e-3
 
     def test_the_wider_head_leaves_the_other_weights_as_they_are(self, built: Callable[[str], Built]) -> None:
-        plain, wide = built("int4"), built("int4-int8-head")
+        plain, wide = built("int4-rtn"), built("int4-int8-head")
         assert (plain.weight_of(DOWN) == wide.weight_of(DOWN)).all()
         assert wide.weight_of(HEAD).nbytes == 2 * plain.weight_of(HEAD).nbytes
         assert set(wide.attribute("bits").items()) - set(plain.attribute("bits").items()) == {(HEAD, 8)}
@@ -489,6 +528,19 @@ class TestBuiltRecipes:
         assert (chosen.weight_of(DOWN) != rounded.weight_of(DOWN)).any()
         bits = mixed.attribute("bits")
         assert (bits[DOWN], bits[GATE], bits[HEAD]) == (8, 4, 8)
+
+
+def test_the_chain_of_public_recipes_builds_a_model_that_runs(tmp_path: Path) -> None:
+    """SelectiveMixedPrecision, Gptq, Rtn, ModelBuilder, GraphSurgeries: microsoft/olive-recipes has it for SmolLM3."""
+    recipe = _read(tmp_path, PUBLIC_CHAIN)
+    assert recipe.is_calibrated
+    assert recipe.builder["accuracy_level"] == 4
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "llama", tied=True)
+    found = Built(recipe, checkpoint, tmp_path)
+    bits = found.attribute("bits")
+    assert set(bits.values()) == {4, 8}
+    assert bits[HEAD] == 8
+    assert np.isfinite(found.logits).all()
 
 
 BUILDER = {"type": "ModelBuilder", "precision": "int4"}

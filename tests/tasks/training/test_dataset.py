@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
-from slmops.tasks.training.dataset import Dataset, TrainingRow, read_dataset, split
+from slmops.tasks.questions.training_rows import TrainingRow
+from slmops.tasks.training.dataset import Dataset, read_dataset, split
 from tests.support.errors import coded
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "good morning"}

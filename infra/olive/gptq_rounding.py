@@ -1,0 +1,79 @@
+"""GPTQ: round a matrix column by column; the columns that follow make up for the error of each.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022,
+arXiv:2210.17323. Columns are taken by the size of their inputs, the largest first ("act order"). The scale of each
+group is that of the given weights ("static groups"): the groups of the result are columns that are neighbours.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+COLUMNS_AT_ONCE = 128  # whose errors reach the other columns together, by one product of matrices
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix [rows, columns] of unsigned integers, and scales and zero points of its groups, [rows, groups]."""
+
+    values: Any
+    scales: Any
+    zero_points: Any
+
+    def parts(self, rows: Sequence[int]) -> Iterator["Rounded"]:
+        """Yield consecutive parts of so many rows each."""
+        split = (tensor.split([*rows]) for tensor in (self.values, self.scales, self.zero_points))
+        for values, scales, zero_points in zip(*split, strict=True):
+            yield Rounded(values, scales, zero_points)
+
+    def restored(self) -> Any:
+        """Return the matrix in floating point."""
+        groups = self.values.reshape(*self.scales.shape, -1)
+        restored = (groups - self.zero_points[..., None]) * self.scales[..., None]
+        return restored.reshape(self.values.shape)
+
+
+def round_to_nearest(weight: Any, quantizer: Any) -> Rounded:
+    """Round a matrix as Olive's `WeightQuantizer` does."""
+    scales, zero_points = quantizer.find_qparams(weight)
+    return Rounded(quantizer.quantize(weight, scales, zero_points), scales, zero_points)
+
+
+def round_for_inputs(weight: Any, products: Any, quantizer: Any, damping: float) -> Rounded:
+    """Round a matrix [rows, columns] in fp32 so that its outputs stay near for inputs like those that were seen.
+
+    `products` [columns, columns] are the sums of the inputs' products, x x^T, which this overwrites. `damping` is the
+    share of their mean diagonal that is added to it.
+    """
+    import torch
+
+    columns = weight.shape[1]
+    scales, zero_points = quantizer.find_qparams(weight)
+    group_of = torch.arange(columns) // (quantizer.group_size if quantizer.group_size > 0 else columns)
+    diagonal = products.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that was never seen: its column is rounded to nearest
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    spread = _upper_factor_of_inverse(products[order][:, order], damping)
+    # Transposed, so that a column is contiguous.
+    left, values = weight.T[order].contiguous(), torch.empty_like(weight.T)
+    scale_of, zero_of = scales.T[group_of[order]], zero_points.T[group_of[order]].to(weight.dtype)
+    for start in range(0, columns, COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, columns)
+        errors = torch.empty_like(left[start:end])
+        for column in range(start, end):
+            scale, zero = scale_of[column], zero_of[column]
+            rounded = (left[column] / scale).add_(zero).round_().clamp_(quantizer.minq, quantizer.maxq)
+            values[order[column]] = rounded
+            error = left[column].sub(rounded.sub_(zero).mul_(scale)).div_(spread[column, column])
+            errors[column - start] = error
+            left[column + 1 : end].addr_(spread[column, column + 1 : end], error, alpha=-1)
+        left[end:].addmm_(spread[start:end, end:].T, errors, alpha=-1)
+    return Rounded(values.T.contiguous().to(torch.int32), scales, zero_points)
+
+
+def _upper_factor_of_inverse(products: Any, damping: float) -> Any:
+    import torch
+
+    products.diagonal().add_(damping * products.diagonal().mean())
+    lower = torch.linalg.cholesky(products)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)

@@ -1,0 +1,231 @@
+"""Olive's passes `Gptq` and `Rtn` as slmops runs them; Olive's engine imports this module, nothing else does.
+
+Olive 0.13's `Gptq` sums the products of inputs anew for each matrix that reads them, gives every layer the first one's
+attention mask, and rounds in the checkpoint's dtype, in which eight bits are lost. Here the result has the same format,
+and all its files but the weights are the checkpoint's own, not those that transformers writes.
+"""
+
+import fnmatch
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from olive.common.quant.nn import QuantLinear
+from olive.model import HfModelHandler
+from olive.passes.pass_config import BasePassConfig
+from olive.passes.pytorch import gptq, quant_utils, rtn, train_utils
+
+from slmops.infra.olive.gptq_rounding import Rounded, round_for_inputs, round_to_nearest
+from slmops.infra.olive.step_progress import report_step
+from slmops.infra.storage.folders import link_or_copy
+
+CALIBRATED_BITS = 4  # the error of eight bits is far below that of four: they are rounded to nearest
+CONFIG_FILE = "config.json"
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
+
+
+class Gptq(gptq.Gptq):  # type: ignore[misc]
+    """GPTQ of a Hugging Face checkpoint, layer by layer; keys of `overrides` may be patterns (`*.down_proj`)."""
+
+    def _run_for_config(
+        self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
+    ) -> HfModelHandler:
+        with torch.no_grad():
+            wrapper, quantization, _ = quant_utils.prepare_model(model, _with_module_names(model, config))
+            samples = train_utils.get_calibration_dataset(model, config.data_config)
+            _quantize_layers(wrapper, [sample["input_ids"] for sample in samples], config.damp_percent)
+            return _finished(model, wrapper, quantization, output_model_path)
+
+
+class Rtn(rtn.Rtn):  # type: ignore[misc]
+    """Round to nearest; the embedding is left to the pass `ModelBuilder`: the builder reads no quantized one."""
+
+    def _run_for_config(
+        self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
+    ) -> HfModelHandler:
+        config = _with_module_names(model, config).model_copy(update={"embeds": False})
+        with torch.no_grad():
+            wrapper, quantization, _ = quant_utils.prepare_model(model, config, allow_quantized=True)
+            return _finished(model, wrapper, quantization, output_model_path)
+
+
+def _with_module_names(model: HfModelHandler, config: Any) -> Any:
+    """Return a pass's configuration with the names of the modules that its overrides' patterns match."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    patterns = config.overrides or {}
+    if not any("*" in pattern for pattern in patterns):
+        return config
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.model_name_or_path))
+    names = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)]
+    named = {
+        name: override for pattern, override in patterns.items() for name in names if fnmatch.fnmatchcase(name, pattern)
+    }
+    return config.model_copy(update={"overrides": named})
+
+
+def _quantize_layers(wrapper: Any, rows: Sequence[Any], damping: float) -> None:
+    """Quantize a prepared model in place; each layer is calibrated on what the quantized ones before it give."""
+    layers = wrapper.get_layers(return_name=False)
+    inputs, arguments = _layer_inputs(wrapper, rows)
+    for number, layer in enumerate(layers):
+        report_step(number / len(layers), f"calibrating layer {number + 1} of {len(layers)}")
+        layer.float()
+        with _seen_inputs(layer) as seen:
+            _run(layer, inputs, arguments[number])
+        rounded = {module: part for group in seen for module, part in _rounded_together(group, damping)}
+        for module in _prepared(layer):
+            if module not in rounded:
+                rounded[module] = round_to_nearest(module.weight.data, module.quant_info.quantizer)
+            module.weight.data = rounded[module].restored()
+        inputs = _run(layer, inputs, arguments[number])
+        _pack(layer, rounded)
+    norm = wrapper.get_pre_head_layernorm(return_name=False).float()
+    head = wrapper.get_lm_head(return_name=False)
+    if _is_calibrated(head):
+        readers = _Readers([head.float()], torch.zeros(head.in_features, head.in_features))
+        for hidden_states in inputs:
+            readers.add(norm(hidden_states))
+        _pack(wrapper.model, dict(_rounded_together(readers, damping)))
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _layer_inputs(wrapper: Any, rows: Sequence[Any]) -> tuple[list[Any], list[list[Arguments]]]:
+    """Return what the first layer is given for each row, in fp32, and every layer's further arguments, row by row."""
+    layers = wrapper.get_layers(return_name=False)
+    arguments: list[list[Arguments]] = [[] for _ in layers]
+
+    def recording(number: int) -> Any:
+        def record(hidden_states: Any, *positional: Any, **named: Any) -> Any:
+            arguments[number].append((positional, named))
+            return hidden_states
+
+        return record
+
+    for number, layer in enumerate(layers):
+        layer.forward = recording(number)
+    try:
+        embed = wrapper.model.get_input_embeddings()
+        inputs = [embed(row.reshape(1, -1)).float() for row in rows]
+        for embedded in inputs:
+            wrapper.model.get_decoder()(inputs_embeds=embedded, use_cache=False)
+    finally:
+        for layer in layers:
+            del layer.forward
+    return inputs, arguments
+
+
+def _run(layer: Any, inputs: Sequence[Any], arguments: Sequence[Arguments]) -> list[Any]:
+    outputs = []
+    for hidden_states, (positional, named) in zip(inputs, arguments, strict=True):
+        output = layer(hidden_states, *positional, **named)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+    return outputs
+
+
+@dataclass(frozen=True)
+class _Readers:
+    """Matrices that read the same inputs, and the sum of the inputs' products, [inputs, inputs]."""
+
+    modules: list[Any]
+    products: Any
+
+    def add(self, inputs: Any) -> None:
+        """Add the products of inputs [..., inputs]."""
+        rows = inputs.reshape(-1, len(self.products))
+        self.products.addmm_(rows.T, rows)
+
+
+@contextmanager
+def _seen_inputs(layer: Any) -> Iterator[list[_Readers]]:
+    """Sum the products of the inputs of a layer's matrices that are to be calibrated, while it runs."""
+    found: dict[Any, _Readers] = {}
+    last: list[Any] = [None, None]  # the last input, and the matrix that was the first to read it
+
+    def see(module: Any, positional: tuple[Any, ...]) -> None:
+        if positional[0] is last[0]:
+            if module not in found:
+                found[module] = found[last[1]]
+                found[module].modules.append(module)
+            return
+        last[:] = positional[0], module
+        size = module.in_features
+        found.setdefault(module, _Readers([module], torch.zeros(size, size))).add(positional[0])
+
+    hooks = [module.register_forward_pre_hook(see) for module in _prepared(layer) if _is_calibrated(module)]
+    groups: list[_Readers] = []
+    try:
+        yield groups
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups += {id(readers): readers for readers in found.values()}.values()
+
+
+def _rounded_together(readers: _Readers, damping: float) -> Iterator[tuple[Any, Rounded]]:
+    """Yield each matrix and its rounding; those of the same format are rounded as one of all their rows."""
+    of_format: dict[tuple[int, int, bool], list[Any]] = {}
+    for module in readers.modules:
+        quantizer = module.quant_info.quantizer
+        of_format.setdefault((quantizer.bits, quantizer.group_size, quantizer.symmetric), []).append(module)
+    for modules in of_format.values():
+        weight = torch.cat([module.weight.data for module in modules])
+        rounded = round_for_inputs(weight, readers.products.clone(), modules[0].quant_info.quantizer, damping)
+        yield from zip(modules, rounded.parts([module.out_features for module in modules]), strict=True)
+
+
+def _prepared(module: Any) -> list[Any]:
+    return [child for child in module.modules() if hasattr(child, "quant_info")]
+
+
+def _is_calibrated(module: Any) -> bool:
+    return hasattr(module, "quant_info") and module.quant_info.quantizer.bits <= CALIBRATED_BITS
+
+
+def _pack(model: Any, rounded: dict[Any, Rounded]) -> None:
+    """Replace prepared matrices by packed ones; what is not rounded yet is rounded to nearest."""
+
+    def packed(module: Any, _: str) -> Any:
+        quantizer = module.quant_info.quantizer
+        found = rounded.get(module) or round_to_nearest(module.weight.data.float(), quantizer)
+        matrix = QuantLinear.from_tensors(
+            weight=found.values,
+            bits=quantizer.bits,
+            symmetric=quantizer.symmetric,
+            group_size=quantizer.group_size,
+            scales=found.scales,
+            zero_points=found.zero_points,
+            quantized=True,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bias=module.bias is not None,
+        )
+        if module.bias is not None:
+            matrix.bias = module.bias.data.float()
+        return matrix
+
+    quant_utils.replace_matching_submodules(model, lambda module, _: hasattr(module, "quant_info"), packed)
+
+
+def _finished(model: HfModelHandler, wrapper: Any, quantization: Any, output_model_path: str) -> HfModelHandler:
+    """Write a model; every file but the weights is the given model's, its config.json with the quantization."""
+    _pack(wrapper.model, {})
+    result = quant_utils.finalize(model, output_model_path, wrapper, quantization, "cpu")
+    source, target = Path(model.model_name_or_path), Path(output_model_path)
+    written = json.loads((target / CONFIG_FILE).read_text("utf-8"))
+    config = json.loads((source / CONFIG_FILE).read_text("utf-8"))
+    config["quantization_config"] = written["quantization_config"]
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHTS):
+            (target / path.name).unlink(missing_ok=True)
+            link_or_copy(path, target / path.name)
+    (target / CONFIG_FILE).unlink()
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2), "utf-8")
+    return result

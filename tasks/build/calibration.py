@@ -1,0 +1,142 @@
+"""Calibration: the texts on which a recipe sees the inputs of the weights. They never come from a network."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from slmops.infra.errors import BadInput
+from slmops.infra.files import write_whole
+from slmops.infra.process.slots import only_maker
+from slmops.infra.reference.answers import Question
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import digest_of
+from slmops.infra.transformers.calls import Calibrate, Chat
+from slmops.tasks.build.recipes import Recipe
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.questions.evaluation_set import EvaluationRow, Message
+from slmops.tasks.questions.training_rows import TrainingRow, Turn, read_rows_file
+from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import workshop
+
+PROMPTS_FILE = Path(__file__).parent / "calibration_prompts.jsonl"
+PROMPTS_AT_ONCE = 24
+# Up to this size, a checkpoint answers in float32, which is faster on a CPU without instructions for bfloat16.
+MAX_FLOAT32_PARAMETERS = 1_000_000_000
+
+
+class Calibration(BaseModel):
+    """The token ids of a build's calibration texts, of which the last `answers` are the checkpoint's own answers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: tuple[tuple[int, ...], ...]
+    answers: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the token ids, in hexadecimal."""
+        return digest_of([list(row) for row in self.rows])
+
+    @property
+    def summary(self) -> str:
+        """What a report says of it."""
+        chats = len(self.rows) - self.answers
+        parts = [f"{chats} chats"] * (chats > 0) + [f"{self.answers} answers of its own"] * (self.answers > 0)
+        return f"{sum(map(len, self.rows)):,} tokens of {' and '.join(parts)}"
+
+
+def read_calibration_file(text: str, evaluation: Iterable[EvaluationRow]) -> list[TrainingRow]:
+    """Read the chats to calibrate on: JSON Lines, in the form of a dataset that is learned from.
+
+    Raises `BadInput` for a file that is empty or cannot be used, and for a chat that is also an evaluation row: the
+    variant would be judged on what it was fitted to.
+    """
+    rows = read_rows_file(Path(text).expanduser(), text)
+    judged = {_asked(row.messages): row.id for row in evaluation}
+    for number, row in enumerate(rows, 1):
+        if (found := judged.get(_asked(row.messages[:-1]))) is not None:
+            raise BadInput(
+                f"Chat {number} of the calibration file {text} is the evaluation row {found!r}.",
+                "Leave the rows out that variants are judged on.",
+                code="calibration-row-judged",
+            )
+    return rows
+
+
+def _asked(messages: Sequence[Turn | Message]) -> str:
+    return digest_of([[turn.role, turn.content] for turn in messages])
+
+
+def _built_in_prompts() -> list[tuple[Turn, ...]]:
+    lines = PROMPTS_FILE.read_text("utf-8").splitlines()
+    return [tuple(Turn.model_validate(turn) for turn in json.loads(line)["messages"]) for line in lines]
+
+
+@stage("calibrate", run_name="calibrate-{request.name}")
+def calibrate_once(
+    request: DeployRequest, prepared: PreparedCheckpoint, evaluation: Sequence[EvaluationRow]
+) -> Calibration:
+    """Make the texts to calibrate on, or return those that were made of the same content before.
+
+    They are the chats of the request's file and, as far as those are not enough, the checkpoint's own answers to
+    built-in prompts; never an evaluation row. Raises `BadInput` as `read_calibration_file` and `Calibrate` do.
+    """
+    shop = workshop()
+    settings = shop.settings
+    file = request.calibration_file
+    chats = read_calibration_file(file, evaluation) if file else []
+    judged = {_asked(row.messages) for row in evaluation}
+    prompts = [row for row in _built_in_prompts() if _asked(row) not in judged]
+    asked = {
+        "checkpoint": prepared.digest,
+        "chats": [row.model_dump(mode="json") for row in chats],
+        "prompts": [[turn.model_dump() for turn in row] for row in prompts],
+        "settings": settings.calibration.model_dump(),
+    }
+    record = settings.cache_dir / "calibrations" / f"{digest_of(asked)}.json"
+    with stage_progress("calibrate") as on_progress, only_maker(record, on_progress):
+        if record.is_file():
+            on_progress(1, 1, "made before")
+            return Calibration.model_validate_json(record.read_bytes())
+        with work_folder(settings) as work:
+            made = shop.torch.run(
+                Calibrate(
+                    checkpoint_dir=prepared.folder,
+                    chats=tuple(
+                        Chat(number=number, messages=tuple(turn.model_dump() for turn in row.messages))
+                        for number, row in enumerate(chats, 1)
+                    ),
+                    prompts=tuple(
+                        Question(id=number, messages=tuple(turn.model_dump() for turn in row))
+                        for number, row in enumerate(prompts)
+                    ),
+                    max_tokens=settings.calibration.max_tokens,
+                    max_new_tokens=settings.calibration.max_new_tokens,
+                    batch_size=PROMPTS_AT_ONCE,
+                    threads=settings.threads,
+                    dtype="float32" if prepared.inspection.parameters <= MAX_FLOAT32_PARAMETERS else "auto",
+                ),
+                deadline_s=settings.timeout.build_s,
+                log_path=settings.cache_dir / "logs" / f"calibrate-{record.stem[:12]}.log",
+                work_dir=work,
+                on_progress=on_progress,
+            ).value
+        calibration = Calibration(rows=made.rows, answers=made.answers)
+        write_whole(record, calibration.model_dump_json())
+    return calibration
+
+
+def calibration_for(
+    recipes: Iterable[Recipe],
+    request: DeployRequest,
+    prepared: PreparedCheckpoint,
+    evaluation: Sequence[EvaluationRow],
+) -> Calibration | None:
+    """Return the texts to calibrate on, None where no recipe needs any."""
+    if any(recipe.is_calibrated for recipe in recipes):
+        return calibrate_once(request, prepared, evaluation)
+    return None

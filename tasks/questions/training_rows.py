@@ -1,0 +1,93 @@
+"""Chats with their answers, as a fine-tuning learns them and a quantization is calibrated on them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
+
+from slmops.infra.errors import BadInput
+from slmops.tasks.questions.evaluation_set import numbered_lines
+from slmops.tasks.questions.strict_json import parse_json
+
+MAX_NAMED_FAULTS = 3
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Turn(_Record):
+    """One turn of a training chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: StrictStr
+
+
+class TrainingRow(_Record):
+    """A chat that ends with the answer to be learned.
+
+    A system message may come first; then user and assistant alternate. A row in the form of an evaluation file, with
+    the user's turn last and the answer in `expected`, is accepted too; other keys of a row are ignored.
+    """
+
+    messages: tuple[Turn, ...] = Field(min_length=2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expected_is_the_answer(cls, row: object) -> object:
+        if isinstance(row, dict) and "expected" in row and isinstance(row.get("messages"), list):
+            return {"messages": [*row["messages"], {"role": "assistant", "content": row["expected"]}]}
+        return row
+
+    @model_validator(mode="after")
+    def _turns_alternate(self) -> "TrainingRow":
+        roles = [turn.role for turn in self.messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
+            raise ValueError(
+                "messages must alternate between user and assistant (after an optional system message) "
+                f"and end with an assistant's turn, found {', '.join(roles)}"
+            )
+        return self
+
+
+def read_rows_file(path: Path, text: str) -> list[TrainingRow]:
+    """Read a JSON Lines file, which messages call `text`; raises `BadInput` as `parse_rows` does."""
+    try:
+        with path.open("rb") as file:
+            return parse_rows(text, "line", list(numbered_lines(path, file)))
+    except OSError as error:
+        raise BadInput(
+            f"The dataset {text} cannot be read: {error.strerror or error}.", "Name a readable file."
+        ) from error
+
+
+def parse_rows(text: str, unit: str, found: Iterable[tuple[int, object]]) -> list[TrainingRow]:
+    """Return the rows of a dataset; `found` are numbers and lines of JSON, or numbers and objects.
+
+    Raises `BadInput` for a dataset without rows, or with rows that cannot be used, of which it names the first few.
+    """
+    rows: list[TrainingRow] = []
+    faults: list[str] = []
+    for number, value in found:
+        try:
+            rows.append(TrainingRow.model_validate(parse_json(value) if isinstance(value, str) else value))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            faults.append(
+                f"{unit} {number}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+            )
+        except ValueError as error:
+            faults.append(f"{unit} {number}: {error}")
+    if faults:
+        more = f"; and {len(faults) - MAX_NAMED_FAULTS} more" if len(faults) > MAX_NAMED_FAULTS else ""
+        raise BadInput(
+            f"The dataset {text} cannot be used: {'; '.join(faults[:MAX_NAMED_FAULTS])}{more}.",
+            'Write one chat per row: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}.',
+            code="dataset-row-not-valid",
+        )
+    if not rows:
+        raise BadInput(f"The dataset {text} has no rows.", "Write at least two chats, one JSON object on a line.")
+    return rows
