@@ -7,7 +7,11 @@ group is that of the given weights ("static groups"): the groups of the result a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from olive.common.quant.utils import WeightQuantizer
+    from torch import Tensor
 
 COLUMNS_AT_ONCE = 128  # whose errors reach the other columns together, by one product of matrices
 
@@ -16,9 +20,9 @@ COLUMNS_AT_ONCE = 128  # whose errors reach the other columns together, by one p
 class Rounded:
     """A matrix [rows, columns] of unsigned integers, and scales and zero points of its groups, [rows, groups]."""
 
-    values: Any
-    scales: Any
-    zero_points: Any
+    values: "Tensor"
+    scales: "Tensor"
+    zero_points: "Tensor"
 
     def parts(self, rows: Sequence[int]) -> Iterator["Rounded"]:
         """Yield consecutive parts of so many rows each."""
@@ -26,20 +30,20 @@ class Rounded:
         for values, scales, zero_points in zip(*split, strict=True):
             yield Rounded(values, scales, zero_points)
 
-    def restored(self) -> Any:
+    def restored(self) -> "Tensor":
         """Return the matrix in floating point."""
         groups = self.values.reshape(*self.scales.shape, -1)
         restored = (groups - self.zero_points[..., None]) * self.scales[..., None]
         return restored.reshape(self.values.shape)
 
 
-def round_to_nearest(weight: Any, quantizer: Any) -> Rounded:
+def round_to_nearest(weight: "Tensor", quantizer: "WeightQuantizer") -> Rounded:
     """Round a matrix as Olive's `WeightQuantizer` does."""
     scales, zero_points = quantizer.find_qparams(weight)
     return Rounded(quantizer.quantize(weight, scales, zero_points), scales, zero_points)
 
 
-def round_for_inputs(weight: Any, products: Any, quantizer: Any, damping: float) -> Rounded:
+def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQuantizer", damping: float) -> Rounded:
     """Round a matrix [rows, columns] in fp32 so that its outputs stay near for inputs like those that were seen.
 
     `products` [columns, columns] are the sums of the inputs' products, x x^T, which this overwrites. `damping` is the
@@ -71,7 +75,7 @@ def round_for_inputs(weight: Any, products: Any, quantizer: Any, damping: float)
     return Rounded(values.T.contiguous().to(torch.int32), scales, zero_points)
 
 
-def _upper_factor_of_inverse(products: Any, damping: float) -> Any:
+def _upper_factor_of_inverse(products: "Tensor", damping: float) -> "Tensor":
     import torch
 
     products.diagonal().add_(damping * products.diagonal().mean())

@@ -7,17 +7,21 @@ and all its files but the weights are the checkpoint's own, not those that trans
 
 import fnmatch
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from olive.common.hf.wrapper import ModelWrapper
+from olive.common.quant.hf_utils import OliveHfQuantizationConfig
 from olive.common.quant.nn import QuantLinear
 from olive.model import HfModelHandler
 from olive.passes.pass_config import BasePassConfig
 from olive.passes.pytorch import gptq, quant_utils, rtn, train_utils
+from torch import Tensor
+from torch.nn import Module
 
 from slmops.infra.olive.gptq_rounding import Rounded, round_for_inputs, round_to_nearest
 from slmops.infra.olive.step_progress import report_step
@@ -53,7 +57,7 @@ class Rtn(rtn.Rtn):  # type: ignore[misc]
             return _finished(model, wrapper, quantization, output_model_path)
 
 
-def _with_module_names(model: HfModelHandler, config: Any) -> Any:
+def _with_module_names(model: HfModelHandler, config: BasePassConfig) -> BasePassConfig:
     """Return a pass's configuration with the names of the modules that its overrides' patterns match."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -69,7 +73,7 @@ def _with_module_names(model: HfModelHandler, config: Any) -> Any:
     return config.model_copy(update={"overrides": named})
 
 
-def _quantize_layers(wrapper: Any, rows: Sequence[Any], damping: float) -> None:
+def _quantize_layers(wrapper: ModelWrapper, rows: Sequence[Tensor], damping: float) -> None:
     """Quantize a prepared model in place; each layer is calibrated on what the quantized ones before it give."""
     layers = wrapper.get_layers(return_name=False)
     inputs, arguments = _layer_inputs(wrapper, rows)
@@ -94,16 +98,16 @@ def _quantize_layers(wrapper: Any, rows: Sequence[Any], damping: float) -> None:
         _pack(wrapper.model, dict(_rounded_together(readers, damping)))
 
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[object, ...], dict[str, object]]
 
 
-def _layer_inputs(wrapper: Any, rows: Sequence[Any]) -> tuple[list[Any], list[list[Arguments]]]:
+def _layer_inputs(wrapper: ModelWrapper, rows: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Arguments]]]:
     """Return what the first layer is given for each row, in fp32, and every layer's further arguments, row by row."""
     layers = wrapper.get_layers(return_name=False)
     arguments: list[list[Arguments]] = [[] for _ in layers]
 
-    def recording(number: int) -> Any:
-        def record(hidden_states: Any, *positional: Any, **named: Any) -> Any:
+    def recording(number: int) -> Callable[..., Tensor]:
+        def record(hidden_states: Tensor, *positional: object, **named: object) -> Tensor:
             arguments[number].append((positional, named))
             return hidden_states
 
@@ -122,7 +126,7 @@ def _layer_inputs(wrapper: Any, rows: Sequence[Any]) -> tuple[list[Any], list[li
     return inputs, arguments
 
 
-def _run(layer: Any, inputs: Sequence[Any], arguments: Sequence[Arguments]) -> list[Any]:
+def _run(layer: Module, inputs: Sequence[Tensor], arguments: Sequence[Arguments]) -> list[Tensor]:
     outputs = []
     for hidden_states, (positional, named) in zip(inputs, arguments, strict=True):
         output = layer(hidden_states, *positional, **named)
@@ -134,22 +138,22 @@ def _run(layer: Any, inputs: Sequence[Any], arguments: Sequence[Arguments]) -> l
 class _Readers:
     """Matrices that read the same inputs, and the sum of the inputs' products, [inputs, inputs]."""
 
-    modules: list[Any]
-    products: Any
+    modules: list[Module]
+    products: Tensor
 
-    def add(self, inputs: Any) -> None:
+    def add(self, inputs: Tensor) -> None:
         """Add the products of inputs [..., inputs]."""
         rows = inputs.reshape(-1, len(self.products))
         self.products.addmm_(rows.T, rows)
 
 
 @contextmanager
-def _seen_inputs(layer: Any) -> Iterator[list[_Readers]]:
+def _seen_inputs(layer: Module) -> Iterator[list[_Readers]]:
     """Sum the products of the inputs of a layer's matrices that are to be calibrated, while it runs."""
-    found: dict[Any, _Readers] = {}
+    found: dict[Module, _Readers] = {}
     last: list[Any] = [None, None]  # the last input, and the matrix that was the first to read it
 
-    def see(module: Any, positional: tuple[Any, ...]) -> None:
+    def see(module: Module, positional: tuple[Tensor, ...]) -> None:
         if positional[0] is last[0]:
             if module not in found:
                 found[module] = found[last[1]]
@@ -169,9 +173,9 @@ def _seen_inputs(layer: Any) -> Iterator[list[_Readers]]:
     groups += {id(readers): readers for readers in found.values()}.values()
 
 
-def _rounded_together(readers: _Readers, damping: float) -> Iterator[tuple[Any, Rounded]]:
+def _rounded_together(readers: _Readers, damping: float) -> Iterator[tuple[Module, Rounded]]:
     """Yield each matrix and its rounding; those of the same format are rounded as one of all their rows."""
-    of_format: dict[tuple[int, int, bool], list[Any]] = {}
+    of_format: dict[tuple[int, int, bool], list[Module]] = {}
     for module in readers.modules:
         quantizer = module.quant_info.quantizer
         of_format.setdefault((quantizer.bits, quantizer.group_size, quantizer.symmetric), []).append(module)
@@ -181,18 +185,18 @@ def _rounded_together(readers: _Readers, damping: float) -> Iterator[tuple[Any, 
         yield from zip(modules, rounded.parts([module.out_features for module in modules]), strict=True)
 
 
-def _prepared(module: Any) -> list[Any]:
+def _prepared(module: Module) -> list[Module]:
     return [child for child in module.modules() if hasattr(child, "quant_info")]
 
 
-def _is_calibrated(module: Any) -> bool:
+def _is_calibrated(module: Module) -> bool:
     return hasattr(module, "quant_info") and module.quant_info.quantizer.bits <= CALIBRATED_BITS
 
 
-def _pack(model: Any, rounded: dict[Any, Rounded]) -> None:
+def _pack(model: Module, rounded: dict[Module, Rounded]) -> None:
     """Replace prepared matrices by packed ones; what is not rounded yet is rounded to nearest."""
 
-    def packed(module: Any, _: str) -> Any:
+    def packed(module: Module, _: str) -> QuantLinear:
         quantizer = module.quant_info.quantizer
         found = rounded.get(module) or round_to_nearest(module.weight.data.float(), quantizer)
         matrix = QuantLinear.from_tensors(
@@ -214,7 +218,9 @@ def _pack(model: Any, rounded: dict[Any, Rounded]) -> None:
     quant_utils.replace_matching_submodules(model, lambda module, _: hasattr(module, "quant_info"), packed)
 
 
-def _finished(model: HfModelHandler, wrapper: Any, quantization: Any, output_model_path: str) -> HfModelHandler:
+def _finished(
+    model: HfModelHandler, wrapper: ModelWrapper, quantization: OliveHfQuantizationConfig, output_model_path: str
+) -> HfModelHandler:
     """Write a model; every file but the weights is the given model's, its config.json with the quantization."""
     _pack(wrapper.model, {})
     result = quant_utils.finalize(model, output_model_path, wrapper, quantization, "cpu")

@@ -17,7 +17,7 @@ from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoin
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.plan import parse_request
 from slmops.tasks.runs.progress import listening
-from slmops.tasks.workshop import torch_process
+from slmops.tasks.workshop import Workshop, torch_process, working_in
 from tests.support.checkpoints import make_tiny_checkpoint
 
 pytestmark = pytest.mark.runtime
@@ -30,8 +30,12 @@ def build(home: Path, folder: Path, builds: int) -> tuple[list[str], BuiltVarian
     )
     request = parse_request({"checkpoint": str(folder), "name": "home", "precisions": ["int8"]})
     steps: list[str] = []
-    with listening(lambda stage, share, what: steps.append(what)), torch_process(settings) as child:
-        built = build_variant.fn(load_recipe("int8"), prepared, request, open_registry(settings), settings, child)
+    with (
+        listening(lambda stage, share, what: steps.append(what)),
+        torch_process(settings) as child,
+        working_in(Workshop(settings, open_registry(settings), child)),
+    ):
+        built = build_variant.fn(load_recipe("int8"), prepared, request)
     return steps, built
 
 
