@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import re
+import tarfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,7 +34,7 @@ from slmops.infra.storage.objects import Blob, OnBytes
 from slmops.infra.storage.origin import unmarked
 from slmops.infra.storage.progress import byte_progress
 from slmops.infra.storage.registry import ModelRegistry
-from slmops.infra.storage.tar import Member, TarReader, TarWriter, opened_tar, shown
+from slmops.infra.storage.tar import TarReader, TarWriter, opened_tar, shown
 
 MOST_MANIFEST_BYTES = 16 << 20
 LONGEST_PATH = 1000  # characters
@@ -357,7 +358,9 @@ def _check_sizes(archive: TarReader, blobs: Iterable[Blob], folder: Path, target
     check_room(needs)
 
 
-def _unpack_evidence(archive: TarReader, member: Member, name: str, digest: str, staged: ModelRegistry) -> None:
+def _unpack_evidence(
+    archive: TarReader, member: tarfile.TarInfo, name: str, digest: str, staged: ModelRegistry
+) -> None:
     data = archive.content(member, MOST_EVIDENCE_BYTES)
     fault = _fault_of_evidence(name, data, digest)
     if fault:
@@ -365,9 +368,9 @@ def _unpack_evidence(archive: TarReader, member: Member, name: str, digest: str,
     staged.objects.put_bytes(member.name, data)
 
 
-def _unpack_blob(archive: TarReader, member: Member, blob: Blob, folder: Path, on_bytes: OnBytes) -> None:
-    if member.size_bytes != blob.size_bytes:
-        fault = f"has {member.size_bytes:,} bytes by its header, and {blob.size_bytes:,} by the manifest"
+def _unpack_blob(archive: TarReader, member: tarfile.TarInfo, blob: Blob, folder: Path, on_bytes: OnBytes) -> None:
+    if member.size != blob.size_bytes:
+        fault = f"has {member.size:,} bytes by its header, and {blob.size_bytes:,} by the manifest"
         raise archive.refusal(member.name, fault)
     store = LocalObjectStore(folder)
     store.aside.mkdir(exist_ok=True)

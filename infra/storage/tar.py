@@ -1,17 +1,17 @@
 """Archives as tar files of plain files. The reader accepts exactly the bytes that `TarWriter` writes.
 
-Therefore the reader supports no other features of tar (links, devices, sparse files, names in three dialects).
-`tarfile.TarInfo` parses each header, which is compared with the header that would be written. `tarfile.TarFile` would
-follow all of these features, keep extended headers in memory, and stop without an error at a damaged header.
+`tarfile` reads each header. On a whole file it would follow other dialects of tar, keep extended headers in memory, and
+stop without an error at a damaged header. Therefore it gets three blocks per member, the most that a header takes here,
+and what it reads is compared with the header that would be written.
 """
 
 import hashlib
+import io
 import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -19,9 +19,9 @@ from slmops.infra.errors import BadInput
 from slmops.infra.storage.local import CHUNK_BYTES
 
 _BLOCK = tarfile.BLOCKSIZE
+_HEADER_BYTES = 3 * _BLOCK  # a long name, or a size of 8 GiB or more, is in an extended header of two blocks before it
+_LARGEST = 1 << 64
 _MEMBER = re.compile(r"[A-Za-z0-9._/-]+")
-# A long name, or a size of 8 GiB or more, does not fit into a header: a separate block before it holds them.
-_EXTENSION = re.compile(rb"[0-9]+ (?:path=([A-Za-z0-9._/-]+)|size=([0-9]{1,20}))\n")
 _KINDS = {
     **{tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.DIRTYPE: "a folder"},
     **{tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a pipe"},
@@ -88,14 +88,6 @@ class TarWriter:
         self.size_bytes += len(data)
 
 
-@dataclass(frozen=True)
-class Member:
-    """A file in an archive."""
-
-    name: str
-    size_bytes: int
-
-
 class TarReader:
     """The members of an archive, one after the other: `next`, then its `chunks`.
 
@@ -105,7 +97,6 @@ class TarReader:
     def __init__(self, file: Path, stream: IO[bytes]) -> None:
         self._file = file
         self._stream = stream
-        self._offset = 0
         self.size_bytes = os.fstat(stream.fileno()).st_size
 
     def refusal(self, what: str, fault: str) -> BadInput:
@@ -122,70 +113,64 @@ class TarReader:
                 f"{self._file} cannot be imported: it is compressed ({compression}).", "Decompress it to a .tar first."
             )
 
-    def next(self) -> Member | None:
+    def next(self) -> tarfile.TarInfo | None:
         """Return the next member, None at the end of the archive."""
-        raw = self._read(_BLOCK)
-        if not any(raw):
-            self._check_end()
+        begin = self._stream.tell()
+        blocks = self._stream.read(_HEADER_BYTES)
+        if len(blocks) < _BLOCK:
+            raise self.refusal("it", f"ends too early, at byte {self.size_bytes:,}")
+        member = self._parsed(blocks, begin)
+        if member is None:
+            self._check_end(begin)
             return None
-        header = self._parsed(raw)
-        name, size_bytes = header.name, header.size
-        if header.type == tarfile.XHDTYPE:
-            extension, last = self._read(_BLOCK), self._read(_BLOCK)
-            raw += extension + last
-            header = self._parsed(last)
-            name, size_bytes = header.name, header.size
-            for path, number in _EXTENSION.findall(extension):
-                name = path.decode() or name
-                size_bytes = int(number or size_bytes)
-        if header.type != tarfile.REGTYPE:
-            raise self.refusal(shown(name), f"is {_KINDS.get(header.type, 'of a kind of tar')}, not a plain file")
-        if not _MEMBER.fullmatch(name):
-            raise self.refusal(shown(name), "is not a valid name in an archive")
-        if not 0 <= size_bytes <= self.size_bytes - self._offset:
-            raise self.refusal(shown(name), f"has {size_bytes:,} bytes by its header, but fewer follow")
-        if raw != header_of(name, size_bytes):
-            raise self.refusal(shown(name), "has a header that slmops export does not write")
-        return Member(name, size_bytes)
+        name = shown(member.name)
+        content = begin + member.offset_data
+        if member.type != tarfile.REGTYPE:
+            raise self.refusal(name, f"is {_KINDS.get(member.type, 'of a kind of tar')}, not a plain file")
+        if not _MEMBER.fullmatch(member.name):
+            raise self.refusal(name, "is not a valid name in an archive")
+        header = blocks[: member.offset_data]
+        if not 0 <= member.size < _LARGEST or header != header_of(member.name, member.size):
+            raise self.refusal(name, "has a header that slmops export does not write, as another kind of tar has")
+        if member.size > self.size_bytes - content:
+            raise self.refusal(name, f"has {member.size:,} bytes by its header, but fewer follow")
+        self._stream.seek(content)
+        return member
 
-    def chunks(self, member: Member) -> Iterator[bytes]:
+    def chunks(self, member: tarfile.TarInfo) -> Iterator[bytes]:
         """Yield the bytes of the member that `next` returned."""
-        left = member.size_bytes
+        left = member.size
         while left:
-            chunk = self._read(min(left, CHUNK_BYTES))
+            chunk = self._stream.read(min(left, CHUNK_BYTES))
+            if not chunk:
+                raise self.refusal("it", "became shorter while it was read")
             left -= len(chunk)
             yield chunk
-        if any(self._read(padding(member.size_bytes))):
+        if any(self._stream.read(padding(member.size))):
             raise self.refusal(shown(member.name), "is followed by bytes that do not belong to it")
 
-    def content(self, member: Member, at_most_bytes: int) -> bytes:
+    def content(self, member: tarfile.TarInfo, at_most_bytes: int) -> bytes:
         """Return the bytes of the member that `next` returned, unless they are too many."""
-        if member.size_bytes > at_most_bytes:
-            fault = f"has {member.size_bytes:,} bytes by its header, and at most {at_most_bytes:,} are allowed"
+        if member.size > at_most_bytes:
+            fault = f"has {member.size:,} bytes by its header, and at most {at_most_bytes:,} are allowed"
             raise self.refusal(shown(member.name), fault)
         return b"".join(self.chunks(member))
 
-    def _parsed(self, block: bytes) -> tarfile.TarInfo:
+    def _parsed(self, blocks: bytes, begin: int) -> tarfile.TarInfo | None:
+        """Return what `tarfile` makes of a header, None for a block of zeros."""
         try:
-            return tarfile.TarInfo.frombuf(block, "ascii", "surrogateescape")
-        except tarfile.TarError as error:
-            if self._offset == _BLOCK:
-                raise self.refusal("it", "is not a tar file of slmops export") from None
-            raise self.refusal(f"its header at byte {self._offset - _BLOCK:,}", f"is damaged ({error})") from None
+            return tarfile.TarFile(fileobj=io.BytesIO(blocks), encoding="ascii", errors="surrogateescape").next()
+        except (tarfile.TarError, ArithmeticError, LookupError, ValueError) as error:
+            fault = f"is damaged ({error}), or it is not a tar file of slmops export"
+            raise self.refusal(f"its header at byte {begin:,}", fault) from None
 
-    def _check_end(self) -> None:
-        whole = whole_size(self._offset - _BLOCK)
+    def _check_end(self, end: int) -> None:
+        whole = whole_size(end)
         if self.size_bytes != whole:
             raise self.refusal("it", f"has {self.size_bytes:,} bytes and should have {whole:,}")
-        if any(self._read(whole - self._offset)):
+        self._stream.seek(end)
+        if any(self._stream.read(whole - end)):
             raise self.refusal("it", "has data after its last member")
-
-    def _read(self, size_bytes: int) -> bytes:
-        data = self._stream.read(size_bytes)
-        self._offset += len(data)
-        if len(data) < size_bytes:
-            raise self.refusal("it", f"ends too early, at byte {self._offset:,}")
-        return data
 
 
 @contextmanager
