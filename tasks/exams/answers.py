@@ -7,8 +7,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import Evaluate
-from slmops.infra.process.call import OnProgress
-from slmops.infra.process.supervisor import ChildProcess, run_in_child
+from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.records import Json
 from slmops.infra.reference.answers import Question, RowId, Share
 from slmops.infra.settings import Settings
@@ -57,14 +56,9 @@ class Reference(_Result):
 
 
 def run_reference(
-    settings: Settings,
-    checkpoint_dir: Path,
-    rows: Sequence[EvaluationRow],
-    work_dir: Path,
-    on_progress: OnProgress | None = None,
-    torch_child: ChildProcess | None = None,
+    settings: Settings, bench: Bench, rows: Sequence[EvaluationRow], torch_child: ChildProcess | None = None
 ) -> Reference:
-    """Run the source checkpoint on the rows in a child process; `work_dir` keeps the result for `evaluate_variant`.
+    """Run the source checkpoint, the bench's model, on the rows; `bench.work` keeps what `evaluate_variant` needs.
 
     It is run within `torch_child`, if that is given; the peak memory then includes memory that earlier calls left
     allocated.
@@ -72,20 +66,17 @@ def run_reference(
     Raises `BadInput` for a row that the model cannot take, `StageFailed` and its kinds as `run_in_child` does.
     """
     used = rows[: settings.evaluation.max_rows]
-    child = run_in_child(
+    child = bench.run(
         AnswerAsSource(
-            checkpoint_dir=checkpoint_dir,
+            checkpoint_dir=bench.model,
             rows=_asked(used),
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             batch_size=settings.evaluation.batch_size,
             threads=settings.threads,
-            output_dir=work_dir,
+            output_dir=bench.work,
         ),
-        deadline_s=settings.timeout.reference_s,
-        log_path=work_dir / "reference.log",
-        work_dir=work_dir,
-        on_progress=on_progress,
+        settings.timeout.reference_s,
         within=torch_child,
     )
     return Reference(
@@ -98,35 +89,30 @@ def run_reference(
 
 def evaluate_variant(
     settings: Settings,
-    model_dir: Path,
+    bench: Bench,
     rows: Sequence[EvaluationRow],
     *,
     reference_dir: Path | None,
-    work_dir: Path,
     output_format: OutputFormat | None = None,
-    on_progress: OnProgress | None = None,
 ) -> Evaluation:
-    """Run a genai model folder on the rows in a child process, and score its answers.
+    """Run a genai model folder, the bench's, on the rows in a child process, and score its answers.
 
-    `reference_dir` is the `work_dir` that `run_reference` was given for the same rows, or None for a model without a
-    source checkpoint.
+    `reference_dir` is the work folder of `run_reference` for the same rows, or None for a model without a source
+    checkpoint.
 
     Raises `StageFailed` and its kinds for a model that cannot be opened or run.
     """
     used = rows[: settings.evaluation.max_rows]
-    child = run_in_child(
+    child = bench.run(
         Evaluate(
-            model_dir=model_dir,
+            model_dir=bench.model,
             rows=_asked(used),
             reference_dir=reference_dir,
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             threads=settings.threads,
         ),
-        deadline_s=settings.timeout.evaluate_s,
-        log_path=work_dir / "evaluate.log",
-        work_dir=work_dir,
-        on_progress=on_progress,
+        settings.timeout.evaluate_s,
     )
     found = Evaluation(
         **child.value.model_dump(),
@@ -189,9 +175,9 @@ class AnswersExam(ComparedExam[Evaluation]):
             "settings": settings.evaluation.model_dump(mode="json"),
         }
 
-    def run_source(self, checkpoint: Path, folder: Path, on_progress: OnProgress, shop: Workshop) -> None:
+    def run_source(self, bench: Bench, shop: Workshop) -> None:
         """See `ComparedExam.run_source`."""
-        run_reference(shop.settings, checkpoint, self.evaluation.rows, folder, on_progress, shop.torch_child)
+        run_reference(shop.settings, bench, self.evaluation.rows, shop.torch_child)
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Evaluation:
         """See `Exam.take`."""
@@ -199,12 +185,10 @@ class AnswersExam(ComparedExam[Evaluation]):
         has_reference = self.compared and has_source(variant)
         return evaluate_variant(
             shop.settings,
-            bench.model,
+            bench,
             self.evaluation.rows,
             reference_dir=self.source_folder(source, shop.settings) if has_reference else None,
-            work_dir=bench.work,
             output_format=self.evaluation.output_format,
-            on_progress=bench.on_progress,
         )
 
 

@@ -5,7 +5,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,6 @@ from slmops.infra.foundry.calls import EndureInFoundry
 from slmops.infra.genai.calls import EndureInGenai
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.endurance import LONG_USE, Endure, TypedInput
-from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
@@ -194,15 +193,13 @@ class _Course:
 
 def examine_endurance(
     settings: Settings,
-    model_dir: Path,
+    bench: Bench,
     conversations: Sequence[EvaluationRow],
     runtime: Runtime,
-    work_dir: Path,
-    on_progress: OnProgress | None = None,
     *,
     kind: type[Endure] | None = None,
 ) -> Endurance:
-    """Run the soak and the edge inputs on a genai model folder in a runtime, in a separate child process.
+    """Run the soak and the edge inputs on a genai model folder, the bench's, in a runtime, in a separate child process.
 
     A child that dies at an input is replaced, at most three times, and the remaining inputs follow. The first of the
     conversations is the ordinary request, and the soak cycles over the first few (`soak_conversations`). `kind`
@@ -212,14 +209,14 @@ def examine_endurance(
     """
     started = time.monotonic()
     soak, deadline_s = settings.soak, settings.timeout.exercise_s
-    typed = control_tokens(model_dir)
-    context_length = int(read_json(model_dir / "genai_config.json")["model"]["context_length"])
+    typed = control_tokens(bench.model)
+    context_length = int(read_json(bench.model / "genai_config.json")["model"]["context_length"])
     course = _Course(soak.requests, edge_inputs(context_length, typed))
     if not typed:
         course.notes.append("The tokenizer names no control token, so the input with control tokens was left out.")
     rows = conversations[: soak_conversations(soak.requests, len(conversations))]
     shared = {
-        "model_dir": model_dir,
+        "model_dir": bench.model,
         "conversations": [[message.model_dump() for message in row.messages] for row in rows],
         "new_tokens": soak.new_tokens,
         "threads": settings.threads,
@@ -235,9 +232,8 @@ def examine_endurance(
         restarts += _crashed(
             partial(kind or CALLS[runtime], **shared),
             course,
-            deadline_s=left_s,
-            work_dir=work_dir,
-            on_progress=on_progress and _shifted(on_progress, done, course.total),
+            replace(bench, on_progress=bench.on_progress and _shifted(bench.on_progress, done, course.total)),
+            left_s,
         )
     memory = memory_growth(course.rss_bytes)
     if memory is None and course.rss_bytes:
@@ -263,17 +259,10 @@ def runtime_versions(runtime: Runtime) -> dict[str, str]:
     return found
 
 
-def _crashed(
-    endure: Callable[..., Endure],
-    course: _Course,
-    *,
-    deadline_s: float,
-    work_dir: Path,
-    on_progress: OnProgress | None,
-) -> bool:
+def _crashed(endure: Callable[..., Endure], course: _Course, bench: Bench, deadline_s: float) -> bool:
     """Run a child for the remaining inputs; returns whether it died."""
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=work_dir, ignore_cleanup_errors=True) as folder:
+    bench.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=bench.work, ignore_cleanup_errors=True) as folder:
         call = endure(
             requests=course.requests,
             edge_inputs=[
@@ -288,13 +277,7 @@ def _crashed(
             journal=Path(folder) / "journal.jsonl",
         )
         try:
-            run_in_child(
-                call,
-                deadline_s=deadline_s,
-                log_path=work_dir / "exercise.log",
-                work_dir=work_dir,
-                on_progress=on_progress,
-            )
+            bench.run(call, deadline_s)
         except StageFailed as error:
             step = course.read(call.journal)
             if step is None:  # not the fault of a step: the model did not load, or does not answer
@@ -348,9 +331,7 @@ class EnduranceExam(Exam[Endurance]):
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Endurance:
         """See `Exam.take`."""
-        return examine_endurance(
-            shop.settings, bench.model, self.conversations, self.runtime, bench.work, bench.on_progress
-        )
+        return examine_endurance(shop.settings, bench, self.conversations, self.runtime)
 
     def stands(self, found: Endurance) -> bool:
         """Not if the process died, because the machine may have been short of memory."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from slmops.infra.process.call import OnProgress
+from slmops.infra.process.call import Call, ChildResult, OnProgress
+from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
@@ -18,15 +19,35 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
 
 R = TypeVar("R")
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The environment of an exam: a folder with the variant's files, a work folder, and a progress listener."""
+    """The environment of an exam: a folder with the model's files, a work folder, and a progress listener."""
 
     model: Path
     work: Path
-    on_progress: OnProgress
+    on_progress: OnProgress | None = None
+
+    def run(
+        self,
+        call: Call[A],
+        deadline_s: float,
+        *,
+        environment: Mapping[str, str] | None = None,
+        within: ChildProcess | None = None,
+    ) -> ChildResult[A]:
+        """Perform a call in a child process as `run_in_child` does, and raise what it raises; the log is in `work`."""
+        return run_in_child(
+            call,
+            deadline_s=deadline_s,
+            log_path=self.work / "exam.log",
+            work_dir=self.work,
+            on_progress=self.on_progress,
+            environment=environment,
+            within=within,
+        )
 
 
 class Exam(ABC, Generic[R]):

@@ -10,8 +10,6 @@ from slmops.infra.errors import BadInput
 from slmops.infra.lm_eval.calls import RunTasks, TaskMetric
 from slmops.infra.lm_eval.run import OFFLINE, ONLINE
 from slmops.infra.lm_eval.task_files import digest_of_task_folder
-from slmops.infra.process.call import OnProgress
-from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
@@ -53,24 +51,18 @@ class LmEvalTasks(_Record):
 
 
 def run_lm_eval_tasks(
-    settings: Settings,
-    tasks: LmEvalTasks,
-    *,
-    model_dir: Path | None = None,
-    checkpoint_dir: Path | None = None,
-    work_dir: Path,
-    on_progress: OnProgress | None = None,
+    settings: Settings, tasks: LmEvalTasks, bench: Bench, *, checkpoint: bool = False
 ) -> tuple[LmEvalResult, ...]:
-    """Run lm-eval tasks in a child process, either on a genai model folder or on a checkpoint.
+    """Run lm-eval tasks in a child process on the bench's model: a genai model folder, or a `checkpoint`.
 
     Raises `BadInput` if lm-eval is not installed, and for tasks that are unknown, cannot be loaded, contain code, or
     have no local data; `StageFailed` and its kinds for a model that cannot be run.
     """
     _check(tasks)
-    child = run_in_child(
+    child = bench.run(
         RunTasks(
-            model_dir=model_dir,
-            checkpoint_dir=checkpoint_dir,
+            model_dir=None if checkpoint else bench.model,
+            checkpoint_dir=bench.model if checkpoint else None,
             tasks=tasks.names,
             include_path=None if tasks.include_path is None else _folder(tasks.include_path),
             limit=tasks.limit,
@@ -79,10 +71,7 @@ def run_lm_eval_tasks(
             allow_network=tasks.allow_network,
             threads=settings.threads,
         ),
-        deadline_s=settings.timeout.lm_eval_s,
-        log_path=work_dir / "lm-eval.log",
-        work_dir=work_dir,
-        on_progress=on_progress,
+        settings.timeout.lm_eval_s,
         environment=ONLINE if tasks.allow_network else OFFLINE,
     )
     shared = {"versions": child.value.versions, "notes": child.value.notes}
@@ -151,9 +140,7 @@ class LmEvalExam(Exam[tuple[LmEvalResult, ...]]):
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> tuple[LmEvalResult, ...]:
         """See `Exam.take`."""
-        return run_lm_eval_tasks(
-            shop.settings, self.tasks, model_dir=bench.model, work_dir=bench.work, on_progress=bench.on_progress
-        )
+        return run_lm_eval_tasks(shop.settings, self.tasks, bench)
 
 
 @stage("run lm-eval on checkpoint", run_name="lm-eval-checkpoint")
@@ -169,8 +156,7 @@ def run_lm_eval_on_checkpoint(
             on_progress(1, 1, LmEvalExam.done_before)
             return known
         with work_folder(shop.settings) as work:
-            results = run_lm_eval_tasks(
-                shop.settings, asked, checkpoint_dir=prepared.folder, work_dir=work, on_progress=on_progress
-            )
+            bench = Bench(prepared.folder, work, on_progress)
+            results = run_lm_eval_tasks(shop.settings, asked, bench, checkpoint=True)
         version.record(LM_EVAL, results, key, beside={"subject": "checkpoint", "tasks": asked.model_dump(mode="json")})
     return results

@@ -2,15 +2,12 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.calls import Hardware, Measure, Measured, RequestFigures, Sweep, SweptRequest
-from slmops.infra.process.call import OnProgress
-from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
@@ -140,20 +137,15 @@ def _statistics_by_length(rows: Sequence[RequestFigures]) -> PromptLengthStatist
     )
 
 
-def measure_variant(
-    settings: Settings,
-    model_dir: Path,
-    work_dir: Path,
-    on_progress: OnProgress | None = None,
-) -> Measurement:
-    """Measure a genai model folder in a child process of its own.
+def measure_variant(settings: Settings, bench: Bench) -> Measurement:
+    """Measure a genai model folder, the bench's, in a child process of its own.
 
     Raises `StageFailed` and its kinds.
     """
     benchmark = settings.benchmark
-    child = run_in_child(
+    child = bench.run(
         Measure(
-            model_dir=model_dir,
+            model_dir=bench.model,
             prompt_tokens=benchmark.prompt_tokens,
             new_tokens=benchmark.new_tokens,
             warmup=benchmark.warmup,
@@ -161,10 +153,7 @@ def measure_variant(
             threads=settings.threads,
             sweep=Sweep(**settings.sweep.model_dump(), max_cliff_ratio=settings.gate.max_cliff_ratio),
         ),
-        deadline_s=settings.timeout.measure_s,
-        log_path=work_dir / "measure.log",
-        work_dir=work_dir,
-        on_progress=on_progress,
+        settings.timeout.measure_s,
     )
     # The supervisor's peak memory would include that of the sweep's long prompts.
     return summarize(child.value, warmup=benchmark.warmup, wall_s=child.wall_s)
@@ -192,7 +181,7 @@ class MeasurementExam(Exam[Measurement]):
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Measurement:
         """See `Exam.take`."""
-        return measure_variant(shop.settings, bench.model, bench.work, bench.on_progress)
+        return measure_variant(shop.settings, bench)
 
 
 def measurements_of(variant: Variant) -> list[Measurement]:

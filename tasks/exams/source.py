@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
@@ -15,7 +14,7 @@ from slmops.infra.storage.folders import place, shared_folder, work_folder
 from slmops.infra.storage.manifest import digest_of
 from slmops.infra.storage.version import Variant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
-from slmops.tasks.exams.exam import Exam
+from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
@@ -33,8 +32,8 @@ class ComparedExam(Exam[R]):
         """Return everything that determines the checkpoint's answer."""
 
     @abstractmethod
-    def run_source(self, checkpoint: Path, folder: Path, on_progress: OnProgress, shop: Workshop) -> None:
-        """Run the checkpoint; makes `folder`, which keeps the reference for the variants."""
+    def run_source(self, bench: Bench, shop: Workshop) -> None:
+        """Run the checkpoint, which is the bench's model; its work folder keeps the reference for the variants."""
 
     def source_folder(self, source_digest: str, settings: Settings) -> Path:
         """Return the folder that keeps the checkpoint's result for the variants."""
@@ -76,5 +75,5 @@ def run_source_once(exam: ComparedExam[Any], prepared: PreparedCheckpoint) -> No
         if folder.is_dir():
             return
         with work_folder(shop.settings) as work:
-            exam.run_source(prepared.folder, work / "reference", on_progress, shop)
+            exam.run_source(Bench(prepared.folder, work / "reference", on_progress), shop)
             place(work / "reference", folder)

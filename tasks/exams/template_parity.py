@@ -1,6 +1,7 @@
 """Template parity: a conversation gives the same tokens in transformers, in genai and in Foundry Local."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -10,8 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.calls import CountedPrompts, CountPrompts
 from slmops.infra.genai.calls import RenderChats, RenderedChat, RenderedChats
-from slmops.infra.process.call import Call, OnProgress, R
-from slmops.infra.process.supervisor import ChildProcess, run_in_child
+from slmops.infra.process.call import Call, R
+from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.records import Json
 from slmops.infra.reference.answers import Message
 from slmops.infra.settings import Settings
@@ -113,9 +114,7 @@ class ParityExam(Exam[TemplateParity]):
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> TemplateParity:
         """See `Exam.take`."""
-        return check_parity(
-            shop.settings, bench.model, self.checkpoint, bench.work, bench.on_progress, shop.torch_child
-        )
+        return check_parity(shop.settings, bench, self.checkpoint, shop.torch_child)
 
 
 def _question(variant: Variant, reference: Reference) -> Json:
@@ -147,12 +146,7 @@ def _versions() -> dict[str, str]:
 
 
 def check_parity(
-    settings: Settings,
-    model_dir: Path,
-    checkpoint_dir: Path | None,
-    work_dir: Path,
-    on_progress: OnProgress | None = None,
-    torch_child: ChildProcess | None = None,
+    settings: Settings, bench: Bench, checkpoint_dir: Path | None, torch_child: ChildProcess | None = None
 ) -> TemplateParity:
     """Render `CONVERSATIONS` in the three runtimes, each in a process of its own, and compare the tokens.
 
@@ -165,9 +159,7 @@ def check_parity(
     Raises `StageFailed` and its kinds: a tokenizer that transformers cannot load, a template that renders none of the
     conversations there, a model that Foundry Local cannot load.
     """
-    runtimes = _Runtimes(
-        settings, model_dir.absolute(), (checkpoint_dir or model_dir).absolute(), work_dir, on_progress, torch_child
-    )
+    runtimes = _Runtimes(settings, bench, checkpoint_dir or bench.model, torch_child)
     expected = runtimes.transformers()
     refused = {name: found.refusal for name, found in expected.conversations.items() if found.refusal is not None}
     if len(refused) == len(CONVERSATIONS):
@@ -178,7 +170,7 @@ def check_parity(
             code="chat-template-does-not-render",
         )
     compared = {name: messages for name, messages in CONVERSATIONS.items() if name not in refused}
-    compositions, notes = compositions_of(model_dir, compared)
+    compositions, notes = compositions_of(bench.model, compared)
     genai = runtimes.genai(compared, expected.control_tokens, compositions)
     foundry = runtimes.foundry(compared) if genai.fault is None else None
     mismatches = list(_mismatches(compared, expected, genai, foundry))
@@ -194,7 +186,7 @@ def check_parity(
         mismatches=tuple(mismatch for mismatch in mismatches if mismatch.conversation not in TOLD_ONLY),
         broken_control_tokens=tuple(_broken_control_tokens(expected, genai)),
         notes=(
-            *reference_notes(model_dir, checkpoint_dir, expected, refused),
+            *reference_notes(bench.model, checkpoint_dir, expected, refused),
             *told_only_notes([(mismatch.conversation, mismatch.runtime) for mismatch in mismatches]),
             *notes,
             *composition_notes(compositions, expected, genai),
@@ -205,17 +197,9 @@ def check_parity(
 class _Runtimes:
     """The three child processes."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model_dir: Path,
-        reference_dir: Path,
-        work_dir: Path,
-        on_progress: OnProgress | None,
-        torch_child: ChildProcess | None,
-    ) -> None:
-        self.settings, self.model_dir, self.reference_dir, self.work_dir = settings, model_dir, reference_dir, work_dir
-        self._on_progress, self._torch_child = on_progress, torch_child
+    def __init__(self, settings: Settings, bench: Bench, reference_dir: Path, torch_child: ChildProcess | None) -> None:
+        self.settings, self.reference_dir, self._torch_child = settings, reference_dir, torch_child
+        self._bench, self._on_progress = replace(bench, on_progress=self._follow), bench.on_progress
         self._done = 0
 
     def transformers(self, moments: Mapping[str, Sequence[str]] | None = None) -> RenderedConversations:
@@ -233,7 +217,7 @@ class _Runtimes:
     ) -> RenderedChats:
         return self._run(
             RenderChats(
-                model_dir=self.model_dir,
+                model_dir=self._bench.model,
                 conversations=conversations,
                 control_tokens=tuple(control_tokens),
                 context=CONTEXT,
@@ -242,24 +226,18 @@ class _Runtimes:
         )
 
     def foundry(self, conversations: Mapping[str, Sequence[Message]]) -> CountedPrompts:
-        call = CountPrompts(model_dir=self.model_dir, cache_dir=self.work_dir / "foundry", conversations=conversations)
+        model, cache = self._bench.model, self._bench.work / "foundry"
+        call = CountPrompts(model_dir=model, cache_dir=cache, conversations=conversations)
         return self._run(call, deadline_s=self.settings.timeout.foundry_s)
 
     def _run(self, call: Call[R], *, deadline_s: float | None = None, within: ChildProcess | None = None) -> R:
-        def follow(done: float, total: float, what: str) -> None:
-            if self._on_progress:
-                self._on_progress(min(self._done, 3), 3, what)
-
-        child = run_in_child(
-            call,
-            deadline_s=deadline_s or self.settings.timeout.evaluate_s,
-            log_path=self.work_dir / "parity.log",
-            work_dir=self.work_dir,
-            on_progress=follow,
-            within=within,
-        )
+        child = self._bench.run(call, deadline_s or self.settings.timeout.evaluate_s, within=within)
         self._done += 1
         return child.value
+
+    def _follow(self, done: float, total: float, what: str) -> None:
+        if self._on_progress:
+            self._on_progress(min(self._done, 3), 3, what)
 
 
 def _mismatches(

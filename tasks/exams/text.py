@@ -10,8 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import ComparedText, CompareText, ScoredWindow
-from slmops.infra.process.call import OnProgress
-from slmops.infra.process.supervisor import ChildProcess, run_in_child
+from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
@@ -104,66 +103,49 @@ def read_text_file(path: Path, max_tokens: int) -> TextSample:
 
 
 def run_text_reference(
-    settings: Settings,
-    checkpoint_dir: Path,
-    text: TextSample,
-    work_dir: Path,
-    on_progress: OnProgress | None = None,
-    torch_child: ChildProcess | None = None,
+    settings: Settings, bench: Bench, text: TextSample, torch_child: ChildProcess | None = None
 ) -> None:
-    """Score the text with the source checkpoint in a child process; `work_dir` keeps what variants are compared with.
+    """Score the text with the source checkpoint, the bench's model; `bench.work` keeps what `compare_on_text` needs.
 
     It is run within `torch_child`, if that is given.
 
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` and its kinds as `run_in_child` does.
     """
-    run_in_child(
+    bench.run(
         ScoreTextAsSource(
-            checkpoint_dir=checkpoint_dir,
-            text_file=_write(text, work_dir),
+            checkpoint_dir=bench.model,
+            text_file=_write(text, bench.work),
             max_tokens=settings.evaluation.max_text_tokens,
             window_tokens=WINDOW_TOKENS,
             max_positions=settings.evaluation.max_positions,
             threads=settings.threads,
-            output_dir=work_dir,
+            output_dir=bench.work,
         ),
-        deadline_s=settings.timeout.reference_s,
-        log_path=work_dir / "text.log",
-        work_dir=work_dir,
-        on_progress=on_progress,
+        settings.timeout.reference_s,
         within=torch_child,
     )
 
 
 def compare_on_text(
-    settings: Settings,
-    model_dir: Path,
-    text: TextSample,
-    *,
-    reference_dir: Path | None,
-    work_dir: Path,
-    on_progress: OnProgress | None = None,
+    settings: Settings, bench: Bench, text: TextSample, *, reference_dir: Path | None
 ) -> TextComparison:
-    """Score the text with a genai model folder in a child process and compare it with the reference.
+    """Score the text with a genai model folder, the bench's, in a child process and compare it with the reference.
 
-    `reference_dir` is the `work_dir` that `run_text_reference` was given for the same text, or None for a model
-    without a source checkpoint: then only the perplexity is known.
+    `reference_dir` is the work folder of `run_text_reference` for the same text, or None for a model without a source
+    checkpoint: then only the perplexity is known.
 
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` and its kinds for a model that cannot be run.
     """
-    child = run_in_child(
+    child = bench.run(
         CompareText(
-            model_dir=model_dir,
-            text_file=_write(text, work_dir),
+            model_dir=bench.model,
+            text_file=_write(text, bench.work),
             reference_dir=reference_dir,
             max_tokens=settings.evaluation.max_text_tokens,
             window_tokens=WINDOW_TOKENS,
             threads=settings.threads,
         ),
-        deadline_s=settings.timeout.evaluate_s,
-        log_path=work_dir / "text.log",
-        work_dir=work_dir,
-        on_progress=on_progress,
+        settings.timeout.evaluate_s,
     )
     return summarize(child.value, text.origin)
 
@@ -263,20 +245,18 @@ class TextExam(ComparedExam[TextComparison]):
             "window_tokens": WINDOW_TOKENS,
         }
 
-    def run_source(self, checkpoint: Path, folder: Path, on_progress: OnProgress, shop: Workshop) -> None:
+    def run_source(self, bench: Bench, shop: Workshop) -> None:
         """See `ComparedExam.run_source`."""
-        run_text_reference(shop.settings, checkpoint, self.text, folder, on_progress, shop.torch_child)
+        run_text_reference(shop.settings, bench, self.text, shop.torch_child)
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> TextComparison:
         """See `Exam.take`."""
         source = variant.version.manifest.source.digest
         return compare_on_text(
             shop.settings,
-            bench.model,
+            bench,
             self.text,
             reference_dir=self.source_folder(source, shop.settings) if has_source(variant) else None,
-            work_dir=bench.work,
-            on_progress=bench.on_progress,
         )
 
 

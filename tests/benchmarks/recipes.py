@@ -22,6 +22,7 @@ from slmops.tasks.build.recipes import Recipe, known_recipes, load_recipe
 from slmops.tasks.environment.host import builder_versions
 from slmops.tasks.exams.answers import evaluate_variant, run_reference
 from slmops.tasks.exams.evaluation import Evaluation
+from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import Measurement, measure_variant
 from slmops.tasks.questions.evaluation_set import chat_prompts
 from tests.support.checkpoints import make_tiny_checkpoint
@@ -97,17 +98,16 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for recipe in recipes:
                 folder = work / recipe.name
-                rounds[recipe.name].append(measure_variant(settings, folder / "model", folder / "measure"))
+                rounds[recipe.name].append(measure_variant(settings, Bench(folder / "model", folder / "measure")))
         rows = chat_prompts()
-        run_reference(settings, checkpoint, rows, work / "reference")
+        run_reference(settings, Bench(checkpoint, work / "reference"), rows)
         evaluations: dict[str, list[Evaluation]] = {recipe.name: [] for recipe in recipes}
         for _ in range(EVALUATIONS):
             for recipe in recipes:
                 folder = work / recipe.name
+                bench = Bench(folder / "model", folder / "evaluate")
                 evaluations[recipe.name].append(
-                    evaluate_variant(
-                        settings, folder / "model", rows, reference_dir=work / "reference", work_dir=folder / "evaluate"
-                    )
+                    evaluate_variant(settings, bench, rows, reference_dir=work / "reference")
                 )
         first = rounds[recipes[0].name][0]
         print(f"{datetime.now(UTC):%Y-%m-%d}; {first.hardware.cpu}, {arguments.threads} threads; {first.versions}")

@@ -13,6 +13,7 @@ from slmops.flows.benchmark import benchmark
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
+from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA, Measurement, measure_variant
 from slmops.tasks.report.benchmark import REGRESSION_EVENT
 from tests.support.checkpoints import make_tiny_checkpoint
@@ -79,7 +80,7 @@ def commit(registry):
 
 @pytest.fixture
 def measured(settings, model_dir, tmp_path):
-    return measure_variant(settings, model_dir, tmp_path / "work")
+    return measure_variant(settings, Bench(model_dir, tmp_path / "work"))
 
 
 def scaled(measured: Measurement, factor: float) -> Measurement:

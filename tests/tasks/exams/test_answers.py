@@ -26,6 +26,7 @@ from slmops.tasks.exams.answers import (
 )
 from slmops.tasks.exams.estimates import mean_score, paired_loss, weighted_mean
 from slmops.tasks.exams.evaluation import Evaluation, score_evaluation
+from slmops.tasks.exams.exam import Bench
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, chat_prompts, digest_of
 from slmops.tasks.questions.output_format import OutputFormat
 from slmops.tasks.verdict.gate import judge, thresholds_for
@@ -296,7 +297,7 @@ def test_a_real_checkpoint_and_its_variants_from_rows_to_verdict(
         for number, sentence in enumerate(SENTENCES)
     ]
     seen: list[tuple[float, float, str]] = []
-    reference = run_reference(quick, checkpoint, rows, tmp_path / "reference", lambda *step: seen.append(step))
+    reference = run_reference(quick, Bench(checkpoint, tmp_path / "reference", lambda *step: seen.append(step)), rows)
     assert [one.id for one in reference.rows] == list(range(6))
     assert reference.exact_match == 0.0
     assert reference.rows_sha256 == digest_of(rows[:6])
@@ -318,7 +319,7 @@ def test_a_real_checkpoint_and_its_variants_from_rows_to_verdict(
         for index, one in enumerate(usable)
     ]
     assert len(rows) > 2
-    assert run_reference(quick, checkpoint, rows, tmp_path / "reference").exact_match == 1.0
+    assert run_reference(quick, Bench(checkpoint, tmp_path / "reference"), rows).exact_match == 1.0
     output_format = OutputFormat(regex=r"(?s).*\{.*")
 
     def verdict_on(model_dir: Path) -> tuple[Evaluation, set[str]]:
@@ -393,9 +394,9 @@ def test_a_truncated_vocabulary_is_a_figure_and_is_rejected_by_its_own_check(
     quick: Settings, checkpoint: Path, fp32: Path, tmp_path: Path, embedding: bool
 ) -> None:
     rows = [row(number, messages=[{"role": "user", "content": SENTENCES[number]}], expected="x") for number in range(2)]
-    run_reference(quick, checkpoint, rows, tmp_path / "reference")
+    run_reference(quick, Bench(checkpoint, tmp_path / "reference"), rows)
     model = truncated(fp32, tmp_path / "truncated", 400, embedding=embedding)
-    found = evaluate_variant(quick, model, rows, reference_dir=tmp_path / "reference", work_dir=tmp_path / "work")
+    found = evaluate_variant(quick, Bench(model, tmp_path / "work"), rows, reference_dir=tmp_path / "reference")
     assert found.vocabulary.model_dump() == {"variant": 400, "reference": 512, "compared": 0, "comparable": False}
     assert (found.top1_agreement, found.kl_divergence, found.perplexity) == (None, None, None)
     assert (found.top1_agreement_interval, found.kl_divergence_interval) == (None, None)

@@ -23,7 +23,7 @@ from slmops.tasks.exams.endurance import (
     soak_conversations,
 )
 from slmops.tasks.exams.estimates import drift
-from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.exam import Bench, examine
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, edge_inputs
 from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts
 from slmops.tasks.workshop import Workshop, working_in
@@ -58,8 +58,8 @@ def run(tmp_path):
             timeout=TimeoutSettings(exercise_s=exercise_s),
         )
         work_dir = tmp_path / "work"
-        found = examine_endurance(settings, model_dir, ROWS, "genai", work_dir, on_progress, kind=EndureFake)
-        assert [path.name for path in work_dir.iterdir()] == ["exercise.log"]
+        found = examine_endurance(settings, Bench(model_dir, work_dir, on_progress), ROWS, "genai", kind=EndureFake)
+        assert [path.name for path in work_dir.iterdir()] == ["exam.log"]
         assert Endurance.model_validate_json(found.model_dump_json()) == found
         return found
 
@@ -194,7 +194,7 @@ class TestRealRuntimes:
     @pytest.mark.parametrize("runtime", CALLS)
     def test_all_edge_inputs_are_handled_and_memory_does_not_grow(self, runtime, model_dir, settings, tmp_path):
         before = {path.name: path.stat().st_mtime_ns for path in model_dir.iterdir()}
-        found = examine_endurance(settings, model_dir, chat_prompts(), runtime, tmp_path / "work")
+        found = examine_endurance(settings, Bench(model_dir, tmp_path / "work"), chat_prompts(), runtime)
         assert {path.name: path.stat().st_mtime_ns for path in model_dir.iterdir()} == before
         assert not unhandled(found)
         outcomes = {one.name: one for one in found.edge_inputs}

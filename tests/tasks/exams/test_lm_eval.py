@@ -8,7 +8,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.storage.manifest import digest_of
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams import lm_eval as benchmarks
-from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.exam import Bench, examine
 from slmops.tasks.exams.lm_eval import (
     LmEvalExam,
     LmEvalTasks,
@@ -82,8 +82,8 @@ def test_a_variant_and_its_checkpoint_have_the_figures_of_plain_forward_passes(
     checkpoint, model_dir, work, settings, tmp_path
 ):
     asked = LmEvalTasks(names=NAMES, include_path=str(work / "tasks"))
-    variant = run_lm_eval_tasks(settings, asked, model_dir=model_dir, work_dir=tmp_path / "variant")
-    source = run_lm_eval_tasks(settings, asked, checkpoint_dir=checkpoint, work_dir=tmp_path / "source")
+    variant = run_lm_eval_tasks(settings, asked, Bench(model_dir, tmp_path / "variant"))
+    source = run_lm_eval_tasks(settings, asked, Bench(checkpoint, tmp_path / "source"), checkpoint=True)
     figures = {(one.task, one.metric): one.value for one in variant}
     assert set(figures) == {*own_figures(checkpoint), ("house_answer", "exact_match")}
     assert figures == pytest.approx({(one.task, one.metric): one.value for one in source}, rel=1e-4)
@@ -145,7 +145,7 @@ def test_the_key_depends_on_subject_tasks_limit_chat_and_folder(work):
 def test_an_empty_question_is_refused_before_anything_starts(settings, tmp_path, changes):
     asked = LmEvalTasks(**{"names": NAMES} | changes)
     with pytest.raises(BadInput):
-        run_lm_eval_tasks(settings, asked, model_dir=tmp_path, work_dir=tmp_path / "work")
+        run_lm_eval_tasks(settings, asked, Bench(tmp_path, tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 
 

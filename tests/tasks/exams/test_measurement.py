@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.settings import BenchmarkSettings, MachineSettings, Settings, SweepSettings
+from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import Measurement, measure_variant, statistics_of, summarize
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
@@ -86,7 +87,9 @@ def test_a_real_model_is_measured_in_a_child_process(tmp_path):
     sweep = SweepSettings(max_prompt_tokens=100, repetitions=2)
     settings = Settings(home=tmp_path / "home", benchmark=benchmark, sweep=sweep, machine=MachineSettings(threads=1))
     seen = []
-    measurement = measure_variant(settings, model_dir, tmp_path / "work", lambda *progress: seen.append(progress))
+    measurement = measure_variant(
+        settings, Bench(model_dir, tmp_path / "work", lambda *progress: seen.append(progress))
+    )
     assert list(measurement.metrics) == METRICS
     assert all(value >= 0 for value in measurement.metrics.values())
     assert [(row.prompt_tokens, row.repetition) for row in measurement.rows] == [(24, 0), (24, 1), (12, 0), (12, 1)]
@@ -102,4 +105,4 @@ def test_a_real_model_is_measured_in_a_child_process(tmp_path):
 def test_a_broken_model_is_a_clear_error_of_the_parent(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(StageFailed, check=coded("genai-config-not-valid")):
-        measure_variant(Settings(home=tmp_path), tmp_path / "model", tmp_path / "work")
+        measure_variant(Settings(home=tmp_path), Bench(tmp_path / "model", tmp_path / "work"))

@@ -10,7 +10,7 @@ import pytest
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
-from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.exam import Bench, examine
 from slmops.tasks.exams.template_parity import ParityExam, TemplateParity, check_parity
 from slmops.tasks.questions.chats import CONVERSATIONS, MARKS, TOLD_ONLY
 from slmops.tasks.workshop import Workshop, working_in
@@ -53,7 +53,7 @@ class Case:
     def check(self, *, with_checkpoint=True) -> TemplateParity:
         work = self.directory / "work"
         shutil.rmtree(work, ignore_errors=True)
-        return check_parity(self.settings, self.variant, self.checkpoint if with_checkpoint else None, work)
+        return check_parity(self.settings, Bench(self.variant, work), self.checkpoint if with_checkpoint else None)
 
     def set_template(self, template, folder=None):
         ((folder or self.variant) / "chat_template.jinja").write_text(template, "utf-8")

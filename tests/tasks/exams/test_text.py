@@ -17,7 +17,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
-from slmops.tasks.exams.exam import examine
+from slmops.tasks.exams.exam import Bench, examine
 from slmops.tasks.exams.source import run_source_once, sources_in_use
 from slmops.tasks.exams.text import (
     BYTES_PER_TOKEN,
@@ -237,7 +237,7 @@ def test_variants_are_compared_once_and_the_reference_is_kept_until_then(checkpo
 def test_a_model_without_a_checkpoint_has_a_perplexity_only(model_dir, settings, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(SENTENCES), "utf-8")
     text = read_text_file(tmp_path / "text.txt", 1000)
-    found = compare_on_text(settings, model_dir, text, reference_dir=None, work_dir=tmp_path / "work")
+    found = compare_on_text(settings, Bench(model_dir, tmp_path / "work"), text, reference_dir=None)
     assert found.perplexity > 1
     assert found.positions == 0
     assert (found.reference_perplexity, found.perplexity_ratio, found.kl_divergence) == (None, None, None)
@@ -246,7 +246,7 @@ def test_a_model_without_a_checkpoint_has_a_perplexity_only(model_dir, settings,
 def test_a_text_of_one_token_is_bad_input_not_a_failed_stage(model_dir, settings, tmp_path):
     text = TextSample(origin="a.txt", text="a", digest=digest_of("a"))
     with pytest.raises(BadInput, check=coded("text-too-short")):
-        compare_on_text(settings, model_dir, text, reference_dir=None, work_dir=tmp_path / "work")
+        compare_on_text(settings, Bench(model_dir, tmp_path / "work"), text, reference_dir=None)
 
 
 def variant_of(source_digest):
