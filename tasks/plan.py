@@ -4,11 +4,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.checkpoints.hub import fetch_from_hub
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.signatures import verification_key
@@ -32,10 +31,8 @@ from slmops.tasks.request.inputs import with_local_files
 from slmops.tasks.verdict.gate import thresholds_for
 
 
-class DeployPlan(BaseModel):
+class DeployPlan(Record):
     """The plan that `slmops deploy --dry-run` shows; times in s, sizes in bytes."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     parameters: int

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import httpx
-from pydantic import BaseModel, ConfigDict
 
 from slmops.deployments.server.access import authorization
 from slmops.deployments.server.registration import full_name
+from slmops.infra.records import Record
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 TIMEOUT_S = 10.0
 
 
-class Check(BaseModel):
+class Check(Record):
     """One requirement: its name, what was found, and what to do if it is missing."""
-
-    model_config = ConfigDict(frozen=True)
 
     what: str
     ok: bool
@@ -28,10 +26,8 @@ class Check(BaseModel):
     what_to_do: str = ""
 
 
-class Running(BaseModel):
+class Running(Record):
     """All checks; `ok` if nothing is missing."""
-
-    model_config = ConfigDict(frozen=True)
 
     ok: bool
     api_url: str | None

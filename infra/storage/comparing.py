@@ -2,27 +2,22 @@
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict
-
+from slmops.infra.records import Record
 from slmops.infra.storage.manifest import Manifest, StoredVariant
 from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.version import Version
 
 
-class Difference(BaseModel):
+class Difference(Record):
     """One thing that differs: `what` is a field (`source`), a file (`int4/model.onnx`) or a figure (`int4 ttft_ms`)."""
-
-    model_config = ConfigDict(frozen=True)
 
     what: str
     first: str
     second: str
 
 
-class Comparison(BaseModel):
+class Comparison(Record):
     """All differences of two versions, and how many bytes of the second are also in the first."""
-
-    model_config = ConfigDict(frozen=True)
 
     first: str
     second: str

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
+from slmops.infra.records import Record
 from slmops.infra.storage.folders import place
 from slmops.infra.storage.manifest import Sha256, StoredFile, digest_of
 from slmops.infra.storage.registry import ModelRegistry
@@ -24,10 +25,8 @@ SCHEME = "store://"
 FOLDER = "inputs"
 
 
-class StoredInput(BaseModel):
+class StoredInput(Record):
     """A folder (a checkpoint) or a single file (an evaluation file) in the store; `name` is its original name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["folder", "file"]
     name: str

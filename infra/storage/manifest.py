@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, field_validator
+from pydantic import FailFast, Field, StringConstraints, field_validator
 from pydantic_core import from_json
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Record
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 
@@ -22,11 +23,7 @@ PlainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StoredFile(_Record):
+class StoredFile(Record):
     """One file of a variant: its path inside the variant's folder, its content's SHA-256 and its size."""
 
     path: str
@@ -42,7 +39,7 @@ class StoredFile(_Record):
         return path
 
 
-class StoredVariant(_Record):
+class StoredVariant(Record):
     """One precision of a version: its recipe, its device and its files."""
 
     precision: PlainName
@@ -70,7 +67,7 @@ class StoredVariant(_Record):
         return digest_of([file.model_dump() for file in sorted(self.files, key=lambda file: file.path)])
 
 
-class Source(_Record):
+class Source(Record):
     """The checkpoint that a version came from, and the training run that made it, if known."""
 
     digest: Sha256
@@ -80,7 +77,7 @@ class Source(_Record):
     training_run: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TRAINING_RUN)] | None = None
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """The content of a version. It never changes; figures, verdicts and proofs are stored separately as evidence."""
 
     schema_version: Literal[1] = 1

@@ -6,14 +6,14 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.slots import only_maker, slot
-from slmops.infra.records import Json
+from slmops.infra.records import Json, Record
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import StoredVariant, digest_of
 from slmops.tasks.build.calibration import Calibration
@@ -27,21 +27,19 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import workshop
 
 
-class BuiltVariant(BaseModel):
+class BuiltVariant(Record):
     """A variant whose files are in the store, with its build's wall time in s and peak memory in bytes.
 
     `passes` are the recipe's Olive passes: the manifest has only their digest. `calibration` says what they were
     calibrated on. `host` is the building machine, if it is another one.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     variant: StoredVariant
     wall_s: float
     peak_rss_bytes: int
     log: str
     warnings: tuple[str, ...] = ()
-    passes: dict[str, Json] = {}
+    passes: dict[str, Json] = Field(default_factory=dict)
     calibration: str | None = None
     host: Json | None = None
 

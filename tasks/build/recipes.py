@@ -4,12 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput
 from slmops.infra.olive.options import BITS
-from slmops.infra.records import Json
+from slmops.infra.records import Json, Record
 from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
 # Each file is a recipe: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another.
@@ -19,14 +17,12 @@ CALIBRATED_PASSES = frozenset({"AutoClip", "Gptq", "SelectiveMixedPrecision"})
 OLIVE_CONFIG = "olive-config"  # the id of a recipe that a user's Olive configuration makes
 
 
-class Recipe(BaseModel):
+class Recipe(Record):
     """The recipe of one variant.
 
     `passes` are Olive's, by name and in order, one of type ModelBuilder; `warnings` are for the user. `id` says where
     it comes from, such as `cpu-int4-block128`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = OLIVE_CONFIG
     precision: Precision

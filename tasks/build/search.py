@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.call import OnProgress
+from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.folders import work_folder
@@ -37,11 +38,7 @@ from slmops.tasks.verdict.pareto import Candidate, pareto_front
 from slmops.tasks.workshop import Workshop, working_with, workshop
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Trial(_Record):
+class Trial(Record):
     """One recipe of a search, by its name (`int4-block128`).
 
     `candidate` has its figures, None where it failed before it had them all; `score` is its task score. Only those that
@@ -62,10 +59,10 @@ class Trial(_Record):
     chosen: bool = False
     reason: str = ""
     error: str | None = None
-    records: dict[str, str] = {}
+    records: dict[str, str] = Field(default_factory=dict)
 
 
-class SearchOutcome(_Record):
+class SearchOutcome(Record):
     """All trials of a search, those of a precision together, its default recipe first."""
 
     trials: tuple[Trial, ...]

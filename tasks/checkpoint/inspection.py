@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.checkpoints.folder import (
     TOKENIZER_FILES,
     TensorHeader,
@@ -15,7 +13,7 @@ from slmops.infra.checkpoints.folder import (
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.olive.architectures import check_architecture
-from slmops.infra.records import Json
+from slmops.infra.records import Json, Record
 from slmops.infra.storage.manifest import digest_of, digest_of_file
 
 EVALUATION_FILE = "eval.jsonl"
@@ -35,10 +33,8 @@ LARGEST_SIZE = 100_000_000
 LARGEST_LAYERS = 10_000
 
 
-class Inspection(BaseModel):
+class Inspection(Record):
     """The facts about a checkpoint that its files' headers give."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: Literal["checkpoint", "adapter", "genai"]
     architecture: str

@@ -6,8 +6,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.checkpoints.folder import (
     read_json,
 )
@@ -18,6 +16,7 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import link_or_copy, place, work_folder
 from slmops.infra.storage.inputs import fetch_input, ingest, is_input_address
@@ -37,10 +36,8 @@ from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 
 
-class PreparedCheckpoint(BaseModel):
+class PreparedCheckpoint(Record):
     """A checkpoint that is ready to build from: its folder, its inspection, and the digest of its content."""
-
-    model_config = ConfigDict(frozen=True)
 
     uri: str
     origin: str

@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
-from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.foundry.calls import DescribeRuntime
@@ -19,6 +18,7 @@ from slmops.infra.foundry.command import CommandFailed, installed_command
 from slmops.infra.genai.calls import ListExecutionProviders
 from slmops.infra.process.programs import installed_program
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.opening import open_object_store
@@ -45,10 +45,8 @@ BUNDLED_BY_FOUNDRY = {"onnxruntime": "onnxruntime", "onnxruntime-genai-core": "o
 CMAKE_MIN = Version("3.31")
 
 
-class Check(BaseModel):
+class Check(Record):
     """One row of the environment table."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     required: str

@@ -2,17 +2,14 @@
 
 from collections.abc import Collection, Sequence
 
-from pydantic import BaseModel, ConfigDict
-
+from slmops.infra.records import Record
 from slmops.tasks.checkpoint.inspection import Inspection
 
 GB = 1_000_000_000
 
 
-class StageEstimate(BaseModel):
+class StageEstimate(Record):
     """The estimate for a stage: wall time in s, peak memory and lasting disk space in bytes."""
-
-    model_config = ConfigDict(frozen=True)
 
     stage: str
     time_s: float

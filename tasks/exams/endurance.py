@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import FiniteFloat
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import StageFailed
@@ -19,7 +19,7 @@ from slmops.infra.foundry.calls import EndureInFoundry
 from slmops.infra.genai.calls import EndureInGenai
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.endurance import LONG_USE, Endure, TypedInput
-from slmops.infra.records import Json
+from slmops.infra.records import Json, Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.manifest import digest_of as digest_of_json
@@ -43,9 +43,7 @@ MAX_RESTARTS = 3
 STEP_DEADLINE_SHARE = 1 / 6
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Record(Record):
 
 class MemoryGrowth(_Record):
     """Resident memory after each request of a soak, in bytes, and the growth fitted after the warm-up."""
@@ -55,7 +53,7 @@ class MemoryGrowth(_Record):
     bytes_per_request: Estimate
 
 
-class EdgeInputOutcome(_Record):
+class EdgeInputOutcome(Record):
     """The outcome of one edge input: an answer, a clean error, or a dead process.
 
     `detail` is the beginning of the answer or the error. `alive` says whether the runtime answered an ordinary request
@@ -77,7 +75,7 @@ class EdgeInputOutcome(_Record):
         return self.outcome != "crashed" and self.alive
 
 
-class Endurance(_Record):
+class Endurance(Record):
     """A variant's soak and edge inputs in one runtime; `memory` is None if the soak did not end.
 
     A soak that did not end is among `edge_inputs` as well, under the name of

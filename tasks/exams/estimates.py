@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import FiniteFloat
+
+from slmops.infra.records import Record
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -20,10 +22,8 @@ DRIFT_BLOCKS = 8
 WANDERING_CORRELATION = 0.25
 
 
-class Estimate(BaseModel):
+class Estimate(Record):
     """A figure with its interval at `CONFIDENCE`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     value: FiniteFloat
     low: FiniteFloat

@@ -2,9 +2,10 @@
 
 import math
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import FiniteFloat
 
 from slmops.infra.genai.sweep import speed_by_length, throughput_losses
+from slmops.infra.records import Record
 from slmops.tasks.exams.estimates import Estimate, slope
 from slmops.tasks.exams.measurement import Measurement
 
@@ -13,9 +14,7 @@ SHORTEST_SCALED_PROMPT_TOKENS = 64
 MIN_LENGTHS_OF_A_SLOPE = 3  # two points give a slope without an interval
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Record(Record):
 
 class LengthFigures(_Record):
     """Medians at one prompt length; `valid` if every logit was finite and each chat's answer was text."""
@@ -26,7 +25,7 @@ class LengthFigures(_Record):
     valid: bool
 
 
-class LengthSweep(_Record):
+class LengthSweep(Record):
     """The sweep over prompt lengths.
 
     `ttft_scaling_exponent` is that of TTFT ~ length^exponent (1: linear), fitted on the logarithms over the lengths

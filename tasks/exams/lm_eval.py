@@ -4,13 +4,11 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.errors import BadInput
 from slmops.infra.lm_eval.calls import RunTasks, TaskMetric
 from slmops.infra.lm_eval.run import OFFLINE, ONLINE
 from slmops.infra.lm_eval.task_files import digest_of_task_folder
-from slmops.infra.records import Json
+from slmops.infra.records import Json, Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.folders import work_folder
@@ -23,10 +21,6 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class LmEvalResult(TaskMetric):
     """One metric of one lm-eval task, with the versions that it was measured with, and notes."""
 
@@ -34,7 +28,7 @@ class LmEvalResult(TaskMetric):
     notes: tuple[str, ...] = ()
 
 
-class LmEvalTasks(_Record):
+class LmEvalTasks(Record):
     """The lm-eval tasks to run: names of tasks, groups or tags, and options.
 
     `include_path` is a folder with the user's own tasks, `limit` the documents of each task. Prompts are plain text

@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import FiniteFloat
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.calls import Hardware, Measure, Measured, RequestFigures, Sweep, SweptRequest
-from slmops.infra.records import Json
+from slmops.infra.records import Json, Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
@@ -41,11 +41,7 @@ MEASUREMENT_SCHEMA = 2
 QUANTILE_METHOD = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Statistics(_Record):
+class Statistics(Record):
     """Median, 95th percentile and sample standard deviation of `count` values; `stdev` is None for a single one."""
 
     p50: FiniteFloat
@@ -54,7 +50,7 @@ class Statistics(_Record):
     count: int
 
 
-class PromptLengthStatistics(_Record):
+class PromptLengthStatistics(Record):
     """Statistics of the requests of one prompt length; those of the inter-token latency are over all decoding steps."""
 
     prompt_tokens: int
@@ -62,7 +58,7 @@ class PromptLengthStatistics(_Record):
     statistics: dict[MetricName, Statistics]
 
 
-class Measurement(_Record):
+class Measurement(Record):
     """The measured figures of a variant.
 
     `metrics` has one figure per name: medians over the requests of the first prompt length, and the process's own

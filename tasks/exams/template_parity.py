@@ -6,14 +6,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.calls import CountedPrompts, CountPrompts
 from slmops.infra.genai.calls import RenderChats, RenderedChat, RenderedChats
 from slmops.infra.process.call import Call, R
 from slmops.infra.process.supervisor import ChildProcess
-from slmops.infra.records import Json
+from slmops.infra.records import Json, Record
 from slmops.infra.reference.answers import Message
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
@@ -42,11 +40,7 @@ RUNTIMES = ("transformers", "tokenizers", "onnxruntime-genai", "foundry-local-sd
 Reference = Literal["checkpoint", "variant"]  # the tokenizer that the runtimes are compared with
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ParityMismatch(_Record):
+class ParityMismatch(Record):
     """A conversation that a runtime renders or counts differently from transformers with the checkpoint's tokenizer.
 
     `expected` and `found` are prompts, with the token ids where the texts are the same. `found` is the error when the
@@ -62,7 +56,7 @@ class ParityMismatch(_Record):
     found_tokens: int
 
 
-class TemplateParity(_Record):
+class TemplateParity(Record):
     """The comparison over a set of conversations; `notes` are differences that are no reason to reject.
 
     `broken_control_tokens` are tokens of the checkpoint's vocabulary that a runtime does not encode as that single

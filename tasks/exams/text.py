@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import ComparedText, CompareText, ScoredWindow
 from slmops.infra.process.supervisor import ChildProcess
-from slmops.infra.records import Json
+from slmops.infra.records import Json, Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
@@ -30,11 +30,7 @@ MAX_TEXT_BYTES = 64 * 2**20
 LARGEST_EXPONENT = 700  # exp of more is beyond a float64
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TextSample(_Record):
+class TextSample(Record):
     """The beginning of a text file: as much as can hold the tokens that are used; `digest` is its SHA-256."""
 
     origin: str
@@ -42,7 +38,7 @@ class TextSample(_Record):
     digest: str
 
 
-class TextComparison(_Record):
+class TextComparison(Record):
     """A variant compared with its reference on the beginning of a text; divergences in nats per token.
 
     The perplexities are over every token, the comparison of distributions is over `positions` of them. Figures are

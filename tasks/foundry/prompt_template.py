@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.records import Record
 from slmops.infra.reference.answers import Message
 
 CONTENT = "{Content}"  # Foundry's placeholder for a message's text
@@ -25,7 +26,7 @@ _AN_ASSISTANT = {"role": "assistant", "content": _ASSISTANT}
 _ANOTHER_USER = {"role": "user", "content": _NEXT_USER}
 
 
-class PromptTemplate(BaseModel):
+class PromptTemplate(Record):
     """The static strings from which Foundry 0.8 builds a prompt, each with the placeholder `{Content}`.
 
     A prompt is the concatenation of one string per message; the last user message takes `prompt`, which ends where the
@@ -55,8 +56,6 @@ class GenerationDefaults(BaseModel):
     of Foundry's runtime, that of top_p follows from its definition, and a repetition penalty above 2 gives no sensible
     text.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_length: int = Field(ge=1)
     temperature: float = Field(ge=0, le=2)

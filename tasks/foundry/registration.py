@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.foundry.calls import CatalogModel, ListModels, OnCatalog, Register, Unregister
 from slmops.infra.foundry.model_folder import (
     remove_model_folder,
@@ -11,6 +9,7 @@ from slmops.infra.foundry.model_folder import (
 )
 from slmops.infra.process.call import OnProgress, R
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.signatures import check_signature
@@ -21,10 +20,8 @@ from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 
 
-class Registration(BaseModel):
+class Registration(Record):
     """A variant in Foundry Local: its id, whether this call registered it, and the notes on its prompt template."""
-
-    model_config = ConfigDict(frozen=True)
 
     model_id: str
     changed: bool

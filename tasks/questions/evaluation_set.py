@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
+from pydantic import Field, StrictStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Record
 from slmops.infra.reference.answers import RowId
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import digest_of as digest_of_json
@@ -21,18 +22,14 @@ CHAT_PROMPTS_FILE = Path(__file__).parent / "evaluation" / "chat_prompts.jsonl"
 MAX_LINE_BYTES = 1_000_000
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Message(_Record):
+class Message(Record):
     """One turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
     content: StrictStr
 
 
-class EvaluationRow(_Record):
+class EvaluationRow(Record):
     """A chat to answer, the expected answer if there is one, and its scorer.
 
     A system message may come first; then user and assistant alternate, and the last message is the user's. `scorer` is
@@ -182,7 +179,7 @@ def _bad_line(path: Path, number: int, fault: str) -> BadInput:
     )
 
 
-class EvaluationSet(_Record):
+class EvaluationSet(Record):
     """The rows of one deploy, their origin, and the required format of every answer, if any."""
 
     rows: tuple[EvaluationRow, ...]

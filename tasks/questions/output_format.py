@@ -9,11 +9,12 @@ from typing import Any, Protocol
 from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import SchemaError, ValidationError, best_match
 from jsonschema.validators import extend, validator_for
-from pydantic import BaseModel, ConfigDict, StrictStr, model_validator
+from pydantic import StrictStr, model_validator
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import EMPTY_REGISTRY, specification_with
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Record
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S, compile_pattern, is_found
 from slmops.tasks.questions.strict_json import parse_json, shorten
 
@@ -23,14 +24,12 @@ MAX_FAULT_CHARACTERS = 200
 _PROBES: tuple[object, ...] = ({}, [], "", 0, True, None)
 
 
-class OutputFormat(BaseModel):
+class OutputFormat(Record):
     """The required form of every answer: JSON that a schema allows, or text that a pattern matches as a whole.
 
     Exactly one of the two is given. Making one raises pydantic's `ValidationError` for a schema that is not valid,
     refers to anything outside itself, or has a pattern that cannot be used, and for such a pattern.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     json_schema: dict[str, Any] | bool | None = None
     regex: StrictStr | None = None

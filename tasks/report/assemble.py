@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slmops.infra.storage.evidence import Selection
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.version import Version
 from slmops.tasks.build.search import last_search
@@ -12,7 +13,7 @@ from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.stage import stage
-from slmops.tasks.verdict.choice import Choice, Judged
+from slmops.tasks.verdict.choice import Judged
 from slmops.tasks.verdict.history import history_of
 from slmops.tasks.verdict.pareto import Candidate
 from slmops.tasks.workshop import workshop
@@ -78,12 +79,12 @@ def in_order_of_size(variants: Sequence[VariantReport]) -> list[VariantReport]:
     return sorted(variants, key=lambda variant: ("fp32", "fp16", "int8", "int4").index(variant.precision))
 
 
-def with_reasons(variants: Sequence[VariantReport], choice: Choice) -> tuple[VariantReport, ...]:
+def with_reasons(variants: Sequence[VariantReport], choice: Selection) -> tuple[VariantReport, ...]:
     """Return the variants, each with the reason why it was chosen or not."""
     return tuple(variant.model_copy(update={"reason": _reason(variant, choice)}) for variant in variants)
 
 
-def _reason(variant: VariantReport, choice: Choice) -> str:
+def _reason(variant: VariantReport, choice: Selection) -> str:
     if variant.status == "failed":
         return "failed"
     if variant.status == "rejected":
@@ -92,7 +93,7 @@ def _reason(variant: VariantReport, choice: Choice) -> str:
     return choice.reason if variant.precision == choice.selected else choice.reasons.get(variant.precision, "")
 
 
-def overall_status(variants: Sequence[VariantReport], choice: Choice, *, unchanged: bool) -> DeployStatus:
+def overall_status(variants: Sequence[VariantReport], choice: Selection, *, unchanged: bool) -> DeployStatus:
     """Return a deploy's status from those of its variants: a failure has priority, then whether one was chosen.
 
     A deploy without a variant within the budget is rejected, even if variants are registered.
@@ -133,7 +134,7 @@ def deploy_report(
     version: Version,
     evaluation: EvaluationSet,
     variants: Sequence[VariantReport],
-    choice: Choice,
+    choice: Selection,
     *,
     budget: Sequence[str],
     description: str,

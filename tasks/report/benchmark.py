@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import Field, FiniteFloat
 
+from slmops.infra.records import Record
 from slmops.tasks.exams.lm_eval import LmEvalResult
 from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, bullets, joined, quoted, table
 from slmops.tasks.report.document import METRIC_TITLES
@@ -17,15 +18,13 @@ from slmops.tasks.verdict.history import Change
 REGRESSION_EVENT = "slmops.benchmark.regression"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Record(Record):
 
 class VariantBenchmark(_Record):
     """One variant's new figures and their changes from `earlier` measurements; `error` if it did not run."""
 
     precision: str
-    metrics: dict[str, FiniteFloat] = {}
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
     earlier: int = 0
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
@@ -33,7 +32,7 @@ class VariantBenchmark(_Record):
     error: str | None = None
 
 
-class BenchmarkReport(_Record):
+class BenchmarkReport(Record):
     """The result of `benchmark`; `regressed` if a figure became worse beyond noise."""
 
     name: str

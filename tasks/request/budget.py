@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import ByteSize, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Record
 
 if TYPE_CHECKING:
     from slmops.tasks.verdict.pareto import Candidate
@@ -17,13 +18,11 @@ TIME = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?(ms|s)", re.ASCII | re.IGNORECAS
 Limit = Annotated[FiniteFloat, Field(gt=0)]
 
 
-class Budget(BaseModel):
+class Budget(Record):
     """Limits of size and peak memory in bytes, TTFT in ms, token generation in tokens/s, and loss of the task score.
 
     None: no limit.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_size: int | None = Field(None, gt=0)
     max_rss: int | None = Field(None, gt=0)

@@ -3,9 +3,9 @@
 from typing import Literal
 
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Record
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Version
@@ -27,11 +27,7 @@ from slmops.tasks.workshop import workshop
 RetrainStatus = Literal["promoted", "kept", "rejected", "failed", "skipped"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Challenge(_Record):
+class Challenge(Record):
     """The champion and its challenger on the same rows; `gain` is the challenger's score minus the champion's, paired.
 
     Its interval is one-sided at 95 % on either side (`slmops.tasks.exams.estimates.paired_loss`).
@@ -60,7 +56,7 @@ class Challenge(_Record):
         return f"{self.challenger} is not shown to be better than {self.champion}: {gain} on {self.rows} rows."
 
 
-class RetrainReport(_Record):
+class RetrainReport(Record):
     """The result of a retrain and the reason; `version` is None if none was made."""
 
     name: str

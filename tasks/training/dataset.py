@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from slmops.infra.checkpoints.s3 import fetch_file_from_s3
 from slmops.infra.errors import BadInput
 from slmops.infra.hf_datasets.dataset import read_hf_dataset
+from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import digest_of
 from slmops.tasks.questions.training_rows import TrainingRow, parse_rows, read_rows_file
@@ -17,10 +18,8 @@ from slmops.tasks.runs.stage import stage
 S3 = "s3://"
 
 
-class Dataset(BaseModel):
+class Dataset(Record):
     """The data of a fine-tuning; equal rows in the same order have the same fingerprint."""
-
-    model_config = ConfigDict(frozen=True)
 
     origin: str
     rows: tuple[TrainingRow, ...]

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, ValidationError
 
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput
 from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import check_name, digest_of
-from slmops.infra.transformers.calls import Chat, FineTune, Loss
+from slmops.infra.transformers.calls import Chat, FineTune, FineTuned
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import fetch_checkpoint
 from slmops.tasks.questions.evaluation_set import read_evaluation_set
@@ -32,11 +33,7 @@ RESULT = "checkpoint"
 RECORD_FILE = "fine_tuning.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Hyperparameters(_Record):
+class Hyperparameters(Record):
     """The hyperparameters of a fine-tuning; `early_stopping_patience` in epochs, `max_length` in tokens."""
 
     method: Method = "lora"
@@ -60,8 +57,8 @@ class Hyperparameters(_Record):
             raise BadInput(f"The hyperparameters are not valid: {faults}.", "Correct these values.") from None
 
 
-class FineTuning(_Record):
-    """The result of a fine-tuning; `key` identifies its question: dataset, base and hyperparameters."""
+class FineTuning(FineTuned):
+    """The result of a fine-tuning and its question, which `key` identifies: dataset, base and hyperparameters."""
 
     key: str
     dataset: str
@@ -70,23 +67,11 @@ class FineTuning(_Record):
     base: str
     base_digest: str
     hyperparameters: Hyperparameters
-    losses: tuple[Loss, ...]
-    steps: int
-    best_step: int
-    held_out_loss: FiniteFloat | None
-    loaded_held_out_loss: FiniteFloat | None
-    resumed_at_step: int | None
-    trained_tokens: int
-    seconds: FiniteFloat
-    device: str
-    versions: dict[str, str]
     peak_rss_bytes: int
 
 
-class Base(BaseModel):
+class Base(Record):
     """The checkpoint that is fine-tuned; `uri` is its local folder, so tasks exchange nothing large."""
-
-    model_config = ConfigDict(frozen=True)
 
     origin: str
     uri: str

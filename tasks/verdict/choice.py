@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
-
+from slmops.infra.records import Record
+from slmops.infra.storage.evidence import Selection
 from slmops.tasks.exams.estimates import paired_loss
 from slmops.tasks.request.budget import Budget
 from slmops.tasks.verdict.pareto import NOISE, Candidate, pareto_front
@@ -12,26 +12,14 @@ from slmops.tasks.verdict.pareto import NOISE, Candidate, pareto_front
 PREFERENCE = ("int4", "int8", "fp16", "fp32")
 
 
-class Judged(BaseModel):
+class Judged(Record):
     """A variant that passed the gate, and its score on each row in their order (None: no expected answers)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     candidate: Candidate
     scores: tuple[float, ...] | None
 
 
-class Choice(BaseModel):
-    """The name of the chosen variant (None if none may serve) and why; `reasons` are those against the others."""
-
-    model_config = ConfigDict(frozen=True)
-
-    selected: str | None
-    reason: str
-    reasons: dict[str, str] = {}
-
-
-def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
+def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Selection:
     """Choose among variants that passed the gate, named by their precision.
 
     Without a budget the smallest precision is chosen, as Microsoft's tutorial does. Under a budget: of the variants
@@ -40,7 +28,7 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
     one in token generation is chosen, of equally fast ones the smallest.
     """
     if not passed:
-        return Choice(selected=None, reason="No variant passed the gate.")
+        return Selection(selected=None, reason="No variant passed the gate.")
     if budget is None:
         return _smallest([variant.candidate.name for variant in passed])
     excesses = {variant.candidate.name: budget.excesses(variant.candidate) for variant in passed}
@@ -49,7 +37,7 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
     if not fitting:
         nearest = min(excesses, key=lambda name: (max(excesses[name].values()), name))
         reason = f"No variant keeps the budget. The nearest is {nearest}: {', '.join(excesses[nearest])}."
-        return Choice(selected=None, reason=reason, reasons=reasons)
+        return Selection(selected=None, reason=reason, reasons=reasons)
     for name, dominator in pareto_front([variant.candidate for variant in fitting]).items():
         if dominator is not None:
             reasons[name] = f"{dominator} is better in at least one figure and worse in none"
@@ -64,13 +52,13 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Choice:
     for candidate in equals:
         if candidate is not chosen:
             reasons[candidate.name] = f"not measurably better than {chosen.name}, and {_costlier(candidate, chosen)}"
-    return Choice(selected=chosen.name, reason=_reason(chosen, best, equals, front), reasons=reasons)
+    return Selection(selected=chosen.name, reason=_reason(chosen, best, equals, front), reasons=reasons)
 
 
-def _smallest(names: Sequence[str]) -> Choice:
+def _smallest(names: Sequence[str]) -> Selection:
     selected = min(names, key=PREFERENCE.index)
     reasons = {name: f"{selected} also passed the gate and is smaller" for name in names if name != selected}
-    return Choice(
+    return Selection(
         selected=selected, reason=f"{selected} is the smallest precision that passed the gate.", reasons=reasons
     )
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Record
 from slmops.infra.reference.answers import Share
 from slmops.infra.settings import GateSettings
 from slmops.infra.storage.evidence import Kind
@@ -20,9 +21,7 @@ from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.runs.stage import stage
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Record(Record):
 
 class GateThresholds(_Record):
     """Thresholds for a variant: shares, nats per token, bytes per request, and a factor."""
@@ -110,7 +109,7 @@ CheckName = Literal[
 ]
 
 
-class GateCheck(_Record):
+class GateCheck(Record):
     """One comparison with a threshold; `value` is None without a finite figure, and the check fails then.
 
     `low` and `high` are the bounds of the figure's interval, if it has one. `decided` is false if that interval
@@ -128,7 +127,7 @@ class GateCheck(_Record):
     detail: str = ""
 
 
-class GateVerdict(_Record):
+class GateVerdict(Record):
     """The gate's decision: passed if every check passed. `notes` report what could not be judged, and anomalies."""
 
     passed: bool

@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import FiniteFloat
 
 from slmops.infra.genai.calls import Hardware, RequestFigures
+from slmops.infra.records import Record
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.answers import EVALUATION
 from slmops.tasks.exams.estimates import Estimate, paired_loss, ratio_of_medians, weighted_mean
@@ -33,11 +34,7 @@ SPEED_METRICS: tuple[tuple[MetricName, Literal["higher", "lower"]], ...] = (
 )
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Change(_Record):
+class Change(Record):
     """One metric of one precision before and after.
 
     `change` is after over before for speed, memory and size (1: no change), after minus before for a task score and for
@@ -52,7 +49,7 @@ class Change(_Record):
     trend: Trend
 
 
-class History(_Record):
+class History(Record):
     """The comparison with one earlier version; `notes` report what could not be compared and why."""
 
     previous: str
@@ -60,14 +57,14 @@ class History(_Record):
     notes: tuple[str, ...]
 
 
-class Figures(_Record):
+class Figures(Record):
     """The stored figures of one precision of one version: its measurements, oldest first, and an evaluation."""
 
     measurements: tuple[Measurement, ...] = ()
     evaluation: Evaluation | None = None
 
 
-class Comparison(_Record):
+class Comparison(Record):
     """The changes of one precision, and notes on figures that could not be compared or need an explanation.
 
     `earlier_measurements` is the number of earlier measurements that could be compared.

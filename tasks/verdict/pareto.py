@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import Field, FiniteFloat
+
+from slmops.infra.records import Record
 
 # Relative differences that are ignored: for speed and memory the spread of repeated runs on a shared machine, for size
 # the bytes of the graph itself, for the divergence rounding.
@@ -18,14 +20,12 @@ LEAST_DIVERGENCE = 1e-9
 UNKNOWN = 1e9  # a missing figure is worse than any other
 
 
-class Candidate(BaseModel):
+class Candidate(Record):
     """The costs and quality of a variant or a trial.
 
     `quality_loss` is the task score below the reference's, `kl_divergence` in nats per token; both are None if there is
     no such figure.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     size_bytes: int = Field(gt=0)

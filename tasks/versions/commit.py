@@ -12,7 +12,6 @@ from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.environment.host import builder_versions, host_facts
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.stage import stage
-from slmops.tasks.verdict.choice import Choice
 from slmops.tasks.workshop import workshop
 
 # The packages of a build. The bill of materials also lists their requirements.
@@ -52,9 +51,9 @@ def record_provenance(version: Version) -> None:
 
 
 @stage("record choice", run_name="choice-{version.name}")
-def record_choice(version: Version, choice: Choice, budget: Sequence[str]) -> None:
+def record_choice(version: Version, choice: Selection, budget: Sequence[str]) -> None:
     """Record a version's selected variant and the reason, unless it equals this store's last record."""
-    selection = Selection(**dict(choice), budget=tuple(budget))
+    selection = choice.model_copy(update={"budget": tuple(budget)})
     if version.says_origin or version.latest(SELECTION) != selection:
         version.record(SELECTION, selection)
 

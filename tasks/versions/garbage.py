@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect.artifacts import create_table_artifact
-from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import OnProgress
+from slmops.infra.records import Record
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
 from slmops.infra.storage.leases import WRITE_LEASE
 from slmops.infra.storage.local import LocalObjectStore
@@ -22,14 +22,12 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
 
 
-class Collection(BaseModel):
+class Collection(Record):
     """What a garbage collection removed, or (`dry_run`) would remove; sizes in bytes.
 
     `versions` are NAME@VERSION; those `in_use` stayed because a running deploy uses them. No version needs the
     `spared_blobs`, but a running deploy, push or ingestion does. `cached_bytes` were on this machine only.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     dry_run: bool
     versions: tuple[str, ...]

@@ -3,8 +3,8 @@
 from typing import Literal
 
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
 
+from slmops.infra.records import Record
 from slmops.tasks.foundry.ids import champion_model_id
 from slmops.tasks.foundry.proof import Proof
 from slmops.tasks.report.blocks import Code, Heading, Paragraph, Text, table
@@ -15,13 +15,11 @@ from slmops.tasks.versions.change import Change
 PromotionStatus = Literal["promoted", "rolled back", "unchanged"]
 
 
-class Promotion(BaseModel):
+class Promotion(Record):
     """What a promotion or a rollback did; `servers` counts those that now serve the version.
 
     `former` is the previous champion, or the version itself if only this machine had to be updated.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     version: int

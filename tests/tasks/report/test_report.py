@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from slmops.infra.storage.evidence import Selection
 from slmops.tasks.exams.length_sweep import LengthFigures
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
 from slmops.tasks.report.assemble import in_order_of_size, overall_status
 from slmops.tasks.report.blocks import visible
 from slmops.tasks.report.markdown import code_span, escaped, fenced, to_markdown, variant_rows
 from slmops.tasks.report.records import DeployReport, VariantDetails, VariantReport
-from slmops.tasks.verdict.choice import Choice
 from slmops.tasks.verdict.gate import GateCheck, GateVerdict
 from tests.support.reports import FIGURES, endurance, evaluation, full_report, full_variant, length_sweep, parity
 
@@ -91,7 +91,7 @@ def test_a_deploys_status_is_that_of_its_gravest_variant(
     statuses: list[str], selected: str | None, unchanged: bool, expected: str
 ) -> None:
     variants = [variant("int4", status) for status in statuses]
-    choice = Choice(selected=selected, reason="")
+    choice = Selection(selected=selected, reason="")
     assert overall_status(variants, choice, unchanged=unchanged) == expected
 
 

@@ -1,7 +1,8 @@
 """Which variant serves under the model's name, and what is said of the others."""
 
+from slmops.infra.storage.evidence import Selection
 from slmops.tasks.request.budget import Budget
-from slmops.tasks.verdict.choice import Choice, Judged, choose_variant
+from slmops.tasks.verdict.choice import Judged, choose_variant
 from slmops.tasks.verdict.pareto import Candidate
 
 RIGHT, WRONG = 1.0, 0.0
@@ -27,7 +28,7 @@ def test_without_a_budget_the_smallest_precision_that_passed_is_chosen() -> None
     assert choice.selected == "int4"
     assert choice.reasons == dict.fromkeys(("fp16", "int8"), "int4 also passed the gate and is smaller")
     assert choose_variant([FP16, INT8], None).selected == "int8"
-    assert choose_variant([FP16], None) == Choice(
+    assert choose_variant([FP16], None) == Selection(
         selected="fp16", reason="fp16 is the smallest precision that passed the gate."
     )
 
