@@ -1,5 +1,6 @@
 """The automations of `slmops up`: they deploy on an event, send notices, and find lost runs."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -9,7 +10,7 @@ from slmops.events import CHECKPOINT_READY
 from slmops.infra.settings import Settings
 
 if TYPE_CHECKING:
-    from prefect.automations import Automation
+    from prefect.automations import Automation, EventTrigger
 
 REGRESSION = "slmops.benchmark.regression"
 OF_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
@@ -26,6 +27,8 @@ HEARTBEAT_S = 30
 # A run that misses three heartbeats in a row is lost.
 LOST_AFTER_S = 3 * HEARTBEAT_S
 
+HEARTBEAT = "prefect.flow-run.heartbeat"
+RUNS = "prefect.flow-run.*"
 FAILED = ("Failed", "Crashed", "Rejected", "TimedOut")
 ENDED = (*FAILED, "Completed", "Cancelled", "Paused", "Suspended")
 
@@ -39,13 +42,7 @@ def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automati
         Automation(
             name=DEPLOY_ON_EVENT,
             description="A training run emits slmops.checkpoint.ready, and its checkpoint is deployed.",
-            trigger=EventTrigger(
-                expect={CHECKPOINT_READY},
-                match={"prefect.resource.id": "slmops.model.*"},
-                posture=Posture.Reactive,
-                threshold=1,
-                within=timedelta(0),
-            ),
+            trigger=_at_once({CHECKPOINT_READY}, "slmops.model.*"),
             actions=[
                 RunDeployment(
                     source="selected",
@@ -66,10 +63,10 @@ def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automati
             name=LOST_RUNS,
             description="A worker was killed or lost its network: its run is marked as crashed.",
             trigger=EventTrigger(
-                match={"prefect.resource.id": "prefect.flow-run.*"},
+                match={"prefect.resource.id": RUNS},
                 match_related=OF_OURS,
-                after={"prefect.flow-run.heartbeat"},
-                expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
+                after={HEARTBEAT},
+                expect={HEARTBEAT, *_run_events(ENDED)},
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
                 threshold=1,
@@ -91,29 +88,34 @@ def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automati
         Automation(
             name=FAILURE_NOTICE,
             description="Posts to the webhook of SLMOPS_NOTICES__WEBHOOK_URL.",
-            trigger=EventTrigger(
-                expect={f"prefect.flow-run.{state}" for state in FAILED},
-                match={"prefect.resource.id": "prefect.flow-run.*"},
-                match_related=OF_OURS,
-                posture=Posture.Reactive,
-                threshold=1,
-                within=timedelta(0),
-            ),
+            trigger=_at_once(_run_events(FAILED), RUNS, related=OF_OURS),
             actions=[CallWebhook(block_document_id=webhook_block_id, payload=failure)],
         ),
         Automation(
             name=REGRESSION_NOTICE,
             description="Posts to the webhook of SLMOPS_NOTICES__WEBHOOK_URL.",
-            trigger=EventTrigger(
-                expect={REGRESSION},
-                match={"prefect.resource.id": "slmops.model.*"},
-                posture=Posture.Reactive,
-                threshold=1,
-                within=timedelta(0),
-            ),
+            trigger=_at_once({REGRESSION}, "slmops.model.*"),
             actions=[CallWebhook(block_document_id=webhook_block_id, payload=regression)],
         ),
     ]
+
+
+def _run_events(states: Sequence[str]) -> set[str]:
+    return {f"prefect.flow-run.{state}" for state in states}
+
+
+def _at_once(events: set[str], resource: str, related: dict[str, str] | None = None) -> "EventTrigger":
+    """A trigger on each event of a resource, by its id, and of what is `related` to it."""
+    from prefect.automations import EventTrigger, Posture
+
+    return EventTrigger(
+        expect=events,
+        match={"prefect.resource.id": resource},
+        match_related=related or {},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
 
 
 def _notice(event: str, subject: str, message: str) -> str:

@@ -124,26 +124,17 @@ class LocalObjectStore:
     def put_bytes(self, key: str, data: bytes) -> None:
         """See `ObjectStore.put_bytes`."""
         path = self._path(key)
-        with self._reported(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._aside() as aside:
-                aside.write(data)
-                flush_to_disk(aside)
-                aside.close()
-                Path(aside.name).replace(path)
+        with self._reported(key), self._written_aside(path, data) as aside:
+            aside.replace(path)
 
     def put_bytes_if_absent(self, key: str, data: bytes) -> bool:
         """See `ObjectStore.put_bytes_if_absent`."""
         path = self._path(key)
-        with self._reported(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._aside() as aside:
-                aside.write(data)
-                flush_to_disk(aside)
-                try:
-                    os.link(aside.name, path)  # unlike a rename, a link never replaces an existing file
-                except FileExistsError:
-                    return path.read_bytes() == data
+        with self._reported(key), self._written_aside(path, data) as aside:
+            try:
+                os.link(aside, path)  # unlike a rename, a link never replaces an existing file
+            except FileExistsError:
+                return path.read_bytes() == data
         return True
 
     def read_bytes(self, key: str) -> bytes:
@@ -210,6 +201,16 @@ class LocalObjectStore:
                     if os.name == "nt":
                         Path(aside.name).chmod(stat.S_IWRITE)
                     Path(aside.name).unlink()
+
+    @contextmanager
+    def _written_aside(self, path: Path, data: bytes) -> Iterator[Path]:
+        """Yield a file with the data, which is to become the one at `path`, and is removed if it does not."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._aside() as aside:
+            aside.write(data)
+            flush_to_disk(aside)
+            aside.close()
+            yield Path(aside.name)
 
     @contextmanager
     def _reported(self, key: str) -> Iterator[None]:

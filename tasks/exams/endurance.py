@@ -43,9 +43,7 @@ MAX_RESTARTS = 3
 STEP_DEADLINE_SHARE = 1 / 6
 
 
-class _Record(Record):
-
-class MemoryGrowth(_Record):
+class MemoryGrowth(Record):
     """Resident memory after each request of a soak, in bytes, and the growth fitted after the warm-up."""
 
     rss_bytes: tuple[int, ...]

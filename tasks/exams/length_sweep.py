@@ -14,9 +14,7 @@ SHORTEST_SCALED_PROMPT_TOKENS = 64
 MIN_LENGTHS_OF_A_SLOPE = 3  # two points give a slope without an interval
 
 
-class _Record(Record):
-
-class LengthFigures(_Record):
+class LengthFigures(Record):
     """Medians at one prompt length; `valid` if every logit was finite and each chat's answer was text."""
 
     prompt_tokens: int

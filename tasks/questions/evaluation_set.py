@@ -29,6 +29,18 @@ class Message(Record):
     content: StrictStr
 
 
+def check_turns(messages: Sequence[Message], last: Literal["user", "assistant"]) -> None:
+    """Raise `ValueError` unless a chat's turns alternate and end with the last one of a given role."""
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    usual = ["user" if index % 2 == 0 else "assistant" for index in range(len(turns))]
+    if turns != usual or not turns or turns[-1] != last:
+        raise ValueError(
+            "messages must alternate between user and assistant (after an optional system message) "
+            f"and end with {'a user' if last == 'user' else 'an assistant'}'s turn, found {', '.join(roles)}"
+        )
+
+
 class EvaluationRow(Record):
     """A chat to answer, the expected answer if there is one, and its scorer.
 
@@ -44,14 +56,7 @@ class EvaluationRow(Record):
 
     @model_validator(mode="after")
     def _turns_alternate(self) -> "EvaluationRow":
-        roles = [message.role for message in self.messages]
-        turns = roles[1:] if roles[0] == "system" else roles
-        usual = ["user" if index % 2 == 0 else "assistant" for index in range(len(turns))]
-        if turns != usual or not turns or turns[-1] != "user":
-            raise ValueError(
-                "messages must alternate between user and assistant (after an optional system message) "
-                f"and end with a user's turn, found {', '.join(roles)}"
-            )
+        check_turns(self.messages, last="user")
         return self
 
     @model_validator(mode="after")

@@ -2,29 +2,22 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from slmops.infra.errors import BadInput
-from slmops.tasks.questions.evaluation_set import numbered_lines
+from slmops.infra.records import Record
+from slmops.tasks.questions.evaluation_set import Message, check_turns, numbered_lines
 from slmops.tasks.questions.strict_json import parse_json
 
 MAX_NAMED_FAULTS = 3
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Turn(_Record):
+class Turn(Message, extra="ignore"):
     """One turn of a training chat."""
 
-    role: Literal["system", "user", "assistant"]
-    content: StrictStr
 
-
-class TrainingRow(_Record):
+class TrainingRow(Record, extra="ignore"):
     """A chat that ends with the answer to be learned.
 
     A system message may come first; then user and assistant alternate. A row in the form of an evaluation file, with
@@ -42,13 +35,7 @@ class TrainingRow(_Record):
 
     @model_validator(mode="after")
     def _turns_alternate(self) -> "TrainingRow":
-        roles = [turn.role for turn in self.messages]
-        turns = roles[1:] if roles[0] == "system" else roles
-        if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
-            raise ValueError(
-                "messages must alternate between user and assistant (after an optional system message) "
-                f"and end with an assistant's turn, found {', '.join(roles)}"
-            )
+        check_turns(self.messages, last="assistant")
         return self
 
 

@@ -18,9 +18,7 @@ from slmops.tasks.verdict.history import Change
 REGRESSION_EVENT = "slmops.benchmark.regression"
 
 
-class _Record(Record):
-
-class VariantBenchmark(_Record):
+class VariantBenchmark(Record):
     """One variant's new figures and their changes from `earlier` measurements; `error` if it did not run."""
 
     precision: str

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.checkpoints.s3 import fetch_file_from_s3
 from slmops.infra.errors import BadInput
 from slmops.infra.hf_datasets.dataset import read_hf_dataset

@@ -21,9 +21,7 @@ from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.runs.stage import stage
 
 
-class _Record(Record):
-
-class GateThresholds(_Record):
+class GateThresholds(Record):
     """Thresholds for a variant: shares, nats per token, bytes per request, and a factor."""
 
     min_top1_agreement: Share

@@ -325,10 +325,9 @@ def test_a_real_checkpoint_and_its_variants_from_rows_to_verdict(
     def verdict_on(model_dir: Path) -> tuple[Evaluation, set[str]]:
         found = evaluate_variant(
             quick,
-            model_dir,
+            Bench(model_dir, tmp_path / "work"),
             rows,
             reference_dir=tmp_path / "reference",
-            work_dir=tmp_path / "work",
             output_format=output_format,
         )
         assert Evaluation.model_validate_json(found.model_dump_json()) == found
