@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, StageFailed
@@ -34,8 +34,6 @@ class PromptTemplate(Record):
     token. `notes` say what the strings cannot express; without notes they agree with the chat template.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     system: str | None
     user: str
     assistant: str
@@ -49,7 +47,7 @@ class PromptTemplate(Record):
         return "".join(turns) + self.prompt.replace(CONTENT, messages[-1]["content"])
 
 
-class GenerationDefaults(BaseModel):
+class GenerationDefaults(Record):
     """ModelConfig of `inference_model.json`: Foundry 0.8's generation parameters unless a client sets others.
 
     `max_length` counts prompt and answer, in tokens. A temperature of 0 is greedy. The bounds of temperature are those
