@@ -8,9 +8,10 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
@@ -86,7 +87,6 @@ def _is_local(host: str) -> bool:
 
 
 def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool) -> Any:
-    import evaluate as metrics
     from lm_eval import utils
     from lm_eval.tasks import TaskManager
 
@@ -96,7 +96,7 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
         refused.append(name)
         raise _foreign_metric(name)
 
-    metrics.load = refuse  # it runs the code that it finds on the Hub or in a local file
+    sys.modules["evaluate"] = _metrics_of(refuse)
     if not allow_code:
         utils.env = _sandboxed(utils.env)
     manager = TaskManager(include_path=include, include_defaults=False) if include else None
@@ -126,6 +126,16 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
     for name, task in loaded["tasks"].items():
         _check_task(name, task)
     return loaded
+
+
+def _metrics_of(load: Callable[..., NoReturn]) -> ModuleType:
+    """Return what stands in for the package `evaluate`, which lm-eval and its tasks ask for further metrics.
+
+    Its `load` runs the code that it finds on the Hub or in a local file, and its import takes seconds.
+    """
+    metrics = ModuleType("evaluate")
+    metrics.load = load  # type: ignore[attr-defined]
+    return metrics
 
 
 def _foreign_metric(name: str) -> BadInput:

@@ -3,15 +3,15 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-import evaluate as metrics
 import lm_eval
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lm_eval import utils
+from lm_eval import tasks, utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -245,7 +245,7 @@ def test_the_folders_digest_covers_tasks_and_data_inside_and_outside(tmp_path):
 def load(tmp_path, monkeypatch):
     """Run tasks of a folder with no model; what the child changes in its process is put back."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(metrics, "load", metrics.load)
+    monkeypatch.setitem(sys.modules, "evaluate", None)
     monkeypatch.setattr(utils, "env", utils.env)
 
     def call(name, content=None, **changes):
@@ -303,7 +303,8 @@ def test_code_runs_where_it_is_allowed(load, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_unknown_task_is_answered_with_close_names(load):
+def test_an_unknown_task_is_answered_with_close_names(load, monkeypatch):
+    monkeypatch.setattr(tasks, "TaskManager", cache(tasks.TaskManager))  # whose built-in index takes seconds
     with pytest.raises(BadInput) as caught:
         load("house_choise")
     assert "no task 'house_choise'" in caught.value.message
