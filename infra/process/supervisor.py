@@ -51,7 +51,8 @@ def run_in_child(
 class ChildProcess:
     """A process for several calls, so that their common imports run only once.
 
-    It is started by the first call, and by the next one after a call that failed. Leave it as a context manager.
+    It is started by the first call, and anew by the next one after a call that crashed or was stopped; it stays where a
+    call raised one of our own errors. Leave it as a context manager.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
@@ -111,7 +112,7 @@ class ChildProcess:
                 f"Raise the stage's timeout (slmops config lists them) or see its log: {log_path}",
             ) from None
         finally:
-            if is_last or "result" not in message:
+            if is_last or not _is_answer(message):
                 status = self._end(ends_by_itself=is_last and bool(message))
         wall_s = time.monotonic() - started
         if "result" in message:
@@ -166,6 +167,11 @@ class _TreeMemory:
             self._look_again_at = time.monotonic() + DESCENDANTS_INTERVAL_S
         processes = [self._root, *self._descendants]
         self.peak_rss_bytes = max(self.peak_rss_bytes, sum(_rss_bytes(process) for process in processes))
+
+
+def _is_answer(message: Message) -> bool:
+    """Whether the child can take another call: it has a result, or an error that the call is made to raise."""
+    return "result" in message or bool(message.get("error", {}).get("kind"))
 
 
 def _rss_bytes(process: psutil.Process) -> int:

@@ -19,6 +19,7 @@ from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import load_recipe
 from tests.support.errors import coded
 from tests.support.genai_models import EMPTY_GRAPH
+from tests.support.torch_process import TORCH_PROCESS
 
 CONFIG: dict[str, Any] = {
     "model": {
@@ -266,6 +267,7 @@ def test_what_slmops_builds_passes(recipe: str, tiny_checkpoint: Path, tmp_path:
         deadline_s=300,
         log_path=tmp_path / "log",
         work_dir=tmp_path / "work",
+        within=TORCH_PROCESS,
     )
     screen_model(tmp_path / "model")
     options = json.loads((tmp_path / "model/genai_config.json").read_text())["model"]["decoder"]["session_options"]

@@ -11,7 +11,7 @@ from scipy import special
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.genai.calls import CompareText
 from slmops.infra.genai.text import begin_tokens_of, compare_text
-from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES, compared_positions, cut_windows, scored_positions
 from slmops.infra.transformers.calls import ScoreTextAsSource
 from slmops.infra.transformers.text import score_text
@@ -269,23 +269,26 @@ def test_memory_does_not_grow_with_the_text_for_a_vocabulary_of_152_k(tmp_path):
     model_dir = build_genai_model(checkpoint, tmp_path / "model")
     draw = random.Random(0)
     (tmp_path / "text.txt").write_text("\n".join(draw.choice(SENTENCES) for _ in range(200)), "utf-8")
-    peaks = {}
-    for tokens in (256, 1856):
-        folder = tmp_path / str(tokens)
-        shared = {
-            "text_file": tmp_path / "text.txt",
-            "max_tokens": tokens,
-            "window_tokens": 256,
-            "threads": 2,
-        }
-        calls = (
-            ScoreTextAsSource(checkpoint_dir=checkpoint, output_dir=folder, max_positions=tokens // 2, **shared),
-            CompareText(model_dir=model_dir, reference_dir=folder, **shared),
-        )
-        peaks[tokens] = [
-            run_in_child(call, deadline_s=600, log_path=folder / "child.log", work_dir=folder).peak_rss_bytes
-            for call in calls
-        ]
+    peaks: dict[int, list[int]] = {}
+    with ChildProcess({"MALLOC_ARENA_MAX": "1"}) as source:
+        for tokens in (256, 1856):
+            folder = tmp_path / str(tokens)
+            shared = {
+                "text_file": tmp_path / "text.txt",
+                "max_tokens": tokens,
+                "window_tokens": 256,
+                "threads": 1,
+            }
+            calls = {
+                source: ScoreTextAsSource(
+                    checkpoint_dir=checkpoint, output_dir=folder, max_positions=tokens // 2, **shared
+                ),
+                None: CompareText(model_dir=model_dir, reference_dir=folder, **shared),
+            }
+            options = {"deadline_s": 600, "log_path": folder / "child.log", "work_dir": folder}
+            peaks[tokens] = [
+                run_in_child(call, within=within, **options).peak_rss_bytes for within, call in calls.items()
+            ]
     for short, long in zip(peaks[256], peaks[1856], strict=True):
         assert long < short + LOGITS_CHUNK_BYTES
         assert long < 2 * 2**30

@@ -205,6 +205,15 @@ def test_after_a_failed_call_another_process_takes_over(tmp_path: Path) -> None:
         assert call(child, tmp_path, "fourth", 4).value.calls == 1
 
 
+def test_after_a_refusal_the_same_process_goes_on(tmp_path: Path) -> None:
+    with ChildProcess() as child:
+        first = call(child, tmp_path, "first", 1)
+        with pytest.raises(BadInput):
+            child.run(Refuse(), deadline_s=60, log_path=tmp_path / "log", work_dir=tmp_path / "refused")
+        third = call(child, tmp_path, "third", 3)
+        assert (third.value.pid, third.value.calls) == (first.value.pid, 2)
+
+
 def test_a_process_that_was_killed_between_calls_is_started_again(tmp_path: Path) -> None:
     with ChildProcess() as child:
         pid = call(child, tmp_path, "first", 1).value.pid
