@@ -5,7 +5,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# Tests mostly wait for a process that computes on one core. The demo's training takes all cores, and has them to itself.
+# A test mostly waits for a process that computes on one core.
 PYTEST_WORKERS ?= 2
 # In the order that tests/conftest.py gives them: the longest first.
 IN_PARALLEL := -n $(PYTEST_WORKERS) --dist loadgroup --no-loadscope-reorder
@@ -34,18 +34,15 @@ demo: setup
 	$(BIN)/slmops demo
 
 test: setup
-	$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "not demo" $(IN_PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 # All but whole journeys and what needs a real runtime, server or training: two minutes.
 quick: setup
-	$(BIN)/python -m pytest -m "not demo and not journey and not runtime" $(IN_PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not journey and not runtime" $(IN_PARALLEL) $(PYTEST_ARGS)
 
 # `make test` with every line counted, which takes longer.
 coverage: setup
-	$(BIN)/python -m pytest -m demo --cov --cov-report= $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "not demo" $(IN_PARALLEL) \
-		--cov --cov-append --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: links
 	$(BIN)/ruff check .

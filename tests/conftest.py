@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ USER_CACHE = "SLMOPS_TESTS_USER_CACHE"
 # A test that skips because of the operating system says so with this word at the start of its reason.
 PLATFORM_REASONS = ("Windows", "POSIX", "process groups are POSIX's")
 
+# Hundreds of processes import the same modules: each is compiled once, even where the environment forbids to keep that.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Before anything heavy is imported: the libraries read these once.
 _PREFECT_HOME = tempfile.mkdtemp(prefix="slmops-tests-prefect-")
 _MADE_HERE = [_PREFECT_HOME]
@@ -35,7 +39,8 @@ for _name in {name for name in os.environ if name.startswith(("SLMOPS_", "PREFEC
     del os.environ[_name]
 os.environ["SLMOPS_USER_CACHE"] = os.environ[USER_CACHE]
 if "PYTEST_XDIST_WORKER" in os.environ:  # two models that compute with all cores' threads slow each other down by far
-    os.environ |= {"SLMOPS_MACHINE__THREADS": "1", "OMP_NUM_THREADS": "1"}
+    # The demo's training, which has two, leaves the core to others where it has nothing to do.
+    os.environ |= {"SLMOPS_MACHINE__THREADS": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 QUIET_ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # children find the tests' own functions
 os.environ.update(QUIET_ENVIRONMENT | {"PREFECT_HOME": _PREFECT_HOME, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
 
@@ -55,34 +60,45 @@ RUNTIMES = {
     "AutoModelForCausalLM",
     "Popen",
 }
+DEMO = "demo_home"
 SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}
 
 
 @pytest.hookimpl(wrapper=True)  # before `-m` selects and xdist groups, which read the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Mark the tests of the demo, whole journeys and real runtimes, and say which tests go to the same worker.
+    """Mark whole journeys and the tests of real runtimes, and say which tests go to the same worker.
 
-    Those of a module do (`pytest -n 2 --dist loadgroup`), which share its fixtures. Whole journeys share nothing that
-    takes time to make, unless they say so by the mark itself. They come first: the short tests fill the end evenly.
+    Those of a module do (`pytest -n 2 --dist loadgroup`), which share its fixtures, and those of the demo. Whole
+    journeys share nothing that takes time to make, unless they say so by the mark itself. What takes longest comes
+    first, so that the short tests fill the end evenly: the demo, the groups of journeys, the other journeys.
     """
     for item in items:
-        alone = item.path.parent.name == "e2e"
+        is_journey = item.path.parent.name == "e2e"
         fixtures = set(getattr(item, "fixturenames", ()))
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if "demo_home" in fixtures:
-            item.add_marker(pytest.mark.demo)
-        if alone:
+        if is_journey:
             item.add_marker(pytest.mark.journey)
         elif (
-            fixtures & SERVERS
+            fixtures & {*SERVERS, DEMO}
             or parameters.get("store", "file") != "file"
             or RUNTIMES & set(vars(getattr(item, "module", None) or object))
         ):
             item.add_marker(pytest.mark.runtime)
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else str(item.path)))
-    items.sort(key=lambda item: (item.path.parent.name != "e2e", item.get_closest_marker("runtime") is None))
+        if DEMO in fixtures:
+            item.add_marker(pytest.mark.xdist_group("demo"))
+        elif not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid if is_journey else str(item.path)))
+    items.sort(key=_place)
     yield
+
+
+def _place(item: pytest.Item) -> int:
+    group = item.get_closest_marker("xdist_group")
+    if group == pytest.mark.xdist_group("demo").mark:
+        return 0
+    if item.get_closest_marker("journey"):
+        return 2 if group == pytest.mark.xdist_group(item.nodeid).mark else 1
+    return 3 if item.get_closest_marker("runtime") else 4
 
 
 @pytest.hookimpl(wrapper=True)

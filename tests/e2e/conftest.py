@@ -103,10 +103,9 @@ class SlmopsHere(Slmops):
 
 
 @pytest.fixture(scope="session")
-def demo(demo_home: Path) -> tuple[Slmops, dict[str, Any]]:
-    """The command line after `slmops demo`, and the report that it printed."""
-    slmops = Slmops(demo_home)
-    return slmops, slmops.json("demo")
+def demo(demo_home: Path, server: str) -> tuple[Slmops, dict[str, Any]]:
+    """The command line after `slmops demo`, as somebody's first command, and the report that it printed."""
+    return SlmopsHere(demo_home, {"PREFECT_API_URL": server}), Slmops(demo_home).json("demo")
 
 
 @pytest.fixture(scope="session")
