@@ -1,4 +1,4 @@
-"""The errors that reach a user: each says what was wrong, what was found and what to do."""
+"""The errors for users: each says what was wrong, what was found and what to do."""
 
 
 class SlmopsError(Exception):

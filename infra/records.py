@@ -10,6 +10,6 @@ AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
 class Record(BaseModel):
-    """A record of declared fields and no others. Figures that are not finite survive JSON."""
+    """A record of declared fields and no others. JSON keeps figures that are not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")

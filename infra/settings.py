@@ -32,7 +32,7 @@ class _Section(BaseModel):
 
 
 class StoreSettings(_Section):
-    """Where versions are kept."""
+    """The store of versions."""
 
     uri: str | None = Field(
         None, description="Store of versions: file:///folder or s3://bucket/prefix; default: `store` under home."
@@ -46,12 +46,12 @@ class StoreSettings(_Section):
         None, description="Bucket in the path or in the host's name; default: path with an endpoint, auto without."
     )
     signing_key: Path | None = Field(
-        None, description="Private key (PEM, elliptic curve) that new versions are signed with; default: none are."
+        None, description="Private key (PEM, elliptic curve) that signs new versions; default: they are not signed."
     )
     signing_key_password: SecretStr | None = Field(None, description="Password of the signing key.")
-    verification_key: Path | None = Field(None, description="Public key (PEM) that signatures are verified with.")
+    verification_key: Path | None = Field(None, description="Public key (PEM) that verifies signatures.")
     require_signature: bool = Field(
-        False, description="Register only versions that the verification key's owner signed, unaltered."
+        False, description="Register only unaltered versions that the owner of the verification key signed."
     )
 
 
@@ -67,9 +67,9 @@ class ServeSettings(_Section):
     """The server of models, `slmops serve`."""
 
     token: SecretStr | None = Field(
-        None, description="Token that clients send as their API key; needed on any address but loopback."
+        None, description="Token that clients send as their API key; required on addresses other than loopback."
     )
-    max_concurrency: int = Field(2, ge=1, le=1024, description="Requests that one model answers at once.")
+    max_concurrency: int = Field(2, ge=1, le=1024, description="Requests that one model answers concurrently.")
     max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for one model; more get a 429.")
     max_request_bytes: int = Field(16_000_000, ge=1024, description="Largest request body.")
     max_memory_bytes: int | None = Field(
@@ -77,9 +77,9 @@ class ServeSettings(_Section):
     )
     load_timeout_s: Seconds = Field(600, description="Longest time for loading a model.")
     request_timeout_s: Seconds = Field(600, description="Longest wait for a model's next piece of an answer.")
-    drain_s: Seconds = Field(60, description="Longest wait for requests under way at a stop or a hand-over.")
+    drain_s: Seconds = Field(60, description="Longest wait for running requests at a stop or a hand-over.")
     follow_s: float = Field(
-        10, ge=0, le=86_400, description="How often the store is asked for a new champion; 0: never."
+        10, ge=0, le=86_400, description="Seconds between checks of the store for a new champion; 0: no checks."
     )
 
 
@@ -89,7 +89,7 @@ class CatalogSettings(_Section):
     token: SecretStr | None = Field(
         None,
         min_length=16,
-        description="What a URL of the catalog must carry as ?token=; serving other machines needs one.",
+        description="Token that a URL of the catalog must contain as ?token=; required for serving other machines.",
     )
 
 
@@ -106,13 +106,11 @@ class GateSettings(_Section):
         description="Largest mean KL divergence of the variant from the reference, in nats per token.",
     )
     max_quality_loss: Share | None = Field(
-        None, description="Largest drop of the task score below the reference's; less than it must be shown to fail."
+        None, description="Largest drop of the task score below the reference's; only a drop beyond noise fails."
     )
-    min_output_conformity: Share = Field(
-        0.95, description="Smallest share of answers in the output format that was asked for."
-    )
+    min_output_conformity: Share = Field(0.95, description="Smallest share of answers in the requested output format.")
     max_memory_growth_bytes_per_request: int = Field(
-        65_536, ge=0, description="Largest growth of the resident memory per request in long use."
+        65_536, ge=0, description="Largest growth of the resident memory per request in the soak, in bytes."
     )
     max_cliff_ratio: float = Field(
         4.0, gt=1, allow_inf_nan=False, description="Largest loss of throughput from one prompt length to the next."
@@ -122,14 +120,14 @@ class GateSettings(_Section):
 class EvaluationSettings(_Section):
     """Size of the comparison with the reference."""
 
-    max_rows: int = Field(200, ge=1, le=100_000, description="Evaluation rows that are used, from the first on.")
+    max_rows: int = Field(200, ge=1, le=100_000, description="Evaluation rows that are used, starting with the first.")
     max_new_tokens: int = Field(128, ge=1, le=8192, description="Longest generated answer, in tokens.")
     max_positions: int = Field(
         1024, ge=1, le=100_000, description="Token positions at which the next-token distributions are compared."
     )
-    batch_size: int = Field(8, ge=1, le=256, description="Rows that the reference answers at once.")
+    batch_size: int = Field(8, ge=1, le=256, description="Rows that the reference answers in one batch.")
     max_text_tokens: int = Field(
-        8192, ge=2, le=10_000_000, description="Tokens of the text file whose perplexity is taken, from its beginning."
+        8192, ge=2, le=10_000_000, description="Tokens of the text file's beginning for its perplexity."
     )
 
 
@@ -161,11 +159,11 @@ class SweepSettings(_Section):
     )
     new_tokens: int = Field(8, ge=2, le=1024, description="Tokens generated at each length.")
     repetitions: int = Field(3, ge=1, le=100, description="Requests at each length.")
-    budget_s: Seconds = Field(20, description="The sweep stops before a length that would take it beyond this time.")
+    budget_s: Seconds = Field(20, description="The sweep stops before a length that would exceed this time.")
 
 
 class SoakSettings(_Section):
-    """Long use: many requests to one process, in genai and in Foundry Local."""
+    """The soak: many requests to one process, in genai and in Foundry Local."""
 
     requests: int = Field(48, ge=0, le=1_000_000, description="Requests per runtime; 0: no soak.")
     new_tokens: int = Field(8, ge=1, le=8192, description="Tokens generated per request.")
@@ -175,13 +173,13 @@ class TimeoutSettings(_Section):
     """Deadlines of the child processes, in seconds."""
 
     train_s: Seconds = Field(3600, description="Training of the demo checkpoint.")
-    fine_tune_s: Seconds = Field(24 * 3600, description="A fine-tuning, and the fetching of its dataset.")
+    fine_tune_s: Seconds = Field(24 * 3600, description="A fine-tuning, and the download of its dataset.")
     merge_s: Seconds = Field(3600, description="Merging a LoRA adapter into its base.")
     build_s: Seconds = Field(4 * 3600, description="One variant's build.")
     reference_s: Seconds = Field(4 * 3600, description="The reference's answers and distributions.")
     evaluate_s: Seconds = Field(4 * 3600, description="One variant's answers and distributions.")
     measure_s: Seconds = Field(3600, description="One variant's benchmark.")
-    exercise_s: Seconds = Field(3600, description="One variant's long use and edge inputs in one runtime.")
+    exercise_s: Seconds = Field(3600, description="One variant's soak and edge inputs in one runtime.")
     lm_eval_s: Seconds = Field(24 * 3600, description="One variant's lm-eval tasks.")
     foundry_s: Seconds = Field(900, description="One session with Foundry Local's runtime.")
 
@@ -197,9 +195,9 @@ class WorkerSettings(_Section):
     measure_pool: str | None = Field(
         None, min_length=1, description="Work pool on whose workers variants are measured; default: the one of `pool`."
     )
-    builds: int = Field(1, ge=1, le=64, description="Builds at once under one home directory; others wait.")
+    builds: int = Field(1, ge=1, le=64, description="Concurrent builds under one home directory; others wait.")
     pending_s: Seconds = Field(
-        120, description="A variant's run that a worker took and did not start in this time is given to another."
+        120, description="A variant's run that a worker accepted and did not start in this time is started again."
     )
 
 
@@ -207,17 +205,17 @@ class NoticeSettings(_Section):
     """Notices of failed runs and of regressions."""
 
     webhook_url: SecretStr | None = Field(
-        None, description="URL that `slmops up` has Prefect post notices to, as JSON; default: none are sent."
+        None, description="URL to which Prefect posts notices as JSON, set up by `slmops up`; default: no notices."
     )
 
 
 class MachineSettings(_Section):
-    """What the machine may use; the sizes can be set to simulate another machine."""
+    """Resources of the machine; the sizes can be set to simulate another machine."""
 
     threads: int = Field(0, ge=0, le=1024, description="Threads per child process; 0: the physical cores.")
     ram_bytes: int | None = Field(None, ge=0, description="Memory that counts as available; default: as measured.")
     disk_bytes: int | None = Field(None, ge=0, description="Disk space that counts as free; default: as measured.")
-    ram_check: bool = Field(True, description="Refuse a build whose estimated memory is not available.")
+    ram_check: bool = Field(True, description="Refuse a build if its estimated memory is not available.")
 
 
 class Settings(BaseSettings):
@@ -233,15 +231,15 @@ class Settings(BaseSettings):
 
     home: Path = Field(
         default_factory=lambda: user_data_path("slmops", appauthor=False),
-        description="Everything that slmops writes lives under this directory, but for what is in the user's cache.",
+        description="Folder of everything that slmops writes, except for the user's cache.",
     )
     user_cache: Path = Field(
         default_factory=lambda: user_cache_path("slmops", appauthor=False),
-        description="What all home directories share and can be made again: an empty database for embedded Prefect.",
+        description="Cache that all home directories share: an empty database for embedded Prefect.",
     )
     secrets_dir: Path | None = Field(
         None,
-        description="Folder of files that are named like these variables and hold their values; a variable goes first.",
+        description="Folder of files named like these variables, with their values; a variable has priority.",
     )
     store: StoreSettings = StoreSettings()
     foundry: FoundrySettings = FoundrySettings()
@@ -267,7 +265,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment, then the files of `secrets_dir`; nothing else, above all no `.env`."""
+        """Read the environment, then the files of `secrets_dir`, and nothing else: no `.env`."""
         folder = _secrets_dir()
         if folder is None:
             return init_settings, env_settings
@@ -286,7 +284,7 @@ class Settings(BaseSettings):
 
     @property
     def store_uri(self) -> str:
-        """URI of the store: a `file://` URI of a local folder, or what `SLMOPS_STORE__URI` names."""
+        """URI of the store: `SLMOPS_STORE__URI`, or the `file://` URI of the local folder."""
         return self.store.uri or (self.home_dir / "store").as_uri()
 
     @property
@@ -296,19 +294,19 @@ class Settings(BaseSettings):
 
     @property
     def cache_dir(self) -> Path:
-        """Files that can be made again: child processes' folders, logs, builds that are not in a version yet."""
+        """Files that can be made again: folders of child processes, logs, builds that are not yet in a version."""
         return self.home_dir / "cache"
 
     @property
     def threads(self) -> int:
-        """Threads that a child process computes with."""
+        """Compute threads of a child process."""
         return self.machine.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def load_settings() -> Settings:
     """Read the settings from the environment; an empty variable counts as unset.
 
-    Raises `BadInput` naming each variable that is not valid, with what was found unless that may be a secret.
+    Raises `BadInput` that names each variable which is not valid, with its value unless that may be a secret.
     """
     try:
         settings = Settings()
@@ -343,7 +341,7 @@ def _is_ours(name: str) -> bool:
 
 
 def describe_settings(settings: Settings) -> Iterator[tuple[str, object, str, str]]:
-    """Yield (variable, value, source, description) of each setting; secrets come masked."""
+    """Yield (variable, value, source, description) of each setting; secrets are masked."""
     files = _secret_files()
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)

@@ -21,7 +21,7 @@ BYTES_PER_ELEMENT = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shape and dtype of one tensor, as the safetensors header states them (dtype: `BF16`, `F32`, ...)."""
+    """Shape and dtype of one tensor according to the safetensors header (dtype: `BF16`, `F32`, ...)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,7 +41,7 @@ class TensorHeader:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; raises `BadInput` when the file is missing, broken or something else."""
+    """Return a JSON object; raises `BadInput` when the file is missing, damaged or not an object."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BadInput(
             f"{path} cannot be read: {error.strerror}.", "Save the checkpoint again.", code="file-unreadable"
         ) from None
-    except (ValueError, RecursionError) as error:  # broken, not UTF-8, nested too deep
+    except (ValueError, RecursionError) as error:  # damaged, not UTF-8, nested too deep
         raise BadInput(
             f"{path} is not valid JSON: {error}.", "Save the checkpoint again.", code="file-not-json"
         ) from None
@@ -80,7 +80,7 @@ def read_tensor_headers(folder: Path, weights: str = WEIGHTS) -> dict[str, Tenso
             code="tensor-without-file",
         )
     if not headers:
-        raise BadInput(f"The weights in {folder} hold no tensor.", "Save the checkpoint again.", code="no-tensors")
+        raise BadInput(f"The weights in {folder} have no tensor.", "Save the checkpoint again.", code="no-tensors")
     return headers
 
 
@@ -97,7 +97,7 @@ def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
     path = folder / name
     if not name or Path(name).name != name:
         raise BadInput(
-            f"{folder / WEIGHTS_INDEX} names {name!r}, which is no file of this folder.",
+            f"{folder / WEIGHTS_INDEX} names {name!r}, which is not a file of this folder.",
             "Save it again.",
             code="index-names-foreign-file",
         )
@@ -125,9 +125,9 @@ def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the tokenizer's (default) chat template as Jinja text, or None when the checkpoint has none.
+    """Return the tokenizer's (default) chat template as Jinja text, or None if the checkpoint has none.
 
-    Raises `BadInput` when the file that should hold it cannot be read.
+    Raises `BadInput` if its file cannot be read.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():

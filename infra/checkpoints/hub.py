@@ -33,8 +33,8 @@ def fetch_from_hub(
     defaults to the login of Hugging Face's tools. `HF_HUB_OFFLINE=1` in the environment is respected: then only the
     cache is read.
 
-    Raises `BadInput` for an id or revision that is malformed, not there or not open to this user, and without network;
-    `PassingFault` if the Hub breaks off.
+    Raises `BadInput` for an id or revision that is malformed, missing or not accessible to this user, and without
+    network; `PassingFault` if the download fails.
     """
     check_hub_id(repo_id, revision)
     work_dir = settings.cache_dir / "hub"
@@ -58,7 +58,7 @@ def fetch_from_hub(
 
 
 class DownloadSnapshot(Call[Path]):
-    """Download the files of `repo_id` at `revision` whose names match `files`, and answer their folder."""
+    """Download the files of `repo_id` at `revision` whose names match `files`; the answer is their folder."""
 
     repo_id: str
     revision: str | None
@@ -85,7 +85,7 @@ def _download(call: DownloadSnapshot, progress: Progress) -> Path:
         )
     except errors.GatedRepoError:
         raise BadInput(
-            f"The Hub does not give {repo_id} to this user: the model is gated.",
+            f"The Hub refuses {repo_id} to this user: the model is gated.",
             "Accept its terms on its page and log in with `hf auth login`.",
             code="hub-gated",
         ) from None
@@ -103,13 +103,13 @@ def _download(call: DownloadSnapshot, progress: Progress) -> Path:
         ) from None
     except errors.HfHubHTTPError as error:
         raise PassingFault(
-            f"The Hugging Face Hub failed to give {repo_id} (HTTP status {error.response.status_code}).",
+            f"The Hugging Face Hub failed to send {repo_id} (HTTP status {error.response.status_code}).",
             "Try again.",
             code="hub-failed",
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):
         raise BadInput(
-            f"{repo_id} is no local folder, and the Hugging Face Hub cannot be reached to look for it.",
+            f"{repo_id} is not a local folder, and the Hugging Face Hub cannot be reached.",
             "Connect to the network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded checkpoint.",
             code="hub-unreachable",
         ) from None

@@ -37,18 +37,18 @@ def fetch_from_s3(uri: str, settings: Settings, directory: Path, on_progress: On
 
     Endpoint and keys come from the store's settings (path-style addresses with a custom endpoint), else from the usual
     AWS chain. The local folder is named after the digest of all (key, ETag, size): unchanged objects are not downloaded
-    twice, and a download that broke off leaves no folder of that name.
+    twice, and an interrupted download leaves no folder of that name.
 
-    Raises `BadInput` for a missing bucket or folder, refused credentials or a key that would lead out of the folder;
-    `PassingFault` if the server cannot be reached or the connection breaks; `StageFailed` for a file of another size
-    than listed.
+    Raises `BadInput` for a missing bucket or folder, refused credentials or a key that leads out of the folder;
+    `PassingFault` if the server cannot be reached or the connection breaks; `StageFailed` for a file whose size differs
+    from the listing.
     """
     bucket, prefix = split_s3_uri(uri)
     return _fetch(uri, bucket, f"{prefix}/", settings, directory, on_progress) / FETCHED
 
 
 def fetch_file_from_s3(uri: str, settings: Settings, directory: Path) -> Path:
-    """Download the object `s3://BUCKET/KEY` and return the local file, below `directory`; raises as the above does."""
+    """Download the object `s3://BUCKET/KEY` to a file below `directory`, and return that; raises as `fetch_from_s3`."""
     bucket, key = split_s3_uri(uri)
     folder, _, name = key.rpartition("/")
     return _fetch(uri, bucket, f"{folder}/" if folder else "", settings, directory, only=name) / FETCHED / name
@@ -90,7 +90,7 @@ def _fetch(
                     shutil.rmtree(aside, ignore_errors=True)
     except KeyError:
         raise StageFailed(
-            f"{uri} was changed while it was fetched.", "Fetch it again.", code="s3-changed-meanwhile"
+            f"{uri} changed during the download.", "Fetch it again.", code="s3-changed-meanwhile"
         ) from None
     return target
 
@@ -103,7 +103,7 @@ def _list_objects(client: "S3Client", bucket: str, folder: str, only: str | None
         path = each["Key"].removeprefix(folder)
         if only is not None and path != only:
             continue
-        if not path or path.endswith("/"):  # the marker that some tools write for a folder
+        if not path or path.endswith("/"):  # a marker that some tools write for a folder
             continue
         _check_path(path, each["Key"])
         objects.append(_Object(path, each["Key"], each["ETag"], each["Size"]))
@@ -128,7 +128,7 @@ def _download(client: "S3Client", bucket: str, each: _Object, folder: Path, on_b
     size_bytes = path.stat().st_size
     if size_bytes != each.size_bytes:
         raise StageFailed(
-            f"{each.key} was listed with {each.size_bytes} bytes, but {size_bytes} bytes came.",
-            "Fetch the checkpoint again; it may have been written to meanwhile.",
+            f"{each.key} was listed with {each.size_bytes} bytes, but {size_bytes} bytes arrived.",
+            "Fetch the checkpoint again; it may have been changed meanwhile.",
             code="s3-truncated",
         )

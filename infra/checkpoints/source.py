@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a local folder, an S3 folder, the store or a Hugging Face Hub repository."""
+"""The source of a checkpoint: a local folder, an S3 folder, the store or a Hugging Face Hub repository."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slmops.infra.errors import BadInput
 
-# One name of a Hub id and a revision (branch, tag or commit); nothing that could change a URL or a path.
+# A name in a Hub id, and a revision (branch, tag or commit), without characters that could change a URL or a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -27,9 +27,9 @@ class SourceKind(StrEnum):
 class CheckpointSource:
     """A checkpoint as the user named it.
 
-    `location` is an absolute path (local), `s3://BUCKET/PREFIX` without a closing slash (S3), `store://<64 hex>` (what
-    `slmops ingest` put into the store) or `OWNER/NAME` (Hub);
-    `revision` is a branch, tag or commit and belongs to the Hub only (None: its default branch).
+    `location` is an absolute path (local), `s3://BUCKET/PREFIX` without a closing slash (S3), `store://<64 hex>` (added
+    to the store by `slmops ingest`) or `OWNER/NAME` (Hub); `revision` is a branch, tag or commit and belongs to the Hub
+    only (None: its default branch).
     """
 
     kind: SourceKind
@@ -38,13 +38,13 @@ class CheckpointSource:
 
 
 def parse_checkpoint(text: str, revision: str | None = None) -> CheckpointSource:
-    """Return where the checkpoint `text` comes from; the forms are tried in this order.
+    """Return the source of the checkpoint `text`; the forms are tried in this order.
 
     1. `s3://BUCKET/PREFIX` or `store://<64 hex>`; 2. a local path: it exists, or it looks like one (starts with `.`,
     `/`, `~` or a drive letter, or has more than one separator); 3. `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hub.
 
-    Raises `BadInput` if it is none of these, if the folder does not exist or is a file, or if a revision is given
-    twice or for something that has none.
+    Raises `BadInput` if it is none of these, if the folder does not exist or is a file, or if a revision is given twice
+    or for a source without revisions.
     """
     if text.startswith("store://"):
         _refuse_revision(text, revision)
@@ -97,12 +97,12 @@ def _existing(text: str) -> Path | None:
     try:
         path = Path(text).expanduser()
         return path if text and path.exists() else None
-    except (OSError, RuntimeError):  # too long for a path, or `~` of a user who does not exist
+    except (OSError, RuntimeError):  # too long for a path, or `~` of an unknown user
         return None
 
 
 def _looks_like_a_path(text: str) -> bool:
-    name = text.partition("@")[0]  # a revision may have separators of its own
+    name = text.partition("@")[0]  # a revision may contain separators
     return name.startswith((".", "/", "~", "\\")) or bool(_DRIVE.match(name)) or len(re.findall(r"[\\/]", name)) > 1
 
 
@@ -142,6 +142,6 @@ def _refuse_revision(text: str, revision: str | None) -> None:
     if revision is not None:
         raise BadInput(
             f"{text} has no revisions, found {revision!r}.",
-            "Only models of the Hugging Face Hub have any.",
+            "Only models of the Hugging Face Hub have revisions.",
             code="revision-without-hub",
         )

@@ -25,9 +25,9 @@ def version_sbom(manifest: Manifest, packages: Mapping[str, str], recorded_at: s
     """Return the bill of materials of a version, as a CycloneDX 1.6 document (parsed JSON).
 
     `packages` is distribution -> version of the build stack; `recorded_at` is ISO 8601, in UTC if it names no zone
-    (`ValueError` if it is not ISO 8601). Equal input gives an equal document. The version is `metadata.component`; its
-    variants (with their files inside), its source checkpoint and the packages are `components`. Credentials in the
-    source's URLs are left out.
+    (otherwise `ValueError`). Equal input gives an equal document. The version is `metadata.component`; its variants
+    (with their files inside), its source checkpoint and the packages are `components`. Credentials in the source's URLs
+    are left out.
     """
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.output.json import JsonV1Dot6
@@ -50,7 +50,7 @@ def version_sbom(manifest: Manifest, packages: Mapping[str, str], recorded_at: s
 
 
 def installed_packages(roots: Iterable[str]) -> dict[str, str]:
-    """Return distribution -> version of the roots and of everything installed that they require, sorted by name.
+    """Return distribution -> version of the roots and of all their installed requirements, sorted by name.
 
     A root is a requirement such as `olive-ai` or `slmops[signing]`. Names are in canonical form (`onnx-ir`).
     Requirements of an extra are followed only if a root or a requirement names that extra. Packages that are not

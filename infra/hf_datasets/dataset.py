@@ -15,7 +15,7 @@ ONLINE = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
 
 
 def read_hf_dataset(name: str, settings: Settings) -> list[dict[str, object]]:
-    """Return the rows of a dataset's split `train`, as they are; raises `BadInput` where there is no such dataset."""
+    """Return the rows of a dataset's split `train` unchanged; raises `BadInput` if there is no such dataset."""
     local = Path(name).expanduser().is_dir()
     with work_folder(settings) as work:
         run_in_child(
@@ -23,7 +23,7 @@ def read_hf_dataset(name: str, settings: Settings) -> list[dict[str, object]]:
             deadline_s=settings.timeout.fine_tune_s,
             log_path=settings.cache_dir / "logs" / "dataset.log",
             work_dir=work,
-            # A folder needs no network; the library's converted copy of it is not kept.
+            # A folder needs no network, and the library's converted copy of it is not kept.
             environment={"HF_DATASETS_CACHE": str(work / "cache")} if local else ONLINE,
         )
         with (work / "rows.jsonl").open(encoding="utf-8") as file:
@@ -31,13 +31,13 @@ def read_hf_dataset(name: str, settings: Settings) -> list[dict[str, object]]:
 
 
 class ExportRows(Call[int]):
-    """Write the rows of a dataset (Hub id or absolute folder) as JSON Lines, and answer their number."""
+    """Write the rows of a dataset (Hub id or absolute folder) as JSON Lines; the answer is their number."""
 
     name: str
     output: AbsolutePath
 
     def perform(self, progress: Progress) -> int:
-        """Raises `BadInput` where there is no such dataset."""
+        """Raises `BadInput` if there is no such dataset."""
         from datasets import load_dataset
 
         progress(0, 1, f"reading {self.name}")
@@ -47,7 +47,7 @@ class ExportRows(Call[int]):
             text = " ".join(str(error).split())[:300]
             raise BadInput(
                 f"There is no dataset {self.name}: {text}",
-                "Name a JSON Lines file, an s3:// object, a folder of data files, or a Hub id that can be reached.",
+                "Name a JSON Lines file, an s3:// object, a folder of data files, or the id of a dataset on the Hub.",
                 code="dataset-missing",
             ) from error
         with self.output.open("w", encoding="utf-8") as file:

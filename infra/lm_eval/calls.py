@@ -1,4 +1,4 @@
-"""What child processes are asked to do with lm-eval, and what they answer."""
+"""Calls of child processes that use lm-eval, and their answers."""
 
 from pydantic import FiniteFloat
 
@@ -9,7 +9,7 @@ from slmops.infra.records import AbsolutePath, Record
 class TaskMetric(Record):
     """One metric of one lm-eval task (or group of tasks) after one filter.
 
-    `stderr` is lm-eval's standard error of `value`, None where it has none (a single document, a metric without one);
+    `stderr` is lm-eval's standard error of `value`, or None (a single document, a metric without one);
     `n_samples` counts documents. `task_digest` is the SHA-256 of the task's configuration.
     """
 
@@ -36,7 +36,7 @@ class TaskResults(Record):
 class RunTasks(Call[TaskResults]):
     """Run lm-eval tasks by name.
 
-    `model_dir` (genai) or `checkpoint_dir` (run by lm-eval's own HFLM in float32): the other is None. `tasks` are
+    One of `model_dir` (genai) and `checkpoint_dir` (run by lm-eval's own HFLM in float32) is None. `tasks` are
     names of tasks, groups or tags; `include_path` is a folder of the user's tasks; `limit` counts documents per task.
     """
 

@@ -1,4 +1,4 @@
-"""A genai model folder as lm-eval sees a model: log-likelihoods and greedy generation."""
+"""A genai model folder behind lm-eval's interface: log-likelihoods and greedy generation."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from slmops.infra.process.call import Progress
 from slmops.infra.reference.distributions import log_probability
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
-MAX_NEW_TOKENS = 256  # lm-eval's own default for a task that names none
+MAX_NEW_TOKENS = 256  # lm-eval's own default
 
 # ((context, continuation) or None, ids of the context, ids of the continuation)
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -74,11 +74,11 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Fingerprint of the tokenizer for lm-eval's request cache, which slmops leaves off."""
+        """Fingerprint of the tokenizer for lm-eval's request cache, which slmops does not use."""
         return str(self._model.model_dir)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids of a text; special tokens (None: as the tokenizer does) only where the text has none itself."""
+        """Token ids of a text; special tokens (None: the tokenizer's default) only if the text has none itself."""
         ids = [int(token) for token in self._model.tokenizer.encode(string)]
         if add_special_tokens is None:
             add_special_tokens = not (self._begin_text and string.startswith(self._begin_text))
@@ -93,7 +93,7 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: object) -> list[tuple[float, bool]]:
         """Log-likelihood (nats) of each continuation, and whether greedy decoding gives it.
 
-        Requests that feed the same tokens, such as the one-token answers to one question, share one pass.
+        Requests with the same fed tokens, such as the one-token answers to one question, share one pass.
         """
         answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         fed = [self._fed(context, continuation) for _, context, continuation in requests]
@@ -112,7 +112,7 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
     def _fed(self, context: list[int], continuation: list[int]) -> list[int]:
         if not context or not continuation or len(continuation) > self.max_length:
             raise BadInput(
-                f"A task asks for the likelihood of {len(continuation)} tokens after {len(context)}; the model takes "
+                f"A task requests the likelihood of {len(continuation)} tokens after {len(context)}; the model takes "
                 f"1 to {self.max_length} after at least 1.",
                 "Choose a task with shorter answers, or a model with a longer context.",
                 code="lm-eval-too-long",
@@ -120,12 +120,12 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
         tokens = [*context, *continuation][:-1]
         if len(tokens) > self.max_length:
             self.notes.add(
-                f"Some requests were longer than the context of {self.max_length} tokens and lost their begin."
+                f"Some requests were longer than the context of {self.max_length} tokens and were cut at the beginning."
             )
         return tokens[-self.max_length :]
 
     def _scores(self, tokens: list[int], continuations: list[list[int]], longest: int) -> list[tuple[float, bool]]:
-        """Score continuations that end the same fed `tokens`; one that is shorter starts later."""
+        """Score continuations at the end of the same fed `tokens`; a shorter one starts later."""
         positions = range(len(tokens) - longest, len(tokens))
         chunk_bytes = LOGITS_CHUNK_BYTES // COPIES_OF_A_CHUNK
         totals = [0.0] * len(continuations)
@@ -172,13 +172,13 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
             new_tokens = options["max_gen_toks"]
             if new_tokens >= self.max_length:
                 raise BadInput(
-                    f"A task asks for answers of {new_tokens} tokens, and the model's context is {self.max_length}.",
+                    f"A task requests answers of {new_tokens} tokens, and the model's context is {self.max_length}.",
                     "Set a smaller max_gen_toks in the task, or choose a model with a longer context.",
                     code="lm-eval-answer-too-long",
                 )
             ids = self.tok_encode(context)
             if len(ids) > self.max_length - new_tokens:
-                self.notes.add(f"Some prompts did not fit beside {new_tokens} new tokens and lost their begin.")
+                self.notes.add(f"Some prompts did not fit with {new_tokens} new tokens and were cut at the beginning.")
                 ids = ids[-(self.max_length - new_tokens) :]
             answers.append(postprocess_generated_text(self._generate(ids, new_tokens, until), until, None))
         return answers
@@ -206,7 +206,7 @@ class GenaiLM(TemplateLM):  # type: ignore[misc]
 
 
 def _special_tokens(model: GenaiModel) -> dict[str, str | None]:
-    """The begin and end token of the tokenizer's own configuration, each None where it names none."""
+    """The begin and end token in the tokenizer's own configuration, or None."""
     path = model.model_dir / "tokenizer_config.json"
     try:
         config = json.loads(path.read_text("utf-8"))

@@ -23,7 +23,7 @@ from slmops.infra.process.call import Progress
 BOOTSTRAP_ITERATIONS = 1000
 SEED = 1234  # lm-eval's own
 
-# In addition to the child's environment: each library has its own switch, and the last one limits work to one process.
+# In addition to the child's environment. Each library has its own switch; the last one limits work to one process.
 OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "LMEVAL_DISABLE_MULTIPROC": "1"}
 # For a user who allows downloads of standard tasks' data from the Hugging Face Hub.
 ONLINE = {**OFFLINE, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
@@ -32,11 +32,11 @@ ONLINE = {**OFFLINE, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 def evaluate(call: RunTasks, progress: Progress) -> TaskResults:
     """Run lm-eval tasks by name.
 
-    Relative paths in the user's tasks count from `include_path`. Templates run in a sandbox unless `allow_code`;
-    metrics that would be fetched as code, and tasks that run the model's output, are always refused. Without
-    `allow_network`, this process can reach no other machine from then on.
+    Relative paths in the user's tasks start at `include_path`. Templates run in a sandbox unless `allow_code`;
+    metrics that would be downloaded as code, and tasks that run the model's output, are always refused. Without
+    `allow_network`, this process cannot reach other machines from then on.
 
-    Raises `BadInput` where lm-eval is missing, and for tasks that are unknown, cannot be loaded or cannot be run;
+    Raises `BadInput` if lm-eval is missing, and for tasks that are unknown, cannot be loaded or cannot be run;
     `StageFailed` for a model that cannot be run.
     """
     try:
@@ -67,7 +67,7 @@ def evaluate(call: RunTasks, progress: Progress) -> TaskResults:
 
 
 def _stay_on_this_machine(event: str, arguments: tuple[object, ...]) -> None:
-    """Refuse name lookups and connections to other machines: a task's data files may be URLs."""
+    """Refuse name lookups and connections to other machines, because a task's data files may be URLs."""
     if event in {"socket.connect", "socket.sendto"}:
         address = arguments[1]
         host = address[0] if isinstance(address, tuple) else None  # a local socket's address is a path
@@ -76,7 +76,7 @@ def _stay_on_this_machine(event: str, arguments: tuple[object, ...]) -> None:
     else:
         return
     if host is not None and not _is_local(host.decode() if isinstance(host, bytes) else str(host)):
-        raise ConnectionError(f"the network is not allowed, and {host} was asked for")
+        raise ConnectionError(f"the network is not allowed, and {host} was requested")
 
 
 def _is_local(host: str) -> bool:
@@ -103,7 +103,7 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
     if manager is None or not set(names) <= set(manager.all_subtasks):  # the built-in index takes seconds
         manager = TaskManager(include_path=include)
     for name in names:
-        if name not in manager.task_index:  # lm-eval would also take the path of a file
+        if name not in manager.task_index:  # lm-eval would also accept the path of a file
             close = difflib.get_close_matches(name, manager.all_tasks, n=5)
             raise BadInput(
                 f"lm-eval has no task {name!r}.",
@@ -114,7 +114,7 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
         loaded = manager.load(list(names))
     except SlmopsError:
         raise
-    except Exception as error:  # a task file and its data can be wrong in any way
+    except Exception as error:  # a task file and its data may have any fault
         raise BadInput(
             f"The tasks {', '.join(names)} cannot be loaded: {_reason(error)}.",
             "For a task of your own, correct its file. A standard task's data must have been prepared once by the "
@@ -140,7 +140,7 @@ def _metrics_of(load: Callable[..., NoReturn]) -> ModuleType:
 
 def _foreign_metric(name: str) -> BadInput:
     return BadInput(
-        f"A task uses the metric {name!r}, which lm-eval does not have and would run as code from elsewhere.",
+        f"A task uses the metric {name!r}, which lm-eval does not have and would download as code.",
         "Choose a task with lm-eval's own metrics.",
         code="lm-eval-metric-unknown",
     )
@@ -154,21 +154,19 @@ def _check_task(name: str, one: Any) -> None:
             f"The task {name} runs code that the model wrote.", "Choose another task.", code="lm-eval-code-of-model"
         )
     if getattr(one, "MULTIMODAL", False):
-        raise BadInput(
-            f"The task {name} asks about images or sound.", "Choose a task of text.", code="lm-eval-not-text"
-        )
+        raise BadInput(f"The task {name} uses images or sound.", "Choose a task of text.", code="lm-eval-not-text")
     if one.OUTPUT_TYPE == "generate_until":
         options = one.get_config("generation_kwargs") or {}
         if normalize_gen_kwargs(options).get("do_sample"):
             raise BadInput(
-                f"The task {name} asks for sampled answers; slmops measures greedy ones.",
+                f"The task {name} requires sampled answers; slmops measures greedy ones.",
                 "Choose another task, or include it in one of your own with generation_kwargs: {do_sample: false}.",
                 code="lm-eval-samples",
             )
 
 
 def _sandboxed(environment: Any) -> Any:
-    """The templates' environment, in a sandbox without access to Python."""
+    """The templates' environment: a sandbox without access to Python."""
     from jinja2.sandbox import SandboxedEnvironment
 
     safe = SandboxedEnvironment(
@@ -238,7 +236,7 @@ def _results(found: Any) -> Iterator[TaskMetric]:
             if not math.isfinite(value):
                 raise StageFailed(
                     f"The metric {metric} of the task {name} is {value}.",
-                    "The model gives the right text no probability at all: its figures on the evaluation tell more.",
+                    "The model gives the correct text a probability of zero; see its figures on the evaluation.",
                     code="lm-eval-score-not-finite",
                 )
             yield TaskMetric(

@@ -18,7 +18,7 @@ PLAIN_TAGS = tuple(
 
 
 class _DataLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads YAML's data and ignores everything that a tag would construct."""
+    """Reads YAML's data and ignores objects that a tag would construct."""
 
 
 _DataLoader.add_multi_constructor("", lambda loader, tag, node: None)
@@ -28,9 +28,9 @@ def check_task_folder(folder: Path, *, allow_code: bool) -> None:
     """Check every YAML file of a folder, and the files that they include from outside lm-eval.
 
     A task file can name Python code to run (`!function`), and data in formats that run code when they are read. Unless
-    `allow_code`, a file that does is refused.
+    `allow_code`, such a file is refused.
 
-    Raises `BadInput` naming the file: no folder, no task file in it, no YAML, or code.
+    Raises `BadInput`, which names the file, for a missing folder, a folder without a task file, invalid YAML, or code.
     """
     if not folder.is_dir():
         raise BadInput(
@@ -77,7 +77,7 @@ def digest_of_task_folder(folder: Path) -> str:
         content = _read(path, allow_code=True)
         for value in (*_values_of("dataset_kwargs", content), *_values_of("dataset_path", content)):
             for name in _strings(value):
-                # Path.glob takes no absolute pattern.
+                # Path.glob does not accept an absolute pattern.
                 found = [folder / match for match in glob.glob(name, root_dir=folder, recursive=True)]  # noqa: PTH207
                 files |= {path for place in found for path in (place.rglob("*") if place.is_dir() else [place])}
     digest = hashlib.sha256()
@@ -104,8 +104,8 @@ def _read(path: Path, *, allow_code: bool) -> object:
             if tag and tag != "!" and tag not in PLAIN_TAGS:
                 line = event.start_mark.line + 1
                 raise BadInput(
-                    f"{path} asks for code to run ({tag}, line {line}).",
-                    "Write the task without it, or allow code if you trust the folder.",
+                    f"{path} names code to run ({tag}, line {line}).",
+                    "Remove it, or allow code if you trust the folder.",
                     code="lm-eval-code",
                 )
         return yaml.load(text, _DataLoader)  # noqa: S506 a subclass of SafeLoader
@@ -137,7 +137,7 @@ def _is_of_lm_eval(path: Path) -> bool:
 
 
 def _values_of(key: str, content: object) -> Iterator[object]:
-    """Yield the values of a key at any depth: a group's file may define its tasks inside."""
+    """Yield the values of a key at any depth, because a group's file may contain its tasks."""
     if isinstance(content, dict):
         for name, value in content.items():
             if name == key:

@@ -1,6 +1,6 @@
-"""The signature of a stored version, by OpenSSF model signing with an elliptic-curve key; nothing leaves the machine.
+"""The signature of a stored version, by OpenSSF model signing with an elliptic-curve key; it works offline.
 
-The signature is of a folder with the version's `manifest.json` as stored. The manifest names every file with its
+The signed object is a folder with the version's stored `manifest.json`. The manifest names every file with its
 SHA-256, so the signature covers all of them.
 """
 
@@ -22,10 +22,10 @@ PUBLIC_KEY = "openssl pkey -in key.pem -pubout -out key.pub"
 
 
 def sign_manifest(manifest_bytes: bytes, private_key: Path, password: str | None) -> dict[str, Any]:
-    """Sign a manifest as stored and return the signature, a Sigstore bundle (parsed JSON).
+    """Sign a stored manifest and return the signature, a Sigstore bundle (parsed JSON).
 
-    `private_key` is a PEM file with a key on P-256, P-384 or P-521; `password` decrypts it, None or empty where it is
-    not encrypted. Raises `BadInput` for a key that cannot be used, and where model-signing is not installed.
+    `private_key` is a PEM file with a key on P-256, P-384 or P-521; `password` decrypts it; None or empty if it is not
+    encrypted. Raises `BadInput` for a key that cannot be used, and if model-signing is not installed.
     """
     _require_library()
     secret = _secret(password)
@@ -41,10 +41,10 @@ def sign_manifest(manifest_bytes: bytes, private_key: Path, password: str | None
 
 
 def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, object], public_key: Path) -> None:
-    """Check that a signature was made of this manifest, as stored, with the private key of a public one.
+    """Check that a signature was made of this stored manifest with the private key that belongs to a public key.
 
-    `public_key` is a PEM file. Raises `BadInput` for a key that cannot be used, and where model-signing is not
-    installed; `StageFailed` when the signature is malformed, altered, of another manifest or by another key.
+    `public_key` is a PEM file. Raises `BadInput` for a key that cannot be used, and if model-signing is not installed;
+    `StageFailed` if the signature is malformed, altered, of another manifest or by another key.
     """
     _require_library()
     fingerprint = _check_public_key(public_key)
@@ -55,8 +55,8 @@ def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, object], publ
             "Verify it with the public key of its signer, or do not use the version.",
             code="signature-of-other-key",
         )
-    # The library ignores the files that the signature tells it to ignore: a signature of an empty folder that ignores
-    # the manifest would be valid for every manifest.
+    # The library ignores files that the signature lists as ignored. A signature of an empty folder that ignores the
+    # manifest would be valid for every manifest.
     if signed != [{"name": SIGNED_FILE, "algorithm": "sha256", "digest": hashlib.sha256(manifest_bytes).hexdigest()}]:
         raise StageFailed(
             "The signature is of another manifest.",
@@ -100,35 +100,35 @@ def _signed_folder(parent: Path, manifest_bytes: bytes) -> Path:
 
 
 def _claims(signature: Mapping[str, Any]) -> tuple[object, object]:
-    """Return the fingerprint of the key that a bundle names and the files that it says were signed; both unproven."""
+    """Return the key fingerprint and the signed files that a bundle claims; both are not verified here."""
     try:
         signer = signature["verificationMaterial"]["publicKey"]["hint"]
         statement = json.loads(base64.b64decode(signature["dsseEnvelope"]["payload"], validate=True))
         return signer, statement["predicate"]["resources"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise StageFailed(
-            "The signature is malformed: it is no bundle that model-signing made with a key.",
+            "The signature is malformed: it is not a bundle that model-signing made with a key.",
             "Do not use the version, or sign it again if you trust it.",
             code="signature-malformed",
         ) from error
 
 
 def _check_private_key(path: Path, secret: bytes | None) -> None:
-    """Raise `BadInput` for a private key that the library does not take."""
+    """Raise `BadInput` for a private key that the library does not accept."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     content = _read_key(path)
     if b"PRIVATE KEY-----" not in content:
         raise _no_key(path, content, "private", f"Make one with {NEW_KEY}")
-    # The errors are not chained: their causes may reveal the key.
+    # The errors are not chained, because their causes may reveal the key.
     try:
         key = load_pem_private_key(content, secret)
     except TypeError:
         raise (
             BadInput(
                 f"The key {path} is not encrypted, but a password was given.",
-                "Leave the password out.",
+                "Omit the password.",
                 code="key-not-encrypted",
             )
             if secret
@@ -142,7 +142,7 @@ def _check_private_key(path: Path, secret: bytes | None) -> None:
         raise (
             BadInput(
                 f"The key {path} cannot be decrypted with this password.",
-                "Give the key's own password.",
+                "Give the password of this key.",
                 code="key-password-wrong",
             )
             if secret
@@ -154,9 +154,9 @@ def _check_private_key(path: Path, secret: bytes | None) -> None:
 
 
 def _check_public_key(path: Path) -> str:
-    """Return the fingerprint by which a bundle names a public key, the SHA-256 (hex) of its PEM form.
+    """Return the fingerprint of a public key in a bundle: the SHA-256 (hex) of its PEM form.
 
-    Raises `BadInput` for a key that the library does not take.
+    Raises `BadInput` for a key that the library does not accept.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
@@ -179,15 +179,15 @@ def _check_public_key(path: Path) -> str:
 def _read_key(path: Path) -> bytes:
     if "-----BEGIN" in str(path):
         raise BadInput(
-            "A key itself was given in place of its file.",
+            "The key itself was given instead of its file.",
             "Write the key to a file and give its path.",
             code="key-in-setting",
         )
     try:
-        # A pipe could be read only once, and the library reads the file again.
+        # A pipe can be read only once, and the library reads the file again.
         if path.is_file():
             return path.read_bytes()
-        reason = "it is no file" if path.exists() else "it does not exist"
+        reason = "it is not a file" if path.exists() else "it does not exist"
     except OSError as error:
         reason = error.strerror or type(error).__name__
     raise BadInput(
@@ -200,7 +200,7 @@ def _read_key(path: Path) -> bytes:
 def _no_key(path: Path, content: bytes, wanted: str, what_to_do: str) -> BadInput:
     kinds = {"certificate": b"CERTIFICATE-----", "private key": b"PRIVATE KEY-----", "public key": b"PUBLIC KEY-----"}
     found = next((f"a {kind}" for kind, mark in kinds.items() if mark in content), "no key in PEM form")
-    return BadInput(f"{path} holds {found}; a {wanted} key is needed.", what_to_do, code="key-of-other-role")
+    return BadInput(f"{path} has {found}; a {wanted} key is needed.", what_to_do, code="key-of-other-role")
 
 
 def _check_curve(path: Path, key: object) -> None:
@@ -215,5 +215,5 @@ def _check_curve(path: Path, key: object) -> None:
 
 
 def _secret(password: str | None) -> bytes | None:
-    # This recovers the bytes of a password from the environment.
+    # Recover the bytes of a password from the environment.
     return password.encode("utf-8", "surrogateescape") if password else None

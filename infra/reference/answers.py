@@ -17,7 +17,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Question(Record):
-    """A chat that ends with a user's turn; `expected` is the whole correct answer, if one is known."""
+    """A chat that ends with a user's turn; `expected` is the complete correct answer, if known."""
 
     id: RowId
     messages: tuple[Message, ...]
@@ -45,7 +45,7 @@ class SourceAnswers(Record):
     """The source checkpoint's greedy answers, and the shape and digest of its logits at the compared positions.
 
     `logits.npy` in the same folder is float32, [positions, vocabulary_size], row by row in the order of `rows`.
-    `tokenizer_size` is the highest token id + 1, `dtype` what the weights were loaded as.
+    `tokenizer_size` is the highest token id + 1, `dtype` that of the loaded weights.
     """
 
     rows: tuple[SourceAnswer, ...]
@@ -79,6 +79,6 @@ def matches(answer: str, expected: str | None) -> bool | None:
 
 
 def share_of(flags: Sequence[bool | None]) -> float | None:
-    """Share of True among the flags that are set; None when none is."""
+    """Share of True among the flags that are not None; None if there are none."""
     counted = [flag for flag in flags if flag is not None]
     return sum(counted) / len(counted) if counted else None

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 def are_comparable(variant_size: int, reference_size: int, tokenizer_size: int) -> bool:
-    """Whether the further entries of the larger vocabulary are padding that no token of the tokenizer uses."""
+    """Whether the additional entries of the larger vocabulary are padding that no token of the tokenizer uses."""
     return variant_size == reference_size or min(variant_size, reference_size) >= tokenizer_size
 
 
@@ -16,9 +16,9 @@ def are_comparable(variant_size: int, reference_size: int, tokenizer_size: int) 
 class PositionComparison:
     """A variant's distribution compared with the reference's at one position.
 
-    `kl_divergence` is KL(reference || variant) and the log-probabilities are those of the token that the
-    reference's text goes on with, all in nats. They are None where the variant's logits are not all finite;
-    such a position counts as a disagreement.
+    `kl_divergence` is KL(reference || variant) and the log-probabilities are those of the next token in the reference's
+    text, all in nats. They are None if the variant's logits are not all finite; such a position counts as a
+    disagreement.
     """
 
     finite: bool
@@ -45,7 +45,7 @@ def kl_divergence(reference: NDArray[np.float64], variant: NDArray[np.float64]) 
 
 
 def compare_position(reference: NDArray[Any], variant: NDArray[Any], next_token: int) -> PositionComparison:
-    """Compare two vectors of logits over the same vocabulary; the reference's are finite."""
+    """Compare two vectors of logits over the same vocabulary; those of the reference are finite."""
     expected = log_softmax(reference)
     if not np.isfinite(variant).all():
         return PositionComparison(False, False, None, None, float(expected[next_token]))

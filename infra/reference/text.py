@@ -7,12 +7,12 @@ from slmops.infra.records import Record
 from slmops.infra.reference.answers import choose_positions
 
 TEXT_FILE = "text.json"
-# Bound on the float32 logits that are held at once: 220 positions of a vocabulary of 152 k.
+# Limit on the float32 logits in memory: 220 positions of a vocabulary of 152 k.
 LOGITS_CHUNK_BYTES = 128 * 2**20
 
 
 class SourceWindow(Record):
-    """A window of the text: log-probabilities in nats, of the scored tokens in order.
+    """A window of the text: log-probabilities of the scored tokens, in nats and in order.
 
     `positions` are indices into `token_ids` of the token before the predicted one, where logits were kept.
     """
@@ -40,7 +40,7 @@ class SourceText(Record):
 
 
 def begin_token_ids(with_special_tokens: Sequence[int], without: Sequence[int]) -> list[int]:
-    """Token ids that a tokenizer puts before a text, from one text's ids with and without its special tokens."""
+    """Token ids that a tokenizer adds before a text, found from one text's ids with and without special tokens."""
     for start in range(len(with_special_tokens) - len(without) + 1):
         if list(with_special_tokens[start : start + len(without)]) == list(without):
             return list(with_special_tokens[:start])
@@ -50,12 +50,12 @@ def begin_token_ids(with_special_tokens: Sequence[int], without: Sequence[int]) 
 def cut_windows(token_ids: Sequence[int], begin: Sequence[int], window_tokens: int) -> list[list[int]]:
     """Cut a text into windows of `window_tokens` of its tokens, each after the `begin` tokens; the last is shorter.
 
-    A window of which no token has a predecessor to be predicted from is left out: a last single token without
-    `begin`. Raises `BadInput` for a text of fewer than two tokens.
+    A window without a token that has a predecessor is left out: a last single token without `begin`. Raises `BadInput`
+    for a text of fewer than two tokens.
     """
     if len(token_ids) < 2:
         raise BadInput(
-            f"The text has {len(token_ids)} token(s), and a perplexity needs at least 2.",
+            f"The text has {len(token_ids)} token(s); a perplexity needs at least 2.",
             "Name a longer text.",
             code="text-too-short",
         )

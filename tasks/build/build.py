@@ -1,4 +1,4 @@
-"""Builds: one variant by its recipe, in a child process, only once if several runs request the same."""
+"""Builds: one variant by its recipe, in a child process, and only once if several runs request the same."""
 
 import json
 import shutil
@@ -45,12 +45,12 @@ class BuiltVariant(Record):
 
 
 # Prefect can limit task runs by tag, but each tagged run costs a request to the server. Only builds have a tag, because
-# only they take enough memory to need a limit.
+# only they need so much memory.
 @stage("build variant", run_name="build-{recipe.name}", tags=["slmops-build"])
 def build_variant(
     recipe: Recipe, prepared: PreparedCheckpoint, request: DeployRequest, calibration: Calibration | None = None
 ) -> BuiltVariant:
-    """Build one variant and store its files; a build that is stored already is reused.
+    """Build one variant and store its files; a stored build is reused.
 
     `calibration` is what a calibrated recipe needs; others ignore it.
     Raises `StageFailed` and its kinds as `run_in_child` does.
@@ -135,13 +135,13 @@ def set_generation_defaults(folder: Path, defaults: dict[str, float]) -> None:
         search["do_sample"] = defaults["temperature"] > 0
         if search["do_sample"]:
             search["temperature"] = defaults["temperature"]
-    path.unlink()  # it may be a link to the user's own file
+    path.unlink()  # the file may be a link to the user's own file
     path.write_text(json.dumps({**config, "search": search}, indent=4), "utf-8")
 
 
 @stage("copy out", run_name="copy-out")
 def copy_out(variants: Sequence[StoredVariant], output: str) -> None:
-    """Write a plain copy of every variant into a new folder, one folder a precision."""
+    """Write a plain copy of every variant into a new folder, one folder per precision."""
     target = Path(output).expanduser().absolute()
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)

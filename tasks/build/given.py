@@ -1,4 +1,4 @@
-"""A model that is built already: a given onnxruntime-genai folder, stored unchanged."""
+"""A given model: an onnxruntime-genai folder that is stored unchanged."""
 
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD
 from slmops.infra.genai.model_files import detect_precision
@@ -19,7 +19,7 @@ NOT_OF_THE_MODEL = (EVALUATION_FILE, OUTPUT_SCHEMA_FILE, INFERENCE_MODEL, MODEL_
 
 @stage("take model", run_name="take-{request.name}")
 def take_model(prepared: PreparedCheckpoint, request: DeployRequest) -> BuiltVariant:
-    """Store a folder that already is an onnxruntime-genai model, as the one variant of its version."""
+    """Store a folder that already is an onnxruntime-genai model, as the only variant of its version."""
     shop = workshop()
     refuse_recipes(request)
     precision = detect_precision(prepared.folder)

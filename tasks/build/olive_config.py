@@ -1,4 +1,4 @@
-"""Olive's run configuration: written for a recipe, or read from a user's file."""
+"""Olive's run configuration, written for a recipe or read from a user's file."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
 # Passes that turn a Hugging Face checkpoint into another one, and so may come before the ModelBuilder.
 BEFORE_BUILDER = frozenset({"AutoClip", "Gptq", "KQuant", "QuaRot", "Rtn", "SelectiveMixedPrecision"})
-# Olive's names of the execution providers, and the device that its systems pair them with.
+# Olive's names of the execution providers, and the device of each in Olive's systems.
 OLIVE_PROVIDERS: dict[str, tuple[str, str]] = {
     "cpu": ("CPUExecutionProvider", "cpu"),
     "cuda": ("CUDAExecutionProvider", "gpu"),
@@ -55,7 +55,7 @@ ACCELERATOR_KEYS = frozenset({"device", "execution_providers"})
 # Keys that make Olive run foreign code, in a pass or in a data configuration. A user's own file may have them.
 CODE_KEYS = frozenset({"script_dir", "trust_remote_code", "user_script"})
 
-# The pass's options by the names that Olive's own ModelBuilder gives or gave them.
+# The pass's options under their present and former names in Olive's own ModelBuilder.
 OPTION_ALIASES = {
     f"int4_{name}": name
     for name in (
@@ -91,10 +91,10 @@ def olive_run_config(recipe: Recipe) -> Json:
 
 
 def read_olive_config(path: Path) -> Recipe:
-    """Return the recipe in a user's Olive configuration, in today's flat form or the older nested one.
+    """Return the recipe in a user's Olive configuration, in the present flat form or the older nested form.
 
-    slmops sets the model, the folders and the logging itself. Raises `BadInput` naming everything in it that is
-    unknown, or that slmops cannot honour.
+    slmops sets the model, the folders and the logging itself. Raises `BadInput` that names every entry which is unknown
+    or not supported.
     """
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -114,7 +114,7 @@ def read_olive_config(path: Path) -> Recipe:
 
 
 def ordered_recipe(record: Json) -> Recipe:
-    """Return the recipe that another machine's deploy has ordered: one of slmops' own, or what a user's file may say.
+    """Return the recipe that a deploy on another machine ordered: one of slmops' own, or one from a user's file.
 
     Raises `BadInput` for anything else, and for one that names code.
     """
@@ -123,14 +123,12 @@ def ordered_recipe(record: Json) -> Recipe:
         return recipe
     config = olive_run_config(recipe)
     for entry in _dict(config["passes"]).values():
-        _dict(entry).pop("execution_provider", None)  # the target's, which the reader puts there itself
+        _dict(entry).pop("execution_provider", None)  # of the target; the reader sets it itself
     reader = _Reader()
     reader.recipe(config)
     faults = [*reader.faults, *(f"{key} names code" for key in sorted(_keys(config) & CODE_KEYS))]
     if faults:
-        raise BadInput(
-            f"The order's recipe is refused: {'; '.join(faults)}.", "Deploy on this machine what needs that."
-        )
+        raise BadInput(f"The order's recipe is refused: {'; '.join(faults)}.", "Deploy such a model on this machine.")
     return recipe
 
 
@@ -142,7 +140,7 @@ class _Reader:
 
     def recipe(self, config: JsonValue) -> Recipe | None:
         if not isinstance(config, dict):
-            self.faults.append(f"it is a {type(config).__name__} where an object was expected")
+            self.faults.append(f"it is a {type(config).__name__}; an object was expected")
             return None
         engine = self._section(config, "engine")
         merged = {**engine, **config}
@@ -193,7 +191,7 @@ class _Reader:
         self._name_unknown("key of input_model", model, INPUT_MODEL_KEYS)
         self._name_unknown("key of load_kwargs", self._section(model, "load_kwargs"), LOAD_KEYS)
         if str(model.get("type", "HfModel")).lower() != "hfmodel":
-            self.faults.append(f"input_model is of type {model['type']!r} where HfModel was expected")
+            self.faults.append(f"input_model is of type {model['type']!r}; HfModel was expected")
         if str(model.get("task", "text-generation")) not in ("text-generation", "text-generation-with-past"):
             self.faults.append(f"the task {model['task']!r} is not text-generation")
 
@@ -231,7 +229,7 @@ class _Reader:
     def _check_system(self, name: str, system: Json) -> None:
         self._name_unknown(f"key of the system {name}", system, SYSTEM_KEYS)
         if str(system.get("type", "LocalSystem")).lower() != "localsystem":
-            self.faults.append(f"the system {name} is of type {system['type']!r} where LocalSystem was expected")
+            self.faults.append(f"the system {name} is of type {system['type']!r}; LocalSystem was expected")
         for accelerator in _dicts(system.get("accelerators")):
             self._name_unknown(f"key of an accelerator of {name}", accelerator, ACCELERATOR_KEYS)
 
@@ -240,7 +238,7 @@ class _Reader:
         known = {name.lower(): name for name in olive_pass_types()}
         section = self._section(config, "passes")
         if not section:
-            self.faults.append(f"it has no passes, where one of type {MODEL_BUILDER} was expected")
+            self.faults.append(f"it has no passes; one of type {MODEL_BUILDER} was expected")
         for name, given in section.items():
             entry = given[0] if isinstance(given, list) and len(given) == 1 else given
             if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):

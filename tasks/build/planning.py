@@ -1,4 +1,4 @@
-"""Which recipes a deploy builds: the defaults, those that are named, those that are searched, or the user's own."""
+"""The recipes of a deploy: the defaults, the named ones, those of a search, or the user's own."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from slmops.tasks.request.deploy_request import DeployRequest
 
 
 def plan_recipes(request: DeployRequest) -> list[Recipe]:
-    """Return one recipe per precision, or the one that the user's Olive configuration makes.
+    """Return one recipe per precision, or the one from the user's Olive configuration.
 
-    Raises `BadInput` for a named recipe that is unknown, of a precision that is not asked for, or the second of one.
+    Raises `BadInput` for a named recipe that is unknown, of a precision that is not requested, or the second of one.
     """
     if request.olive_config_file:
         return [read_olive_config(Path(request.olive_config_file).expanduser())]
@@ -22,9 +22,9 @@ def plan_recipes(request: DeployRequest) -> list[Recipe]:
 
 
 def plan_search(request: DeployRequest) -> list[Recipe]:
-    """Return every recipe of each precision that is asked for, the default first.
+    """Return every recipe of each requested precision, the default first.
 
-    A precision whose recipe is named keeps that one, and is not searched. Raises `BadInput` as `plan_recipes` does.
+    A precision with a named recipe keeps it, and is not searched. Raises `BadInput` as `plan_recipes` does.
     """
     named = _named_recipes(request)
     provider = request.execution_provider
@@ -34,7 +34,7 @@ def plan_search(request: DeployRequest) -> list[Recipe]:
         for recipe in (
             [named[precision]]
             if precision in named
-            # Without any recipe, the default's absence is the error to tell.
+            # Without any recipe, report the missing default.
             else [load_recipe(name, provider) for name in known_recipes(precision, provider) or (precision,)]
         )
     ]
@@ -51,24 +51,24 @@ def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
                 for known in known_recipes(precision, recipe.execution_provider)
             ]
             raise BadInput(
-                f"The recipe {name!r} is of a precision that is not asked for.",
-                f"Ask for {recipe.precision} too, or use one of: {', '.join(fitting)}.",
+                f"The recipe {name!r} is of a precision that is not requested.",
+                f"Request {recipe.precision} too, or use one of: {', '.join(fitting)}.",
             )
         if recipe.precision in named:
             known = ", ".join(known_recipes(recipe.precision, recipe.execution_provider))
             raise BadInput(
                 f"The recipes {named[recipe.precision].name!r} and {name!r} are of one precision.",
-                f"A version has one variant a precision: name one of {known}, or search for the best of them.",
+                f"A version has one variant per precision: name one of {known}, or search for the best of them.",
             )
         named[recipe.precision] = recipe
     return named
 
 
 def refuse_recipes(request: DeployRequest) -> None:
-    """Raise `BadInput` for recipes where there is nothing to build: the model came as ONNX."""
+    """Raise `BadInput` for recipes if there is nothing to build, because the model came as ONNX."""
     if request.recipes or request.search or request.olive_config_file:
         raise BadInput(
-            f"{request.checkpoint} is built already.",
-            "Leave --recipe, --search and --olive-config out, or deploy its checkpoint.",
+            f"{request.checkpoint} is already an ONNX model.",
+            "Omit --recipe, --search and --olive-config, or deploy its checkpoint.",
             code="checkpoint-is-built",
         )

@@ -7,7 +7,7 @@ from slmops.tasks.workshop import workshop
 
 
 def check_pools() -> None:
-    """Raise `BadInput` for pools in the settings that cannot do the work now."""
+    """Raise `BadInput` for pools in the settings that cannot take work now."""
     shop = workshop()
     if shop.build_pool:
         check_pool(shop.build_pool, [variants.ON_WORKER])

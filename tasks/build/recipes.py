@@ -10,18 +10,18 @@ from slmops.infra.olive.options import BITS
 from slmops.infra.records import Json, Record
 from slmops.tasks.request.parameters import ExecutionProvider, Precision
 
-# Each file is a recipe: PROVIDER-PRECISION.json is the default of its precision, PROVIDER-PRECISION-NAME.json another.
+# Each file is a recipe: PROVIDER-PRECISION.json is the default, PROVIDER-PRECISION-NAME.json is another one.
 RECIPES_DIR = Path(__file__).parent / "recipes"
 MODEL_BUILDER = "ModelBuilder"
 CALIBRATED_PASSES = frozenset({"AutoClip", "Gptq", "SelectiveMixedPrecision"})
-OLIVE_CONFIG = "olive-config"  # the id of a recipe that a user's Olive configuration makes
+OLIVE_CONFIG = "olive-config"  # the id of a recipe from a user's Olive configuration
 
 
 class Recipe(Record):
     """The recipe of one variant.
 
-    `passes` are Olive's, by name and in order, one of type ModelBuilder; `warnings` are for the user. `id` says where
-    it comes from, such as `cpu-int4-block128`.
+    `passes` are Olive's passes by name, in order, one of type ModelBuilder; `warnings` are for the user. `id` names the
+    origin, such as `cpu-int4-block128`.
     """
 
     id: str = OLIVE_CONFIG
@@ -33,7 +33,7 @@ class Recipe(Record):
 
     @property
     def name(self) -> str:
-        """The id without the provider, as users name it; the precision for a user's own configuration."""
+        """The id without the provider, as users write it; for a user's own configuration, the precision."""
         return self.precision if self.id == OLIVE_CONFIG else self.id.partition("-")[2]
 
     @property
@@ -59,7 +59,7 @@ class Recipe(Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, without its id and the warnings.
+        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, without id and warnings.
 
         It depends on the order of the passes, because another order gives another model.
         """
@@ -70,9 +70,9 @@ class Recipe(Record):
 
 
 def load_recipe(name: str, execution_provider: str = "cpu") -> Recipe:
-    """Return slmops' own recipe of a name: a precision for its default (`int4`), or `int4-block128` for another one.
+    """Return slmops' own recipe of a name: a precision for its default (`int4`), or a name such as `int4-block128`.
 
-    Raises `BadInput`, listing what is known, for a precision, a provider or a name without a recipe.
+    Raises `BadInput`, which lists the known ones, for a precision, a provider or a name without a recipe.
     """
     files = _recipe_files()
     precision = name.partition("-")[0]
@@ -95,7 +95,7 @@ def load_recipe(name: str, execution_provider: str = "cpu") -> Recipe:
 
 
 def known_recipes(precision: str, execution_provider: str = "cpu") -> tuple[str, ...]:
-    """Return the names of a precision's recipes for a provider, its default first; none where there is no recipe."""
+    """Return the names of a precision's recipes for a provider, the default first."""
     return tuple(sorted(_recipe_files().get((execution_provider, precision), ())))
 
 

@@ -1,4 +1,4 @@
-"""The search: every recipe of a precision is built, measured and evaluated, and the best one goes into the version."""
+"""The search: every recipe of a precision is built, measured and evaluated; the best one goes into the version."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -41,10 +41,10 @@ from slmops.tasks.workshop import Workshop, working_with, workshop
 class Trial(Record):
     """One recipe of a search, by its name (`int4-block128`).
 
-    `candidate` has its figures, None where it failed before it had them all; `score` is its task score. Only those that
-    passed the gate's checks of answers and distributions are compared: of them `on_front` are those that no other
-    dominates, and `dominated_by` names the one that does. `reason` says why it was chosen or not. `records` are the
-    keys of its evidence by kind.
+    `candidate` has its figures (None if it failed before all were measured); `score` is its task score. Only trials
+    that passed the gate's checks of answers and distributions are compared: those `on_front` are not dominated by
+    another, and `dominated_by` names the trial that dominates. `reason` says why it was chosen or not. `records` are
+    the keys of its evidence by kind.
     """
 
     recipe: str
@@ -69,12 +69,12 @@ class SearchOutcome(Record):
 
     @property
     def chosen(self) -> dict[str, str]:
-        """Precision -> name of the recipe that the version takes."""
+        """Precision -> name of the recipe in the version."""
         return {trial.precision: trial.recipe for trial in self.trials if trial.chosen}
 
     @property
     def failures(self) -> dict[str, str]:
-        """Precision -> error, for each precision of which no recipe gave a variant."""
+        """Precision -> error, for each precision without any variant."""
         failed = {trial.precision: trial.error or "" for trial in reversed(self.trials)}
         return {precision: error for precision, error in failed.items() if precision not in self.chosen}
 
@@ -86,7 +86,7 @@ Content = Kind[dict[str, Any]]  # a kind whose records are copied unchanged
 class TrialRegistry(ModelRegistry):
     """A registry in the cache for a search's builds and results; files that the store already has are read there.
 
-    Each trial is a version with one variant, which has its recipe's name in place of a precision. So the stages' tasks
+    Each trial is a version with one variant, which has its recipe's name in place of a precision, so that the stages
     can work on a trial and store their results.
     """
 
@@ -123,7 +123,7 @@ def open_trials(shop: Workshop) -> TrialRegistry:
 
 
 def trial_manifest(name: str, variant: StoredVariant, prepared: PreparedCheckpoint) -> Manifest:
-    """Return a trial's manifest in the registry of trials: equal files of the same source are the same trial."""
+    """Return a trial's manifest in the registry of trials: equal files of one source are the same trial."""
     return _manifest_of(
         variant.model_copy(update={"precision": name}),
         Source(
@@ -147,7 +147,7 @@ def search_recipes(
     prepared: PreparedCheckpoint,
     evaluation: EvaluationSet,
 ) -> tuple[list[BuiltVariant], SearchOutcome]:
-    """Try every recipe of each precision that is asked for; return the chosen variants, stored, and the outcome.
+    """Try every recipe of each requested precision; return the chosen variants, stored, and the outcome.
 
     Results of an earlier search for the same question are reused. A recipe that fails is reported in the outcome, and
     the others continue; a precision without a working recipe is missing from the variants. Raises `BadInput` for a
@@ -178,7 +178,7 @@ def search_recipes(
 
 
 class _Tried:
-    """A recipe on its way through a search."""
+    """A recipe during a search."""
 
     def __init__(self, recipe: Recipe, exams: tuple[MeasurementExam, AnswersExam]) -> None:
         self.recipe = recipe
@@ -230,7 +230,7 @@ class _Tried:
 
 
 def candidate_of(name: str, measured: Measurement, evaluated: Evaluation) -> Candidate:
-    """Return a variant's figures as they are compared."""
+    """Return a variant's figures for the comparison."""
     metrics = measured.metrics
     return Candidate(
         name=name,
@@ -272,9 +272,9 @@ def choose_recipes(
 ) -> SearchOutcome:
     """Choose one recipe per precision, by name; `scores` are each recipe's scores row by row, empty without any.
 
-    Of the recipes that pass the gate, and keep the budget if any does, the one is chosen that `choose_variant` would:
-    it drops dominated ones, then those whose quality is measurably below the best one's, and takes the fastest in token
-    generation, of equally fast ones the smallest. If none passes the gate, all that ran are compared, so that the
+    The choice is that of `choose_variant` among the recipes that pass the gate, and the budget if any is within it: it
+    drops dominated ones, then those whose quality is measurably below the best one's, and takes the fastest in token
+    generation, among equally fast ones the smallest. If none passes the gate, all that ran are compared, so that the
     version's own gate reports the faults of the best one.
     """
     budget = parse_budget(request.budget) or Budget()
@@ -288,7 +288,7 @@ def choose_recipes(
             if trial.candidate
         ]
         choice = choose_variant(judged, budget)
-        if choice.selected is None:  # none keeps the budget: the choice between the precisions reports that
+        if choice.selected is None:  # none is within the budget: the choice between the precisions reports that
             choice = choose_variant(judged, Budget())
         front = pareto_front([variant.candidate for variant in judged])
         others = len([point for point in front.values() if point is None]) - 1
@@ -309,9 +309,9 @@ def choose_recipes(
 
 def _why(others_on_front: int, ran: int) -> str:
     if ran == 1:
-        return "the only recipe of its precision that was tried and ran"
+        return "the only recipe of its precision that ran"
     if others_on_front == 0:
-        return "no other recipe of its precision is better in anything"
+        return "no other recipe of its precision is better in any figure"
     return (
         f"of {others_on_front + 1} recipes that no other dominates, the fastest of those whose quality is not "
         "measurably below the best"
@@ -320,7 +320,7 @@ def _why(others_on_front: int, ran: int) -> str:
 
 @stage("keep variant", run_name="keep-{variant.recipe}")
 def keep_variant(variant: StoredVariant) -> None:
-    """Bring the files of a chosen trial into the store."""
+    """Copy the files of a chosen trial into the store."""
     shop = workshop()
     registry = shop.registry
     with stage_progress(f"keep {variant.precision}") as on_progress:
@@ -333,7 +333,7 @@ def keep_variant(variant: StoredVariant) -> None:
 
 @stage("record search", run_name="record-search")
 def record_trials(version: Version, outcome: SearchOutcome) -> None:
-    """Append the outcome to a version, and its variants' figures under the keys by which their exams find them."""
+    """Append the outcome to a version, and its variants' figures under the keys of their exams."""
     trials = open_trials(workshop())
     for trial in outcome.trials:
         if trial.chosen:

@@ -1,4 +1,4 @@
-"""Building all variants of a version: by a search, on the workers of a pool, or here."""
+"""Building all variants of a version: by a search, on the workers of a pool, or on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from slmops.tasks.runs.orders import Order, order_on_pool
 from slmops.tasks.workshop import workshop
 
 ON_WORKER = "build-variant"  # the flow that builds on a pool's workers
-# The fields of a request that a build needs: files and addresses of the deploying machine are not sent.
+# The fields of a request that a build needs; files and addresses of the deploying machine are not sent.
 OF_A_BUILD = {
     "name",
     "precisions",
@@ -37,8 +37,8 @@ OF_A_BUILD = {
 class BuildOrder(Record):
     """An order from one machine's deploy to another.
 
-    It has the checkpoint's address in the store, and the builder's versions. With equal versions the worker gives the
-    result that the deploy itself would give.
+    It has the checkpoint's address in the store, and the builder's versions. With equal versions the worker's result is
+    that of a build by the deploy itself.
     """
 
     checkpoint: str
@@ -51,7 +51,7 @@ class BuildOrder(Record):
 
 @dataclass(frozen=True)
 class Built:
-    """The variants that could be built, why (by precision) others could not, and the search they come from."""
+    """The built variants, the errors of others by precision, and the search that they come from."""
 
     variants: list[BuiltVariant] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
@@ -118,9 +118,9 @@ def _build_on_workers(
 
 
 def build_ordered(asked: BuildOrder) -> BuiltVariant:
-    """Build the variant that another machine's deploy has ordered.
+    """Build the variant that a deploy on another machine ordered.
 
-    Raises `StageFailed` if this machine's builder would give another result, and `BadInput` as `ordered_recipe` does.
+    Raises `StageFailed` if this machine has other versions of the builder, and `BadInput` as `ordered_recipe` does.
     """
     _check_builder(asked.builder)
     settings, recipe = workshop().settings, ordered_recipe(asked.recipe)
@@ -138,7 +138,7 @@ def _check_builder(wanted: dict[str, str]) -> None:
     ]
     if other:
         raise StageFailed(
-            f"This worker would build otherwise than the deploy says: {', '.join(other)}.",
+            f"This worker's builder differs from the deploy's: {', '.join(other)}.",
             "Install the same constraints.txt on every machine.",
             code="builder-of-other-versions",
         )

@@ -1,4 +1,4 @@
-"""What a checkpoint, an adapter or a given model is, read from its files before anything runs."""
+"""The inspection of a checkpoint, an adapter or a given model by its files, before anything runs."""
 
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ EVALUATION_FILE = "eval.jsonl"
 OUTPUT_SCHEMA_FILE = "output_schema.json"
 
 # The files that a checkpoint's digest covers: all that influence the model's answers. Model cards, training states, the
-# evaluation file and the output's schema may change without changing the model.
+# evaluation file and the output schema do not.
 CONTENT_SUFFIXES = (".safetensors", ".onnx", ".data", ".model", ".jinja", ".txt", ".json")
 NOT_CONTENT = (
     *("README", "LICENSE", OUTPUT_SCHEMA_FILE),
@@ -28,7 +28,7 @@ NOT_CONTENT = (
 )
 
 
-# Far above any model's; a damaged config must not make the count take hours.
+# Far above any model's size; a damaged config must not make the count take hours.
 LARGEST_SIZE = 100_000_000
 LARGEST_LAYERS = 10_000
 
@@ -79,7 +79,7 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
     _check_shapes(folder, config, headers)
     warnings = []
     if "auto_map" in config:
-        warnings.append("The checkpoint brings code of its own (auto_map); slmops never runs it.")
+        warnings.append("The checkpoint contains its own code (auto_map); slmops never runs it.")
     return Inspection(
         kind="checkpoint",
         architecture=config["architectures"][0],
@@ -187,7 +187,7 @@ def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) 
         found = headers.get(name)
         if found is None:
             raise BadInput(
-                f"{folder} has no tensor {name}, which config.json calls for.",
+                f"{folder} has no tensor {name}, which config.json requires.",
                 "The weights and config.json are not of the same model: save both again.",
                 code="tensor-missing",
             )
@@ -200,7 +200,7 @@ def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) 
 
 
 def expected_shapes(config: Json) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of the tensors that a Llama-like config.json calls for (biases and norms left out)."""
+    """Return name -> shape of the tensors of a Llama-like config.json, without biases and norms."""
     hidden, vocabulary = _size(config, "hidden_size"), _size(config, "vocab_size")
     intermediate, heads = _size(config, "intermediate_size"), _size(config, "num_attention_heads")
     layers = _size(config, "num_hidden_layers")
@@ -230,7 +230,7 @@ def expected_shapes(config: Json) -> dict[str, tuple[int, ...]]:
 
 
 def content_digest(folder: Path) -> str:
-    """Return the SHA-256 (hex) over the names and bytes of the files that decide what the model answers."""
+    """Return the SHA-256 (hex) over the names and bytes of the files that influence the model's answers."""
     paths = sorted(
         path
         for path in folder.iterdir()

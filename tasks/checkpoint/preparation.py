@@ -1,4 +1,4 @@
-"""Preparation: a checkpoint from any source is fetched, merged and given its template."""
+"""Preparation: a checkpoint from any source is fetched, merged, and gets its chat template."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ def folder_of(uri: str) -> Path:
 
 @stage("prepare checkpoint", run_name="prepare-{request.name}")
 def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCheckpoint:
-    """Fetch the checkpoint if it is remote, merge it if it is an adapter, give it its chat template, and digest it.
+    """Fetch a remote checkpoint, merge an adapter, add the chat template, and compute the digest.
 
     Raises `BadInput` for a checkpoint that cannot be deployed.
     """
@@ -86,9 +86,9 @@ def put_into_store(prepared: PreparedCheckpoint, registry: ModelRegistry) -> str
 
 @stage("fetch checkpoint", run_name="fetch-checkpoint")
 def fetched_from_store(address: str, digest: str, settings: Settings) -> PreparedCheckpoint:
-    """Return a checkpoint that another machine has prepared and shared; its content must have the digest.
+    """Return a checkpoint that another machine prepared and shared; its content must have the digest.
 
-    Raises `StageFailed` where it has another one.
+    Raises `StageFailed` if it has another one.
     """
     with stage_progress("fetch") as on_progress:
         folder = fetch_input(open_registry(settings), address, inputs_dir(settings), on_progress)
@@ -104,12 +104,12 @@ def fetched_from_store(address: str, digest: str, settings: Settings) -> Prepare
 
 
 def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint:
-    """Return the checkpoint that a version was built from, from wherever this machine can read it.
+    """Return the checkpoint that a version was built from, from any place that this machine can read.
 
-    Raises `BadInput` when it is gone or has changed since.
+    Raises `BadInput` if it is missing or was changed.
     """
     if is_input_address(manifest.source.origin):
-        with contextlib.suppress(BadInput):  # removed from the store; this machine may still have it
+        with contextlib.suppress(BadInput):  # it was removed from the store; this machine may still have it
             fetch_input(open_registry(settings), manifest.source.origin, inputs_dir(settings))
     folders = [settings.cache_dir / "checkpoints", inputs_dir(settings)]
     prepared = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
@@ -122,7 +122,7 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
                 uri=uri, origin=manifest.source.origin, digest=manifest.source.digest, inspection=inspection
             )
     raise BadInput(
-        f"The checkpoint of {manifest.reference} ({manifest.source.origin}) is gone or was changed.",
+        f"The checkpoint of {manifest.reference} ({manifest.source.origin}) is missing or was changed.",
         "Deploy the checkpoint again; or, where its last verdict is enough, judge it on the rows of that (without "
         f"--eval), or trust its origin: slmops promote {manifest.reference}.",
         code="checkpoint-gone",
@@ -144,7 +144,7 @@ def fetch_checkpoint(text: str, revision: str | None, settings: Settings, on_pro
 
 
 def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_progress: OnProgress) -> Path:
-    """Return the folder of an adapter merged into its base; merged once per content of the two."""
+    """Return the folder of an adapter merged into its base; equal contents are merged only once."""
     declared = base or read_adapter_config(adapter)
     if not declared:
         raise BadInput(
@@ -191,7 +191,7 @@ def with_chat_template(folder: Path, template: str, settings: Settings) -> Path:
             ):
                 link_or_copy(path, aside / path.name)
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        config["chat_template"] = template  # the runtimes read it here, transformers in either place
+        config["chat_template"] = template  # the runtimes read it here, transformers in both places
         (aside / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
         place(aside, target)
     return target

@@ -83,7 +83,7 @@ CASES = {
         write("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}'),
     ),
     "leaving index": Case(
-        "no file of this folder", write("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}')
+        "not a file of this folder", write("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}')
     ),
     "name with dots": Case("not valid", name=".."),
     "name with a slash": Case("not valid", name="a/b"),

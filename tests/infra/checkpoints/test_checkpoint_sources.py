@@ -216,7 +216,7 @@ class TestFetchFromS3:
         with _serving(_ListsAnotherSize) as endpoint, pytest.raises(SlmopsError) as caught:
             lying = s3_settings.store.model_copy(update={"endpoint_url": endpoint})
             fetch_from_s3("s3://bucket/home", s3_settings.model_copy(update={"store": lying}), tmp_path / "fetched")
-        assert "listed with 5 bytes, but 2 bytes came" in str(caught.value)
+        assert "listed with 5 bytes, but 2 bytes arrived" in str(caught.value)
         assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 

@@ -293,7 +293,7 @@ class TestKeys:
     ) -> None:
         with pytest.raises(BadInput, check=coded("key-unreadable", "does not exist")):
             use(folder / "none")
-        with pytest.raises(BadInput, check=coded("key-unreadable", "no file")):
+        with pytest.raises(BadInput, check=coded("key-unreadable", "not a file")):
             use(folder)
         with pytest.raises(BadInput, check=coded("key-unreadable", "cannot be read")):
             use(folder / ("x" * 5000))

@@ -184,7 +184,7 @@ def test_a_named_recipe_takes_the_place_of_its_precisions_default() -> None:
     [
         ({"recipes": ["int4-none"]}, "'int4-none'", "int4-block128"),
         ({"recipes": ["cpu-int4"]}, "'cpu'", "int4"),
-        ({"recipes": ["int4-block128"], "precisions": ["int8"]}, "not asked for", "int8, int8-block128"),
+        ({"recipes": ["int4-block128"], "precisions": ["int8"]}, "not requested", "int8, int8-block128"),
         ({"recipes": ["int4-block128", "int4-k-quant"]}, "'int4-block128' and 'int4-k-quant'", "int4-asymmetric"),
         ({"recipes": ["int4-k-quant"], "device": "gpu", "execution_provider": "cuda"}, "for cuda", "int4"),
     ],
