@@ -28,7 +28,7 @@ from slmops.tasks.workshop import workshop
 
 
 class BuiltVariant(Record):
-    """A variant whose files are in the store, with its build's wall time in s and peak memory in bytes.
+    """A variant whose files are in the store, with the build's wall time in s and peak memory in bytes.
 
     `passes` are the recipe's Olive passes: the manifest has only their digest. `calibration` says what they were
     calibrated on. `host` is the building machine, if it is another one.

@@ -34,7 +34,7 @@ LARGEST_LAYERS = 10_000
 
 
 class Inspection(Record):
-    """The facts about a checkpoint that its files' headers give."""
+    """The facts about a checkpoint in its files' headers."""
 
     kind: Literal["checkpoint", "adapter", "genai"]
     architecture: str
@@ -133,7 +133,9 @@ def _size(config: Json, key: str, *, default: int | None = None) -> int:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
         raise BadInput(
-            f"The config has {key}: {value!r}, which is no size.", "Save the checkpoint again.", code="size-not-valid"
+            f"The config has {key}: {value!r}, which is not a size.",
+            "Save the checkpoint again.",
+            code="size-not-valid",
         )
     return value
 

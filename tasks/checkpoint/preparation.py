@@ -37,7 +37,7 @@ from slmops.tasks.runs.stage import stage
 
 
 class PreparedCheckpoint(Record):
-    """A checkpoint that is ready to build from: its folder, its inspection, and the digest of its content."""
+    """A checkpoint that is ready for a build: its folder, its inspection, and the digest of its content."""
 
     uri: str
     origin: str
