@@ -1,4 +1,4 @@
-"""What child processes are asked to do with onnxruntime-genai, and what they answer."""
+"""Calls of child processes that use onnxruntime-genai, and their answers."""
 
 from typing import Generic, Literal
 
@@ -12,7 +12,7 @@ from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
 
 class _OnModel(Call[R], Generic[R]):
-    """A call on a model folder, which runs on what its genai_config.json says."""
+    """A call on a model folder, which runs on the provider that its genai_config.json names."""
 
     model_dir: AbsolutePath
     threads: int
@@ -37,7 +37,8 @@ class SweptRequest(Record):
 
     `round` is above 0 if the length was measured again because of a loss of throughput. `finite_logits` says whether
     the logits of the last position were finite after the prompt and after each generated token, `answered` whether the
-    answer decoded to a text that is not empty; None if the prompt was not a chat, which a chat model need not answer.
+    answer decoded to a text that is not empty; None if the prompt was not a chat, because a chat model need not answer
+    other prompts.
     """
 
     prompt_tokens: int
@@ -51,7 +52,7 @@ class SweptRequest(Record):
 
 
 class Hardware(Record):
-    """The machine that was measured on."""
+    """The machine of the measurement."""
 
     cpu: str
     physical_cores: int | None
@@ -82,7 +83,7 @@ class Measured(Record):
 
 
 class Sweep(Record):
-    """The sweep that is asked for; with `max_prompt_tokens` None it goes to the end of the model's context."""
+    """The requested sweep; with `max_prompt_tokens` None it goes to the end of the model's context."""
 
     max_prompt_tokens: int | None
     new_tokens: int
@@ -108,7 +109,7 @@ class Measure(_OnModel[Measured]):
 
 
 class AnsweredRow(Record):
-    """A variant's answer to one row and how its distributions compare there (None: no reference, or not finite).
+    """A variant's answer to one row, and its distance from the reference there (None: no reference, or not finite).
 
     `exact_match` is None without an expected answer; `identical_to_reference` is token for token.
     """
@@ -137,7 +138,7 @@ class TemplateMismatch(Record):
 
 
 class TemplateMismatches(Record):
-    """How many rows' prompts differ, and the first of them."""
+    """The number of rows whose prompts differ, and the first of them."""
 
     count: int
     example: TemplateMismatch | None
@@ -202,7 +203,7 @@ class Evaluate(_OnModel[Evaluated]):
 
 
 class ScoredWindow(Record):
-    """A window of a text: sums over its scored tokens, and over the `positions` that were compared, in nats.
+    """A window of a text: sums over its scored tokens, and over the compared `positions`, in nats.
 
     A sum is None if it is not known: a token's logits are not finite, or there is no reference.
     """
@@ -219,7 +220,7 @@ class ScoredWindow(Record):
 class ComparedText(Record):
     """A variant on a text.
 
-    `tokens` counts those of the text; `last_position_only` says that the model gives one position's logits at a time.
+    `tokens` is their number in the text; `last_position_only`: the model gives the logits of one position at a time.
     """
 
     windows: tuple[ScoredWindow, ...]
@@ -276,7 +277,7 @@ class Generate(_OnModel[Generated]):
 
 
 class ListExecutionProviders(Call[tuple[str, ...]]):
-    """Name the execution providers of the installed onnxruntime, as it spells them."""
+    """Return the execution providers of the installed onnxruntime under its own names."""
 
     def perform(self, progress: Progress) -> tuple[str, ...]:
         """Ask onnxruntime."""
@@ -305,9 +306,10 @@ class EncodedToken(Record):
 
 
 class RenderedChats(Record):
-    """The runtime's prompts of conversations; if it cannot open the tokenizer, `fault` says why and the rest is empty.
+    """The runtime's prompts of conversations; if it cannot open the tokenizer, `fault` says why and the other fields
+    are empty.
 
-    `compositions` are token ids by name, with the special tokens that the tokenizer itself puts around a text.
+    `compositions` are token ids by name, with the special tokens that the tokenizer itself adds to a text.
     """
 
     fault: str | None = None

@@ -1,4 +1,4 @@
-"""Long use and difficult input in onnxruntime-genai."""
+"""Soak test and edge inputs in onnxruntime-genai."""
 
 import json
 
@@ -20,7 +20,7 @@ def endure(call: endurance.Endure, progress: Progress) -> None:
 
 
 class _Opened:
-    """The runtime as another program uses it, without the checks of `GenaiModel` before a request."""
+    """The runtime as other programs use it, without the checks of `GenaiModel` before a request."""
 
     def __init__(self, model: GenaiModel) -> None:
         self._model = model
@@ -34,7 +34,7 @@ class _Opened:
         max_length = len(prompt_ids) + max_new_tokens
         if len(prompt_ids) < self.context_length:
             max_length = min(max_length, self.context_length)
-        generator = self._model.start(max_length)  # refuses a longer one before it takes any memory
+        generator = self._model.start(max_length)  # refuses a longer prompt before it allocates memory
         generator.append_tokens(np.asarray(prompt_ids, np.int32))
         while not generator.is_done():
             generator.generate_next_token()

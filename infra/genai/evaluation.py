@@ -1,4 +1,4 @@
-"""A model folder's answers and distributions in onnxruntime-genai, compared with the source checkpoint's."""
+"""A model folder's answers and distributions in onnxruntime-genai, compared with those of the source checkpoint."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -83,7 +83,7 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A variant's answer; `answer_ids` are None where it cannot take the prompt."""
+    """A variant's answer; `answer_ids` are None if it cannot process the prompt."""
 
     question: Question
     prompt: str
@@ -148,7 +148,7 @@ def _template_mismatches(answers: Sequence[_Answer], reference: "_Reference | No
 
 
 class _Reference:
-    """The reference's tokens and logits, as its child function wrote them."""
+    """The reference's tokens and logits, in the files of its child process."""
 
     def __init__(self, directory: Path, questions: Sequence[Question]) -> None:
         content = SourceAnswers.model_validate_json((directory / ANSWERS_FILE).read_bytes())
@@ -184,7 +184,7 @@ def _vocabulary(model: GenaiModel, reference: _Reference | None) -> Vocabulary:
         declared = model.declared_vocabulary_size if reference else None
         if reference is None or declared is None or reference.is_comparable(declared):
             raise
-        size = declared  # a model cut down to it may not even start, which this figure reports
+        size = declared  # a model whose vocabulary is that small may not even start; this figure reports it
     comparable = reference is None or reference.is_comparable(size)
     return Vocabulary(
         variant=size,
@@ -197,7 +197,7 @@ def _vocabulary(model: GenaiModel, reference: _Reference | None) -> Vocabulary:
 def _answer_if_possible(
     model: GenaiModel, vocabulary_size: int, prompt_ids: list[int], max_new_tokens: int
 ) -> list[int] | None:
-    """Token ids of the answer of a model with a vocabulary of its own; None when it cannot take the prompt."""
+    """Token ids of the answer of a model with another vocabulary; None if it cannot process the prompt."""
     if max(prompt_ids, default=0) >= vocabulary_size:
         return None
     try:
@@ -230,6 +230,6 @@ def _percentile(values: Sequence[float | None], percent: float) -> float | None:
 
 
 def _perplexity(log_probabilities: Sequence[float | None]) -> float | None:
-    """exp of the mean negative log-likelihood; None when unknown or beyond what a float64 holds."""
+    """exp of the mean negative log-likelihood; None if unknown or too large for a float64."""
     mean = _mean(log_probabilities)
     return math.exp(-mean) if mean is not None and -mean < 700 else None

@@ -27,8 +27,8 @@ SAMPLE_INTERVAL_S = 0.02
 def measure(call: Measure, progress: Progress) -> Measured:
     """Measure speed and memory by the method of onnxruntime-genai's own benchmark/python/benchmark_e2e.py.
 
-    A request is one greedy generation of exactly `new_tokens` tokens after a prompt of exactly the asked length;
-    see `slmops.infra.genai.timing.time_request` for what its figures count. tests/benchmarks/measurement_method.py
+    A request is one greedy generation of exactly `new_tokens` tokens after a prompt of exactly the requested length;
+    `slmops.infra.genai.timing.time_request` defines its figures. tests/benchmarks/measurement_method.py
     compares them with that benchmark's.
 
     The sweep follows the measured requests, at lengths by `slmops.infra.genai.sweep.sweep_lengths`; its prompts are
@@ -111,7 +111,7 @@ class _Sweep:
 
     @property
     def steps(self) -> int:
-        """Number of requests if no length is left out and none is measured again."""
+        """Number of requests if no length is omitted and none is measured again."""
         return len(self._lengths) * self._asked.repetitions if self._asked else 0
 
     def run(
@@ -171,7 +171,7 @@ class _Sweep:
         )
 
     def _has_room(self, prompt_tokens: int) -> bool:
-        """Whether a longer prompt would fit if memory grew by the square of its length, as naive attention's does."""
+        """Whether a longer prompt would fit if memory grew by the square of its length, as in naive attention."""
         last, growth = self._last_growth
         held = _rss_bytes() - self._start_bytes
         return bool(growth * (prompt_tokens / last) ** 2 - held < psutil.virtual_memory().available)
@@ -180,8 +180,8 @@ class _Sweep:
 class PeakMemory:
     """Samples the resident memory of this process while it is entered.
 
-    The runtime starts no process of its own, and a walk over the process tree would take a share of the core that
-    the timed requests run on.
+    The runtime starts no process of its own, and reading the process tree would take time from the core that runs the
+    timed requests.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the files of an onnxruntime-genai folder declare, read without opening the model."""
+"""Facts from the files of an onnxruntime-genai folder, read without opening the model."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ QUANTIZED = {4: "int4", 8: "int8"}
 def detect_precision(folder: Path) -> str:
     """Return `int4`, `int8`, `fp16` or `fp32` from the ONNX graph: the bits of most quantized weights, else their type.
 
-    Raises `BadInput` when the graph cannot be read or holds neither.
+    Raises `BadInput` if the graph cannot be read or has neither.
     """
     import onnx
 
@@ -19,7 +19,7 @@ def detect_precision(folder: Path) -> str:
     path = folder / config["model"]["decoder"]["filename"]
     try:
         graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # protobuf raises kinds of its own
+    except Exception as error:  # protobuf raises its own kinds of errors
         raise BadInput(f"{path} is not a readable ONNX model: {error}.", "Save or copy it again.") from None
     bits = [
         attribute.i

@@ -1,8 +1,9 @@
-"""What a model folder may refer to. It is checked before any runtime opens the folder, regardless of its origin.
+"""The references that a model folder may have. They are checked before any runtime opens the folder, whatever its
+origin.
 
 onnxruntime-genai loads the library that `custom_ops_library` names, its providers load what their options name, and
-onnxruntime reads any file that an ONNX graph refers to. So this module lists everything that they may read; an error
-names whatever is not listed. The lists contain what the model builder writes, and options that only change speed.
+onnxruntime reads any file that an ONNX graph refers to. Therefore this module lists everything that a folder may name,
+and refuses anything else. The lists contain what the model builder writes, and options that only change speed.
 """
 
 import json
@@ -24,16 +25,16 @@ DATA_SUFFIXES = frozenset(
         *(".csv", ".tsv", ".yaml", ".yml", ".rtf", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".webp"),
     }
 )
-# It directs the runtime to tokenizer files with other names and in other folders.
+# This file directs the runtime to tokenizer files with other names and in other folders.
 TOKENIZER_MODULE = "tokenizer_module.json"
 
 # Operators of onnxruntime itself. Operators of other domains come from a library.
 ONNX_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
-# The only ones of these that contain machine code from a device's compiler, or name a file with it.
+# Those of them that contain machine code from a device's compiler, or name a file with it.
 COMPILED_OPERATORS = frozenset({"EPContext", "Snpe"})
 EXTERNAL_DATA_KEYS = frozenset({"location", "offset", "length", "checksum"})
 
-# Execution providers, and what the model builder sets of their options.
+# Execution providers, and their options that the model builder sets.
 PROVIDER_OPTIONS = {
     "cpu": frozenset[str](),
     "cuda": frozenset({"enable_cuda_graph", "enable_skip_layer_norm_strict_mode"}),
@@ -41,14 +42,14 @@ PROVIDER_OPTIONS = {
     "webgpu": frozenset({"enableGraphCapture", "multiRotaryCacheConcatOffset", "validationMode"}),
 }
 
-_WHAT_TO_DO = "Remove it from the folder if the model does without, or make the model with slmops from its checkpoint."
+_WHAT_TO_DO = "Remove it from the folder if the model works without it, or deploy the model's checkpoint."
 
 
 def screen_model(folder: Path) -> None:
     """Check an onnxruntime-genai folder without running any of it.
 
     Raises `BadInput` with the first thing in it that names code, a library, a file outside the folder or an option that
-    is not on the lists, and for a file that is a link out of the folder, or is none (a device, a pipe).
+    is not on the lists, and for a link out of the folder, or a device or pipe in place of a file.
     """
     screen_files({path.name: path for path in _files_of(folder)})
 
@@ -56,14 +57,14 @@ def screen_model(folder: Path) -> None:
 def screen_files(files: Mapping[str, Path]) -> None:
     """Check files as `screen_model` does; `files` has the name of each, and the regular file with its content.
 
-    Only files that `is_screened` names are read; the others need not be there.
+    Only files that `is_screened` accepts are read; the others need not exist.
     """
     if GENAI_CONFIG not in files:
         raise BadInput(f"The model has no {GENAI_CONFIG}.", "Give the whole folder that the model builder wrote.")
     config = _genai_config(files[GENAI_CONFIG])
     decoder = config.model.decoder.filename
     if decoder is not None and decoder not in files:
-        raise _refusal(f"{GENAI_CONFIG} names {decoder!r}, which is no file of the folder")
+        raise _refusal(f"{GENAI_CONFIG} names {decoder!r}, which is not a file of the folder")
     weights = {name for graph in files if graph.endswith(".onnx") for name in _weights_of(graph, files)}
     for name, path in files.items():
         if name == TOKENIZER_MODULE or (name not in weights and Path(name).suffix.lower() not in DATA_SUFFIXES):
@@ -73,12 +74,12 @@ def screen_files(files: Mapping[str, Path]) -> None:
 
 
 def is_screened(name: str) -> bool:
-    """Whether `screen_files` reads the content of a file; it does not for weights."""
+    """Whether `screen_files` reads the content of a file; it does not read weights."""
     return name.endswith((".onnx", "config.json"))
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
-    """Yield the files directly in a folder; nothing on the lists can refer to a folder in it."""
+    """Yield the files directly in a folder; no listed entry can refer to a subfolder."""
     home = folder.resolve()
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not _is_inside(path.resolve(), home):
@@ -119,14 +120,14 @@ def _onnx_name(name: str) -> str:
 
 
 def _name_pattern(name: str) -> str:
-    if "%" in name.replace("%d", "", 1):  # the runtime hands it to snprintf, with a layer's number
+    if "%" in name.replace("%d", "", 1):  # the runtime passes it to snprintf, with a layer's number
         raise ValueError(f"{name!r} is not the name of an input or output")
     return name
 
 
 def _provider(entry: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     for name, options in entry.items():
-        known = PROVIDER_OPTIONS.get(name.lower())  # the runtime takes a name in any case
+        known = PROVIDER_OPTIONS.get(name.lower())  # the runtime ignores the case of a name
         if known is None or options.keys() - known:
             raise ValueError(f"{name} {', '.join(options)} is not on the list of providers and their options")
     return entry
@@ -202,7 +203,7 @@ class _GenaiConfig(_Section):
 
 def _genai_config(path: Path) -> _GenaiConfig:
     try:
-        # Of duplicate keys the runtime uses both, and Python's reader only the last one.
+        # Of duplicate keys, the runtime uses both and Python's parser only the last one.
         config = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repetition)
         return _GenaiConfig.model_validate(config)
     except ValidationError as error:
@@ -223,7 +224,7 @@ def _first_fault(error: ValidationError) -> str:
     name = ".".join(str(part) for part in fault["loc"]) or "the whole"
     found = str(fault["input"])[:80]
     if fault["type"] == "extra_forbidden":
-        return f"sets {name} to {found!r}, which is not on the list of what a model may set"
+        return f"sets {name} to {found!r}, which is not on the list of allowed settings"
     return f"sets {name} to {found!r}: {fault['msg'].removeprefix('Value error, ')}"
 
 
@@ -243,20 +244,20 @@ def _weights_of(name: str, files: Mapping[str, Path]) -> set[str]:
     for graph in (inner for outer in (model.graph, *model.functions) for inner in _graphs(outer)):
         for node in graph.node:
             if node.domain not in ONNX_DOMAINS and (node.domain, node.op_type) not in own:
-                raise _refusal(f"{name} has the operator {node.domain}.{node.op_type}, which a library would bring")
+                raise _refusal(f"{name} has the operator {node.domain}.{node.op_type}, which needs a library")
             if node.op_type in COMPILED_OPERATORS:
-                raise _refusal(f"{name} has the operator {node.op_type}, which holds code for a device")
+                raise _refusal(f"{name} has the operator {node.op_type}, which contains code for a device")
         for tensor in _tensors(graph):
             keys = {entry.key: entry.value for entry in tensor.external_data}
             location = keys.get("location", "")
             if keys.keys() - EXTERNAL_DATA_KEYS or len(keys) < len(tensor.external_data) or location not in files:
-                raise _refusal(f"{name} takes weights from {location!r}, which is no file of the folder")
+                raise _refusal(f"{name} takes weights from {location!r}, which is not a file of the folder")
             weights.add(location)
     return weights
 
 
 def _graphs(graph: Any) -> Iterator[Any]:
-    """Yield a graph, or a function of the model's own, and the graphs in it (branches, bodies of loops)."""
+    """Yield a graph or a model function, and the graphs in it (branches, bodies of loops)."""
     yield graph
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
         for inner in (attribute.g, *attribute.graphs):
@@ -289,12 +290,12 @@ def _check_tokenizer_config(name: str, path: Path) -> None:
             todo += value
         elif isinstance(value, dict):
             if value.get("auto_map"):
-                raise _refusal(f"{name} names code of its own (auto_map)")
+                raise _refusal(f"{name} names its own code (auto_map)")
             for key, file in value.items():
                 if key.endswith("_file") and isinstance(file, str) and set(file) & set("/\\"):
-                    raise _refusal(f"{name} sets {key} to {file[:80]!r}, which is no file of the folder")
+                    raise _refusal(f"{name} sets {key} to {file[:80]!r}, which is not a file of the folder")
             todo += value.values()
 
 
 def _refusal(what: str) -> BadInput:
-    return BadInput(f"The model is refused before anything opens it: {what}.", _WHAT_TO_DO, code="model-refused")
+    return BadInput(f"The model is refused before a runtime opens it: {what}.", _WHAT_TO_DO, code="model-refused")

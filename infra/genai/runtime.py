@@ -31,7 +31,8 @@ GREEDY = {
 class GenaiModel:
     """A model folder opened for greedy decoding; the folder is only read.
 
-    It runs on what its genai_config.json says. Raises `StageFailed` for a folder that the runtime cannot open.
+    It runs on the provider that its genai_config.json names. Raises `StageFailed` for a folder that the runtime cannot
+    open.
     """
 
     def __init__(self, model_dir: Path, *, threads: int, repetition_penalty: float = 1.0) -> None:
@@ -54,12 +55,12 @@ class GenaiModel:
         except Exception as error:  # the binding raises RuntimeError and, for some faults, bare exceptions
             raise StageFailed(
                 f"onnxruntime-genai cannot open the model in {model_dir}: {_reason(error)}.",
-                "Build it again; if it was built elsewhere, make it with this version of onnxruntime-genai.",
+                "Build it again; if it was built elsewhere, build it with this version of onnxruntime-genai.",
                 code="model-does-not-open",
             ) from error
 
     def render(self, messages: Sequence[dict[str, str]]) -> tuple[str, list[int]]:
-        """Return the prompt that the runtime makes of a chat, and its token ids."""
+        """Return the prompt that the runtime renders from a chat, and its token ids."""
         try:
             text = self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
             return text, [int(token) for token in self.tokenizer.encode(text)]
@@ -77,7 +78,7 @@ class GenaiModel:
         return self._og.Generator(self._model, params)
 
     def room_after(self, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
-        """`max_new_tokens`, or fewer where the model's context ends earlier; `StageFailed` without any room."""
+        """`max_new_tokens`, or fewer if the model's context ends earlier; `StageFailed` without any room."""
         room = min(max_new_tokens, self.context_length - len(prompt_ids))
         if room < 1:
             raise StageFailed(
@@ -152,9 +153,9 @@ class GenaiModel:
 
     @property
     def declared_vocabulary_size(self) -> int | None:
-        """Length of a position's logits as the folder declares it, for a model that cannot be run; None if it does not.
+        """Length of a position's logits according to the folder, for a model that cannot be run; None if unknown.
 
-        It is the smaller of what genai_config.json says and what the decoder's ONNX file says.
+        It is the smaller value of genai_config.json and the decoder's ONNX file.
         """
         import onnx
 
@@ -179,7 +180,7 @@ class GenaiModel:
     def broken(self, error: Exception) -> StageFailed:
         """The error to raise when the runtime fails during a request."""
         return StageFailed(
-            f"onnxruntime-genai opened the model in {self.model_dir} and could not run it: {_reason(error)}.",
+            f"onnxruntime-genai opened the model in {self.model_dir} but could not run it: {_reason(error)}.",
             "Build it again, or with another recipe; the stage's log has the whole message.",
             code="model-does-not-run",
         )
@@ -217,7 +218,7 @@ def generate(call: Generate, progress: Progress) -> Generated:
     if not np.isfinite(logits).all():
         raise StageFailed(
             f"The model in {model.model_dir} gives logits that are not finite.",
-            "Its weights hold NaN or infinity, or overflow in their precision: choose another precision.",
+            "Its weights have NaN or infinity, or overflow in their precision: choose another precision.",
             code="logits-not-finite",
         )
     answer_ids = model.answer(prompt_ids, call.max_new_tokens)

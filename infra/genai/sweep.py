@@ -1,4 +1,4 @@
-"""The sweep over prompt lengths: which lengths, when to stop, and where throughput falls off a cliff."""
+"""The sweep over prompt lengths: its lengths, its end, and losses of throughput between lengths."""
 
 import math
 import statistics
@@ -9,9 +9,9 @@ from itertools import groupby, pairwise
 from slmops.infra.genai.calls import SweptRequest
 
 SHORTEST_PROMPT_TOKENS = 32
-MAX_ROUNDS = 3  # a cliff counts only if it shows in all of them
+MAX_ROUNDS = 3  # a cliff counts only if all of them show it
 # A response within 0.1 s seems immediate (Nielsen 1993, Usability Engineering, chapter 5), and people read about ten
-# tokens a second. Within these limits users notice no cliff, and short disturbances of the machine look like one.
+# tokens a second. Within these limits users notice no cliff, and short disturbances of the machine would look like one.
 IMMEDIATE_MS = 100.0
 FASTER_THAN_READ_TPS = 100.0
 
@@ -52,8 +52,8 @@ def sweep_lengths(context_length: int, new_tokens: int, max_prompt_tokens: int |
 def speed_by_length(rows: Sequence[SweptRequest]) -> list[LengthSpeed]:
     """Speeds by ascending length, from the sweep's rows.
 
-    A length that was measured in several rounds has the best round's median, separately for TTFT and throughput: other
-    work of the machine can only slow a request.
+    A length that was measured in several rounds has the best round's median, separately for TTFT and throughput,
+    because other work of the machine can only slow down a request.
     """
     ordered = sorted(rows, key=lambda row: (row.prompt_tokens, row.round))
     speeds = []
@@ -105,7 +105,7 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class TimedRequest:
-    """What one request of the sweep gave; see `slmops.infra.genai.calls.SweptRequest`."""
+    """The result of one request of the sweep; see `slmops.infra.genai.calls.SweptRequest`."""
 
     new_tokens: int
     ttft_ms: float
@@ -121,7 +121,7 @@ def sweep(
     has_room: Callable[[int], bool],
     on_request: Callable[[str], None],
 ) -> tuple[list[SweptRequest], list[str]]:
-    """Make requests of growing length; returns their rows and notes on what was left out or measured again.
+    """Make requests of growing length; returns their rows, and notes on lengths that were omitted or measured again.
 
     `request(prompt_tokens)` makes one; `has_room(prompt_tokens)` says whether there is enough memory. The sweep stops
     before a length whose time, predicted from the two previous lengths, would exceed the budget. The two lengths of a
@@ -149,7 +149,7 @@ def sweep(
             )
             break
         if not has_room(length):
-            notes.append(f"The sweep stopped before {length} prompt tokens: the memory might not suffice.")
+            notes.append(f"The sweep stopped before {length} prompt tokens: the memory might not be sufficient.")
             break
         spent.append((length, measure(length, 0)))
 
@@ -187,7 +187,7 @@ def _cliffs(rows: Sequence[SweptRequest], max_cliff_ratio: float) -> list[Throug
 
 
 def _predict(spent: Sequence[tuple[int, float]], length: int) -> float:
-    """Extrapolate the time of a length's requests: between linear and quadratic, as the last two lengths say."""
+    """Extrapolate the time of a length's requests from the last two lengths, between linear and quadratic."""
     last, last_s = spent[-1]
     exponent = 1.0
     if len(spent) > 1:

@@ -21,7 +21,7 @@ from slmops.infra.reference.distributions import (
 )
 from slmops.infra.reference.text import TEXT_FILE, SourceText, begin_token_ids, cut_windows, scored_positions
 
-# The runtime's own tensor, the binding's array, the chosen lines and their float32 copy: all exist at once.
+# The runtime's own tensor, the binding's array, the chosen rows and their float32 copy exist at the same time.
 COPIES_OF_A_CHUNK = 4
 
 
@@ -29,7 +29,7 @@ def compare_text(call: CompareText, progress: Progress) -> ComparedText:
     """Score the tokens of a text and compare the next-token distributions with the reference's.
 
     Tokens and windows are the reference's; without a reference, the runtime's tokenizer makes them by the same rules.
-    Each side's log-probabilities are over its whole vocabulary. No more than `chunk_bytes` of logits exist at once.
+    Each side's log-probabilities are over its whole vocabulary. At most `chunk_bytes` of logits exist at once.
 
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` for a model that cannot be run, a vocabulary
     that is not the reference's, or a reference of another text.
@@ -89,7 +89,7 @@ def compare_text(call: CompareText, progress: Progress) -> ComparedText:
 
 
 def begin_tokens_of(model_dir: Path) -> list[int]:
-    """Token ids that the model's tokenizer.json puts before a text; the runtime's tokenizer leaves them out."""
+    """Token ids that the model's tokenizer.json adds before a text; the runtime's tokenizer omits them."""
     from tokenizers import Tokenizer
 
     try:
@@ -102,7 +102,7 @@ def begin_tokens_of(model_dir: Path) -> list[int]:
 
 
 class _TextReference:
-    """What the reference's child function wrote for a text; the logits are read a line at a time."""
+    """The files that the reference's child process wrote for a text; the logits are read row by row."""
 
     def __init__(self, directory: Path, text: bytes) -> None:
         content = SourceText.model_validate_json((directory / TEXT_FILE).read_bytes())
@@ -113,7 +113,7 @@ class _TextReference:
         self._vocabulary_size, self._tokenizer_size = content.vocabulary_size, content.tokenizer_size
 
     def comparable_vocabulary(self, variant_size: int) -> int:
-        """Size of the common vocabulary: further entries of either side must be padding that no token uses."""
+        """Size of the common vocabulary; additional entries of either side must be padding that no token uses."""
         if not are_comparable(variant_size, self._vocabulary_size, self._tokenizer_size):
             raise StageFailed(
                 f"The variant's vocabulary has {variant_size} tokens and the reference's {self._vocabulary_size}, "

@@ -24,14 +24,14 @@ def benchmark_prompt(model: GenaiModel, length: int) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Chats of any length: the chat template's text before and after the user's text, and text to fill them."""
+    """Chats of any length: the chat template's text before and after the user's text, and text to fill the chat."""
 
     before: NDArray[np.int32]
     after: NDArray[np.int32]
     text: NDArray[np.int32]
 
     def of_length(self, length: int) -> NDArray[np.int32] | None:
-        """Token ids of a chat of exactly `length` tokens; None when the template alone takes that many."""
+        """Token ids of a chat of exactly `length` tokens; None if the template alone has as many."""
         room = length - len(self.before) - len(self.after)
         return np.concatenate([self.before, np.resize(self.text, room), self.after]) if room > 0 else None
 
@@ -77,9 +77,9 @@ def time_request(
     """Time one greedy generation of exactly `new_tokens` tokens; the end token is suppressed.
 
     The terms are those of onnxruntime-genai's own benchmark/python/benchmark_e2e.py: the prompt is processed by
-    `append_tokens`; TTFT is that and the first token's sampling, without the making of the generator (whose memory
-    its C++ twin reuses); one inter-token latency is one `generate_next_token` with the question whether it was the
-    last. `e2e_latency_ms` is the whole request, the making of the generator included; tokenization is no part of it.
+    `append_tokens`; TTFT is that and the first token's sampling, without creating the generator (whose memory its C++
+    twin reuses); one inter-token latency is one `generate_next_token` and the check for the end. `e2e_latency_ms` is
+    the whole request, including the creation of the generator, without tokenization.
 
     `on_logits` is called, off the clock, with the last position's logits after the prompt and after each generated
     token but the last, `on_answer` with the generated tokens. Raises `StageFailed` for a model that cannot be run.
@@ -112,7 +112,7 @@ def time_request(
         raise model.broken(error) from error
     if len(gaps_s) != new_tokens - 1:
         raise StageFailed(
-            f"The model in {model.model_dir} generated {len(gaps_s) + 1} tokens where {new_tokens} were asked for.",
+            f"The model in {model.model_dir} generated {len(gaps_s) + 1} tokens; {new_tokens} were requested.",
             "Its genai_config.json ends generation early: build it again.",
         )
     ttft_s = (fed - made) + (first - sampling)

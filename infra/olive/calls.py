@@ -1,4 +1,4 @@
-"""What child processes are asked to do with Olive, and what they answer."""
+"""Calls of child processes that use Olive, and their answers."""
 
 from slmops.infra.process.call import Call, Progress
 from slmops.infra.records import AbsolutePath, Json, Record
@@ -13,9 +13,9 @@ class Built(Record):
 class Build(Call[Built]):
     """Build one variant of a checkpoint.
 
-    `olive_config` is complete but for its paths. The finished folder is written to `output_dir`, which must be empty or
-    missing; intermediate files are in a separate folder under `cache_dir`, which is removed at the end. `calibration`
-    are the token ids of the texts that passes are calibrated on.
+    `olive_config` is complete except for its paths. The finished folder is written to `output_dir`, which must be empty
+    or missing; intermediate files are in a separate folder under `cache_dir`, which is removed at the end.
+    `calibration` are the token ids of the texts that passes are calibrated on.
     """
 
     olive_config: Json

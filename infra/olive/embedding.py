@@ -1,6 +1,6 @@
 """Quantize the embedding of an ONNX model, which onnxruntime-genai's builder leaves in floating point.
 
-The builder (0.18) quantizes or shares an embedding only in four bits and only when it is tied to lm_head, because
+The builder (0.18) quantizes or shares an embedding only in four bits and only if it is tied to lm_head, because
 `GatherBlockQuantized` had no other width. In ONNX Runtime 1.31 the operator also supports eight bits, and lm_head's
 rows as `MatMulNBits` stores them. With a vocabulary of 152 k, that one tensor is half of an int8 model of 0.5 B
 parameters.
@@ -11,7 +11,7 @@ from typing import Any
 
 from slmops.infra.olive.lazy_tensors import computed_together
 
-ROWS_PER_STEP = 8192  # of the embedding, quantized at a time, so that the work's memory stays small
+ROWS_PER_STEP = 8192  # this much of the embedding is quantized at a time, so that the memory stays small
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _Blocks:
     zero_points: Any
     bits: int
     block_size: int
-    width: int  # values a row, whole blocks
+    width: int  # values per row, in whole blocks
 
 
 def replace_embedding(model: Any, *, bits: int, block_size: int, tied: bool) -> bool:
@@ -118,7 +118,7 @@ def _rounded(values: Any, bits: int, block_size: int) -> tuple[Any, Any]:
         scale = np.abs(part).max(axis=2) / highest
         rounded = np.rint(part / np.where(scale == 0, 1, scale)[:, :, None]).astype(np.int16) + highest + 1
         unsigned = rounded.astype(np.uint8).reshape(len(part), width)
-        # Two four-bit values a byte, the first in the lower half: GatherBlockQuantized's layout.
+        # Two four-bit values per byte, the first in the lower half: the layout of GatherBlockQuantized.
         weight[start : start + len(part)] = unsigned if bits == 8 else unsigned[:, ::2] | unsigned[:, 1::2] << 4
         scales[start : start + len(part)] = scale
     return weight, scales
@@ -158,7 +158,7 @@ def _replace_lookup(graph: Any, lookup: Any, blocks: _Blocks) -> None:
 
 
 def _reshaped(graph: Any, value: Any, shape: list[int]) -> Any:
-    """Return `value` or a view of it in `shape`; the stored tensor stays the one that lm_head reads."""
+    """Return `value` or a view of it in `shape`; the stored tensor stays that of lm_head."""
     import onnx_ir as ir
 
     if list(value.shape) == shape:
@@ -173,7 +173,7 @@ def _reshaped(graph: Any, value: Any, shape: list[int]) -> Any:
 
 
 def _constant(name: str, values: list[int]) -> Any:
-    """Return a Constant node: ONNX Runtime infers shapes from it, and not from a tensor in the external data."""
+    """Return a Constant node, from which ONNX Runtime infers shapes; it does not from a tensor in external data."""
     import onnx_ir as ir
 
     node = ir.node("Constant", [], {"value": ir.tensor(values, dtype=ir.DataType.INT64)}, name=name)

@@ -28,7 +28,7 @@ OWN_PASSES = {
     "Rtn": "slmops.infra.olive.quantizing_passes.Rtn",
 }
 
-# Olive writes it into the model's folder, with paths and times of this run.
+# Olive writes this file into the model's folder, with paths and times of this run.
 OLIVE_RECORDS = frozenset({"model_config.json", "run_history.txt", "footprint.json", "output_footprint.json"})
 
 
@@ -47,13 +47,13 @@ class _LastFailure(logging.Handler):
 def build(call: Build, progress: Progress) -> Built:
     """Build one variant with Olive.
 
-    Raises `BadInput` for an architecture that is not supported, `StageFailed` when the build does not give a model.
+    Raises `BadInput` for an architecture that is not supported, `StageFailed` if the build gives no model.
     """
     check_architecture(json.loads((call.checkpoint_dir / "config.json").read_text("utf-8")))
     os.environ["OMP_NUM_THREADS"] = str(call.threads)  # read once, when torch is imported below
     call.output_dir.mkdir(parents=True, exist_ok=True)
     if any(call.output_dir.iterdir()):
-        raise StageFailed(f"The output folder {call.output_dir} is not empty.", "Give the build a fresh folder.")
+        raise StageFailed(f"The output folder {call.output_dir} is not empty.", "Give the build an empty folder.")
     call.cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="olive-", dir=call.cache_dir) as work:
         progress(0, 2, "building the model")
@@ -69,7 +69,7 @@ def build(call: Build, progress: Progress) -> Built:
 
 
 def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -> Path:
-    """Run Olive's engine and return the folder that holds the finished model."""
+    """Run Olive's engine and return the folder of the finished model."""
     workflows = import_olive_workflows()
     spare_reads_and_writes()
     package_config = read_olive_package_config()
@@ -110,7 +110,7 @@ def _move_model(built: Path, output_dir: Path) -> list[str]:
     genai_configs = list(built.rglob("genai_config.json"))
     if len(genai_configs) != 1:
         raise StageFailed(
-            f"Olive's result holds {len(genai_configs)} genai_config.json files where one was expected.",
+            f"Olive's result has {len(genai_configs)} genai_config.json files; one was expected.",
             "Check the passes after ModelBuilder in the Olive configuration.",
         )
     for path in sorted(genai_configs[0].parent.iterdir()):

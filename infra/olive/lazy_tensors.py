@@ -1,4 +1,4 @@
-"""Tensors of an ONNX model that are computed when the model is written, so that not all are in memory."""
+"""Tensors of an ONNX model that are computed while the model is written, so that not all are in memory."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -8,9 +8,9 @@ TensorType = tuple[str, Any, Sequence[int]]  # name, numpy dtype, shape
 
 
 def computed_together(compute: Callable[[], Sequence[object]], types: Sequence[TensorType]) -> list[Any]:
-    """Return an onnx-ir tensor per type; `compute` gives all their arrays when the first of them is written.
+    """Return an onnx-ir tensor per type; `compute` gives all their arrays when the first one is written.
 
-    Each array is released when any thread has written it. A tensor that is requested again is computed again.
+    Each array is released after it is written. A tensor that is requested again is computed again.
     """
     import numpy as np
     import onnx_ir as ir

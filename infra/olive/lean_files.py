@@ -1,4 +1,4 @@
-"""Keep Olive's engine from reading checkpoints and writing models only for its cache, which here lasts for one build.
+"""Keep Olive's engine from reading checkpoints and writing models only for its cache, which lasts for one build here.
 
 Olive 0.13 names a model in its cache by the SHA-256 of all its bytes, and copies its result out of the cache.
 tests/infra/olive/test_build_resources.py fails when this changes.

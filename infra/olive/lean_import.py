@@ -1,9 +1,9 @@
 """Import Olive's engine without the parts that no build of slmops uses, because every build waits for the import.
 
 `import olive` also imports all commands of Olive's command line, and Olive's evaluators import torchmetrics, which
-brings scipy.signal and matplotlib: together half of that import's time. No evaluator runs in a build, for
-tasks/build/build.py accepts none in an Olive configuration. tests/infra/olive/test_engine.py fails when Olive no longer
-imports them.
+brings scipy.signal and matplotlib: together half of that import's time. No evaluator runs in a build, because
+tasks/build/olive_config.py ignores those of an Olive configuration. tests/infra/olive/test_engine.py fails when Olive
+no longer imports them.
 """
 
 import importlib
@@ -15,10 +15,10 @@ from typing import Any
 
 
 class _NeverUsed(ModuleType):
-    """Stands in for a library whose names Olive puts into a table at its import."""
+    """Replaces a library whose names Olive puts into a table at its import."""
 
     def __getattr__(self, name: str) -> "_NeverUsed":
-        if name.startswith("__"):  # what Python itself asks of a module
+        if name.startswith("__"):  # Python itself reads these names of a module
             raise AttributeError(name)
         return _NeverUsed(f"{self.__name__}.{name}")
 
@@ -31,7 +31,7 @@ def import_olive_workflows() -> Any:
     assert spec
     olive: Any = importlib.util.module_from_spec(spec)
     sys.modules["olive"] = olive
-    olive.__version__ = importlib.import_module("olive.version").__version__  # Olive writes it into models
+    olive.__version__ = importlib.import_module("olive.version").__version__  # Olive writes its version into models
     _log_as_olive_does()
     stand_in = sys.modules.setdefault("torchmetrics", _NeverUsed("torchmetrics"))
     try:

@@ -17,7 +17,7 @@ SUFFIX = ".safetensors"
 
 
 def mapped_bytes() -> int:
-    """Return how much of this process's resident memory is files, in bytes; 0 where that is not known."""
+    """Return the part of this process's resident memory that is mapped files, in bytes; 0 if unknown."""
     return int(STATM.read_text("ascii").split()[2]) * mmap.PAGESIZE if sys.platform == "linux" else 0
 
 
@@ -33,7 +33,7 @@ def release_mapped_pages() -> None:
 def _unchanged_mappings() -> Iterator[tuple[int, int]]:
     """Yield address and size in bytes.
 
-    A page that this process wrote to would be lost, because no file has its content: such a mapping is not released.
+    A page that this process changed would be lost, because no file has its content: such a mapping is skipped.
     """
     with contextlib.suppress(OSError), SMAPS.open(encoding="utf-8", errors="replace") as lines:
         found: tuple[int, int] | None = None

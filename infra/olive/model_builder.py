@@ -1,4 +1,4 @@
-"""The Olive pass that builds an onnxruntime-genai model; Olive's engine imports this module, nothing else does.
+"""The Olive pass that builds an onnxruntime-genai model; only Olive's engine imports this module.
 
 Olive 0.13's own `ModelBuilder` pass does not work with onnxruntime-genai 0.18 (it imports a module that is gone and
 skips `check_extra_options`). This pass replaces it under the same name; `slmops.infra.olive.engine` configures Olive
@@ -25,13 +25,14 @@ MODEL_FILE = "model.onnx"
 DEFAULT_BLOCK_SIZE = 32
 
 # The builder's `cpu` target cannot run fp16 (its Cast nodes disagree on shapes). A model built for another target runs
-# on the CPU once its provider options are gone; the fused Q/K norm of that target is an operator the CPU does not have.
+# on the CPU once its provider options are gone; the fused Q/K norm of that target is an operator that the CPU does not
+# have.
 FP16_TARGET_ON_CPU = "webgpu"
 FP16_OPTIONS_ON_CPU: dict[str, Any] = {"fuse_qk_norm_gqa": False}
 
 
 # With a cache of the window's size, a model with sliding-window attention fails at run time on the CPU when a
-# generation's max_length is below the window. The full cache gives the same figures and has no such limit.
+# generation's max_length is below the window. The full cache gives the same results and has no such limit.
 ROBUST_OPTIONS: dict[str, Any] = {"windowed_kv_cache": False}
 
 
@@ -110,7 +111,7 @@ def _name_sliding_layers(config: Any) -> None:
 
 
 def _smollm3_with_layers_without_rope(model_class: type) -> type:
-    """Return the builder's SmolLM3 with its layers without rotary embedding left alone.
+    """Return the builder's SmolLM3, with correct layers without rotary embedding.
 
     The builder (0.18) only moves the rotation out of these layers' attention operator, and fails on the input that it
     has already removed; the checkpoint's layers have no rotation at all.
@@ -140,7 +141,7 @@ def _builder_can_share(options: dict[str, Any]) -> bool:
 
 
 def _leave_code_out(folder: Path) -> None:
-    """Remove the checkpoint's classes from the copied files: no runtime has them, and none may search for them."""
+    """Remove the names of the checkpoint's classes from the copied files: no runtime may search for these classes."""
     for path in folder.glob("*config.json"):
         config = json.loads(path.read_text("utf-8"))
         if config.pop("auto_map", None) is not None:

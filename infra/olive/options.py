@@ -38,7 +38,7 @@ BUILDER_OPTIONS: dict[str, Option] = {
     "use_cuda_bf16": Option(bool, "bf16 activations on CUDA."),
     "enable_cuda_graph": Option(bool, "Capture a CUDA graph at run time."),
     "search": Option(dict[str, Any], "Generation defaults written to genai_config.json."),
-    "extra_options": Option(dict[str, Any], "Further options of onnxruntime-genai's builder, as they stand."),
+    "extra_options": Option(dict[str, Any], "Further options of onnxruntime-genai's builder, passed unchanged."),
 }
 
 BUILDER_QUANTIZATION_OPTIONS = (
@@ -76,7 +76,7 @@ EXTRA_OPTIONS = frozenset(
 
 @cache
 def olive_pass_types() -> frozenset[str]:
-    """Return the names of the passes of the installed Olive, as its package configuration spells them."""
+    """Return the names of the passes in the package configuration of the installed Olive."""
     return frozenset(read_olive_package_config()["passes"])
 
 

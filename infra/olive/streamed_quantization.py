@@ -14,7 +14,7 @@ from slmops.infra.olive.lazy_tensors import TensorType, computed_together
 from slmops.infra.olive.memory import mapped_bytes, release_mapped_pages
 
 FLOATS = ("float16", "float32", "bfloat16")
-OF_FOUR_BIT_TYPES = (21, 10)  # operator set and IR version, to which the quantizer would raise a model
+OF_FOUR_BIT_TYPES = (21, 10)  # operator set and IR version of the quantizer's result
 VALUES_PER_STEP = 4 * 2**20
 MAX_BYTES_READ_AND_HELD = 64 * 2**20
 WRITERS = 4  # a weight's values and scales are written together: two weights are in progress
@@ -23,7 +23,7 @@ MAX_BYTES_WRITTEN_AT_ONCE = 32 * 2**20  # a larger tensor is written alone
 
 @contextlib.contextmanager
 def streamed_quantization(builder: Any, finish: Callable[[Any], None]) -> Iterator[None]:
-    """Patch `builder`, the module `onnxruntime_genai.models.builder`, for models that are made under this context.
+    """Patch `builder`, the module `onnxruntime_genai.models.builder`, for models that are made in this context.
 
     `finish` is called with a quantized model (onnx-ir) before it is written, and may change it.
     """
@@ -62,7 +62,7 @@ def _can_stream(model: Any) -> bool:
 
 
 def _is_beyond(node: Any, quant: dict[str, Any]) -> bool:
-    """Whether the quantizer would do more with a node: enter its graph, or quantize the table that it looks up in."""
+    """Whether the quantizer would do more with a node: enter its graph, or quantize its lookup table."""
     if any(attribute.type.name.startswith("GRAPH") for attribute in node.attributes.values()):
         return True
     looks_up = node.op_type == "Gather" and node.inputs[0].const_value is not None
@@ -137,9 +137,9 @@ def _quantized_tensors(weight: Any, quant: dict[str, Any]) -> list[Any]:
         values = source.numpy()
         made = [np.empty(shape, a_dtype) for _, a_dtype, shape in types]
         step = max(1, VALUES_PER_STEP // rows)
-        for start in range(0, columns, step):  # blocks lie within a column
+        for start in range(0, columns, step):  # blocks are within a column
             part = np.ascontiguousarray(values[:, start : start + step])
-            if dtype.name == "bfloat16":  # which the quantizer does not take
+            if dtype.name == "bfloat16":  # which the quantizer does not accept
                 part = part.astype(np.float32)
             for array, quantized in zip(made, quantizer.qbits_block_quant(part), strict=False):
                 array[start : start + step] = quantized
@@ -152,7 +152,8 @@ def _quantized_tensors(weight: Any, quant: dict[str, Any]) -> list[Any]:
 def _written_side_by_side() -> Iterator[None]:
     """Write a model by several threads, with the same bytes, and release the pages of the checkpoint that were read.
 
-    While the quantizer holds the GIL, the next weights are read and converted, and the last ones are written.
+    While one weight is quantized with the GIL held, the next ones are read and converted, and the last ones are
+    written.
     """
     import onnx_ir as ir
 

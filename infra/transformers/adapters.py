@@ -10,15 +10,15 @@ from slmops.infra.transformers.calls import MergeAdapter, Merged
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# AutoTokenizer reads a folder with any of these files as a tokenizer's.
+# AutoTokenizer reads a folder with any of these files as that of a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 EVALUATION_FILES = ("eval.jsonl", "output_schema.json")
 
 
 def read_adapter_config(adapter_dir: Path) -> str | None:
-    """Return the base (path or Hub id) that the LoRA adapter in `adapter_dir` declares, None if it declares none.
+    """Return the base (path or Hub id) that the LoRA adapter in `adapter_dir` declares, or None.
 
-    Raises `BadInput` if adapter_config.json is missing, is not a JSON object or is not a LoRA adapter's.
+    Raises `BadInput` if adapter_config.json is missing, is not a JSON object or is not of a LoRA adapter.
     """
     path = adapter_dir / ADAPTER_CONFIG
     try:
@@ -49,7 +49,7 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
     The tokenizer, `eval.jsonl` and `output_schema.json` are the adapter's if it has them, else the tokenizer is the
     base's. If the adapter carries embeddings of another vocabulary size, the base's are resized to it.
 
-    Raises `BadInput` if the adapter is pickled, is no LoRA or does not fit the base.
+    Raises `BadInput` if the adapter is pickled, is not a LoRA or does not fit the base.
     """
     import torch
     from peft import PeftModel
@@ -63,7 +63,7 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
         base_dir, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     dtype = model.dtype
-    # Merged in float32: in bfloat16 the product of the two low-rank matrices would be rounded before the sum is.
+    # Merged in float32, because in bfloat16 the product of the two low-rank matrices would be rounded before the sum.
     model.to(torch.float32)
     rows = _embedding_rows(shapes)
     if rows is not None and rows != model.get_input_embeddings().num_embeddings:
@@ -136,7 +136,7 @@ def _adapter_shapes(adapter_dir: Path) -> dict[str, list[int]]:
 
 
 def _embedding_rows(shapes: dict[str, list[int]]) -> int | None:
-    """Return the vocabulary size of the embeddings that the adapter carries whole, None if it carries none."""
+    """Return the vocabulary size of the adapter's complete embeddings, or None."""
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight").rpartition(".")[2]
         if layer in ("embed_tokens", "lm_head", "wte") and "lora_" not in name and len(shape) == 2:
@@ -145,7 +145,7 @@ def _embedding_rows(shapes: dict[str, list[int]]) -> int | None:
 
 
 def _unplaced(model: object, shapes: dict[str, list[int]]) -> list[str]:
-    """Return the adapter's tensors that the model did not take: peft only warns of them."""
+    """Return the adapter's tensors that the model did not load: peft only warns of them."""
     from peft import get_peft_model_state_dict
 
     taken = get_peft_model_state_dict(model, save_embedding_layers=True)

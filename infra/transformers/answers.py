@@ -25,7 +25,7 @@ from slmops.infra.transformers.calls import AnswerAsSource
 def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     """Answer the rows greedily and write the logits at the compared positions.
 
-    Decoding is pure greedy, whatever the checkpoint's generation config asks for, except for its end tokens. The
+    Decoding is pure greedy: of the checkpoint's generation config only the end tokens apply. The
     compared positions are those of the prompt and of the reference's own answer, teacher-forced over both, each the
     distribution of the token that follows; the last one predicts the answer's end.
 
@@ -91,7 +91,7 @@ def _digest(rows: Sequence[SourceAnswer]) -> str:
 
 
 def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
-    """Return a checkpoint's tokenizer and its model, ready to answer; no code of the checkpoint's is run.
+    """Return a checkpoint's tokenizer and its model, ready to answer; no code of the checkpoint is run.
 
     `dtype` is auto, float32 or bfloat16. Raises `StageFailed` when transformers cannot load it.
     """
@@ -104,7 +104,7 @@ def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise StageFailed(
             f"transformers cannot load the checkpoint {checkpoint_dir}: {_last_line(error)}.",
-            "Load it with AutoModelForCausalLM.from_pretrained and correct what that reports.",
+            "Load it with AutoModelForCausalLM.from_pretrained and correct the reported fault.",
             code="checkpoint-does-not-load",
         ) from error
     return tokenizer, model.eval()
@@ -124,7 +124,7 @@ def render_question(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
             "Change the row's messages or the chat template.",
             code="row-does-not-render",
         ) from error
-    # The template writes the begin token itself where the model has one.
+    # The template itself writes the begin token, if the model has one.
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -155,7 +155,7 @@ def answer_greedily(
     batch_size: int,
     progress: Progress,
 ) -> list[list[int]]:
-    """Greedy answers, cut after the first end token; prompts of like length are batched, so that little is padded."""
+    """Greedy answers, cut after the first end token; prompts of similar length are batched, for little padding."""
     import torch
     from transformers import GenerationConfig
 

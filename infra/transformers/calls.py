@@ -1,4 +1,4 @@
-"""What child processes are asked to do with transformers, torch and peft, and what they answer."""
+"""Calls of child processes that use transformers, torch and peft, and their answers."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ from slmops.infra.reference.text import LOGITS_CHUNK_BYTES, SourceText
 class AnswerAsSource(Call[SourceAnswers]):
     """Answer questions greedily with a source checkpoint and write its logits at the compared positions.
 
-    `dtype` is what the weights are loaded as. `output_dir` gets `logits.npy` and `reference.json`, a copy of the
+    `dtype` is that of the loaded weights. `output_dir` gets `logits.npy` and `reference.json`, a copy of the
     answer (see `slmops.infra.reference.answers`).
     """
 
@@ -67,7 +67,7 @@ class ScoreTextAsSource(Call[SourceText]):
     """Score the first `max_tokens` tokens of a UTF-8 text file with a source checkpoint.
 
     `output_dir` gets the logits at the compared positions, `logits.npy`, and `text.json`, a copy of the answer (see
-    `slmops.infra.reference.text`). No more than `chunk_bytes` of logits exist at once.
+    `slmops.infra.reference.text`). At most `chunk_bytes` of logits exist at once.
     """
 
     checkpoint_dir: AbsolutePath
@@ -88,7 +88,7 @@ class ScoreTextAsSource(Call[SourceText]):
 
 
 class Rendering(Record):
-    """The prompt of a conversation and its token ids; `dated` where the template asked for the date."""
+    """The prompt of a conversation and its token ids; `dated`: the template used the date."""
 
     text: str
     ids: tuple[int, ...]
@@ -96,7 +96,7 @@ class Rendering(Record):
 
 
 class RenderedConversation(Record):
-    """One rendering, or one per moment of a template that asks for the date; none with the template's `refusal`."""
+    """One rendering, or one per moment if the template uses the date; none with the template's `refusal`."""
 
     renderings: tuple[Rendering, ...] = ()
     refusal: str | None = None
@@ -111,11 +111,10 @@ class ControlTokenIds(Record):
 
 
 class RenderedConversations(Record):
-    """What transformers makes of conversations.
+    """The renderings of conversations in transformers.
 
-    `control_tokens` are the added tokens whose id occurs in a rendering; `marks` are the matches of what looks like
-    one in the renderings, though it is none, and how many tokens each has; `dated` says whether some prompt has the
-    date in it.
+    `control_tokens` are the added tokens whose id occurs in a rendering; `marks` are texts in the renderings that look
+    like a control token but are not one, with their numbers of tokens; `dated` says whether a prompt contains the date.
     """
 
     conversations: dict[str, RenderedConversation]
@@ -130,8 +129,8 @@ class RenderConversations(Call[RenderedConversations]):
     """Render conversations with a folder's tokenizer.
 
     `moments` are the local times, ISO 8601, at which a template that writes the date is to be rendered, by conversation
-    (none: the present); `marks` is a regular expression of what looks like a control token, `context` the text before
-    and after one.
+    (none: the present); `marks` is a regular expression for texts that look like a control token, `context` the text
+    before and after one.
     """
 
     tokenizer_dir: AbsolutePath
@@ -174,7 +173,7 @@ class MergeAdapter(Call[Merged]):
 
 
 class Chat(Record):
-    """A chat that ends with an assistant's turn; `number` is its row in the dataset, from 1 on."""
+    """A chat that ends with an assistant's turn; `number` is its row in the dataset, starting with 1."""
 
     number: int
     messages: tuple[Message, ...]
@@ -189,7 +188,7 @@ class Loss(Record):
 
 
 class FineTuned(Record):
-    """What a fine-tuning did.
+    """The result of a fine-tuning.
 
     `held_out_loss` and `loaded_held_out_loss` are of the best state, in memory and as saved and loaded back; None
     without held-out chats. `trained_tokens` are per epoch.
@@ -210,8 +209,8 @@ class FineTuned(Record):
 class FineTune(Call[FineTuned]):
     """Fine-tune a checkpoint and write the result: a LoRA adapter, or a whole checkpoint of the base's dtype.
 
-    Without `held_out` chats nothing is stopped early. `max_length` in tokens (None: the base's context); `patience` in
-    epochs without improvement. `state_dir` keeps the state of each epoch: an interrupted run continues from there.
+    Without `held_out` chats there is no early stopping. `max_length` in tokens (None: the base's context); `patience`
+    in epochs without improvement. `state_dir` keeps the state of each epoch: an interrupted run continues from there.
     `output_dir` must not exist.
     """
 
@@ -238,10 +237,10 @@ class FineTune(Call[FineTuned]):
 
 
 class TrainedChatModel(Record):
-    """A model trained from nothing.
+    """A model trained from scratch.
 
-    `exact_match` is the share of all rows of the evaluation file that the checkpoint, as loaded back, answers exactly
-    and greedily; `train_loss` the mean of the last epoch in nats per weighted token; `seconds` of the training alone.
+    `exact_match` is the share of the evaluation file's rows that the reloaded checkpoint answers exactly, by greedy
+    decoding; `train_loss` the mean of the last epoch in nats per weighted token; `seconds` of the training alone.
     """
 
     exact_match: float

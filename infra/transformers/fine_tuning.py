@@ -12,14 +12,14 @@ from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import Message
 from slmops.infra.transformers.calls import Chat, FineTune, FineTuned, Loss
 
-IGNORED_LABEL = -100  # what torch's cross entropy skips
+IGNORED_LABEL = -100  # torch's cross entropy skips this label
 # Attention and MLP projections, by the names they have in Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite; then Phi-3's.
 LORA_TARGETS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     *("qkv_proj", "gate_up_proj"),
 )
 WARM_UP_SHARE = 0.03
-# The loss of the saved model may differ from that in memory only by the rounding of its weights.
+# The loss of the saved model may differ from the loss in memory only by the rounding of the weights.
 LOADED_LOSS_TOLERANCE = 0.05
 LOGS_PER_RUN = 100
 MAX_NAMED_ROWS = 3
@@ -30,9 +30,9 @@ def fine_tune(call: FineTune, progress: Progress) -> FineTuned:
 
     Only the assistant's turns are learned. Training is in float32 on a CPU, in bfloat16 on a GPU that supports it.
 
-    Raises `BadInput` for chats longer than the context, or a chat template under which a turn's text depends on what
-    follows it; `StageFailed` for a base that cannot be loaded, a loss that is not finite, or a result that does not
-    load back to the same loss.
+    Raises `BadInput` for chats longer than the context, or a chat template in which a turn's text depends on later
+    turns; `StageFailed` for a base that cannot be loaded, a loss that is not finite, or a saved result whose loss
+    differs.
     """
     import torch
     import transformers
@@ -67,7 +67,7 @@ def fine_tune(call: FineTune, progress: Progress) -> FineTuned:
         assert in_memory is not None
         if abs(loaded - in_memory) > LOADED_LOSS_TOLERANCE * max(1.0, in_memory):
             raise StageFailed(
-                f"What was saved has a loss of {loaded:.3f} on the held-out chats, in memory it was {in_memory:.3f}.",
+                f"The saved model has a loss of {loaded:.3f} on the held-out chats; in memory it was {in_memory:.3f}.",
                 "Train with the other method (lora or full); see the log.",
             )
     return FineTuned(
@@ -98,7 +98,7 @@ def _encode(tokenizer: object, chats: Sequence[Chat], context: int) -> list[dict
         named = ", ".join(f"row {number} has {tokens} tokens" for number, tokens in long[:MAX_NAMED_ROWS])
         raise BadInput(
             f"{len(long)} of {len(chats)} chats are longer than the context of {context} tokens: {named}.",
-            "Shorten or leave them out; what is cut off would not be learned.",
+            "Shorten or omit them; a truncated part would not be learned.",
         )
     return encoded
 
@@ -115,9 +115,8 @@ def _encode_chat(tokenizer: Any, chat: list[Message]) -> dict[str, list[int]]:
             answers.append((len(before), len(until)))
         else:
             raise BadInput(
-                "The base's chat template writes a conversation otherwise when an answer follows it.",
-                "The model would be asked otherwise than it was trained: give a template without that, or chats of one "
-                "answer each.",
+                "The base's chat template writes a conversation differently if an answer follows it.",
+                "Prompts in use would differ from those in training: give another template, or chats of one answer.",
             )
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
@@ -134,7 +133,8 @@ def _with_lora(model: Any, rank: int, seed: int) -> Any:
     targets = [name for name in LORA_TARGETS if name in names]
     if not targets:
         raise BadInput(
-            f"LoRA knows none of the layers of {type(model).__name__}.", "Train it with the method full, or by hand."
+            f"LoRA supports no layer of {type(model).__name__}.",
+            "Train it with the method full, or with another tool.",
         )
     # alpha = 2 * rank: the scale at which a learning rate means the same for every rank (Hu et al. 2021, section 4.1).
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
@@ -192,7 +192,7 @@ def _trainer(
 
 
 def _padded(batch: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    """Return tensors of a batch [chats, tokens], filled up at the end; a tokenizer need not have a token for that."""
+    """Return tensors of a batch [chats, tokens], padded at the end, also without a padding token of the tokenizer."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -207,7 +207,7 @@ def _padded(batch: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
 
 
 def _last_state(state_dir: Path) -> Path | None:
-    """Return the newest state that was written whole: the trainer writes trainer_state.json last."""
+    """Return the newest complete state: the trainer writes trainer_state.json last."""
     states = [path for path in state_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     return max(states, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 

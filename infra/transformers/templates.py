@@ -21,11 +21,11 @@ from slmops.infra.transformers.calls import (
 
 
 def render(call: RenderConversations, progress: Progress) -> RenderedConversations:
-    """Render conversations with a folder's tokenizer; the changes that it makes to its process are permanent.
+    """Render conversations with a folder's tokenizer. The changes to this process are permanent.
 
     Raises `StageFailed` for a tokenizer that cannot be loaded.
     """
-    # AutoTokenizer does without torch, and importing it takes longer than everything else here.
+    # AutoTokenizer needs no torch, and importing torch would take longer than everything else here.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     progress(0, 1, "transformers")
     tokenizer = _load(call.tokenizer_dir)
@@ -55,7 +55,7 @@ def render(call: RenderConversations, progress: Progress) -> RenderedConversatio
 
 
 class _Clock:
-    """Stands in for `datetime` where transformers' `strftime_now` asks it for the time; `asked` says that it did."""
+    """Replaces `datetime` in transformers' `strftime_now`; `asked` is true after a request for the time."""
 
     def __init__(self) -> None:
         self.moment = datetime.now()
@@ -83,7 +83,7 @@ def _load(tokenizer_dir: Path) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
         raise StageFailed(
             f"transformers cannot load the tokenizer in {tokenizer_dir}: {reason}.",
-            "Load it with AutoTokenizer.from_pretrained and correct what that reports.",
+            "Load it with AutoTokenizer.from_pretrained and correct the reported fault.",
             code="tokenizer-does-not-load",
         ) from error
 
@@ -110,5 +110,5 @@ def _renderings(
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    # The template writes the begin token itself where the model has one.
+    # The template itself writes the begin token, if the model has one.
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""The source checkpoint on a text: the log-probability of every token, and logits at some positions to compare with."""
+"""The source checkpoint on a text: the log-probability of every token, and logits at some positions for comparison."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -28,10 +28,10 @@ from slmops.infra.transformers.calls import ScoreTextAsSource
 def score_text(call: ScoreTextAsSource, progress: Progress) -> SourceText:
     """Score the tokens of a text with the source checkpoint and write the logits at the compared positions.
 
-    The text is cut into windows of `window_tokens` tokens (fewer where the context ends earlier); each is scored
-    without the text before it, after the tokens that the tokenizer adds at a text's beginning (a begin token, or none:
-    then a window's first token is given and not scored). The window is fed in pieces with a cache, so that no more than
-    `chunk_bytes` of logits exist at once.
+    The text is divided into windows of `window_tokens` tokens (fewer if the context is shorter). Each is scored without
+    the text before it, after the tokens that the tokenizer adds at a text's beginning (a begin token; without any, a
+    window's first token is not scored). The window is fed in pieces with a cache, so that at most `chunk_bytes` of
+    logits exist at once.
 
     Raises `BadInput` for a text of fewer than two tokens, `StageFailed` for a checkpoint that cannot be loaded or
     whose logits are not finite.
@@ -53,7 +53,7 @@ def score_text(call: ScoreTextAsSource, progress: Progress) -> SourceText:
     chunk_tokens = max(1, call.chunk_bytes // (4 * vocabulary_size))
     scored: list[SourceWindow] = []
     with (output_dir / LOGITS_FILE).open("wb") as file:
-        # Written row by row: the pages of a mapped array would count as this process's memory.
+        # Written row by row, because the pages of a mapped array would count as this process's memory.
         shape = (sum(len(positions) for positions in chosen), vocabulary_size)
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for done, (window, positions) in enumerate(zip(windows, chosen, strict=True)):
@@ -91,7 +91,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _logits_of(model: Any, window: Sequence[int], chunk_tokens: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield each position of a window but the last and its logits, `chunk_tokens` positions in memory at a time."""
+    """Yield each position of a window except the last, and its logits; `chunk_tokens` positions are in memory."""
     import torch
 
     cache = None

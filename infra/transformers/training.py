@@ -17,7 +17,7 @@ from slmops.infra.transformers.calls import TrainChatModel, TrainedChatModel
 END_OF_TURN = "<|im_end|>"
 TURN_MARKERS = (END_OF_TURN, "<|im_start|>")
 END_OF_TEXT = "<|endoftext|>"
-IGNORED_LABEL = -100  # torch's cross entropy skips it
+IGNORED_LABEL = -100  # torch's cross entropy skips this label
 EVALUATION_BATCH_ROWS = 100
 GRADIENT_NORM = 1.0
 WARM_UP_SHARE = 0.06
@@ -31,7 +31,7 @@ def train_chat_model(call: TrainChatModel, progress: Progress) -> TrainedChatMod
     The same request on the same machine writes the same bytes.
 
     Raises `BadInput` for data that cannot be read; `StageFailed` if `exact_match` is below `min_exact_match` or the
-    loaded tokenizer is not the trained one.
+    loaded tokenizer differs from the trained one.
     """
     import torch
 
@@ -86,8 +86,8 @@ def _read_rows(path: Path) -> list[Row]:
 def _train_tokenizer(rows: Sequence[Row], call: TrainChatModel, output_dir: Path) -> Any:
     """Train a byte-level BPE tokenizer, save it, and return the tokenizer that `AutoTokenizer` loads.
 
-    `AutoTokenizer` gives a Qwen2 checkpoint Qwen2's own pre-tokenizer whatever tokenizer.json says, so it is used for
-    training. Training the model with the loaded tokenizer ensures that users get the same one.
+    `AutoTokenizer` gives a Qwen2 checkpoint Qwen2's own pre-tokenizer, whatever tokenizer.json contains, so training
+    uses that pre-tokenizer. Training the model with the loaded tokenizer ensures that users get the same one.
     """
     from tokenizers import pre_tokenizers, trainers
     from transformers import AutoTokenizer, Qwen2Tokenizer
@@ -113,7 +113,7 @@ def _train_tokenizer(rows: Sequence[Row], call: TrainChatModel, output_dir: Path
     )
     trained.chat_template = call.chat_template
     trained.save_pretrained(output_dir)
-    (output_dir / "config.json").write_text('{"model_type": "qwen2"}', "utf-8")  # by which AutoTokenizer chooses
+    (output_dir / "config.json").write_text('{"model_type": "qwen2"}', "utf-8")  # read by AutoTokenizer
     loaded = AutoTokenizer.from_pretrained(output_dir)
     for text in texts[:1000]:
         if loaded.encode(text) != trained.encode(text) or loaded.decode(loaded.encode(text)) != text:
@@ -140,7 +140,7 @@ def _new_model(architecture: Json, tokenizer: Any) -> Any:
 
 
 def _padded(vocabulary_size: int) -> int:
-    return math.ceil(vocabulary_size / 32) * 32  # block-wise quantization works in blocks of 32
+    return math.ceil(vocabulary_size / 32) * 32  # quantization works in blocks of 32
 
 
 def _encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:
@@ -220,7 +220,7 @@ def _loss(model: Any, batch: list[tuple[list[int], int]], prompt_weight: float, 
 
 
 def _answers(checkpoint_dir: Path, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
-    """Return the checkpoint's greedy answers, loaded as any user would load it."""
+    """Return the greedy answers of the checkpoint, loaded as users load it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -75,7 +75,7 @@ def assert_refused(slmops: Slmops, status: int, said: str, *command: str | Path,
     error = slmops.run(*command, status=status, **extra).stderr
     assert said in error
     assert "Traceback" not in error
-    assert "refused before anything opens it" in error
+    assert "refused before a runtime opens it" in error
 
 
 def test_a_given_folder_runs_no_library(hostile: Path, mark: Path, slmops: Slmops) -> None:

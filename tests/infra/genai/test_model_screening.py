@@ -133,7 +133,7 @@ CONFIGS = {
     "a graph anywhere": (changed("model", "decoder", "filename", to="/model.onnx"), "not the plain name"),
     "a graph by Windows' path": (changed("model", "decoder", "filename", to="C:\\model.onnx"), "not the plain name"),
     "onnxruntime's own format": (changed("model", "decoder", "filename", to="model.ort"), "not an ONNX file"),
-    "a graph that is not there": (changed("model", "decoder", "filename", to="other.onnx"), "no file of the folder"),
+    "a graph that is not there": (changed("model", "decoder", "filename", to="other.onnx"), "not a file of the folder"),
     "a format for snprintf": (changed("model", "decoder", "inputs", to={"past_key_names": "%d%n"}), "%d%n"),
     "text for a number": (changed("search", "max_length", to="/etc/passwd"), "search.max_length"),
     "no JSON": ("{", "not valid"),

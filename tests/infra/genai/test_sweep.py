@@ -113,7 +113,7 @@ def test_a_slow_model_is_not_swept_at_all():
 def test_the_sweep_stops_before_the_memory_ends():
     rows, notes = Machine(lambda length, turn: 1.0).run(has_room=lambda length: length < 128)
     assert {row.prompt_tokens for row in rows} == {32, 64}
-    assert notes == ["The sweep stopped before 128 prompt tokens: the memory might not suffice."]
+    assert notes == ["The sweep stopped before 128 prompt tokens: the memory might not be sufficient."]
 
 
 # What people wait for, and not faster than they read.

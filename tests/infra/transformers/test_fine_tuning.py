@@ -136,5 +136,5 @@ def test_a_chat_longer_than_the_context_is_named(tiny_checkpoint: Path, tmp_path
 
 def test_a_base_whose_layers_lora_does_not_know_is_refused(tmp_path: Path) -> None:
     base = make_tiny_checkpoint(tmp_path / "base", "gpt2")
-    with pytest.raises(BadInput, match="LoRA knows none of the layers of GPT2"):
+    with pytest.raises(BadInput, match="LoRA supports no layer of GPT2"):
         tune(base, tmp_path)
