@@ -13,6 +13,7 @@ from slmops.tasks.build.variants import build_each
 from slmops.tasks.checkpoint.preparation import prepare_checkpoint
 from slmops.tasks.environment.checks import check_environment, check_room
 from slmops.tasks.exams.answers import AnswersExam
+from slmops.tasks.exams.decoding import settle_decoding
 from slmops.tasks.exams.source import sources_in_use
 from slmops.tasks.exams.text import read_text
 from slmops.tasks.plan import parse_request
@@ -56,6 +57,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
     check_environment(request.execution_provider, shop.settings)
     recipes = plan_recipes(request)
     prepared = prepare_checkpoint(request, shop.settings)
+    settled = settle_decoding(prepared.folder, request.generation_defaults)
     evaluation = read_evaluation(
         request.evaluation_file,
         prepared.folder,
@@ -63,7 +65,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         scorer=request.scorer,
         output_schema_file=request.output_schema_file,
         output_regex=request.output_regex,
-    )
+    ).decoded_by(settled.decoding)
     asked = Qualification(
         evaluation=evaluation,
         text=read_text(request.text_file) if request.text_file else None,
@@ -71,6 +73,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         budget=request.budget,
         description=request.description,
         promote=request.promote,
+        allow=request.allow,
     )
     check_room(
         prepared.inspection,
@@ -91,7 +94,8 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         record_provenance(version)
         if built.search:
             record_trials(version, built.search)
-        warnings = (*prepared.inspection.warnings, *built.warnings, *shop.registry.objects.notices())
+        known = (*prepared.inspection.warnings, *settled.warnings)
+        warnings = (*known, *built.warnings, *shop.registry.objects.notices())
         report = qualify(asked, version, prepared, errors=built.errors, warnings=warnings)
         if request.output:
             write_model_cards(report, version.manifest, request.output)

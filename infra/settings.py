@@ -108,7 +108,11 @@ class GateSettings(_Section):
     max_quality_loss: Share | None = Field(
         None, description="Largest drop of the task score below the reference's; only a drop beyond noise fails."
     )
-    min_output_conformity: Share = Field(0.95, description="Smallest share of answers in the requested output format.")
+    min_output_conformity: Share | None = Field(
+        None,
+        description="Smallest share of answers in the requested output format; default: 0.95, not counting rows to "
+        "which the source's answer is in another format too.",
+    )
     max_memory_growth_bytes_per_request: int = Field(
         65_536, ge=0, description="Largest growth of the resident memory per request in the soak, in bytes."
     )

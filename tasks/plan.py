@@ -1,5 +1,6 @@
 """A deploy's plan and estimates, made without writing anything."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +29,8 @@ from slmops.tasks.foundry.ids import foundry_model_id
 from slmops.tasks.questions.evaluation_set import EvaluationRow, read_rows
 from slmops.tasks.request.deploy_request import DeployRequest, check_precisions
 from slmops.tasks.request.inputs import with_local_files
-from slmops.tasks.verdict.gate import thresholds_for
+from slmops.tasks.verdict.checks import check_allowed
+from slmops.tasks.verdict.thresholds import thresholds_for
 
 
 class DeployPlan(Record):
@@ -48,6 +50,7 @@ def parse_request(parameters: dict[str, Any]) -> DeployRequest:
     if "precisions" in parameters:
         parameters = {**parameters, "precisions": check_precisions(parameters["precisions"])}
     request = DeployRequest.of(parameters).checked()
+    request = replace(request, allow=check_allowed(request.allow))
     foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses unknown names
     return request
 

@@ -36,7 +36,7 @@ def list_models(as_json: Json = False) -> None:
             "aliases": ", ".join(model["aliases"]) or "-",
             "tags": ", ".join(f"{tag}={value}" for tag, value in model["tags"].items()) or "-",
             "variants": ", ".join(
-                f"{variant['precision']} {variant['status'] or 'not judged'} ({variant['size_bytes'] / 1e6:,.1f} MB)"
+                f"{variant['precision']} {_status(variant)} ({variant['size_bytes'] / 1e6:,.1f} MB)"
                 for variant in model["variants"]
             )
             + (", says its origin" if model["says_origin"] else ""),
@@ -53,7 +53,6 @@ def list_models(as_json: Json = False) -> None:
 
 
 def _listed(version: "Version") -> dict[str, Any]:
-    statuses = _statuses(version)
     return {
         "name": version.name,
         "version": version.number,
@@ -61,14 +60,7 @@ def _listed(version: "Version") -> dict[str, Any]:
         "tags": version.tags,
         "created_at": version.manifest.created_at,
         "says_origin": version.says_origin,
-        "variants": [
-            {
-                "precision": variant.precision,
-                "status": statuses[variant.precision],
-                "size_bytes": variant.size_bytes,
-            }
-            for variant in version.variants
-        ],
+        "variants": _variants(version),
     }
 
 
@@ -84,9 +76,7 @@ def show(reference: Reference, as_json: Json = False) -> None:
         stored = {"signed": signed, "digest": manifest.digest, "uri": version.uri}
         print_json({**manifest.model_dump(), **kept, "says_origin": version.says_origin, "notes": notes, **stored})
         return
-    statuses = [
-        {"variant": precision, "status": status or "not judged"} for precision, status in _statuses(version).items()
-    ]
+    statuses = [{"variant": variant["precision"], "status": _status(variant)} for variant in _variants(version)]
     source = manifest.source
     print_line(f"{version.reference}  {manifest.created_at}  aliases: {', '.join(version.aliases) or '-'}")
     print_line(f"source: {source.origin} ({source.architecture}, {source.parameters:,} parameters)")
@@ -119,9 +109,26 @@ def _last_deploy(version: "Version") -> dict[str, object]:
     return {**DEPLOY.to_content(records[-1].value), "recorded_at": records[-1].at}
 
 
-def _statuses(version: "Version") -> dict[str, str | None]:
-    found = {variant.precision: variant.status for variant in version.deployed.variants}
-    return {variant.precision: found.get(variant.precision) for variant in version.variants}
+def _variants(version: "Version") -> list[dict[str, Any]]:
+    deployed = {variant.precision: variant for variant in version.deployed.variants}
+    judged = {precision: (variant.status, list(variant.allowed)) for precision, variant in deployed.items()}
+    found = []
+    for variant in version.variants:
+        status, allowed = judged.get(variant.precision, (None, []))
+        found.append(
+            {
+                "precision": variant.precision,
+                "status": status,
+                "allowed": allowed,
+                "size_bytes": variant.size_bytes,
+            }
+        )
+    return found
+
+
+def _status(variant: dict[str, Any]) -> str:
+    in_spite = f" IN SPITE OF {', '.join(variant['allowed'])}" if variant["allowed"] else ""
+    return f"{variant['status'] or 'not judged'}{in_spite}"
 
 
 def logs(reference: Reference) -> None:

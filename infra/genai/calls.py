@@ -6,7 +6,7 @@ from pydantic import Field, FiniteFloat
 
 from slmops.infra.process.call import Call, Progress, R
 from slmops.infra.process.endurance import Endure
-from slmops.infra.records import AbsolutePath, Record
+from slmops.infra.records import AbsolutePath, Record, later_field
 from slmops.infra.reference.answers import Message, Question, RowId, Share
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
@@ -111,7 +111,9 @@ class Measure(_OnModel[Measured]):
 class AnsweredRow(Record):
     """A variant's answer to one row, and its distance from the reference there (None: no reference, or not finite).
 
-    `exact_match` is None without an expected answer; `identical_to_reference` is token for token.
+    `exact_match` is None without an expected answer; `identical_to_reference` is token for token. `ended` and
+    `reference_ended` say whether an end token was reached within the tokens that the answer might have; None: not
+    known.
     """
 
     id: RowId
@@ -125,6 +127,8 @@ class AnsweredRow(Record):
     finite_positions: int
     top1_agreement: Share | None
     kl_divergence: FiniteFloat | None
+    ended: bool | None = later_field(None)
+    reference_ended: bool | None = later_field(None)
 
 
 class TemplateMismatch(Record):
@@ -194,6 +198,7 @@ class Evaluate(_OnModel[Evaluated]):
     max_new_tokens: int
     max_positions: int
     chunk_bytes: int = LOGITS_CHUNK_BYTES
+    repetition_penalty: float = 1.0
 
     def perform(self, progress: Progress) -> Evaluated:
         """See `slmops.infra.genai.evaluation.evaluate`."""

@@ -38,7 +38,7 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
     Raises `StageFailed` for a model that cannot be run, or a reference of other rows.
     """
     progress(0, len(call.rows), "loading the model")
-    model = GenaiModel(call.model_dir, threads=call.threads)
+    model = GenaiModel(call.model_dir, threads=call.threads, repetition_penalty=call.repetition_penalty)
     reference = _Reference(call.reference_dir, call.rows) if call.reference_dir else None
     vocabulary = _vocabulary(model, reference)
     answers: list[_Answer] = []
@@ -83,12 +83,13 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A variant's answer; `answer_ids` are None if it cannot process the prompt."""
+    """A variant's answer; `answer_ids` are None if it cannot process the prompt, `ended` if that is not known."""
 
     question: Question
     prompt: str
     prompt_ids: list[int]
     answer_ids: list[int] | None
+    ended: bool | None
 
     @property
     def token_ids(self) -> list[int]:
@@ -104,7 +105,8 @@ def _answer(
         answer_ids: list[int] | None = model.answer(prompt_ids, budget)
     else:
         answer_ids = _answer_if_possible(model, vocabulary.variant, prompt_ids, budget)
-    return _Answer(question, prompt, prompt_ids, answer_ids)
+    ended = None if answer_ids is None else len(answer_ids) < model.room_after(prompt_ids, budget)
+    return _Answer(question, prompt, prompt_ids, answer_ids, ended)
 
 
 def _row(
@@ -128,6 +130,8 @@ def _row(
         finite_positions=sum(finite),
         top1_agreement=share_of([comparison.agrees for comparison in comparisons]),
         kl_divergence=_mean([comparison.kl_divergence for comparison in comparisons]),
+        ended=answer.ended,
+        reference_ended=expected.ended if expected else None,
     )
 
 

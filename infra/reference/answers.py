@@ -28,7 +28,8 @@ class SourceAnswer(Record):
     """The greedy answer to one question.
 
     `positions` are indices into `prompt_ids + answer_ids`, each of the token before the predicted one;
-    `exact_match` is None without an expected answer.
+    `exact_match` is None without an expected answer. `ended` says whether an end token was reached, which is then the
+    last of `answer_ids`.
     """
 
     id: RowId
@@ -39,6 +40,7 @@ class SourceAnswer(Record):
     max_new_tokens: int
     positions: tuple[int, ...]
     exact_match: bool | None
+    ended: bool | None = None
 
 
 class SourceAnswers(Record):

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from slmops.infra.errors import StageFailed
+from slmops.infra.records import later_field
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -112,7 +113,7 @@ class Build(_Record):
     log: str
     warnings: tuple[str, ...] = ()
     passes: dict[str, dict[str, Any]] = {}
-    calibration: str | None = None
+    calibration: str | None = later_field(None)
     host: dict[str, Any]
 
 
@@ -126,7 +127,10 @@ class Selection(_Record):
 
 
 class DeployedVariant(_Record):
-    """The part of a deploy's record on a variant that the store reads; `foundry_model_id` is None if not registered."""
+    """The part of a deploy's record on a variant that the store reads; `foundry_model_id` is None if not registered.
+
+    `allowed` names the gate's checks that failed and were allowed to fail.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -134,6 +138,7 @@ class DeployedVariant(_Record):
     status: str
     foundry_model_id: str | None = None
     metrics: dict[str, int | float | None] = {}
+    allowed: tuple[str, ...] = later_field(())
 
 
 class Deployed(_Record):

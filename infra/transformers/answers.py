@@ -19,13 +19,14 @@ from slmops.infra.reference.answers import (
     matches,
     share_of,
 )
+from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.transformers.calls import AnswerAsSource
 
 
 def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     """Answer the rows greedily and write the logits at the compared positions.
 
-    Decoding is pure greedy: of the checkpoint's generation config only the end tokens apply. The
+    Decoding is greedy, by the call's `decoding`: nothing else of the checkpoint's generation config applies. The
     compared positions are those of the prompt and of the reference's own answer, teacher-forced over both, each the
     distribution of the token that follows; the last one predicts the answer's end.
 
@@ -40,11 +41,20 @@ def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     tokenizer, model = load_checkpoint(call.checkpoint_dir, call.dtype)
     prompts = [render_question(tokenizer, row) for row in call.rows]
     budgets = token_budgets(call.rows, prompts, model, call.max_new_tokens)
-    answer_ids = answer_greedily(tokenizer, model, prompts, budgets, batch_size=call.batch_size, progress=progress)
+    ends = end_token_ids(tokenizer, model, call.decoding)
+    answer_ids = answer_greedily(
+        tokenizer,
+        model,
+        prompts,
+        budgets,
+        batch_size=call.batch_size,
+        progress=progress,
+        decoding=call.decoding,
+    )
     lengths = [len(prompt_ids) + len(ids) - 1 for (_, prompt_ids), ids in zip(prompts, answer_ids, strict=True)]
     chosen = choose_positions(lengths, call.max_positions)
     rows = tuple(
-        _answered(tokenizer, row, prompt, ids, budget, indices)
+        _answered(tokenizer, row, prompt, ids, budget, indices, ended=bool(ends & {*ids[-1:]}))
         for row, prompt, ids, budget, indices in zip(call.rows, prompts, answer_ids, budgets, chosen, strict=True)
     )
     positions, vocabulary_size = _write_logits(model, rows, call.output_dir / LOGITS_FILE, progress)
@@ -70,6 +80,8 @@ def _answered(
     answer_ids: list[int],
     max_new_tokens: int,
     positions: list[int],
+    *,
+    ended: bool,
 ) -> SourceAnswer:
     text, prompt_ids = prompt
     answer_text = tokenizer.decode(answer_ids, skip_special_tokens=True)
@@ -82,6 +94,7 @@ def _answered(
         max_new_tokens=max_new_tokens,
         positions=tuple(positions),
         exact_match=matches(answer_text, question.expected),
+        ended=ended,
     )
 
 
@@ -154,15 +167,21 @@ def answer_greedily(
     *,
     batch_size: int,
     progress: Progress,
+    decoding: Decoding = PLAIN,
 ) -> list[list[int]]:
     """Greedy answers, cut after the first end token; prompts of similar length are batched, for little padding."""
     import torch
     from transformers import GenerationConfig
 
-    ends = _end_token_ids(tokenizer, model)
+    ends = end_token_ids(tokenizer, model, decoding)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     # generate() fills unset fields of a given config from the model's own config, so the latter is replaced.
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+        repetition_penalty=decoding.repetition_penalty,
+    )
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][1]))
     for batch in _batches(order, batch_size):
@@ -183,7 +202,10 @@ def answer_greedily(
     return answers
 
 
-def _end_token_ids(tokenizer: Any, model: Any) -> set[int]:
+def end_token_ids(tokenizer: Any, model: Any, decoding: Decoding) -> set[int]:
+    """The tokens that end an answer: those that are settled, else those of the first file that names any."""
+    if decoding.end_token_ids is not None:
+        return set(decoding.end_token_ids)
     for source in (model.generation_config, model.config.get_text_config(), tokenizer):
         found = getattr(source, "eos_token_id", None)
         if found is not None:

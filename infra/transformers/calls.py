@@ -7,6 +7,7 @@ from pydantic import Field, FiniteFloat
 from slmops.infra.process.call import Call, Progress
 from slmops.infra.records import AbsolutePath, Json, Record
 from slmops.infra.reference.answers import Message, Question, SourceAnswers
+from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES, SourceText
 
 
@@ -25,6 +26,7 @@ class AnswerAsSource(Call[SourceAnswers]):
     threads: int
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     output_dir: AbsolutePath
+    decoding: Decoding = PLAIN
 
     def perform(self, progress: Progress) -> SourceAnswers:
         """See `slmops.infra.transformers.answers.answer`."""

@@ -14,6 +14,7 @@ from slmops.infra.files import write_whole
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.slots import only_maker, slot
 from slmops.infra.records import Json, Record
+from slmops.infra.reference.decoding import PLAIN
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.manifest import StoredVariant, digest_of
 from slmops.tasks.build.calibration import Calibration
@@ -21,6 +22,7 @@ from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.environment.host import builder_versions
+from slmops.tasks.exams.decoding import settle_decoding
 from slmops.tasks.request.deploy_request import DeployRequest, check_output
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
@@ -58,6 +60,8 @@ def build_variant(
     shop = workshop()
     settings, registry = shop.settings, shop.registry
     calibration = calibration if recipe.is_calibrated else None
+    settled = settle_decoding(prepared.folder, request.generation_defaults)
+    decoding = {} if settled.decoding == PLAIN else {"decoding": settled.decoding.model_dump(mode="json")}
     key = digest_of(
         {
             "source": prepared.digest,
@@ -66,6 +70,7 @@ def build_variant(
             "generation": request.generation_defaults,
             "device": request.device,
             **({"calibration": calibration.digest} if calibration else {}),
+            **decoding,
         }
     )
     record = settings.cache_dir / "builds" / f"{key}.json"
@@ -93,7 +98,9 @@ def build_variant(
                 work_dir=work,
                 on_progress=on_progress,
             )
-            set_generation_defaults(work / "model", request.generation_defaults)
+            penalty = {"repetition_penalty": settled.decoding.repetition_penalty} if decoding else {}
+            set_generation_defaults(work / "model", {**penalty, **request.generation_defaults})
+            set_end_tokens(work / "model", settled.end_token_ids)
             variant = StoredVariant(
                 precision=recipe.precision,
                 device=request.device,
@@ -137,6 +144,17 @@ def set_generation_defaults(folder: Path, defaults: dict[str, float]) -> None:
             search["temperature"] = defaults["temperature"]
     path.unlink()  # the file may be a link to the user's own file
     path.write_text(json.dumps({**config, "search": search}, indent=4), "utf-8")
+
+
+def set_end_tokens(folder: Path, end_token_ids: Sequence[int]) -> None:
+    """Write the tokens that end an answer into a model's genai_config.json, unless they are the ones that it names."""
+    path = folder / "genai_config.json"
+    config = read_json(path)
+    named = config["model"].get("eos_token_id")
+    if not end_token_ids or {*(named if isinstance(named, list) else [named])} == {*end_token_ids}:
+        return
+    config["model"]["eos_token_id"] = list(end_token_ids)
+    path.write_text(json.dumps(config, indent=4), "utf-8")
 
 
 @stage("copy out", run_name="copy-out")

@@ -33,8 +33,9 @@ from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Judged, choose_variant
-from slmops.tasks.verdict.gate import GateVerdict, judge, thresholds_for
+from slmops.tasks.verdict.gate import GateVerdict, judge
 from slmops.tasks.verdict.pareto import Candidate, pareto_front
+from slmops.tasks.verdict.thresholds import thresholds_for
 from slmops.tasks.workshop import Workshop, working_with, workshop
 
 
@@ -264,7 +265,7 @@ def _judge(evaluated: Evaluation, precision: str, request: DeployRequest, settin
         max_kl_divergence=request.max_kl_divergence,
         max_quality_loss=request.max_quality_loss,
     )
-    return judge(evaluated, thresholds)
+    return judge(evaluated, thresholds, allow=request.allow)
 
 
 def choose_recipes(

@@ -10,6 +10,7 @@ from slmops.infra.genai.calls import Evaluate
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.records import Json
 from slmops.infra.reference.answers import Question, RowId, Share
+from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant, Version
@@ -56,7 +57,11 @@ class Reference(_Result):
 
 
 def run_reference(
-    settings: Settings, bench: Bench, rows: Sequence[EvaluationRow], torch_child: ChildProcess | None = None
+    settings: Settings,
+    bench: Bench,
+    rows: Sequence[EvaluationRow],
+    torch_child: ChildProcess | None = None,
+    decoding: Decoding | None = None,
 ) -> Reference:
     """Run the source checkpoint, the bench's model, on the rows; `bench.work` keeps what `evaluate_variant` needs.
 
@@ -75,6 +80,7 @@ def run_reference(
             batch_size=settings.evaluation.batch_size,
             threads=settings.threads,
             output_dir=bench.work,
+            decoding=decoding or PLAIN,
         ),
         settings.timeout.reference_s,
         within=torch_child,
@@ -94,6 +100,7 @@ def evaluate_variant(
     *,
     reference_dir: Path | None,
     output_format: OutputFormat | None = None,
+    decoding: Decoding | None = None,
 ) -> Evaluation:
     """Run a genai model folder, the bench's, on the rows in a child process, and score its answers.
 
@@ -111,6 +118,7 @@ def evaluate_variant(
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             threads=settings.threads,
+            repetition_penalty=(decoding or PLAIN).repetition_penalty,
         ),
         settings.timeout.evaluate_s,
     )
@@ -161,6 +169,7 @@ class AnswersExam(ComparedExam[Evaluation]):
             "rows": digest_of(self.evaluation.rows),
             "output_format": output_format.model_dump(mode="json") if output_format else None,
             "settings": settings.evaluation.model_dump(mode="json"),
+            **self._decoding(),
         }
 
     def record(self, variant: Variant, settings: Settings) -> Json:
@@ -173,11 +182,16 @@ class AnswersExam(ComparedExam[Evaluation]):
             "source": source_digest,
             "rows": digest_of(self.evaluation.rows),
             "settings": settings.evaluation.model_dump(mode="json"),
+            **self._decoding(),
         }
+
+    def _decoding(self) -> Json:
+        decoding = self.evaluation.decoding
+        return {"decoding": decoding.model_dump(mode="json")} if decoding else {}
 
     def run_source(self, bench: Bench, shop: Workshop) -> None:
         """See `ComparedExam.run_source`."""
-        run_reference(shop.settings, bench, self.evaluation.rows, shop.torch_child)
+        run_reference(shop.settings, bench, self.evaluation.rows, shop.torch_child, self.evaluation.decoding)
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Evaluation:
         """See `Exam.take`."""
@@ -189,7 +203,14 @@ class AnswersExam(ComparedExam[Evaluation]):
             self.evaluation.rows,
             reference_dir=self.source_folder(source, shop.settings) if has_reference else None,
             output_format=self.evaluation.output_format,
+            decoding=self.evaluation.decoding,
         )
+
+
+def decoding_of(version: Version) -> Decoding | None:
+    """Return how the rows of a version's last evaluation were answered, None for plain greedy decoding."""
+    record = version.latest(Kind(EVALUATION.name, dict[str, object])) or {}
+    return Decoding.model_validate(record["decoding"]) if record.get("decoding") else None
 
 
 def last_evaluation_set(version: Version) -> EvaluationSet | None:

@@ -281,13 +281,13 @@ def describe_model(folder: Path) -> tuple[PromptTemplate, GenerationDefaults]:
     template = read_chat_template(folder)
     if template is None:
         raise StageFailed(f"The model in {folder} has no chat template.", "Pass one with --chat-template.")
-    tokenizer = read_json(folder / "tokenizer_config.json")
-    tokens = {name: _token_text(tokenizer.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    tokens = special_tokens(read_json(folder / "tokenizer_config.json"))
     config = read_json(folder / "genai_config.json")
     defaults = generation_defaults(config.get("search", {}), {}, int(config["model"]["context_length"]))
     return derive_prompt_template(template, tokens), defaults
 
 
-def _token_text(token: Any) -> str | None:
-    text: str | None = token["content"] if isinstance(token, dict) else token
-    return text
+def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the texts of the special tokens that a chat template may name, from tokenizer_config.json."""
+    tokens = {name: tokenizer_config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Record
 from slmops.infra.reference.answers import RowId
+from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import digest_of as digest_of_json
 from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
@@ -185,11 +186,19 @@ def _bad_line(path: Path, number: int, fault: str) -> BadInput:
 
 
 class EvaluationSet(Record):
-    """The rows of one deploy, their origin, and the required format of every answer, if any."""
+    """The rows of one deploy, their origin, and the required format of every answer, if any.
+
+    `decoding` is how they are answered; None: greedily, until the end tokens that transformers takes.
+    """
 
     rows: tuple[EvaluationRow, ...]
     origin: str
     output_format: OutputFormat | None = None
+    decoding: Decoding | None = None
+
+    def decoded_by(self, decoding: Decoding | None) -> "EvaluationSet":
+        """Return the same rows, to be answered in another way."""
+        return self.model_copy(update={"decoding": None if decoding == PLAIN else decoding})
 
     @property
     def summary(self) -> str:

@@ -71,6 +71,7 @@ def judged(variant: VariantReport) -> Judged:
             kl_divergence=metrics.get("kl_divergence"),
         ),
         scores=tuple(score for score in scores if score is not None) if None not in scores and scores else None,
+        allowed=variant.allowed,
     )
 
 

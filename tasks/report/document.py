@@ -35,6 +35,7 @@ from slmops.tasks.report.wording import (
     decimal,
     estimated,
     factor,
+    in_spite_of,
     megabytes,
     percent,
     ratio,
@@ -78,6 +79,9 @@ def document(report: DeployReport) -> list[Block]:
 def _verdict(report: DeployReport) -> Iterator[Block]:
     yield Heading(f"{report.reference}: {report.status}", level=1)
     yield Paragraph((Strong(_headline(report)), f" {sentences(report.reason)}" if report.reason else ""))
+    for variant in report.variants:
+        if variant.allowed:
+            yield Paragraph(Strong(f"{variant.precision}: {in_spite_of(variant.gate)}"))
     facts = [report.summary]
     if report.aliases:
         facts.append(f"This version is the {' and '.join(report.aliases)}.")
@@ -202,7 +206,7 @@ def why_not(variant: VariantReport) -> Text:
     """Return why a variant was not chosen: its failure, the gate's finding, or the choice's reason."""
     if variant.error:
         return quoted(variant.error)
-    failed = [check for check in variant.gate.checks if not check.passed] if variant.gate else []
+    failed = variant.gate.failed_checks if variant.gate else ()
     if failed:
         return "; ".join(
             f"{check.name.replace('_', ' ')} {check_value(check)}, {check_threshold(check)} is required"

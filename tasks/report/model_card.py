@@ -30,6 +30,7 @@ from slmops.tasks.report.wording import (
     check_verdict,
     decimal,
     estimated,
+    in_spite_of,
     megabytes,
     percent,
     ratio,
@@ -131,6 +132,8 @@ def _blocks(
             " for onnxruntime-genai and Foundry Local by slmops.",
         )
     )
+    if variant.allowed:
+        yield Paragraph(Strong(in_spite_of(variant.gate)))
     yield Heading("How to call it")
     if variant.foundry_model_id:
         yield Paragraph(("Foundry Local knows it as ", Code(variant.foundry_model_id), " where slmops registered it:"))
@@ -201,7 +204,7 @@ def _figures(variant: VariantReport, dataset: str) -> Iterator[Block]:
                 check.name.replace("_", " "),
                 check_value(check),
                 check_threshold(check),
-                check_verdict(check) if check.passed else Strong("failed"),
+                check_verdict(check) if check.passed else Strong(check_verdict(check)),
             )
             for check in variant.gate.checks
         ]

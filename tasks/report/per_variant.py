@@ -6,7 +6,7 @@ from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.report.blocks import Block, Paragraph, Strong, bullets, sentences
 from slmops.tasks.report.records import VariantReport
 from slmops.tasks.report.wording import NOTHING, check_threshold
-from slmops.tasks.verdict.gate import GateCheck
+from slmops.tasks.verdict.checks import GateCheck
 
 EXAMPLES = 3  # of each kind and variant
 RUNTIMES = {"genai": "genai", "foundry": "Foundry"}

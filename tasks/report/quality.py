@@ -9,11 +9,11 @@ from slmops.tasks.report.per_variant import checks_of, of_variant
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.robustness import edge_input, length_sweep, memory
 from slmops.tasks.report.wording import NOTHING, check_threshold, check_value, check_verdict, percent
-from slmops.tasks.verdict.gate import GateCheck
+from slmops.tasks.verdict.checks import GateCheck
 
 # The five checks of Microsoft's tutorial, each with the gate's checks for it.
 QUALITY_LIST = {
-    "Domain answers": ("quality_loss", "non_empty_answers"),
+    "Domain answers": ("quality_loss", "non_empty_answers", "ended_answers"),
     "Output format": ("output_format",),
     "Memory in long use": ("memory_growth_genai", "memory_growth_foundry"),
     "Speed over prompt lengths": ("valid_lengths", "steadiness"),
@@ -24,6 +24,7 @@ FURTHER = {
     "On the text": ("text_top1_agreement", "text_kl_divergence"),
     "Template parity": ("template_parity",),
 }
+WORST_FIRST = ("failed", "allowed to fail", "not decided", "passed")
 SIDE_BY_SIDE = 4  # a table has columns for this many variants
 
 
@@ -81,8 +82,8 @@ def _summary(report: DeployReport) -> Iterator[Block]:
 def _verdict(checks: Sequence[GateCheck]) -> Text:
     """Return the worst verdict of some checks."""
     verdicts = {check_verdict(check) for check in checks}
-    gravest = next((verdict for verdict in ("failed", "not decided", "passed") if verdict in verdicts), NOTHING)
-    return Strong(gravest) if gravest == "failed" else gravest
+    gravest = next((verdict for verdict in WORST_FIRST if verdict in verdicts), NOTHING)
+    return Strong(gravest) if gravest in WORST_FIRST[:2] else gravest
 
 
 def _loud(check: GateCheck, text: str) -> Text:

@@ -35,7 +35,7 @@ class VariantDetails(BaseModel):
 
 class VariantReport(BaseModel):
     """One variant of a deploy. `intervals` are those of the metrics of the same name; `reason` says why it was chosen
-    or not.
+    or not; `allowed` names the checks that failed and were allowed to fail.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,6 +53,7 @@ class VariantReport(BaseModel):
     reason: str = ""
     answer: str | None = None
     error: str | None = None
+    allowed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     details: VariantDetails = Field(default=VariantDetails(), exclude=True)

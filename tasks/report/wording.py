@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable
 
 from slmops.tasks.exams.estimates import CONFIDENCE, Estimate
-from slmops.tasks.verdict.gate import GateCheck
+from slmops.tasks.verdict.checks import GateCheck
+from slmops.tasks.verdict.gate import GateVerdict
 
 NOTHING = "-"
 INTERVALS = f"In brackets: {CONFIDENCE:.0%} intervals."
@@ -65,6 +66,7 @@ _WORDING: dict[str, Callable[[float], str]] = {
     "finite_logits": percent,
     "output_format": percent,
     "non_empty_answers": percent,
+    "ended_answers": percent,
     "memory_growth_genai": bytes_per_request,
     "memory_growth_foundry": bytes_per_request,
     "steadiness": factor,
@@ -89,5 +91,14 @@ def check_threshold(check: GateCheck) -> str:
 def check_verdict(check: GateCheck) -> str:
     """Return a check's result; if its interval contains the threshold, it neither passed nor failed."""
     if not check.passed:
-        return "failed"
+        return "allowed to fail" if check.allowed else "failed"
     return "passed" if check.decided else "not decided"
+
+
+def in_spite_of(verdict: GateVerdict | None) -> str:
+    """Return the sentence about the checks that failed and were allowed to fail."""
+    failed = [
+        f"{check.title} {check_value(check)}, {check_threshold(check)} is asked"
+        for check in (verdict.allowed_checks if verdict else ())
+    ]
+    return f"Registered although it failed, because that was allowed: {'; '.join(failed)}."

@@ -62,6 +62,15 @@ MaxQualityLoss = Annotated[
     float | None,
     Parameter("Gate: largest drop of the task score below the reference's (0 to 1).", "Gate, 0 to 1."),
 ]
+Allow = Annotated[
+    tuple[str, ...],
+    Parameter(
+        "Checks of the gate that may fail, such as kl_divergence: a variant is registered in spite of them, and its "
+        "report, evidence and model card say so.",
+        "Register although this check failed; repeatable.",
+        metavar="CHECK",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ class DeployParameters:
     min_top1_agreement: MinTop1Agreement = None
     max_kl_divergence: MaxKlDivergence = None
     max_quality_loss: MaxQualityLoss = None
+    allow: Allow = ()
     budget: Annotated[
         tuple[str, ...],
         _budget(
@@ -225,6 +235,7 @@ class RegateParameters:
     min_top1_agreement: MinTop1Agreement = None
     max_kl_divergence: MaxKlDivergence = None
     max_quality_loss: MaxQualityLoss = None
+    allow: Allow = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from slmops.infra.records import Record
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Version
-from slmops.tasks.exams.answers import AnswersExam
+from slmops.tasks.exams.answers import AnswersExam, decoding_of
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.questions.evaluation_set import EvaluationSet
@@ -143,9 +143,9 @@ def challenge_champion(challenger: Version, champion: Version, evaluation: Evalu
 
     Stored answers are reused. Raises `BadInput` for a version without a variant that can serve.
     """
-    exam = AnswersExam(evaluation, compared=False)
     scores = []
     for version in (champion, challenger):
+        exam = AnswersExam(evaluation.decoded_by(decoding_of(version)), compared=False)
         answered = examine.fn(exam, version.require_serving())
         scores.append([row.score or 0.0 for row in answered.rows])
     loss = paired_loss(scores[0], scores[1])

@@ -1,6 +1,6 @@
 """The choice of the variant that serves under the model's name, and the reasons for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slmops.infra.records import Record
 from slmops.infra.storage.evidence import Selection
@@ -13,10 +13,14 @@ PREFERENCE = ("int4", "int8", "fp16", "fp32")
 
 
 class Judged(Record):
-    """A variant that passed the gate, and its score on each row in their order (None: no expected answers)."""
+    """A variant that passed the gate, and its score on each row in their order (None: no expected answers).
+
+    `allowed` names the checks that failed and were allowed to fail.
+    """
 
     candidate: Candidate
     scores: tuple[float, ...] | None
+    allowed: tuple[str, ...] = ()
 
 
 def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Selection:
@@ -30,7 +34,7 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Selection
     if not passed:
         return Selection(selected=None, reason="No variant passed the gate.")
     if budget is None:
-        return _smallest([variant.candidate.name for variant in passed])
+        return _smallest({variant.candidate.name: variant.allowed for variant in passed})
     excesses = {variant.candidate.name: budget.excesses(variant.candidate) for variant in passed}
     reasons = {name: f"over the budget: {', '.join(found)}" for name, found in excesses.items() if found}
     fitting = [variant for variant in passed if not excesses[variant.candidate.name]]
@@ -55,11 +59,14 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Selection
     return Selection(selected=chosen.name, reason=_reason(chosen, best, equals, front), reasons=reasons)
 
 
-def _smallest(names: Sequence[str]) -> Selection:
-    selected = min(names, key=PREFERENCE.index)
-    reasons = {name: f"{selected} also passed the gate and is smaller" for name in names if name != selected}
+def _smallest(passed: Mapping[str, Sequence[str]]) -> Selection:
+    """Choose by name; the values are the checks that were allowed to fail."""
+    selected = min(passed, key=PREFERENCE.index)
+    reasons = {name: f"{selected} also passed the gate and is smaller" for name in passed if name != selected}
+    allowed = ", ".join(name.replace("_", " ") for name in passed[selected])
+    but = f", where {allowed} was allowed to fail" if allowed else ""
     return Selection(
-        selected=selected, reason=f"{selected} is the smallest precision that passed the gate.", reasons=reasons
+        selected=selected, reason=f"{selected} is the smallest precision that passed the gate{but}.", reasons=reasons
     )
 
 

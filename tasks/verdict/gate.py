@@ -1,141 +1,44 @@
 """The gate: it decides from measurements whether a variant may be served."""
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
 
-from pydantic import Field, FiniteFloat, ValidationError
-
-from slmops.infra.errors import BadInput
-from slmops.infra.records import Record
-from slmops.infra.reference.answers import Share
-from slmops.infra.settings import GateSettings
+from slmops.infra.records import Record, later_field
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
 from slmops.tasks.exams.endurance import Endurance
-from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.estimates import mean_score, paired_loss
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import LengthSweep
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.runs.stage import stage
-
-
-class GateThresholds(Record):
-    """Thresholds for a variant: shares, nats per token, bytes per request, and a factor."""
-
-    min_top1_agreement: Share
-    max_kl_divergence: Annotated[FiniteFloat, Field(ge=0)]
-    max_quality_loss: Share
-    min_output_conformity: Share
-    max_memory_growth_bytes_per_request: Annotated[int, Field(ge=0)]
-    max_cliff_ratio: Annotated[FiniteFloat, Field(gt=1)]
-
-
-# By precision: top-1 agreement at least, mean KL divergence at most, task score at most this much below the
-# reference's. DESIGN.md, section 8; fp32 has the thresholds of fp16.
-DEFAULT_THRESHOLDS: dict[str, dict[str, float]] = {
-    precision: {"min_top1_agreement": top1, "max_kl_divergence": kl, "max_quality_loss": loss}
-    for precision, top1, kl, loss in (
-        ("fp32", 0.99, 0.005, 0.02),
-        ("fp16", 0.99, 0.005, 0.02),
-        ("int8", 0.97, 0.02, 0.02),
-        ("int4", 0.90, 0.10, 0.05),
-    )
-}
-
-
-def thresholds_for(
-    precision: str,
-    settings: GateSettings,
-    *,
-    min_top1_agreement: float | None = None,
-    max_kl_divergence: float | None = None,
-    max_quality_loss: float | None = None,
-) -> GateThresholds:
-    """The precision's thresholds; a setting overrides the default of every precision, a parameter overrides both.
-
-    Raises `BadInput` for an unknown precision or a threshold out of its bounds.
-    """
-    if precision not in DEFAULT_THRESHOLDS:
-        known = ", ".join(DEFAULT_THRESHOLDS)
-        raise BadInput(
-            f"There are no gate thresholds for the precision {precision!r}.",
-            f"Use one of {known}.",
-            code="gate-precision-unknown",
-        )
-    parameters = {
-        "min_top1_agreement": min_top1_agreement,
-        "max_kl_divergence": max_kl_divergence,
-        "max_quality_loss": max_quality_loss,
-    }
-    values: dict[str, Any] = {
-        **DEFAULT_THRESHOLDS[precision],
-        "min_output_conformity": settings.min_output_conformity,
-        "max_memory_growth_bytes_per_request": settings.max_memory_growth_bytes_per_request,
-        "max_cliff_ratio": settings.max_cliff_ratio,
-    }
-    for name, parameter in parameters.items():
-        setting: float | None = getattr(settings, name)
-        values[name] = next(value for value in (parameter, setting, values[name]) if value is not None)
-    try:
-        return GateThresholds(**values)
-    except ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors())
-        raise BadInput(
-            f"Gate thresholds are not valid: {faults}.", "Correct them.", code="gate-threshold-not-valid"
-        ) from None
-
-
-CheckName = Literal[
-    "vocabulary",
-    "finite_logits",
-    "top1_agreement",
-    "kl_divergence",
-    "quality_loss",
-    "output_format",
-    "non_empty_answers",
-    "template_parity",
-    "memory_growth_genai",
-    "memory_growth_foundry",
-    "valid_lengths",
-    "steadiness",
-    "edge_input_genai",
-    "edge_input_foundry",
-    "text_top1_agreement",
-    "text_kl_divergence",
-]
-
-
-class GateCheck(Record):
-    """One comparison with a threshold; `value` is None without a finite figure, and the check fails then.
-
-    `low` and `high` are the bounds of the figure's interval, if it has one. `decided` is false if that interval
-    contains the threshold: the check neither passed nor failed, and does not prevent a variant from passing.
-    """
-
-    name: CheckName
-    value: FiniteFloat | None
-    threshold: FiniteFloat
-    bound: Literal["at least", "at most"]
-    passed: bool
-    low: FiniteFloat | None = None
-    high: FiniteFloat | None = None
-    decided: bool = True
-    detail: str = ""
+from slmops.tasks.verdict.checks import CheckName, GateCheck, at_least, at_most, beyond_noise, no_fault
+from slmops.tasks.verdict.thresholds import GateThresholds
 
 
 class GateVerdict(Record):
-    """The gate's decision: passed if every check passed. `notes` report what could not be judged, and anomalies."""
+    """The gate's decision: passed when every check passed or was allowed to fail.
+
+    `decided_by` says whether the task score or the distributions decided on the quality; None without a reference.
+    `notes` say what could not be judged, or what stands out; `warnings` what a user must not overlook.
+    """
 
     passed: bool
     checks: tuple[GateCheck, ...]
+    decided_by: Literal["score", "distributions"] | None = later_field(None)
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = later_field(())
 
     @property
     def failed_checks(self) -> tuple[GateCheck, ...]:
         """The checks that prevent the variant from being served."""
-        return tuple(check for check in self.checks if not check.passed)
+        return tuple(check for check in self.checks if check.rejects)
+
+    @property
+    def allowed_checks(self) -> tuple[GateCheck, ...]:
+        """The checks that failed and that the user allowed to fail."""
+        return tuple(check for check in self.checks if check.allowed)
 
 
 def judge(
@@ -146,37 +49,67 @@ def judge(
     parity: TemplateParity | None = None,
     text: TextComparison | None = None,
     endurance: Sequence[Endurance] = (),
+    allow: Collection[str] = (),
 ) -> GateVerdict:
     """Decide whether a variant may be registered. Figures that were not measured are not judged.
 
     Against the source checkpoint, where there is one: the same `vocabulary`, `top1_agreement` (at least) and
     `kl_divergence` (at most) on the evaluation set and on the user's text, and `quality_loss`: the reference's score
     minus the variant's on the same rows (at most). A loss counts as failed only when its interval lies beyond the
-    threshold, as passed when it lies within, and is not decided otherwise: then the distributions decide.
+    threshold, as passed when it lies within, and is not decided otherwise. Where the score decides
+    (`score_decides`), the distributions only have to be those of a model that is not broken. `ended_answers`: by how
+    much fewer answers come to their end than the source's, within the tokens that they may have (at most, as a loss).
 
-    Of the variant alone: `finite_logits` (all), `output_format` (share of answers, at least), `non_empty_answers`
-    (all; only without a reference), `template_parity` (differences, none), `memory_growth_*` (bytes per request, at
-    most, failed only when its interval lies beyond), `valid_lengths` (prompt lengths without a valid answer, none),
-    `steadiness` (largest loss of throughput from one prompt length to the next, at most), `edge_input_*` (inputs that
-    ended in a crash or left the runtime unusable, none).
+    Of the variant: `finite_logits` (all), `output_format` (share of answers, at least; an answer without it is excused
+    where the source's has it neither), `non_empty_answers` (all; only without a reference), `template_parity`
+    (differences, none), `memory_growth_*` (bytes per request, at most, failed only when its interval lies beyond),
+    `valid_lengths` (prompt lengths without a valid answer, none; see `LengthSweep`), `steadiness` (largest loss of
+    throughput from one prompt length to the next, at most), `edge_input_*` (inputs that ended in a crash or left the
+    runtime unusable, none).
+
+    A check that is named by `allow` may fail.
     """
-    checks = [*_against_reference(evaluation, thresholds), *_of_answers(evaluation, thresholds)]
+    by_score = score_decides(evaluation, thresholds)
+    limits = thresholds.where_the_score_decides if by_score else thresholds
+    checks = [*_against_reference(evaluation, limits), *_of_answers(evaluation, limits)]
     if text is not None:
-        checks += _on_text(text, thresholds)
+        checks += _on_text(text, limits)
     if parity is not None:
-        checks.append(_count("template_parity", _parity_faults(parity)))
+        checks.append(no_fault("template_parity", _parity_faults(parity)))
     if length_sweep is not None:
-        invalid = [f"{length} tokens" for length in length_sweep.invalid_prompt_tokens]
-        checks.append(_count("valid_lengths", invalid))
-    if length_sweep is not None and length_sweep.worst_cliff_ratio is not None:
-        cliff = _at_most("steadiness", length_sweep.worst_cliff_ratio, thresholds.max_cliff_ratio)
-        detail = f"at {length_sweep.worst_cliff_prompt_tokens} prompt tokens"
-        checks.append(cliff.model_copy(update={"detail": detail}))
+        checks += _of_lengths(length_sweep, limits)
     for in_runtime in endurance:
-        checks += _of_endurance(in_runtime, thresholds)
+        checks += _of_endurance(in_runtime, limits)
+    checks = [
+        check.model_copy(update={"allowed": True}) if check.rejects and check.name in allow else check
+        for check in checks
+    ]
+    distributions = "distributions" if evaluation.has_reference else None
     return GateVerdict(
-        passed=all(check.passed for check in checks), checks=tuple(checks), notes=tuple(_notes(evaluation, checks))
+        passed=not any(check.rejects for check in checks),
+        checks=tuple(checks),
+        decided_by="score" if by_score else distributions,
+        notes=(*_notes(evaluation, checks), *_on_what_decided(evaluation, thresholds, by_score=by_score)),
+        warnings=tuple(_warnings(evaluation, checks, limits)),
     )
+
+
+def score_decides(evaluation: Evaluation, thresholds: GateThresholds) -> bool:
+    """Whether there are enough rows for the task score to decide on a variant's quality.
+
+    There are if the interval of the loss lies wholly to one side of the allowed loss (a test of non-inferiority with
+    that margin: CPMP/EWP/482/99, Points to consider on switching between superiority and non-inferiority, 2000), and
+    if the rows can tell at all: a model that answers none of them right would lose more than is allowed, beyond noise
+    (assay sensitivity, ICH E10, Choice of control group, 2000, section 1.5). Rows that the source itself answers wrong
+    cannot.
+    """
+    if evaluation.quality_loss is None or not evaluation.vocabulary.comparable:
+        return False
+    if not beyond_noise("quality_loss", evaluation.quality_loss, thresholds.max_quality_loss).decided:
+        return False
+    scored = [row.reference_score for row in evaluation.rows if row.score is not None]
+    reference = [score for score in scored if score is not None]
+    return bool(reference) and paired_loss(reference, [0.0] * len(reference)).low > thresholds.max_quality_loss
 
 
 def _against_reference(evaluation: Evaluation, thresholds: GateThresholds) -> list[GateCheck]:
@@ -185,32 +118,55 @@ def _against_reference(evaluation: Evaluation, thresholds: GateThresholds) -> li
     vocabulary = evaluation.vocabulary
     if not vocabulary.comparable:
         detail = f"{vocabulary.variant} tokens, the reference {vocabulary.reference}"
-        return [_count("vocabulary", [detail])]
+        return [no_fault("vocabulary", [detail])]
     checks = [
-        _at_least(
+        at_least(
             "top1_agreement",
             evaluation.top1_agreement,
             thresholds.min_top1_agreement,
             evaluation.top1_agreement_interval,
         ),
-        _at_most(
+        at_most(
             "kl_divergence", evaluation.kl_divergence, thresholds.max_kl_divergence, evaluation.kl_divergence_interval
         ),
     ]
     if evaluation.quality_loss is not None:
-        checks.append(_beyond_noise("quality_loss", evaluation.quality_loss, thresholds.max_quality_loss))
+        checks.append(beyond_noise("quality_loss", evaluation.quality_loss, thresholds.max_quality_loss))
+    of_source, of_variant = _ends(evaluation)
+    if of_source:
+        running_on = paired_loss(of_source, of_variant)
+        checks.append(beyond_noise("ended_answers", running_on, thresholds.max_unended_answers))
     return checks
+
+
+def _ends(evaluation: Evaluation) -> tuple[list[bool], list[bool]]:
+    """Return whether the source's and the variant's answers came to their end, for the rows where both are known."""
+    known = [
+        (row.reference_ended, row.ended)
+        for row in evaluation.rows
+        if row.ended is not None and row.reference_ended is not None
+    ]
+    return [of_source for of_source, _ in known], [of_variant for _, of_variant in known]
 
 
 def _of_answers(evaluation: Evaluation, thresholds: GateThresholds) -> list[GateCheck]:
-    checks = [_at_least("finite_logits", evaluation.finite_logits, 1.0)]
+    checks = [at_least("finite_logits", evaluation.finite_logits, 1.0)]
     if not evaluation.has_reference:
         answered = 1 - evaluation.empty_answers / len(evaluation.rows)
-        checks.append(_at_least("non_empty_answers", answered, 1.0))
+        checks.append(at_least("non_empty_answers", answered, 1.0))
     conformity = evaluation.output_conformity
     if conformity is not None:
-        checks.append(_at_least("output_format", conformity.value, thresholds.min_output_conformity, conformity))
+        if thresholds.source_excuses_output and _formless_as_the_source(evaluation):
+            conformity = mean_score(
+                [float(row.output_fault is None or row.reference_output_fault is not None) for row in evaluation.rows]
+            )
+        checks.append(at_least("output_format", conformity.value, thresholds.min_output_conformity, conformity))
     return checks
+
+
+def _formless_as_the_source(evaluation: Evaluation) -> int:
+    """Count the answers without the output format to rows where the source's has it neither."""
+    return sum(row.output_fault is not None and row.reference_output_fault is not None for row in evaluation.rows)
 
 
 def _on_text(text: TextComparison, thresholds: GateThresholds) -> list[GateCheck]:
@@ -219,8 +175,8 @@ def _on_text(text: TextComparison, thresholds: GateThresholds) -> list[GateCheck
     top1, divergence = text.top1_agreement, text.kl_divergence
     agreement, distance = (None if estimate is None else estimate.value for estimate in (top1, divergence))
     return [
-        _at_least("text_top1_agreement", agreement, thresholds.min_top1_agreement, top1),
-        _at_most("text_kl_divergence", distance, thresholds.max_kl_divergence, divergence),
+        at_least("text_top1_agreement", agreement, thresholds.min_top1_agreement, top1),
+        at_most("text_kl_divergence", distance, thresholds.max_kl_divergence, divergence),
     ]
 
 
@@ -229,16 +185,23 @@ def _parity_faults(parity: TemplateParity) -> list[str]:
     return mismatches + [f"{token} is not one token" for token in parity.broken_control_tokens]
 
 
+def _of_lengths(length_sweep: LengthSweep, thresholds: GateThresholds) -> Iterator[GateCheck]:
+    yield no_fault("valid_lengths", [f"{length} tokens" for length in length_sweep.invalid_prompt_tokens])
+    if length_sweep.worst_cliff_ratio is not None:
+        cliff = at_most("steadiness", length_sweep.worst_cliff_ratio, thresholds.max_cliff_ratio)
+        yield cliff.model_copy(update={"detail": f"at {length_sweep.worst_cliff_prompt_tokens} prompt tokens"})
+
+
 def _of_endurance(endurance: Endurance, thresholds: GateThresholds) -> list[GateCheck]:
     names: tuple[CheckName, CheckName] = (
         ("memory_growth_genai", "edge_input_genai")
         if endurance.runtime == "genai"
         else ("memory_growth_foundry", "edge_input_foundry")
     )
-    checks = [_count(names[1], [edge_input.name for edge_input in endurance.edge_inputs if not edge_input.handled])]
+    checks = [no_fault(names[1], [edge_input.name for edge_input in endurance.edge_inputs if not edge_input.handled])]
     if endurance.memory is not None:
         limit = thresholds.max_memory_growth_bytes_per_request
-        checks.append(_beyond_noise(names[0], endurance.memory.bytes_per_request, limit))
+        checks.append(beyond_noise(names[0], endurance.memory.bytes_per_request, limit))
     return checks
 
 
@@ -251,7 +214,7 @@ def _notes(evaluation: Evaluation, checks: Sequence[GateCheck]) -> Iterator[str]
     for check in checks:
         if not check.decided:
             yield (
-                f"{check.name.replace('_', ' ')} is not decided: {check.value:,.5g}, between {check.low:,.5g} and "
+                f"{check.title} is not decided: {check.value:,.5g}, between {check.low:,.5g} and "
                 f"{check.high:,.5g}, where the threshold is {check.threshold:,.5g}. More rows or requests decide it."
             )
     mismatches = evaluation.template_mismatches.count
@@ -260,50 +223,35 @@ def _notes(evaluation: Evaluation, checks: Sequence[GateCheck]) -> Iterator[str]
         yield f"The runtime renders or tokenizes {share} differently from transformers."
 
 
-def _at_least(name: CheckName, value: float | None, threshold: float, interval: Estimate | None = None) -> GateCheck:
-    return _compared(name, value, "at least", threshold, interval)
+def _on_what_decided(evaluation: Evaluation, thresholds: GateThresholds, *, by_score: bool) -> Iterator[str]:
+    loss = evaluation.quality_loss
+    if by_score:
+        yield "There are enough rows for the task score to decide: the distributions would reject only a broken model."
+        for check in _against_reference(evaluation, thresholds):
+            if check.rejects and check.name in ("top1_agreement", "kl_divergence") and check.value is not None:
+                asked = f"{check.bound} {check.threshold:g}"
+                yield f"With fewer rows, {check.title} would have failed: {check.value:,.3g}, {asked} is asked."
+    elif loss is not None and beyond_noise("quality_loss", loss, thresholds.max_quality_loss).decided:
+        yield "The source checkpoint answers too few rows right for the task score to decide: the distributions do."
 
 
-def _at_most(name: CheckName, value: float | None, threshold: float, interval: Estimate | None = None) -> GateCheck:
-    return _compared(name, value, "at most", threshold, interval)
-
-
-def _compared(
-    name: CheckName,
-    value: float | None,
-    bound: Literal["at least", "at most"],
-    threshold: float,
-    interval: Estimate | None,
-) -> GateCheck:
-    value = _finite(value)
-    passed = value is not None and (value >= threshold if bound == "at least" else value <= threshold)
-    limits = {} if interval is None else {"low": interval.low, "high": interval.high}
-    return GateCheck(name=name, value=value, threshold=threshold, bound=bound, passed=passed, **limits)
-
-
-def _beyond_noise(name: CheckName, figure: Estimate, threshold: float) -> GateCheck:
-    """Fail only a figure whose whole interval lies above the threshold."""
-    return GateCheck(
-        name=name,
-        value=_finite(figure.value),
-        threshold=threshold,
-        bound="at most",
-        passed=figure.low <= threshold,
-        low=figure.low,
-        high=figure.high,
-        decided=not figure.low <= threshold < figure.high,
-    )
-
-
-def _count(name: CheckName, faults: Sequence[str]) -> GateCheck:
-    return GateCheck(
-        name=name, value=len(faults), threshold=0, bound="at most", passed=not faults, detail="; ".join(faults)
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    """The value without rounding noise (1.0 - 0.98 is a little more than 0.02); None if it is not finite."""
-    return round(value, 12) if value is not None and math.isfinite(value) else None
+def _warnings(evaluation: Evaluation, checks: Sequence[GateCheck], thresholds: GateThresholds) -> Iterator[str]:
+    for check in checks:
+        if check.allowed:
+            found = "not finite" if check.value is None else f"{check.value:,.3g}"
+            yield f"{check.title} failed and was allowed: {found}, {check.bound} {check.threshold:,.3g} is asked."
+    of_source, of_variant = _ends(evaluation)
+    if of_source and not any((*of_source, *of_variant)):
+        yield (
+            f"None of {len(of_source)} answers came to its end within the tokens that it may have, and neither did the "
+            "source checkpoint's. If they should, its end tokens are wrong, or it never learned to end a turn."
+        )
+    formless = _formless_as_the_source(evaluation)
+    if formless and thresholds.source_excuses_output:
+        yield (
+            f"{formless} of {len(evaluation.rows)} answers lack the output format, as the source checkpoint's answers "
+            "to the same rows do."
+        )
 
 
 class VariantVerdict(GateVerdict):
@@ -326,9 +274,18 @@ def judge_stored_variant(
     parity: TemplateParity | None,
     text: TextComparison | None,
     endurance: Sequence[Endurance],
+    allow: Collection[str],
 ) -> GateVerdict:
     """Judge a variant and append the verdict to the version's evidence."""
-    verdict = judge(evaluated, thresholds, length_sweep=length_sweep, parity=parity, text=text, endurance=endurance)
+    verdict = judge(
+        evaluated,
+        thresholds,
+        length_sweep=length_sweep,
+        parity=parity,
+        text=text,
+        endurance=endurance,
+        allow=allow,
+    )
     record = VariantVerdict(precision=variant.precision, thresholds=thresholds, **dict(verdict))
     variant.version.record(VERDICT, record)
     return verdict

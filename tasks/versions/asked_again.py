@@ -2,12 +2,13 @@
 
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.version import Version
-from slmops.tasks.exams.answers import last_evaluation_set
+from slmops.tasks.exams.answers import decoding_of, last_evaluation_set
 from slmops.tasks.exams.text import read_text
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
 from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.request.inputs import local_file
 from slmops.tasks.request.parameters import RegateParameters
+from slmops.tasks.verdict.checks import check_allowed
 from slmops.tasks.versions.commit import last_budget
 from slmops.tasks.versions.qualification import Gate, Qualification
 from slmops.tasks.workshop import workshop
@@ -24,6 +25,7 @@ def ask_again(parameters: RegateParameters, version: Version) -> Qualification:
         gate=Gate(parameters.min_top1_agreement, parameters.max_kl_divergence, parameters.max_quality_loss),
         budget=budget,
         description=version.deployed.description,
+        allow=check_allowed(parameters.allow),
     )
 
 
@@ -37,7 +39,10 @@ def _evaluation(parameters: RegateParameters, version: Version) -> EvaluationSet
     if evaluation_file is None and any(form.values()):
         raise BadInput("A scorer or an output format is named without an evaluation file.", "Add --eval FILE.")
     last = last_evaluation_set(version) if evaluation_file is None else None
-    return last or read_evaluation(evaluation_file, None, workshop().settings, **form)
+    if last is not None:
+        return last
+    read = read_evaluation(evaluation_file, None, workshop().settings, **form)
+    return read.decoded_by(decoding_of(version))
 
 
 def _local(text: str | None) -> str | None:

@@ -25,7 +25,8 @@ from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.assemble import variant_intervals, variant_metrics
 from slmops.tasks.report.model_card import base_model_of, model_card
 from slmops.tasks.report.records import VariantDetails, VariantReport
-from slmops.tasks.verdict.gate import GateVerdict, judge_stored_variant, thresholds_for
+from slmops.tasks.verdict.gate import GateVerdict, judge_stored_variant
+from slmops.tasks.verdict.thresholds import thresholds_for
 from slmops.tasks.workshop import workshop
 
 
@@ -40,7 +41,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Qualification:
-    """The request to qualify a version: rows, text, thresholds and budget."""
+    """The request to qualify a version: rows, text, thresholds, budget, and the checks that are allowed to fail."""
 
     evaluation: EvaluationSet
     text: TextSample | None
@@ -48,6 +49,7 @@ class Qualification:
     budget: Sequence[str]
     description: str
     promote: bool = False
+    allow: Sequence[str] = ()
 
     @property
     def compared_exams(self) -> list[ComparedExam[Any]]:
@@ -99,7 +101,9 @@ def qualify_variant(
         figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
         report = report.model_copy(update={"details": details, **figures})
         verdict = _judge(asked, variant, details, evaluation)
-        report = report.model_copy(update={"gate": verdict})
+        allowed = tuple(check.name for check in verdict.allowed_checks)
+        warnings = (*report.warnings, *verdict.warnings)
+        report = report.model_copy(update={"gate": verdict, "allowed": allowed, "warnings": warnings})
         if verdict.passed:
             return _registered(asked, variant, report, evaluation)
         removed = unregister_variant(variant, workshop().settings)
@@ -141,6 +145,7 @@ def _judge(asked: Qualification, variant: Variant, details: VariantDetails, eval
         parity=details.parity,
         text=details.text,
         endurance=details.endurance,
+        allow=asked.allow,
     )
 
 

@@ -54,6 +54,7 @@ def test_every_check_of_the_quality_list_has_figures_on_the_demo(demo: Demo) -> 
             "top1_agreement",
             "kl_divergence",
             "quality_loss",
+            "ended_answers",
             "output_format",
             "template_parity",
             "memory_growth_genai",

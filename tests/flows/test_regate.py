@@ -1,5 +1,6 @@
 """The flow `regate`, and with it the way of a version through the gate, with exams that answer at once."""
 
+import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from prefect.client.schemas import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from slmops.deployments.cli import app as cli
 from slmops.flows.qualify import DeployEnded
 from slmops.flows.regate import regate
 from slmops.infra.errors import BadInput, StageFailed
@@ -17,6 +19,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams import on_workers
+from slmops.tasks.report.markdown import to_markdown
 from slmops.tasks.versions import qualification
 from slmops.tasks.versions.champion import Standing
 from tests.support import reports
@@ -97,6 +100,41 @@ def test_a_variant_below_the_gate_is_rejected_and_taken_away(registry: ModelRegi
     assert (state.name, ended.exit_code, ended.report.selected) == ("Rejected", 3, None)
     assert ended.report.variants[0].reason == "rejected by the gate: kl divergence"
     assert registry.find("home@1").serving is None
+
+
+def test_a_variant_is_registered_in_spite_of_an_allowed_check_and_everything_says_so(
+    registry: ModelRegistry, exams: AtOnce, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cards: list[str] = []
+
+    def register(variant: Any, description: str, card: str, settings: Settings) -> Any:
+        cards.append(card)
+        return SimpleNamespace(changed=True, notes=(), model_id="home-int4-generic-cpu:1")
+
+    monkeypatch.setattr(qualification, "register_variant", register)
+    strict = {**OPEN, "max_kl_divergence": 0.0}
+    report: Any = regate("home@1", **strict, allow=["kl_divergence"], return_state=True).result()
+    (variant,) = report.variants
+    assert (report.status, variant.status, variant.allowed) == ("registered", "registered", ("kl_divergence",))
+    assert "where kl divergence was allowed to fail" in report.reason
+    assert any("kl divergence failed and was allowed" in text for text in variant.warnings)
+    assert report.to_contract()["variants"][0]["allowed"] == ["kl_divergence"]
+    told = "Registered although it failed, because that was allowed: kl divergence"
+    assert told in to_markdown(report)
+    assert told in cards[0]
+    manifest = registry.find("home@1").manifest
+    (verdict,) = evidence(registry, manifest, "verdict")
+    assert [check["name"] for check in verdict["checks"] if check.get("allowed")] == ["kl_divergence"]
+
+    capsys.readouterr()
+    assert cli.run(["list", "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)["models"]
+    assert listed["variants"][0]["allowed"] == ["kl_divergence"]
+    assert cli.run(["list"]) == 0
+    assert "IN SPITE OF" in capsys.readouterr().out
+
+    with pytest.raises(BadInput, check=coded("check-not-allowable", "finite_logits", "kl_divergence")):
+        regate("home@1", **strict, allow=["finite_logits"])
 
 
 def test_an_exam_that_fails_is_told_of_its_variant(registry: ModelRegistry, exams: AtOnce) -> None:

@@ -125,6 +125,8 @@ CASES = {
     "unknown budget": Case("'max-weight=3kg' is unknown", options=("--budget", "max-weight=3kg")),
     "budget without a unit": Case("no valid value", options=("--budget", "max-ttft=200")),
     "budget given twice": Case("twice", options=("--budget", "min-tps=1", "--budget", "min-tps=2")),
+    "unknown check": Case("'kl' is unknown", options=("--allow", "kl")),
+    "check that nobody may allow": Case("'vocabulary' cannot", options=("--allow", "vocabulary")),
     "unknown recipe": Case("int4-block64", options=("--recipe", "int4-block64")),
     "recipe of another precision": Case("int8", options=("--precision", "int8", "--recipe", "int4-block128")),
     "two recipes of a precision": Case("int4", options=("--recipe", "int4-block128", "--recipe", "int4-asymmetric")),

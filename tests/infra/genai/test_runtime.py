@@ -9,8 +9,12 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.genai import runtime
 from slmops.infra.genai.calls import Evaluate, Generate
 from slmops.infra.genai.evaluation import evaluate
+from slmops.infra.settings import GateSettings
 from slmops.infra.transformers.answers import answer
 from slmops.infra.transformers.calls import AnswerAsSource
+from slmops.tasks.exams.evaluation import Evaluation
+from slmops.tasks.verdict.gate import judge
+from slmops.tasks.verdict.thresholds import thresholds_for
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model, with_weights_set
@@ -34,8 +38,8 @@ def ignore_progress(done, total, what):
     assert what
 
 
-def run_reference(checkpoint, directory, rows=ROWS):
-    request = {"checkpoint_dir": str(checkpoint), "output_dir": str(directory), "rows": rows}
+def run_reference(checkpoint, directory, rows=ROWS, **changes):
+    request = {"checkpoint_dir": str(checkpoint), "output_dir": str(directory), "rows": rows, **changes}
     sizes = {"max_new_tokens": NEW_TOKENS, "max_positions": 60, "batch_size": 2, "threads": 2, "dtype": "float32"}
     return answer(AnswerAsSource(**request | sizes), ignore_progress).model_dump(mode="json")
 
@@ -153,6 +157,33 @@ def test_a_model_that_gives_only_the_last_logits_is_compared_at_every_position(w
     assert result["positions"] == 60
     assert result["top1_agreement"] == 1.0
     assert result["kl_divergence"] < 1e-6
+
+
+def test_a_repetition_penalty_gives_the_answers_of_transformers_and_leaves_the_distributions_alone(
+    work, checkpoint, fp32, reference_dir
+):
+    run_reference(checkpoint, work / "penalized", decoding={"repetition_penalty": 1.3})
+    result = run_evaluate(fp32, work / "penalized", repetition_penalty=1.3)
+    assert result["identical_answers"] == 1.0
+    assert result["kl_divergence"] < 1e-6
+    plain = run_evaluate(fp32, reference_dir)
+    assert [row["answer"] for row in result["rows"]] != [row["answer"] for row in plain["rows"]]
+
+
+def test_a_variant_that_does_not_end_by_its_source_s_tokens_is_rejected_for_running_on(
+    work, checkpoint, fp32, tmp_path
+):
+    plain = run_reference(checkpoint, work / "running-on")
+    ends = sorted({row["answer_ids"][3] for row in plain["rows"]})
+    run_reference(checkpoint, work / "ending", decoding={"end_token_ids": ends})
+    ending = shutil.copytree(fp32, tmp_path / "ending")
+    change_genai_config(ending, lambda config: config["model"].update(eos_token_id=ends))
+    for model, rejected in ((ending, []), (fp32, ["ended_answers"])):
+        result = run_evaluate(model, work / "ending")
+        assert {(row["reference_ended"], row["ended"]) for row in result["rows"]} == {(True, not rejected)}
+        found = Evaluation(**result, rows_sha256="", wall_s=1.0, peak_rss_bytes=1)
+        verdict = judge(found, thresholds_for("fp16", GateSettings()))
+        assert [check.name for check in verdict.failed_checks] == rejected
 
 
 def test_quantization_shows_in_the_divergence(work, checkpoint, reference_dir):

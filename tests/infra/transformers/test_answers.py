@@ -104,6 +104,26 @@ def test_any_end_token_of_the_generation_config_ends_an_answer(checkpoint, tmp_p
     assert stopped == third[: third.index(third[2]) + 1]
 
 
+def test_answers_end_by_the_asked_tokens_and_tell_whether_they_came_to_their_end(checkpoint, tmp_path):
+    third = run(checkpoint, tmp_path / "plain")["rows"][0]["answer_ids"][:3]
+    rows = run(checkpoint, tmp_path / "ended", decoding={"end_token_ids": [511, third[2]]})["rows"]
+    assert rows[0]["answer_ids"] == third[: third.index(third[2]) + 1]
+    assert [row["ended"] for row in rows] == [row["answer_ids"][-1] in (511, third[2]) for row in rows]
+    assert rows[0]["ended"]
+
+
+def test_the_asked_repetition_penalty_is_that_of_generate(checkpoint, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rows = run(checkpoint, tmp_path, decoding={"repetition_penalty": 1.3})["rows"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = torch.tensor([rows[0]["prompt_ids"]])
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, repetition_penalty=1.3)[0, ids.shape[1] :]
+    assert rows[0]["answer_ids"] == expected.tolist()
+    assert rows[0]["answer_ids"] != run(checkpoint, tmp_path / "plain")["rows"][0]["answer_ids"]
+
+
 def test_at_most_the_asked_number_of_positions_is_compared(checkpoint, tmp_path):
     result = run(checkpoint, tmp_path, max_positions=7)
     assert result["positions"] == 7 == len(np.load(tmp_path / "logits.npy"))

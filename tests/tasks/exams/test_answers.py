@@ -29,7 +29,8 @@ from slmops.tasks.exams.evaluation import Evaluation, score_evaluation
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, chat_prompts, digest_of
 from slmops.tasks.questions.output_format import OutputFormat
-from slmops.tasks.verdict.gate import judge, thresholds_for
+from slmops.tasks.verdict.gate import judge
+from slmops.tasks.verdict.thresholds import thresholds_for
 from tests.support.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model, with_weights_set

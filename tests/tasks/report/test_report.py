@@ -16,7 +16,8 @@ from slmops.tasks.report.assemble import in_order_of_size, overall_status
 from slmops.tasks.report.blocks import visible
 from slmops.tasks.report.markdown import code_span, escaped, fenced, to_markdown, variant_rows
 from slmops.tasks.report.records import DeployReport, VariantDetails, VariantReport
-from slmops.tasks.verdict.gate import GateCheck, GateVerdict
+from slmops.tasks.verdict.checks import GateCheck
+from slmops.tasks.verdict.gate import GateVerdict
 from tests.support.reports import FIGURES, endurance, evaluation, full_report, full_variant, length_sweep, parity
 
 METRICS = {"load_ms": 40.0, "ttft_ms": 5.25, "peak_rss_bytes": 78e6, "top1_agreement": 0.97, "kl_divergence": 0.0312}

@@ -16,7 +16,9 @@ from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import LengthFigures, LengthSweep
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
 from slmops.tasks.exams.text import TextComparison
-from slmops.tasks.verdict.gate import GateCheck, GateVerdict, judge, thresholds_for
+from slmops.tasks.verdict.checks import GateCheck, check_allowed
+from slmops.tasks.verdict.gate import GateVerdict, judge
+from slmops.tasks.verdict.thresholds import thresholds_for
 from tests.support.errors import coded
 
 INT8 = thresholds_for("int8", GateSettings())
@@ -161,6 +163,68 @@ def test_a_loss_fails_beyond_noise_and_passes_beyond_noise(
     assert any("not decided" in note for note in verdict.notes) == (not decided)
 
 
+def answered(reference: list[float], variant: list[float], **figures: Any) -> Evaluation:
+    """Return the evaluation of these scores, row by row, with distributions that miss int8's limits by far."""
+    plain = evaluation().rows[0]
+    rows = [
+        plain.model_copy(update={"id": number, "score": score, "reference_score": expected})
+        for number, (expected, score) in enumerate(zip(reference, variant, strict=True))
+    ]
+    far = {"top1_agreement": 0.7, "kl_divergence": 0.58}
+    return evaluation(rows=rows, quality_loss=paired_loss(reference, variant), **far | figures)
+
+
+def test_with_enough_rows_the_score_decides_and_the_distributions_only_reject_a_broken_model() -> None:
+    right = [1.0] * 200
+    rounded = judge(answered(right, right), INT8)
+    assert (rounded.passed, rounded.decided_by) == (True, "score")
+    assert any("kl divergence would have failed: 0.58, at most 0.02" in note for note in rounded.notes)
+    broken = judge(answered(right, right, kl_divergence=3.0, top1_agreement=0.2), INT8)
+    assert [check.name for check in broken.failed_checks] == ["top1_agreement", "kl_divergence"]
+    worse = judge(answered(right, [0.0] * 20 + right[20:]), INT8)
+    assert [check.name for check in worse.failed_checks] == ["quality_loss"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "variant"),
+    [
+        ([1.0] * 5, [1.0] * 5),  # too few rows: the interval holds the allowed loss
+        ([0.0] * 400, [0.0] * 400),  # rows that the source answers wrong show no loss of anything
+        ([1.0] * 6 + [0.0] * 994, [1.0] * 6 + [0.0] * 994),  # nor does a source that is right by chance
+    ],
+)
+def test_rows_that_cannot_tell_leave_the_decision_to_the_distributions(
+    reference: list[float], variant: list[float]
+) -> None:
+    verdict = judge(answered(reference, variant), INT8)
+    assert verdict.decided_by == "distributions"
+    assert [check.name for check in verdict.failed_checks] == ["top1_agreement", "kl_divergence"]
+
+
+def test_a_limit_of_the_distributions_that_is_named_holds_whatever_decides() -> None:
+    right = [1.0] * 200
+    named = thresholds_for("int8", GateSettings(min_top1_agreement=0.97), max_kl_divergence=0.5)
+    verdict = judge(answered(right, right), named)
+    assert verdict.decided_by == "score"
+    assert [check.name for check in verdict.failed_checks] == ["top1_agreement", "kl_divergence"]
+
+
+def test_an_allowed_check_fails_loudly_and_keeps_nothing_back() -> None:
+    far = evaluation(kl_divergence=0.58)
+    verdict = judge(far, INT8, allow=("kl_divergence", "steadiness"))
+    assert verdict.passed
+    assert [check.name for check in verdict.allowed_checks] == ["kl_divergence"]
+    assert verdict.warnings == ("kl divergence failed and was allowed: 0.58, at most 0.02 is asked.",)
+    assert not judge(far, INT8, allow=("top1_agreement",)).passed
+
+
+@pytest.mark.parametrize("name", ["vocabulary", "finite_logits", "kl-divergence", ""])
+def test_what_cannot_be_allowed_is_refused_with_the_checks_that_can(name: str) -> None:
+    with pytest.raises(BadInput, check=coded("check-not-allowable", repr(name), "kl_divergence, quality_loss")):
+        check_allowed(["steadiness", name])
+    assert check_allowed(["steadiness", "steadiness"]) == ("steadiness",)
+
+
 def test_without_expected_answers_the_score_is_not_judged_and_that_is_said() -> None:
     verdict = judge(evaluation(), INT8)
     assert [check.name for check in verdict.checks] == ["top1_agreement", "kl_divergence", "finite_logits"]
@@ -189,6 +253,36 @@ def test_answers_in_another_format_fail() -> None:
     (check,) = judge(evaluation(output_conformity=conformity), INT8).failed_checks
     assert (check.name, check.value, check.threshold, check.low) == ("output_format", 0.94, 0.95, 0.9)
     assert judge(evaluation(output_conformity=Estimate(value=0.95, low=0.9, high=0.98)), INT8).passed
+
+
+def test_answers_without_the_format_that_the_source_s_lack_too_are_told_and_excused() -> None:
+    faults = {"output_fault": "no JSON", "reference_output_fault": "no JSON"}
+    rows = [row.model_copy(update=faults) for row in evaluation().rows]
+    formless = evaluation(rows=rows, output_conformity=Estimate(value=0, low=0, high=0.6))
+    verdict = judge(formless, INT8)
+    assert verdict.passed
+    assert verdict.warnings[0].startswith("4 of 4 answers lack the output format, as the source")
+    (check,) = judge(formless, thresholds_for("int8", GateSettings(min_output_conformity=0.95))).failed_checks
+    assert (check.name, check.value) == ("output_format", 0)
+    own = rows[0].model_copy(update={"reference_output_fault": None})
+    (check,) = judge(formless.model_copy(update={"rows": (own, *rows[1:])}), INT8).failed_checks
+    assert (check.name, check.value) == ("output_format", 0.75)
+
+
+@pytest.mark.parametrize(
+    ("source", "variant", "rejected", "warned"),
+    [(8, 8, False, False), (8, 0, True, False), (8, 7, False, False), (0, 0, False, True), (0, 8, False, False)],
+)
+def test_answers_that_run_on_where_the_source_s_end_fail(
+    source: int, variant: int, rejected: bool, warned: bool
+) -> None:
+    plain = evaluation().rows[0]
+    rows = [
+        plain.model_copy(update={"ended": number < variant, "reference_ended": number < source}) for number in range(8)
+    ]
+    verdict = judge(evaluation(rows=rows), INT8)
+    assert [check.name for check in verdict.failed_checks] == ["ended_answers"] * rejected
+    assert any("came to its end" in text for text in verdict.warnings) == warned
 
 
 def test_prompts_that_differ_are_noted() -> None:

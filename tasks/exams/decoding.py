@@ -1,0 +1,181 @@
+"""How a checkpoint's answers are decoded: one set of end tokens from four places, and its generation_config.json."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.errors import BadInput
+from slmops.infra.genai.model_screening import GENAI_CONFIG
+from slmops.infra.records import Record
+from slmops.infra.reference.decoding import Decoding
+from slmops.tasks.foundry.prompt_template import chat_template_renderer, special_tokens
+
+Content = Mapping[str, Any]  # of a JSON file
+TOKENIZER = "tokenizer"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TEMPLATE = "chat template"
+# Where transformers looks for end tokens, in this order; it takes those of the first place that names any.
+IN_TRANSFORMERS = (GENERATION_CONFIG, CONFIG, TOKENIZER)
+SAMPLING = ("temperature", "top_p", "top_k")
+STRONGEST_PENALTY = 2.0  # leaves no sensible text
+_ANSWER = "slmops-answer-7f3c"  # no template contains or changes it
+
+
+class EndTokens(Record):
+    """The ids of the tokens that end an answer, by the places that name them, and their texts where known.
+
+    A checkpoint says it in its tokenizer's `eos_token`, in `eos_token_id` of config.json and generation_config.json,
+    and by what its chat template writes behind an answer. All of these end an answer.
+    """
+
+    places: dict[str, tuple[int, ...]]
+    texts: dict[int, str]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of them, in ascending order."""
+        return tuple(sorted({token for tokens in self.places.values() for token in tokens}))
+
+    @property
+    def in_transformers(self) -> tuple[int, ...]:
+        """Those that transformers would end an answer by."""
+        return next((tuple(sorted(set(self.places[place]))) for place in IN_TRANSFORMERS if self.places[place]), ())
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know when the places disagree about what ends a turn."""
+        named = {place: tokens for place, tokens in self.places.items() if tokens}
+        ends = [set(tokens) for tokens in named.values()]
+        if all(one <= other or other <= one for one in ends for other in ends):
+            return None
+        told = "; ".join(f"{place}: {', '.join(map(self._shown, tokens))}" for place, tokens in named.items())
+        return f"The checkpoint's files name different tokens as the end of an answer ({told}). All of them end one."
+
+    def _shown(self, token: int) -> str:
+        return f"{self.texts[token]} ({token})" if token in self.texts else str(token)
+
+
+def read_end_tokens(folder: Path) -> EndTokens:
+    """Read a checkpoint's end tokens from its files."""
+    tokenizer_config = _json_or_nothing(folder / "tokenizer_config.json")
+    tokenizer = _json_or_nothing(folder / "tokenizer.json")
+    added = _added_tokens(tokenizer, tokenizer_config)
+    config = _json_or_nothing(folder / CONFIG)
+    text_config = config.get("text_config")
+    in_config = config if config.get("eos_token_id") is not None or not isinstance(text_config, dict) else text_config
+    names = special_tokens(tokenizer_config)
+    special = {text: token for text, (token, is_special) in added.items() if is_special}
+    end = _id_of(names["eos_token"], added, tokenizer)
+    return EndTokens(
+        places={
+            TOKENIZER: () if end is None else (end,),
+            CONFIG: _ids(in_config.get("eos_token_id")),
+            GENERATION_CONFIG: _ids(_json_or_nothing(folder / GENERATION_CONFIG).get("eos_token_id")),
+            TEMPLATE: _end_in_template(folder, names, special),
+        },
+        texts={token: text for text, (token, _) in added.items()},
+    )
+
+
+def _json_or_nothing(path: Path) -> Content:
+    return read_json(path) if path.is_file() else {}
+
+
+def _added_tokens(tokenizer: Content, tokenizer_config: Content) -> dict[str, tuple[int, bool]]:
+    """Return text -> id and whether it is special."""
+    listed = [(token.get("id"), token) for token in tokenizer.get("added_tokens") or () if isinstance(token, dict)]
+    decoder = tokenizer_config.get("added_tokens_decoder")
+    listed += [(int(number), token) for number, token in decoder.items()] if isinstance(decoder, dict) else []
+    return {
+        token["content"]: (number, bool(token.get("special")))
+        for number, token in listed
+        if isinstance(number, int) and isinstance(token, dict) and isinstance(token.get("content"), str)
+    }
+
+
+def _id_of(text: str | None, added: Mapping[str, tuple[int, bool]], tokenizer: Content) -> int | None:
+    if text is None or text in added:
+        return added[text][0] if text else None
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    found = vocabulary.get(text) if isinstance(vocabulary, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(one for one in values if isinstance(one, int) and not isinstance(one, bool))
+
+
+def _end_in_template(folder: Path, names: Mapping[str, str | None], special: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the special token that the chat template writes right behind an answer that ends the conversation."""
+    template = read_chat_template(folder)
+    if template is None:
+        return ()
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = chat_template_renderer(template, names)(messages, False)
+    except (BadInput, TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
+        return ()  # what the template refuses is told where it is needed
+    behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
+    found = max((token for token in special if token and behind.startswith(token)), key=len, default=None)
+    return () if found is None else (special[found],)
+
+
+class Settled(Record):
+    """How a checkpoint's answers are decoded, and what a user should know of it.
+
+    `end_token_ids` are all of its end tokens, `decoding` what differs from what transformers does by itself.
+    """
+
+    end_token_ids: tuple[int, ...]
+    decoding: Decoding
+    warnings: tuple[str, ...]
+
+
+def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
+    """Settle how a checkpoint's answers are decoded; `given` are the user's generation parameters, which go first.
+
+    The source and its variants are judged greedily, with the repetition penalty of generation_config.json and until
+    the same end tokens; what the file says of sampling is kept for serving, and told. A folder that is an
+    onnxruntime-genai model has no source; its own penalty holds.
+    """
+    if (folder / GENAI_CONFIG).is_file():
+        search = read_json(folder / GENAI_CONFIG).get("search")
+        penalty = _penalty(search if isinstance(search, dict) else {}, given)
+        return Settled(end_token_ids=(), decoding=Decoding(repetition_penalty=penalty or 1.0), warnings=())
+    ends, generation = read_end_tokens(folder), _json_or_nothing(folder / GENERATION_CONFIG)
+    penalty, warnings = _penalty(generation, given), [ends.warning] if ends.warning else []
+    if penalty is None:
+        warnings.append(
+            f"The repetition penalty of {GENERATION_CONFIG} is {generation['repetition_penalty']!r}: it was left out, "
+            f"because it is no number above 0 and up to {STRONGEST_PENALTY:g}."
+        )
+    warnings += _on_sampling(generation, given)
+    decoding = Decoding(
+        end_token_ids=ends.ids if ends.ids != ends.in_transformers else None, repetition_penalty=penalty or 1.0
+    )
+    return Settled(end_token_ids=ends.ids, decoding=decoding, warnings=tuple(warnings))
+
+
+def _penalty(generation: Content, given: Mapping[str, float]) -> float | None:
+    found = given.get("repetition_penalty", generation.get("repetition_penalty"))
+    if found is None:
+        return 1.0
+    valid = isinstance(found, int | float) and not isinstance(found, bool) and 0 < found <= STRONGEST_PENALTY
+    return float(found) if valid else None
+
+
+def _on_sampling(generation: Content, given: Mapping[str, float]) -> Iterator[str]:
+    if not generation.get("do_sample") or "temperature" in given:
+        return
+    values = {name: given.get(name, generation.get(name)) for name in SAMPLING}
+    shown = ", ".join(f"{name} {value:g}" for name, value in values.items() if isinstance(value, int | float))
+    yield (
+        f"{GENERATION_CONFIG} asks for sampling{f' ({shown})' if shown else ''}: that is kept as the model's default, "
+        "and the answers that were judged are greedy."
+    )

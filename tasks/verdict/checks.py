@@ -1,0 +1,125 @@
+"""The gate's checks: their names, the record of one, and which of them a user may allow to fail."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from pydantic import FiniteFloat
+
+from slmops.infra.errors import BadInput
+from slmops.infra.records import Record, later_field
+from slmops.tasks.exams.estimates import Estimate
+
+CheckName = Literal[
+    "vocabulary",
+    "finite_logits",
+    "top1_agreement",
+    "kl_divergence",
+    "quality_loss",
+    "ended_answers",
+    "output_format",
+    "non_empty_answers",
+    "template_parity",
+    "memory_growth_genai",
+    "memory_growth_foundry",
+    "valid_lengths",
+    "steadiness",
+    "edge_input_genai",
+    "edge_input_foundry",
+    "text_top1_agreement",
+    "text_kl_divergence",
+]
+# A model that fails one of these gives no answers that mean anything.
+NEVER_ALLOWED: tuple[CheckName, ...] = ("vocabulary", "finite_logits")
+Bound = Literal["at least", "at most"]
+
+
+class GateCheck(Record):
+    """One comparison with a threshold; `value` is None when there is no finite figure, and then it did not pass.
+
+    `low` and `high` bound the figure where it has an interval. `decided` is false where that interval holds the
+    threshold: the figure neither passed nor failed, and does not keep a variant from passing. `allowed` is true where
+    the check failed and the user allowed that.
+    """
+
+    name: CheckName
+    value: FiniteFloat | None
+    threshold: FiniteFloat
+    bound: Bound
+    passed: bool
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    decided: bool = True
+    allowed: bool = later_field(False)
+    detail: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        return self.name.replace("_", " ")
+
+    @property
+    def rejects(self) -> bool:
+        """Whether it keeps the variant from being served."""
+        return not self.passed and not self.allowed
+
+
+def check_allowed(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of checks that may fail, each once.
+
+    Raises `BadInput` for a name that is none, and for a check that may not be allowed to fail.
+    """
+    allowable = [name for name in get_args(CheckName) if name not in NEVER_ALLOWED]
+    for name in names:
+        if name in allowable:
+            continue
+        fault = "cannot be allowed to fail" if name in NEVER_ALLOWED else "is unknown"
+        raise BadInput(
+            f"The check {name!r} {fault}.", f"Allow one of {', '.join(allowable)}.", code="check-not-allowable"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def at_least(name: CheckName, value: float | None, threshold: float, interval: Estimate | None = None) -> GateCheck:
+    """Compare a figure with the smallest that passes."""
+    return _compared(name, value, "at least", threshold, interval)
+
+
+def at_most(name: CheckName, value: float | None, threshold: float, interval: Estimate | None = None) -> GateCheck:
+    """Compare a figure with the largest that passes."""
+    return _compared(name, value, "at most", threshold, interval)
+
+
+def beyond_noise(name: CheckName, figure: Estimate, threshold: float) -> GateCheck:
+    """Fail only a figure whose whole interval lies above the threshold."""
+    return GateCheck(
+        name=name,
+        value=_finite(figure.value),
+        threshold=threshold,
+        bound="at most",
+        passed=figure.low <= threshold,
+        low=figure.low,
+        high=figure.high,
+        decided=not figure.low <= threshold < figure.high,
+    )
+
+
+def no_fault(name: CheckName, faults: Sequence[str]) -> GateCheck:
+    """Pass when there is no fault."""
+    return GateCheck(
+        name=name, value=len(faults), threshold=0, bound="at most", passed=not faults, detail="; ".join(faults)
+    )
+
+
+def _compared(
+    name: CheckName, value: float | None, bound: Bound, threshold: float, interval: Estimate | None
+) -> GateCheck:
+    value = _finite(value)
+    passed = value is not None and (value >= threshold if bound == "at least" else value <= threshold)
+    limits = {} if interval is None else {"low": interval.low, "high": interval.high}
+    return GateCheck(name=name, value=value, threshold=threshold, bound=bound, passed=passed, **limits)
+
+
+def _finite(value: float | None) -> float | None:
+    """The value without the last bits' noise (1.0 - 0.98 is a little more than 0.02); None when it is not finite."""
+    return round(value, 12) if value is not None and math.isfinite(value) else None
