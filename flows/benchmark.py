@@ -10,6 +10,7 @@ from slmops.tasks.report.benchmark import BenchmarkReport, publish_benchmark
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import BenchmarkParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
+from slmops.tasks.versions.found import find_version
 from slmops.tasks.versions.remeasurement import measure_anew
 from slmops.tasks.workshop import in_workshop, workshop
 
@@ -28,7 +29,7 @@ def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
         The report, in a completed state whether or not there is a regression: the report says which.
     """
     shop = workshop()
-    version = shop.registry.find(parameters.reference)
+    version = find_version(parameters.reference)
     tasks = lm_eval_tasks(parameters)
     prepared = prepare_source(version.manifest, shop.settings) if parameters.lm_eval_on_checkpoint else None
     with version.in_use():

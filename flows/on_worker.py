@@ -8,11 +8,12 @@ from prefect import State, flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from slmops.infra.storage.orders import hand_back, read_order
 from slmops.tasks.build import variants
 from slmops.tasks.exams import on_workers
+from slmops.tasks.runs.orders import hand_back_result, read_ordered
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.workshop import in_workshop, workshop
+from slmops.tasks.versions.found import find_version
+from slmops.tasks.workshop import in_workshop
 
 
 @flow(name=variants.ON_WORKER)
@@ -26,9 +27,8 @@ def build_variant_on_worker(name: str, recipe: str, order: str) -> State[None]:
         recipe: Recipe that it is built by.
         order: Id of the order in the store, which holds the other parameters.
     """
-    registry = workshop().registry
-    built = variants.build_ordered(variants.BuildOrder.model_validate(read_order(registry, order)))
-    hand_back(registry, order, flow_run.id, built.model_dump(mode="json"))
+    built = variants.build_ordered(read_ordered(variants.BuildOrder, order))
+    hand_back_result(order, flow_run.id, built)
     return Completed(message=f"Built {name} by {recipe}.")
 
 
@@ -43,10 +43,9 @@ def measure_variant_on_worker(reference: str, precision: str, order: str) -> Sta
         precision: Which of its variants.
         order: Id of the order in the store, which holds the other parameters.
     """
-    registry = workshop().registry
-    asked = on_workers.ExamOrder.model_validate(read_order(registry, order))
-    version = registry.find(reference)
+    asked = read_ordered(on_workers.ExamOrder, order)
+    version = find_version(reference)
     with version.in_use():
         found = on_workers.examine_ordered(asked, version.variant(precision))
-    hand_back(registry, order, flow_run.id, found.model_dump(mode="json"))
+    hand_back_result(order, flow_run.id, found)
     return Completed(message=f"Measured {reference} {precision}.")

@@ -5,7 +5,7 @@ from prefect.states import Completed
 
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import change_champion
-from slmops.tasks.versions.change import plan_promotion
+from slmops.tasks.versions.change import promotion_to
 from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.promotion import Promotion, publish_promotion
 from slmops.tasks.workshop import in_workshop, workshop
@@ -25,9 +25,8 @@ def promote(reference: str, reason: str = "") -> State[Promotion]:
         What was done, in a completed state; a failed one when the version is not proven or a step fails, and then the
         former champion still serves everywhere.
     """
-    shop = workshop()
     check_store()
-    return promoted(change_champion(plan_promotion(reference, reason, shop.registry), shop.settings))
+    return promoted(change_champion(promotion_to(reference, reason), workshop().settings))
 
 
 def promoted(promotion: Promotion) -> State[Promotion]:

@@ -5,7 +5,7 @@ from prefect import State, flow
 from slmops.flows.promote import promoted
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import change_champion
-from slmops.tasks.versions.change import plan_rollback
+from slmops.tasks.versions.change import rollback_of
 from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.promotion import Promotion
 from slmops.tasks.workshop import in_workshop, workshop
@@ -26,6 +26,5 @@ def rollback(name: str, to: int | None = None, reason: str = "") -> State[Promot
     Returns:
         What was done, in the states that `promote` ends in.
     """
-    shop = workshop()
     check_store()
-    return promoted(change_champion(plan_rollback(name, to, reason, shop.registry), shop.settings))
+    return promoted(change_champion(rollback_of(name, to, reason), workshop().settings))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.inputs import stored_inputs
 from slmops.infra.storage.leases import WRITE_LEASE, collecting
-from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import BLOBS, Blob, Entry
 from slmops.infra.storage.registry import ModelRegistry
@@ -45,7 +44,7 @@ def delete_version(version: Version, *, even_in_use: bool = True) -> int | None:
     with collecting(registry.objects) as collector:
         if not even_in_use and any(blob.sha256 in collector.spared for blob in own):
             return None
-        needed = {blob.sha256 for blob in needed_blobs(registry, without=[version.manifest])} | collector.spared
+        needed = {blob.sha256 for blob in needed_blobs(registry, without=[version])} | collector.spared
         registry.mark_deleted(version.manifest)
         registry.objects.delete([entry.key for entry in version.evidence_entries()])
         orphans = [blob for blob in own if blob.sha256 not in needed]
@@ -60,12 +59,11 @@ def claimed_blobs(registry: ModelRegistry) -> set[str]:
         return collector.spared
 
 
-def needed_blobs(registry: ModelRegistry, without: Collection[Manifest] = ()) -> set[Blob]:
+def needed_blobs(registry: ModelRegistry, without: Collection[Version] = ()) -> set[Blob]:
     """Return the blobs that a version or an input needs; raises `StageFailed` for one that cannot be read."""
-    left_out = {manifest.reference for manifest in without}
-    versions = (manifest for name in registry.names() for manifest in registry.versions(name))
-    kept = (manifest for manifest in versions if manifest.reference not in left_out)
-    files = [file for manifest in kept for variant in manifest.variants for file in variant.files]
+    left_out = {version.reference for version in without}
+    kept = (version for version in registry.all_versions() if version.reference not in left_out)
+    files = [file for version in kept for variant in version.variants for file in variant.files]
     files += [file for stored in stored_inputs(registry) for file in stored.files]
     return {blob_of(file) for file in files}
 
@@ -74,7 +72,7 @@ def collect_garbage(
     registry: ModelRegistry,
     *,
     dry_run: bool = False,
-    without: Collection[Manifest] = (),
+    without: Collection[Version] = (),
     on_progress: OnProgress | None = None,
 ) -> Garbage:
     """Remove the store's garbage, or (`dry_run`) only find it; versions in `without` count as deleted.

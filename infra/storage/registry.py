@@ -87,7 +87,8 @@ class ModelRegistry(ModelFiles):
 
     def same_version(self, draft: Manifest) -> Manifest | None:
         """Return the version of the draft's name that has its identity, whatever its number, or None."""
-        return next((manifest for manifest in self.versions(draft.name) if manifest.identity == draft.identity), None)
+        known = self._manifests(draft.name)
+        return next((manifest for manifest in known if manifest.identity == draft.identity), None)
 
     def check_number(self, draft: Manifest) -> None:
         """Raise `BadInput` if a draft's own number was assigned before, even if that version is deleted now."""
@@ -135,8 +136,11 @@ class ModelRegistry(ModelFiles):
             if _is_version({key for key, _ in stored})
         }
 
-    def versions(self, name: str) -> list[Manifest]:
+    def versions(self, name: str) -> list[Version]:
         """All versions of a name, oldest first."""
+        return [self.of(manifest) for manifest in self._manifests(name)]
+
+    def _manifests(self, name: str) -> list[Manifest]:
         index = self._index(name)
         numbers = sorted(int(number) for number, keys in index.items() if number.isdecimal() and _is_version(keys))
         found = (self._read_manifest(name, number) for number in numbers)
@@ -145,21 +149,19 @@ class ModelRegistry(ModelFiles):
     def all_versions(self) -> Iterator[Version]:
         """Yield all versions of all names, sorted by name, and each name's oldest version first."""
         for name in self.names():
-            yield from map(self.of, self.versions(name))
+            yield from self.versions(name)
 
-    def version(self, name: str, number: int | None = None) -> Manifest:
+    def version(self, name: str, number: int | None = None) -> Version:
         """Return a version; without a number the champion, or else the newest.
 
         Raises `BadInput` when there is none.
         """
         if number is None:
-            number = self.alias(name, CHAMPION) or max(
-                (manifest.version for manifest in self.versions(name)), default=0
-            )
+            number = self.alias(name, CHAMPION) or max((version.number for version in self.versions(name)), default=0)
         manifest = self._read_manifest(name, number) if number else None
         if manifest is None or self._is_deleted(name, number):
             known = (
-                ", ".join(manifest.reference for manifest in self.versions(name))
+                ", ".join(version.reference for version in self.versions(name))
                 or ", ".join(self.names())
                 or "nothing yet"
             )
@@ -168,7 +170,7 @@ class ModelRegistry(ModelFiles):
                 f"It has: {known}. See slmops list.",
                 code="version-missing",
             )
-        return manifest
+        return self.of(manifest)
 
     def of(self, manifest: Manifest) -> Version:
         """Return a version of this registry by its manifest."""
@@ -179,9 +181,9 @@ class ModelRegistry(ModelFiles):
         name, at, wanted = reference.partition("@")
         check_name(name)
         if re.fullmatch(r"[1-9][0-9]{0,8}", wanted):
-            return self.of(self.version(name, int(wanted)))
+            return self.version(name, int(wanted))
         if not at:
-            return self.of(self.version(name))
+            return self.version(name)
         number = self.alias(name, wanted) if re.fullmatch(ALIAS_PATTERN, wanted) else None
         if number is None:
             aliases = ", ".join(self.aliases(name)) or "none"
@@ -190,7 +192,7 @@ class ModelRegistry(ModelFiles):
                 f"Write NAME@VERSION with a positive integer, such as home@3, or an alias of {name}'s: {aliases}.",
                 code="reference-not-valid",
             )
-        return self.of(self.version(name, number))
+        return self.version(name, number)
 
     def mark_deleted(self, manifest: Manifest) -> None:
         """Make a version invisible and remove its aliases; its number stays taken, because its manifest stays."""

@@ -3,11 +3,15 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from slmops.infra.records import Json, Record
-from slmops.infra.storage.orders import forget_order, give_order, take_back
+from slmops.infra.storage.orders import forget_order, give_order, hand_back, read_order, take_back
 from slmops.tasks.runs.dispatch import Job, run_on_pool
+from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import workshop
+
+T = TypeVar("T", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,18 @@ class HandedBack:
 
     results: dict[str, Json] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+
+
+@stage("read order", run_name="read-order")
+def read_ordered(content: type[T], order: str) -> T:
+    """Return the content of an order that another machine gave; raises `BadInput` as `read_order` does."""
+    return content.model_validate(read_order(workshop().registry, order))
+
+
+@stage("hand back", run_name="hand-back")
+def hand_back_result(order: str, attempt: str, result: Record) -> None:
+    """Put the result of a run, which is an attempt, into the store."""
+    hand_back(workshop().registry, order, attempt, result.model_dump(mode="json"))
 
 
 def order_on_pool(flow_name: str, pool: str, orders: Mapping[str, Order]) -> HandedBack:

@@ -83,8 +83,7 @@ def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport 
     """
     if name not in registry.names():
         return None
-    for manifest in reversed(registry.versions(name)):
-        version = registry.of(manifest)
+    for version in reversed(registry.versions(name)):
         own = [envelope for _, envelope in version.envelopes(RETRAIN.name) if envelope.copied_from is None]
         report = version.latest(RETRAIN) if own else None
         if report is not None:
@@ -163,14 +162,14 @@ def challenge_champion(challenger: Version, champion: Version, evaluation: Evalu
 def champion_of(name: str, registry: ModelRegistry) -> Version | None:
     """Return the champion of a name, or None."""
     number = registry.alias(name, CHAMPION) if name in registry.names() else None
-    return None if number is None else registry.of(registry.version(name, number))
+    return None if number is None else registry.version(name, number)
 
 
 @stage("publish retrain", run_name="report-{report.name}")
 def publish_retrain(report: RetrainReport, registry: ModelRegistry) -> RetrainReport:
     """Keep the report as evidence of its version, and post it as a Markdown artifact with the losses' plot."""
     if report.version is not None:
-        registry.of(registry.version(report.name, report.version)).record(RETRAIN, report)
+        registry.version(report.name, report.version).record(RETRAIN, report)
     plot = draw_losses(report.fine_tuning.losses) if report.fine_tuning else None
     markdown = retrain_markdown(report, plot)
     create_markdown_artifact(markdown=markdown, key=f"slmops-retrain-{report.name}", description=report.summary)

@@ -278,10 +278,10 @@ def history_of(version: Version, threads: int) -> History | None:
 
     Evidence from another machine or with another number of threads is not compared.
     """
-    earlier = [manifest for manifest in version.registry.versions(version.name) if manifest.version < version.number]
+    earlier = [known for known in version.registry.versions(version.name) if known.number < version.number]
     if not earlier:
         return None
-    previous = version.registry.of(earlier[-1])
+    previous = earlier[-1]
     changes: list[Change] = []
     notes: list[str] = []
     known = {variant.precision: variant for variant in previous.variants}

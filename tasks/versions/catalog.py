@@ -55,7 +55,7 @@ class StoreCatalog:
                 found[key] = known
                 continue
             try:
-                version = self._registry.of(self._registry.version(*key))
+                version = self._registry.version(*key)
                 # Whether copied evidence counts depends on the champion, which may change without a change of this
                 # version.
                 stored = () if version.says_origin else entries

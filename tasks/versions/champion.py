@@ -173,7 +173,7 @@ def look_at_present(change: Change, settings: Settings) -> Present:
     found = {model.version: model.folder for model in registered_models(settings) if model.name == name}
     registered = [
         variant
-        for version in map(registry.of, registry.versions(name))
+        for version in registry.versions(name)
         for variant in version.variants
         if found.get(version.number) == str(folder_of(variant, settings))
     ]

@@ -8,6 +8,8 @@ from slmops.infra.storage.champions import champion_before
 from slmops.infra.storage.manifest import check_name
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Variant, Version
+from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import workshop
 
 PROMOTED = "promoted by hand"
 DEPLOYED = "promoted by its deploy"
@@ -75,7 +77,7 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
             f"See slmops history {name} and slmops list; name a version with --to.",
             code="no-former-champion",
         )
-    versions = {manifest.version: manifest for manifest in registry.versions(name)}
+    versions = {version.number: version for version in registry.versions(name)}
     if back_to not in versions:
         raise BadInput(
             f"{name}@{back_to} is not in the store.",
@@ -84,11 +86,23 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
         )
     held = f"{name}@{champion}" if champion else "no champion"
     return Change(
-        registry.of(versions[back_to]).require_serving(),
+        versions[back_to].require_serving(),
         champion,
         reason.strip() or f"rolled back from {held}",
         rolled_back=True,
     )
+
+
+@stage("plan promotion", run_name="plan-{reference}")
+def promotion_to(reference: str, reason: str) -> Change:
+    """See `plan_promotion`."""
+    return plan_promotion(reference, reason, workshop().registry)
+
+
+@stage("plan rollback", run_name="plan-rollback-{name}")
+def rollback_of(name: str, to: int | None, reason: str) -> Change:
+    """See `plan_rollback`."""
+    return plan_rollback(name, to, reason, workshop().registry)
 
 
 def plan_deployed(variant: Variant, *, promote: bool) -> Change | None:

@@ -13,9 +13,9 @@ from slmops.infra.records import Record
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
 from slmops.infra.storage.leases import WRITE_LEASE
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.objects import BLOBS
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.storage.version import Version
 from slmops.tasks.foundry.registration import unregister_version
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
@@ -74,10 +74,10 @@ def collect(
     )
     in_use = [version for version in old if claimed & _blobs_of(version)]
     freed_bytes = 0
-    for manifest in old:
-        if manifest not in in_use and not dry_run:
-            unregister_version(registry.of(manifest), shop.settings)
-            freed_bytes += delete_version(registry.of(manifest), even_in_use=False) or 0
+    for version in old:
+        if version not in in_use and not dry_run:
+            unregister_version(version, shop.settings)
+            freed_bytes += delete_version(version, even_in_use=False) or 0
     deleted = [version for version in old if version not in in_use]
     found = collect_garbage(registry, dry_run=dry_run, without=deleted, on_progress=on_progress)
     return Collection(
@@ -92,13 +92,13 @@ def collect(
     )
 
 
-def _old_versions(registry: ModelRegistry, name: str, keep: int) -> list[Manifest]:
+def _old_versions(registry: ModelRegistry, name: str, keep: int) -> list[Version]:
     aliased = set(registry.aliases(name).values())
-    return [version for version in registry.versions(name)[:-keep] if version.version not in aliased]
+    return [version for version in registry.versions(name)[:-keep] if version.number not in aliased]
 
 
-def _blobs_of(manifest: Manifest) -> set[str]:
-    return {file.sha256 for variant in manifest.variants for file in variant.files}
+def _blobs_of(version: Version) -> set[str]:
+    return {file.sha256 for variant in version.variants for file in variant.files}
 
 
 def _clean_cache(cache: LocalObjectStore | None, needed: set[str], cache_dir: Path, *, dry_run: bool) -> int:

@@ -64,8 +64,8 @@ class StoredModels:
     def version(self, name: str, version: int) -> ServedVersion:
         """See `ModelSource.version`."""
         try:
-            manifest = self._registry.version(name, version)
-            precision = self._registry.of(manifest).require_serving().precision
+            found = self._registry.version(name, version)
+            precision = found.require_serving().precision
         except BadInput:
             raise
         except SlmopsError:
@@ -73,13 +73,12 @@ class StoredModels:
             if kept is None:
                 raise
             return ServedVersion(name, version, kept["precision"])
-        self._keep(name, None, manifest, precision)
+        self._keep(name, None, found.manifest, precision)
         return ServedVersion(name, version, precision)
 
     def place(self, served: ServedVersion, folder: Path) -> PlacedModel:
         """See `ModelSource.place`; every file's SHA-256 is compared with the manifest's."""
-        manifest = self._manifest(served)
-        variant = self._registry.of(manifest).variant(served.precision)
+        variant = self._registry.of(self._manifest(served)).variant(served.precision)
         if self._settings.store.require_signature:
             check_signature(variant.version, self._settings.store)
         variant.place(folder)
@@ -96,7 +95,7 @@ class StoredModels:
 
     def _manifest(self, served: ServedVersion) -> Manifest:
         try:
-            return self._registry.version(served.name, served.version)
+            return self._registry.version(served.name, served.version).manifest
         except BadInput:
             raise
         except SlmopsError:

@@ -78,7 +78,7 @@ def hand_back(server: RunningServer, change: Change, version: int) -> None:
     try:
         registry = change.version.registry
         former = registry.version(change.name, version)
-        server.hand_over(change.name, version, registry.of(former).require_serving().precision)
+        server.hand_over(change.name, version, former.require_serving().precision)
     except SlmopsError:
         if server.serves(change.name) != version:  # a server that refused the new version still serves the former one
             raise

@@ -148,7 +148,7 @@ def test_a_version_that_answers_otherwise_than_proven_leaves_the_old_one_serving
     slmops: Slmops, model_server: ModelServer
 ) -> None:
     registry = registry_of(slmops)
-    second = registry.version("home", 2)
+    second = registry.version("home", 2).manifest
     proof = latest_evidence(registry, second, "proof-int4")
     assert proof is not None
     proof.pop("recorded_at")

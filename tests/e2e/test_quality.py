@@ -110,7 +110,7 @@ def test_a_first_version_without_a_variant_under_the_budget_is_no_champion(slmop
 def test_sabotaged_variants_are_rejected_by_the_right_check(demo: Demo, tmp_path: Path) -> None:
     slmops, _ = demo
     registry = ModelRegistry(LocalObjectStore(slmops.home / "store"))
-    manifest = registry.version("home", 1)
+    manifest = registry.version("home", 1).manifest
     folders = {}
     for variant in manifest.variants:
         folders[variant.precision] = tmp_path / variant.precision

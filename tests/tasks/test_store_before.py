@@ -153,7 +153,7 @@ def test_its_logs_bill_of_materials_and_champions_are_told(
 
 def test_its_signature_holds(settings: Settings, registry: ModelRegistry) -> None:
     key = StoreSettings(verification_key=BEFORE / "asked" / "key.pub")
-    check_signature(registry.of(registry.version("home", 1)), key)
+    check_signature(registry.version("home", 1), key)
 
 
 # What a deploy asks of a variant: the answers on record are those of the same questions. Without the version's files in
@@ -189,44 +189,44 @@ def test_what_it_answers_is_not_asked_again(
 ) -> None:
     write_tasks(settings.home_dir / "lm")
     number, precision, exam = QUESTIONS[question]
-    manifest = registry.version("home", number)
-    names = {entry.key for entry in registry.of(manifest).evidence_entries()}
+    version = registry.version("home", number)
+    names = {entry.key for entry in version.evidence_entries()}
     with working_in(Workshop(settings, registry)):
-        found = examine.fn(exam(settings), registry.of(manifest).variant(precision))
+        found = examine.fn(exam(settings), version.variant(precision))
     assert found is not None
-    assert {entry.key for entry in registry.of(manifest).evidence_entries()} == names
+    assert {entry.key for entry in version.evidence_entries()} == names
 
 
 def test_its_other_records_are_read_as_they_were_written(registry: ModelRegistry, settings: Settings) -> None:
     first, second = registry.version("home", 1), registry.version("home", 2)
-    proof = last_proof(registry.of(first).variant("int4"), asked_rows().rows[0])
+    proof = last_proof(first.variant("int4"), asked_rows().rows[0])
     assert proof is not None
     assert proof.question == "Turn on the light"
-    assert last_budget(registry.of(first)) == ("max-size=1GB",)
-    searched = last_search(registry.of(first))
+    assert last_budget(first) == ("max-size=1GB",)
+    searched = last_search(first)
     assert searched is not None
     assert searched.chosen == {"int4": "int4-fast"}
     retrained = last_retrain.fn("home", "0123456789abcdef", registry)
     assert retrained is not None
     assert (retrained.status, retrained.version) == ("kept", 2)
     assert registry.alias("home", CHAMPION) == 2
-    rows = answers.last_evaluation_set(registry.of(first))
+    rows = answers.last_evaluation_set(first)
     assert rows is not None
     assert [row.id for row in rows.rows] == ["r0", "r1"]
-    history = history_of(registry.of(second), settings.threads)
+    history = history_of(second, settings.threads)
     assert history is not None
     assert history.previous == "home@1"
     assert {change.metric for change in history.changes} >= {"ttft_ms", "size_bytes", "score"}
-    assert len(measurement.measurements_of(registry.of(first).variant("int4"))) == 2
+    assert len(measurement.measurements_of(first.variant("int4"))) == 2
 
 
 def test_the_same_record_has_the_same_name_and_bytes(registry: ModelRegistry) -> None:
     """A record of a keyed kind, written anew, is the same file but for the time."""
-    manifest = registry.version("home", 1)
+    version = registry.version("home", 1)
     (asked,) = contents(1, "text")
     path = next((BEFORE / "models" / "home" / "1" / "evidence").glob("text-*.json"))
-    add_evidence(registry, manifest, "text", asked, path.stem.removeprefix("text-"))
-    written = json.loads(registry.objects.read_bytes(registry.of(manifest).evidence_key(path.name)))
+    add_evidence(registry, version.manifest, "text", asked, path.stem.removeprefix("text-"))
+    written = json.loads(registry.objects.read_bytes(version.evidence_key(path.name)))
     before = json.loads(path.read_text("utf-8"))
     assert {**written, "recorded_at": ""} == {**before, "recorded_at": ""}
 

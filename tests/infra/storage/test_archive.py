@@ -267,7 +267,7 @@ class TestConflicts:
         copied = exported.run(renumber=True)
         assert (copied.version.manifest.reference, copied.is_new) == ("home@2", True)
         assert copied.version.manifest.identity == exported.manifest.identity
-        assert exported.target.versions("home") == [other, copied.version.manifest]
+        assert exported.target.versions("home") == [exported.target.of(other), copied.version]
         assert verify_version(exported.target.of(copied.version.manifest)).ok
         assert exported.run(renumber=True).version.manifest == copied.version.manifest
 

@@ -93,7 +93,7 @@ def test_evidence_that_is_forged_is_not_taken_for_the_stores_own(
 
 def test_what_is_there_is_not_moved_again(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
     copy_version(here.of(store_version(here, tmp_path / "1")), team)
-    again = copy_version(here.of(here.version("home", 1)), team)
+    again = copy_version(here.version("home", 1), team)
     assert (again.is_new, again.moved_bytes) == (False, 0)
     second = store_version(here, tmp_path / "2", OTHER)
     moved = copy_version(here.of(second), team)
@@ -182,7 +182,7 @@ def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tm
     team.objects.delete(["models/home/1/evidence/verdict-1.json"])
     data = team.of(manifest).stored_manifest()
     team.objects.put_bytes("models/home/1/manifest.json", data.replace(b"/checkpoints/home", b"/checkpoints/away"))
-    found = verify_version(team.of(team.version("home", 1)))
+    found = verify_version(team.version("home", 1))
     assert [one.what for one in found.damage] == ["manifest.json"]
     assert "evidence/deploy-" in found.damage[0].detail
     team.objects.put_bytes("models/home/1/manifest.json", data + b"\n")

@@ -76,7 +76,7 @@ def test_a_version_in_use_is_not_pruned(registry: ModelRegistry, store: StoreCas
     other = store.registry(tmp_path / "another home")
     with registry.in_use(manifest):
         assert delete_version(other.of(manifest), even_in_use=False) is None
-        assert other.versions("home") == [manifest]
+        assert other.versions("home") == [other.of(manifest)]
     assert delete_version(other.of(manifest), even_in_use=False) == sum(map(len, FILES.values()))
     assert other.versions("home") == []
 

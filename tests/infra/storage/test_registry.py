@@ -114,7 +114,7 @@ class TestVersions:
     def test_the_bytes_are_read_back(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, is_new = commit(registry, tmp_path)
         assert (manifest.reference, is_new) == ("home@1", True)
-        assert registry.version("home") == registry.version("home", 1) == manifest
+        assert registry.version("home") == registry.version("home", 1) == registry.of(manifest)
         registry.materialize(manifest.variant("int4").files, tmp_path / "out")
         found = {
             path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in all_files(tmp_path / "out")
@@ -153,12 +153,12 @@ class TestVersions:
     def test_a_number_is_never_used_again(self, registry: ModelRegistry, tmp_path: Path) -> None:
         commit(registry, tmp_path)
         commit(registry, tmp_path, {"model.onnx": b"two"})
-        delete_version(registry.of(registry.version("home", 2)))
-        assert [one.version for one in registry.versions("home")] == [1]
+        delete_version(registry.version("home", 2))
+        assert [one.number for one in registry.versions("home")] == [1]
         assert commit(registry, tmp_path, {"model.onnx": b"three"})[0].version == 3
         assert commit(registry, tmp_path, {"model.onnx": b"two"})[0].version == 4
         for number in (1, 3, 4):
-            delete_version(registry.of(registry.version("home", number)))
+            delete_version(registry.version("home", number))
         assert registry.names() == []
         assert commit(registry, tmp_path)[0].version == 5
 
@@ -166,7 +166,7 @@ class TestVersions:
         commit(registry, tmp_path, {"tokenizer.json": b"shared", "model.onnx": b"first"})
         kept, _ = commit(registry, tmp_path, {"tokenizer.json": b"shared", "model.onnx": b"second"}, name="away")
         registry.set_alias("home", CHAMPION, 1, "first")
-        freed = delete_version(registry.of(registry.version("home", 1)))
+        freed = delete_version(registry.version("home", 1))
         assert freed == len(b"first")
         assert sorted(blobs(registry).values()) == [b"second", b"shared"]
         assert registry.has_files(kept.variants[0].files)
@@ -187,9 +187,9 @@ class TestVersions:
     ) -> None:
         commit(registry, tmp_path)
         commit(registry, tmp_path, {"model.onnx": b"two"})
-        assert registry.version("home").version == 2
+        assert registry.version("home").number == 2
         registry.set_alias("home", CHAMPION, 1, "the first")
-        assert registry.version("home").version == 1
+        assert registry.version("home").number == 1
 
     def test_what_is_not_there_is_said_with_what_is(self, registry: ModelRegistry, tmp_path: Path) -> None:
         with pytest.raises(BadInput, check=coded("version-missing")) as caught:
@@ -335,11 +335,11 @@ class TestAltered:
         commit(registry, tmp_path, {"model.onnx": b"other"}, name="away")
         registry.objects.put_bytes("models/away/1/manifest.json", b"{")
         with pytest.raises(StageFailed, check=coded("manifest-damaged", "away@1")):
-            delete_version(registry.of(registry.version("home", 1)))
-        assert registry.version("home", 1) == manifest
+            delete_version(registry.version("home", 1))
+        assert registry.version("home", 1) == registry.of(manifest)
         assert registry.alias("home", CHAMPION) == 1
         registry.objects.delete(["models/away/1/manifest.json"])
-        delete_version(registry.of(registry.version("home", 1)))
+        delete_version(registry.version("home", 1))
         assert registry.names() == []
 
 
@@ -442,7 +442,7 @@ class TestEvidence:
         assert latest
         assert latest["number"] == 19
         assert latest_evidence(registry, manifest, "proof") is None
-        assert registry.version("home", 1) == manifest
+        assert registry.version("home", 1) == registry.of(manifest)
 
     def test_a_key_is_answered_once_and_exactly(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, _ = commit(registry, tmp_path)
@@ -477,7 +477,7 @@ class TestEvidence:
         uri = registry.of(manifest).put_report("report.md", "größer")
         key = "models/home/1/evidence/report.md"
         assert (uri, registry.objects.read_bytes(key).decode()) == (registry.objects.uri(key), "größer")
-        delete_version(registry.of(registry.version("home", 1)))
+        delete_version(registry.version("home", 1))
         left = [entry.key for entry in registry.objects.entries("models")]
         assert left == ["models/home/1/deleted.json", "models/home/1/manifest.json"]
 
@@ -573,8 +573,8 @@ def test_a_crash_at_any_write_leaves_no_half_version(before: bool, store: StoreC
         except Crash:
             crashed = True
         registry = ModelRegistry(store.open(tmp_path))
-        for manifest in registry.versions(name):
-            assert registry.has_files(manifest.variants[0].files)
+        for version in registry.versions(name):
+            assert registry.has_files(version.variants[0].files)
         was_there = bool(registry.versions(name))
         manifest, is_new = commit(registry, tmp_path, files, name)
         assert (manifest.version, is_new) == (1, not was_there)
@@ -675,8 +675,8 @@ def test_two_processes_commit_to_one_name_at_once(store: StoreCase, tmp_path: Pa
         process.communicate(timeout=60)
         assert process.returncode == 0
     registry = store.registry(tmp_path / "home")
-    numbers = [one.version for one in registry.versions("home")]
+    numbers = [one.number for one in registry.versions("home")]
     # Without conditional writes a number may be skipped, but none is shared.
     assert numbers == list(range(1, 31)) or (store.kind == "rclone" and len(set(numbers)) == 30)
-    assert len({one.identity for one in registry.versions("home")}) == 30
+    assert len({one.manifest.identity for one in registry.versions("home")}) == 30
     assert list(registry.objects.entries("leases")) == []

@@ -163,7 +163,7 @@ class Journey:
 
     def assert_arrived(self, registry: ModelRegistry) -> None:
         """The version is there, whole, and the only one."""
-        assert registry.versions("home") == [self.manifest]
+        assert registry.versions("home") == [registry.of(self.manifest)]
         assert verify_version(registry.of(self.manifest)).damage == ()
         assert registry.aliases("home") == {}
         assert list(evidence(registry, self.manifest, "deploy")) == list(evidence(self.local, self.manifest, "deploy"))
@@ -460,7 +460,7 @@ def test_a_deploys_own_steps_get_over(fault: str, either: Journey, brief_waits: 
     manifest = add_version(far, either.tmp_path / "built again", SMALL, name="away")
     assert either.proxy.hits(SOMETIMES[fault])
     found = either.beside()
-    assert found.versions("away") == [manifest]
+    assert found.versions("away") == [found.of(manifest)]
     assert verify_version(found.of(manifest)).ok
     assert add_version(far, either.tmp_path / "built again", SMALL, name="away") == manifest
 
@@ -506,7 +506,7 @@ def test_a_push_that_fails_leaves_no_version_and_the_next_one_completes(
     either.proxy.clear()
     beside = either.beside()
     arrived = beside.versions("home")
-    assert arrived == ([either.manifest] if fault in AFTER_THE_VERSION else [])
+    assert arrived == ([beside.of(either.manifest)] if fault in AFTER_THE_VERSION else [])
     assert list(evidence(beside, either.manifest, "deploy")) == []
     for entry in beside.objects.entries(BLOBS):
         assert hashlib.sha256(beside.objects.read_bytes(entry.key)).hexdigest() == entry.key.rpartition("/")[2]
@@ -573,7 +573,7 @@ def test_a_lost_answer_to_the_manifests_write_makes_no_second_version(strict_jou
     statuses = [each.status for each in strict_journey.proxy.requests_of("PUT", MANIFEST)]
     assert statuses == [None, 412]
     assert first.version == 1
-    assert strict_journey.beside().versions("away") == [first]
+    assert [one.manifest for one in strict_journey.beside().versions("away")] == [first]
 
 
 @pytest.mark.slow
@@ -622,7 +622,7 @@ def commit_at_once(journey: Journey, rounds: int) -> None:
         assert process.returncode == 0
     assert len(seen) == 2 * rounds
     versions = journey.beside().versions("home")
-    assert len({one.identity for one in versions}) == len(versions) == 2 * rounds + 1
+    assert len({one.manifest.identity for one in versions}) == len(versions) == 2 * rounds + 1
 
 
 # Addresses

@@ -273,7 +273,7 @@ def test_a_version_is_compared_with_the_one_before_it(commit, registry, home):
     assert trends(history)["ttft_ms"] == "worse"
     assert trends(history)["score"] == "same"
     assert history.notes == ()
-    assert history_of(registry.of(registry.version("home", 2)), settings.threads).previous == "home@1"
+    assert history_of(registry.version("home", 2), settings.threads).previous == "home@1"
 
 
 def test_the_earlier_evaluation_on_the_same_rows_is_found(commit, registry, settings):
