@@ -10,6 +10,7 @@ from slmops.tasks.build.planning import plan_recipes
 from slmops.tasks.build.pools import check_pools
 from slmops.tasks.build.search import record_trials
 from slmops.tasks.build.variants import build_each
+from slmops.tasks.checkpoint.family import prove_family
 from slmops.tasks.checkpoint.preparation import prepare_checkpoint
 from slmops.tasks.environment.checks import check_environment, check_room
 from slmops.tasks.exams.answers import AnswersExam
@@ -83,6 +84,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         whole_model=[recipe.precision for recipe in recipes if recipe.quantizes_at_once],
     )
 
+    prove_family(prepared)
     with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # trials' answers
         built = build_each(request, recipes, prepared, evaluation)
         if not built.variants:

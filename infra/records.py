@@ -1,13 +1,14 @@
 """The base of records: complete, of the declared types, and immutable."""
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 T = TypeVar("T")
 
 Json = dict[str, JsonValue]  # an object of JSON whose fields another program defines
+Untyped = Any  # what a library without types has made: torch's and transformers' models, the builder's
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 

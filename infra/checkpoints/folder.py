@@ -70,7 +70,7 @@ def read_tensor_headers(folder: Path, weights: str = WEIGHTS) -> dict[str, Tenso
     """
     headers: dict[str, TensorHeader] = {}
     index = _read_index(folder / WEIGHTS_INDEX) if (folder / WEIGHTS_INDEX).is_file() else {}
-    for name in sorted(set(index.values())) or [weights]:
+    for name in weights_names(folder, weights):
         headers |= _read_file(folder, name)
     missing = sorted(set(index) - set(headers))
     if missing:
@@ -82,6 +82,12 @@ def read_tensor_headers(folder: Path, weights: str = WEIGHTS) -> dict[str, Tenso
     if not headers:
         raise BadInput(f"The weights in {folder} have no tensor.", "Save the checkpoint again.", code="no-tensors")
     return headers
+
+
+def weights_names(folder: Path, weights: str = WEIGHTS) -> list[str]:
+    """Return the names of a folder's files with weights: the shards that its index names, or `weights`."""
+    index = _read_index(folder / WEIGHTS_INDEX) if (folder / WEIGHTS_INDEX).is_file() else {}
+    return sorted(set(index.values())) or [weights]
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -1,40 +1,82 @@
-"""Which checkpoints can be built correctly, according to config.json."""
+"""Which checkpoints can be built, according to config.json alone; `slmops.infra.olive.family_proof` tries the rest.
+
+What is accepted here is no promise: a checkpoint is built only after its configuration gave transformers' logits.
+"""
+
+from collections.abc import Iterator
 
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Json
 
-# Proven: a build in fp32 agrees with transformers at every position (tests/infra/olive/test_engine.py).
-# Of the others that onnxruntime-genai 0.18's builder knows, Gemma 2 is off by about 1 % of the logits' spread, and
-# Gemma 3 does not build from a config.json of today's transformers.
+# The decoders that onnxruntime-genai 0.18's builder makes from the classes of transformers, and that run on a CPU.
 SUPPORTED_ARCHITECTURES = (
+    "Ernie4_5ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GemmaForCausalLM",
+    "GptOssForCausalLM",
     "GraniteForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
+    "Lfm2ForCausalLM",
+    "Lfm2MoeForCausalLM",
     "LlamaForCausalLM",
+    "Ministral3ForCausalLM",
     "MistralForCausalLM",
+    "NemotronForCausalLM",
+    "OlmoForCausalLM",
     "Phi3ForCausalLM",
+    "PhiForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen3_5ForCausalLM",
     "SmolLM3ForCausalLM",
 )
 
-# Of the builder's other rotary embeddings, `linear` gives a silently wrong model, `yarn` and `longrope` do not build,
-# and `dynamic` changes only beyond the trained length, where it is not proven.
-SUPPORTED_ROPE_TYPES = ("default", "llama3")
-PARTIAL_ROTARY_ARCHITECTURES = ("Phi3ForCausalLM",)
+# Of multi-modal models the text part is taken (`slmops.infra.checkpoints.text_part`).
+MULTIMODAL_ARCHITECTURES = (
+    "Gemma3ForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+)
+
+# What the builder or the runtime cannot do, by name, with what can be used in its place.
+NOT_SUPPORTED = {
+    "Gemma3nForConditionalGeneration": "Fine-tune Gemma 3 (google/gemma-3-1b-it or -4b-it) instead.",
+    "Gemma3nForCausalLM": "Fine-tune Gemma 3 (google/gemma-3-1b-it or -4b-it) instead.",
+    "Olmo2ForCausalLM": "Fine-tune SmolLM3 or Llama 3.2, which are as open, instead.",
+    "Olmo3ForCausalLM": "Fine-tune SmolLM3 or Llama 3.2, which are as open, instead.",
+    "Qwen3MoeForCausalLM": "Fine-tune a dense Qwen3 (Qwen/Qwen3-4B or smaller) instead.",
+    "Qwen3NextForCausalLM": "Fine-tune Qwen3.5 or a dense Qwen3 instead.",
+    "PhimoeForCausalLM": "Its experts run on CUDA only: fine-tune microsoft/Phi-4-mini-instruct instead.",
+}
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# `longrope` is Phi-3's. The runtime changes from the short factors to the long ones at token 4,097, whatever
+# config.json says. Hunyuan's `dynamic` is a constant (its `alpha`); another model's depends on the text's length.
+ROPE_TYPES_OF = {"Phi3ForCausalLM": ("longrope",), "HunYuanDenseV1ForCausalLM": ("dynamic",)}
+LONGROPE_ORIGINAL_LENGTH = 4096
+
+# Implementations of attention and experts that transformers has itself; any other name is a kernel from the Hub.
+OWN_IMPLEMENTATIONS = (
+    *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
+    *("grouped_mm", "batched_mm", "deepgemm", "sonicmoe"),
+)
+DEEPEST_CONFIG = 50
 
 
 def check_architecture(config: Json) -> None:
-    """Raise `BadInput` unless a checkpoint with this config.json (parsed) can be built correctly.
+    """Raise `BadInput` unless a checkpoint with this config.json (parsed) may be tried.
 
-    The message names what was found: the architecture, the rotary embedding or the quantization.
+    The message names what was found: the architecture, the rotary embedding, the quantization, foreign code.
     """
-    supported = f"Supported are: {', '.join(SUPPORTED_ARCHITECTURES)}."
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        fault = f"config.json names no architecture (architectures: {architectures!r})."
-        raise BadInput(fault, supported, code="architecture-not-named")
-    if architectures[0] not in SUPPORTED_ARCHITECTURES:
+    architecture = architecture_of(config)
+    if architecture not in SUPPORTED_ARCHITECTURES and architecture not in MULTIMODAL_ARCHITECTURES:
+        supported = f"Supported are: {', '.join((*SUPPORTED_ARCHITECTURES, *MULTIMODAL_ARCHITECTURES))}."
         raise BadInput(
-            f"The architecture {architectures[0]} is not supported.", supported, code="architecture-not-supported"
+            f"The architecture {architecture} is not supported.",
+            " ".join(filter(None, (NOT_SUPPORTED.get(architecture), supported))),
+            code="architecture-not-supported",
         )
     if config.get("quantization_config"):
         method = _value(config["quantization_config"], "quant_method") or "of an unknown kind"
@@ -43,24 +85,102 @@ def check_architecture(config: Json) -> None:
             "Give the checkpoint in floating point; slmops makes the quantized variants from it.",
             code="checkpoint-quantized",
         )
-    _check_rope(architectures[0], config)
+    _check_foreign_code(config)
+    _check_hybrid(architecture, config)
+    text_config = config.get("text_config")
+    _check_rope(architecture, text_config if isinstance(text_config, dict) else config)
+
+
+def architecture_of(config: Json) -> str:
+    """Return the architecture that config.json names first; raises `BadInput` if it names none."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise BadInput(
+            f"config.json names no architecture (architectures: {architectures!r}).",
+            f"Supported are: {', '.join(SUPPORTED_ARCHITECTURES)}.",
+            code="architecture-not-named",
+        )
+    return architectures[0]
+
+
+def passes_original_length(config: Json) -> bool:
+    """Whether a model with this config.json changes its rotary embedding in long texts, as Phi-3.5's longrope does."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    return "longrope" in (_value(rope, "rope_type"), _value(rope, "type"))
+
+
+def _check_foreign_code(config: Json) -> None:
+    """Refuse a config.json that has transformers fetch a kernel, which is code, from the Hub."""
+    for key, value in _entries(config):
+        names = value.values() if isinstance(value, dict) else [value]
+        foreign = [name for name in names if name is not None and name not in OWN_IMPLEMENTATIONS]
+        if key.lstrip("_").removesuffix("_internal").endswith("_implementation") and foreign:
+            raise BadInput(
+                f"config.json has {key}: {str(foreign[0])[:80]!r}, code that transformers would fetch from the Hub.",
+                f"Remove {key} from config.json; slmops never runs a checkpoint's code.",
+                code="config-names-code",
+            )
+
+
+def _entries(section: object, depth: int = 0) -> Iterator[tuple[str, object]]:
+    if depth > DEEPEST_CONFIG or not isinstance(section, dict):
+        return
+    for key, value in section.items():
+        yield str(key), value
+        yield from _entries(value, depth + 1)
+
+
+def _check_hybrid(architecture: str, config: Json) -> None:
+    """Refuse Granite 4's layers that the builder leaves out: Mamba's, and the mixture of experts."""
+    if architecture != "GraniteMoeHybridForCausalLM":
+        return
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    only_attention = isinstance(kinds, list) and all(kind in ("attention", "full_attention") for kind in kinds)
+    if not only_attention or config.get("num_local_experts", 8):
+        raise BadInput(
+            "This Granite 4 has Mamba layers or a mixture of experts, which onnxruntime-genai's builder does not have.",
+            "Fine-tune a dense one (ibm-granite/granite-4.0-micro, -350m or -1b) or Granite 3.3 instead.",
+            code="architecture-not-supported",
+        )
 
 
 def _check_rope(architecture: str, config: Json) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = _value(rope, "rope_type") or _value(rope, "type") or "default"
-    if rope_type not in SUPPORTED_ROPE_TYPES:
+    by_kind = [section for section in rope.values() if isinstance(section, dict)] if isinstance(rope, dict) else []
+    sections: list[object] = [*by_kind] or [rope]
+    types = [_value(section, "rope_type") or _value(section, "type") or "default" for section in sections]
+    supported = (*ROPE_TYPES, *ROPE_TYPES_OF.get(architecture, ()))
+    for rope_type in types:
+        if rope_type not in supported:
+            raise BadInput(
+                f"The rotary embedding of type {rope_type} in config.json is not supported for {architecture}.",
+                f"Supported are: {', '.join(supported)}.",
+                code="rope-not-supported",
+            )
+    if architecture == "Phi3ForCausalLM":
+        _check_original_length(config, rope, "longrope" in types)
+
+
+def _check_original_length(config: Json, rope: object, is_longrope: bool) -> None:
+    """Refuse the lengths of a Phi-3 that the builder or the runtime takes for others."""
+    original = config.get("original_max_position_embeddings") or _value(rope, "original_max_position_embeddings")
+    original = LONGROPE_ORIGINAL_LENGTH if original is None else original
+    length = config.get("max_position_embeddings") or LONGROPE_ORIGINAL_LENGTH
+    if not isinstance(length, int) or not isinstance(original, int):
+        return  # the sizes are checked where they are read
+    if original > length or (original != length and not is_longrope):
         raise BadInput(
-            f"The rotary embedding of type {rope_type} in config.json is not supported for {architecture}.",
-            f"Supported are: {', '.join(SUPPORTED_ROPE_TYPES)}.",
-            code="rope-not-supported",
+            f"config.json has original_max_position_embeddings {original} and max_position_embeddings {length}, which "
+            "onnxruntime-genai's builder takes for a longrope model.",
+            f"Set original_max_position_embeddings to {length}.",
+            code="original-length-not-supported",
         )
-    share = _value(rope, "partial_rotary_factor") or config.get("partial_rotary_factor") or 1
-    if share != 1 and architecture not in PARTIAL_ROTARY_ARCHITECTURES:
+    if is_longrope and original not in (LONGROPE_ORIGINAL_LENGTH, length):
         raise BadInput(
-            f"A partial rotary embedding (partial_rotary_factor {share}) is not supported for {architecture}.",
-            f"It is for {', '.join(PARTIAL_ROTARY_ARCHITECTURES)}.",
-            code="rope-not-supported",
+            f"The longrope in config.json begins behind position {original}; the runtime changes behind "
+            f"{LONGROPE_ORIGINAL_LENGTH} only.",
+            f"Train with original_max_position_embeddings {LONGROPE_ORIGINAL_LENGTH}, as Phi-3.5 and Phi-4-mini have.",
+            code="original-length-not-supported",
         )
 
 

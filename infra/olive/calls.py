@@ -30,3 +30,34 @@ class Build(Call[Built]):
         from slmops.infra.olive.engine import build
 
         return build(self, progress)
+
+
+class FamilyProof(Record):
+    """Whether a configuration is built exactly.
+
+    `distance` is the largest one of two logits over the standard deviation of the reference's; `lengths` are the
+    prompts' in tokens; `first_difference` (tokens, position, distance, generating) is None where it is exact; `known`
+    where it was found earlier.
+    """
+
+    key: str
+    architecture: str
+    distance: float
+    lengths: tuple[int, ...]
+    first_difference: Json | None = None
+    known: bool = False
+
+
+class ProveFamily(Call[FamilyProof]):
+    """Prove that a checkpoint's configuration is built exactly; what is found is kept in `kept_dir`."""
+
+    checkpoint_dir: AbsolutePath
+    kept_dir: AbsolutePath
+    work_dir: AbsolutePath
+    threads: int
+
+    def perform(self, progress: Progress) -> FamilyProof:
+        """See `slmops.infra.olive.family_proof.prove_family`."""
+        from slmops.infra.olive.family_proof import prove_family
+
+        return prove_family(self, progress)

@@ -10,9 +10,16 @@ from slmops.infra.checkpoints.folder import (
     read_json,
     read_tensor_headers,
 )
+from slmops.infra.checkpoints.text_part import is_multimodal, text_config_of, text_headers
+from slmops.infra.checkpoints.vocabulary import tokens_without_rows
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.model_screening import screen_model
-from slmops.infra.olive.architectures import check_architecture
+from slmops.infra.olive.architectures import (
+    LONGROPE_ORIGINAL_LENGTH,
+    architecture_of,
+    check_architecture,
+    passes_original_length,
+)
 from slmops.infra.records import Json, Record
 from slmops.infra.storage.manifest import digest_of, digest_of_file
 
@@ -33,6 +40,14 @@ LARGEST_SIZE = 100_000_000
 LARGEST_LAYERS = 10_000
 
 
+EMBEDDING = "model.embed_tokens.weight"
+# Their layers have Llama's tensors (Phi-3's fused), and their configs on the Hub write every size.
+LAYERS_AS_LLAMA = (
+    *("GemmaForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"),
+    *("Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"),
+)
+
+
 class Inspection(Record):
     """The facts about a checkpoint in its files' headers."""
 
@@ -46,6 +61,7 @@ class Inspection(Record):
     hidden_size: int
     context_length: int
     tied_embeddings: bool = True
+    multimodal: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -72,14 +88,29 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
         return _inspect_genai(folder, chat_template_given)
     if (folder / "adapter_config.json").is_file():
         return _inspect_adapter(folder)
+    return _inspect_whole(folder, chat_template_given)
+
+
+def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
     config = read_json(folder / "config.json")
     check_architecture(config)
     _check_tokenizer(folder, chat_template_given)
-    headers = read_tensor_headers(folder)
-    _check_shapes(folder, config, headers)
-    warnings = []
+    headers, warnings = read_tensor_headers(folder), []
     if "auto_map" in config:
         warnings.append("The checkpoint contains its own code (auto_map); slmops never runs it.")
+    if multimodal := is_multimodal(config):
+        warnings.append(
+            f"{config['architectures'][0]} is a multi-modal model: its text part alone is built, and takes no images."
+        )
+        config, headers = text_config_of(config, headers), text_headers(headers)
+        check_architecture(config)
+    if passes_original_length(config):
+        warnings.append(
+            f"Where a conversation grows beyond {LONGROPE_ORIGINAL_LENGTH} tokens while the model answers, one step of "
+            "the answer is wrong: the runtime changes the rotary embedding one step late."
+        )
+    embedding = _check_shapes(folder, config, headers)
+    warnings += _check_vocabulary(folder, embedding.shape[0])
     return Inspection(
         kind="checkpoint",
         architecture=config["architectures"][0],
@@ -87,10 +118,11 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
         dtype=max((header.dtype for header in headers.values()), key=[h.dtype for h in headers.values()].count),
         size_bytes=sum(header.size_bytes for header in headers.values()),
         largest_tensor_elements=max(header.elements for header in headers.values()),
-        vocabulary_size=_size(config, "vocab_size"),
-        hidden_size=_size(config, "hidden_size"),
+        vocabulary_size=_size(config, "vocab_size", default=embedding.shape[0]),
+        hidden_size=_size(config, "hidden_size", default=embedding.shape[1]),
         context_length=_size(config, "max_position_embeddings", default=0),
         tied_embeddings="lm_head.weight" not in headers,
+        multimodal=multimodal,
         warnings=tuple(warnings),
     )
 
@@ -182,8 +214,22 @@ def _check_tokenizer(folder: Path, chat_template_given: bool) -> None:
         )
 
 
-def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) -> None:
-    """Compare the weights with the shapes in config.json; the names are those of all supported architectures."""
+def _check_vocabulary(folder: Path, rows: int) -> list[str]:
+    """Refuse tokens without a row in the embedding that prompts have; return a warning of those that none needs."""
+    needed, spare = tokens_without_rows(folder, rows)
+    if needed:
+        raise BadInput(
+            f"The tokenizer in {folder} has {len(needed) + len(spare)} tokens beyond the {rows} rows of the embedding, "
+            f"first {needed[0]!r}.",
+            "Resize before training (model.resize_token_embeddings(len(tokenizer))), or save the tokenizer that the "
+            "model was trained with.",
+            code="vocabulary-larger-than-embedding",
+        )
+    return [f"The token {spare[0]!r} has no row in the embedding: no prompt may hold it."] if spare else []
+
+
+def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) -> TensorHeader:
+    """Compare the weights with the shapes in config.json, and return the embedding's header."""
     expected = expected_shapes(config)
     for name, shape in expected.items():
         found = headers.get(name)
@@ -199,10 +245,21 @@ def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) 
                 "The weights and config.json are not of the same model: save both again.",
                 code="tensor-shape",
             )
+    embedding = headers.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise BadInput(f"{folder} has no matrix {EMBEDDING}.", "Save the checkpoint again.", code="tensor-missing")
+    return embedding
 
 
 def expected_shapes(config: Json) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of the tensors of a Llama-like config.json, without biases and norms."""
+    """Return name -> shape of the tensors that config.json calls for (biases and norms left out).
+
+    Of architectures that have other layers than Llama's, or sizes that config.json may leave to a default, these are
+    only those whose sizes are written there. The proof of a family loads a layer of each kind.
+    """
+    if architecture_of(config) not in LAYERS_AS_LLAMA:
+        sizes = {name: config[name] for name in ("vocab_size", "hidden_size") if name in config}
+        return {EMBEDDING: (_size(config, "vocab_size"), _size(config, "hidden_size"))} if len(sizes) == 2 else {}
     hidden, vocabulary = _size(config, "hidden_size"), _size(config, "vocab_size")
     intermediate, heads = _size(config, "intermediate_size"), _size(config, "num_attention_heads")
     layers = _size(config, "num_hidden_layers")
@@ -212,7 +269,7 @@ def expected_shapes(config: Json) -> dict[str, tuple[int, ...]]:
         )
     kv_heads = _size(config, "num_key_value_heads", default=heads)
     head_dim = _size(config, "head_dim", default=hidden // heads)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         if config.get("model_type") == "phi3":

@@ -6,12 +6,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from slmops.infra.checkpoints.folder import (
-    read_json,
-)
+from slmops.infra.checkpoints.folder import read_json, read_tensor_headers
 from slmops.infra.checkpoints.hub import fetch_from_hub
 from slmops.infra.checkpoints.s3 import FETCHED, fetch_from_s3
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
+from slmops.infra.checkpoints.text_part import take_text_part, text_config_of
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
@@ -68,6 +67,8 @@ def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCh
         if inspection.kind == "adapter":
             folder = merge_into_base(folder, request.base, settings, on_progress)
             inspection = inspect_checkpoint(folder, chat_template_given=template is not None)
+        if inspection.multimodal:
+            folder = with_text_part(folder, settings)
         if template is not None:
             folder = with_chat_template(folder, template, settings)
         on_progress(0.5, 1, "reading the weights for their digest")
@@ -172,6 +173,18 @@ def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_prog
             )
             place(work / "merged", merged)
     return merged
+
+
+def with_text_part(folder: Path, settings: Settings) -> Path:
+    """Return a folder with the text part of a multi-modal checkpoint, as a checkpoint of its own."""
+    config = text_config_of(read_json(folder / "config.json"), read_tensor_headers(folder))
+    key = digest_of({"checkpoint": content_digest(folder), "text part": config})
+    target = settings.cache_dir / "checkpoints" / key
+    if not target.is_dir():
+        with work_folder(settings) as work:
+            take_text_part(folder, work / "checkpoint", config)
+            place(work / "checkpoint", target)
+    return target
 
 
 def with_chat_template(folder: Path, template: str, settings: Settings) -> Path:

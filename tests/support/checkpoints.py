@@ -168,7 +168,7 @@ def make_tiny_checkpoint(
         values.update(n_embd=hidden_size, n_layer=num_hidden_layers, n_head=hidden_size // head_dim)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
-    _draw_weights(model, seed)
+    draw_weights(model, seed)
     model = model.to(getattr(torch, dtype))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -179,7 +179,7 @@ def make_tiny_checkpoint(
     return directory
 
 
-def _draw_weights(model: Any, seed: int) -> None:
+def draw_weights(model: Any, seed: int) -> None:
     """Draw matrices with a gain that keeps activations near 1, and embedding and lm_head wide enough to be clear."""
     import torch
 

@@ -1,0 +1,21 @@
+"""Replace an attribute of a class or module for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from slmops.infra.records import Untyped
+
+
+@contextmanager
+def replaced(owner: Untyped, name: str, value: Untyped) -> Iterator[None]:
+    """Set `owner.NAME` to a value under this context, and put back or remove what was there."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

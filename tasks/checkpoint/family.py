@@ -1,0 +1,55 @@
+"""The proof of a checkpoint's family: before the long build, its configuration is built small and compared."""
+
+from pathlib import Path
+
+from slmops.infra.errors import BadInput
+from slmops.infra.olive.calls import FamilyProof, ProveFamily
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import workshop
+
+
+@stage("prove family", run_name="prove-family")
+def prove_family(prepared: PreparedCheckpoint) -> None:
+    """Prove that the checkpoint's configuration is built exactly; a model that is built already needs no proof.
+
+    Raises `BadInput` for one that is not, before anything is built.
+    """
+    if prepared.inspection.kind == "genai":
+        return
+    shop = workshop()
+    with stage_progress("prove family") as on_progress:
+        proof_of(prepared.folder, shop.settings, shop.torch, on_progress, log=f"prove-{prepared.digest[:12]}")
+
+
+def proof_of(
+    folder: Path, settings: Settings, child: ChildProcess, on_progress: OnProgress, *, log: str
+) -> FamilyProof:
+    """Return the proof of a checkpoint's family; raises `BadInput` where the logits are not transformers'."""
+    with work_folder(settings) as work:
+        proof = child.run(
+            ProveFamily(
+                checkpoint_dir=folder,
+                kept_dir=settings.user_cache_dir / "families",
+                work_dir=work,
+                threads=settings.threads,
+            ),
+            deadline_s=settings.timeout.build_s,
+            log_path=settings.cache_dir / "logs" / f"{log}.log",
+            work_dir=work,
+            on_progress=on_progress,
+        ).value
+    if first := proof.first_difference:
+        doing = "in generation" if first["generating"] else f"of a prompt of {first['tokens']} tokens"
+        raise BadInput(
+            f"onnxruntime-genai builds another {proof.architecture} than transformers has: the logits differ first at "
+            f"position {first['position']} {doing}, by {proof.distance:.2g} of their standard deviation.",
+            "Fine-tune a model of README's table of families, or set this one's config.json as theirs.",
+            code="family-not-exact",
+        )
+    return proof

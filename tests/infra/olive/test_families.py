@@ -1,0 +1,167 @@
+"""The proof of each family: checkpoints in the shapes of the Hub's configs, built in fp32 and compared position by
+position; and every mend of the builder, which must go when the builder needs it no more."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.infra.errors import BadInput
+from slmops.infra.olive import family_proof, genai_builder
+from slmops.infra.olive.calls import FamilyProof, ProveFamily
+from slmops.infra.olive.mends import (
+    gemma,
+    layers_without_rope,
+    longrope,
+    rope,
+    sliding_layers,
+    text_models,
+    whole_weights,
+)
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
+from tests.support.errors import coded
+from tests.support.family_configs import REAL, make_family, small_config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (QUIET_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}).items():
+            patch.setenv(name, value)
+        yield
+
+
+def prove(checkpoint: Path) -> FamilyProof:
+    work = checkpoint.parent / f"{checkpoint.name}-work"
+    work.mkdir(exist_ok=True)
+    call = ProveFamily(checkpoint_dir=checkpoint, kept_dir=work / "kept", work_dir=work, threads=1)
+    return call.perform(lambda done, total, what: None)
+
+
+LENGTHS = {
+    "google/gemma-3-270m-it": (40, 72, 400),
+    "microsoft/Phi-3.5-mini-instruct": (40, 400, 4120),
+    "microsoft/Phi-4-mini-instruct": (40, 400, 4120),
+    "openai/gpt-oss-20b": (40, 72, 280, 400),
+    "meta-llama/Llama-3.2-1B-Instruct": (40, 400, 8216),
+}
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_it_is_exact_at_every_position(model: str, tmp_path: Path) -> None:
+    proof = prove(make_family(tmp_path / "checkpoint", small_config(model)))
+    assert proof.first_difference is None
+    assert proof.distance < 2e-5
+    assert set(LENGTHS.get(model, (40, 400))) <= set(proof.lengths)
+
+
+def changed(model: str, **changes: Any) -> dict[str, Any]:
+    return {**small_config(model), **changes}
+
+
+GEMMA = "google/gemma-3-270m-it"
+PHI = "microsoft/Phi-3.5-mini-instruct"
+LLAMA = "HuggingFaceTB/SmolLM2-135M-Instruct"
+QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+FACTORS = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+
+FURTHER = {
+    "Qwen2 with yarn": changed(QWEN, rope_scaling=YARN),
+    "Llama with yarn": changed(LLAMA, rope_scaling=YARN),
+    "Llama with a linear rope": changed(LLAMA, rope_scaling={"type": "linear", "factor": 4.0}),
+    "Qwen2 with a linear rope": changed(QWEN, rope_scaling={"type": "linear", "factor": 4.0}),
+    "Llama with biases": changed(LLAMA, attention_bias=True, mlp_bias=True),
+    "longrope without the older key": changed(PHI, rope_scaling={"rope_type": "longrope", **FACTORS}),
+    "Qwen2 with a window in some layers": changed(
+        QWEN, use_sliding_window=True, sliding_window=48, max_window_layers=1
+    ),
+    "Gemma with a width that is no square": changed("google/gemma-2-2b-it", hidden_size=96),
+}
+
+
+@pytest.mark.parametrize("case", FURTHER)
+def test_a_variation_is_exact_too(case: str, tmp_path: Path) -> None:
+    proof = prove(make_family(tmp_path / "checkpoint", FURTHER[case]))
+    assert proof.first_difference is None
+
+
+MENDED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "sliding_layers": (sliding_layers.mended, changed("mistralai/Mistral-7B-v0.1")),
+    "layers_without_rope": (layers_without_rope.mended, changed("HuggingFaceTB/SmolLM3-3B")),
+    "whole_weights, a norm's epsilon": (whole_weights.mended, changed("nvidia/Nemotron-Mini-4B-Instruct")),
+    "whole_weights, a norm's weight": (whole_weights.mended, changed("google/gemma-2-2b-it")),
+    "whole_weights, a decay": (whole_weights.mended, changed("Qwen/Qwen3.5-0.8B (text)")),
+    "gemma, the factor": (gemma.mended, FURTHER["Gemma with a width that is no square"]),
+    "gemma, the keys": (gemma.mended, changed(GEMMA)),
+    "longrope": (longrope.mended, FURTHER["longrope without the older key"]),
+    "rope, yarn's ends": (rope.mended, FURTHER["Qwen2 with yarn"]),
+    "rope, Llama's": (rope.mended, FURTHER["Llama with a linear rope"]),
+    "text_models, Qwen3.5": (text_models.mended, changed("Qwen/Qwen3.5-0.8B (text)")),
+    "text_models, Ministral 3": (text_models.mended, changed("mistralai/Ministral-3-3B-Instruct-2512 (text)")),
+}
+
+
+@pytest.mark.parametrize("case", MENDED)
+def test_the_builder_needs_this_mend(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When this fails, the mend can go."""
+    mend, config = MENDED[case]
+    monkeypatch.setattr(genai_builder, "MENDS", [other for other in genai_builder.MENDS if other is not mend])
+    checkpoint = make_family(tmp_path / "checkpoint", config)
+    try:
+        proof = prove(checkpoint)
+    except BadInput as refusal:
+        assert refusal.code == "family-not-built"
+    else:
+        assert proof.first_difference is not None
+
+
+def test_what_was_found_is_kept_and_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = make_family(tmp_path / "checkpoint", small_config(LLAMA))
+    assert not prove(checkpoint).known
+    monkeypatch.setattr(genai_builder, "make_model", None)
+    again = prove(checkpoint)
+    assert (again.known, again.first_difference) == (True, None)
+    monkeypatch.setattr(family_proof, "versions", lambda: {"onnxruntime-genai": "0.19"})
+    with pytest.raises(BadInput, check=coded("family-not-built")):
+        prove(checkpoint)
+
+
+def test_a_difference_names_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(genai_builder, "MENDS", ())
+    checkpoint = make_family(tmp_path / "checkpoint", small_config("mistralai/Mistral-7B-v0.1"))
+    first = prove(checkpoint).first_difference
+    assert first is not None
+    assert (first["tokens"], first["position"], first["generating"]) == (72, 48, False)  # the window is 48
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "a head that is no whole number": {"num_attention_heads": 3},
+    "an activation that nobody has": {"hidden_act": "os.system"},
+    "a text for a number": {"rms_norm_eps": "small"},
+    "an unknown rotary embedding": {"rope_scaling": {"rope_type": "foreign"}},
+    "layers of an unknown kind": {"layer_types": ["foreign", "foreign"]},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_config_that_does_not_work_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+    checkpoint = make_family(tmp_path / "checkpoint", small_config(LLAMA))
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **HOSTILE[case]}), "utf-8")
+    with pytest.raises(BadInput, check=coded("family-not-built")) as refusal:
+        prove(checkpoint)
+    assert "\n" not in refusal.value.message
+
+
+def test_weights_that_are_missing_are_told(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = make_family(tmp_path / "checkpoint", small_config("LiquidAI/LFM2-350M"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    lacking = {name: tensor for name, tensor in tensors.items() if "layers.1.feed_forward.w2" not in name}
+    save_file(lacking, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, check=coded("family-not-built", "layers.1.feed_forward.w2")):
+        prove(checkpoint)
