@@ -74,7 +74,7 @@ def counts() -> tuple[Count, ...]:
     return (
         Count("files of more than 400 lines", 0, len(long), long),
         Count("flows of more than 130 lines", 0, len(flows), flows),
-        Count("rooms in tasks/", 14, len(rooms), rooms),
+        Count("folders in tasks/", 14, len(rooms), rooms),
         Count("functions that take both settings and registry", 2, len(both), both),
         Count("Any per 1,000 lines", 8, round(1000 * len(anys) / lines, 1)),
         Count("calls of a child by string", 0, len(by_string), by_string),

@@ -116,7 +116,9 @@ def _show_copied(copied: "CopiedVersion", *, as_json: bool) -> None:
     )
     if version.says_origin and "champion" not in version.aliases:
         name = version.reference
-        print_line(f"Its figures are its origin's word. Judge it with slmops regate {name}, or slmops promote {name}.")
+        print_line(
+            f"Its figures are claims of its origin. Judge it with slmops regate {name}, or slmops promote {name}."
+        )
 
 
 def verify(

@@ -133,13 +133,13 @@ def test_what_a_copy_says_of_itself_makes_no_champion(
     archive = packed(strangers, forged, tmp_path / "home.tar")
     with serving(slmops.home, environment={"SLMOPS_SERVE__FOLLOW_S": "0.2"}) as server:
         told = slmops.run("import", archive).stdout
-        assert "Its figures are its origin's word." in told
+        assert "Its figures are claims of its origin." in told
         assert "slmops regate home@1" in told
         (model,) = [one for one in slmops.json("list")["models"] if one["name"] == "home"]
         assert (model["aliases"], model["says_origin"]) == ([], True)
-        assert "says its origin" in slmops.run("list").stdout
+        assert "claimed by its origin" in slmops.run("list").stdout
         assert slmops.json("show", "home@1")["says_origin"]
-        assert "says its origin" in slmops.run("show", "home@1").stdout
+        assert "claimed by its origin" in slmops.run("show", "home@1").stdout
         time.sleep(3)
         listed = httpx.get(f"{server.url}/v1/models").json()["data"]
         assert {model["id"].partition(":")[0] for model in listed} == {"own"}

@@ -57,7 +57,7 @@ def test_a_version_goes_there_and_back(
     assert content_of(there, manifest, tmp_path / "out") == FILES
     assert there.of(manifest).stored_manifest() == here.of(manifest).stored_manifest()
     for registry in (team, there):
-        assert registry.of(manifest).says_origin  # what came along is its origin's word
+        assert registry.of(manifest).says_origin  # copied evidence is a claim of its origin
         assert latest_evidence(registry, manifest, "deploy") == latest_evidence(here, manifest, "deploy")
         assert registry.objects.read_bytes("models/home/1/evidence/report.md") == b"# home@1"
         assert registry.aliases("home") == {}
