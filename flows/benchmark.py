@@ -10,8 +10,8 @@ from slmops.tasks.report.benchmark import BenchmarkReport, publish_benchmark
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import BenchmarkParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.versions.found import find_version
-from slmops.tasks.versions.remeasurement import measure_anew
+from slmops.tasks.versions.lookup import find_version
+from slmops.tasks.versions.remeasurement import measure_again
 from slmops.tasks.workshop import in_workshop, workshop
 
 
@@ -33,7 +33,7 @@ def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
     tasks = lm_eval_tasks(parameters)
     prepared = prepare_source(version.manifest, shop.settings) if parameters.lm_eval_on_checkpoint else None
     with version.in_use():
-        variants = tuple(measure_anew(variant, tasks) for variant in version.variants)
+        variants = tuple(measure_again(variant, tasks) for variant in version.variants)
     on_checkpoint = run_lm_eval_on_checkpoint(version, prepared, tasks) if prepared else ()
     report = BenchmarkReport(
         name=version.name, version=version.number, variants=variants, checkpoint_lm_eval=on_checkpoint

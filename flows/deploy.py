@@ -29,7 +29,7 @@ from slmops.tasks.request.parameters import DeployParameters
 from slmops.tasks.runs.limits import one_at_a_time
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.commit import commit_version, record_provenance
-from slmops.tasks.versions.found import check_store
+from slmops.tasks.versions.lookup import check_store
 from slmops.tasks.versions.qualification import Gate, Qualification
 from slmops.tasks.workshop import in_workshop, workshop
 

@@ -4,8 +4,8 @@ from prefect import State, flow
 from prefect.states import Completed
 
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.versions.found import check_store
 from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection
+from slmops.tasks.versions.lookup import check_store
 from slmops.tasks.workshop import in_workshop
 
 

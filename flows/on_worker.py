@@ -12,7 +12,7 @@ from slmops.tasks.build import variants
 from slmops.tasks.exams import on_workers
 from slmops.tasks.runs.orders import hand_back_result, read_ordered
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.versions.found import find_version
+from slmops.tasks.versions.lookup import find_version
 from slmops.tasks.workshop import in_workshop
 
 

@@ -6,7 +6,7 @@ from prefect.states import Completed
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import change_champion
 from slmops.tasks.versions.change import promotion_to
-from slmops.tasks.versions.found import check_store
+from slmops.tasks.versions.lookup import check_store
 from slmops.tasks.versions.promotion import Promotion, publish_promotion
 from slmops.tasks.workshop import in_workshop, workshop
 

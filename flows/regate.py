@@ -8,9 +8,9 @@ from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import RegateParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
-from slmops.tasks.versions.asked_again import ask_again
-from slmops.tasks.versions.found import find_version
+from slmops.tasks.versions.lookup import find_version
 from slmops.tasks.versions.qualification import needs_source
+from slmops.tasks.versions.regate_request import request_again
 from slmops.tasks.workshop import in_workshop, workshop
 
 
@@ -25,6 +25,6 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
         The report, in the states that `deploy` ends in.
     """
     version = find_version(parameters.reference)
-    asked = ask_again(parameters, version)
+    asked = request_again(parameters, version)
     prepared = prepare_source(version.manifest, workshop().settings) if needs_source(asked, version) else None
     return ended(qualify(asked, version, prepared))

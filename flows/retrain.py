@@ -31,7 +31,7 @@ from slmops.tasks.training.fine_tune import (
     only_retrain_of,
     prepare_base,
 )
-from slmops.tasks.versions.found import check_store
+from slmops.tasks.versions.lookup import check_store
 from slmops.tasks.workshop import in_workshop, workshop
 
 

@@ -38,7 +38,7 @@ def deploy(
 def regate(parameters: dict[str, Any], log_level: LogLevel = None, as_json: Json = False) -> None:
     """Judge a version again, without building it, and register or unregister its variants accordingly."""
     version_of(parameters["reference"])  # refuses a missing version before anything is written
-    _tell(run_flow("regate", parameters), as_json=as_json)
+    _print_result(run_flow("regate", parameters), as_json=as_json)
 
 
 def recipes(as_json: Json = False) -> None:
@@ -71,10 +71,10 @@ def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
         if server:
             server.end()
         raise
-    _tell(run_flow("deploy", parameters, server), as_json=as_json)
+    _print_result(run_flow("deploy", parameters, server), as_json=as_json)
 
 
-def _tell(report: "DeployReport", *, as_json: bool) -> None:
+def _print_result(report: "DeployReport", *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_contract())
     else:

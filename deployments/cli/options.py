@@ -75,14 +75,14 @@ def _options(fields: Sequence[Declared]) -> Iterator[inspect.Parameter]:
 def _option(field: Declared) -> inspect.Parameter:
     said = field.parameter
     text = said.help or said.description
-    kind, default = _asked(field)
+    kind, default = _type_of(field)
     if said.positional:
         return _in_signature(field.name, kind, typer.Argument(metavar=said.metavar, help=text), default)
     name = said.option or f"--{field.name.replace('_', '-')}"
     return _in_signature(field.name, kind, typer.Option(name, metavar=said.metavar, help=text), default)
 
 
-def _asked(field: Declared) -> tuple[object, object]:
+def _type_of(field: Declared) -> tuple[object, object]:
     """Return an option's type and default. Choices are strings here; the request refuses an unknown one."""
     if field.parameter.switch is not None:
         return bool, False

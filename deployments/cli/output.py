@@ -97,13 +97,13 @@ class StageDisplay:
     def __call__(self, stage: str, share: float, what: str) -> None:
         """Show that a stage is at `share` (0 to 1), doing `what`."""
         if not self._progress.console.is_terminal:
-            self._tell(stage, share, what)
+            self._print_progress(stage, share, what)
             return
         if stage not in self._lines:
             self._lines[stage] = self._progress.add_task(stage, total=1.0, what="")
         self._progress.update(self._lines[stage], completed=share, what=escape(what))
 
-    def _tell(self, stage: str, share: float, what: str) -> None:
+    def _print_progress(self, stage: str, share: float, what: str) -> None:
         # A log gets few lines: one when a stage begins, one per quarter and one when it ends.
         mark = f"{int(share * 4)}" if share < 1 else "end"
         if self._told.get(stage) != mark:

@@ -23,7 +23,7 @@ FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 60.0
 STEADY_S = 60.0  # a process that ran this long had started correctly
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class Supervised:
@@ -91,9 +91,9 @@ class Supervised:
 class Children:
     """Commands that are started one by one, supervised together, and stopped when this context ends."""
 
-    def __init__(self, stopping: threading.Event, tell: Tell) -> None:
+    def __init__(self, stopping: threading.Event, report: Report) -> None:
         self._stopping = stopping
-        self._tell = tell
+        self._report = report
         self._children: list[Supervised] = []
         self._started = contextlib.ExitStack()
 
@@ -123,11 +123,11 @@ class Children:
         while not self._stopping.wait(LOOK_INTERVAL_S):
             for child in self._children:
                 try:
-                    told = child.look_after()
+                    message = child.look_after()
                 except Exception as error:
-                    told = f"{child.name} could not be looked after: {type(error).__name__}: {error}."
-                if told:
-                    self._tell(told)
+                    message = f"{child.name} could not be looked after: {type(error).__name__}: {error}."
+                if message:
+                    self._report(message)
 
 
 def _stop_with_the_starter() -> None:

@@ -21,7 +21,7 @@ from slmops.deployments.server.automations import HEARTBEAT_S, HEARTBEAT_VARIABL
 from slmops.deployments.server.environment import QUIET, announced_server, prefect_home
 from slmops.deployments.server.listening import listen
 from slmops.deployments.server.registration import read_deployments, register_deployments, variant_entries
-from slmops.deployments.server.supervised import Children, Supervised, Tell
+from slmops.deployments.server.supervised import Children, Report, Supervised
 from slmops.deployments.server.up_check import is_open, server_fault
 from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from slmops.infra.errors import StageFailed
@@ -48,7 +48,7 @@ WORKER_ENVIRONMENT = {
 }
 
 
-def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: Tell, note: Tell) -> None:
+def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: Report, note: Report) -> None:
     """Start everything and supervise it. `port` is the server's; `limit` is the number of concurrent runs, or None.
 
     `say` prints the result, `note` prints events.
@@ -88,7 +88,7 @@ def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
 
 
 def _start_server(
-    settings: Settings, port: int, children: Children, stopping: threading.Event, *, say: Tell, note: Tell
+    settings: Settings, port: int, children: Children, stopping: threading.Event, *, say: Report, note: Report
 ) -> str:
     with listen(LOOPBACK, port) as free:  # refuses a port that is taken before anything is written
         port = free.getsockname()[1]
@@ -144,10 +144,10 @@ def _environment(**extra: str) -> dict[str, str]:
     return {**inherited, **QUIET, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **extra}
 
 
-def _wait_until_healthy(url: str, children: Children, stopping: threading.Event, note: Tell) -> None:
+def _wait_until_healthy(url: str, children: Children, stopping: threading.Event, note: Report) -> None:
     server = children.first
     deadline = time.monotonic() + (STARTUP_TIMEOUT_S if server else 10)
-    told_at = time.monotonic()
+    reported_at = time.monotonic()
     while (fault := server_fault(url)) is not None and not stopping.wait(POLL_INTERVAL_S):
         if time.monotonic() > deadline or (server and not server.is_running):
             advice = (
@@ -156,12 +156,12 @@ def _wait_until_healthy(url: str, children: Children, stopping: threading.Event,
                 else "Start it, or correct PREFECT_API_URL or PREFECT_API_AUTH_STRING."
             )
             raise StageFailed(f"Prefect's API at {url} cannot be used: {fault}.", advice)
-        if time.monotonic() - told_at > 2:
+        if time.monotonic() - reported_at > 2:
             note("Waiting for Prefect's server.")
-            told_at = time.monotonic() + 8
+            reported_at = time.monotonic() + 8
 
 
-def _register(settings: Settings, pool: str, say: Tell, note: Tell) -> None:
+def _register(settings: Settings, pool: str, say: Report, note: Report) -> None:
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     from slmops.tasks.runs.limits import only_holder
@@ -171,8 +171,8 @@ def _register(settings: Settings, pool: str, say: Tell, note: Tell) -> None:
     password = os.environ.get("PREFECT_API_AUTH_STRING")
     with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"], PREFECT_API_AUTH_STRING: password}):
         for name in pools:
-            if told := ensure_pool(name):
-                note(told)
+            if message := ensure_pool(name):
+                note(message)
         # Machines that start together would each find no automation, and each make one.
         with only_holder("slmops-registration"):
             for deployment in register_deployments([*read_deployments(), *variants]):

@@ -45,9 +45,9 @@ def text_config_of(config: Json, headers: Mapping[str, TensorHeader]) -> Json:
             f"Known are: {', '.join(TEXT_ARCHITECTURES)}.",
             code="architecture-not-supported",
         )
-    told = {key: config[key] for key in OF_BOTH if config.get(key) is not None}
+    shared = {key: config[key] for key in OF_BOTH if config.get(key) is not None}
     tied = {"tie_word_embeddings": "lm_head.weight" not in text_headers(headers)}
-    return {**tied, **text, **told, "architectures": [architecture]}
+    return {**tied, **text, **shared, "architectures": [architecture]}
 
 
 def text_headers(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:

@@ -82,7 +82,7 @@ def catalog_app(
     return app
 
 
-async def _tell(request: Request, error: Exception) -> Response:
+async def _error_answer(request: Request, error: Exception) -> Response:
     match error:
         case HTTPException():
             return _failed(error.status_code, f"{error.detail}.", f"POST to {CATALOG_PATH}.")
@@ -99,7 +99,7 @@ async def _tell(request: Request, error: Exception) -> Response:
             )
 
 
-_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys((HTTPException, TooLarge, SlmopsError, Exception), _tell)
+_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys((HTTPException, TooLarge, SlmopsError, Exception), _error_answer)
 
 
 async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None") -> Json:

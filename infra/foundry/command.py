@@ -62,8 +62,10 @@ class FoundryCommand:
         except OSError as error:
             raise CommandFailed(f"`{shown}` cannot be run: {error.strerror}.") from None
         if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            raise CommandFailed(f"`{shown}` ended with {done.returncode}{': ' if said else '.'}{''.join(said)[:200]}")
+            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise CommandFailed(
+                f"`{shown}` ended with {done.returncode}{': ' if reason else '.'}{''.join(reason)[:200]}"
+            )
         return done.stdout
 
 

@@ -56,11 +56,11 @@ class RunningServer:
             document = None
         if answer.status_code == 200 and isinstance(document, dict):
             return document
-        told = document.get("error") if isinstance(document, dict) else None
-        if not isinstance(told, dict) or "message" not in told:
-            told = {"message": f"it answered with status {answer.status_code}."}
-        refusal = f"The server at {self.url} refused: {told['message']}"
-        raise StageFailed(refusal, str(told.get("what_to_do", "")), code="server-refused")
+        fault = document.get("error") if isinstance(document, dict) else None
+        if not isinstance(fault, dict) or "message" not in fault:
+            fault = {"message": f"it answered with status {answer.status_code}."}
+        refusal = f"The server at {self.url} refused: {fault['message']}"
+        raise StageFailed(refusal, str(fault.get("what_to_do", "")), code="server-refused")
 
 
 def running_servers(home: Path, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S) -> list[RunningServer]:

@@ -173,8 +173,8 @@ class _Sweep:
     def _has_room(self, prompt_tokens: int) -> bool:
         """Whether a longer prompt would fit if memory grew by the square of its length, as in naive attention."""
         last, growth = self._last_growth
-        held = _rss_bytes() - self._start_bytes
-        return bool(growth * (prompt_tokens / last) ** 2 - held < psutil.virtual_memory().available)
+        used_bytes = _rss_bytes() - self._start_bytes
+        return bool(growth * (prompt_tokens / last) ** 2 - used_bytes < psutil.virtual_memory().available)
 
 
 class PeakMemory:

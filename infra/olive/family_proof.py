@@ -64,8 +64,8 @@ def prove_family(call: ProveFamily, progress: Progress) -> FamilyProof:
 
 def family_key(cut_config: Untyped, dtype: str) -> str:
     """Return the digest of all that a cut checkpoint's config says of its operators, and of the weights' type."""
-    said = {name: value for name, value in cut_config.to_dict().items() if name not in NOT_OF_THE_FAMILY}
-    text = json.dumps({"config": said, "dtype": dtype}, sort_keys=True, default=str)
+    family_config = {name: value for name, value in cut_config.to_dict().items() if name not in NOT_OF_THE_FAMILY}
+    text = json.dumps({"config": family_config, "dtype": dtype}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -167,10 +167,10 @@ def end_of_log(log_path: Path) -> str:
     return f"The end of its log ({log_path}):\n{tail}"
 
 
-def error_of(told: Message) -> errors.SlmopsError:
+def error_of(reported: Message) -> errors.SlmopsError:
     """Return the error that a child reported under `error`, as it was raised there."""
-    kind: type[errors.SlmopsError] = getattr(errors, told["kind"], errors.StageFailed)
-    return kind(told["message"], told["what_to_do"], told["code"])
+    kind: type[errors.SlmopsError] = getattr(errors, reported["kind"], errors.StageFailed)
+    return kind(reported["message"], reported["what_to_do"], reported["code"])
 
 
 # The child's side
@@ -178,8 +178,8 @@ def error_of(told: Message) -> errors.SlmopsError:
 
 def message_of(error: errors.SlmopsError) -> Message:
     """Return the message that reports an error."""
-    said = {"message": error.message, "what_to_do": error.what_to_do, "code": error.code}
-    return {"error": {"kind": type(error).__name__, **said}}
+    texts = {"message": error.message, "what_to_do": error.what_to_do, "code": error.code}
+    return {"error": {"kind": type(error).__name__, **texts}}
 
 
 def speak() -> Send:

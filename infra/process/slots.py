@@ -39,14 +39,14 @@ def only_maker(path: Path, on_progress: OnProgress | None = None) -> Iterator[No
 def _held(locks: Sequence[FileLock], waiting: str, on_progress: OnProgress | None) -> Iterator[None]:
     for lock in locks:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-    while (held := _free(locks)) is None:
+    while (acquired := _free(locks)) is None:
         if on_progress:
             on_progress(0, 1, waiting)
         time.sleep(POLL_INTERVAL_S)
     try:
         yield
     finally:
-        held.release()
+        acquired.release()
 
 
 def _free(locks: Sequence[FileLock]) -> FileLock | None:

@@ -246,13 +246,13 @@ def _refuse(manifest: Manifest, what: str, fault: str | None) -> None:
 
 
 @contextmanager
-def _on_this_machine(registry: ModelRegistry, file: StoredFile, beside: Path) -> Iterator[Path]:
+def _on_this_machine(registry: ModelRegistry, file: StoredFile, parent: Path) -> Iterator[Path]:
     """Yield a local file with the stored content; raises `StageFailed` if the store has lost it."""
     here = registry.local_file(file)
     if here:
         yield here
         return
-    with TemporaryDirectory(dir=beside, prefix=".export-", ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(dir=parent, prefix=".export-", ignore_cleanup_errors=True) as folder:
         registry.materialize([file], Path(folder) / "files")
         yield Path(folder) / "files" / file.path
 

@@ -82,9 +82,9 @@ def collect_garbage(
     """
     objects = registry.objects
     with collecting(objects) as collector:
-        _tell(on_progress, 0, 1, "reading the versions")
+        _report(on_progress, 0, 1, "reading the versions")
         needed = {blob.sha256 for blob in needed_blobs(registry, without)}
-        _tell(on_progress, 0, 1, "listing the store")
+        _report(on_progress, 0, 1, "listing the store")
         orphans = [entry for entry in objects.entries(BLOBS) if entry.key.rpartition("/")[2] not in needed]
         free = [entry for entry in orphans if entry.key.rpartition("/")[2] not in collector.spared]
         found = Garbage(
@@ -97,13 +97,13 @@ def collect_garbage(
             return found
         keys = [entry.key for entry in (*found.evidence, *found.blobs)]
         for start in range(0, len(keys), REMOVED_AT_ONCE):
-            _tell(on_progress, start, len(keys), f"removing {len(keys):,} objects")
+            _report(on_progress, start, len(keys), f"removing {len(keys):,} objects")
             collector.renew()
             objects.delete(keys[start : start + REMOVED_AT_ONCE])
         objects.remove_leftovers(found.leftovers)
     return found
 
 
-def _tell(on_progress: OnProgress | None, done: float, total: float, what: str) -> None:
+def _report(on_progress: OnProgress | None, done: float, total: float, what: str) -> None:
     if on_progress:
         on_progress(done, total, what)

@@ -15,7 +15,7 @@ from typing import IO
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.folders import link_or_copy
 from slmops.infra.storage.holders import has_ended, this_process
-from slmops.infra.storage.objects import Blob, Entry, OnBytes, untold
+from slmops.infra.storage.objects import Blob, Entry, OnBytes, no_report
 
 ASIDE = "aside"  # unfinished objects; on the store's own file system, so that a rename is atomic
 CHUNK_BYTES = 1 << 20
@@ -58,7 +58,7 @@ class LocalObjectStore:
         """See `ObjectStore.missing`."""
         return [blob for blob in blobs if self._size_bytes(blob.key) != blob.size_bytes]
 
-    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = untold) -> None:
+    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = no_report) -> None:
         """See `ObjectStore.put_blobs`."""
         for blob, source in files:
             self._put_blob(blob, source, on_bytes)
@@ -91,7 +91,7 @@ class LocalObjectStore:
                 self.delete([blob.key])  # Windows does not replace a read-only file
             file.replace(path)
 
-    def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = untold) -> None:
+    def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = no_report) -> None:
         """See `ObjectStore.fetch_blobs`."""
         for blob, destination in files:
             with self._reported(blob.key):
@@ -105,7 +105,7 @@ class LocalObjectStore:
                     under_way.unlink(missing_ok=True)
             on_bytes(blob.size_bytes)
 
-    def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:
+    def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = no_report) -> Iterator[tuple[Blob, str | None, int]]:
         """See `ObjectStore.digests`."""
         for blob in blobs:
             found = hashlib.sha256()

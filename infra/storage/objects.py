@@ -12,7 +12,7 @@ BLOBS = "blobs/sha256"
 OnBytes = Callable[[int], None]
 
 
-def untold(_moved: int) -> None:
+def no_report(_moved: int) -> None:
     """An `OnBytes` that reports nothing."""
 
 
@@ -55,20 +55,20 @@ class ObjectStore(Protocol):
     def missing(self, blobs: Iterable[Blob]) -> list[Blob]:
         """Return the blobs that the store does not have in full size."""
 
-    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = untold) -> None:
+    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = no_report) -> None:
         """Store files as blobs, replacing existing ones.
 
         Afterwards the bytes in the store are known to have the digests: raises `StageFailed` for a file that does not.
         """
 
-    def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = untold) -> None:
+    def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = no_report) -> None:
         """Place blobs at paths that do not exist yet, each atomically.
 
         `aside` is a folder on the file system of the paths, for temporary files. Blobs that are fetched over a network
         are verified; a local store makes hard links if possible.
         """
 
-    def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:
+    def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = no_report) -> Iterator[tuple[Blob, str | None, int]]:
         """Read blobs as they are stored; yields (blob, SHA-256 in hex, size), or (blob, None, 0) for a missing one."""
 
     def put_bytes(self, key: str, data: bytes) -> None:

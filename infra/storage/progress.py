@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from slmops.infra.process.call import OnProgress
-from slmops.infra.storage.objects import OnBytes, untold
+from slmops.infra.storage.objects import OnBytes, no_report
 
-TOLD_EVERY_S = 0.2  # a transfer would report thousands of times a second
+REPORT_INTERVAL_S = 0.2  # a transfer would report thousands of times a second
 
 
 class _Sized(Protocol):
@@ -23,21 +23,21 @@ def byte_progress(on_progress: OnProgress | None, files: Iterable[_Sized], doing
     """
     total = sum(file.size_bytes for file in files)
     if on_progress is None or not total:
-        return untold
+        return no_report
     lock = threading.Lock()
     began = time.monotonic()
-    told_at = began
+    reported_at = began
     done = 0
 
-    def told(moved: int) -> None:
-        nonlocal done, told_at
+    def report(moved: int) -> None:
+        nonlocal done, reported_at
         with lock:
             done = min(done + moved, total)
             now = time.monotonic()
-            if now - told_at < TOLD_EVERY_S and done < total:
+            if now - reported_at < REPORT_INTERVAL_S and done < total:
                 return
-            told_at = now
+            reported_at = now
             rate = done / max(now - began, 1e-3)
             on_progress(done, total, f"{doing}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s")
 
-    return told
+    return report

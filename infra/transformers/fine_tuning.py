@@ -150,7 +150,7 @@ def _trainer(
 ) -> Any:
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-    class Told(TrainerCallback):  # type: ignore[misc]
+    class StepProgress(TrainerCallback):  # type: ignore[misc]
         loss = math.nan
 
         def on_log(self, args: object, state: object, control: object, logs: dict[str, float], **_: object) -> None:
@@ -187,7 +187,7 @@ def _trainer(
         remove_unused_columns=False,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
-    callbacks = [Told(), *([EarlyStoppingCallback(call.patience)] if held_out else [])]
+    callbacks = [StepProgress(), *([EarlyStoppingCallback(call.patience)] if held_out else [])]
     return Trainer(model, arguments, _padded, train, held_out or None, callbacks=callbacks)
 
 

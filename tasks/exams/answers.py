@@ -74,7 +74,7 @@ def run_reference(
     child = bench.run(
         AnswerAsSource(
             checkpoint_dir=bench.model,
-            rows=_asked(used),
+            rows=_questions(used),
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             batch_size=settings.evaluation.batch_size,
@@ -113,7 +113,7 @@ def evaluate_variant(
     child = bench.run(
         Evaluate(
             model_dir=bench.model,
-            rows=_asked(used),
+            rows=_questions(used),
             reference_dir=reference_dir,
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
@@ -131,7 +131,7 @@ def evaluate_variant(
     return score_evaluation(found, used, output_format)
 
 
-def _asked(rows: Sequence[EvaluationRow]) -> tuple[Question, ...]:
+def _questions(rows: Sequence[EvaluationRow]) -> tuple[Question, ...]:
     """The children's questions. Children know only the scorer exact_match."""
     return tuple(
         Question(

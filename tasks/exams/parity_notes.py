@@ -9,7 +9,7 @@ from slmops.infra.genai.calls import RenderedChats
 from slmops.infra.reference.answers import Message
 from slmops.infra.transformers.calls import RenderedConversations
 from slmops.tasks.foundry.prompt_template import describe_model
-from slmops.tasks.questions.chats import TOLD_ONLY
+from slmops.tasks.questions.chats import NOTED_ONLY
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 RUNTIME_NAMES = {"genai": "onnxruntime-genai", "foundry": "Foundry Local"}
@@ -40,14 +40,14 @@ def reference_notes(
         yield differing
 
 
-def told_only_notes(mismatches: Sequence[tuple[str, str]]) -> Iterable[str]:
+def runtime_notes(mismatches: Sequence[tuple[str, str]]) -> Iterable[str]:
     """Yield notes on differences that do not depend on the template, by conversations and runtimes that differ."""
-    told = [(conversation, runtime) for conversation, runtime in mismatches if conversation in TOLD_ONLY]
-    if len(told) < len(mismatches):
+    noted = [(conversation, runtime) for conversation, runtime in mismatches if conversation in NOTED_ONLY]
+    if len(noted) < len(mismatches):
         return  # these differences have another cause
-    for name in dict.fromkeys(conversation for conversation, _ in told):
-        runtimes = " and ".join(RUNTIME_NAMES[runtime] for conversation, runtime in told if conversation == name)
-        yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {TOLD_ONLY[name]}."
+    for name in dict.fromkeys(conversation for conversation, _ in noted):
+        runtimes = " and ".join(RUNTIME_NAMES[runtime] for conversation, runtime in noted if conversation == name)
+        yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {NOTED_ONLY[name]}."
 
 
 def _differing_templates(model_dir: Path) -> str | None:
@@ -74,7 +74,7 @@ def compositions_of(
         template, _ = describe_model(model_dir)
     except SlmopsError as error:
         return {}, (f"There are no strings for inference_model.json: {error.message}",)
-    judged = {name: messages for name, messages in conversations.items() if name not in TOLD_ONLY}
+    judged = {name: messages for name, messages in conversations.items() if name not in NOTED_ONLY}
     has_system = template.system is not None
     expressible = {name: messages for name, messages in judged.items() if has_system or messages[0]["role"] != "system"}
     left_out = ", ".join(name for name in judged if name not in expressible)

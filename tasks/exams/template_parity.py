@@ -24,10 +24,10 @@ from slmops.tasks.exams.parity_notes import (
     composition_notes,
     compositions_of,
     reference_notes,
-    told_only_notes,
+    runtime_notes,
 )
 from slmops.tasks.exams.source import has_source
-from slmops.tasks.questions.chats import CONTEXT, CONVERSATIONS, MARKS, TOLD_ONLY
+from slmops.tasks.questions.chats import CONTEXT, CONVERSATIONS, MARKS, NOTED_ONLY
 from slmops.tasks.workshop import Workshop
 
 # The files that determine a conversation's tokens, including a SentencePiece model.
@@ -177,11 +177,11 @@ def check_parity(
         mismatches = list(_mismatches(compared, expected, genai, foundry))
     return TemplateParity(
         conversations=len(compared),
-        mismatches=tuple(mismatch for mismatch in mismatches if mismatch.conversation not in TOLD_ONLY),
+        mismatches=tuple(mismatch for mismatch in mismatches if mismatch.conversation not in NOTED_ONLY),
         broken_control_tokens=tuple(_broken_control_tokens(expected, genai)),
         notes=(
             *reference_notes(bench.model, checkpoint_dir, expected, refused),
-            *told_only_notes([(mismatch.conversation, mismatch.runtime) for mismatch in mismatches]),
+            *runtime_notes([(mismatch.conversation, mismatch.runtime) for mismatch in mismatches]),
             *notes,
             *composition_notes(compositions, expected, genai),
         ),
@@ -262,7 +262,7 @@ def _mismatches(
             continue
         counted = foundry.conversations[name]
         if counted.prompt_tokens not in [len(rendering.ids) for rendering in renderings]:
-            told = counted.error or (
+            found_text = counted.error or (
                 "(Foundry Local tells only the number of tokens; onnxruntime-genai makes of this model:) "
                 + (found.error or found.text)
             )
@@ -270,7 +270,7 @@ def _mismatches(
                 conversation=name,
                 runtime="foundry",
                 expected=first.text,
-                found=told,
+                found=found_text,
                 expected_tokens=len(first.ids),
                 found_tokens=counted.prompt_tokens or 0,
             )

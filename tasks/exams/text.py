@@ -161,8 +161,8 @@ def summarize(compared: ComparedText, origin: str) -> TextComparison:
     """
     windows = compared.windows
     scored = sum(window.tokens for window in windows)
-    beside = [window for window in windows if window.positions]
-    positions = [window.positions for window in beside]
+    compared_windows = [window for window in windows if window.positions]
+    positions = [window.positions for window in compared_windows]
     notes = []
     if compared.last_position_only:
         notes.append("The model gives one position's logits at a time, so that the text was read token by token.")
@@ -174,8 +174,8 @@ def summarize(compared: ComparedText, origin: str) -> TextComparison:
         perplexity=_perplexity([window.log_probability for window in windows], scored),
         reference_perplexity=_perplexity([window.reference_log_probability for window in windows], scored),
         perplexity_ratio=_perplexity_ratio(windows),
-        top1_agreement=_weighted([window.agreeing for window in beside], positions),
-        kl_divergence=_weighted([window.kl_divergence for window in beside], positions),
+        top1_agreement=_weighted([window.agreeing for window in compared_windows], positions),
+        kl_divergence=_weighted([window.kl_divergence for window in compared_windows], positions),
         kl_divergence_p99=compared.kl_divergence_p99,
         window_tokens=compared.window_tokens,
         notes=tuple(notes),

@@ -17,4 +17,4 @@ CONTEXT = ("a ", " b")
 _CHATS = [json.loads(line) for line in Path(__file__).with_name("chats.jsonl").read_text("utf-8").splitlines()]
 CONVERSATIONS: dict[str, tuple[Message, ...]] = {chat["name"]: tuple(chat["messages"]) for chat in _CHATS}
 # Text that runtimes treat differently with every model and template. It is noted, but is no reason to reject.
-TOLD_ONLY: dict[str, str] = {chat["name"]: chat["told_only"] for chat in _CHATS if "told_only" in chat}
+NOTED_ONLY: dict[str, str] = {chat["name"]: chat["told_only"] for chat in _CHATS if "told_only" in chat}

@@ -21,7 +21,7 @@ from slmops.tasks.report.blocks import (
 )
 from slmops.tasks.report.per_variant import EXAMPLES, Variants, evaluations, of_variant, threshold_of
 from slmops.tasks.report.records import DeployReport
-from slmops.tasks.report.wording import INTERVALS, NOTHING, estimated, percent, ratio, told
+from slmops.tasks.report.wording import INTERVALS, NOTHING, estimated, percent, ratio, shown
 
 
 def domain_answers(report: DeployReport) -> Iterator[Block]:
@@ -150,11 +150,11 @@ def distributions(variants: Variants) -> Iterator[Block]:
 
 
 def _agreement(interval: Estimate | None, value: float | None) -> str:
-    return estimated(interval, percent) if interval else told(value, percent)
+    return estimated(interval, percent) if interval else shown(value, percent)
 
 
 def _divergence(interval: Estimate | None, value: float | None, p99: float | None) -> str:
-    mean = estimated(interval, ratio) if interval else told(value, ratio)
+    mean = estimated(interval, ratio) if interval else shown(value, ratio)
     return mean if p99 is None else f"{mean}, p99 {ratio(p99)}"
 
 
@@ -166,7 +166,7 @@ def _perplexity_ratio(evaluated: Evaluation) -> str:
 
 def _text_figures(text: TextComparison) -> tuple[str, str, str]:
     four: Callable[[float], str] = "{:.4f}".format
-    alone = told(text.perplexity, lambda value: f"{value:.2f} (no reference)")
+    alone = shown(text.perplexity, lambda value: f"{value:.2f} (no reference)")
     return (
         _agreement(text.top1_agreement, None),
         _divergence(text.kl_divergence, None, text.kl_divergence_p99),

@@ -39,8 +39,8 @@ from slmops.tasks.report.wording import (
     megabytes,
     percent,
     ratio,
+    shown,
     signed_percent,
-    told,
 )
 from slmops.tasks.verdict.history import Change
 
@@ -139,11 +139,11 @@ def _key_figures(report: DeployReport, chosen: VariantReport) -> Iterator[Text]:
         share = size_share(chosen, report.parameters)
         yield (Strong(megabytes(chosen.size_bytes)), f" on disk{f', {share} of fp32' if share else ''}")
     if evaluated and evaluated.score:
-        beside = evaluated.reference_score
+        source_score = evaluated.reference_score
         yield (
             Strong(estimated(evaluated.score, percent)),
             " is the score",
-            f"; the checkpoint's is {percent(beside.value)}" if beside else "",
+            f"; the checkpoint's is {percent(source_score.value)}" if source_score else "",
         )
     elif "exact_match" in chosen.metrics:
         yield (Strong(percent(chosen.metrics["exact_match"])), " of the evaluation set answered exactly")
@@ -271,7 +271,7 @@ def _statistics(variant: VariantReport) -> Iterator[Block]:
     blocks: list[Block] = []
     for length in measured.by_prompt_length:
         rows = [
-            (METRIC_TITLES[name], decimal(statistic.p50), decimal(statistic.p95), told(statistic.stdev, decimal))
+            (METRIC_TITLES[name], decimal(statistic.p50), decimal(statistic.p95), shown(statistic.stdev, decimal))
             for name, statistic in length.statistics.items()
         ]
         tokens = f"{length.prompt_tokens:,} prompt and {length.new_tokens:,} new tokens"
@@ -309,8 +309,8 @@ def _trial(trial: Trial) -> Sequence[Text]:
         quoted(trial.recipe),
         megabytes(figures.size_bytes),
         decimal(figures.token_generation_throughput_tps),
-        told(trial.score, percent),
-        told(figures.kl_divergence, ratio),
+        shown(trial.score, percent),
+        shown(figures.kl_divergence, ratio),
     )
 
 

@@ -99,7 +99,7 @@ def _block(block: Block, images: Mapping[str, str] | None) -> str:
             text = fenced(block.text, block.language)
         case Comparison():
             width = max(len(label) for label, _ in block.lines)
-            lines = "\n".join(f"{label.ljust(width)}  {said}" for label, said in block.lines)
+            lines = "\n".join(f"{label.ljust(width)}  {shown}" for label, shown in block.lines)
             text = f"{_line(block.title, breaks)}:\n\n{fenced(lines, 'text')}"
         case Details():
             text = _details(block, images)
@@ -136,14 +136,14 @@ def _line(text: Text, breaks: bool) -> str:
 def _inline(text: Text, widest: int | None, *, in_table: bool = False) -> str:
     parts = []
     for span in spans(text):
-        said = _breakable(span if isinstance(span, str) else span.text, widest)
+        shown = _breakable(span if isinstance(span, str) else span.text, widest)
         match span:
             case Code():
-                parts.append(_code_in_table(said) if in_table else code_span(said))
+                parts.append(_code_in_table(shown) if in_table else code_span(shown))
             case Strong():
-                parts.append(f"**{escaped(said)}**")
+                parts.append(f"**{escaped(shown)}**")
             case str():
-                parts.append(escaped(said))
+                parts.append(escaped(shown))
     return "".join(parts).strip()
 
 

@@ -37,9 +37,9 @@ def evaluations(variants: Variants) -> list[tuple[VariantReport, Evaluation]]:
     return [(variant, variant.details.evaluation) for variant in variants if variant.details.evaluation]
 
 
-def notes_of(told: Sequence[tuple[str, str]]) -> Iterator[Block]:
+def notes_of(notes: Sequence[tuple[str, str]]) -> Iterator[Block]:
     """Yield each note once, with the variants that have it."""
     subjects: dict[str, list[str]] = {}
-    for subject, note in told:
+    for subject, note in notes:
         subjects.setdefault(note, []).append(subject)
     yield from bullets([f"{sentences(note)} ({', '.join(of)})" for note, of in subjects.items()])

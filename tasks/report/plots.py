@@ -134,8 +134,8 @@ def _quality(report: DeployReport) -> Plot | None:
     axes.set_xlabel("size, MB")
     axes.yaxis.set_major_formatter(_percent_axis())
     axes.set_ylabel(f"{title}, %")
-    told = "; ".join(f"{point.precision} {point.size_mb:,.1f} MB, {point.quality:.1%}" for point in points)
-    return _plot("quality", f"Size and {title}: {told}.", figure)
+    described = "; ".join(f"{point.precision} {point.size_mb:,.1f} MB, {point.quality:.1%}" for point in points)
+    return _plot("quality", f"Size and {title}: {described}.", figure)
 
 
 def _reference_quality(report: DeployReport, title: str) -> float | None:
@@ -153,7 +153,7 @@ def _throughput(report: DeployReport) -> Plot | None:
     if not measured:
         return None
     figure, both = _canvas(2, height=0.9 + 0.35 * len(measured))
-    told = []
+    described = []
     for axes, (title, metric) in zip(both, panels.items(), strict=True):
         for place, variant in enumerate(measured):
             value = variant.metrics[metric]
@@ -161,14 +161,14 @@ def _throughput(report: DeployReport) -> Plot | None:
             slowest, fastest = _range(variant, metric)
             axes.hlines(place, slowest, fastest, color=_INK, linewidth=1.2)
             axes.annotate(decimal(value), (max(value, fastest), place), (3, 0), textcoords="offset points", va="center")
-            told.append(f"{variant.precision} {title} {decimal(value)} tok/s")
+            described.append(f"{variant.precision} {title} {decimal(value)} tok/s")
         axes.set_yticks(range(len(measured)), [variant.precision for variant in measured] if axes is both[0] else [])
         axes.invert_yaxis()
         axes.margins(x=0.3)
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{title}, tok/s")
         axes.grid(visible=False, axis="y")
-    return _plot("throughput", f"Throughput: {'; '.join(told)}.", figure)
+    return _plot("throughput", f"Throughput: {'; '.join(described)}.", figure)
 
 
 def _range(variant: VariantReport, metric: str) -> tuple[float, float]:
@@ -220,12 +220,12 @@ def _latency(report: DeployReport) -> Plot | None:
     axes.set_xlabel("prompt, tokens")
     axes.set_ylabel("time to first token, ms")
     axes.legend(frameon=False, labelcolor=_INK)
-    told = "; ".join(
+    described = "; ".join(
         f"{precision} {decimal(lengths[0].ttft_ms)} ms at {lengths[0].prompt_tokens:,} tokens, "
         f"{decimal(lengths[-1].ttft_ms)} ms at {lengths[-1].prompt_tokens:,}"
         for precision, lengths in swept
     )
-    return _plot("latency", f"Time to the first token: {told}.", figure)
+    return _plot("latency", f"Time to the first token: {described}.", figure)
 
 
 def _memory(report: DeployReport) -> Plot | None:
@@ -240,38 +240,38 @@ def _memory(report: DeployReport) -> Plot | None:
     if not soaks:
         return None
     figure, (axes,) = _canvas()
-    told = []
+    described = []
     for precision, runtime, memory in soaks:
         grown = [(size - memory.rss_bytes[0]) / 1e6 for size in memory.rss_bytes]
         style = "-" if runtime == "genai" else (0, (2, 1.5))
         label = f"{precision}, {'genai' if runtime == 'genai' else 'Foundry'}"
         colour = _styles(report)[precision][0]
         axes.plot(range(1, len(grown) + 1), grown, color=colour, linestyle=style, linewidth=1.3, label=label)
-        told.append(f"{label} {grown[-1]:+,.1f} MB after {len(grown):,} requests")
+        described.append(f"{label} {grown[-1]:+,.1f} MB after {len(grown):,} requests")
     axes.axvline(soaks[0][2].warmup_requests + 0.5, color=_GRID, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlabel("requests (dashed: end of the warm-up)")
     axes.set_ylabel("growth of memory, MB")
     columns = 2 if len(soaks) > 3 else 1
     axes.legend(frameon=False, labelcolor=_INK, ncols=columns, fontsize=7.5)
-    return _plot("memory", f"Growth of resident memory: {'; '.join(told)}.", figure)
+    return _plot("memory", f"Growth of resident memory: {'; '.join(described)}.", figure)
 
 
 def draw_losses(losses: "Sequence[Loss]") -> Plot:
     """Draw a fine-tuning's losses over its steps, in nats per token."""
     figure, (axes,) = _canvas()
-    told = []
+    described = []
     for index, (title, attribute) in enumerate((("training", "train_loss"), ("held out", "held_out_loss"))):
         points = [(loss.step, getattr(loss, attribute)) for loss in losses if getattr(loss, attribute) is not None]
         if points:
             steps, values = zip(*points, strict=True)
             marker = MARKERS[index] if len(points) < 20 else None
             axes.plot(steps, values, color=COLOURS[index], marker=marker, markersize=4, linewidth=1.2, label=title)
-            told.append(f"{title} from {decimal(values[0])} to {decimal(values[-1])}")
+            described.append(f"{title} from {decimal(values[0])} to {decimal(values[-1])}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=7.5)
-    return _plot("losses", f"Loss in nats per token: {'; '.join(told)}.", figure)
+    return _plot("losses", f"Loss in nats per token: {'; '.join(described)}.", figure)
 
 
 def _canvas(panels: int = 1, *, height: float = HEIGHT_IN) -> "tuple[Figure, list[Axes]]":

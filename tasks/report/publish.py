@@ -13,10 +13,10 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import DEPLOY, Deployed
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.version import Version
-from slmops.tasks.report.drawn import draw_once
 from slmops.tasks.report.html import to_html
 from slmops.tasks.report.markdown import to_markdown, variant_rows
 from slmops.tasks.report.model_card import base_model_of, model_card
+from slmops.tasks.report.plot_cache import draw_once
 from slmops.tasks.report.plots import Plot
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.runs.stage import stage

@@ -6,7 +6,7 @@ from slmops.tasks.exams.endurance import EdgeInputOutcome, Endurance
 from slmops.tasks.report.blocks import Block, Details, Paragraph, Strong, Text, bullets, joined, quoted, table
 from slmops.tasks.report.per_variant import RUNTIMES, Variants, notes_of, of_variant, threshold_of
 from slmops.tasks.report.records import VariantReport
-from slmops.tasks.report.wording import INTERVALS, NOTHING, bytes_per_request, decimal, estimated, factor, told
+from slmops.tasks.report.wording import INTERVALS, NOTHING, bytes_per_request, decimal, estimated, factor, shown
 
 
 def _in_each_runtime(variants: Variants) -> list[tuple[VariantReport, Endurance]]:
@@ -36,7 +36,7 @@ def length_sweep(variants: Variants) -> Iterator[Block]:
     ]
     rows: list[Sequence[Text]] = []
     for variant, sweep in swept:
-        cliff = told(sweep.worst_cliff_ratio, factor)
+        cliff = shown(sweep.worst_cliff_ratio, factor)
         if sweep.worst_cliff_prompt_tokens is not None:
             cliff += f" at {sweep.worst_cliff_prompt_tokens:,}"
         valid = f"{sum(length.valid for length in sweep.lengths)} of {len(sweep.lengths)}"

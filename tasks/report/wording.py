@@ -54,7 +54,7 @@ def estimated(estimate: Estimate | None, wording: Callable[[float], str]) -> str
     return f"{wording(estimate.value)} ({low} to {high})"
 
 
-def told(value: float | None, wording: Callable[[float], str]) -> str:
+def shown(value: float | None, wording: Callable[[float], str]) -> str:
     """Return a figure, or a dash if there is none."""
     return NOTHING if value is None else wording(value)
 

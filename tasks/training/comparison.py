@@ -189,7 +189,7 @@ def retrain_markdown(report: RetrainReport, plot: Plot | None = None) -> str:
         blocks += [Heading("Champion and challenger"), *table(("version", "score (interval)"), rows)]
     if report.fine_tuning:
         tuned = report.fine_tuning
-        told = [
+        figures = [
             ("dataset", f"{tuned.rows} rows of {tuned.dataset}"),
             ("fingerprint", tuned.dataset_fingerprint),
             ("base", tuned.base),
@@ -198,7 +198,7 @@ def retrain_markdown(report: RetrainReport, plot: Plot | None = None) -> str:
             ("held-out loss, nats per token", "-" if tuned.held_out_loss is None else decimal(tuned.held_out_loss)),
             ("time", f"{tuned.seconds:,.0f} s on {tuned.device}"),
         ]
-        blocks += [Heading("Fine-tuning"), *table(("what", "value"), told)]
+        blocks += [Heading("Fine-tuning"), *table(("what", "value"), figures)]
         if plot:
             blocks.append(FigureBlock(plot.name, plot.alt))
     return blocks_to_markdown(blocks, {plot.name: image_data(plot)} if plot else None)

@@ -54,14 +54,14 @@ def pareto_front(candidates: Sequence[Candidate]) -> dict[str, str | None]:
     return {candidate.name: dominated_by[candidate.name] for candidate in candidates}
 
 
-def dominates(one: Candidate, other: Candidate) -> bool:
-    """Whether `one` dominates `other`; see `pareto_front`."""
-    ours, theirs = _costs(one), _costs(other)
-    loss, other_loss = _loss(one), _loss(other)
+def dominates(candidate: Candidate, other: Candidate) -> bool:
+    """Whether `candidate` dominates `other`; see `pareto_front`."""
+    ours, theirs = _costs(candidate), _costs(other)
+    loss, other_loss = _loss(candidate), _loss(other)
     if loss > other_loss or any(ours[name] > theirs[name] + _reach(name) for name in NOISE):
         return False
     is_better = loss < other_loss or any(ours[name] + _reach(name) < theirs[name] for name in NOISE)
-    return is_better and _rank(one) < _rank(other)
+    return is_better and _rank(candidate) < _rank(other)
 
 
 def _rank(candidate: Candidate) -> tuple[float, float]:

@@ -84,11 +84,11 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
             f"Use --to with one of {', '.join(map(str, versions))}.",
             code="version-missing",
         )
-    held = f"{name}@{champion}" if champion else "no champion"
+    replaced = f"{name}@{champion}" if champion else "no champion"
     return Change(
         versions[back_to].require_serving(),
         champion,
-        reason.strip() or f"rolled back from {held}",
+        reason.strip() or f"rolled back from {replaced}",
         rolled_back=True,
     )
 

@@ -106,11 +106,11 @@ def _answered(variant: Variant, model_id: str, there: Settings, on_progress: OnP
 def _replace(version: Version, model_id: str, there: Settings) -> tuple[str, ...]:
     """Remove the name's other versions, which this command brought, from the cache; returns their ids."""
     own = model_folder(there.foundry_dir, version.name, ROLE, version.number).parent
-    gone = []
+    removed = []
     for model in registered_models(there):
         ours = Path(model.folder).parent == own
         if model.name == version.name and model.model_id != model_id and ours:
             ask_foundry(Unregister(cache_dir=there.foundry_dir, model_id=model.model_id), there)
             remove_model_folder(there.foundry_dir, version.name, ROLE, model.version)
-            gone.append(model.model_id)
-    return tuple(gone)
+            removed.append(model.model_id)
+    return tuple(removed)

@@ -44,8 +44,8 @@ class Promotion(Record):
         if self.former == self.version:
             done = "was the champion; Foundry Local and the servers are in step with it again"
         else:
-            held = f"{self.name}@{self.former}" if self.former else "nobody"
-            done = f"is the champion, after {held}"
+            replaced = f"{self.name}@{self.former}" if self.former else "nobody"
+            done = f"is the champion, after {replaced}"
         servers = f", and {self.servers} running server{'s' * (self.servers > 1)} took it over" if self.servers else ""
         return f"{self.reference} {done}{servers}."
 

@@ -9,7 +9,7 @@ from slmops.tasks.report.benchmark import VariantBenchmark
 from slmops.tasks.verdict.history import Figures, compare_versions
 
 
-def measure_anew(variant: Variant, tasks: LmEvalTasks) -> VariantBenchmark:
+def measure_again(variant: Variant, tasks: LmEvalTasks) -> VariantBenchmark:
     """Measure a variant, a second time if it seems worse, and run the requested lm-eval tasks on it.
 
     The record has the error if it fails.

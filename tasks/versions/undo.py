@@ -25,14 +25,14 @@ class Undo:
 
         A step that fails does not prevent the others.
         """
-        left = []
+        unrestored = []
         while self.steps:
             what, step = self.steps.pop()
             try:
                 step()
             except Exception as error:
-                left.append(f"{what} ({_as_told(error).message.rstrip('.')})")
-        return left
+                unrestored.append(f"{what} ({_as_slmops_error(error).message.rstrip('.')})")
+        return unrestored
 
 
 @contextmanager
@@ -42,24 +42,24 @@ def all_or_nothing(change: Change) -> Iterator[Undo]:
     try:
         yield undo
     except Exception as error:
-        told = _as_told(error)
-        raise type(told)(*_refusal(change, told, undo.run()), told.code) from error
+        known = _as_slmops_error(error)
+        raise type(known)(*_refusal(change, known, undo.run()), known.code) from error
     except BaseException:  # Ctrl-C, a cancelled run
         undo.run()
         raise
 
 
-def _as_told(error: Exception) -> SlmopsError:
+def _as_slmops_error(error: Exception) -> SlmopsError:
     return error if isinstance(error, SlmopsError) else StageFailed(f"{type(error).__name__}: {error}.")
 
 
-def _refusal(change: Change, error: SlmopsError, left: Sequence[str]) -> tuple[str, str]:
-    held = f"{change.name}@{change.former} still is the champion" if change.former else "There still is no champion"
-    message = f"{change.version.reference} was not promoted: {error.message} {held}."
-    if not left:
+def _refusal(change: Change, error: SlmopsError, unrestored: Sequence[str]) -> tuple[str, str]:
+    standing = f"{change.name}@{change.former} still is the champion" if change.former else "There still is no champion"
+    message = f"{change.version.reference} was not promoted: {error.message} {standing}."
+    if not unrestored:
         return message, error.what_to_do
     again = f"slmops promote {change.name}@{change.former}" if change.former else "slmops unregister"
-    return f"{message} Not restored: {'; '.join(left)}.", f"Restore it with {again}. {error.what_to_do}".strip()
+    return f"{message} Not restored: {'; '.join(unrestored)}.", f"Restore it with {again}. {error.what_to_do}".strip()
 
 
 def restore_alias(change: Change) -> None:

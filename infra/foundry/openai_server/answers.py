@@ -33,13 +33,13 @@ async def ask_runtime(host: ModelHost, running: RunningModel, body: Mapping[str,
     """
     sent = for_runtime(body, running)
     try:
-        return await _asked(host, running, body, sent)
+        return await _post(host, running, body, sent)
     except _SENT_AGAIN:
         await asyncio.sleep(CRASH_NOTICED_S)
-        return await _asked(host, running, body, sent)
+        return await _post(host, running, body, sent)
 
 
-async def _asked(
+async def _post(
     host: ModelHost, running: RunningModel, body: Mapping[str, object], sent: dict[str, object]
 ) -> httpx.Response:
     await host.ensure_loaded(running)

@@ -108,8 +108,8 @@ class _Front:
         try:
             served, former = await self._host.hand_over(request.path_params["name"], version)
         except errors.SlmopsError as error:
-            told = {"message": error.message, "what_to_do": error.what_to_do}
-            return JSONResponse({"error": told}, 404 if isinstance(error, NotServed) else 409)
+            fault = {"message": error.message, "what_to_do": error.what_to_do}
+            return JSONResponse({"error": fault}, 404 if isinstance(error, NotServed) else 409)
         return JSONResponse({"version": served.version, "former": former.version if former else None})
 
     async def chat(self, request: Request) -> Response:

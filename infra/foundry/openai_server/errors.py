@@ -44,13 +44,13 @@ class Refused(Exception):
 
 def refusal_of(error: Exception) -> Refused:
     """Return the client's form of an error, without internal details."""
-    told = f"{error.message} {error.what_to_do}" if isinstance(error, SlmopsError) else ""
+    text = f"{error.message} {error.what_to_do}" if isinstance(error, SlmopsError) else ""
     refusals: dict[type[Exception], tuple[int, str, str, str | None, str | None]] = {
         ClientDisconnect: (CLIENT_GONE, "The client disconnected.", "invalid_request_error", None, None),
         TooLarge: (413, str(error), "invalid_request_error", None, None),
-        NotServed: (404, told, "invalid_request_error", "model_not_found", "model"),
-        Busy: (429, told, "rate_limit_error", "rate_limit_exceeded", None),
-        SlmopsError: (503, told, "server_error", "model_not_available", None),
+        NotServed: (404, text, "invalid_request_error", "model_not_found", "model"),
+        Busy: (429, text, "rate_limit_error", "rate_limit_exceeded", None),
+        SlmopsError: (503, text, "server_error", "model_not_available", None),
         httpx.TimeoutException: (504, "The model did not answer in time.", "server_error", "timeout", None),
         httpx.HTTPError: (
             502,
@@ -81,17 +81,17 @@ def runtime_refusal(status: int, content: bytes) -> Refused:
     return Refused(status, message, str(kind or "server_error"), code, param)
 
 
-async def _tell(request: Request, error: Exception) -> Response:
+async def _error_response(request: Request, error: Exception) -> Response:
     return refusal_of(error).response()
 
 
-async def _tell_of_route(request: Request, error: Exception) -> Response:
+async def _route_error_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"Unknown request: {request.method} {request.url.path}"
     return Refused(error.status_code, message, code="unknown_url").response()
 
 
 HANDLERS: dict[Any, ExceptionHandler] = {
-    HTTPException: _tell_of_route,
-    **dict.fromkeys((Refused, ClientDisconnect, TooLarge, SlmopsError, httpx.HTTPError, Exception), _tell),
+    HTTPException: _route_error_response,
+    **dict.fromkeys((Refused, ClientDisconnect, TooLarge, SlmopsError, httpx.HTTPError, Exception), _error_response),
 }

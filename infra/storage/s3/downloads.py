@@ -14,7 +14,7 @@ from slmops.infra.storage.local import aside_prefix, flush_to_disk
 from slmops.infra.storage.objects import Blob, OnBytes
 from slmops.infra.storage.s3.bucket import MIB, TRANSFERS, Bucket, workers
 from slmops.infra.storage.s3.client import NOT_FOUND, error_code, s3_errors
-from slmops.infra.storage.s3.told import Told
+from slmops.infra.storage.s3.transfer_progress import TransferProgress
 
 SMALL_BYTES = 4 * MIB  # files up to this size are read into memory, TRANSFERS of them at once
 
@@ -37,8 +37,8 @@ def download(
             if blob.size_bytes <= SMALL_BYTES:
                 fetched = pool.submit(_fetch_small, bucket, part, blob, path, on_bytes)
             else:
-                told: Any = [Told(on_bytes, size_bytes=blob.size_bytes)]
-                future = manager.download(bucket.name, bucket.key(blob.key), str(part), None, told)
+                subscribers: Any = [TransferProgress(on_bytes, size_bytes=blob.size_bytes)]
+                future = manager.download(bucket.name, bucket.key(blob.key), str(part), None, subscribers)
                 fetched = pool.submit(_await_and_place, future, part, blob, path)
             under_way[fetched] = (blob, path)
         return [file for done in as_completed(under_way) if not _placed(bucket, done, (file := under_way[done])[0])]

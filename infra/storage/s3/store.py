@@ -15,7 +15,7 @@ from slmops.infra.errors import PassingFault, StageFailed
 from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.holders import has_ended
 from slmops.infra.storage.local import aside_prefix, holder_of
-from slmops.infra.storage.objects import BLOBS, Blob, Entry, OnBytes, untold
+from slmops.infra.storage.objects import BLOBS, Blob, Entry, OnBytes, no_report
 from slmops.infra.storage.s3.bucket import TRANSFERS, Bucket, base64_sha256, workers
 from slmops.infra.storage.s3.client import BAD_CHECKSUM, CONNECTIONS, NO_UPLOAD, NOT_FOUND, error_code, s3_errors
 from slmops.infra.storage.s3.downloads import download
@@ -121,7 +121,7 @@ class S3ObjectStore:
             sizes.update(zip(unknown, pool.map(self._bucket.size_bytes, unknown), strict=True))
         return [blob for blob in wanted if sizes.get(blob.key) != blob.size_bytes]
 
-    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = untold) -> None:
+    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = no_report) -> None:
         """See `ObjectStore.put_blobs`."""
         if not files:
             return
@@ -142,14 +142,14 @@ class S3ObjectStore:
                 code="s3-read-back-otherwise",
             )
 
-    def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = untold) -> None:
+    def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = no_report) -> None:
         """See `ObjectStore.fetch_blobs`."""
         if not files:
             return
         aside.mkdir(parents=True, exist_ok=True)
         left = sorted(files, key=lambda file: -file[0].size_bytes)
         for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
-            left = download(self._bucket, left, aside, on_bytes if attempt == 1 else untold)
+            left = download(self._bucket, left, aside, on_bytes if attempt == 1 else no_report)
             if not left:
                 return
         blob = left[0][0]
@@ -159,7 +159,7 @@ class S3ObjectStore:
             code="content-altered",
         )
 
-    def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = untold) -> Iterator[tuple[Blob, str | None, int]]:
+    def digests(self, blobs: Iterable[Blob], on_bytes: OnBytes = no_report) -> Iterator[tuple[Blob, str | None, int]]:
         """See `ObjectStore.digests`."""
         with s3_errors(self._uri), workers(TRANSFERS) as pool:
             yield from pool.map(lambda blob: (blob, *self._bucket.digest(blob.key, on_bytes)), list(blobs))

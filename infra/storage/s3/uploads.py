@@ -10,7 +10,7 @@ from slmops.infra.storage.objects import Blob, OnBytes
 from slmops.infra.storage.s3.bucket import TRANSFERS, Bucket, base64_sha256, workers
 from slmops.infra.storage.s3.client import BAD_CHECKSUM, NO_UPLOAD, error_code, s3_errors
 from slmops.infra.storage.s3.resume import Parts, resume_upload
-from slmops.infra.storage.s3.told import Told
+from slmops.infra.storage.s3.transfer_progress import TransferProgress
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
@@ -47,7 +47,7 @@ def _send(
     from botocore.exceptions import ClientError
 
     extra = {"ChecksumAlgorithm": "SHA256"} if with_checksums else {}
-    told: Any = [Told(on_bytes)]
+    subscribers: Any = [TransferProgress(on_bytes)]
     under_way, vanished = [], []
     with s3_errors(bucket.uri):
         try:
@@ -66,7 +66,7 @@ def _send(
                         bucket.part_digests[bucket.key(blob.key)] = digests
                     parts = Parts(path, blob.size_bytes, config.multipart_chunksize, digests)
                     if not _resumed(bucket, blob, parts, on_bytes):
-                        future = manager.upload(str(path), bucket.name, bucket.key(blob.key), extra, told)
+                        future = manager.upload(str(path), bucket.name, bucket.key(blob.key), extra, subscribers)
                         under_way.append((blob, path, future))
                 for blob, path, future in under_way:
                     try:
@@ -99,17 +99,17 @@ def _put_small(
 def _resumed(bucket: Bucket, blob: Blob, parts: Parts, on_bytes: OnBytes) -> bool:
     from botocore.exceptions import ClientError
 
-    told = 0
+    reported = 0
 
-    def tell(moved: int) -> None:
-        nonlocal told
-        told += moved
+    def report(moved: int) -> None:
+        nonlocal reported
+        reported += moved
         on_bytes(moved)
 
     try:
-        return resume_upload(bucket.client, bucket.name, bucket.key(blob.key), parts, TRANSFERS, tell)
+        return resume_upload(bucket.client, bucket.name, bucket.key(blob.key), parts, TRANSFERS, report)
     except ClientError:  # it vanished, or the server refuses to continue it: start from the beginning
-        on_bytes(-told)
+        on_bytes(-reported)
         return False
 
 

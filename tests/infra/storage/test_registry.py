@@ -27,7 +27,7 @@ from slmops.infra.storage.garbage import collect_garbage, delete_version
 from slmops.infra.storage.holders import has_ended, this_process
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name
-from slmops.infra.storage.objects import Blob, ObjectStore, OnBytes, untold
+from slmops.infra.storage.objects import Blob, ObjectStore, OnBytes, no_report
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from tests.support.errors import coded
@@ -554,7 +554,7 @@ class CrashingStore:
             raise Crash
         return result
 
-    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = untold) -> None:
+    def put_blobs(self, files: Sequence[tuple[Blob, Path]], on_bytes: OnBytes = no_report) -> None:
         for file in files:
             self._write(self._store.put_blobs, [file], on_bytes)
 

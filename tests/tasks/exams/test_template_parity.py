@@ -12,7 +12,7 @@ from slmops.infra.storage.manifest import Source, StoredVariant
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.exam import Bench, examine
 from slmops.tasks.exams.template_parity import ParityExam, TemplateParity, check_parity
-from slmops.tasks.questions.chats import CONVERSATIONS, MARKS, TOLD_ONLY
+from slmops.tasks.questions.chats import CONVERSATIONS, MARKS, NOTED_ONLY
 from slmops.tasks.workshop import Workshop, working_in
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
@@ -21,7 +21,7 @@ from tests.support.genai_models import build_genai_model
 from tests.support.versions import evidence
 
 SYSTEM = ["system and user", "several turns with system"]
-JUDGED = [name for name in CONVERSATIONS if name not in TOLD_ONLY]
+JUDGED = [name for name in CONVERSATIONS if name not in NOTED_ONLY]
 # genai's Jinja has no str.replace, which SmolLM3's template calls on a system message.
 BEYOND_GENAI = {"smollm3"}
 DATED = {"llama-3.2", "smollm3", "granite"}
@@ -89,7 +89,7 @@ def test_conversations_are_what_the_check_needs():
         text = "".join(message["content"] for message in messages)
         assert not re.search(MARKS, text)
         assert unicodedata.is_normalized("NFC", text) == (name != "letters with separate marks")
-    assert set(TOLD_ONLY) < set(CONVERSATIONS)
+    assert set(NOTED_ONLY) < set(CONVERSATIONS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from slmops.tasks.report.drawn import draw_once
+from slmops.tasks.report.plot_cache import draw_once
 from tests.support.reports import full_report
 
 

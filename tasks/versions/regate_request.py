@@ -14,7 +14,7 @@ from slmops.tasks.versions.qualification import Gate, Qualification
 from slmops.tasks.workshop import workshop
 
 
-def ask_again(parameters: RegateParameters, version: Version) -> Qualification:
+def request_again(parameters: RegateParameters, version: Version) -> Qualification:
     """Return the request for a version; raises `BadInput` for a named parameter that cannot be used."""
     budget = last_budget(version) if parameters.budget is None else parameters.budget
     parse_budget(budget)

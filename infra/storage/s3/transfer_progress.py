@@ -5,7 +5,7 @@ from typing import Any
 from slmops.infra.storage.objects import OnBytes
 
 
-class Told:
+class TransferProgress:
     """A subscriber of boto3's transfer manager that reports how many bytes were transferred."""
 
     def __init__(self, on_bytes: OnBytes, size_bytes: int | None = None) -> None:
