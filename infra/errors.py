@@ -45,3 +45,12 @@ class DeadlineExceeded(StageFailed):
     """A child process did not end within its deadline and was stopped."""
 
     code = "deadline-exceeded"
+
+
+def reason_of(error: BaseException, line: int | None = None) -> str:
+    """Return what an error of a library says, in one line without a full stop; its class if it says nothing.
+
+    `line` selects one of its lines: 0 is the first, -1 the last.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (" ".join(lines) if line is None else lines[line]).rstrip(":. ")

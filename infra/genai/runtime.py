@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slmops.infra.errors import StageFailed
+from slmops.infra.errors import StageFailed, reason_of
 from slmops.infra.genai.calls import Generate, Generated
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
@@ -54,7 +54,7 @@ class GenaiModel:
             self.tokenizer = og.Tokenizer(self._model)
         except Exception as error:  # the binding raises RuntimeError and, for some faults, bare exceptions
             raise StageFailed(
-                f"onnxruntime-genai cannot open the model in {model_dir}: {_reason(error)}.",
+                f"onnxruntime-genai cannot open the model in {model_dir}: {reason_of(error)}.",
                 "Build it again; if it was built elsewhere, build it with this version of onnxruntime-genai.",
                 code="model-does-not-open",
             ) from error
@@ -66,7 +66,7 @@ class GenaiModel:
             return text, [int(token) for token in self.tokenizer.encode(text)]
         except Exception as error:
             raise StageFailed(
-                f"onnxruntime-genai cannot render a chat with the model's template: {_reason(error)}.",
+                f"onnxruntime-genai cannot render a chat with the model's template: {reason_of(error)}.",
                 "Give a chat template that the runtime can render (deploy --chat-template FILE).",
                 code="chat-template-does-not-render",
             ) from error
@@ -180,7 +180,7 @@ class GenaiModel:
     def broken(self, error: Exception) -> StageFailed:
         """The error to raise when the runtime fails during a request."""
         return StageFailed(
-            f"onnxruntime-genai opened the model in {self.model_dir} but could not run it: {_reason(error)}.",
+            f"onnxruntime-genai opened the model in {self.model_dir} but could not run it: {reason_of(error)}.",
             "Build it again, or with another recipe; the stage's log has the whole message.",
             code="model-does-not-run",
         )
@@ -193,17 +193,13 @@ def _read_genai_config(model_dir: Path) -> dict[str, Any]:
         missing = {"context_length", "decoder"} - set(config["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageFailed(
-            f"{path} is not a readable genai configuration: {_reason(error)}.",
+            f"{path} is not a readable genai configuration: {reason_of(error)}.",
             "Build the model again.",
             code="genai-config-not-valid",
         ) from error
     if missing:
         raise StageFailed(f"{path} lacks model.{', model.'.join(sorted(missing))}.", "Build the model again.")
     return config
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).replace("\n", " ").rstrip(".")
 
 
 def generate(call: Generate, progress: Progress) -> Generated:

@@ -6,6 +6,7 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
+from slmops.infra.errors import reason_of
 from slmops.infra.genai.calls import EncodedToken, RenderChats, RenderedChat, RenderedChats
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import Message
@@ -20,7 +21,7 @@ def render(call: RenderChats, progress: Progress) -> RenderedChats:
     try:
         tokenizer = og.Tokenizer(str(call.model_dir))
     except Exception as error:  # the binding raises RuntimeError and, for some faults, bare exceptions
-        return RenderedChats(fault=_reason(error), versions=versions)
+        return RenderedChats(fault=reason_of(error, 0), versions=versions)
     before, behind = call.context
     conversations = {name: _rendering(tokenizer, messages) for name, messages in call.conversations.items()}
     control_tokens = {
@@ -43,13 +44,9 @@ def _rendering(tokenizer: Any, messages: Sequence[Message]) -> RenderedChat:
         text = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         ids = _encode(tokenizer, text)
     except Exception as error:  # see above
-        reason = _reason(error)
+        reason = reason_of(error, 0)
     return RenderedChat(text=text, ids=ids, error=reason, moments=(started, datetime.now().isoformat()))
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(int(token) for token in tokenizer.encode(text))
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":. ")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed, reason_of
 from slmops.infra.lm_eval.calls import RunTasks, TaskMetric, TaskResults
 from slmops.infra.lm_eval.task_files import check_task_folder
 from slmops.infra.process.call import Progress
@@ -116,7 +116,7 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
         raise
     except Exception as error:  # a task file and its data may have any fault
         raise BadInput(
-            f"The tasks {', '.join(names)} cannot be loaded: {_reason(error)}.",
+            f"The tasks {', '.join(names)} cannot be loaded: {reason_of(error)[:500]}.",
             "For a task of your own, correct its file. A standard task's data must have been prepared once by the "
             "datasets library (docs/benchmarks.md), or the network be allowed.",
             code="lm-eval-task-not-valid",
@@ -221,7 +221,7 @@ def _evaluate(lm: Any, loaded: Any, call: RunTasks) -> Any:
         raise
     except Exception as error:  # tasks are programs of many authors
         raise StageFailed(
-            f"lm-eval failed: {_reason(error)}.",
+            f"lm-eval failed: {reason_of(error)[:500]}.",
             "The stage's log has the whole message; try another task.",
             code="lm-eval-failed",
         ) from error
@@ -268,7 +268,3 @@ def _digest(config: object) -> str:
         kept = {key: value for key, value in metadata.items() if key != "config_source"} if metadata else None
         config = {**config, "metadata": kept}
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__

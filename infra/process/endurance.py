@@ -18,7 +18,7 @@ from typing import Protocol, TextIO
 import psutil
 from pydantic import JsonValue
 
-from slmops.infra.errors import SlmopsError, StageFailed
+from slmops.infra.errors import SlmopsError, StageFailed, reason_of
 from slmops.infra.process.call import Call, Progress
 from slmops.infra.records import AbsolutePath, Json, Record
 
@@ -231,8 +231,7 @@ def _control_tokens(model: OpenedModel, typed: Sequence[tuple[str, int]], journa
 
 
 def _reason(error: Exception) -> str:
-    text = error.message if isinstance(error, SlmopsError) else str(error)
-    return text.strip().rstrip(".") or type(error).__name__
+    return error.message.rstrip(".") if isinstance(error, SlmopsError) else reason_of(error)
 
 
 def _shown(text: str) -> str:

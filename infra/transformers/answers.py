@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.errors import BadInput, StageFailed, reason_of
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import (
     ANSWERS_FILE,
@@ -116,15 +116,11 @@ def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype, use_safetensors=True, **safe)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise StageFailed(
-            f"transformers cannot load the checkpoint {checkpoint_dir}: {_last_line(error)}.",
+            f"transformers cannot load the checkpoint {checkpoint_dir}: {reason_of(error, -1)}.",
             "Load it with AutoModelForCausalLM.from_pretrained and correct the reported fault.",
             code="checkpoint-does-not-load",
         ) from error
     return tokenizer, model.eval()
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
 
 
 def render_question(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
@@ -133,7 +129,7 @@ def render_question(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
         text = tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         raise BadInput(
-            f"The chat template cannot render row {row.id!r}: {_last_line(error)}.",
+            f"The chat template cannot render row {row.id!r}: {reason_of(error, -1)}.",
             "Change the row's messages or the chat template.",
             code="row-does-not-render",
         ) from error

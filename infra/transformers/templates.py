@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slmops.infra.errors import StageFailed
+from slmops.infra.errors import StageFailed, reason_of
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import Message
 from slmops.infra.transformers.calls import (
@@ -80,9 +80,8 @@ def _load(tokenizer_dir: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
         raise StageFailed(
-            f"transformers cannot load the tokenizer in {tokenizer_dir}: {reason}.",
+            f"transformers cannot load the tokenizer in {tokenizer_dir}: {reason_of(error, -1)}.",
             "Load it with AutoTokenizer.from_pretrained and correct the reported fault.",
             code="tokenizer-does-not-load",
         ) from error
@@ -94,8 +93,7 @@ def _rendered(
     try:
         return RenderedConversation(renderings=tuple(_renderings(tokenizer, messages, clock, moments)))
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
-        refusal = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        return RenderedConversation(refusal=refusal)
+        return RenderedConversation(refusal=reason_of(error, 0))
 
 
 def _renderings(
