@@ -105,7 +105,10 @@ class Signature(_Record):
 
 
 class Build(_Record):
-    """A variant's build: its duration in s, peak memory in bytes, warnings, `passes`, calibration and machine."""
+    """A variant's build: its duration in s, peak memory in bytes, warnings, `passes`, calibration and machine.
+
+    `mended` are the files that differ from the checkpoint's, each with both digests and its mends.
+    """
 
     precision: str
     wall_s: float
@@ -114,6 +117,7 @@ class Build(_Record):
     warnings: tuple[str, ...] = ()
     passes: dict[str, dict[str, Any]] = {}
     calibration: str | None = later_field(None)
+    mended: tuple[dict[str, Any], ...] = later_field(())
     host: dict[str, Any]
 
 

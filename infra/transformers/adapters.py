@@ -7,6 +7,7 @@ from pathlib import Path
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import Progress
 from slmops.infra.transformers.calls import MergeAdapter, Merged
+from slmops.infra.transformers.tokenizer import load_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -53,7 +54,7 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     adapter_dir, base_dir, output_dir = call.adapter_dir, call.base_dir, call.output_dir
     read_adapter_config(adapter_dir)
@@ -91,7 +92,7 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
     progress(2, 3, "saving the merged checkpoint")
     own_tokenizer = any((adapter_dir / name).exists() for name in TOKENIZER_FILES)
     tokenizer_dir = adapter_dir if own_tokenizer else base_dir
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(tokenizer_dir)
     if len(tokenizer) > merged.get_input_embeddings().num_embeddings:
         raise BadInput(
             f"The tokenizer of {tokenizer_dir.name} has {len(tokenizer)} tokens, the merged model only "

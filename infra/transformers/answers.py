@@ -21,6 +21,7 @@ from slmops.infra.reference.answers import (
 )
 from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.transformers.calls import AnswerAsSource
+from slmops.infra.transformers.tokenizer import load_tokenizer
 
 
 def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
@@ -108,11 +109,11 @@ def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
 
     `dtype` is auto, float32 or bfloat16. Raises `StageFailed` when transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     safe = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = load_tokenizer(checkpoint_dir)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir, **safe)
         model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype, use_safetensors=True, **safe)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise StageFailed(

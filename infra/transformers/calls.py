@@ -112,6 +112,19 @@ class ControlTokenIds(Record):
     in_context: tuple[int, ...]
 
 
+class RebuiltTokenizer(Record):
+    """A tokenizer that transformers' class splits texts for otherwise than tokenizer.json says, in these `parts`.
+
+    `follows_file` says which of the two the model was trained with, and `conversations` are those of which the texts
+    are other tokens.
+    """
+
+    class_name: str
+    parts: tuple[str, ...]
+    follows_file: bool
+    conversations: tuple[str, ...]
+
+
 class RenderedConversations(Record):
     """The renderings of conversations in transformers.
 
@@ -124,6 +137,7 @@ class RenderedConversations(Record):
     control_tokens: dict[str, ControlTokenIds]
     marks: dict[str, int]
     begin_token: str | None
+    rebuilt: RebuiltTokenizer | None = None
     versions: dict[str, str]
 
 
@@ -132,10 +146,11 @@ class RenderConversations(Call[RenderedConversations]):
 
     `moments` are the local times, ISO 8601, at which a template that writes the date is to be rendered, by conversation
     (none: the present); `marks` is a regular expression for texts that look like a control token, `context` the text
-    before and after one.
+    before and after one. `save_dir` gets the tokenizer's files as the model builder writes them.
     """
 
     tokenizer_dir: AbsolutePath
+    save_dir: AbsolutePath | None = None
     conversations: dict[str, tuple[Message, ...]]
     moments: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     marks: str

@@ -5,19 +5,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from slmops.infra.errors import StageFailed, reason_of
+from slmops.infra.errors import reason_of
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import Message
 from slmops.infra.transformers.calls import (
     ControlTokenIds,
+    RebuiltTokenizer,
     RenderConversations,
     RenderedConversation,
     RenderedConversations,
     Rendering,
 )
+from slmops.infra.transformers.tokenizer import auto_tokenizer, file_tokenizer, load_tokenizer, rebuilt_parts
 
 
 def render(call: RenderConversations, progress: Progress) -> RenderedConversations:
@@ -28,7 +29,8 @@ def render(call: RenderConversations, progress: Progress) -> RenderedConversatio
     # AutoTokenizer needs no torch, and importing torch would take longer than everything else here.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     progress(0, 1, "transformers")
-    tokenizer = _load(call.tokenizer_dir)
+    tokenizer = load_tokenizer(call.tokenizer_dir)
+    rebuilt = _rebuilt(tokenizer, call)
     clock = _keep_time()
     conversations = {
         name: _rendered(tokenizer, messages, clock, call.moments.get(name, ()))
@@ -50,6 +52,7 @@ def render(call: RenderConversations, progress: Progress) -> RenderedConversatio
         },
         marks={mark: len(_encode(tokenizer, mark)) for mark in sorted(marks - set(added))},
         begin_token=tokenizer.bos_token,
+        rebuilt=rebuilt,
         versions={package: version(package) for package in ("transformers", "tokenizers")},
     )
 
@@ -74,17 +77,27 @@ def _keep_time() -> _Clock:
     return clock
 
 
-def _load(tokenizer_dir: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        raise StageFailed(
-            f"transformers cannot load the tokenizer in {tokenizer_dir}: {reason_of(error, -1)}.",
-            "Load it with AutoTokenizer.from_pretrained and correct the reported fault.",
-            code="tokenizer-does-not-load",
-        ) from error
+def _rebuilt(tokenizer: Any, call: RenderConversations) -> RebuiltTokenizer | None:
+    """Compare tokenizer.json's tokens with those of transformers' class, if the class splits texts otherwise."""
+    folder = call.tokenizer_dir
+    of_class = auto_tokenizer(folder)
+    if call.save_dir:
+        of_class.save_pretrained(call.save_dir)
+    parts = rebuilt_parts(of_class, folder)
+    if not parts:
+        return None
+    of_file = tokenizer if type(tokenizer) is not type(of_class) else file_tokenizer(folder)
+    differing = []
+    for name, messages in call.conversations.items():
+        text = " ".join(message["content"] for message in messages)
+        if _encode(of_class, text) != _encode(of_file, text):
+            differing.append(name)
+    return RebuiltTokenizer(
+        class_name=type(of_class).__name__,
+        parts=parts,
+        follows_file=of_file is tokenizer,
+        conversations=tuple(differing),
+    )
 
 
 def _rendered(

@@ -11,6 +11,7 @@ from pydantic import Field
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
+from slmops.infra.genai.served_files import MENDS, MendedFile, mend_files
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.slots import only_maker, slot
 from slmops.infra.records import Json, Record
@@ -33,7 +34,8 @@ class BuiltVariant(Record):
     """A variant whose files are in the store, with the build's wall time in s and peak memory in bytes.
 
     `passes` are the recipe's Olive passes: the manifest has only their digest. `calibration` says what they were
-    calibrated on. `host` is the building machine, if it is another one.
+    calibrated on, `mended` are the files for chats that differ from the checkpoint's. `host` is the building machine,
+    if it is another one.
     """
 
     variant: StoredVariant
@@ -43,6 +45,7 @@ class BuiltVariant(Record):
     warnings: tuple[str, ...] = ()
     passes: dict[str, Json] = Field(default_factory=dict)
     calibration: str | None = None
+    mended: tuple[MendedFile, ...] = ()
     host: Json | None = None
 
 
@@ -71,6 +74,7 @@ def build_variant(
             "device": request.device,
             **({"calibration": calibration.digest} if calibration else {}),
             **decoding,
+            "mends": MENDS,
         }
     )
     record = settings.cache_dir / "builds" / f"{key}.json"
@@ -101,6 +105,7 @@ def build_variant(
             penalty = {"repetition_penalty": settled.decoding.repetition_penalty} if decoding else {}
             set_generation_defaults(work / "model", {**penalty, **request.generation_defaults})
             set_end_tokens(work / "model", settled.end_token_ids)
+            mended = mend_files(work / "model", prepared.folder)
             variant = StoredVariant(
                 precision=recipe.precision,
                 device=request.device,
@@ -117,6 +122,7 @@ def build_variant(
             warnings=recipe.warnings,
             passes=recipe.passes,
             calibration=calibration.summary if calibration else None,
+            mended=mended,
         )
         write_whole(record, built.model_dump_json(indent=2))
     return built

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.checkpoints.tokenizer import saved_by
 from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.genai.calls import RenderedChats
 from slmops.infra.reference.answers import Message
-from slmops.infra.transformers.calls import RenderedConversations
+from slmops.infra.transformers.calls import RebuiltTokenizer, RenderedConversations
 from slmops.tasks.foundry.prompt_template import describe_model
 from slmops.tasks.questions.chats import NOTED_ONLY
 
@@ -29,6 +30,8 @@ def reference_notes(
             "The chat template writes the date, so the same conversation has another prompt every day. "
             "All runtimes take it from the machine's clock."
         )
+    if expected.rebuilt and expected.rebuilt.conversations:
+        yield _rebuilt(expected.rebuilt, checkpoint_dir or model_dir)
     plain = [mark for mark, tokens in expected.marks.items() if tokens > 1]
     if plain:
         yield (
@@ -38,6 +41,19 @@ def reference_notes(
     differing = _differing_templates(model_dir)
     if differing:
         yield differing
+
+
+def _rebuilt(rebuilt: RebuiltTokenizer, folder: Path) -> str:
+    release = saved_by(folder)
+    by = (
+        f"transformers {release} saved the checkpoint" if release else "the checkpoint names no release of transformers"
+    )
+    source = "tokenizer.json" if rebuilt.follows_file else "that class"
+    return (
+        f"The class {rebuilt.class_name} in transformers 5 splits texts otherwise than tokenizer.json says "
+        f"({' and '.join(rebuilt.parts)}; {len(rebuilt.conversations)} conversations differ). "
+        f"The model is taken as trained with the tokens of {source}, as {by}, and these are used."
+    )
 
 
 def runtime_notes(mismatches: Sequence[tuple[str, str]]) -> Iterable[str]:

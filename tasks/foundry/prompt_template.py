@@ -1,14 +1,13 @@
 """The description that Foundry's cache needs in a model's folder: its prompt template and generation defaults."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
+from slmops.infra.checkpoints.chat_template import parse_chat_template, template_environment
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.records import Record
@@ -64,33 +63,11 @@ class GenerationDefaults(Record):
 def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str | None]) -> Render:
     """Return a function `(messages, add_generation_prompt) -> prompt` for a tokenizer's Jinja chat template.
 
-    `special_tokens` are the template's variables (`bos_token`, `eos_token`, ...). The template runs in Jinja's
-    immutable sandbox, with the settings and functions that transformers gives to chat templates. Rendering raises
-    jinja2's `TemplateError` for a conversation that the template refuses. Raises `BadInput` for a template that is not
-    Jinja.
+    `special_tokens` are the template's variables (`bos_token`, `eos_token`, ...). Rendering raises jinja2's
+    `TemplateError` for a conversation that the template refuses. Raises `BadInput` for one that is not Jinja.
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: object, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
-    try:
-        template = environment.from_string(chat_template)
-    except TemplateSyntaxError as error:
-        raise BadInput(
-            f"The chat template is not valid Jinja: {error.message} (line {error.lineno}).",
-            "Give a working one with --chat-template.",
-            code="chat-template-not-jinja",
-        ) from error
+    parse_chat_template(chat_template)
+    template = template_environment().from_string(chat_template)
     tokens = {key: token for key, token in special_tokens.items() if token is not None}
 
     def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:

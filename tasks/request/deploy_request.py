@@ -1,24 +1,20 @@
 """A deploy's request, checked before anything is written."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from jinja2 import TemplateSyntaxError
-from jinja2.sandbox import SandboxedEnvironment
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from slmops.infra.checkpoints.chat_template import parse_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.manifest import LONGEST_TRAINING_RUN, check_name
 from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, Device, Precision
 
 DEVICE_OF_PROVIDER: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu", "dml": "gpu", "webgpu": "gpu"}
-# A tag of Hugging Face's own, for training; every runtime removes it.
-GENERATION_TAG = r"\{%-?\s*(end)?generation\s*-?%\}"
 
 
 @dataclass(frozen=True)
@@ -130,8 +126,7 @@ def check_precisions(names: Sequence[str]) -> tuple[Precision, ...]:
 def read_chat_template_file(path: Path) -> str:
     """Return a chat template's text; raises `BadInput` if the file is missing or not valid Jinja."""
     try:
-        text = path.expanduser().read_text("utf-8")
-        SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(GENERATION_TAG, "", text))
+        text = path.expanduser().read_text("utf-8-sig")  # Windows editors put a byte order mark before a text
     except OSError as error:
         raise BadInput(
             f"The chat template {path} cannot be read: {error.strerror}.",
@@ -142,14 +137,9 @@ def read_chat_template_file(path: Path) -> str:
         raise BadInput(
             f"The chat template {path} is not UTF-8 text.", "Name a Jinja file.", code="chat-template-not-utf8"
         ) from None
-    except TemplateSyntaxError as error:
-        raise BadInput(
-            f"The chat template {path} is not valid Jinja: {error.message}, line {error.lineno}.",
-            "Correct it.",
-            code="chat-template-not-jinja",
-        ) from None
     if not text.strip():
         raise BadInput(f"The chat template {path} is empty.", "Name a Jinja file.", code="chat-template-empty")
+    parse_chat_template(text, f"The chat template {path}")
     return text
 
 

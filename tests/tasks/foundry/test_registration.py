@@ -139,6 +139,15 @@ def test_a_template_that_renders_no_user_message_is_refused(chat_template):
         derive_prompt_template(chat_template, {})
 
 
+def test_the_mark_of_what_is_trained_on_changes_no_prompt():
+    # As TRL's assistant_only_loss asks for it, and SmolLM3's own template has it.
+    chat_template, tokens = template_of("chatml")
+    marked = chat_template.replace("{{ '<|im_start|>'", "{% generation %}{{ '<|im_start|>'", 1)
+    marked = marked.replace("{% endfor %}", "{% endgeneration %}{% endfor %}", 1)
+    assert marked.count("generation %}") == 2
+    assert derive_prompt_template(marked, tokens) == derive_prompt_template(chat_template, tokens)
+
+
 def test_a_template_that_is_not_jinja_is_refused():
     with pytest.raises(BadInput, check=coded("chat-template-not-jinja", "line 2")):
         derive_prompt_template("\n{% for %}", {})

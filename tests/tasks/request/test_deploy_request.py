@@ -145,6 +145,10 @@ class TestChatTemplateFile:
         assert read_chat_template_file(path) == template
         assert parse(chat_template_file=str(path)).chat_template_file == str(path)
 
+    def test_the_marks_of_windows_editors_are_no_part_of_it(self, tmp_path: Path) -> None:
+        (tmp_path / "chat.jinja").write_bytes(b"\xef\xbb\xbf{{ 'a' }}\r\nb")
+        assert read_chat_template_file(tmp_path / "chat.jinja") == "{{ 'a' }}\nb"
+
     @pytest.mark.parametrize(
         ("content", "refused"),
         [
