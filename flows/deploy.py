@@ -6,6 +6,7 @@ from prefect import State, flow
 
 from slmops.flows.qualify import ended, qualify
 from slmops.tasks.build.build import copy_out
+from slmops.tasks.build.climbing import climb, record_climb
 from slmops.tasks.build.planning import plan_recipes
 from slmops.tasks.build.pools import check_pools
 from slmops.tasks.build.search import record_trials
@@ -86,7 +87,8 @@ def ship(request: DeployRequest) -> State[DeployReport]:
 
     prove_family(prepared)
     with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # trials' answers
-        built = build_each(request, recipes, prepared, evaluation)
+        climbed = climb(build_each(request, recipes, prepared, evaluation), recipes, request, prepared, evaluation)
+        built = climbed.built
         if not built.variants:
             report = failed_report(request, prepared, evaluation, built.errors)
             return ended(publish_report(report, None, shop.settings))
@@ -96,8 +98,9 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         record_provenance(version)
         if built.search:
             record_trials(version, built.search)
+        record_climb(version, climbed)
         known = (*prepared.inspection.warnings, *settled.warnings)
-        warnings = (*known, *built.warnings, *shop.registry.objects.notices())
+        warnings = (*known, *climbed.warnings, *shop.registry.objects.notices())
         report = qualify(asked, version, prepared, errors=built.errors, warnings=warnings)
         if request.output:
             write_model_cards(report, version.manifest, request.output)

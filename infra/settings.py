@@ -138,7 +138,7 @@ class EvaluationSettings(_Section):
 class CalibrationSettings(_Section):
     """Size of the texts that quantized variants are calibrated on."""
 
-    max_tokens: int = Field(8192, ge=16, le=1_000_000, description="Tokens of all texts.")
+    max_tokens: int = Field(4096, ge=16, le=1_000_000, description="Tokens of all texts.")
     max_new_tokens: int = Field(
         128, ge=1, le=8192, description="Longest answer of the checkpoint's own that is calibrated on, in tokens."
     )

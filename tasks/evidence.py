@@ -7,6 +7,7 @@ read each other's records.
 from typing import Any
 
 from slmops.infra.storage.evidence import BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG, Kind
+from slmops.tasks.build.climbing import CLIMB
 from slmops.tasks.build.search import SEARCH
 from slmops.tasks.exams.answers import EVALUATION
 from slmops.tasks.exams.endurance import ENDURANCE
@@ -21,6 +22,6 @@ from slmops.tasks.verdict.gate import VERDICT
 
 OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG)
 OF_EXAMS: tuple[Kind[Any], ...] = (ENDURANCE, EVALUATION, LM_EVAL, MEASUREMENT, PARITY, TEXT)
-OF_STAGES: tuple[Kind[Any], ...] = (RETRAIN, SEARCH, VERDICT, *map(proof_of, ("fp32", *PRECISIONS)))
+OF_STAGES: tuple[Kind[Any], ...] = (CLIMB, RETRAIN, SEARCH, VERDICT, *map(proof_of, ("fp32", *PRECISIONS)))
 
 KINDS = {kind.name: kind for kind in (*OF_THE_STORE, *OF_EXAMS, *OF_STAGES)}

@@ -4,11 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
 from slmops.infra.process.slots import only_maker
+from slmops.infra.records import Record
 from slmops.infra.reference.answers import Question
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import digest_of
@@ -23,15 +22,13 @@ from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import workshop
 
 PROMPTS_FILE = Path(__file__).parent / "calibration_prompts.jsonl"
-PROMPTS_AT_ONCE = 24
+PROMPTS_AT_ONCE = 32
 # Up to this size, a checkpoint answers in float32, which is faster on a CPU without instructions for bfloat16.
 MAX_FLOAT32_PARAMETERS = 1_000_000_000
 
 
-class Calibration(BaseModel):
+class Calibration(Record):
     """The token ids of a build's calibration texts, of which the last `answers` are the checkpoint's own answers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: tuple[tuple[int, ...], ...]
     answers: int
@@ -67,7 +64,7 @@ def read_calibration_file(text: str, evaluation: Iterable[EvaluationRow]) -> lis
     return rows
 
 
-def _asked(messages: Sequence[Turn | Message]) -> str:
+def _asked(messages: Sequence[Message]) -> str:
     return digest_of([[turn.role, turn.content] for turn in messages])
 
 

@@ -21,7 +21,8 @@ class Recipe(Record):
     """The recipe of one variant.
 
     `passes` are Olive's passes by name, in order, one of type ModelBuilder; `warnings` are for the user. `id` names the
-    origin, such as `cpu-int4-block128`.
+    origin, such as `cpu-int4-block128`. `climbs_to` names recipes of higher fidelity, the nearest in size first, for a
+    variant that misses the gate; `fallback` names one for checkpoints that its passes cannot handle.
     """
 
     id: str = OLIVE_CONFIG
@@ -30,6 +31,8 @@ class Recipe(Record):
     passes: dict[str, Json]
     data_configs: tuple[Json, ...] = ()
     warnings: tuple[str, ...] = ()
+    climbs_to: tuple[str, ...] = ()
+    fallback: str | None = None
 
     @property
     def name(self) -> str:
@@ -59,11 +62,11 @@ class Recipe(Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, without id and warnings.
+        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, of what decides on the model.
 
         It depends on the order of the passes, because another order gives another model.
         """
-        content = self.model_dump(mode="json", exclude={"id", "warnings"})
+        content = self.model_dump(mode="json", exclude={"id", "warnings", "climbs_to", "fallback"})
         content["passes"] = list(content["passes"].items())
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -224,7 +224,7 @@ class _Tried:
             update={
                 "candidate": candidate_of(self.recipe.name, self.measured, self.evaluated),
                 "score": _score_of(self.evaluated),
-                "passed_gate": _judge(self.evaluated, self.recipe.precision, request, settings).passed,
+                "passed_gate": judged_by_answers(self.evaluated, self.recipe.precision, request, settings).passed,
                 "records": {exam.kind.name: exam.key(variant, settings) for exam in self.exams},
             }
         )
@@ -257,7 +257,8 @@ def _scores(found: Sequence[_Tried]) -> dict[str, tuple[float, ...]]:
     }
 
 
-def _judge(evaluated: Evaluation, precision: str, request: DeployRequest, settings: Settings) -> GateVerdict:
+def judged_by_answers(evaluated: Evaluation, precision: str, request: DeployRequest, settings: Settings) -> GateVerdict:
+    """Return the gate's verdict from a variant's answers and distributions alone."""
     thresholds = thresholds_for(
         precision,
         settings.gate,
@@ -335,13 +336,17 @@ def keep_variant(variant: StoredVariant) -> None:
 @stage("record search", run_name="record-search")
 def record_trials(version: Version, outcome: SearchOutcome) -> None:
     """Append the outcome to a version, and its variants' figures under the keys of their exams."""
-    trials = open_trials(workshop())
     for trial in outcome.trials:
         if trial.chosen:
-            for kind, key, content in _recorded(trial, version.manifest, trials):
-                if version.latest(kind, key) is None:
-                    version.record(kind, content, key)
+            copy_evidence(version, trial)
     version.record(SEARCH, outcome, digest_of(SEARCH.to_content(outcome))[:16])
+
+
+def copy_evidence(version: Version, trial: Trial) -> None:
+    """Record a chosen trial's figures in a version that has none, under the keys by which their exams find them."""
+    for kind, key, content in _recorded(trial, version.manifest, open_trials(workshop())):
+        if version.latest(kind, key) is None:
+            version.record(kind, content, key)
 
 
 def last_search(version: Version) -> SearchOutcome | None:

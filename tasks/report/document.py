@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from slmops.tasks.build.search import Trial
 from slmops.tasks.exams.measurement import MetricName
+from slmops.tasks.report.attempts import recipe_blocks
 from slmops.tasks.report.blocks import (
     Block,
     Bullets,
@@ -69,7 +69,7 @@ def document(report: DeployReport) -> list[Block]:
         *_variants(report),
         *_speed(report),
         *quality_blocks(report),
-        *_search(report),
+        *recipe_blocks(report),
         *_history(report),
         *_remarks(report),
         *_provenance(report),
@@ -285,33 +285,6 @@ def _statistics(variant: VariantReport) -> Iterator[Block]:
     blocks.append(Paragraph(f"Of the whole process: {'; '.join(process)}; {measured.threads} threads."))
     blocks += bullets([sentences(note) for note in measured.notes])
     yield from blocks
-
-
-def _search(report: DeployReport) -> Iterator[Block]:
-    if report.search is None:
-        return
-    trials = report.search.trials
-    chosen = [trial for trial in trials if trial.chosen]
-    yield Heading("Recipes that were tried")
-    yield from bullets([joined((quoted(trial.recipe), f": {trial.reason}"), "") for trial in chosen])
-    columns = ("recipe", "size", "new tok/s", "score", "KL divergence")
-    yield from table(columns, [_trial(trial) for trial in trials if trial.candidate])
-    others = [
-        joined((quoted(trial.recipe), f": {trial.error or trial.reason}"), "") for trial in trials if not trial.chosen
-    ]
-    yield Details(f"Why not the other {len(others)}", list(bullets(others)))
-
-
-def _trial(trial: Trial) -> Sequence[Text]:
-    figures = trial.candidate
-    assert figures is not None
-    return (
-        quoted(trial.recipe),
-        megabytes(figures.size_bytes),
-        decimal(figures.token_generation_throughput_tps),
-        shown(trial.score, percent),
-        shown(figures.kl_divergence, ratio),
-    )
 
 
 def _history(report: DeployReport) -> Iterator[Block]:

@@ -7,6 +7,7 @@ from typing import Any
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.manifest import Manifest
+from slmops.tasks.report.attempts import attempts_text
 from slmops.tasks.report.blocks import (
     Block,
     Code,
@@ -221,6 +222,8 @@ def _provenance(manifest: Manifest, variant: VariantReport) -> Iterator[Block]:
         facts.append(("This variant: ", Code(f"sha256:{variant.digest}")))
     if variant.recipe:
         facts.append(("Recipe: ", Code(variant.recipe)))
+    if len(variant.attempts) > 1:
+        facts.append(f"Recipes that were tried: {attempts_text(variant.attempts)}")
     facts.append("Built with " + ", ".join(f"{name} {version}" for name, version in sorted(manifest.builder.items())))
     yield from bullets(facts)
 

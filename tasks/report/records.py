@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from slmops.tasks.build.climbing import Attempt
 from slmops.tasks.build.search import SearchOutcome
 from slmops.tasks.exams.endurance import Endurance
 from slmops.tasks.exams.estimates import Estimate
@@ -35,7 +36,9 @@ class VariantDetails(BaseModel):
 
 class VariantReport(BaseModel):
     """One variant of a deploy. `intervals` are those of the metrics of the same name; `reason` says why it was chosen
-    or not; `allowed` names the checks that failed and were allowed to fail.
+    or not; `allowed` names the checks that failed and were allowed to fail. `attempts` are the recipes that were tried
+    for it. Of a rejected variant, `nearest` is the recipe nearest to the checkpoint, and `what_to_do` says what would
+    help.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,6 +50,9 @@ class VariantReport(BaseModel):
     digest: str | None = None
     foundry_model_id: str | None = None
     recipe: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+    nearest: str | None = None
+    what_to_do: str | None = None
     metrics: dict[str, float] = {}
     intervals: dict[str, Estimate] = {}
     gate: GateVerdict | None = None

@@ -183,6 +183,14 @@ class DeployParameters:
             "--recipe",
         ),
     ] = ()
+    no_climb: Annotated[
+        bool,
+        Parameter(
+            "Keep each precision's first recipe; by default, where its variant misses the gate, recipes of higher "
+            "fidelity are tried.",
+            "Try no recipe of higher fidelity where the gate rejects.",
+        ),
+    ] = False
     calibration_file: Annotated[
         str | None,
         Parameter(

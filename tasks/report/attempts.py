@@ -1,0 +1,98 @@
+"""The recipes that were tried, and what would help a variant that was rejected."""
+
+from collections.abc import Iterator, Sequence
+
+from slmops.tasks.build.climbing import Attempt
+from slmops.tasks.build.search import Trial
+from slmops.tasks.report.blocks import Block, Details, Heading, Text, bullets, joined, quoted, table
+from slmops.tasks.report.records import DeployReport
+from slmops.tasks.report.wording import decimal, megabytes, percent, ratio, shown
+
+QUALITY_CHECKS = frozenset(
+    {"top1_agreement", "kl_divergence", "quality_loss", "text_top1_agreement", "text_kl_divergence"}
+)
+
+
+def nearest_of(attempts: Sequence[Attempt], recipe: str) -> str:
+    """Return the name of the attempted recipe that is nearest to the checkpoint; `recipe` where none was compared."""
+    compared = [attempt for attempt in attempts if "kl_divergence" in attempt.metrics]
+    return min(compared, key=lambda attempt: attempt.metrics["kl_divergence"]).recipe if compared else recipe
+
+
+def what_would_help(failed_checks: Sequence[str], *, precision: str, quantized: bool) -> str:
+    """Return what a user can do for a variant that failed these checks."""
+    if not QUALITY_CHECKS.intersection(failed_checks):
+        return "The report names what each failed check found."
+    wider = {"int4": "int8", "int8": "fp16"}.get(precision)
+    steps = [
+        *(["calibrate it on chats like those that it will answer (--calibration FILE)"] if quantized else []),
+        *([f"serve {wider}"] if wider else []),
+        "allow it to differ more (--max-kl-divergence, --min-top1-agreement)",
+    ]
+    text = ", or ".join(steps)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def attempts_text(attempts: Sequence[Attempt]) -> str:
+    """Return attempts in one line, such as `int4 rejected (KL divergence 0.131), int4-mixed passed (...)`."""
+    return ", ".join(f"{attempt.recipe} {attempt.status}{_in_brackets(attempt)}" for attempt in attempts)
+
+
+def _in_brackets(attempt: Attempt) -> str:
+    divergence = attempt.metrics.get("kl_divergence")
+    return f" (KL divergence {ratio(divergence)})" if divergence is not None else ""
+
+
+def recipe_blocks(report: DeployReport) -> Iterator[Block]:
+    """Yield the tables of a search's trials, and of the attempts where more than one recipe was tried for a variant."""
+    yield from _search(report)
+    yield from _attempts(report)
+
+
+def _attempts(report: DeployReport) -> Iterator[Block]:
+    tried = [variant for variant in report.variants if len(variant.attempts) > 1]
+    if not tried:
+        return
+    yield Heading("Recipes that were climbed")
+    columns = ("recipe", "verdict", "size", "score", "top-1 agreement", "KL divergence", "missed")
+    yield from table(columns, [_row(attempt) for variant in tried for attempt in variant.attempts])
+
+
+def _row(attempt: Attempt) -> Sequence[Text]:
+    figures = attempt.metrics
+    return (
+        quoted(attempt.recipe),
+        attempt.status,
+        shown(figures.get("size_bytes"), megabytes),
+        shown(figures.get("score"), percent),
+        shown(figures.get("top1_agreement"), percent),
+        shown(figures.get("kl_divergence"), ratio),
+        attempt.error or ", ".join(name.replace("_", " ") for name in attempt.failed_checks) or "-",
+    )
+
+
+def _search(report: DeployReport) -> Iterator[Block]:
+    if report.search is None:
+        return
+    trials = report.search.trials
+    chosen = [trial for trial in trials if trial.chosen]
+    yield Heading("Recipes that were tried")
+    yield from bullets([joined((quoted(trial.recipe), f": {trial.reason}"), "") for trial in chosen])
+    columns = ("recipe", "size", "new tok/s", "score", "KL divergence")
+    yield from table(columns, [_trial(trial) for trial in trials if trial.candidate])
+    others = [
+        joined((quoted(trial.recipe), f": {trial.error or trial.reason}"), "") for trial in trials if not trial.chosen
+    ]
+    yield Details(f"Why not the other {len(others)}", list(bullets(others)))
+
+
+def _trial(trial: Trial) -> Sequence[Text]:
+    figures = trial.candidate
+    assert figures is not None
+    return (
+        quoted(trial.recipe),
+        megabytes(figures.size_bytes),
+        decimal(figures.token_generation_throughput_tps),
+        shown(trial.score, percent),
+        shown(figures.kl_divergence, ratio),
+    )
