@@ -13,6 +13,7 @@ from slmops.tasks.exams.answers import EVALUATION
 from slmops.tasks.exams.endurance import ENDURANCE
 from slmops.tasks.exams.lm_eval import LM_EVAL
 from slmops.tasks.exams.measurement import MEASUREMENT
+from slmops.tasks.exams.source_lengths import SOURCE_LENGTHS
 from slmops.tasks.exams.template_parity import PARITY
 from slmops.tasks.exams.text import TEXT
 from slmops.tasks.foundry.proof import proof_of
@@ -21,7 +22,7 @@ from slmops.tasks.training.comparison import RETRAIN
 from slmops.tasks.verdict.gate import VERDICT
 
 OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG)
-OF_EXAMS: tuple[Kind[Any], ...] = (ENDURANCE, EVALUATION, LM_EVAL, MEASUREMENT, PARITY, TEXT)
+OF_EXAMS: tuple[Kind[Any], ...] = (ENDURANCE, EVALUATION, LM_EVAL, MEASUREMENT, PARITY, SOURCE_LENGTHS, TEXT)
 OF_STAGES: tuple[Kind[Any], ...] = (CLIMB, RETRAIN, SEARCH, VERDICT, *map(proof_of, ("fp32", *PRECISIONS)))
 
 KINDS = {kind.name: kind for kind in (*OF_THE_STORE, *OF_EXAMS, *OF_STAGES)}

@@ -1,5 +1,6 @@
 """Calls of child processes that use onnxruntime-genai, and their answers."""
 
+import math
 from typing import Generic, Literal
 
 from pydantic import Field, FiniteFloat
@@ -66,7 +67,8 @@ class Measured(Record):
     """The raw figures of a model folder.
 
     `load_ms` is of model and tokenizer; `cpu_percent` over the measured requests (100 is one core busy) and
-    `peak_rss_bytes` from before the load to the last of them, both of the child's own process.
+    `peak_rss_bytes` from before the load to the last of them, both of the child's own process. `others_cpu_share` is
+    the share of the cores for the measurement's threads that other programs took meanwhile, in the best of `rounds`.
     """
 
     load_ms: FiniteFloat
@@ -80,6 +82,8 @@ class Measured(Record):
     threads: int
     hardware: Hardware
     versions: dict[str, str]
+    others_cpu_share: FiniteFloat | None = None
+    rounds: int = 1
 
 
 class Sweep(Record):
@@ -93,13 +97,19 @@ class Sweep(Record):
 
 
 class Measure(_OnModel[Measured]):
-    """Measure speed and memory; `prompt_tokens` are lengths, and without `sweep` there is none."""
+    """Measure speed and memory; `prompt_tokens` are lengths, and without `sweep` there is none.
+
+    A round of requests is repeated if other programs took more than `max_others_cpu_share` of its cores, or if the
+    standard deviation of its token generation throughput is more than `max_spread` of the median.
+    """
 
     prompt_tokens: tuple[int, ...]
     new_tokens: int
     warmup: int
     repetitions: int
     sweep: Sweep | None = None
+    max_others_cpu_share: float = 1.0
+    max_spread: float = math.inf
 
     def perform(self, progress: Progress) -> Measured:
         """See `slmops.infra.genai.measurement.measure`."""

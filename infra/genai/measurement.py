@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,13 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.genai.calls import Hardware, Measure, Measured, RequestFigures, Sweep, SweptRequest
 from slmops.infra.genai.runtime import GenaiModel, package_versions
 from slmops.infra.genai.sweep import SweepPlan, TimedRequest, sweep, sweep_lengths
-from slmops.infra.genai.timing import ChatPrompt, benchmark_prompt, chat_prompt, time_request
+from slmops.infra.genai.timing import benchmark_prompt, chat_prompt, time_request
 from slmops.infra.process.call import Progress
+from slmops.infra.process.load import OtherLoad
+from slmops.infra.reference.chat_prompt import ChatPrompt
 
 SAMPLE_INTERVAL_S = 0.02
+MAX_ROUNDS = 3
 
 
 def measure(call: Measure, progress: Progress) -> Measured:
@@ -44,31 +47,14 @@ def measure(call: Measure, progress: Progress) -> Measured:
         notes: list[str] = []
         lengths = _lengths(call.prompt_tokens, call.new_tokens, model.context_length, notes)
         swept = _Sweep(model, call.sweep)
-        steps = len(lengths) * (call.warmup + call.repetitions) + swept.steps
-        rows: list[RequestFigures] = []
-        cpu_s = wall_s = 0.0
-        for line, (prompt_tokens, new_tokens) in enumerate(lengths):
-            prompt_ids = benchmark_prompt(model, prompt_tokens)
-            done = line * (call.warmup + call.repetitions)
-            for repetition in range(call.warmup):
-                progress(done + repetition, steps, "warm-up")
-                time_request(model, prompt_ids, new_tokens)
-            cpu_before, wall_before = _cpu_s(), time.perf_counter()
-            for repetition in range(call.repetitions):
-                progress(done + call.warmup + repetition, steps, "measuring")
-                figures = time_request(model, prompt_ids, new_tokens)
-                rows.append(
-                    RequestFigures(
-                        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetition=repetition, **asdict(figures)
-                    )
-                )
-            cpu_s += _cpu_s() - cpu_before
-            wall_s += time.perf_counter() - wall_before
-    sweep_rows, sweep_notes = swept.run(rows, steps, progress)
+        runs = _Runs(model, call, lengths)
+        steps = runs.steps + swept.steps
+        best = runs.best_round(steps, progress)
+    sweep_rows, sweep_notes = swept.run(best.rows, steps, progress)
     return Measured(
         load_ms=load_ms,
-        rows=tuple(rows),
-        cpu_percent=100 * cpu_s / wall_s,
+        rows=best.rows,
+        cpu_percent=best.cpu_percent,
         peak_rss_bytes=memory.peak_rss_bytes,
         size_bytes=sum(path.stat().st_size for path in model.model_dir.rglob("*") if path.is_file()),
         notes=tuple(notes),
@@ -77,7 +63,74 @@ def measure(call: Measure, progress: Progress) -> Measured:
         threads=call.threads,
         hardware=_hardware(),
         versions=package_versions(),
+        others_cpu_share=best.others_cpu_share,
+        rounds=runs.rounds,
     )
+
+
+@dataclass(frozen=True)
+class _Round:
+    """The measured requests of all lengths, and the share of the measurement's cores that other programs took."""
+
+    rows: tuple[RequestFigures, ...]
+    cpu_percent: float
+    others_cpu_share: float
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the first length's token generation, over its median; 0 for one request."""
+        first = (self.rows[0].prompt_tokens, self.rows[0].new_tokens)
+        rates = [
+            row.token_generation_throughput_tps for row in self.rows if (row.prompt_tokens, row.new_tokens) == first
+        ]
+        return statistics.stdev(rates) / statistics.median(rates) if len(rates) > 1 else 0.0
+
+
+class _Runs:
+    """The measured requests of one model, in rounds: a disturbed round is repeated."""
+
+    def __init__(self, model: GenaiModel, call: Measure, lengths: Sequence[tuple[int, int]]) -> None:
+        self._model, self._call = model, call
+        self._lengths = [(benchmark_prompt(model, prompt), new) for prompt, new in lengths]
+        self.rounds = 0
+
+    @property
+    def steps(self) -> int:
+        """Number of requests if no round is repeated."""
+        return len(self._lengths) * (self._call.warmup + self._call.repetitions)
+
+    def best_round(self, steps: int, progress: Progress) -> _Round:
+        """Measure until a round is not disturbed, at most `MAX_ROUNDS` times; return that, or the least disturbed."""
+        done: list[_Round] = []
+        while not done or (self.rounds < MAX_ROUNDS and self._is_disturbed(done[-1])):
+            done.append(self._round(steps, progress))
+            self.rounds += 1
+        undisturbed = [found for found in done if not self._is_disturbed(found)]
+        return (undisturbed or sorted(done, key=lambda found: (found.others_cpu_share, found.spread)))[0]
+
+    def _is_disturbed(self, found: _Round) -> bool:
+        call = self._call
+        return found.others_cpu_share > call.max_others_cpu_share or found.spread > call.max_spread
+
+    def _round(self, steps: int, progress: Progress) -> _Round:
+        call, rows = self._call, []
+        warmup, cpu_s, wall_s = call.warmup if self.rounds == 0 else 0, 0.0, 0.0
+        with OtherLoad() as others:
+            for line, (prompt_ids, new_tokens) in enumerate(self._lengths):
+                done = line * (call.warmup + call.repetitions)
+                for repetition in range(warmup):
+                    progress(done + repetition, steps, "warm-up")
+                    time_request(self._model, prompt_ids, new_tokens)
+                cpu_before, wall_before = _cpu_s(), time.perf_counter()
+                for repetition in range(call.repetitions):
+                    progress(done + call.warmup + repetition, steps, "measuring")
+                    figures = asdict(time_request(self._model, prompt_ids, new_tokens))
+                    sizes = {"prompt_tokens": len(prompt_ids), "new_tokens": new_tokens, "repetition": repetition}
+                    rows.append(RequestFigures(**sizes, **figures))
+                cpu_s += _cpu_s() - cpu_before
+                wall_s += time.perf_counter() - wall_before
+        share = others.share_of(call.threads)
+        return _Round(rows=tuple(rows), cpu_percent=100 * cpu_s / wall_s, others_cpu_share=share)
 
 
 def _lengths(

@@ -3,15 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.runtime import GenaiModel
-
-BENCHMARK_TEXT = "The quick brown fox jumps over the lazy dog, and then it rests in the warm sun for a while. "
+from slmops.infra.reference.chat_prompt import BENCHMARK_TEXT, ChatPrompt, find_chat_prompt
 
 OnLogits = Callable[[NDArray[np.float32]], None]
 OnAnswer = Callable[[list[int]], None]
@@ -22,36 +20,11 @@ def benchmark_prompt(model: GenaiModel, length: int) -> NDArray[np.int32]:
     return np.resize(np.asarray(model.tokenizer.encode(BENCHMARK_TEXT), np.int32), length)
 
 
-@dataclass(frozen=True)
-class ChatPrompt:
-    """Chats of any length: the chat template's text before and after the user's text, and text to fill the chat."""
-
-    before: NDArray[np.int32]
-    after: NDArray[np.int32]
-    text: NDArray[np.int32]
-
-    def of_length(self, length: int) -> NDArray[np.int32] | None:
-        """Token ids of a chat of exactly `length` tokens; None if the template alone has as many."""
-        room = length - len(self.before) - len(self.after)
-        return np.concatenate([self.before, np.resize(self.text, room), self.after]) if room > 0 else None
-
-
 def chat_prompt(model: GenaiModel) -> ChatPrompt:
-    """Find the template's text as the common part of two chats.
-
-    Raises `StageFailed` when the runtime cannot render a chat.
-    """
-    chats = [model.render([{"role": "user", "content": text}])[1] for text in ("The quick brown fox", "345 und")]
-    before = sum(1 for _ in takewhile(_alike, zip(*chats, strict=False)))
-    rest = [reversed(chat[before:]) for chat in chats]
-    after = sum(1 for _ in takewhile(_alike, zip(*rest, strict=False)))
-    ids = np.asarray(chats[0], np.int32)
-    text = np.asarray(model.tokenizer.encode(BENCHMARK_TEXT), np.int32)
-    return ChatPrompt(before=ids[:before], after=ids[len(ids) - after :], text=text)
-
-
-def _alike(pair: tuple[int, ...]) -> bool:
-    return pair[0] == pair[1]
+    """Return chats of any length for a model; raises `StageFailed` when the runtime cannot render a chat."""
+    return find_chat_prompt(
+        lambda messages: model.render(messages)[1], [int(token) for token in model.tokenizer.encode(BENCHMARK_TEXT)]
+    )
 
 
 @dataclass(frozen=True)

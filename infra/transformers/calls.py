@@ -65,6 +65,22 @@ class Calibrate(Call[CalibrationTexts]):
         return calibrate(self, progress)
 
 
+class AnswerAtLengths(Call[tuple[bool, ...]]):
+    """Answer a chat of each of some lengths, in tokens, with `new_tokens` tokens; say whether the answer is a text."""
+
+    checkpoint_dir: AbsolutePath
+    prompt_tokens: tuple[int, ...]
+    new_tokens: int
+    threads: int
+    decoding: Decoding = PLAIN
+
+    def perform(self, progress: Progress) -> tuple[bool, ...]:
+        """See `slmops.infra.transformers.lengths.answer_at_lengths`."""
+        from slmops.infra.transformers.lengths import answer_at_lengths
+
+        return answer_at_lengths(self, progress)
+
+
 class ScoreTextAsSource(Call[SourceText]):
     """Score the first `max_tokens` tokens of a UTF-8 text file with a source checkpoint.
 

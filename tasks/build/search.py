@@ -241,6 +241,7 @@ def candidate_of(name: str, measured: Measurement, evaluated: Evaluation) -> Can
         token_generation_throughput_tps=metrics["token_generation_throughput_tps"],
         quality_loss=evaluated.quality_loss.value if evaluated.quality_loss else None,
         kl_divergence=evaluated.kl_divergence,
+        reliable=measured.reliable,
     )
 
 

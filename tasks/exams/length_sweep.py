@@ -1,6 +1,7 @@
 """The length sweep: speed and validity as the prompt grows towards the context's limit."""
 
 import math
+from collections.abc import Collection, Iterator
 
 from pydantic import FiniteFloat
 
@@ -44,7 +45,7 @@ class LengthSweep(Record):
         return tuple(length.prompt_tokens for length in self.lengths if not length.valid)
 
 
-def length_sweep_of(measurement: Measurement) -> LengthSweep:
+def length_sweep_of(measurement: Measurement, silent_in_source: Collection[int] = ()) -> LengthSweep:
     """Return the record of a measurement's sweep; without a sweep it has no lengths."""
     speeds = speed_by_length(measurement.sweep)
     lengths = tuple(
@@ -53,7 +54,7 @@ def length_sweep_of(measurement: Measurement) -> LengthSweep:
             ttft_ms=speed.ttft_ms,
             token_generation_throughput_tps=speed.token_generation_throughput_tps,
             valid=all(
-                row.finite_logits and row.answered is not False
+                row.finite_logits and (row.answered is not False or row.prompt_tokens in silent_in_source)
                 for row in measurement.sweep
                 if row.prompt_tokens == speed.prompt_tokens
             ),
@@ -72,5 +73,12 @@ def length_sweep_of(measurement: Measurement) -> LengthSweep:
         ttft_scaling_exponent=exponent,
         worst_cliff_ratio=worst.factor if worst else None,
         worst_cliff_prompt_tokens=worst.longer if worst else None,
-        notes=measurement.sweep_notes,
+        notes=(*measurement.sweep_notes, *_on_silence(measurement, silent_in_source)),
     )
+
+
+def _on_silence(measurement: Measurement, silent_in_source: Collection[int]) -> Iterator[str]:
+    silent = sorted({row.prompt_tokens for row in measurement.sweep if row.answered is False} & {*silent_in_source})
+    if silent:
+        lengths = ", ".join(f"{length:,}" for length in silent)
+        yield f"At {lengths} prompt tokens it answers the sweep's chat with no text, as the source checkpoint does."

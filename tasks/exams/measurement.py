@@ -8,7 +8,7 @@ from pydantic import FiniteFloat
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.calls import Hardware, Measure, Measured, RequestFigures, Sweep, SweptRequest
-from slmops.infra.records import Json, Record
+from slmops.infra.records import Json, Record, later_field
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
@@ -38,6 +38,11 @@ PER_PROCESS: tuple[MetricName, ...] = ("load_ms", "peak_rss_bytes", "cpu_percent
 # Increased whenever the meaning of a figure changes: older evidence is neither reused nor compared. 2: TTFT
 # without making the generator, memory of the measured process alone, and the sweep.
 MEASUREMENT_SCHEMA = 2
+# Beyond these a round of requests is disturbed. A share of the cores is lost time of the requests. With a relative
+# standard deviation of 25 %, the median of five requests has a standard error of 14 % (1.2533 s / sqrt(n), normal
+# theory), more than the changes that history looks for.
+MAX_OTHERS_CPU_SHARE = 0.10
+MAX_SPREAD = 0.25
 QUANTILE_METHOD = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
 
 
@@ -64,6 +69,8 @@ class Measurement(Record):
     `metrics` has one figure per name: medians over the requests of the first prompt length, and the process's own
     figures (`cpu_percent`: 100 is one core busy). `by_prompt_length` has every length's statistics, `rows` the raw
     figures of every request; `sweep` those of the sweep over prompt lengths, which no other figure counts.
+    `others_cpu_share` is the share of the cores for its threads that other programs took during the requests, which are
+    the least disturbed of `rounds`; None: not recorded.
     """
 
     metrics: dict[MetricName, FiniteFloat | int]
@@ -75,10 +82,39 @@ class Measurement(Record):
     sweep: tuple[SweptRequest, ...] = ()
     sweep_notes: tuple[str, ...] = ()
     threads: int
+    others_cpu_share: FiniteFloat | None = later_field(None)
+    rounds: int = later_field(1)
     execution_provider: str | None = None  # older records may name a provider; None: that of the folder
     hardware: Hardware
     versions: dict[str, str]
     wall_s: FiniteFloat
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the first prompt length's token generation throughput, over its median."""
+        rates = self.by_prompt_length[0].statistics["token_generation_throughput_tps"]
+        return (rates.stdev or 0.0) / rates.p50
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the figures of speed are the variant's, and not those of a busy machine.
+
+        Records without the share of others count as reliable.
+        """
+        return self.others_cpu_share is None or (
+            self.others_cpu_share <= MAX_OTHERS_CPU_SHARE and self.spread <= MAX_SPREAD
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """What to know of figures that are not reliable."""
+        if self.reliable or self.others_cpu_share is None:
+            return None
+        return (
+            f"The figures of speed are not reliable: in the best of {self.rounds} rounds other programs took "
+            f"{self.others_cpu_share:.0%} of the cores that the measurement needs, and requests differed by "
+            f"{self.spread:.0%} of their median. Deploy again on an idle machine."
+        )
 
 
 def statistics_of(values: Sequence[float]) -> Statistics:
@@ -117,6 +153,8 @@ def summarize(measured: Measured, *, warmup: int, wall_s: float) -> Measurement:
         sweep=measured.sweep,
         sweep_notes=measured.sweep_notes,
         threads=measured.threads,
+        others_cpu_share=measured.others_cpu_share,
+        rounds=measured.rounds,
         hardware=measured.hardware,
         versions=measured.versions,
         wall_s=wall_s,
@@ -147,6 +185,8 @@ def measure_variant(settings: Settings, bench: Bench) -> Measurement:
             warmup=benchmark.warmup,
             repetitions=benchmark.repetitions,
             threads=settings.threads,
+            max_others_cpu_share=MAX_OTHERS_CPU_SHARE,
+            max_spread=MAX_SPREAD,
             sweep=Sweep(**settings.sweep.model_dump(), max_cliff_ratio=settings.gate.max_cliff_ratio),
         ),
         settings.timeout.measure_s,
@@ -174,6 +214,10 @@ class MeasurementExam(Exam[Measurement]):
             "threads": settings.threads,
             "host": {**host_facts()},
         }
+
+    def stands(self, found: Measurement) -> bool:
+        """See `Exam.stands`: a busy machine's figures are measured again."""
+        return found.reliable
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Measurement:
         """See `Exam.take`."""

@@ -69,6 +69,7 @@ def judged(variant: VariantReport) -> Judged:
             token_generation_throughput_tps=metrics["token_generation_throughput_tps"],
             quality_loss=metrics.get("quality_loss"),
             kl_divergence=metrics.get("kl_divergence"),
+            reliable=variant.reliable is not False,
         ),
         scores=tuple(score for score in scores if score is not None) if None not in scores and scores else None,
         allowed=variant.allowed,

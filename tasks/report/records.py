@@ -36,9 +36,9 @@ class VariantDetails(BaseModel):
 
 class VariantReport(BaseModel):
     """One variant of a deploy. `intervals` are those of the metrics of the same name; `reason` says why it was chosen
-    or not; `allowed` names the checks that failed and were allowed to fail. `attempts` are the recipes that were tried
-    for it. Of a rejected variant, `nearest` is the recipe nearest to the checkpoint, and `what_to_do` says what would
-    help.
+    or not; `allowed` names the checks that failed and were allowed to fail; `reliable` says whether the machine was
+    idle enough for its figures of speed (None: not measured). `attempts` are the recipes that were tried for it. Of a
+    rejected variant, `nearest` is the recipe nearest to the checkpoint, and `what_to_do` says what would help.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,6 +60,7 @@ class VariantReport(BaseModel):
     answer: str | None = None
     error: str | None = None
     allowed: tuple[str, ...] = ()
+    reliable: bool | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     details: VariantDetails = Field(default=VariantDetails(), exclude=True)

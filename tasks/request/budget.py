@@ -41,17 +41,29 @@ class Budget(Record):
             if limit is not None and value > limit:
                 found[text] = value / limit if limit else float("inf")
 
-        rate = candidate.token_generation_throughput_tps
         compare(f"size {in_megabytes(candidate.size_bytes)}", candidate.size_bytes, self.max_size)
         compare(f"peak RSS {in_megabytes(candidate.peak_rss_bytes)}", candidate.peak_rss_bytes, self.max_rss)
-        compare(f"TTFT {candidate.ttft_ms:,.1f} ms", candidate.ttft_ms, self.max_ttft)
-        if self.min_tps is not None and rate < self.min_tps:
-            found[f"{rate:,.1f} tok/s"] = self.min_tps / rate
+        found |= self._too_slow(candidate) if candidate.reliable else {}
         if self.max_quality_loss is not None and candidate.quality_loss is None:
             found["quality loss unknown (no expected answers)"] = float("inf")
         elif candidate.quality_loss is not None:
             loss = round(candidate.quality_loss, 9)  # rounded, because 1.0 - 0.98 is a little more than 0.02
             compare(f"quality loss {loss:.3f}", loss, self.max_quality_loss)
+        return found
+
+    def undecided(self, candidate: "Candidate") -> tuple[str, ...]:
+        """Return the limits of speed that a candidate exceeded on a busy machine, as texts.
+
+        A busy machine only slows: a limit that is kept on it is kept.
+        """
+        return () if candidate.reliable else tuple(self._too_slow(candidate))
+
+    def _too_slow(self, candidate: "Candidate") -> dict[str, float]:
+        found, rate = {}, candidate.token_generation_throughput_tps
+        if self.max_ttft is not None and candidate.ttft_ms > self.max_ttft:
+            found[f"TTFT {candidate.ttft_ms:,.1f} ms"] = candidate.ttft_ms / self.max_ttft
+        if self.min_tps is not None and rate < self.min_tps:
+            found[f"{rate:,.1f} tok/s"] = self.min_tps / rate
         return found
 
 

@@ -29,7 +29,8 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Selection
     Without a budget the smallest precision is chosen, as Microsoft's tutorial does. Under a budget: of the variants
     that keep every limit the dominated ones are dropped (`pareto_front`), then those whose score is measurably below
     the best one's (`paired_loss`; without expected answers: whose KL divergence is larger), and the fastest remaining
-    one in token generation is chosen, of equally fast ones the smallest.
+    one in token generation is chosen, of equally fast ones the smallest. Figures of speed from a busy machine decide
+    nothing: a limit that they exceed is undecided, and of equals the smallest is chosen.
     """
     if not passed:
         return Selection(selected=None, reason="No variant passed the gate.")
@@ -37,11 +38,22 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Selection
         return _smallest({variant.candidate.name: variant.allowed for variant in passed})
     excesses = {variant.candidate.name: budget.excesses(variant.candidate) for variant in passed}
     reasons = {name: f"over the budget: {', '.join(found)}" for name, found in excesses.items() if found}
-    fitting = [variant for variant in passed if not excesses[variant.candidate.name]]
+    undecided = {variant.candidate.name: budget.undecided(variant.candidate) for variant in passed}
+    undecided = {name: found for name, found in undecided.items() if found and name not in reasons}
+    reasons |= {name: f"undecided on a busy machine: {', '.join(found)}" for name, found in undecided.items()}
+    fitting = [variant for variant in passed if variant.candidate.name not in reasons]
+    if not fitting and undecided:
+        reason = (
+            f"The machine was busy: it is not decided whether {' or '.join(undecided)} keeps the budget. Deploy again "
+            "on an idle machine."
+        )
+        return Selection(selected=None, reason=reason, reasons=reasons)
     if not fitting:
         nearest = min(excesses, key=lambda name: (max(excesses[name].values()), name))
         reason = f"No variant keeps the budget. The nearest is {nearest}: {', '.join(excesses[nearest])}."
         return Selection(selected=None, reason=reason, reasons=reasons)
+    busy = any(not variant.candidate.reliable for variant in fitting)
+    fitting = [_without_speed(variant) for variant in fitting] if busy else fitting
     for name, dominator in pareto_front([variant.candidate for variant in fitting]).items():
         if dominator is not None:
             reasons[name] = f"{dominator} is better in at least one figure and worse in none"
@@ -56,7 +68,14 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Selection
     for candidate in equals:
         if candidate is not chosen:
             reasons[candidate.name] = f"not measurably better than {chosen.name}, and {_costlier(candidate, chosen)}"
-    return Selection(selected=chosen.name, reason=_reason(chosen, best, equals, front), reasons=reasons)
+    advantage = "smallest (the machine was too busy to compare speeds)" if busy else "fastest"
+    reason = _reason(chosen, best, equals, front, advantage)
+    return Selection(selected=chosen.name, reason=reason, reasons=reasons)
+
+
+def _without_speed(judged: Judged) -> Judged:
+    alike = {"ttft_ms": 1.0, "token_generation_throughput_tps": 1.0}
+    return judged.model_copy(update={"candidate": judged.candidate.model_copy(update=alike)})
 
 
 def _smallest(passed: Mapping[str, Sequence[str]]) -> Selection:
@@ -105,12 +124,14 @@ def _costlier(candidate: Candidate, chosen: Candidate) -> str:
     return "larger"
 
 
-def _reason(chosen: Candidate, best: Judged, equals: Sequence[Candidate], front: Sequence[Judged]) -> str:
+def _reason(
+    chosen: Candidate, best: Judged, equals: Sequence[Candidate], front: Sequence[Judged], advantage: str
+) -> str:
     if len(front) == 1:
         return f"{chosen.name} keeps the budget, and no other variant within the budget is better in any figure."
     if len(equals) == 1:
         return f"{chosen.name} has the best quality under the budget."
     quality = "answers as well as" if best.scores is not None else "is as close to the reference as"
     if chosen is best.candidate:
-        return f"{chosen.name} has the best quality under the budget, and is the fastest among equals."
-    return f"{chosen.name} {quality} {best.candidate.name} within the noise, and is the fastest of these."
+        return f"{chosen.name} has the best quality under the budget, and is the {advantage} among equals."
+    return f"{chosen.name} {quality} {best.candidate.name} within the noise, and is the {advantage} of these."

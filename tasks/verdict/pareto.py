@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, FiniteFloat
 
-from slmops.infra.records import Record
+from slmops.infra.records import Record, later_field
 
 # Relative differences that are ignored: for speed and memory the spread of repeated runs on a shared machine, for size
 # the bytes of the graph itself, for the divergence rounding.
@@ -34,6 +34,7 @@ class Candidate(Record):
     token_generation_throughput_tps: FiniteFloat = Field(gt=0)
     quality_loss: FiniteFloat | None
     kl_divergence: FiniteFloat | None
+    reliable: bool = later_field(True)
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> dict[str, str | None]:

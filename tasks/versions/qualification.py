@@ -18,6 +18,7 @@ from slmops.tasks.exams.length_sweep import length_sweep_of
 from slmops.tasks.exams.measurement import MeasurementExam
 from slmops.tasks.exams.on_workers import Examined, answered
 from slmops.tasks.exams.source import ComparedExam, run_source_once
+from slmops.tasks.exams.source_lengths import SourceLengthsExam, needs_source_at_lengths
 from slmops.tasks.exams.template_parity import ParityExam, needs_parity
 from slmops.tasks.exams.text import TextExam, TextSample
 from slmops.tasks.foundry.ids import model_id_of
@@ -63,8 +64,10 @@ class Qualification:
 def needs_source(asked: Qualification, version: Version) -> bool:
     """Whether a variant is not yet compared with the source checkpoint."""
     settings = workshop().settings
-    return needs_parity(version.variants) or any(
-        exam.needs_source(version.variants, settings) for exam in asked.compared_exams
+    return (
+        needs_parity(version.variants)
+        or any(exam.needs_source(version.variants, settings) for exam in asked.compared_exams)
+        or needs_source_at_lengths(version.variants, asked.evaluation.decoding, settings)
     )
 
 
@@ -103,7 +106,7 @@ def qualify_variant(
         evaluation = examine(AnswersExam(asked.evaluation), variant)
         details = _examined(asked, variant, evaluation, checkpoint, elsewhere)
         figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
-        report = report.model_copy(update={"details": details, **figures})
+        report = report.model_copy(update={"details": details, **figures, **_reliability(details)})
         verdict = _judge(asked, variant, details, evaluation)
         allowed = tuple(check.name for check in verdict.allowed_checks)
         warnings = (*report.warnings, *verdict.warnings)
@@ -137,17 +140,27 @@ def _examined(
         return VariantDetails(evaluation=evaluated)
     rows = asked.evaluation.rows
     measured = answered(MeasurementExam(), variant, elsewhere)
+    at_lengths = SourceLengthsExam(measured, checkpoint, asked.evaluation.decoding)
+    can_ask = at_lengths.can_be_asked(variant, workshop().settings)
+    silent = examine(at_lengths, variant) if can_ask else None
     endurance = tuple(
         answered(exam, variant, elsewhere) for exam in (EnduranceExam("genai", rows), EnduranceExam("foundry", rows))
     )
     return VariantDetails(
         measurement=measured,
         evaluation=evaluated,
-        length_sweep=length_sweep_of(measured),
+        length_sweep=length_sweep_of(measured, silent.silent if silent else ()),
         parity=examine(ParityExam(checkpoint), variant),
         text=examine(TextExam(asked.text), variant) if asked.text else None,
         endurance=endurance,
     )
+
+
+def _reliability(details: VariantDetails) -> dict[str, Any]:
+    measured = details.measurement
+    if measured is None:
+        return {}
+    return {"reliable": measured.reliable, "warnings": (measured.warning,) if measured.warning else ()}
 
 
 def _judge(asked: Qualification, variant: Variant, details: VariantDetails, evaluation: Evaluation) -> GateVerdict:

@@ -15,15 +15,18 @@ from slmops.deployments.cli import app as cli
 from slmops.flows.qualify import DeployEnded
 from slmops.flows.regate import regate
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.genai.calls import SweptRequest
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams import on_workers
+from slmops.tasks.exams.source_lengths import SOURCE_LENGTHS, SourceLengths, SourceLengthsExam
 from slmops.tasks.report.markdown import to_markdown
 from slmops.tasks.versions import qualification
 from slmops.tasks.versions.champion import Standing
 from tests.support import reports
 from tests.support.errors import coded
+from tests.support.measurements import swept_row
 from tests.support.versions import evidence, store_version
 
 
@@ -135,6 +138,41 @@ def test_a_variant_is_registered_in_spite_of_an_allowed_check_and_everything_say
 
     with pytest.raises(BadInput, check=coded("check-not-allowable", "finite_logits", "kl_divergence")):
         regate("home@1", **strict, allow=["finite_logits"])
+
+
+def test_a_length_without_an_answer_is_no_fault_where_the_source_has_none_either(
+    registry: ModelRegistry, exams: AtOnce, settings: Settings
+) -> None:
+    silent = SweptRequest.model_validate(swept_row(64, 4.0, answered=False))
+    measured = reports.measurement("int4").model_copy(update={"sweep": (silent,)})
+    exams.answers["measure"] = measured
+    state: State[Any] = regate("home@1", **OPEN, return_state=True)
+    (variant,) = state.result(raise_on_failure=False).report.variants
+    assert variant.reason == "rejected by the gate: valid lengths"
+
+    (stored,) = registry.find("home@1").variants
+    asked = SourceLengthsExam(measured, None, None)
+    answer = SourceLengths(prompt_tokens=(64,), answered=(False,))
+    stored.version.record(SOURCE_LENGTHS, answer, asked.key(stored, settings), beside=asked.record(stored, settings))
+    exams.answers["source lengths"] = answer
+    report: Any = regate("home@1", **OPEN, return_state=True).result()
+    assert report.status == "registered"
+    assert "as the source checkpoint does" in to_markdown(report)
+
+
+def test_figures_of_a_busy_machine_are_flagged_and_decide_no_budget(registry: ModelRegistry, exams: AtOnce) -> None:
+    exams.answers["measure"] = reports.measurement("int4").model_copy(update={"others_cpu_share": 0.6, "rounds": 3})
+    report: Any = regate("home@1", **OPEN, return_state=True).result()
+    (variant,) = report.to_contract()["variants"]
+    assert variant["reliable"] is False
+    assert "other programs took 60%" in variant["warnings"][0]
+    assert "other programs took 60%" in to_markdown(report)
+    state: State[Any] = regate("home@1", **OPEN, budget=["min-tps=100000"], return_state=True)
+    ended = state.result(raise_on_failure=False)
+    assert isinstance(ended, DeployEnded)
+    assert (ended.exit_code, "not decided whether int4" in ended.report.reason) == (3, True)
+    kept: Any = regate("home@1", **OPEN, budget=["max-size=1GB", "min-tps=1"], return_state=True).result()
+    assert kept.selected == "int4"
 
 
 def test_an_exam_that_fails_is_told_of_its_variant(registry: ModelRegistry, exams: AtOnce) -> None:

@@ -244,4 +244,4 @@ def test_every_record_is_of_a_kind_that_is_declared_and_written_anew_it_is_the_s
                     json.loads(json.dumps(kind.to_content(value, beside if kind.field else None))) == before["content"]
                 )
                 seen.add(kind.name)
-    assert set(KINDS) - seen <= {"climb", "proof-fp16", "proof-fp32"}
+    assert set(KINDS) - seen <= {"climb", "proof-fp16", "proof-fp32", "source-lengths"}

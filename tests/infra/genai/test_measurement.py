@@ -41,6 +41,14 @@ def fp32(tmp_path_factory):
     return build_genai_model(make_tiny_checkpoint(work / "checkpoint", tied=False), work / "fp32")
 
 
+def test_a_disturbed_round_is_measured_again_and_an_undisturbed_one_is_not(fp32):
+    quiet, busy = run_measure(fp32), run_measure(fp32, max_others_cpu_share=-1.0)
+    assert (quiet["rounds"], busy["rounds"]) == (1, 3)
+    assert [len(found["rows"]) for found in (quiet, busy)] == [3, 3]
+    assert 0 <= busy["others_cpu_share"] <= 1
+    assert run_measure(fp32, max_spread=-1.0)["rounds"] == 3
+
+
 @pytest.fixture
 def damaged(fp32, tmp_path):
     return shutil.copytree(fp32, tmp_path / "damaged")

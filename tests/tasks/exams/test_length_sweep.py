@@ -92,3 +92,15 @@ def test_a_measurement_without_a_sweep_has_nothing_to_say():
     assert found.worst_cliff_ratio is None
     assert found.worst_cliff_prompt_tokens is None
     assert found.ttft_scaling_exponent is None
+
+
+def test_a_length_at_which_the_source_is_silent_too_is_told_and_valid():
+    rows = [swept_row(32, 2.0), swept_row(64, 4.0, answered=False), swept_row(128, 8.0, answered=False)]
+    assert length_sweep_of(measured(rows)).invalid_prompt_tokens == (64, 128)
+    found = length_sweep_of(measured(rows), {64})
+    assert found.invalid_prompt_tokens == (128,)
+    assert found.notes == (
+        "At 64 prompt tokens it answers the sweep's chat with no text, as the source checkpoint does.",
+    )
+    broken = [swept_row(64, 4.0, answered=False, finite_logits=False)]
+    assert length_sweep_of(measured(broken), {64}).invalid_prompt_tokens == (64,)

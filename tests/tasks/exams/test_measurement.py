@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from slmops.infra.errors import StageFailed
 from slmops.infra.settings import BenchmarkSettings, MachineSettings, Settings, SweepSettings
 from slmops.tasks.exams.exam import Bench
-from slmops.tasks.exams.measurement import Measurement, measure_variant, statistics_of, summarize
+from slmops.tasks.exams.measurement import Measurement, MeasurementExam, measure_variant, statistics_of, summarize
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
@@ -106,3 +106,22 @@ def test_a_broken_model_is_a_clear_error_of_the_parent(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(StageFailed, check=coded("genai-config-not-valid")):
         measure_variant(Settings(home=tmp_path), Bench(tmp_path / "model", tmp_path / "work"))
+
+
+@pytest.mark.parametrize(
+    ("gaps_ms", "others", "reliable"),
+    [
+        ((2.0, 2.0, 2.0), None, True),  # an older record does not say
+        ((2.0, 2.0, 2.0), 0.05, True),
+        ((2.0, 2.0, 2.0), 0.2, False),
+        ((2.0, 2.0, 40.0), 0.05, False),  # requests that differ this much say nothing of the next one
+    ],
+)
+def test_a_busy_machine_s_figures_are_flagged_and_not_reused(
+    gaps_ms: tuple[float, ...], others: float | None, reliable: bool
+) -> None:
+    rows = [raw_row(128, number, 10.0, [gap, gap]) for number, gap in enumerate(gaps_ms)]
+    found = summarize(raw_result(rows, others_cpu_share=others, rounds=3), warmup=1, wall_s=1.0)
+    assert (found.reliable, MeasurementExam().stands(found)) == (reliable, reliable)
+    assert (found.warning is None) == reliable
+    assert Measurement.model_validate_json(found.model_dump_json()) == found

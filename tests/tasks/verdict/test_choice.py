@@ -85,3 +85,25 @@ def test_a_budget_that_nothing_keeps_names_the_nearest() -> None:
     assert choice.selected is None
     assert choice.reason == "No variant keeps the budget. The nearest is int4: size 300.0 MB."
     assert set(choice.reasons) == {"fp16", "int8", "int4"}
+
+
+def busy(judged: Judged) -> Judged:
+    return judged.model_copy(update={"candidate": judged.candidate.model_copy(update={"reliable": False})})
+
+
+def test_a_limit_of_speed_that_a_busy_machine_exceeds_is_undecided() -> None:
+    budget = Budget(max_size=600_000_000, min_tps=30)
+    assert choose_variant([FP16, INT8], budget).reason.startswith("No variant keeps the budget.")
+    choice = choose_variant([busy(FP16), busy(INT8)], budget)
+    assert choice.selected is None
+    assert "not decided whether int8 keeps the budget" in choice.reason
+    assert choice.reasons["int8"] == "undecided on a busy machine: 25.0 tok/s"
+    assert choice.reasons["fp16"] == "over the budget: size 990.0 MB"
+    assert choose_variant([busy(INT8), busy(INT4)], budget).selected == "int4"  # a busy machine only slows
+
+
+def test_on_a_busy_machine_speed_does_not_decide_between_equals() -> None:
+    near = [judged("int8", 560, 90), judged("int4", 300, 42)]
+    assert choose_variant(near, Budget(max_size=10**9)).selected == "int8"
+    choice = choose_variant([near[0], busy(near[1])], Budget(max_size=10**9))
+    assert choice.selected == "int4"

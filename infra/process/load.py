@@ -1,0 +1,50 @@
+"""How much CPU the other programs of the machine use while something is measured."""
+
+import contextlib
+import os
+import time
+
+import psutil
+
+# What psutil counts apart, by the system; the sum of these is the time in which a core worked for anybody.
+BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+
+
+class OtherLoad:
+    """The CPU that other programs use while this is entered.
+
+    That is the machine's, without that of this process and its parents, which only show the progress.
+    """
+
+    def __init__(self) -> None:
+        self.cores = 0.0  # that others kept busy, on average
+
+    def __enter__(self) -> "OtherLoad":
+        self._before = self._times()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        before, after = self._before, self._times()
+        wall_s, busy_s, own_s = (now - then for then, now in zip(before, after, strict=True))
+        self.cores = max(0.0, busy_s - own_s) / max(wall_s, 1e-9)
+
+    def share_of(self, threads: int) -> float:
+        """Return the share of the cores for so many threads that others took: 0 if there were enough cores for all."""
+        wanted = max(1, threads)
+        missing = self.cores + wanted - (os.cpu_count() or 1)
+        return min(1.0, max(0.0, missing) / wanted)
+
+    @staticmethod
+    def _times() -> tuple[float, float, float]:
+        machine = psutil.cpu_times()
+        busy_s = sum(float(getattr(machine, name, 0.0)) for name in BUSY)
+        return time.perf_counter(), busy_s, _own_cpu_s()
+
+
+def _own_cpu_s() -> float:
+    process = psutil.Process()
+    own_s = 0.0
+    for member in (process, *process.parents()):
+        with contextlib.suppress(psutil.Error):  # of another user, or gone
+            own_s += sum(member.cpu_times()[:2])
+    return own_s
