@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -13,9 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 from slmops.deployments.cli import app as cli
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.snapshots import PlainText
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -303,7 +307,11 @@ def test_a_real_checkpoint_of_an_unsupported_architecture(
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
-    tiny_checkpoint: Path, box: Box, no_network: None, capfd: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path,
+    box: Box,
+    no_network: None,
+    capfd: pytest.CaptureFixture[str],
+    snapshot: SnapshotAssertion,
 ) -> None:
     assert cli.run(["deploy", str(tiny_checkpoint), "--name", "home", "--dry-run", "--json"]) == 0
     out, err = capfd.readouterr()
@@ -313,8 +321,23 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     assert plan["time_s"] == pytest.approx(sum(stage["time_s"] for stage in plan["stages"]))
     assert err == ""
     assert cli.run(["deploy", str(tiny_checkpoint), "--name", "home", "--dry-run"]) == 0
-    assert "build int4" in capfd.readouterr().out
+    assert capfd.readouterr().out == snapshot(extension_class=PlainText)
     box.assert_untouched()
+
+
+def test_a_check_is_printed_as_it_is_recorded(
+    tiny_checkpoint: Path,
+    box: Box,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    snapshot: SnapshotAssertion,
+) -> None:
+    for name in ("RAM", "DISK"):
+        monkeypatch.setenv(f"SLMOPS_MACHINE__{name}_BYTES", "16000000000")
+    assert cli.run(["check", str(tiny_checkpoint)]) == 0
+    printed = re.sub(r" {2,}", "  ", capfd.readouterr().out).replace(" \n", "\n")
+    this_machine = rf"(Python  [^\n]*?  )3\.\S+|(64 bit  ){platform.system()} \S+|\+cpu|(file|/|\w:)\S*(?=home)"
+    assert re.sub(this_machine, r"\1\2", printed) == snapshot(extension_class=PlainText)
 
 
 @pytest.mark.parametrize(

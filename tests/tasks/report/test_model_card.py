@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, metadata_load
+from syrupy.assertion import SnapshotAssertion
 
 from slmops.infra.foundry.calls import Register
 from slmops.infra.foundry.model_folder import write_model_folder
@@ -16,6 +17,7 @@ from slmops.tasks.report.model_card import base_model_of, model_card
 from slmops.tasks.report.records import VariantDetails, VariantReport
 from tests.support.genai_models import build_genai_model
 from tests.support.reports import full_variant
+from tests.support.snapshots import Markdown
 from tests.tasks.report.test_report import HOSTILE, PARSER, markup_of
 
 EVALUATION = "120 rows of /home/me/secret project/eval.jsonl"
@@ -65,20 +67,11 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     assert "## Figures" not in model_card(manifest(), bare, evaluation="")
 
 
-def test_it_says_how_to_call_it_what_it_measures_and_its_limits() -> None:
+def test_it_reads_as_it_is_recorded(snapshot: SnapshotAssertion) -> None:
     text = model_card(manifest(), full_variant("int4"), evaluation=EVALUATION, description="Turns words into actions.")
-    assert "# home int4\n\nTurns words into actions." in text
-    assert 'get_model_variant("home-int4-generic-cpu:3")' in text
-    assert "slmops chat home@3" in text
+    assert text == snapshot(extension_class=Markdown)
     for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(program, "example", "exec")
-    assert "| Score | 96.7% (93.3 to 99.2) |" in text
-    assert "| Top-1 agreement | 97.7% (97.1 to 98.2) |" in text
-    assert "medians of 5 requests of 128 prompt and 64 new tokens, 2 threads" in text
-    assert f"`sha256:{'3f' * 32}`" in text
-    assert manifest().digest in text
-    assert "Built with olive-ai 0.13.0, onnxruntime-genai 0.18.0" in text
-    assert "inference_model.json cannot express the default system prompt" in text
 
 
 def test_no_path_of_this_machine_is_in_it() -> None:

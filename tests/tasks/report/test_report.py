@@ -2,12 +2,14 @@
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from syrupy.assertion import SnapshotAssertion
 
 from slmops.infra.storage.evidence import Selection
 from slmops.tasks.exams.length_sweep import LengthFigures
@@ -19,6 +21,7 @@ from slmops.tasks.report.records import DeployReport, VariantDetails, VariantRep
 from slmops.tasks.verdict.checks import GateCheck
 from slmops.tasks.verdict.gate import GateVerdict
 from tests.support.reports import FIGURES, endurance, evaluation, full_report, full_variant, length_sweep, parity
+from tests.support.snapshots import Markdown
 
 METRICS = {"load_ms": 40.0, "ttft_ms": 5.25, "peak_rss_bytes": 78e6, "top1_agreement": 0.97, "kl_divergence": 0.0312}
 # What browsers, terminals and Markdown parsers would act upon if it were not kept from them.
@@ -108,133 +111,22 @@ def test_the_table_sets_sizes_beside_what_the_tutorial_promises() -> None:
     assert (row["prompt tok/s"], row["score"]) == ("-", "-")
 
 
-def test_it_reads_from_the_verdict_to_the_provenance() -> None:
-    headings = re.findall(r"^(#+ .*)$", to_markdown(full_report(), {}), re.MULTILINE)
-    assert headings == [
-        "# home@3: registered",
-        "## The choice: int4",
-        "### How to call it",
-        "## Why not the others",
-        "## Size and quality",
-        "## Speed and memory",
-        "## Quality",
-        "### Domain answers",
-        "#### Where the reference is right and int4 is wrong",
-        "### Output format",
-        "### Memory in long use",
-        "### Speed over prompt lengths",
-        "### Edge input",
-        "### Distance from the checkpoint",
-        "### Template parity",
-        "## Since home@2",
-        "## Warnings",
-        "## Provenance",
-    ]
-
-
-def test_the_verdict_comes_first_with_the_choice_and_its_reason() -> None:
-    title, verdict, *_ = to_markdown(full_report()).split("\n\n")
-    assert title == "# home@3: registered"
-    assert verdict == ("**int4 is chosen and serves as home:3.** int4 is the smallest precision that passed the gate.")
-
-
-def test_it_says_why_the_others_were_not_chosen() -> None:
-    failed = check("kl_divergence", 0.25, 0.02, passed=False)
-    rejected = full_variant("int8", status="rejected", gate=GateVerdict(passed=False, checks=(failed,)))
-    broken = variant("fp16", "failed", error="Olive could not build the model.")
-    text = to_markdown(full_report(broken, rejected, full_variant("int4")))
-    assert "- **fp16** (failed): `Olive could not build the model.`" in text
-    assert "- **int8** (rejected): kl divergence 0.25, at most 0.02 is required" in text
-    assert "- **int4** (" not in text
-
-
-@pytest.mark.parametrize(
-    ("status", "version", "headline"),
-    [
-        ("failed", None, "No variant could be built, so there is no version."),
-        ("rejected", 2, "No variant may serve."),
-        ("registered", 2, "No variant was chosen."),
-    ],
-)
-def test_without_a_choice_the_verdict_says_so(status: str, version: int | None, headline: str) -> None:
-    shown = report(variant("int4", status), status=status, version=version, reason="No variant keeps the budget.")
-    assert f"**{headline}** No variant keeps the budget." in to_markdown(shown)
-
-
-def test_a_variant_that_was_not_built_has_a_row_too() -> None:
-    failed = variant("int4", "failed", size_bytes=None, metrics={}, error="Olive could not build the model.")
-    text = to_markdown(report(failed, status="failed", version=None))
-    assert text.startswith("# home: failed")
-    assert "| **int4** | failed | - | - |" in text
-    assert "## Failures\n\n- **int4**: `Olive could not build the model.`" in text
-    assert "How to call it" not in text
-
-
-def test_every_check_has_its_figure_and_threshold_and_what_failed_stands_out() -> None:
+def with_checks() -> DeployReport:
+    """One check of each form: a share, a number, bytes, a figure that is not finite, and one that is not decided."""
+    open_check = check("quality_loss", 0.04, 0.05, passed=True)
     checks = (
         check("top1_agreement", 0.97, 0.9, passed=True, bound="at least"),
         check("kl_divergence", 0.25, 0.1, passed=False),
         check("memory_growth_foundry", 90_000, 65_536, passed=False),
         check("finite_logits", None, 1.0, passed=False, bound="at least"),
+        open_check.model_copy(update={"low": 0.01, "high": 0.09, "decided": False}),
     )
     rejected = variant("int4", "rejected", gate=GateVerdict(passed=False, checks=checks))
-    text = to_markdown(report(variant("fp16"), rejected, reference_exact_match=0.985))
-    assert "answers 98.5% of the evaluation set exactly." in text
-    assert "| top1 agreement | 97.0% | at least 90.0% | passed |" in text
-    assert "| kl divergence | **0.25** | at most 0.1 | **failed** |" in text
-    assert "| memory growth foundry | **90.0 kB** | at most 65.5 kB | **failed** |" in text
-    assert "| finite logits | **not finite** | at least 100.0% | **failed** |" in text
-    assert "| Memory in long use | **failed** |" in text
+    return report(variant("fp16"), rejected, reference_exact_match=0.985)
 
 
-def test_a_check_whose_interval_holds_the_threshold_is_not_decided() -> None:
-    open_check = check("quality_loss", 0.04, 0.05, passed=True)
-    gate = GateVerdict(
-        passed=True, checks=(open_check.model_copy(update={"low": 0.01, "high": 0.09, "decided": False}),)
-    )
-    text = to_markdown(report(variant("int4", gate=gate)))
-    assert "| Domain answers | not decided |" in text
-    assert "| quality loss | 4.0% (1.0 to 9.0) | at most 5.0% | not decided |" in text
-
-
-def test_it_says_how_to_call_what_was_registered() -> None:
-    shown = report(variant("int4", answer='{"a":1}'), foundry_model_id="home:2", question="On?", selected="int4")
-    text = to_markdown(shown)
-    assert "Registered with Foundry Local:\n\n```\nhome-int4-generic-cpu:2\nhome:2\n```" in text
-    assert "slmops chat home@2" in text
-    assert 'model_cache_dir="/data/foundry"' in text
-    assert 'get_model_variant("home:2")' in text
-    assert 'Asked `On?`, int4 answered `{"a":1}`.' in text
-
-
-def test_the_python_example_is_python_with_any_folder() -> None:
-    text = to_markdown(report(variant("int4"), foundry_dir='C:\\Users\\"me"\\ü'))
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    compile(program, "example", "exec")
-    assert eval(re.search(r"model_cache_dir=(\".*\")\)", program)[1]) == 'C:\\Users\\"me"\\ü'  # type: ignore[index]
-
-
-def test_worst_examples_stand_line_by_line_under_each_other() -> None:
-    text = to_markdown(full_report())
-    assert (
-        "Row `home-041`, `light`:\n\n```text\n"
-        "asked      Please turn the bedroom lamp to 51 percent\n"
-        'expected   {"device":"bedroom lamp","action":"set","level":51}\n'
-        'reference  {"device":"bedroom lamp","action":"set","level":51}\n'
-        'int4       {"device":"bedroom lamp","action":"set","level":99}\n```'
-    ) in text
-
-
-def test_figures_come_with_units_and_intervals() -> None:
-    text = to_markdown(full_report())
-    assert "| **int4** | 96.7% (93.3 to 99.2) | 1.7% (-0.7 to 4.0) | at most 5.0% |" in text
-    assert "| **int4** | 1.07 (1.02 to 1.12) | 1.13x at 2,048 | 7 of 7 |" in text
-    assert re.search(r"\| int4, Foundry \| 48 \| -?\d+\.\d kB \(-?\d+\.\d to -?\d+\.\d\) \| at most 65\.5 kB \|", text)
-    assert "| **int4** | 97.7% (97.1 to 98.2) | 0.0467 (0.0374 to 0.056), p99 0.42 | 1.0467 |" in text
-    assert "On `/data/manuals/home.txt` (8,192 tokens):" in text
-
-
-def test_what_a_leak_a_cliff_and_a_crash_look_like() -> None:
+def with_faults() -> DeployReport:
+    """A leak, a cliff, a crash, and input after which the runtime does not work."""
     genai, foundry = endurance("int4")
     crashed = foundry.edge_inputs[0].model_copy(update={"outcome": "crashed", "detail": "signal 11"})
     sick = foundry.edge_inputs[1].model_copy(update={"alive": False, "detail": ""})
@@ -245,19 +137,11 @@ def test_what_a_leak_a_cliff_and_a_crash_look_like() -> None:
     broken = LengthFigures(prompt_tokens=4096, ttft_ms=9000, token_generation_throughput_tps=9, valid=False)
     swept = swept.model_copy(update={"lengths": (*swept.lengths, broken), "notes": ("The sweep ended at 4,096.",)})
     details = VariantDetails(length_sweep=swept, endurance=(genai, foundry))
-    text = to_markdown(report(variant("int4", details=details)))
-    assert "| int4, Foundry | - | did not end | - |" in text
-    assert "- The soak ended after 3 requests. (int4 in Foundry)" in text
-    assert "| 4,096 | 9,000 | 9.0 | **no** |" in text
-    assert "| 1.13x at 2,048 | 7 of 8 |" in text
-    assert "- The sweep ended at 4,096. (int4)" in text
-    assert "| int4, Foundry | 1 | 0 | **2** |" in text
-    assert "- int4, Foundry: `empty` crashed: `signal 11`" in text
-    assert "- int4, Foundry: `white space` answered, and the runtime did not work afterwards" in text
-    assert "Control tokens typed by a user reach the model as control tokens in genai (int4)." in text
+    return report(variant("int4", details=details))
 
 
-def test_a_template_mismatch_shows_both_strings() -> None:
+def with_mismatches() -> DeployReport:
+    """A long prompt that differs at its end, and a control token that is not one."""
     start = "<|im_start|>system\n" + "You are kind. " * 100
     mismatch = ParityMismatch(
         conversation="two turns",
@@ -270,24 +154,68 @@ def test_a_template_mismatch_shows_both_strings() -> None:
     found = TemplateParity(
         conversations=9, mismatches=(mismatch,), broken_control_tokens=("<|im_end|>",), notes=("No system role.",)
     )
-    text = to_markdown(report(variant("int4", details=VariantDetails(parity=found))))
-    assert "**int4**: 1 of 9 conversations differ." in text
-    assert "In Foundry, conversation `two turns`:" in text
-    lines = [line for line in text.splitlines() if line.startswith(("expected from", "found from"))]
-    assert [line.endswith(ending) for line, ending in zip(lines, ('<|im_end|>\\n"', '</s>"'), strict=True)] == [
-        True
-    ] * 2
-    assert "9 tokens" in lines[0]
-    assert "**int4**: not one token in every runtime: `<|im_end|>`." in text
-    assert "- No system role." in text
+    return report(variant("int4", details=VariantDetails(parity=found)))
 
 
-def test_history_names_what_changed_beyond_noise() -> None:
-    text = to_markdown(full_report())
-    assert "1 better and 1 worse beyond noise, of 4 figures." in text
-    assert "| int4: new tokens, tok/s | 611 | 801 | **better** 1.31x (1.27 to 1.36) |" in text
-    assert "| int4: peak memory | 121.0 MB | 148.0 MB | **worse** 1.22x (1.20 to 1.24) |" in text
-    assert "| int8: score | 1 | 0.983 | same -1.7% (-4.1 to +0.8) |" in text
+def without_reference() -> DeployReport:
+    """A model without a checkpoint that it could be compared with: its own figures."""
+    alone = evaluation("int4").model_copy(
+        update={
+            "vocabulary": evaluation("int4").vocabulary.model_copy(update={"reference": None}),
+            **dict.fromkeys(("top1_agreement", "kl_divergence", "kl_divergence_p99", "reference_perplexity")),
+            **dict.fromkeys(("top1_agreement_interval", "kl_divergence_interval", "quality_loss", "reference_score")),
+            "worst_examples": (),
+        }
+    )
+    return report(variant("int4", details=VariantDetails(evaluation=alone)))
+
+
+def with_others() -> DeployReport:
+    """Of three variants one failed, one was rejected, and one was chosen."""
+    failed = check("kl_divergence", 0.25, 0.02, passed=False)
+    rejected = full_variant("int8", status="rejected", gate=GateVerdict(passed=False, checks=(failed,)))
+    return full_report(
+        variant("fp16", "failed", error="Olive could not build the model."), rejected, full_variant("int4")
+    )
+
+
+def unchosen(status: str, version: int | None) -> DeployReport:
+    built = variant("int4", status) if version else variant("int4", status, size_bytes=None, metrics={}, error="No.")
+    return report(built, status=status, version=version, reason="No variant keeps the budget.")
+
+
+def called() -> DeployReport:
+    return report(variant("int4", answer='{"a":1}'), foundry_model_id="home:2", question="On?", selected="int4")
+
+
+REPORTS: dict[str, Callable[[], DeployReport]] = {
+    "whole": full_report,
+    "others": with_others,
+    "not-built": lambda: unchosen("failed", None),
+    "rejected": lambda: unchosen("rejected", 2),
+    "not-chosen": lambda: unchosen("registered", 2),
+    "checks": with_checks,
+    "faults": with_faults,
+    "mismatches": with_mismatches,
+    "without-reference": without_reference,
+    "called": called,
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_it_reads_as_it_is_recorded(name: str, snapshot: SnapshotAssertion) -> None:
+    assert to_markdown(REPORTS[name]()) == snapshot(extension_class=Markdown)
+
+
+def test_on_the_page_it_is_folded_as_it_is_recorded(snapshot: SnapshotAssertion) -> None:
+    assert to_markdown(full_report(), {}) == snapshot(extension_class=Markdown)
+
+
+def test_the_python_example_is_python_with_any_folder() -> None:
+    text = to_markdown(report(variant("int4"), foundry_dir='C:\\Users\\"me"\\ü'))
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(program, "example", "exec")
+    assert eval(re.search(r"model_cache_dir=(\".*\")\)", program)[1]) == 'C:\\Users\\"me"\\ü'  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kept", [[], *([name] for name in VariantDetails.model_fields)])
@@ -298,20 +226,6 @@ def test_every_part_may_be_missing(kept: list[str]) -> None:
     shown = report(bare, variant("int8", "failed", size_bytes=None, metrics={}), parameters=0, selected="int4")
     assert to_markdown(shown).startswith("# home@2: registered")
     assert to_markdown(shown, {"quality": "data:,"})
-
-
-def test_a_model_without_a_reference_has_its_own_figures() -> None:
-    alone = evaluation("int4").model_copy(
-        update={
-            "vocabulary": evaluation("int4").vocabulary.model_copy(update={"reference": None}),
-            **dict.fromkeys(("top1_agreement", "kl_divergence", "kl_divergence_p99", "reference_perplexity")),
-            **dict.fromkeys(("top1_agreement_interval", "kl_divergence_interval", "quality_loss", "reference_score")),
-            "worst_examples": (),
-        }
-    )
-    text = to_markdown(report(variant("int4", details=VariantDetails(evaluation=alone))))
-    assert "| **int4** | 96.7% (93.3 to 99.2) | - | - |" in text
-    assert "Distance from the checkpoint" not in text
 
 
 def hostile_report(text: str) -> DeployReport:
