@@ -16,6 +16,7 @@ from slmops.tasks.checkpoint.preparation import prepare_checkpoint
 from slmops.tasks.environment.checks import check_environment, check_room
 from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.decoding import settle_decoding
+from slmops.tasks.exams.early_parity import check_templates
 from slmops.tasks.exams.source import sources_in_use
 from slmops.tasks.exams.text import read_text
 from slmops.tasks.plan import parse_request
@@ -85,6 +86,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         whole_model=[recipe.precision for recipe in recipes if recipe.quantizes_at_once],
     )
 
+    check_templates(prepared, evaluation.rows, request.calibration_file, request.allow)
     prove_family(prepared)
     with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # trials' answers
         climbed = climb(build_each(request, recipes, prepared, evaluation), recipes, request, prepared, evaluation)

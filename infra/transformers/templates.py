@@ -40,6 +40,8 @@ def render(call: RenderConversations, progress: Progress) -> RenderedConversatio
     used = {token for rendering in renderings for token in rendering.ids}
     added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     marks = {mark for rendering in renderings for mark in re.findall(call.marks, rendering.text)}
+    typed = [message["content"] for messages in call.conversations.values() for message in messages]
+    marks -= {mark for text in typed for mark in re.findall(call.marks, text)}
     return RenderedConversations(
         conversations=conversations,
         dated=any(rendering.dated for rendering in renderings),

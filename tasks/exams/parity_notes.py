@@ -10,7 +10,7 @@ from slmops.infra.genai.calls import RenderedChats
 from slmops.infra.reference.answers import Message
 from slmops.infra.transformers.calls import RebuiltTokenizer, RenderedConversations
 from slmops.tasks.foundry.prompt_template import describe_model
-from slmops.tasks.questions.chats import NOTED_ONLY
+from slmops.tasks.questions.chats import NOTED_ONLY, rare_characters
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 RUNTIME_NAMES = {"genai": "onnxruntime-genai", "foundry": "Foundry Local"}
@@ -64,6 +64,22 @@ def runtime_notes(mismatches: Sequence[tuple[str, str]]) -> Iterable[str]:
     for name in dict.fromkeys(conversation for conversation, _ in noted):
         runtimes = " and ".join(RUNTIME_NAMES[runtime] for conversation, runtime in noted if conversation == name)
         yield f"{name[0].upper()}{name[1:]} are other tokens in {runtimes} than in transformers: {NOTED_ONLY[name]}."
+
+
+def rare_character_notes(
+    mismatches: Sequence[tuple[str, str]], conversations: Mapping[str, Sequence[Message]]
+) -> Iterable[str]:
+    """Note differences that vanish with a conversation's rare characters, with an example."""
+    if not mismatches:
+        return
+    name, _ = mismatches[0]
+    runtimes = " and ".join(dict.fromkeys(RUNTIME_NAMES[runtime] for _, runtime in mismatches))
+    others = len({conversation for conversation, _ in mismatches}) - 1
+    shown = " ".join(rare_characters(conversations[name])[:8])
+    yield (
+        f"{runtimes} split rare characters into other tokens than transformers, as in {name!r} (one of {shown})"
+        f"{f' and {others} more conversations' if others else ''}. Without these characters the tokens are the same."
+    )
 
 
 def _differing_templates(model_dir: Path) -> str | None:

@@ -6,28 +6,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from slmops.infra.errors import StageFailed
-from slmops.infra.foundry.calls import CountedPrompts, CountPrompts
-from slmops.infra.genai.calls import RenderChats, RenderedChat, RenderedChats
-from slmops.infra.process.call import Call, R
+from slmops.infra.checkpoints.folder import read_chat_template
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.calls import CountedPrompts
+from slmops.infra.genai.calls import RenderedChat, RenderedChats
+from slmops.infra.genai.template_files import mend_template
 from slmops.infra.process.supervisor import ChildProcess
-from slmops.infra.records import Json, Record
-from slmops.infra.reference.answers import Message
+from slmops.infra.records import Json, Record, later_field
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.manifest import digest_of
 from slmops.infra.storage.version import Variant
-from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
+from slmops.infra.transformers.calls import RenderedConversations
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.exams.parity_notes import (
+    RUNTIME_NAMES,
     TOKENIZER_CONFIG,
     composition_notes,
     compositions_of,
+    rare_character_notes,
     reference_notes,
     runtime_notes,
 )
+from slmops.tasks.exams.parity_runtimes import Conversations, Runtimes
 from slmops.tasks.exams.source import has_source
-from slmops.tasks.questions.chats import CONTEXT, CONVERSATIONS, MARKS, NOTED_ONLY
+from slmops.tasks.questions.chats import CONVERSATIONS, NOTED_ONLY, plain_name, without_rare_characters
 from slmops.tasks.workshop import Workshop
 
 # The files that determine a conversation's tokens, including a SentencePiece model.
@@ -36,6 +39,10 @@ DECIDING_FILES = (
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "genai_config.json", "config.json",
 )  # fmt: skip
 RUNTIMES = ("transformers", "tokenizers", "onnxruntime-genai", "foundry-local-sdk")
+
+# Names of the user's calibration chats among the conversations, and the share of them that may differ.
+CALIBRATION = "calibration chat"
+TOLERATED_SHARE = 0.01
 
 Reference = Literal["checkpoint", "variant"]  # the tokenizer that the runtimes are compared with
 
@@ -60,13 +67,14 @@ class TemplateParity(Record):
     """The comparison over a set of conversations; `notes` are differences that are no reason to reject.
 
     `broken_control_tokens` are tokens of the checkpoint's vocabulary that a runtime does not encode as that single
-    token.
+    token. `cause` is the first difference and why there is one, in a sentence; empty where there is none.
     """
 
     conversations: int
     mismatches: tuple[ParityMismatch, ...]
     broken_control_tokens: tuple[str, ...]
     notes: tuple[str, ...]
+    cause: str = later_field("")
 
     @property
     def holds(self) -> bool:
@@ -100,7 +108,7 @@ class ParityExam(Exam[TemplateParity]):
 
     def record(self, variant: Variant, settings: Settings) -> Json:
         """See `Exam.record`."""
-        return {"precision": variant.precision, "reference": self.reference, "versions": dict(_versions())}
+        return {"precision": variant.precision, "reference": self.reference, "versions": dict(runtime_versions())}
 
     def known(self, variant: Variant, settings: Settings) -> TemplateParity | None:
         """Return the stored comparison; without a checkpoint, one with its tokenizer counts as well."""
@@ -117,7 +125,7 @@ def _question(variant: Variant, reference: Reference) -> Json:
         "source": variant.version.manifest.source.digest,
         "reference": reference,
         "conversations": {name: [dict(message) for message in messages] for name, messages in CONVERSATIONS.items()},
-        "versions": dict(_versions()),
+        "versions": dict(runtime_versions()),
     }
 
 
@@ -135,7 +143,8 @@ def needs_parity(variants: Iterable[Variant]) -> bool:
     return any(has_source(variant) and known_parity(variant, with_checkpoint=True) is None for variant in variants)
 
 
-def _versions() -> dict[str, str]:
+def runtime_versions() -> dict[str, str]:
+    """Return the versions of the packages that make prompts."""
     return {package: version(package) for package in RUNTIMES}
 
 
@@ -153,85 +162,106 @@ def check_parity(
     Raises `StageFailed` and its kinds: a tokenizer that transformers cannot load, a template that renders none of the
     conversations there, a model that Foundry Local cannot load.
     """
-    runtimes = _Runtimes(settings, bench, checkpoint_dir or bench.model, torch_child)
-    expected = runtimes.transformers()
+    runtimes = Runtimes(settings, bench, checkpoint_dir or bench.model, torch_child)
+    return _compared(runtimes, CONVERSATIONS, checkpoint_dir)
+
+
+def check_checkpoint(
+    settings: Settings, bench: Bench, rows: Conversations, torch_child: ChildProcess | None = None
+) -> TemplateParity:
+    """Compare what `bench.model`, a checkpoint, would be built into with transformers, before it is built.
+
+    The conversations are those of `check_parity` and the user's `rows`, by name; without weights there is no Foundry
+    Local. Raises `StageFailed` as `check_parity` does, and `BadInput` for a row that the template refuses.
+    """
+    files = replace(bench, model=bench.work / "files")
+    runtimes = Runtimes(settings, files, bench.model, torch_child, before_build=True)
+    return _compared(runtimes, {**CONVERSATIONS, **rows}, bench.model)
+
+
+def _compared(runtimes: Runtimes, conversations: Conversations, checkpoint_dir: Path | None) -> TemplateParity:
+    model_dir = runtimes.bench.model
+    plain = {plain_name(name): twin for name, chat in CONVERSATIONS.items() if (twin := without_rare_characters(chat))}
+    asked = {**conversations, **plain}
+    expected = runtimes.transformers(asked)
     refused = {name: found.refusal for name, found in expected.conversations.items() if found.refusal is not None}
-    if len(refused) == len(CONVERSATIONS):
+    if len(refused) == len(asked):
         raise StageFailed(
-            f"transformers renders no conversation with the chat template of {runtimes.reference_dir}: "
+            f"transformers renders no conversation with the chat template of {runtimes.reference}: "
             f"{refused['one user turn']}.",
             "Give a working one with --chat-template.",
             code="chat-template-does-not-render",
         )
-    compared = {name: messages for name, messages in CONVERSATIONS.items() if name not in refused}
-    compositions, notes = compositions_of(bench.model, compared)
+    for name, reason in refused.items():
+        if name not in CONVERSATIONS and name not in plain:
+            raise BadInput(
+                f"The chat template cannot render {name}: {reason}.",
+                "Change its messages or the chat template.",
+                code="row-does-not-render",
+            )
+    compared = {name: messages for name, messages in asked.items() if name not in refused}
+    compositions, notes = compositions_of(
+        model_dir, {name: compared[name] for name in CONVERSATIONS if name in compared}
+    )
     genai = runtimes.genai(compared, expected.control_tokens, compositions)
     foundry = runtimes.foundry(compared) if genai.fault is None else None
     mismatches = list(_mismatches(compared, expected, genai, foundry))
     if mismatches and expected.dated:
         # Midnight may have passed, or the template writes the time of day: render at the times of the other runtimes.
         moments = {name: _moments(name, genai, foundry) for name in compared}
-        again = runtimes.transformers(moments).conversations
+        again = runtimes.transformers(asked, moments).conversations
         rendered = {name: found for name, found in again.items() if found.renderings}
         expected = expected.model_copy(update={"conversations": expected.conversations | rendered})
         mismatches = list(_mismatches(compared, expected, genai, foundry))
+    blocking, rare = _by_harm(mismatches, plain)
+    blocking = _beyond_tolerance(blocking, conversations)
+    broken = tuple(_broken_control_tokens(expected, genai))
     return TemplateParity(
-        conversations=len(compared),
-        mismatches=tuple(mismatch for mismatch in mismatches if mismatch.conversation not in NOTED_ONLY),
-        broken_control_tokens=tuple(_broken_control_tokens(expected, genai)),
+        conversations=len(set(compared) - set(plain)),
+        mismatches=blocking,
+        broken_control_tokens=broken,
         notes=(
-            *reference_notes(bench.model, checkpoint_dir, expected, refused),
-            *runtime_notes([(mismatch.conversation, mismatch.runtime) for mismatch in mismatches]),
+            *reference_notes(model_dir, checkpoint_dir, expected, _without(refused, plain)),
+            *runtime_notes([(found.conversation, found.runtime) for found in mismatches if found not in rare]),
+            *rare_character_notes([(found.conversation, found.runtime) for found in rare], conversations),
             *notes,
             *composition_notes(compositions, expected, genai),
         ),
+        cause=cause_of(blocking, broken, model_dir),
     )
 
 
-class _Runtimes:
-    """The three child processes."""
+def _beyond_tolerance(
+    mismatches: tuple[ParityMismatch, ...], conversations: Conversations
+) -> tuple[ParityMismatch, ...]:
+    """Leave out differing calibration chats, unless they are more than the share that is tolerated."""
+    chats = sum(name.startswith(CALIBRATION) for name in conversations)
+    differing = {found.conversation for found in mismatches if found.conversation.startswith(CALIBRATION)}
+    tolerated = differing if len(differing) <= TOLERATED_SHARE * chats else set()
+    return tuple(found for found in mismatches if found.conversation not in tolerated)
 
-    def __init__(self, settings: Settings, bench: Bench, reference_dir: Path, torch_child: ChildProcess | None) -> None:
-        self.settings, self.reference_dir, self._torch_child = settings, reference_dir, torch_child
-        self._bench, self._on_progress = replace(bench, on_progress=self._follow), bench.on_progress
-        self._done = 0
 
-    def transformers(self, moments: Mapping[str, Sequence[str]] | None = None) -> RenderedConversations:
-        call = RenderConversations(
-            tokenizer_dir=self.reference_dir,
-            conversations=CONVERSATIONS,
-            moments=moments or {},
-            marks=MARKS,
-            context=CONTEXT,
-        )
-        return self._run(call, within=self._torch_child)
+def _without(refused: Mapping[str, str], plain: Conversations) -> dict[str, str]:
+    return {name: reason for name, reason in refused.items() if name not in plain}
 
-    def genai(
-        self, conversations: Mapping[str, Sequence[Message]], control_tokens: Iterable[str], texts: Mapping[str, str]
-    ) -> RenderedChats:
-        return self._run(
-            RenderChats(
-                model_dir=self._bench.model,
-                conversations=conversations,
-                control_tokens=tuple(control_tokens),
-                context=CONTEXT,
-                compositions=texts,
-            )
-        )
 
-    def foundry(self, conversations: Mapping[str, Sequence[Message]]) -> CountedPrompts:
-        model, cache = self._bench.model, self._bench.work / "foundry"
-        call = CountPrompts(model_dir=model, cache_dir=cache, conversations=conversations)
-        return self._run(call, deadline_s=self.settings.timeout.foundry_s)
+def _by_harm(
+    mismatches: Sequence[ParityMismatch], plain: Conversations
+) -> tuple[tuple[ParityMismatch, ...], tuple[ParityMismatch, ...]]:
+    """Return the mismatches that reject, and those of rare characters alone.
 
-    def _run(self, call: Call[R], *, deadline_s: float | None = None, within: ChildProcess | None = None) -> R:
-        child = self._bench.run(call, deadline_s or self.settings.timeout.evaluate_s, within=within)
-        self._done += 1
-        return child.value
-
-    def _follow(self, done: float, total: float, what: str) -> None:
-        if self._on_progress:
-            self._on_progress(min(self._done, 3), 3, what)
+    Those vanish with the characters: the same conversation without them has the same tokens in that runtime. What
+    differs with every model and template is neither.
+    """
+    differing = {(mismatch.conversation, mismatch.runtime) for mismatch in mismatches}
+    blocking: list[ParityMismatch] = []
+    rare: list[ParityMismatch] = []
+    for mismatch in mismatches:
+        twin = plain_name(mismatch.conversation)
+        if mismatch.conversation in NOTED_ONLY or mismatch.conversation in plain:
+            continue
+        (rare if twin in plain and (twin, mismatch.runtime) not in differing else blocking).append(mismatch)
+    return tuple(blocking), tuple(rare)
 
 
 def _mismatches(
@@ -294,3 +324,28 @@ def _broken_control_tokens(expected: RenderedConversations, genai: RenderedChats
         is_one = token.alone != (token.id,) or found.alone == (token.id,)
         if not is_one or found.in_context.count(token.id) != token.in_context.count(token.id):
             yield text
+
+
+def cause_of(mismatches: Sequence[ParityMismatch], broken: Sequence[str], model_dir: Path) -> str:
+    """Return the first difference and its cause, in a sentence; empty where there is none."""
+    if not mismatches:
+        return f"{broken[0]!r} is not one token in {RUNTIME_NAMES['genai']}." if broken else ""
+    first = mismatches[0]
+    runtime, others = RUNTIME_NAMES[first.runtime], len({found.conversation for found in mismatches}) - 1
+    where = f"{first.conversation!r}{f' and {others} more conversations' if others else ''}"
+    if not first.found_tokens:
+        fault = f"{runtime} cannot render {where}: {first.found}"
+    elif broken:
+        fault = f"{runtime} does not read {broken[0]!r} as one token, in {where}"
+    else:
+        fault = f"{runtime} makes other tokens of {where}: {_first_difference(first)}"
+    template = read_chat_template(model_dir)
+    left = mend_template(template).left if template else ()
+    return f"{fault.rstrip('.')}{f' (in its Jinja, {left[0]})' if left else ''}."
+
+
+def _first_difference(mismatch: ParityMismatch) -> str:
+    pairs = zip(mismatch.expected, mismatch.found, strict=False)
+    start = max(0, next((at for at, (one, other) in enumerate(pairs) if one != other), 0) - 20)
+    expected, found = (text[start : start + 60] for text in (mismatch.expected, mismatch.found))
+    return f"{found!r} where transformers has {expected!r}"

@@ -75,7 +75,7 @@ def judge(
     if text is not None:
         checks += _on_text(text, limits)
     if parity is not None:
-        checks.append(no_fault("template_parity", _parity_faults(parity)))
+        checks.append(_of_templates(parity))
     if length_sweep is not None:
         checks += _of_lengths(length_sweep, limits)
     for in_runtime in endurance:
@@ -180,9 +180,11 @@ def _on_text(text: TextComparison, thresholds: GateThresholds) -> list[GateCheck
     ]
 
 
-def _parity_faults(parity: TemplateParity) -> list[str]:
+def _of_templates(parity: TemplateParity) -> GateCheck:
     mismatches = [f"{mismatch.runtime} renders {mismatch.conversation!r} differently" for mismatch in parity.mismatches]
-    return mismatches + [f"{token} is not one token" for token in parity.broken_control_tokens]
+    broken = [f"{token} is not one token" for token in parity.broken_control_tokens]
+    check = no_fault("template_parity", [*mismatches, *broken])
+    return check.model_copy(update={"detail": parity.cause}) if parity.cause else check
 
 
 def _of_lengths(length_sweep: LengthSweep, thresholds: GateThresholds) -> Iterator[GateCheck]:

@@ -1,0 +1,103 @@
+"""Template parity before the build: rendering needs no weights, so nothing is built that could not be served."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slmops.infra.checkpoints.folder import read_chat_template
+from slmops.infra.errors import BadInput
+from slmops.infra.files import write_whole
+from slmops.infra.genai.served_files import MENDS
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import digest_of, digest_of_file
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams.exam import Bench
+from slmops.tasks.exams.parity_runtimes import Conversations
+from slmops.tasks.exams.template_parity import (
+    CALIBRATION,
+    DECIDING_FILES,
+    TemplateParity,
+    check_checkpoint,
+    runtime_versions,
+)
+from slmops.tasks.questions.chats import CONVERSATIONS
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.training_rows import read_rows_file
+from slmops.tasks.runs.progress import stage_progress
+from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import workshop
+
+CHECK = "template_parity"
+
+
+@stage("compare templates", run_name="compare-templates")
+def check_templates(
+    prepared: PreparedCheckpoint,
+    rows: Sequence[EvaluationRow],
+    calibration_file: str | None = None,
+    allow: Sequence[str] = (),
+) -> None:
+    """Compare what a checkpoint would be built into with transformers, on our conversations and the user's own.
+
+    A model that is built already is compared when it is examined. Raises `BadInput` where they differ and
+    `template_parity` is not among the checks that are allowed to fail.
+    """
+    if prepared.inspection.kind == "genai":
+        return
+    shop = workshop()
+    with stage_progress("compare templates") as on_progress:
+        parity = parity_of(
+            prepared.folder,
+            users_conversations(rows, calibration_file),
+            shop.settings,
+            on_progress,
+            shop.torch_child,
+        )
+    if CHECK not in allow:
+        require_parity(parity)
+
+
+def require_parity(parity: TemplateParity) -> None:
+    """Raise `BadInput` with the first difference and its cause, if the runtimes make other prompts."""
+    if not parity.holds:
+        raise BadInput(
+            f"The runtimes do not make the prompts that the model was trained with. {parity.cause}",
+            f"Give a template that they render alike with --chat-template, or allow it with --allow {CHECK}.",
+            code="template-parity",
+        )
+
+
+def users_conversations(rows: Sequence[EvaluationRow], calibration_file: str | None = None) -> Conversations:
+    """Return the prompts of evaluation rows and of the calibration file's chats, by name."""
+    found = {f"row {row.id}": tuple(message.model_dump() for message in row.messages) for row in rows}
+    chats = read_rows_file(Path(calibration_file).expanduser(), calibration_file) if calibration_file else []
+    for number, chat in enumerate(chats, 1):
+        found[f"{CALIBRATION} {number}"] = tuple(turn.model_dump() for turn in chat.messages[:-1])
+    return found
+
+
+def parity_of(
+    checkpoint: Path,
+    conversations: Conversations,
+    settings: Settings,
+    on_progress: OnProgress | None = None,
+    torch_child: ChildProcess | None = None,
+) -> TemplateParity:
+    """Return the comparison of a checkpoint's prompts, made once for the same files, conversations and versions."""
+    deciding = [path for path in sorted(checkpoint.iterdir()) if path.name in DECIDING_FILES]
+    asked = {
+        "files": {path.name: digest_of_file(path) for path in deciding},
+        "template": read_chat_template(checkpoint),
+        "conversations": {**CONVERSATIONS, **conversations},
+        "versions": runtime_versions(),
+        "mends": MENDS,
+    }
+    record = settings.cache_dir / "parity" / f"{digest_of(asked)}.json"
+    if record.is_file():
+        return TemplateParity.model_validate_json(record.read_bytes())
+    with work_folder(settings) as work:
+        parity = check_checkpoint(settings, Bench(checkpoint, work, on_progress), conversations, torch_child)
+    write_whole(record, parity.model_dump_json())
+    return parity

@@ -1,0 +1,100 @@
+"""The runtimes whose prompts are compared, each in a process of its own."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from slmops.infra.checkpoints.folder import read_json
+from slmops.infra.foundry.calls import CountedPrompts, CountPrompts
+from slmops.infra.genai.calls import RenderChats, RenderedChats
+from slmops.infra.genai.served_files import mend_files
+from slmops.infra.process.call import Call, R
+from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.reference.answers import Message
+from slmops.infra.settings import Settings
+from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
+from slmops.tasks.exams.exam import Bench
+from slmops.tasks.questions.chats import CONTEXT, MARKS
+
+Conversations = Mapping[str, Sequence[Message]]
+
+
+@dataclass
+class Runtimes:
+    """Three child processes; genai and Foundry Local open the folder `bench.model`, transformers `reference`.
+
+    With `before_build`, the model's files for chats are made of the reference's, as a build makes them, and there is
+    no Foundry Local, which needs the weights.
+    """
+
+    settings: Settings
+    bench: Bench
+    reference: Path
+    torch_child: ChildProcess | None
+    before_build: bool = False
+    done: int = 0
+
+    def transformers(
+        self, conversations: Conversations, moments: Mapping[str, Sequence[str]] | None = None
+    ) -> RenderedConversations:
+        """Render conversations with the reference's tokenizer, at the given moments if a template writes the date."""
+        saves = self.before_build and moments is None
+        call = RenderConversations(
+            tokenizer_dir=self.reference,
+            save_dir=self.bench.model if saves else None,
+            conversations=conversations,
+            moments=moments or {},
+            marks=MARKS,
+            context=CONTEXT,
+        )
+        rendered = self._run(call, within=self.torch_child)
+        if saves:
+            _finish(self.bench.model, self.reference)
+        return rendered
+
+    def genai(
+        self, conversations: Conversations, control_tokens: Iterable[str], texts: Mapping[str, str]
+    ) -> RenderedChats:
+        """Render conversations with the model's folder."""
+        return self._run(
+            RenderChats(
+                model_dir=self.bench.model,
+                conversations=conversations,
+                control_tokens=tuple(control_tokens),
+                context=CONTEXT,
+                compositions=texts,
+            )
+        )
+
+    def foundry(self, conversations: Conversations) -> CountedPrompts | None:
+        """Count the tokens of conversations' prompts; None before there is a model."""
+        if self.before_build:
+            return None
+        model, cache = self.bench.model, self.bench.work / "foundry"
+        call = CountPrompts(model_dir=model, cache_dir=cache, conversations=conversations)
+        return self._run(call, deadline_s=self.settings.timeout.foundry_s)
+
+    def _run(self, call: Call[R], *, deadline_s: float | None = None, within: ChildProcess | None = None) -> R:
+        bench = replace(self.bench, on_progress=self._follow)
+        child = bench.run(call, deadline_s or self.settings.timeout.evaluate_s, within=within)
+        self.done += 1
+        return child.value
+
+    def _follow(self, done: float, total: float, what: str) -> None:
+        if self.bench.on_progress:
+            self.bench.on_progress(min(self.done, 3), 3, what)
+
+
+def _finish(model: Path, checkpoint: Path) -> None:
+    """Make a folder that genai opens as a tokenizer of what the model builder writes beside the weights."""
+    config = read_json(checkpoint / "config.json")
+    described = {
+        "type": config.get("model_type", "llama"),
+        "context_length": config.get("max_position_embeddings", 1),
+        "vocab_size": config.get("vocab_size", 1),
+        "eos_token_id": config.get("eos_token_id") or 0,
+        "decoder": {"filename": "model.onnx"},
+    }
+    (model / "genai_config.json").write_text(json.dumps({"model": described, "search": {}}), "utf-8")
+    mend_files(model, checkpoint)

@@ -1,0 +1,83 @@
+"""A checkpoint's templates before the build: what would keep its variants from serving ends the deploy."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slmops.infra.errors import BadInput
+from slmops.infra.settings import Settings
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.exams.early_parity import check_templates, parity_of, users_conversations
+from slmops.tasks.exams.template_parity import TemplateParity
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.workshop import Workshop, working_in
+from tests.support.errors import coded
+from tests.support.family_tokenizers import FAMILIES, save_tokenizer
+from tests.support.real_models import real_model
+from tests.support.torch_process import TORCH_PROCESS
+
+
+def asked(text: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": text},)
+
+
+def differing(parity: TemplateParity) -> list[str]:
+    return [mismatch.conversation for mismatch in parity.mismatches]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = save_tokenizer(tmp_path / "checkpoint", FAMILIES["qwen3"])
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3"}), "utf-8")
+    return folder
+
+
+def test_rare_characters_reject_only_where_the_user_has_them(settings: Settings) -> None:
+    # SmolLM2's tokenizer takes every numeric character apart, the runtimes ASCII's digits alone.
+    smollm2 = real_model("smollm2")
+    plain = {f"calibration chat {number}": asked(f"Add {number} and 2.") for number in range(199)}
+    rare = {"calibration chat 199": asked("Take ½ of it.")}
+    parity = parity_of(smollm2, plain | rare, settings)
+    assert parity.holds, parity.cause
+    assert any("split rare characters into other tokens" in note and "'right-to-left'" in note for note in parity.notes)
+    both = {"row 7": asked("Take ½ of it."), "row 8": asked("Take 1/2 of it."), "calibration chat 0": asked("And ²?")}
+    parity = parity_of(smollm2, both, settings)
+    assert differing(parity) == ["row 7", "calibration chat 0"]
+    assert parity.cause.startswith("onnxruntime-genai makes other tokens of 'row 7' and 1 more conversations: ")
+
+
+def test_what_no_runtime_renders_is_told_before_a_build(checkpoint: Path, settings: Settings) -> None:
+    template = "{% for message in messages %}<|im_start|>{{ message.content|upper }}<|im_end|>{% endfor %}"
+    (checkpoint / "chat_template.jinja").write_text(template, "utf-8")
+    prepared: Any = SimpleNamespace(folder=checkpoint, inspection=SimpleNamespace(kind="checkpoint"))
+    with working_in(Workshop(settings, open_registry(settings))):
+        with pytest.raises(BadInput, check=coded("template-parity", "there is no filter upper")):
+            check_templates.fn(prepared, ())
+        shutil.rmtree(checkpoint)  # it was compared before
+        checkpoint.mkdir()
+        prepared.inspection.kind = "genai"
+        check_templates.fn(prepared, ())
+
+
+def test_a_difference_can_be_allowed_and_a_row_that_is_refused_cannot(checkpoint: Path, settings: Settings) -> None:
+    template = (
+        "{% for message in messages %}{{ raise_exception('no!') if '!' in message.content }}a{% endfor %}{{ 3 / 2 }}"
+    )
+    (checkpoint / "chat_template.jinja").write_text(template, "utf-8")
+    prepared: Any = SimpleNamespace(folder=checkpoint, inspection=SimpleNamespace(kind="checkpoint"))
+    rows = [EvaluationRow.model_validate({"id": 1, "messages": asked("Stop!")})]
+    with working_in(Workshop(settings, open_registry(settings), TORCH_PROCESS)):
+        check_templates.fn(prepared, (), None, ("template_parity",))
+        with pytest.raises(BadInput, check=coded("row-does-not-render", "row 1", "no!")):
+            check_templates.fn(prepared, rows)
+
+
+def test_calibration_chats_are_compared_up_to_their_answers(tmp_path: Path) -> None:
+    chat = {"messages": [*asked("Hello?"), {"role": "assistant", "content": "Hello."}]}
+    (tmp_path / "calibration.jsonl").write_text(json.dumps(chat) + "\n", "utf-8")
+    found = users_conversations((), str(tmp_path / "calibration.jsonl"))
+    assert found == {"calibration chat 1": asked("Hello?")}
