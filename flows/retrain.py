@@ -10,6 +10,7 @@ from slmops.flows.endings import RunEnded
 from slmops.flows.promote import promote
 from slmops.flows.qualify import DeployEnded
 from slmops.infra.storage.manifest import check_name
+from slmops.tasks.build.calibration import write_calibration_file
 from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.inputs import local_file
@@ -81,6 +82,7 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
             "name": parameters.name,
             "base": prepared.uri if parameters.method == "lora" else None,
             "evaluation_file": rows_file or str(prepared.folder / "eval.jsonl"),
+            "calibration_file": write_calibration_file(chats.rows, evaluation.rows, settings),
             "training_run": f"dataset sha256:{tuned.dataset_fingerprint[:16]}, fine-tuning {tuned.key[:16]}",
         }
         if parameters.precisions:

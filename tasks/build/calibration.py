@@ -9,6 +9,7 @@ from slmops.infra.files import write_whole
 from slmops.infra.process.slots import only_maker
 from slmops.infra.records import Record
 from slmops.infra.reference.answers import Question
+from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import digest_of
 from slmops.infra.transformers.calls import Calibrate, Chat
@@ -23,6 +24,7 @@ from slmops.tasks.workshop import workshop
 
 PROMPTS_FILE = Path(__file__).parent / "calibration_prompts.jsonl"
 PROMPTS_AT_ONCE = 32
+MAX_TRAINING_CHATS = 512  # of a fine-tuning, to calibrate its result on: far more than the tokens that are used
 # Up to this size, a checkpoint answers in float32, which is faster on a CPU without instructions for bfloat16.
 MAX_FLOAT32_PARAMETERS = 1_000_000_000
 
@@ -62,6 +64,24 @@ def read_calibration_file(text: str, evaluation: Iterable[EvaluationRow]) -> lis
                 code="calibration-row-judged",
             )
     return rows
+
+
+def write_calibration_file(
+    rows: Sequence[TrainingRow], evaluation: Iterable[EvaluationRow], settings: Settings
+) -> str | None:
+    """Write training chats to a file to calibrate on, and return its path; None where all are evaluation rows.
+
+    Of many chats, some at equal distances are taken.
+    """
+    judged = {_asked(row.messages) for row in evaluation}
+    fitting = [row for row in rows if _asked(row.messages[:-1]) not in judged]
+    taken = fitting[:: -(-len(fitting) // MAX_TRAINING_CHATS) or 1]
+    if not taken:
+        return None
+    content = "".join(row.model_dump_json() + "\n" for row in taken)
+    path = settings.cache_dir / "calibrations" / f"{digest_of([content])}.jsonl"
+    write_whole(path, content)
+    return str(path)
 
 
 def _asked(messages: Sequence[Message]) -> str:

@@ -114,6 +114,7 @@ def test_a_better_candidate_is_promoted_and_the_same_is_not_asked_twice(stages: 
     report = run(stages)
     assert (report.status, report.version, stages.promoted) == ("promoted", 2, ["home@2"])
     assert "home@2 is better than home@1" in report.summary
+    assert len(Path(stages.deployed[0]["calibration_file"]).read_text("utf-8").splitlines()) == 8
     again = run(stages)
     assert (again.status, again.version) == ("skipped", 2)
     assert len(stages.deployed) == 1

@@ -11,12 +11,13 @@ from slmops.infra.errors import BadInput
 from slmops.infra.settings import CalibrationSettings, MachineSettings, Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.build.build import build_variant
-from slmops.tasks.build.calibration import calibrate_once, read_calibration_file
+from slmops.tasks.build.calibration import calibrate_once, read_calibration_file, write_calibration_file
 from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.plan import parse_request
 from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.training_rows import TrainingRow
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.progress import listening
 from slmops.tasks.workshop import Workshop, torch_process, working_in
@@ -76,6 +77,18 @@ class TestFile:
         (tmp_path / "chats.jsonl").write_text(content, "utf-8")
         with pytest.raises(BadInput, match=said):
             read_calibration_file(str(tmp_path / "chats.jsonl"), [])
+
+
+def test_a_finetunings_chats_are_calibrated_on_without_those_that_are_judged(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    rows = [TrainingRow.model_validate(chat(f"ask {number}", "answer")) for number in range(1200)]
+    file = write_calibration_file(rows, [judged("ask 0")], settings)
+    assert file is not None
+    taken = read_calibration_file(file, [judged("ask 0")])
+    assert 256 < len(taken) <= 512
+    assert taken[0] == rows[1]
+    assert write_calibration_file(rows, [judged("ask 0")], settings) == file
+    assert write_calibration_file(rows[:1], [judged("ask 0")], settings) is None
 
 
 class TestTexts:
