@@ -87,7 +87,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
     )
 
     check_templates(prepared, evaluation.rows, request.calibration_file, request.allow)
-    prove_family(prepared)
+    prove_family(prepared, [recipe.precision for recipe in recipes])
     with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # trials' answers
         climbed = climb(build_each(request, recipes, prepared, evaluation), recipes, request, prepared, evaluation)
         built = climbed.built

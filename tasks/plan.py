@@ -8,6 +8,7 @@ from typing import Any
 from slmops.infra.checkpoints.hub import fetch_from_hub
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput
+from slmops.infra.olive.architectures import check_family_precisions
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
@@ -98,6 +99,7 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
         read_calibration_file(request.calibration_file, rows)
     if inspection.kind == "adapter":
         inspection = _inspect_base(folder, request)
+    check_family_precisions(inspection.architecture, [recipe.precision for recipe in recipes])
     used = min(len(rows), settings.evaluation.max_rows)
     stages = estimate_stages(
         inspection,

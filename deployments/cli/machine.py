@@ -29,11 +29,14 @@ def config(as_json: Json = False) -> None:
 
 
 def check(
-    checkpoint: Annotated[str | None, typer.Argument(help="Checkpoint that the machine must have room for.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help="Checkpoint to prove and to find room for.")] = None,
     source_build: Annotated[bool, typer.Option(help="Also check what building onnxruntime-genai needs.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: Python, packages against the proven versions, Foundry's runtime, memory and disk."""
+    """Check this machine: Python, packages against the proven versions, Foundry's runtime, memory and disk.
+
+    With a checkpoint, also whether a model of its configuration is built as transformers has it.
+    """
     from slmops.tasks.environment.checks import check_machine
 
     checks = check_machine(load_settings(), checkpoint, source_build=source_build)

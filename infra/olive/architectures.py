@@ -3,9 +3,10 @@
 What is accepted here is no promise: a checkpoint is built only after its configuration gave transformers' logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from slmops.infra.errors import BadInput
+from slmops.infra.olive.options import BITS
 from slmops.infra.records import Json
 
 # The decoders that onnxruntime-genai 0.18's builder makes from the classes of transformers, and that run on a CPU.
@@ -57,6 +58,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROPE_TYPES_OF = {"Phi3ForCausalLM": ("longrope",), "HunYuanDenseV1ForCausalLM": ("dynamic",)}
 LONGROPE_ORIGINAL_LENGTH = 4096
 
+FLOATING_ONLY = ("GptOssForCausalLM",)
+
 # Implementations of attention and experts that transformers has itself; any other name is a kernel from the Hub.
 OWN_IMPLEMENTATIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
@@ -89,6 +92,18 @@ def check_architecture(config: Json) -> None:
     _check_hybrid(architecture, config)
     text_config = config.get("text_config")
     _check_rope(architecture, text_config if isinstance(text_config, dict) else config)
+
+
+def check_family_precisions(architecture: str, precisions: Collection[str]) -> None:
+    """Raise `BadInput` for a precision that an architecture cannot be built in."""
+    quantized = sorted(set(precisions) & set(BITS))
+    if architecture in FLOATING_ONLY and quantized:
+        raise BadInput(
+            f"{architecture} cannot be built in {' and '.join(quantized)}: the builder reads its experts in four bits "
+            "from OpenAI's own file only.",
+            "Deploy it with --precision fp16.",
+            code="precision-not-supported",
+        )
 
 
 def architecture_of(config: Json) -> str:

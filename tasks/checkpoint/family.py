@@ -1,8 +1,10 @@
 """The proof of a checkpoint's family: before the long build, its configuration is built small and compared."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from slmops.infra.errors import BadInput
+from slmops.infra.olive.architectures import check_family_precisions
 from slmops.infra.olive.calls import FamilyProof, ProveFamily
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess
@@ -15,13 +17,14 @@ from slmops.tasks.workshop import workshop
 
 
 @stage("prove family", run_name="prove-family")
-def prove_family(prepared: PreparedCheckpoint) -> None:
+def prove_family(prepared: PreparedCheckpoint, precisions: Collection[str]) -> None:
     """Prove that the checkpoint's configuration is built exactly; a model that is built already needs no proof.
 
-    Raises `BadInput` for one that is not, before anything is built.
+    Raises `BadInput` for one that is not, or not in one of the precisions, before anything is built.
     """
     if prepared.inspection.kind == "genai":
         return
+    check_family_precisions(prepared.inspection.architecture, precisions)
     shop = workshop()
     with stage_progress("prove family") as on_progress:
         proof_of(prepared.folder, shop.settings, shop.torch, on_progress, log=f"prove-{prepared.digest[:12]}")

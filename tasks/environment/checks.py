@@ -22,7 +22,9 @@ from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.opening import open_object_store
+from slmops.tasks.checkpoint.family import proof_of
 from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
+from slmops.tasks.checkpoint.preparation import with_text_part
 from slmops.tasks.environment.estimates import (
     GB,
     StageEstimate,
@@ -31,6 +33,7 @@ from slmops.tasks.environment.estimates import (
 from slmops.tasks.environment.host import installed_version
 from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.runs.stage import stage
+from slmops.tasks.workshop import torch_process
 
 DISTRIBUTION = "slmops"
 LOCK_FILE = Path(__file__).resolve().parents[2] / "constraints.txt"
@@ -217,10 +220,28 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
     inspection = inspect_checkpoint(Path(checkpoint).expanduser()) if checkpoint else None
     checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
     checks += [*check_foundry_command(settings), check_store(settings)]
-    if inspection:
+    if inspection and checkpoint:
+        checks += check_family(Path(checkpoint).expanduser(), inspection, settings)
         stages = estimate_stages(inspection, PRECISIONS, rows=settings.evaluation.max_rows)
         checks += check_resources(stages, settings)
     return checks
+
+
+def check_family(folder: Path, inspection: Inspection, settings: Settings) -> list[Check]:
+    """Prove a checkpoint's family; no row for a model that is built already, or for an adapter.
+
+    Raises `BadInput` when it is not built exactly.
+    """
+    if inspection.kind != "checkpoint":
+        return []
+    if inspection.multimodal:
+        folder = with_text_part(folder, settings)
+    with torch_process(settings) as child:
+        proof = proof_of(folder, settings, child, lambda done, total, what: None, log="check-family")
+    prompts = ", ".join(str(length) for length in proof.lengths)
+    found = f"{inspection.architecture}: within {proof.distance:.1g} of their deviation over {prompts} tokens"
+    needed = "the logits of transformers at every position"
+    return [Check(name="family", required=needed, found=found, ok=True)]
 
 
 def check_store(settings: Settings) -> Check:

@@ -63,8 +63,8 @@ def stages(settings: Settings, server: str, tmp_path: Path, monkeypatch: pytest.
     stages.folder.mkdir()
     for name, stand_in in {
         "check_environment": lambda *asked: None,
-        "prove_family": lambda prepared: None,
         "check_templates": lambda *asked: None,
+        "prove_family": lambda prepared, precisions: None,
         "check_room": lambda *asked, **how: None,
         "prepare_checkpoint": stages.prepare,
         "build_each": stages.build,

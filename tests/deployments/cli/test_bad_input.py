@@ -61,6 +61,13 @@ def remove_chat_template(folder: Path) -> None:
     path.write_text(json.dumps(content), "utf-8")
 
 
+def add_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 600, "content": "<new>", "special": False})
+    path.write_text(json.dumps(content), "utf-8")
+
+
 def write(name: str, text: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_text(text, "utf-8")
 
@@ -75,6 +82,10 @@ CASES = {
     "broken json": Case("not valid JSON", write("config.json", '{"a": ')),
     "olmo2": Case("Olmo2ForCausalLM is not supported", change_config(architectures=["Olmo2ForCausalLM"])),
     "gpt2": Case("GPT2LMHeadModel is not supported", change_config(architectures=["GPT2LMHeadModel"])),
+    "a kernel from the Hub": Case(
+        "fetch from the Hub", change_config(attn_implementation="kernels-community/flash-attn")
+    ),
+    "a token without a row": Case("'<new>'", add_token),
     "truncated weights": Case("not a whole safetensors file", truncate),
     "other shapes": Case("config.json says", change_config(hidden_size=128)),
     "pickled weights": Case(

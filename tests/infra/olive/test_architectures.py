@@ -12,6 +12,7 @@ from slmops.infra.olive.architectures import (
     MULTIMODAL_ARCHITECTURES,
     SUPPORTED_ARCHITECTURES,
     check_architecture,
+    check_family_precisions,
 )
 from tests.support.errors import coded
 
@@ -102,6 +103,13 @@ def test_the_refusal_lists_what_is_supported() -> None:
 def test_supported_checkpoints_pass(architecture: str, rope: dict[str, Any] | None) -> None:
     config = {"architectures": [architecture], "rope_scaling": None, "rope_parameters": rope}
     check_architecture({**config, "layer_types": ["attention"], "num_local_experts": 0, "attn_implementation": "sdpa"})
+
+
+def test_a_precision_that_a_family_does_not_have_is_refused() -> None:
+    check_family_precisions("GptOssForCausalLM", ["fp16"])
+    check_family_precisions("LlamaForCausalLM", ["fp16", "int8", "int4"])
+    with pytest.raises(BadInput, check=coded("precision-not-supported", "int4 and int8", "--precision fp16")):
+        check_family_precisions("GptOssForCausalLM", ["fp16", "int8", "int4"])
 
 
 def test_every_decoder_of_the_builder_is_accepted_or_has_its_reason() -> None:

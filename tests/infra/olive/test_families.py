@@ -2,15 +2,21 @@
 position; and every mend of the builder, which must go when the builder needs it no more."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from slmops.infra.errors import BadInput
 from slmops.infra.olive import family_proof, genai_builder
 from slmops.infra.olive.calls import FamilyProof, ProveFamily
+from slmops.infra.olive.cut_checkpoint import cut_checkpoint
+from slmops.infra.olive.logit_comparison import differences, reference_trials
 from slmops.infra.olive.mends import (
     gemma,
     layers_without_rope,
@@ -23,6 +29,7 @@ from slmops.infra.olive.mends import (
 from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from tests.support.errors import coded
 from tests.support.family_configs import REAL, make_family, small_config
+from tests.support.real_models import real_model
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,6 +62,18 @@ def test_it_is_exact_at_every_position(model: str, tmp_path: Path) -> None:
     assert proof.first_difference is None
     assert proof.distance < 2e-5
     assert set(LENGTHS.get(model, (40, 400))) <= set(proof.lengths)
+
+
+README = Path(__file__).resolve().parents[3] / "README.md"
+
+
+def test_each_row_of_the_readme_names_a_configuration_that_is_proven_here() -> None:
+    rows = [line.split("|")[1:3] for line in README.read_text("utf-8").splitlines() if line.startswith("|")]
+    start = next(index for index, row in enumerate(rows) if row[0].strip() == "family")
+    ends = next(index for index, row in enumerate(rows) if row[0].strip() == "gpt-oss")
+    named = {row[0].strip(): re.findall(r"`([^`]+)`", row[1]) for row in rows[start + 2 : ends + 1]}
+    assert all(named.values())
+    assert {model for models in named.values() for model in models} == set(REAL)
 
 
 def changed(model: str, **changes: Any) -> dict[str, Any]:
@@ -165,3 +184,64 @@ def test_weights_that_are_missing_are_told(tmp_path: Path) -> None:
     save_file(lacking, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, check=coded("family-not-built", "layers.1.feed_forward.w2")):
         prove(checkpoint)
+
+
+# Of each mend a family; of two with the same, the one whose embedding is multiplied by a factor.
+QUANTIZED = [
+    "Qwen/Qwen3.5-0.8B (text)",
+    "google/gemma-2-2b-it",
+    "google/gemma-3-4b-it (text)",
+    "microsoft/Phi-4-mini-instruct",
+    "mistralai/Ministral-3-3B-Instruct-2512 (text)",
+    "ibm-granite/granite-4.0-micro",
+    "LiquidAI/LFM2-350M",
+]
+LARGEST_MEAN_DISTANCE = {"fp16": 0.01, "int8": 0.15, "int4": 1.5}  # of the wide random weights here
+
+
+@pytest.mark.parametrize("model", QUANTIZED)
+def test_every_precision_runs_and_stays_close(model: str, tmp_path: Path) -> None:
+    checkpoint = make_family(tmp_path / "checkpoint", small_config(model))
+    cut = cut_checkpoint(checkpoint, AutoConfig.from_pretrained(checkpoint), tmp_path / "cut")
+    trials = reference_trials(cut.folder, cut.parameters)[:2]
+    for precision, largest in LARGEST_MEAN_DISTANCE.items():
+        built = tmp_path / precision
+        built.mkdir()
+        genai_builder.make_model(cut.folder, built, {"precision": precision})
+        distances = [difference.distance for difference in differences(built, trials, threads=1)]
+        assert sum(distances) / len(distances) < largest, precision
+
+
+def test_gemma_3_with_its_real_weights_has_the_same_top_token_at_every_position(tmp_path: Path) -> None:
+    """A text longer than the window of 512; int8 and int4 are built of it too."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = real_model("gemma3-270m")
+    text = "\n".join(README.read_text("utf-8").splitlines()[:40])
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(text).input_ids[:540]
+    assert len(tokens) == 540
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+    del model
+    for precision, least, count in (("fp32", 1.0, 540), ("int8", 0.9, 80), ("int4", 0.5, 80)):
+        built = tmp_path / precision
+        built.mkdir()
+        genai_builder.make_model(checkpoint, built, {"precision": precision})
+        found = all_logits(built, tokens[:count])
+        assert (found.argmax(-1) == expected[:count].argmax(-1)).mean() >= least, precision
+        if precision == "fp32":
+            assert np.abs(found - expected).max() < 1e-3
+        shutil.rmtree(built)
+
+
+def all_logits(folder: Path, tokens: list[int]) -> Any:
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(tokens) + 1, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array([tokens], np.int32))
+    return np.array(generator.get_output("logits")[0], np.float32)
