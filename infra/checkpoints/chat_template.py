@@ -1,4 +1,4 @@
-"""A chat template's Jinja: the environment that transformers gives to templates, and templates read in it."""
+"""The Jinja of chat templates: the environment that transformers gives to templates, and their parsing."""
 
 import json
 from datetime import datetime
@@ -22,7 +22,7 @@ def template_environment(*, trims_blocks: bool = True) -> "Environment":
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """The block `generation`: training masks what is not in it, rendering ignores it."""
+        """The block `generation`: training masks text outside of it, rendering ignores it."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -53,7 +53,7 @@ def template_environment(*, trims_blocks: bool = True) -> "Environment":
 
 
 def parse_chat_template(text: str, where: str = "The chat template") -> "jinja.Template":
-    """Return a chat template's syntax tree; raises `BadInput` for one that is not Jinja, called `where` there."""
+    """Return a chat template's syntax tree; raises `BadInput`, which names `where`, for one that is not Jinja."""
     from jinja2 import TemplateSyntaxError
 
     try:

@@ -10,14 +10,14 @@ from slmops.infra.errors import BadInput
 from slmops.infra.records import Json
 from slmops.infra.storage.folders import link_or_copy
 
-# By the model type of the text part, the class that transformers has for it.
+# Model type of the text part -> its class in transformers.
 TEXT_ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
 }
-# Where the text part's tensors are, as the Hub's files and as transformers 5 names them, and what they become.
+# Prefixes of the text part's tensors, in the Hub's files and in transformers 5, and their new prefixes.
 PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
@@ -26,16 +26,16 @@ PREFIXES = (
 )
 OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 NOT_OF_TEXT = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-LENGTH_BYTES = 8  # of the number at the beginning of a safetensors file: its header's length
+LENGTH_BYTES = 8  # size of the number at the beginning of a safetensors file, which is the length of its header
 
 
 def is_multimodal(config: Json) -> bool:
-    """Whether config.json (parsed) is a multi-modal model's, with a part for text."""
+    """Whether config.json (parsed) is that of a multi-modal model with a text part."""
     return isinstance(config.get("text_config"), dict)
 
 
 def text_config_of(config: Json, headers: Mapping[str, TensorHeader]) -> Json:
-    """Return the text part's config.json; raises `BadInput` for a text part of a kind that has no class of its own."""
+    """Return the text part's config.json; raises `BadInput` for an unknown kind of text part."""
     text = config["text_config"]
     assert isinstance(text, dict)
     architecture = TEXT_ARCHITECTURES.get(str(text.get("model_type")))
@@ -77,7 +77,7 @@ def take_text_part(folder: Path, target: Path, config: Json) -> None:
 
 
 def _copy_text_tensors(source: Path, target: Path) -> list[str]:
-    """Copy the text part's tensors of one safetensors file, under their new names; no file where there are none."""
+    """Copy the text part's tensors of one safetensors file, under their new names; no file if there are none."""
     with source.open("rb") as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
         header = json.loads(stream.read(length))

@@ -1,4 +1,4 @@
-"""The tokens of a checkpoint's tokenizer, read from tokenizer.json as it is."""
+"""The tokens of a checkpoint's tokenizer, read from tokenizer.json."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def tokens_without_rows(folder: Path, rows: int) -> tuple[list[str], list[str]]:
-    """Return the tokens whose id is no row of the embedding: those that prompts have, and those that none needs.
+    """Return the tokens without a row in the embedding: those that prompts may have, and those that no prompt needs.
 
-    None needs a control token that neither the chat template nor the tokenizer's roles mention: Gemma 3's small text
-    models have one for images. A tokenizer without tokenizer.json is not judged.
+    No prompt needs a control token that neither the chat template nor the tokenizer's roles mention: Gemma 3's small
+    text models have one for images. A tokenizer without tokenizer.json is not judged.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():

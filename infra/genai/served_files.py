@@ -1,4 +1,4 @@
-"""A built model's files for chats, mended so that the runtimes give the tokens of its checkpoint."""
+"""A built model's files for chats, corrected so that the runtimes give the tokens of its checkpoint."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from slmops.infra.records import Json, Record
 
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Counted up when mends change, so that what was built with others is built again.
+# Increased when the corrections change, so that earlier builds are not reused.
 MENDS = 1
 
 
 class MendedFile(Record):
-    """A file that differs from the checkpoint's: the SHA-256 (hex) of both, and what was mended in it."""
+    """A file that differs from the checkpoint's: the SHA-256 (hex) of both, and the corrections."""
 
     file: str
     source_sha256: str
@@ -26,9 +26,9 @@ class MendedFile(Record):
 
 
 def mend_files(model_dir: Path, checkpoint: Path) -> tuple[MendedFile, ...]:
-    """Mend the chat template and the tokenizer of a model that was built from a checkpoint; returns what was mended.
+    """Correct the chat template and the tokenizer of a model that was built from a checkpoint; returns the corrections.
 
-    Raises `BadInput` for a chat template that is no Jinja.
+    Raises `BadInput` for a chat template that is not Jinja.
     """
     return tuple(
         file for file in (_mend_template(model_dir, checkpoint), _mend_tokenizer(model_dir, checkpoint)) if file
@@ -73,7 +73,7 @@ def _mend_tokenizer(model_dir: Path, checkpoint: Path) -> MendedFile | None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.unlink(missing_ok=True)  # it may be a link
+    path.unlink(missing_ok=True)  # the file may be a link
     path.write_bytes(text.encode())
 
 

@@ -1,9 +1,9 @@
-"""A checkpoint's chat template, written so that onnxruntime-genai renders what transformers renders.
+"""A checkpoint's chat template, rewritten so that onnxruntime-genai renders it as transformers does.
 
-genai 0.18 and Foundry Local have a Jinja of their own. It lacks some of Python's methods and of jinja2's filters, and
-gives other results for some expressions. Every mend here is an expression that jinja2 evaluates to the same value, so
-the mended template is the checkpoint's template in transformers too. `tests/infra/genai/test_template_files.py` fails
-for a mend that a newer runtime no longer needs.
+genai 0.18 and Foundry Local have their own Jinja. It lacks some of Python's methods and of jinja2's filters, and gives
+other results for some expressions. Every replacement here is an expression with the same value in jinja2, so
+transformers renders the corrected template as before. `tests/infra/genai/test_template_files.py` fails for a mend that
+a newer runtime no longer needs.
 """
 
 import functools
@@ -17,21 +17,21 @@ from jinja2.visitor import NodeTransformer
 from slmops.infra.checkpoints.chat_template import parse_chat_template, template_environment
 from slmops.infra.genai.template_source import BYTE_ORDER_MARK, Node, NotWritable, is_part_of_result, template_source
 
-# What a node was rewritten as, and the mend in words; None where there is nothing to mend.
+# The new node, and the correction in words; None if no correction is needed.
 Rewritten = tuple[str, Node] | None
 Rewriting = Callable[[Node], Rewritten]
-# Escapes in strings that genai reads as the letter behind the backslash.
+# Escapes in strings that genai reads as the letter after the backslash.
 OTHER_ESCAPE = re.compile(r"""(?<!\\)(?:\\\\)*\\[^ntr\\'"]""")
-# Filters and methods whose result is a text, and names that templates give to texts.
+# Filters and methods that return a text, and names that templates give to texts.
 TEXT_FILTERS = {"trim", "lower", "upper", "join", "string", "title", "capitalize", "replace", "tojson"}
 TEXT_METHODS = {"strip", "lstrip", "rstrip", "lower", "upper", "title", "capitalize", "replace", "join"}
 TEXT_NAMES = re.compile(r"(content|text|thoughts?|reasoning\w*)$")
 LISTING_FILTERS = {"select", "reject", "selectattr", "rejectattr", "map", "batch", "unique", "items"}
-# What transformers always gives to a template, None where a client gives none.
+# Variables that transformers always passes to a template; None if the client passes none.
 ALWAYS_DEFINED = ("tools", "documents")
 COMPARING_TESTS = {"eq": "eq", "equalto": "eq", "==": "eq", "ne": "ne", "!=": "ne", "in": "in"}
 
-# What is silently another text in genai, or no text, and has no certain rewriting.
+# Expressions with another result in genai, without an error, that cannot be rewritten safely.
 WITHOUT_MEND: dict[type[nodes.Node], str] = {
     nodes.Div: "division of whole numbers is cut off",
     nodes.Pow: "a power is a decimal number",
@@ -45,9 +45,9 @@ FILTERS_WITHOUT_MEND = {"upper", "abs", "round", "wordcount", "format", "sum", "
 
 @dataclass(frozen=True)
 class MendedTemplate:
-    """A template for the runtimes; `mends` say what was rewritten, `left` what genai lacks and cannot be rewritten.
+    """A template for the runtimes; `mends` are the corrections, `left` what genai lacks and cannot be rewritten.
 
-    Without mends the text is the checkpoint's own.
+    Without corrections the text is the checkpoint's own.
     """
 
     text: str
@@ -79,7 +79,7 @@ def _mends_of_the_text(text: str) -> Iterator[str]:
     tokens = [(kind, value) for _, kind, value in kept.lexer.tokeniter(text, None)]
     marked = any(kind in ("block_begin", "block_end") and "+" in value for kind, value in tokens)
     if marked or "\r" in text or kept.parse(text) != parse_chat_template(text):
-        yield "new lines behind blocks and blanks before them, which genai keeps, are left out"
+        yield "line feeds after blocks and blanks before them, which genai keeps, are left out"
     if text.startswith(BYTE_ORDER_MARK):
         yield "the byte order mark that it begins with is written as a text"
     if any(kind == "raw_begin" for kind, _ in tokens):
@@ -89,13 +89,13 @@ def _mends_of_the_text(text: str) -> Iterator[str]:
 
 
 class _Mender(NodeTransformer):
-    """Rewrites expressions; what it did is in `mends`, the variables that may be undefined in genai in `asks_for`."""
+    """Rewrites expressions; `mends` are the corrections, `asks_for` the variables that may be undefined in genai."""
 
     def __init__(self, tree: Node) -> None:
         self.mends: list[str] = []
         self.asks_for: set[str] = set()
         loops = [loop for loop in tree.find_all(nodes.For) if isinstance(loop.target, nodes.Name)]
-        # A message is a mapping: whether it has a key is what genai answers rightly.
+        # A message is a mapping, for which genai tests keys correctly.
         self._messages = {loop.target.name for loop in loops if "messages" in _last_name(loop.iter)}
 
     def visit_Call(self, node: Node) -> Node:  # noqa: N802
@@ -237,7 +237,7 @@ def _filter(node: Node, name: str, *arguments: Node) -> Node:
 
 
 def _parts(text: Node, separator: Node) -> Node:
-    """Return how many parts a text has between separators: one more than it has separators."""
+    """Return the number of parts of a text between separators: one more than the number of separators."""
     return _filter(_call(text, "split", separator), "length")
 
 
@@ -250,7 +250,7 @@ def _is_string(node: Node) -> Node:
 
 
 def _item(node: Node, place: int) -> Node:
-    """Return an item of a list or the character of a text: genai's texts have slices and no items."""
+    """Return an item of a list or the character of a text: genai's texts have slices but no items."""
     start, stop = nodes.Const(place), nodes.Const(place + 1) if place != -1 else None
     character = nodes.Getitem(node, nodes.Slice(start, stop, None), "load")
     if _is_text(node):
@@ -260,7 +260,7 @@ def _item(node: Node, place: int) -> Node:
 
 
 def _listed(node: Node) -> Node:
-    """Return a list where jinja2 has a generator, which has neither items nor slices."""
+    """Return a list instead of a generator of jinja2, which has neither items nor slices."""
     return _filter(node, "list") if isinstance(node, nodes.Filter) and node.name in LISTING_FILTERS else node
 
 
@@ -290,7 +290,7 @@ def _part(split: Node, place: int) -> Node:
 
 
 def _is_text(node: Node) -> bool:
-    """Whether an expression can have no other value than a text."""
+    """Whether the value of an expression is certainly a text."""
     if isinstance(node, nodes.Filter):
         return node.name in TEXT_FILTERS
     if isinstance(node, nodes.Call):
@@ -323,7 +323,7 @@ def _whole_number(node: Node) -> int | None:
 
 
 def _left_over(tree: Node) -> Iterator[str]:
-    """Yield what genai lacks, or evaluates otherwise, and a certain rewriting does not exist for."""
+    """Yield constructs that genai lacks or evaluates differently, and that cannot be rewritten safely."""
     node: Node
     for node in tree.find_all(nodes.Node):
         is_method = isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr)

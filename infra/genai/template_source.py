@@ -1,7 +1,7 @@
-"""A Jinja syntax tree written as a template that jinja2 and onnxruntime-genai read alike.
+"""A Jinja syntax tree written as a template that jinja2 and onnxruntime-genai render alike.
 
-transformers' jinja2 takes a new line behind a block away, and the blanks before one; onnxruntime-genai does neither.
-White space that jinja2 would take away is therefore written as an expression. Comments are left out.
+transformers' jinja2 removes a line feed after a block and blanks before it; onnxruntime-genai does neither. White space
+that jinja2 would remove is therefore written as an expression. Comments are left out.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jinja2 import nodes
 
-Node = Any  # one of jinja2's nodes: what it has depends on its class
+Node = Any  # one of jinja2's nodes, whose fields depend on its class
 OPERATORS = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in"}
 BINARY: dict[type[nodes.Node], str] = {
     nodes.Add: "+", nodes.Sub: "-", nodes.Mul: "*", nodes.Div: "/", nodes.FloorDiv: "//", nodes.Mod: "%",
@@ -18,14 +18,14 @@ BINARY: dict[type[nodes.Node], str] = {
 }  # fmt: skip
 UNARY: dict[type[nodes.Node], str] = {nodes.Neg: "-", nodes.Pos: "+", nodes.Not: "not "}
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r", "'": "\\'"}
-# Expressions that are written in parentheses, which are needed inside others only.
+# Expressions in parentheses, which are only needed inside other expressions.
 WRAPPED = (nodes.BinExpr, nodes.UnaryExpr, nodes.Compare, nodes.Test, nodes.CondExpr, nodes.Concat, nodes.Filter)
 TAG_BEGINS = ("{{", "{%", "{#")
 BYTE_ORDER_MARK = "\ufeff"
 
 
 class NotWritable(Exception):
-    """A tree has a node that is not written; the argument is its name."""
+    """A tree has a node that cannot be written; the argument is its name."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def template_source(template: nodes.Template) -> str:
 
 
 def _data(text: str, before: str | None, behind: str | None) -> str:
-    """Return text between tags; what a runtime would take away of it, or read as a tag, is an expression."""
+    """Return text between tags; parts that a runtime would remove, or read as a tag, become expressions."""
     if any(begin in text for begin in TAG_BEGINS) or text.endswith("{"):
         return f"{{{{ {_string(text)} }}}}"
     head = tail = ""
@@ -164,7 +164,7 @@ def _outer(node: nodes.Node) -> str:
 
 
 def expression(node: Node) -> str:
-    """Return an expression as a template writes it; raises `NotWritable`."""
+    """Return an expression in a template's syntax; raises `NotWritable`."""
     if type(node) in BINARY:
         return f"({expression(node.left)} {BINARY[type(node)]} {expression(node.right)})"
     if isinstance(node, nodes.Not) and isinstance(node.node, nodes.Test):
@@ -204,7 +204,7 @@ def _choice(node: nodes.CondExpr) -> str:
 
 
 def is_part_of_result(node: nodes.Node) -> bool:
-    """Whether an expression is a part of what a function or macro returned, for which genai wants parentheses."""
+    """Whether an expression is a part of what a function or macro returned, for which genai needs parentheses."""
     called = node.node if isinstance(node, nodes.Getattr | nodes.Getitem) else None
     return isinstance(called, nodes.Call) and isinstance(called.node, nodes.Name)
 

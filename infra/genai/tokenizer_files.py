@@ -1,20 +1,20 @@
-"""A variant's tokenizer.json, written so that onnxruntime-genai gives the tokens of the checkpoint's own tokenizer.
+"""A variant's tokenizer.json, rewritten so that onnxruntime-genai gives the tokens of the checkpoint's tokenizer.
 
-genai 0.18 and Foundry Local read the file in a way of their own. `tests/infra/genai/test_tokenizer_files.py` fails for
+genai 0.18 and Foundry Local read the file in their own way. `tests/infra/genai/test_tokenizer_files.py` fails for
 a mend that a newer runtime no longer needs.
 """
 
 from slmops.infra.checkpoints.tokenizer import SPLITTING_PARTS, TokenizerFile, splitting_parts
 
-OWN_PARTS = "the checkpoint's own {parts} stand in place of those of transformers' class"
-NO_STRIP = "the decoder's step Strip, for which genai puts a space behind every control token, is left out"
-METASPACE = "a space before every text is written as Metaspace: genai merges the pieces as transformers does then"
+OWN_PARTS = "the checkpoint's own {parts} replace those of transformers' class"
+NO_STRIP = "the decoder's step Strip, for which genai adds a space after every control token, is left out"
+METASPACE = "a space before every text is written as Metaspace, so that genai merges pieces as transformers does"
 
 
 def mend_tokenizer(built: TokenizerFile, own: TokenizerFile | None) -> tuple[TokenizerFile, tuple[str, ...]]:
-    """Return a tokenizer.json for the runtimes, and what was mended.
+    """Return a tokenizer.json for the runtimes, and the corrections.
 
-    `built` is what the model builder wrote, `own` the checkpoint's file if its model was trained by that, else None.
+    `built` is the model builder's file, `own` the checkpoint's file if the model was trained with it, else None.
     Vocabulary, merges and added tokens stay as they are.
     """
     mended, mends = dict(built), list[str]()

@@ -1,4 +1,4 @@
-"""Give Olive's passes the calibration data of a build, in place of the sets that they fetch from the Hub."""
+"""Give Olive's passes the calibration data of a build instead of data sets from the Hub."""
 
 import importlib
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ _rows: list[tuple[int, ...]] = []
 
 @contextmanager
 def calibrating_with(rows: Sequence[tuple[int, ...]]) -> Iterator[None]:
-    """Patch Olive in this process: passes are calibrated on these rows of token ids.
+    """Patch Olive in this process, so that passes are calibrated on these rows of token ids.
 
-    A data configuration that names files of this machine is used as it stands.
+    A data configuration that names local files is used unchanged.
     """
     import_olive_workflows()
     train_utils: Any = importlib.import_module("olive.passes.pytorch.train_utils")

@@ -1,4 +1,4 @@
-"""A checkpoint cut to a few layers and tokens: of each kind of layer one, with its own weights, widths and rotation."""
+"""A checkpoint cut to a few layers and tokens: one layer of each kind, with its weights, widths and rotation."""
 
 import json
 import re
@@ -10,13 +10,13 @@ from slmops.infra.checkpoints.folder import WEIGHTS, TensorHeader, read_json, re
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Json, Untyped
 
-# Rows of embedding and lm_head that are kept, evenly spread. The builder finds the two matrices by this number, so it
-# is one that no other matrix has.
+# Rows of embedding and lm_head that are kept, evenly spread. The builder identifies the two matrices by this number, so
+# no other matrix may have it.
 KEPT_TOKENS = 1021
-LEAST_LAYERS = 2  # the builder makes the first and the last one in other ways than those between
+LEAST_LAYERS = 2  # the builder makes the first and the last layer differently from the others
 LAYER = re.compile(r"^(.*\blayers\.)(\d+)(\..+)$")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Counts of layers from the first on, and lists of layers' numbers, that `layer_types` says again.
+# Counts and lists of layers that `layer_types` repeats.
 FIRST_LAYERS = ("num_dense_layers",)
 SAID_AGAIN = ("full_attn_idxs", "max_window_layers", "sliding_window_pattern", "full_attention_interval")
 
@@ -33,7 +33,7 @@ TOKENIZER: Json = {
 
 @dataclass(frozen=True)
 class CutCheckpoint:
-    """The cut folder; `layers` are the kept layers' numbers in the whole, `tokens` the rows of its embedding."""
+    """The cut folder; `layers` are the numbers of the kept layers, `tokens` the kept rows of the embedding."""
 
     folder: Path
     layers: tuple[int, ...]
@@ -45,7 +45,7 @@ class CutCheckpoint:
 def cut_checkpoint(folder: Path, config: Untyped, target: Path) -> CutCheckpoint:
     """Write a checkpoint's first layer of each kind, and `KEPT_TOKENS` of its tokens, as a checkpoint to `target`.
 
-    `config` is the folder's as transformers has read it. Raises `BadInput` for weights that lack a layer.
+    `config` is the folder's config in transformers. Raises `BadInput` for weights that lack a layer.
     """
     headers = read_tensor_headers(folder)
     kept = _layers_of_each_kind(config, headers)
@@ -72,7 +72,7 @@ def _layers_of_each_kind(config: Untyped, headers: Mapping[str, TensorHeader]) -
     for layer in range(count):
         if not tensors[layer]:
             raise BadInput(
-                f"The weights have no layer {layer}, which config.json calls for.",
+                f"The weights have no layer {layer}, which config.json requires.",
                 "The weights and config.json are not of the same model: save both again.",
                 code="tensor-missing",
             )

@@ -1,8 +1,8 @@
 """The proof of a family: a checkpoint's configuration, built in fp32, gives transformers' logits at every position.
 
-The checkpoint is cut to a few layers (`slmops.infra.olive.cut_checkpoint`), so that the proof takes seconds. What it
-finds holds for every checkpoint of the same configuration and the same versions of the builder and the runtimes; it is
-kept, and `proven_families.json` holds those of known models.
+The checkpoint is cut to a few layers (`slmops.infra.olive.cut_checkpoint`), so that the proof takes seconds. The result
+applies to every checkpoint of the same configuration with the same versions of the builder and the runtimes. It is
+cached, and `proven_families.json` has the results of known models.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ SHIPPED = Path(__file__).with_name("proven_families.json")
 # Largest distance of two logits over the standard deviation of the reference's. Sound builds of random weights stay
 # below 1e-5 in all families, those of real weights below 3e-5; the smallest fault found (a norm's epsilon) gives 2e-4.
 TOLERANCE = 1e-4
-# What a config says that no operator of a model depends on. The widths that only set the size of matrices are not here:
-# factors are computed of some of them.
+# Fields of a config on which no operator of a model depends. Widths of matrices are not listed, because factors are
+# computed from some of them.
 NOT_OF_THE_FAMILY = {
     *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "vocab_size", "num_hidden_layers", "use_cache"),
     *("intermediate_size", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "initializer_range"),
@@ -40,9 +40,9 @@ NOT_OF_THE_FAMILY = {
 
 
 def prove_family(call: ProveFamily, progress: Progress) -> FamilyProof:
-    """Return whether a checkpoint's configuration is built exactly: from what is known, or by trying it.
+    """Return whether a checkpoint's configuration is built exactly: from a stored result, or by a trial.
 
-    Raises `BadInput` for a checkpoint that transformers or the builder cannot take.
+    Raises `BadInput` for a checkpoint that transformers or the builder does not support.
     """
     import torch
 
@@ -63,7 +63,7 @@ def prove_family(call: ProveFamily, progress: Progress) -> FamilyProof:
 
 
 def family_key(cut_config: Untyped, dtype: str) -> str:
-    """Return the digest of all that a cut checkpoint's config says of its operators, and of the weights' type."""
+    """Return the digest of a cut checkpoint's config, as far as operators depend on it, and of the weights' type."""
     family_config = {name: value for name, value in cut_config.to_dict().items() if name not in NOT_OF_THE_FAMILY}
     text = json.dumps({"config": family_config, "dtype": dtype}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -93,7 +93,7 @@ def _read_config(folder: Path) -> Untyped:
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # its values are the checkpoint's author's, and any may be wrong
+    except Exception as error:  # its values come from the checkpoint's author, and any may be wrong
         raise _refused("transformers cannot read config.json", error) from error
 
 
@@ -109,10 +109,10 @@ def _refused(what: str, error: BaseException) -> BadInput:
 def _try(cut: CutCheckpoint, key: str, architecture: str, threads: int, built: Path, progress: Progress) -> FamilyProof:
     from slmops.infra.olive.genai_builder import make_model
 
-    progress(1, 4, "asking transformers for the cut checkpoint's logits")
+    progress(1, 4, "computing the cut checkpoint's logits in transformers")
     try:
         trials = reference_trials(cut.folder, cut.parameters)
-    except Exception as error:  # its config and weights are the checkpoint's author's
+    except Exception as error:  # its config and weights come from the checkpoint's author
         raise _refused(f"transformers cannot run this {architecture}", error) from error
     progress(2, 4, "building it in fp32")
     try:
@@ -120,7 +120,7 @@ def _try(cut: CutCheckpoint, key: str, architecture: str, threads: int, built: P
         make_model(cut.folder, built, {"precision": "fp32"})
         progress(3, 4, f"comparing every position of {', '.join(str(len(trial.tokens)) for trial in trials)} tokens")
         found = list(differences(built, trials, threads))
-    except Exception as error:  # whatever the builder or the runtime trips over, before the build
+    except Exception as error:  # the builder or the runtime may fail in any way
         raise _refused(f"onnxruntime-genai cannot build or run this {architecture}", error) from error
     first = next((difference for difference in found if not difference.distance <= TOLERANCE), None)
     progress(4, 4, f"compared at {len(found)} positions")

@@ -1,4 +1,4 @@
-"""onnxruntime-genai's builder, with its faults mended: it makes a model folder of a checkpoint."""
+"""onnxruntime-genai's builder with corrections of its faults: it builds a model folder from a checkpoint."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def make_model(checkpoint: Path, folder: Path, options: dict[str, Untyped]) -> N
     precision, target = options["precision"], options.get("execution_provider", "cpu")
     config = AutoConfig.from_pretrained(checkpoint)
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    # A pass before this one may have quantized the weights, each to its own width; the embedding it leaves as it was.
+    # A pass before this one may have quantized the weights, each to its own width; it does not change the embedding.
     is_quantized = hasattr(config, "quantization_config")
     extra_options = ROBUST_OPTIONS | {name: options[name] for name in BUILDER_QUANTIZATION_OPTIONS if name in options}
     if precision == "fp16" and target == "cpu":

@@ -1,8 +1,8 @@
-"""GPTQ: round a matrix column by column; the columns that follow make up for the error of each.
+"""GPTQ: round a matrix column by column; later columns compensate for the error of each one.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022,
-arXiv:2210.17323. Columns are taken by the size of their inputs, the largest first ("act order"). The scale of each
-group is that of the given weights ("static groups"): the groups of the result are columns that are neighbours.
+arXiv:2210.17323. Columns are processed by the size of their inputs, largest first ("act order"). The scale of each
+group is that of the given weights ("static groups"): the groups of the result are neighbouring columns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from olive.common.quant.utils import WeightQuantizer
     from torch import Tensor
 
-COLUMNS_AT_ONCE = 128  # whose errors reach the other columns together, by one product of matrices
+COLUMNS_AT_ONCE = 128  # columns whose errors are passed to the others together, by one matrix product
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rounded:
     zero_points: "Tensor"
 
     def parts(self, rows: Sequence[int]) -> Iterator["Rounded"]:
-        """Yield consecutive parts of so many rows each."""
+        """Yield consecutive parts with this number of rows."""
         split = (tensor.split([*rows]) for tensor in (self.values, self.scales, self.zero_points))
         for values, scales, zero_points in zip(*split, strict=True):
             yield Rounded(values, scales, zero_points)
@@ -44,7 +44,7 @@ def round_to_nearest(weight: "Tensor", quantizer: "WeightQuantizer") -> Rounded:
 
 
 def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQuantizer", damping: float) -> Rounded:
-    """Round a matrix [rows, columns] in fp32 so that its outputs stay near for inputs like those that were seen.
+    """Round a matrix [rows, columns] in fp32 so that its outputs stay close for inputs like the calibration inputs.
 
     `products` [columns, columns] are the sums of the inputs' products, x x^T, which this overwrites. `damping` is the
     share of their mean diagonal that is added to it.
@@ -55,7 +55,7 @@ def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQua
     scales, zero_points = quantizer.find_qparams(weight)
     group_of = torch.arange(columns) // (quantizer.group_size if quantizer.group_size > 0 else columns)
     diagonal = products.diagonal()
-    diagonal[diagonal == 0] = 1  # an input that was never seen: its column is rounded to nearest
+    diagonal[diagonal == 0] = 1  # an input that never occurred: its column is rounded to nearest
     order = torch.argsort(diagonal, descending=True, stable=True)
     spread = _upper_factor_of_inverse(products[order][:, order], damping)
     # Transposed, so that a column is contiguous.

@@ -1,4 +1,4 @@
-"""The logits of transformers and of onnxruntime-genai for the same tokens: at once, and one token after another."""
+"""The logits of transformers and of onnxruntime-genai for the same tokens: as a prompt, and token by token."""
 
 import gc
 import json
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from slmops.infra.olive.mends.text_models import context_length
 from slmops.infra.records import Untyped
 
-TOKENS = (40, 400)  # of the prompts that every model gets
-TOKENS_BEYOND = 24  # of a prompt, behind the end of a window or of the original length
-STEPS = 4  # of generation before such an end, and as many behind it
-LARGEST_WORK = 3e12  # floating-point operations of a prompt that are still affordable: some 30 s on two cores
-LARGEST_SCORES_BYTES = 2_300_000_000  # attention scores of one layer, which the runtimes hold at once
+TOKENS = (40, 400)  # lengths of the prompts for every model
+TOKENS_BEYOND = 24  # tokens of a prompt after the end of a window or of the original length
+STEPS = 4  # generated tokens before such an end, and as many after it
+LARGEST_WORK = 3e12  # limit on the floating-point operations of a prompt: some 30 s on two cores
+LARGEST_SCORES_BYTES = 2_300_000_000  # limit on the attention scores of one layer, which the runtimes keep in memory
 
 Logits = NDArray[np.float32]
 
@@ -25,8 +25,8 @@ Logits = NDArray[np.float32]
 class Trial:
     """Tokens, transformers' logits at each of their positions, and the position from which generation is compared.
 
-    `generated` are the logits of its steps. A rotary embedding that depends on the whole length (longrope) makes them
-    others than those of the prompt.
+    `generated` are the logits of its steps. With a rotary embedding that depends on the whole length (longrope), they
+    differ from those of the prompt.
     """
 
     tokens: tuple[int, ...]
@@ -46,7 +46,7 @@ class Difference:
 
 
 def reference_trials(folder: Path, parameters: int) -> list[Trial]:
-    """Return a trial of each length that can be afforded with the checkpoint in `folder`, which is loaded in float32.
+    """Return a trial of each feasible length with the checkpoint in `folder`, which is loaded in float32.
 
     Raises what transformers raises, and `ValueError` for weights that are missing or give no finite logits.
     """
@@ -72,7 +72,7 @@ def reference_trials(folder: Path, parameters: int) -> list[Trial]:
 
 
 def _ends(config: Untyped) -> list[int]:
-    """Return where a model begins to compute in another way: the end of its window and its original length."""
+    """Return the positions at which a model's computation changes: the end of its window and its original length."""
     rope = getattr(config, "rope_parameters", None) or {}
     sections = [rope, *(section for section in rope.values() if isinstance(section, dict))]
     ends = {section.get("original_max_position_embeddings") for section in sections}
@@ -96,7 +96,7 @@ def _trial(model: Untyped, end: int) -> Trial:
     before = _logits(model, tokens[:end])
     generated = np.concatenate([before[start:], expected[end : end + STEPS]])
     if not np.allclose(before, expected[:end], atol=1e-2 * float(expected.std())):
-        generated = before[start:]  # the runtime passes a change of rotation with one wrong step, which is told
+        generated = before[start:]  # the runtime has one wrong step at a change of rotation, which is reported
     return Trial(tokens, expected, start, generated)
 
 
@@ -111,7 +111,7 @@ def _logits(model: Untyped, tokens: Sequence[int]) -> Logits:
 
 
 def differences(folder: Path, trials: Sequence[Trial], threads: int) -> Iterator[Difference]:
-    """Yield how far a built model's logits are from the expected ones, at each position and step of the trials."""
+    """Yield the distances of a built model's logits from the expected ones, at each position and step of the trials."""
     import onnxruntime_genai as og
 
     config = og.Config(str(folder))
@@ -142,7 +142,7 @@ def differences(folder: Path, trials: Sequence[Trial], threads: int) -> Iterator
 
 
 def _generate(generator: Untyped, token: int, vocabulary_size: int) -> None:
-    """Have the runtime generate this token, as it would its own: it may then begin to compute in another way."""
+    """Let the runtime generate this token like its own: its computation may change there."""
     forced = np.full((1, 1, vocabulary_size), -1e9, np.float32)
     forced[..., token] = 0
     generator.set_logits(forced)

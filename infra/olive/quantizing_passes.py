@@ -1,8 +1,8 @@
-"""Olive's passes `Gptq` and `Rtn` as slmops runs them; Olive's engine imports this module, nothing else does.
+"""slmops's versions of Olive's passes `Gptq` and `Rtn`; only Olive's engine imports this module.
 
-Olive 0.13's `Gptq` sums the products of inputs anew for each matrix that reads them, gives every layer the first one's
-attention mask, and rounds in the checkpoint's dtype, in which eight bits are lost. Here the result has the same format,
-and all its files but the weights are the checkpoint's own, not those that transformers writes.
+Olive 0.13's `Gptq` sums the products of inputs again for each matrix that reads them, gives every layer the attention
+mask of the first one, and rounds in the checkpoint's dtype, which loses eight bits. Here the result has the same
+format, and all its files except the weights are copies of the checkpoint's files.
 """
 
 import fnmatch
@@ -27,7 +27,7 @@ from slmops.infra.olive.gptq_rounding import Rounded, round_for_inputs, round_to
 from slmops.infra.olive.step_progress import report_step
 from slmops.infra.storage.folders import link_or_copy
 
-CALIBRATED_BITS = 4  # the error of eight bits is far below that of four: they are rounded to nearest
+CALIBRATED_BITS = 4  # eight bits are rounded to nearest, because their error is far below that of four
 CONFIG_FILE = "config.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
@@ -46,7 +46,7 @@ class Gptq(gptq.Gptq):  # type: ignore[misc]
 
 
 class Rtn(rtn.Rtn):  # type: ignore[misc]
-    """Round to nearest; the embedding is left to the pass `ModelBuilder`: the builder reads no quantized one."""
+    """Round to nearest, without the embedding, because the builder does not read a quantized one."""
 
     def _run_for_config(
         self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
@@ -74,7 +74,7 @@ def _with_module_names(model: HfModelHandler, config: BasePassConfig) -> BasePas
 
 
 def _quantize_layers(wrapper: ModelWrapper, rows: Sequence[Tensor], damping: float) -> None:
-    """Quantize a prepared model in place; each layer is calibrated on what the quantized ones before it give."""
+    """Quantize a prepared model in place; each layer is calibrated on the outputs of the quantized layers before it."""
     layers = wrapper.get_layers(return_name=False)
     inputs, arguments = _layer_inputs(wrapper, rows)
     for number, layer in enumerate(layers):
@@ -102,7 +102,7 @@ Arguments = tuple[tuple[object, ...], dict[str, object]]
 
 
 def _layer_inputs(wrapper: ModelWrapper, rows: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Arguments]]]:
-    """Return what the first layer is given for each row, in fp32, and every layer's further arguments, row by row."""
+    """Return the inputs of the first layer for each row, in fp32, and every layer's other arguments, row by row."""
     layers = wrapper.get_layers(return_name=False)
     arguments: list[list[Arguments]] = [[] for _ in layers]
 
@@ -174,7 +174,7 @@ def _seen_inputs(layer: Module) -> Iterator[list[_Readers]]:
 
 
 def _rounded_together(readers: _Readers, damping: float) -> Iterator[tuple[Module, Rounded]]:
-    """Yield each matrix and its rounding; those of the same format are rounded as one of all their rows."""
+    """Yield each matrix and its rounding; matrices of the same format are rounded as one matrix of all rows."""
     of_format: dict[tuple[int, int, bool], list[Module]] = {}
     for module in readers.modules:
         quantizer = module.quant_info.quantizer
@@ -194,7 +194,7 @@ def _is_calibrated(module: Module) -> bool:
 
 
 def _pack(model: Module, rounded: dict[Module, Rounded]) -> None:
-    """Replace prepared matrices by packed ones; what is not rounded yet is rounded to nearest."""
+    """Replace prepared matrices by packed ones; matrices that are not rounded yet are rounded to nearest."""
 
     def packed(module: Module, _: str) -> QuantLinear:
         quantizer = module.quant_info.quantizer
@@ -221,7 +221,7 @@ def _pack(model: Module, rounded: dict[Module, Rounded]) -> None:
 def _finished(
     model: HfModelHandler, wrapper: ModelWrapper, quantization: OliveHfQuantizationConfig, output_model_path: str
 ) -> HfModelHandler:
-    """Write a model; every file but the weights is the given model's, its config.json with the quantization."""
+    """Write a model; all files except weights are the given ones, with the quantization in config.json."""
     _pack(wrapper.model, {})
     result = quant_utils.finalize(model, output_model_path, wrapper, quantization, "cpu")
     source, target = Path(model.model_name_or_path), Path(output_model_path)

@@ -1,4 +1,4 @@
-"""The progress of a long pass, reported from within Olive, which passes nothing of the kind on."""
+"""The progress of a long pass, reported from within Olive, which has no progress reports."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ _listener: ContextVar[Progress | None] = ContextVar("listener", default=None)
 
 
 def report_step(share: float, what: str) -> None:
-    """Report that a share of the work, 0 to 1, is done; nothing happens where nobody listens."""
+    """Report that a share of the work, 0 to 1, is done; nothing happens without a listener."""
     listener = _listener.get()
     if listener:
         listener(share, 2, what)  # the first half of a build: see `slmops.infra.olive.engine.build`
@@ -18,7 +18,7 @@ def report_step(share: float, what: str) -> None:
 
 @contextmanager
 def listening_to_steps(listener: Progress) -> Iterator[None]:
-    """Let a listener hear what is reported."""
+    """Pass reports to a listener."""
     token = _listener.set(listener)
     try:
         yield

@@ -1,4 +1,4 @@
-"""How much CPU the other programs of the machine use while something is measured."""
+"""The CPU that other programs of the machine use during a measurement."""
 
 import contextlib
 import os
@@ -6,14 +6,14 @@ import time
 
 import psutil
 
-# What psutil counts apart, by the system; the sum of these is the time in which a core worked for anybody.
+# psutil's separate counters; their sum is the time in which a core was busy.
 BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 
 
 class OtherLoad:
-    """The CPU that other programs use while this is entered.
+    """The CPU that other programs use within this context.
 
-    That is the machine's, without that of this process and its parents, which only show the progress.
+    This is the machine's CPU time without that of this process and its parents, which only show progress.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class OtherLoad:
         self.cores = max(0.0, busy_s - own_s) / max(wall_s, 1e-9)
 
     def share_of(self, threads: int) -> float:
-        """Return the share of the cores for so many threads that others took: 0 if there were enough cores for all."""
+        """Return the share of the cores for this number of threads that others used: 0 if there were enough cores."""
         wanted = max(1, threads)
         missing = self.cores + wanted - (os.cpu_count() or 1)
         return min(1.0, max(0.0, missing) / wanted)
@@ -45,6 +45,6 @@ def _own_cpu_s() -> float:
     process = psutil.Process()
     own_s = 0.0
     for member in (process, *process.parents()):
-        with contextlib.suppress(psutil.Error):  # of another user, or gone
+        with contextlib.suppress(psutil.Error):  # it belongs to another user, or has ended
             own_s += sum(member.cpu_times()[:2])
     return own_s

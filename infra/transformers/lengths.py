@@ -1,4 +1,4 @@
-"""Whether the source checkpoint answers chats of given lengths, as the sweep asks a variant."""
+"""Whether the source checkpoint answers chats of given lengths, like a variant in the sweep."""
 
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import Question
@@ -8,7 +8,8 @@ from slmops.infra.transformers.calls import AnswerAtLengths
 
 
 def answer_at_lengths(call: AnswerAtLengths, progress: Progress) -> tuple[bool, ...]:
-    """Say for each length whether the greedy answer decodes to a text; its end tokens are suppressed, as in the sweep.
+    """Return for each length whether the greedy answer decodes to a text; its end tokens are suppressed, as in the
+    sweep.
 
     A length that the template alone fills counts as answered. Raises `StageFailed` for a checkpoint that cannot be
     loaded.

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer in transformers: the one that its model was trained with."""
+"""A checkpoint's tokenizer in transformers: that of the model's training."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,15 @@ from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.checkpoints.tokenizer import SPLITTING_PARTS, TOKENIZER, splitting_parts, trained_by_file
 from slmops.infra.errors import StageFailed, reason_of
 
-Tokenizer = Any  # transformers' tokenizers have no class in common
+Tokenizer = Any  # transformers' tokenizers have no common class
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Return a checkpoint's tokenizer; no code of the checkpoint's is run.
+    """Return a checkpoint's tokenizer; no code of the checkpoint is run.
 
-    Where transformers' class splits texts otherwise than tokenizer.json says, that is the file's tokenizer if the model
-    was trained by the file. Raises `StageFailed` for a tokenizer that transformers cannot load.
+    If transformers' class splits texts differently from tokenizer.json, it is the file's tokenizer if the model was
+    trained with the file. Raises `StageFailed` for a tokenizer that transformers cannot load.
     """
     tokenizer = auto_tokenizer(folder)
     return file_tokenizer(folder) if trained_by_file(folder) and rebuilt_parts(tokenizer, folder) else tokenizer
@@ -30,7 +30,7 @@ def file_tokenizer(folder: Path) -> Tokenizer:
 
 
 def auto_tokenizer(folder: Path) -> Tokenizer:
-    """Return what transformers makes of a checkpoint's tokenizer; raises `StageFailed` if it cannot load it."""
+    """Return the tokenizer that transformers loads; raises `StageFailed` if it cannot."""
     from transformers import AutoTokenizer
 
     try:

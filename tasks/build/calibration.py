@@ -1,4 +1,4 @@
-"""Calibration: the texts on which a recipe sees the inputs of the weights. They never come from a network."""
+"""Calibration: the texts from which a recipe gets the inputs of the weights. They are never downloaded."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ from slmops.tasks.workshop import workshop
 
 PROMPTS_FILE = Path(__file__).parent / "calibration_prompts.jsonl"
 PROMPTS_AT_ONCE = 32
-MAX_TRAINING_CHATS = 512  # of a fine-tuning, to calibrate its result on: far more than the tokens that are used
+MAX_TRAINING_CHATS = 512  # of a fine-tuning, for the calibration of its result; far fewer are used
 # Up to this size, a checkpoint answers in float32, which is faster on a CPU without instructions for bfloat16.
 MAX_FLOAT32_PARAMETERS = 1_000_000_000
 
@@ -42,17 +42,17 @@ class Calibration(Record):
 
     @property
     def summary(self) -> str:
-        """What a report says of it."""
+        """The report's description of it."""
         chats = len(self.rows) - self.answers
         parts = [f"{chats} chats"] * (chats > 0) + [f"{self.answers} answers of its own"] * (self.answers > 0)
         return f"{sum(map(len, self.rows)):,} tokens of {' and '.join(parts)}"
 
 
 def read_calibration_file(text: str, evaluation: Iterable[EvaluationRow]) -> list[TrainingRow]:
-    """Read the chats to calibrate on: JSON Lines, in the form of a dataset that is learned from.
+    """Read the calibration chats: JSON Lines, in the form of a training dataset.
 
     Raises `BadInput` for a file that is empty or cannot be used, and for a chat that is also an evaluation row: the
-    variant would be judged on what it was fitted to.
+    variant would be judged on its calibration data.
     """
     rows = read_rows_file(Path(text).expanduser(), text)
     judged = {_asked(row.messages): row.id for row in evaluation}
@@ -60,7 +60,7 @@ def read_calibration_file(text: str, evaluation: Iterable[EvaluationRow]) -> lis
         if (found := judged.get(_asked(row.messages[:-1]))) is not None:
             raise BadInput(
                 f"Chat {number} of the calibration file {text} is the evaluation row {found!r}.",
-                "Leave the rows out that variants are judged on.",
+                "Leave out the rows that variants are judged on.",
                 code="calibration-row-judged",
             )
     return rows
@@ -69,7 +69,7 @@ def read_calibration_file(text: str, evaluation: Iterable[EvaluationRow]) -> lis
 def write_calibration_file(
     rows: Sequence[TrainingRow], evaluation: Iterable[EvaluationRow], settings: Settings
 ) -> str | None:
-    """Write training chats to a file to calibrate on, and return its path; None where all are evaluation rows.
+    """Write training chats to a calibration file, and return its path; None if all are evaluation rows.
 
     Of many chats, some at equal distances are taken.
     """
@@ -97,10 +97,10 @@ def _built_in_prompts() -> list[tuple[Turn, ...]]:
 def calibrate_once(
     request: DeployRequest, prepared: PreparedCheckpoint, evaluation: Sequence[EvaluationRow]
 ) -> Calibration:
-    """Make the texts to calibrate on, or return those that were made of the same content before.
+    """Make the calibration texts, or return those that were made from the same content before.
 
-    They are the chats of the request's file and, as far as those are not enough, the checkpoint's own answers to
-    built-in prompts; never an evaluation row. Raises `BadInput` as `read_calibration_file` and `Calibrate` do.
+    They are the chats of the request's file and, if these are too few, the checkpoint's own answers to built-in
+    prompts, but never an evaluation row. Raises `BadInput` as `read_calibration_file` and `Calibrate` do.
     """
     shop = workshop()
     settings = shop.settings
@@ -153,7 +153,7 @@ def calibration_for(
     prepared: PreparedCheckpoint,
     evaluation: Sequence[EvaluationRow],
 ) -> Calibration | None:
-    """Return the texts to calibrate on, None where no recipe needs any."""
+    """Return the calibration texts; None if no recipe needs any."""
     if any(recipe.is_calibrated for recipe in recipes):
         return calibrate_once(request, prepared, evaluation)
     return None

@@ -1,4 +1,4 @@
-"""Climbing: where a precision's recipe misses the gate, the more faithful ones that it names are tried in turn."""
+"""Climbing: if a precision's recipe misses the gate, the more faithful recipes that it names are tried in turn."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ FIGURES = ("kl_divergence", "top1_agreement", "perplexity")
 
 
 class Attempt(Record):
-    """A recipe that was tried for a precision: its figures, and the checks of answers and distributions it missed."""
+    """A recipe that was tried for a precision: its figures, and the missed checks of answers and distributions."""
 
     recipe: str
     status: Status
@@ -41,7 +41,7 @@ class Attempt(Record):
 
 
 class Climb(Record):
-    """The attempts of each precision, in order; the version has the last one that passed, else the nearest."""
+    """The attempts of each precision, in order; the version has the last one that passed, else the closest."""
 
     attempts: dict[str, tuple[Attempt, ...]]
 
@@ -51,7 +51,7 @@ CLIMB = Kind("climb", Climb)
 
 @dataclass(frozen=True)
 class Climbed:
-    """What was built in the end, the attempts, and the trials whose figures the version takes over."""
+    """The final builds, the attempts, and the trials whose figures the version reuses."""
 
     built: Built
     climb: Climb
@@ -59,7 +59,7 @@ class Climbed:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The builds' warnings for the user, and one for each recipe that gave way to its fallback."""
+        """The builds' warnings for the user, and one for each recipe that was replaced by its fallback."""
         of_fallbacks = (
             f"{attempts[0].recipe} could not be built, so {attempts[-1].recipe} was: {attempts[0].error}"
             for attempts in self.climb.attempts.values()
@@ -77,9 +77,9 @@ def climb(
 ) -> Climbed:
     """Try the next recipes of each precision whose variant misses the gate's checks of answers and distributions.
 
-    `built` is what the recipes gave. The variant of the first one that passes is kept, or, where none does, the nearest
-    to the checkpoint. Where no recipe of a precision can be built, its fallback is. A precision whose recipe names no
-    others keeps its variant untried.
+    `built` are the variants of the recipes. The variant of the first recipe that passes is kept, or, if none passes,
+    the one closest to the checkpoint. If no recipe of a precision can be built, its fallback is built. A precision
+    whose recipe names no others keeps its variant without a trial.
     """
     if built.search or prepared.inspection.kind == "genai":
         return Climbed(built, Climb(attempts={}))
@@ -107,7 +107,7 @@ def climb(
 
 @stage("record climb", run_name="record-climb")
 def record_climb(version: Version, climbed: Climbed) -> None:
-    """Append the attempts to a version, and the figures of its variants under the keys by which exams find them."""
+    """Append the attempts to a version, and the figures of its variants under the keys of their exams."""
     for trial in climbed.trials:
         copy_evidence(version, trial)
     if climbed.climb.attempts:
@@ -115,7 +115,7 @@ def record_climb(version: Version, climbed: Climbed) -> None:
 
 
 def last_climb(version: Version) -> Climb:
-    """Return the attempts that a version's variants come from; none if there was nothing to climb."""
+    """Return the attempts that a version's variants come from; empty without any climbing."""
     return version.latest(CLIMB) or Climb(attempts={})
 
 
@@ -188,7 +188,7 @@ def _tried(
     prepared: PreparedCheckpoint,
     evaluation: EvaluationSet,
 ) -> Iterator[_Step]:
-    """Yield the first step and those after it, up to the first that misses nothing."""
+    """Yield the steps up to the first one that misses no check."""
     first.evaluate(prepared, evaluation)
     yield first
     step = first

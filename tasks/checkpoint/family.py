@@ -1,4 +1,4 @@
-"""The proof of a checkpoint's family: before the long build, its configuration is built small and compared."""
+"""The proof of a checkpoint's family: before the build, a small model of its configuration is built and compared."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -33,7 +33,7 @@ def prove_family(prepared: PreparedCheckpoint, precisions: Collection[str]) -> N
 def proof_of(
     folder: Path, settings: Settings, child: ChildProcess, on_progress: OnProgress, *, log: str
 ) -> FamilyProof:
-    """Return the proof of a checkpoint's family; raises `BadInput` where the logits are not transformers'."""
+    """Return the proof of a checkpoint's family; raises `BadInput` if the logits differ from transformers'."""
     with work_folder(settings) as work:
         proof = child.run(
             ProveFamily(

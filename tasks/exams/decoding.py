@@ -1,4 +1,4 @@
-"""How a checkpoint's answers are decoded: one set of end tokens from four places, and its generation_config.json."""
+"""The decoding of a checkpoint's answers: end tokens from four places, and its generation_config.json."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,18 +18,18 @@ TOKENIZER = "tokenizer"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TEMPLATE = "chat template"
-# Where transformers looks for end tokens, in this order; it takes those of the first place that names any.
+# The places in which transformers looks for end tokens, in this order; the first place that names any applies.
 IN_TRANSFORMERS = (GENERATION_CONFIG, CONFIG, TOKENIZER)
 SAMPLING = ("temperature", "top_p", "top_k")
-STRONGEST_PENALTY = 2.0  # leaves no sensible text
-_ANSWER = "slmops-answer-7f3c"  # no template contains or changes it
+STRONGEST_PENALTY = 2.0  # a stronger penalty gives no sensible text
+_ANSWER = "slmops-answer-7f3c"  # a text that no template contains or changes
 
 
 class EndTokens(Record):
-    """The ids of the tokens that end an answer, by the places that name them, and their texts where known.
+    """The ids of the tokens that end an answer, by the places that name them, and their texts if known.
 
-    A checkpoint says it in its tokenizer's `eos_token`, in `eos_token_id` of config.json and generation_config.json,
-    and by what its chat template writes behind an answer. All of these end an answer.
+    The places are the tokenizer's `eos_token`, `eos_token_id` of config.json and generation_config.json, and the token
+    that the chat template writes after an answer. All of these end an answer.
     """
 
     places: dict[str, tuple[int, ...]]
@@ -42,12 +42,12 @@ class EndTokens(Record):
 
     @property
     def in_transformers(self) -> tuple[int, ...]:
-        """Those that transformers would end an answer by."""
+        """Those that end an answer in transformers."""
         return next((tuple(sorted(set(self.places[place]))) for place in IN_TRANSFORMERS if self.places[place]), ())
 
     @property
     def warning(self) -> str | None:
-        """What a user should know when the places disagree about what ends a turn."""
+        """A warning if the places name different tokens."""
         named = {place: tokens for place, tokens in self.places.items() if tokens}
         ends = [set(tokens) for tokens in named.values()]
         if all(one <= other or other <= one for one in ends for other in ends):
@@ -112,7 +112,7 @@ def _ids(value: object) -> tuple[int, ...]:
 
 
 def _end_in_template(folder: Path, names: Mapping[str, str | None], special: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the special token that the chat template writes right behind an answer that ends the conversation."""
+    """Return the special token that the chat template writes directly after the last answer of a conversation."""
     template = read_chat_template(folder)
     if template is None:
         return ()
@@ -120,16 +120,16 @@ def _end_in_template(folder: Path, names: Mapping[str, str | None], special: Map
     try:
         text = chat_template_renderer(template, names)(messages, False)
     except (BadInput, TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
-        return ()  # what the template refuses is told where it is needed
+        return ()  # a refusal of the template is reported at its use
     behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
     found = max((token for token in special if token and behind.startswith(token)), key=len, default=None)
     return () if found is None else (special[found],)
 
 
 class Settled(Record):
-    """How a checkpoint's answers are decoded, and what a user should know of it.
+    """The decoding of a checkpoint's answers, and warnings for the user.
 
-    `end_token_ids` are all of its end tokens, `decoding` what differs from what transformers does by itself.
+    `end_token_ids` are all of its end tokens, `decoding` has the differences from transformers' default.
     """
 
     end_token_ids: tuple[int, ...]
@@ -138,11 +138,11 @@ class Settled(Record):
 
 
 def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
-    """Settle how a checkpoint's answers are decoded; `given` are the user's generation parameters, which go first.
+    """Determine the decoding of a checkpoint's answers; `given` are the user's generation parameters, with priority.
 
     The source and its variants are judged greedily, with the repetition penalty of generation_config.json and until
-    the same end tokens; what the file says of sampling is kept for serving, and told. A folder that is an
-    onnxruntime-genai model has no source; its own penalty holds.
+    the same end tokens; the file's sampling parameters are kept for serving, and reported. An onnxruntime-genai folder
+    has no source; its own penalty applies.
     """
     if (folder / GENAI_CONFIG).is_file():
         search = read_json(folder / GENAI_CONFIG).get("search")
@@ -153,7 +153,7 @@ def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
     if penalty is None:
         warnings.append(
             f"The repetition penalty of {GENERATION_CONFIG} is {generation['repetition_penalty']!r}: it was left out, "
-            f"because it is no number above 0 and up to {STRONGEST_PENALTY:g}."
+            f"because it is not a number above 0 and up to {STRONGEST_PENALTY:g}."
         )
     warnings += _on_sampling(generation, given)
     decoding = Decoding(
@@ -176,6 +176,6 @@ def _on_sampling(generation: Content, given: Mapping[str, float]) -> Iterator[st
     values = {name: given.get(name, generation.get(name)) for name in SAMPLING}
     shown = ", ".join(f"{name} {value:g}" for name, value in values.items() if isinstance(value, int | float))
     yield (
-        f"{GENERATION_CONFIG} asks for sampling{f' ({shown})' if shown else ''}: that is kept as the model's default, "
+        f"{GENERATION_CONFIG} requests sampling{f' ({shown})' if shown else ''}: that is kept as the model's default, "
         "and the answers that were judged are greedy."
     )

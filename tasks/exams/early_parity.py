@@ -1,4 +1,4 @@
-"""Template parity before the build: rendering needs no weights, so nothing is built that could not be served."""
+"""Template parity before the build. Rendering needs no weights, so a faulty template is found before a build."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,10 +39,10 @@ def check_templates(
     calibration_file: str | None = None,
     allow: Sequence[str] = (),
 ) -> None:
-    """Compare what a checkpoint would be built into with transformers, on our conversations and the user's own.
+    """Compare the prompts of a future variant with transformers, on built-in conversations and the user's own.
 
-    A model that is built already is compared when it is examined. Raises `BadInput` where they differ and
-    `template_parity` is not among the checks that are allowed to fail.
+    An ONNX model is compared in its exams. Raises `BadInput` if they differ and `template_parity` is not allowed to
+    fail.
     """
     if prepared.inspection.kind == "genai":
         return
@@ -60,10 +60,10 @@ def check_templates(
 
 
 def require_parity(parity: TemplateParity) -> None:
-    """Raise `BadInput` with the first difference and its cause, if the runtimes make other prompts."""
+    """Raise `BadInput` with the first difference and its cause, if the runtimes render other prompts."""
     if not parity.holds:
         raise BadInput(
-            f"The runtimes do not make the prompts that the model was trained with. {parity.cause}",
+            f"The runtimes do not render the prompts that the model was trained with. {parity.cause}",
             f"Give a template that they render alike with --chat-template, or allow it with --allow {CHECK}.",
             code="template-parity",
         )
@@ -85,7 +85,7 @@ def parity_of(
     on_progress: OnProgress | None = None,
     torch_child: ChildProcess | None = None,
 ) -> TemplateParity:
-    """Return the comparison of a checkpoint's prompts, made once for the same files, conversations and versions."""
+    """Return the comparison of a checkpoint's prompts; it is made once for equal files, conversations and versions."""
     deciding = [path for path in sorted(checkpoint.iterdir()) if path.name in DECIDING_FILES]
     asked = {
         "files": {path.name: digest_of_file(path) for path in deciding},

@@ -1,4 +1,4 @@
-"""The runtimes whose prompts are compared, each in a process of its own."""
+"""The runtimes whose prompts are compared, each in its own process."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ Conversations = Mapping[str, Sequence[Message]]
 class Runtimes:
     """Three child processes; genai and Foundry Local open the folder `bench.model`, transformers `reference`.
 
-    With `before_build`, the model's files for chats are made of the reference's, as a build makes them, and there is
-    no Foundry Local, which needs the weights.
+    With `before_build`, the model's files for chats are made from the reference's, as in a build, and Foundry Local is
+    left out, because it needs the weights.
     """
 
     settings: Settings
@@ -87,7 +87,7 @@ class Runtimes:
 
 
 def _finish(model: Path, checkpoint: Path) -> None:
-    """Make a folder that genai opens as a tokenizer of what the model builder writes beside the weights."""
+    """Make a folder that genai opens as a tokenizer, with the files that the model builder adds to the weights."""
     config = read_json(checkpoint / "config.json")
     described = {
         "type": config.get("model_type", "llama"),

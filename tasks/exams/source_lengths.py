@@ -1,4 +1,4 @@
-"""The source's answers at the prompt lengths at which a variant answers nothing: what both do is no fault of it."""
+"""The source's answers at the prompt lengths at which a variant gives no text: a common gap is no fault."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +24,7 @@ class SourceLengths(Record):
 
     @property
     def silent(self) -> frozenset[int]:
-        """The lengths at which the source answers nothing."""
+        """The lengths at which the source gives no text."""
         pairs = zip(self.prompt_tokens, self.answered, strict=True)
         return frozenset(length for length, answered in pairs if not answered)
 
@@ -53,14 +53,14 @@ class SourceLengthsExam(Exam[SourceLengths]):
         }
 
     def can_be_asked(self, variant: Variant, settings: Settings) -> bool:
-        """Whether there is something to ask, and a source or a stored answer."""
+        """Whether there are such lengths, and a source or a stored answer."""
         asked = bool(self.prompt_tokens) and has_source(variant)
         return asked and (self.checkpoint is not None or self.known(variant, settings) is not None)
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> SourceLengths:
         """See `Exam.take`."""
         if self.checkpoint is None:
-            raise StageFailed("The source checkpoint is not at hand.", "Deploy it again.")
+            raise StageFailed("The source checkpoint is not available.", "Deploy it again.")
         call = AnswerAtLengths(
             checkpoint_dir=self.checkpoint,
             prompt_tokens=self.prompt_tokens,
@@ -73,7 +73,7 @@ class SourceLengthsExam(Exam[SourceLengths]):
 
 
 def needs_source_at_lengths(variants: Iterable[Variant], decoding: Decoding | None, settings: Settings) -> bool:
-    """Whether a stored sweep found no text at lengths at which the source was not asked yet."""
+    """Whether a stored sweep found no text at lengths at which the source was not tested yet."""
     for variant in variants:
         measured = MeasurementExam().known(variant, settings) if has_source(variant) else None
         exam = SourceLengthsExam(measured, None, decoding) if measured else None

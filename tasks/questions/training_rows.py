@@ -1,4 +1,4 @@
-"""Chats with their answers, as a fine-tuning learns them and a quantization is calibrated on them."""
+"""Chats with their answers, for fine-tuning and for the calibration of a quantization."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,7 +53,7 @@ def read_rows_file(path: Path, text: str) -> list[TrainingRow]:
 def parse_rows(text: str, unit: str, found: Iterable[tuple[int, object]]) -> list[TrainingRow]:
     """Return the rows of a dataset; `found` are numbers and lines of JSON, or numbers and objects.
 
-    Raises `BadInput` for a dataset without rows, or with rows that cannot be used, of which it names the first few.
+    Raises `BadInput` for a dataset without rows, or with rows that cannot be used; the message names the first few.
     """
     rows: list[TrainingRow] = []
     faults: list[str] = []

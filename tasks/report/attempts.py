@@ -1,4 +1,4 @@
-"""The recipes that were tried, and what would help a variant that was rejected."""
+"""The recipes that were tried, and advice for a rejected variant."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,15 +14,15 @@ QUALITY_CHECKS = frozenset(
 
 
 def nearest_of(attempts: Sequence[Attempt], recipe: str) -> str:
-    """Return the name of the attempted recipe that is nearest to the checkpoint; `recipe` where none was compared."""
+    """Return the name of the attempted recipe that is closest to the checkpoint; `recipe` if none was compared."""
     compared = [attempt for attempt in attempts if "kl_divergence" in attempt.metrics]
     return min(compared, key=lambda attempt: attempt.metrics["kl_divergence"]).recipe if compared else recipe
 
 
 def what_would_help(failed_checks: Sequence[str], *, precision: str, quantized: bool) -> str:
-    """Return what a user can do for a variant that failed these checks."""
+    """Return advice for a variant that failed these checks."""
     if not QUALITY_CHECKS.intersection(failed_checks):
-        return "The report names what each failed check found."
+        return "The report has the findings of each failed check."
     wider = {"int4": "int8", "int8": "fp16"}.get(precision)
     steps = [
         *(["calibrate it on chats like those that it will answer (--calibration FILE)"] if quantized else []),
@@ -44,7 +44,7 @@ def _in_brackets(attempt: Attempt) -> str:
 
 
 def recipe_blocks(report: DeployReport) -> Iterator[Block]:
-    """Yield the tables of a search's trials, and of the attempts where more than one recipe was tried for a variant."""
+    """Yield the tables of a search's trials, and of the attempts if more than one recipe was tried for a variant."""
     yield from _search(report)
     yield from _attempts(report)
 
@@ -53,7 +53,7 @@ def _attempts(report: DeployReport) -> Iterator[Block]:
     tried = [variant for variant in report.variants if len(variant.attempts) > 1]
     if not tried:
         return
-    yield Heading("Recipes that were climbed")
+    yield Heading("Recipes tried for the gate")
     columns = ("recipe", "verdict", "size", "score", "top-1 agreement", "KL divergence", "missed")
     yield from table(columns, [_row(attempt) for variant in tried for attempt in variant.attempts])
 

@@ -1,4 +1,4 @@
-"""The gate's checks: their names, the record of one, and which of them a user may allow to fail."""
+"""The gate's checks: their names, their record, and those that a user may allow to fail."""
 
 import math
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ CheckName = Literal[
     "text_top1_agreement",
     "text_kl_divergence",
 ]
-# A model that fails one of these gives no answers that mean anything.
+# A model that fails one of these gives no meaningful answers.
 NEVER_ALLOWED: tuple[CheckName, ...] = ("vocabulary", "finite_logits")
 Bound = Literal["at least", "at most"]
 
 
 class GateCheck(Record):
-    """One comparison with a threshold; `value` is None when there is no finite figure, and then it did not pass.
+    """One comparison with a threshold; `value` is None without a finite figure, and the check fails then.
 
-    `low` and `high` bound the figure where it has an interval. `decided` is false where that interval holds the
-    threshold: the figure neither passed nor failed, and does not keep a variant from passing. `allowed` is true where
-    the check failed and the user allowed that.
+    `low` and `high` are the bounds of the figure's interval, if it has one. `decided` is false if that interval
+    contains the threshold: the check neither passed nor failed, and does not prevent a variant from passing. `allowed`
+    is true if the check failed and the user allowed it.
     """
 
     name: CheckName
@@ -60,14 +60,14 @@ class GateCheck(Record):
 
     @property
     def rejects(self) -> bool:
-        """Whether it keeps the variant from being served."""
+        """Whether it prevents the variant from being served."""
         return not self.passed and not self.allowed
 
 
 def check_allowed(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names of checks that may fail, each once.
 
-    Raises `BadInput` for a name that is none, and for a check that may not be allowed to fail.
+    Raises `BadInput` for an unknown name, and for a check that may not be allowed to fail.
     """
     allowable = [name for name in get_args(CheckName) if name not in NEVER_ALLOWED]
     for name in names:
@@ -81,12 +81,12 @@ def check_allowed(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def at_least(name: CheckName, value: float | None, threshold: float, interval: Estimate | None = None) -> GateCheck:
-    """Compare a figure with the smallest that passes."""
+    """Compare a figure with the smallest value that passes."""
     return _compared(name, value, "at least", threshold, interval)
 
 
 def at_most(name: CheckName, value: float | None, threshold: float, interval: Estimate | None = None) -> GateCheck:
-    """Compare a figure with the largest that passes."""
+    """Compare a figure with the largest value that passes."""
     return _compared(name, value, "at most", threshold, interval)
 
 
@@ -121,5 +121,5 @@ def _compared(
 
 
 def _finite(value: float | None) -> float | None:
-    """The value without the last bits' noise (1.0 - 0.98 is a little more than 0.02); None when it is not finite."""
+    """The value without rounding noise (1.0 - 0.98 is a little more than 0.02); None if it is not finite."""
     return round(value, 12) if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The gate's thresholds: the defaults of each precision, and what settings and parameters make of them."""
+"""The gate's thresholds: the defaults of each precision, overridden by settings and parameters."""
 
 from typing import Annotated, Any
 
@@ -13,13 +13,13 @@ Divergence = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class GateThresholds(Record):
-    """What a variant must reach: shares, nats per token, bytes per request, and a factor.
+    """Thresholds for a variant: shares, nats per token, bytes per request, and a factor.
 
-    `max_unended_answers` is the share of answers that may run on where the source's come to their end.
+    `max_unended_answers` is the share of answers that may continue without an end if those of the source end.
 
-    The `broken_*` limits take the place of those of the distributions where the task score decides; None: they do not.
-    `source_excuses_output` says that an answer without the output format is no fault where the source's answer to the
-    same row has none either.
+    The `broken_*` limits replace those of the distributions if the task score decides; None: they do not.
+    With `source_excuses_output`, an answer without the output format is no fault if the source's answer to the same row
+    lacks it too.
     """
 
     min_top1_agreement: Share
@@ -35,7 +35,7 @@ class GateThresholds(Record):
 
     @property
     def where_the_score_decides(self) -> "GateThresholds":
-        """The thresholds whose limits of the distributions only a broken model misses."""
+        """The thresholds with limits of the distributions that only a broken model misses."""
         limits = {"min_top1_agreement": self.broken_top1_agreement, "max_kl_divergence": self.broken_kl_divergence}
         return self.model_copy(update={name: limit for name, limit in limits.items() if limit is not None})
 
@@ -52,7 +52,8 @@ DEFAULT_THRESHOLDS: dict[str, dict[str, float]] = {
     )
 }
 # Between the sound and the broken variants of a real model: docs/evaluation.md has the figures, and
-# `python -m tests.benchmarks.gate_limits` measures them. They replace the defaults above, not a limit that is named.
+# `python -m tests.benchmarks.gate_limits` measures them. They replace the defaults above, but not a limit that the user
+# set.
 BROKEN_LIMITS = {
     "min_top1_agreement": {"broken_top1_agreement": 0.50},
     "max_kl_divergence": {"broken_kl_divergence": 1.0},
@@ -70,8 +71,8 @@ def thresholds_for(
 ) -> GateThresholds:
     """The precision's thresholds; a setting overrides the default of every precision, a parameter overrides both.
 
-    A limit that is named holds whether or not the task score decides. Raises `BadInput` for an unknown precision or a
-    threshold out of its bounds.
+    A limit that the user set always applies, whether or not the task score decides. Raises `BadInput` for an unknown
+    precision or a threshold out of its bounds.
     """
     if precision not in DEFAULT_THRESHOLDS:
         known = ", ".join(DEFAULT_THRESHOLDS)

@@ -1,7 +1,7 @@
 """Gemma's embedding is multiplied by the square root of its width, and Gemma 3 has two rotary embeddings.
 
 The builder rounds the square root to two decimals. It reads the two rotary embeddings from keys that transformers 5
-does not write, and stretches both of them where only the one of the full-attention layers is stretched (4B and up).
+does not write, and scales both of them, although only that of the full-attention layers is scaled (4B and up).
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from slmops.infra.records import Untyped
 
 @contextmanager
 def mended(builder: Untyped, config: Untyped) -> Iterator[None]:
-    """Set the exact factor, the keys that the builder reads, and each rotary embedding's own stretching."""
+    """Set the exact factor, the keys that the builder reads, and the scaling of each rotary embedding."""
     if config.model_type not in ("gemma", "gemma2", "gemma3_text"):
         yield
         return
@@ -47,7 +47,7 @@ def _with_unstretched_local_caches(model_class: Untyped) -> Untyped:
     make = model_class.make_rotary_embedding_caches_from_scratch
 
     def make_caches(self: Untyped) -> Untyped:
-        if hasattr(self, "cos_cache_local_name"):  # set between the making of the global caches and of the local ones
+        if hasattr(self, "cos_cache_local_name"):  # set after the global caches are made and before the local ones
             self.rope_attrs["rescale_factors"] = 1
         return make(self)
 

@@ -13,7 +13,7 @@ from slmops.infra.records import Untyped
 
 @contextmanager
 def mended(builder: Untyped, config: Untyped) -> Iterator[None]:
-    """Leave the layers without rotation alone."""
+    """Do not change layers without rotation."""
     base = builder.SmolLM3Model.make_attention_qk_rope
 
     def rotate(self: Untyped, layer_id: int, **kwargs: object) -> tuple[str, str]:

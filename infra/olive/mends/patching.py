@@ -1,4 +1,4 @@
-"""Replace an attribute of a class or module for a while."""
+"""Replace an attribute of a class or module temporarily."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from slmops.infra.records import Untyped
 
 @contextmanager
 def replaced(owner: Untyped, name: str, value: Untyped) -> Iterator[None]:
-    """Set `owner.NAME` to a value under this context, and put back or remove what was there."""
+    """Set `owner.NAME` to a value in this context, and restore the former value at its end."""
     own = name in vars(owner)
     before = vars(owner).get(name)
     setattr(owner, name, value)

@@ -1,7 +1,7 @@
-"""Rotary embeddings that are stretched: `yarn`, and `linear` in Llama and its kin.
+"""Scaled rotary embeddings: `yarn`, and `linear` in models that the builder's Llama class builds.
 
-The builder leaves the ends of yarn's ramp unrounded, where transformers rounds them unless config.json says otherwise.
-Its Llama knows `llama3` alone and silently leaves every other stretching out.
+The builder does not round the ends of yarn's ramp; transformers rounds them unless config.json disables it. Its Llama
+class supports only `llama3` and silently ignores any other scaling.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from slmops.infra.records import Untyped
 
 @contextmanager
 def mended(builder: Untyped, config: Untyped) -> Iterator[None]:
-    """Take yarn's frequencies from transformers, and have Llama read what every other model reads."""
+    """Take yarn's frequencies from transformers, and let Llama read the same fields as every other model."""
     base = next(kind for kind in builder.LlamaModel.__mro__ if "make_inv_freq_rescaled_with_ntk" in vars(kind))
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     with ExitStack() as patches:

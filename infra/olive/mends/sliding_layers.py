@@ -1,6 +1,6 @@
 """Mistral and Phi-3 have only `sliding_window`: every layer uses sliding attention.
 
-The builder takes layers without a type for full attention, and the model is wrong beyond the window.
+The builder treats layers without a type as full attention, and the model is wrong beyond the window.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""The builder has Qwen3.5 and Ministral 3 only as multi-modal models, whose text part it then builds.
+"""The builder supports Qwen3.5 and Ministral 3 only as multi-modal models, of which it builds the text part.
 
-A text model is given to it under the multi-modal name, and its weights are loaded as what they are.
+A text model is passed to it under the multi-modal name, and its weights are loaded as a text model.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ def mended(builder: Untyped, config: Untyped) -> Iterator[None]:
 
 
 def context_length(config: Untyped) -> int:
-    """Return the positions for which a built model is right.
+    """Return the number of positions for which a built model is correct.
 
-    Ministral 3 scales its queries by their position behind the original length, which the builder leaves out.
+    Ministral 3 scales its queries by their position after the original length, which the builder does not.
     """
     length: int = config.max_position_embeddings
     rope = getattr(config, "rope_parameters", None) or {}

@@ -1,7 +1,7 @@
-"""What the builder computes of a weight in the checkpoint's own type, in which bfloat16 loses up to eight bits of it.
+"""Values that the builder computes from weights in the checkpoint's dtype; in bfloat16 they lose up to eight bits.
 
 Gemma, Nemotron and Qwen3.5 multiply by the norm's weight plus one; Qwen3.5's decay is the exponential of a weight. The
-builder also reads a norm's epsilon from `rms_norm_eps` only, and takes 1e-6 for Nemotron's 1e-5.
+builder also reads a norm's epsilon from `rms_norm_eps` only, and uses 1e-6 instead of Nemotron's 1e-5.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from slmops.infra.records import Untyped
 
 @contextmanager
 def mended(builder: Untyped, config: Untyped) -> Iterator[None]:
-    """Have these weights in float32 as soon as they are loaded, and Nemotron's epsilon where it is read."""
+    """Convert these weights to float32 after loading, and provide Nemotron's epsilon under the key that is read."""
     if config.model_type == "nemotron":
         config.rms_norm_eps = config.norm_eps
     base = next(kind for kind in builder.LlamaModel.__mro__ if "load_weights" in vars(kind))
