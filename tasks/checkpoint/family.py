@@ -18,7 +18,7 @@ from slmops.tasks.workshop import workshop
 
 @stage("prove family", run_name="prove-family")
 def prove_family(prepared: PreparedCheckpoint, precisions: Collection[str]) -> None:
-    """Prove that the checkpoint's configuration is built exactly; a model that is built already needs no proof.
+    """Prove that the checkpoint's configuration is built exactly; an ONNX model needs no proof.
 
     Raises `BadInput` for one that is not, or not in one of the precisions, before anything is built.
     """
