@@ -1,5 +1,6 @@
 """Fetch a checkpoint from the Hugging Face Hub, in a child process whose environment keeps telemetry off."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -75,14 +76,14 @@ def _download(call: DownloadSnapshot, progress: Progress) -> Path:
 
     repo_id, revision = call.repo_id, call.revision
     progress(0, 1, f"downloading {repo_id}")
+    fetch = functools.partial(
+        snapshot_download, repo_id, revision=revision, token=call.token, etag_timeout=CONNECT_TIMEOUT_S
+    )
     try:
-        directory = snapshot_download(
-            repo_id,
-            revision=revision,
-            token=call.token,
-            allow_patterns=list(call.files),
-            etag_timeout=CONNECT_TIMEOUT_S,
-        )
+        directory = fetch(allow_patterns=list(call.files))
+        if call.files == ALLOWED_FILES and not _has_weights(Path(directory)):
+            gguf = _only_gguf(repo_id, Path(directory).name, call.token)
+            directory = fetch(allow_patterns=[*call.files, *gguf])
     except errors.GatedRepoError:
         raise BadInput(
             f"The Hub refuses {repo_id} to this user: the model is gated.",
@@ -115,3 +116,22 @@ def _download(call: DownloadSnapshot, progress: Progress) -> Path:
         ) from None
     progress(1, 1, f"downloaded {repo_id}")
     return Path(directory)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(path.suffix in (".safetensors", ".gguf") for path in folder.iterdir())
+
+
+def _only_gguf(repo_id: str, commit: str, token: str | None) -> list[str]:
+    """Return the GGUF file of a repository without other weights, if it has one; raises `BadInput` for several."""
+    from huggingface_hub import list_repo_files
+
+    names = list_repo_files(repo_id, revision=commit, token=token)
+    found = [name for name in names if name.endswith(".gguf") and "/" not in name and not name.startswith("mmproj")]
+    if len(found) > 1:
+        raise BadInput(
+            f"{repo_id} has {len(found)} GGUF files and no other weights: {', '.join(found[:5])}.",
+            f"Download the one to deploy, and give its path: hf download {repo_id} {found[0]}.",
+            code="gguf-several",
+        )
+    return found

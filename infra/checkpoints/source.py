@@ -40,11 +40,12 @@ class CheckpointSource:
 def parse_checkpoint(text: str, revision: str | None = None) -> CheckpointSource:
     """Return the source of the checkpoint `text`; the forms are tried in this order.
 
-    1. `s3://BUCKET/PREFIX` or `store://<64 hex>`; 2. a local path: it exists, or it looks like one (starts with `.`,
-    `/`, `~` or a drive letter, or has more than one separator); 3. `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hub.
+    1. `s3://BUCKET/PREFIX` or `store://<64 hex>`; 2. the path of a folder or of a GGUF file: it exists, or it looks
+    like one (starts with `.`, `/`, `~` or a drive letter, or has more than one separator); 3. `OWNER/NAME` or
+    `OWNER/NAME@REVISION` on the Hub.
 
-    Raises `BadInput` if it is none of these, if the folder does not exist or is a file, or if a revision is given twice
-    or for a source without revisions.
+    Raises `BadInput` if it is none of these, if the folder does not exist or is another file, or if a revision is given
+    twice or for a source without revisions.
     """
     if text.startswith("store://"):
         _refuse_revision(text, revision)
@@ -113,10 +114,10 @@ def _s3_source(text: str, revision: str | None) -> CheckpointSource:
 
 
 def _local_source(text: str, path: Path, revision: str | None) -> CheckpointSource:
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix.lower() != ".gguf":
         raise BadInput(
             f"{text} is a file, not a folder.",
-            "Give the folder that holds the checkpoint's config.json.",
+            "Give the folder that holds the checkpoint's config.json, or a GGUF file.",
             code="checkpoint-is-file",
         )
     _refuse_revision(text, revision)

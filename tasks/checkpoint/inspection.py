@@ -14,6 +14,10 @@ from slmops.infra.checkpoints.text_part import is_multimodal, text_config_of, te
 from slmops.infra.checkpoints.vocabulary import tokens_without_rows
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.model_screening import screen_model
+from slmops.infra.gguf.architectures import config_of, tensors_of
+from slmops.infra.gguf.conversion import ORIGIN_FILE, written_as
+from slmops.infra.gguf.file import gguf_of, read_gguf
+from slmops.infra.gguf.tokenizer import check_tokenizer
 from slmops.infra.olive.architectures import (
     LONGROPE_ORIGINAL_LENGTH,
     architecture_of,
@@ -68,6 +72,8 @@ class Inspection(Record):
 def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> Inspection:
     """Inspect a checkpoint folder, an adapter folder or an onnxruntime-genai folder without running any of it.
 
+    A GGUF file, or a folder with nothing else, is inspected as the checkpoint that it is converted to.
+
     Raises `BadInput` for anything that cannot be deployed: no or broken config, an unsupported architecture,
     damaged or pickled weights, shapes that disagree with the config, no tokenizer, no chat template, and an
     onnxruntime-genai folder that names code or files elsewhere (`slmops.infra.genai.model_screening`).
@@ -78,10 +84,12 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
             "Give a folder, a Hub id (owner/name) or an s3:// folder.",
             code="checkpoint-missing",
         )
+    if (gguf := gguf_of(folder)) is not None:
+        return _inspect_gguf(gguf, chat_template_given)
     if not folder.is_dir():
         raise BadInput(
             f"{folder} is a file, not a checkpoint folder.",
-            "Give the folder that holds config.json.",
+            "Give the folder that holds config.json, or a GGUF file.",
             code="checkpoint-is-file",
         )
     if (folder / "genai_config.json").is_file():
@@ -95,7 +103,7 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
     config = read_json(folder / "config.json")
     check_architecture(config)
     _check_tokenizer(folder, chat_template_given)
-    headers, warnings = read_tensor_headers(folder), []
+    headers, warnings = read_tensor_headers(folder), _warnings_of_conversion(folder)
     if "auto_map" in config:
         warnings.append("The checkpoint contains its own code (auto_map); slmops never runs it.")
     if multimodal := is_multimodal(config):
@@ -104,16 +112,39 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
         )
         config, headers = text_config_of(config, headers), text_headers(headers)
         check_architecture(config)
+    embedding = _check_shapes(folder, config, headers)
+    warnings += _check_vocabulary(folder, embedding.shape[0])
+    return _inspection_of(config, headers, embedding, warnings, multimodal=multimodal)
+
+
+def _inspect_gguf(path: Path, chat_template_given: bool) -> Inspection:
+    file = read_gguf(path)
+    config = config_of(file)
+    check_architecture(config)
+    headers = {tensor.name: TensorHeader(tensor.source.shape, written_as(file, tensor)) for tensor in tensors_of(file)}
+    embedding = _check_shapes(path, config, headers)
+    check_tokenizer(file)
+    if not chat_template_given and not isinstance(file.metadata.get("tokenizer.chat_template"), str):
+        raise _no_chat_template(path)
+    return _inspection_of(config, headers, embedding, quantized_twice(file.quantization))
+
+
+def _inspection_of(
+    config: Json,
+    headers: dict[str, TensorHeader],
+    embedding: TensorHeader,
+    warnings: list[str],
+    *,
+    multimodal: bool = False,
+) -> Inspection:
     if passes_original_length(config):
         warnings.append(
             f"Where a conversation grows beyond {LONGROPE_ORIGINAL_LENGTH} tokens while the model answers, one step of "
             "the answer is wrong: the runtime changes the rotary embedding one step late."
         )
-    embedding = _check_shapes(folder, config, headers)
-    warnings += _check_vocabulary(folder, embedding.shape[0])
     return Inspection(
         kind="checkpoint",
-        architecture=config["architectures"][0],
+        architecture=architecture_of(config),
         parameters=sum(header.elements for header in headers.values()),
         dtype=max((header.dtype for header in headers.values()), key=[h.dtype for h in headers.values()].count),
         size_bytes=sum(header.size_bytes for header in headers.values()),
@@ -125,6 +156,23 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
         multimodal=multimodal,
         warnings=tuple(warnings),
     )
+
+
+def _warnings_of_conversion(folder: Path) -> list[str]:
+    """Return what is to be told of a checkpoint that was converted from a GGUF file."""
+    origin = read_json(folder / ORIGIN_FILE) if (folder / ORIGIN_FILE).is_file() else {}
+    return quantized_twice(origin.get("quantization"))
+
+
+def quantized_twice(quantization: str | None) -> list[str]:
+    """Return the warning about a GGUF file whose weights are quantized; none where they are not."""
+    if quantization is None:
+        return []
+    return [
+        f"The weights of the GGUF file are quantized already ({quantization}): int8 and int4 quantize them a second "
+        "time, and every variant is compared with what the first time left. Deploy the checkpoint that the file was "
+        "made from where you have it."
+    ]
 
 
 def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
@@ -207,11 +255,15 @@ def _check_tokenizer(folder: Path, chat_template_given: bool) -> None:
             code="tokenizer-missing",
         )
     if not chat_template_given and read_chat_template(folder) is None:
-        raise BadInput(
-            f"The tokenizer in {folder} has no chat template.",
-            "Pass the one that the model was trained with: --chat-template FILE (Jinja, as in chat_template.jinja).",
-            code="chat-template-missing",
-        )
+        raise _no_chat_template(folder)
+
+
+def _no_chat_template(checkpoint: Path) -> BadInput:
+    return BadInput(
+        f"The tokenizer in {checkpoint} has no chat template.",
+        "Pass the one that the model was trained with: --chat-template FILE (Jinja, as in chat_template.jinja).",
+        code="chat-template-missing",
+    )
 
 
 def _check_vocabulary(folder: Path, rows: int) -> list[str]:

@@ -24,6 +24,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.transformers.adapters import read_adapter_config
 from slmops.infra.transformers.calls import MergeAdapter
+from slmops.tasks.checkpoint.from_gguf import from_gguf
 from slmops.tasks.checkpoint.inspection import (
     Inspection,
     content_digest,
@@ -112,10 +113,13 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
     if is_input_address(manifest.source.origin):
         with contextlib.suppress(BadInput):  # it was removed from the store; this machine may still have it
             fetch_input(open_registry(settings), manifest.source.origin, inputs_dir(settings))
+    origin = Path(manifest.source.origin).expanduser()
+    with contextlib.suppress(BadInput):  # it is another file by now, or has lost what it was converted with
+        origin = from_gguf(origin, settings)
     folders = [settings.cache_dir / "checkpoints", inputs_dir(settings)]
     prepared = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     prepared += (settings.cache_dir / "s3").glob(f"*/{FETCHED}")
-    for folder in (Path(manifest.source.origin).expanduser(), *prepared):
+    for folder in (origin, *prepared):
         if folder.is_dir() and content_digest(folder) == manifest.source.digest:
             inspection = inspect_checkpoint(folder, chat_template_given=True)
             uri = folder.absolute().as_uri()
@@ -131,7 +135,11 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
 
 
 def fetch_checkpoint(text: str, revision: str | None, settings: Settings, on_progress: OnProgress) -> Path:
-    """Return the local folder of a checkpoint; a Hub id or an `s3://` folder is fetched first."""
+    """Return the local folder of a checkpoint; a Hub id or an `s3://` folder is fetched, a GGUF file converted."""
+    return from_gguf(_fetched(text, revision, settings, on_progress), settings, on_progress)
+
+
+def _fetched(text: str, revision: str | None, settings: Settings, on_progress: OnProgress) -> Path:
     source = parse_checkpoint(text, revision)
     if source.kind is SourceKind.HUB:
         return fetch_from_hub(source.location, source.revision, settings, on_progress=on_progress)

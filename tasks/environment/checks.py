@@ -23,6 +23,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.opening import open_object_store
 from slmops.tasks.checkpoint.family import proof_of
+from slmops.tasks.checkpoint.from_gguf import from_gguf
 from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import with_text_part
 from slmops.tasks.environment.estimates import (
@@ -221,6 +222,9 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
     checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
     checks += [*check_foundry_command(settings), check_store(settings)]
     if inspection and checkpoint:
+        checks += [
+            Check(name="checkpoint", required="no remarks", found=warning, ok=True) for warning in inspection.warnings
+        ]
         checks += check_family(Path(checkpoint).expanduser(), inspection, settings)
         stages = estimate_stages(inspection, PRECISIONS, rows=settings.evaluation.max_rows)
         checks += check_resources(stages, settings)
@@ -234,6 +238,7 @@ def check_family(folder: Path, inspection: Inspection, settings: Settings) -> li
     """
     if inspection.kind != "checkpoint":
         return []
+    folder = from_gguf(folder, settings)
     if inspection.multimodal:
         folder = with_text_part(folder, settings)
     with torch_process(settings) as child:

@@ -35,7 +35,13 @@ class RealFamily:
     eos: str | None = None
     added: dict[int, str] = field(default_factory=dict)
     last: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
     begins: bool = True  # whether the tokenizer puts its begin token before a text, as the shared one does
+
+
+def _rope_of_llama_3(factor: float) -> dict[str, Any]:
+    frequencies = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, **frequencies}}
 
 
 _GRANITE = {49152: "<|start_of_role|>", 49153: "<|end_of_role|>", 49154: "<|tool_call|>"}
@@ -66,15 +72,20 @@ REAL_FAMILIES = {
     "smollm2": RealFamily("llama", "smollm2"),
     "llama-2": RealFamily("llama", "tokenizers/llama-spm", "llama-2"),
     "llama-3": RealFamily("llama", "tokenizers/llama3"),
-    "llama-3.1": RealFamily("llama3-rope", "tokenizers/llama3_1", "meta-llama-Llama-3.1-8B-Instruct"),
-    "llama-3.2": RealFamily("llama3-rope", "tokenizers/llama3_1", "meta-llama-Llama-3.2-3B-Instruct"),
+    "llama-3.1": RealFamily(
+        "llama", "tokenizers/llama3_1", "meta-llama-Llama-3.1-8B-Instruct", config=_rope_of_llama_3(8.0)
+    ),
+    "llama-3.2": RealFamily(
+        "llama", "tokenizers/llama3_1", "meta-llama-Llama-3.2-3B-Instruct", config=_rope_of_llama_3(32.0)
+    ),
     "deepseek-r1-distill-llama": RealFamily(
-        "llama3-rope",
+        "llama",
         "tokenizers/llama3_1",
         "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
         bos=_DEEPSEEK_R1_LLAMA[128000],
         eos=_DEEPSEEK_R1_LLAMA[128001],
         added=_DEEPSEEK_R1_LLAMA,
+        config=_rope_of_llama_3(8.0),
     ),
     "smollm3": RealFamily(
         "smollm3", "tokenizers/llama3_1", "HuggingFaceTB-SmolLM3-3B", eos="<|im_end|>", added=_SMOLLM3, begins=False
@@ -156,7 +167,7 @@ def _template_of(family: RealFamily, config: dict[str, Any]) -> str:
 def _make(family: RealFamily, directory: Path, changes: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as aside:
         tokens = save_real_tokenizer(family, Path(aside))
-        make_tiny_checkpoint(directory, family.model, vocab_size=tokens, **changes)
+        make_tiny_checkpoint(directory, family.model, vocab_size=tokens, **family.config | changes)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (directory / file).unlink(missing_ok=True)
         shutil.copytree(aside, directory, dirs_exist_ok=True)

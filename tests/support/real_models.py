@@ -7,7 +7,8 @@
 - `smollm2-off-grid`: the same with every weight moved within half a step of the GGUF's grid, as weights that were never
   rounded are. On the grid itself the GGUF's own block formats look better than they are.
 - `gemma3-270m`: Gemma 3 270M (Gemma's terms: tests only, nothing of it is redistributed), with Gemma 3's tokenizer.
-- `llama-cpp-models`: chat templates and vocabularies of many families, of llama.cpp's source.
+- `llama-cpp-models`, `llama-cpp-converter`: of llama.cpp's source, chat templates and vocabularies of many families,
+  and what turns a checkpoint into a GGUF.
 - `tokenizers/NAME`: tokenizer.json and tokenizer_config.json of a family, chat template included where it has one.
 """
 
@@ -134,14 +135,24 @@ def make(name: str) -> Path:
     return made
 
 
-def _llama_cpp_models(target: Path) -> None:
-    """Unpack `models/` of llama.cpp: ggml-vocab-*.gguf with its texts and ids, and templates/."""
-    prefix = f"llama_cpp_python-{LLAMA_CPP.version}/vendor/llama.cpp/models/"
-    with tempfile.TemporaryDirectory() as aside, tarfile.open(LLAMA_CPP.fetch(Path(aside))) as packed:
-        for member in packed:
-            if member.isfile() and member.name.startswith(prefix):
-                member.name = member.name.removeprefix(prefix)
-                packed.extract(member, target, filter="data")
+def _llama_cpp_source(target: Path) -> None:
+    with tempfile.TemporaryDirectory() as aside:
+        shutil.copy2(LLAMA_CPP.fetch(Path(aside)), target)
+
+
+def _llama_cpp(*names: str) -> Callable[[Path], None]:
+    """Unpack files and folders of llama.cpp's source; of one folder alone what is in it."""
+
+    def unpack(target: Path) -> None:
+        prefix = f"llama_cpp_python-{LLAMA_CPP.version}/vendor/llama.cpp/"
+        with tarfile.open(make("llama-cpp.tar.gz")) as packed:
+            for member in packed:
+                path = member.name.removeprefix(prefix)
+                if member.isfile() and path.startswith(names):
+                    member.name = path.removeprefix(names[0]) if len(names) == 1 else path
+                    packed.extract(member, target, filter="data")
+
+    return unpack
 
 
 def _smollm2_gguf(target: Path) -> None:
@@ -305,7 +316,9 @@ def _run(what: str, command: list[str], cwd: Path | None = None) -> None:
 MODELS: dict[str, Callable[[Path], None]] = {
     "smollm2.gguf": _smollm2_gguf,
     "gemma3-270m.gguf": _gemma_gguf,
-    "llama-cpp-models": _llama_cpp_models,
+    "llama-cpp.tar.gz": _llama_cpp_source,
+    "llama-cpp-models": _llama_cpp("models/"),
+    "llama-cpp-converter": _llama_cpp("convert_hf_to_gguf.py", "conversion/", "gguf-py/"),
     **{f"tokenizers/{name}": _tokenizer(name) for name in TOKENIZERS},
     **{f"tokenizers/{name}": _tokenizer_of_vocabulary(name) for name in VOCABULARIES},
     "smollm2": _smollm2,

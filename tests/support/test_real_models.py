@@ -10,6 +10,7 @@ from tests.support.family_checkpoints import REAL_FAMILIES, family_checkpoint
 from tests.support.real_models import VOCABULARIES, real_model
 from tests.support.torch_process import TORCH_PROCESS
 
+BETWEEN = "\n__ggml_vocab_test__\n"  # texts of a .inp file
 CAPITAL = Question(id=1, messages=({"role": "user", "content": "What is the capital of France?"},))
 
 
@@ -34,7 +35,7 @@ def test_a_tokenizer_of_a_vocabulary_gives_the_ids_of_the_familys_own(name: str)
 
     tokenizer = Tokenizer.from_file(str(real_model(f"tokenizers/{name}") / "tokenizer.json"))
     vocabulary = real_model("llama-cpp-models") / f"ggml-vocab-{name}.gguf"
-    texts = Path(f"{vocabulary}.inp").read_text("utf-8").split("\n__ggml_vocab_test__\n")[:-1]
+    texts = Path(f"{vocabulary}.inp").read_text("utf-8").removesuffix(BETWEEN).split(BETWEEN)
     ids = [[int(number) for number in line.split()] for line in Path(f"{vocabulary}.out").read_text().splitlines()]
     assert [tokenizer.encode(text, add_special_tokens=False).ids for text in texts] == ids
     assert len(texts) > 40

@@ -18,6 +18,7 @@ import pytest
 from syrupy.assertion import SnapshotAssertion
 
 from slmops.deployments.cli import app as cli
+from tests.infra.gguf.test_file import write_gguf
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.snapshots import PlainText
 
@@ -72,6 +73,14 @@ def write(name: str, text: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_text(text, "utf-8")
 
 
+def gguf(architecture: str = "llama", *, cut: int = 0, **changes: Any) -> Callable[[Path], Any]:
+    def add(folder: Path) -> None:
+        path = write_gguf(folder / "model.gguf", architecture, **changes)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+
+    return add
+
+
 GOOD_ROW = '{"id": 1, "messages": [{"role": "user", "content": "x"}], "expected": "y"}'
 OLIVE = '{"input_model": {"type": "HfModel", "model_path": "x"}, "passes": {"p": {"type": "%s"}}}'
 
@@ -86,6 +95,10 @@ CASES = {
         "fetch from the Hub", change_config(attn_implementation="kernels-community/flash-attn")
     ),
     "a token without a row": Case("'<new>'", add_token),
+    "gguf cut off": Case("is cut off", gguf(cut=100), checkpoint="{checkpoint}/model.gguf"),
+    "gguf of another kind": Case("'mamba'", gguf("mamba"), checkpoint="{checkpoint}/model.gguf"),
+    "gguf in parts": Case("one of 3 parts", gguf(**{"split.count": 3}), checkpoint="{checkpoint}/model.gguf"),
+    "gguf by name only": Case("GGUF", write("model.gguf", "GGML"), checkpoint="{checkpoint}/model.gguf"),
     "truncated weights": Case("not a whole safetensors file", truncate),
     "other shapes": Case("config.json says", change_config(hidden_size=128)),
     "pickled weights": Case(

@@ -1,0 +1,112 @@
+"""A GGUF file turned into a checkpoint in the Hub's layout, a piece of a tensor at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from slmops.infra.errors import BadInput
+from slmops.infra.gguf.architectures import SourceTensor, config_of, stored_as, tensors_of
+from slmops.infra.gguf.file import FLOATING_POINT, GgufFile, Parsed, read_gguf
+from slmops.infra.gguf.tokenizer import save_tokenizer, token_id
+from slmops.infra.process.call import Progress
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CONVERTER_VERSION = 1  # goes up when the same file leads to other bytes
+ORIGIN_FILE = "gguf.json"  # beside the weights: what they were made from
+PIECE_ELEMENTS = 2**22  # of a tensor, at a time: 16 MiB in fp32
+BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def convert(path: Path, folder: Path, progress: Progress) -> None:
+    """Write config.json, the tokenizer and model.safetensors of a GGUF file into a new folder.
+
+    Weights in F32, F16 and BF16 keep their bits, unless the architecture adds one to them: those are kept in F32.
+    Quantized weights become the numbers that they stand for, rounded to F16 (BF16 for Gemma).
+
+    Raises `BadInput` for a file that cannot be converted or has weights that are not finite.
+    """
+    file = read_gguf(path)
+    config, tensors = config_of(file), tensors_of(file)
+    folder.mkdir(parents=True)
+    save_tokenizer(file, folder)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", _generation_config(file, config))
+    _write_json(folder / ORIGIN_FILE, {"quantization": file.quantization, "converter": CONVERTER_VERSION})
+    _write_weights(file, tensors, folder / "model.safetensors", progress)
+
+
+def written_as(file: GgufFile, tensor: SourceTensor) -> str:
+    """Return the type that a tensor is written in."""
+    if tensor.minus:
+        return "F32"
+    return tensor.source.kind if tensor.source.kind in FLOATING_POINT else stored_as(file)
+
+
+def _generation_config(file: GgufFile, config: Parsed) -> Parsed:
+    """Return generation_config.json: a model may end its turn with more than one token."""
+    ends = [token_id(file, name) for name in ("eos", "eot", "eom")]
+    known = list(dict.fromkeys(number for number in ends if number is not None))
+    ids = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config[name] is not None}
+    return ids | ({"eos_token_id": known[0] if len(known) == 1 else known} if known else {})
+
+
+def _write_weights(file: GgufFile, tensors: list[SourceTensor], target: Path, progress: Progress) -> None:
+    """Write a safetensors file (https://huggingface.co/docs/safetensors). The library wants all tensors in memory."""
+    laid_out = sorted(tensors, key=lambda tensor: (-BYTES[written_as(file, tensor)], tensor.name))
+    header: Parsed = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in laid_out:
+        start, kind = end, written_as(file, tensor)
+        end += int(np.prod(tensor.source.shape)) * BYTES[kind]
+        header[tensor.name] = {"dtype": kind, "shape": list(tensor.source.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as sink, file.path.open("rb") as source:
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for done, tensor in enumerate(laid_out):
+            progress(done, len(laid_out), "converting the GGUF file")
+            for piece in _pieces(source, tensor, written_as(file, tensor)):
+                sink.write(piece)
+
+
+def _pieces(source: BinaryIO, tensor: SourceTensor, kind: str) -> Iterator[bytes]:
+    """Yield a tensor's bytes in the type `kind`, some rows at a time."""
+    stored, shape = tensor.source, tensor.source.shape
+    rows = shape[0] if tensor.heads else int(np.prod(shape[:-1]))  # a bias is one row, whose values are interleaved
+    packed: NDArray[np.uint8] = np.memmap(source, np.uint8, "r", stored.start, (rows, stored.size_bytes // rows))
+    order = _order(rows, tensor.heads)
+    step = max(1, PIECE_ELEMENTS * rows // int(np.prod(shape)))
+    for first in range(0, rows, step):
+        piece = packed[order[first : first + step]]
+        yield piece.tobytes() if stored.kind == kind and not tensor.minus else _converted(piece, tensor, kind)
+
+
+def _order(rows: int, heads: int | None) -> "NDArray[np.int64]":
+    """Return which row of the file is the checkpoint's first, second ...: a head's two halves lie interleaved."""
+    order = np.arange(rows)
+    return order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1) if heads else order
+
+
+def _converted(piece: "NDArray[np.uint8]", tensor: SourceTensor, kind: str) -> bytes:
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    values = dequantize(np.ascontiguousarray(piece), GGMLQuantizationType[tensor.source.kind]) - np.float32(
+        tensor.minus
+    )
+    if not np.isfinite(values).all() or (kind == "F16" and np.abs(values).max() > np.finfo(np.float16).max):
+        raise BadInput(
+            f"The tensor {tensor.source.name!r} of the GGUF file has values that are not finite in {kind}.",
+            "Export it again.",
+            code="gguf-not-finite",
+        )
+    converted = quantize(values, GGMLQuantizationType[kind])
+    return bytes(converted.tobytes())
+
+
+def _write_json(path: Path, value: Parsed) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8")

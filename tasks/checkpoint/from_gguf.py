@@ -1,0 +1,48 @@
+"""GGUF files as checkpoints: each is converted once per content and version of the converter."""
+
+from pathlib import Path
+
+from slmops.infra.gguf.calls import ConvertGguf
+from slmops.infra.gguf.conversion import CONVERTER_VERSION
+from slmops.infra.gguf.file import gguf_of
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.slots import only_maker
+from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.settings import Settings
+from slmops.infra.storage.folders import link_or_copy, place, work_folder
+from slmops.infra.storage.manifest import digest_of, digest_of_file
+from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE, inspect_checkpoint
+
+BESIDE = (EVALUATION_FILE, OUTPUT_SCHEMA_FILE)  # what a folder with a GGUF file may have for the deploy
+
+
+def from_gguf(path: Path, settings: Settings, on_progress: OnProgress | None = None) -> Path:
+    """Return the folder of the checkpoint that a GGUF file is converted to; any other checkpoint as it is.
+
+    Raises `BadInput` for a file that cannot be converted, before anything is written.
+    """
+    file = gguf_of(path)
+    if file is None:
+        return path
+    inspect_checkpoint(file, chat_template_given=True)
+    if on_progress:
+        on_progress(0, 1, "reading the GGUF file for its digest")
+    beside = [path / name for name in BESIDE if (path / name).is_file()]
+    content = {"gguf": digest_of_file(file), **{each.name: digest_of_file(each) for each in beside}}
+    key = digest_of({**content, "converter": CONVERTER_VERSION})
+    converted = settings.cache_dir / "checkpoints" / key
+    with only_maker(converted, on_progress):
+        if converted.is_dir():
+            return converted
+        with work_folder(settings) as work:
+            run_in_child(
+                ConvertGguf(file=file, output_dir=work / "converted"),
+                deadline_s=settings.timeout.merge_s,
+                log_path=settings.cache_dir / "logs" / f"gguf-{key[:12]}.log",
+                work_dir=work,
+                on_progress=on_progress,
+            )
+            for each in beside:
+                link_or_copy(each, work / "converted" / each.name)
+            place(work / "converted", converted)
+    return converted
