@@ -40,7 +40,11 @@ def benchmark(parameters: BenchmarkParameters) -> State[BenchmarkReport]:
     )
     publish_benchmark(report)
     if report.failed:
-        raise StageFailed(f"{version.reference} could not be measured. {report.faults}", "Deploy it again.")
+        raise StageFailed(
+            f"{version.reference} could not be measured. {report.faults}",
+            "Deploy it again.",
+            code="variant-not-measured",
+        )
     return Completed(message=report.summary, data=report)
 
 

@@ -127,7 +127,9 @@ def _profile() -> dict[str, str]:
         document = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"Prefect's profiles in {path} cannot be read: {error}.", "Correct them, or set PREFECT_API_URL."
+            f"Prefect's profiles in {path} cannot be read: {error}.",
+            "Correct them, or set PREFECT_API_URL.",
+            code="prefect-profiles-unreadable",
         ) from None
     active = os.environ.get("PREFECT_PROFILE") or document.get("active")
     profile = document.get("profiles", {}).get(active, {})

@@ -49,7 +49,11 @@ def write_model_folder(
     derived = (INFERENCE_MODEL, MODEL_CARD)
     files = {_checked(file): source for file, source in sources.items() if file not in derived}
     if GENAI_CONFIG not in files:
-        raise StageFailed(f"A model without {GENAI_CONFIG} cannot be registered.", "Build the variant again.")
+        raise StageFailed(
+            f"A model without {GENAI_CONFIG} cannot be registered.",
+            "Build the variant again.",
+            code="genai-config-missing",
+        )
     description = (json.dumps(dict(inference_model), ensure_ascii=False, indent=2) + "\n").encode()
     folder = model_folder(foundry_dir, name, precision, version)
     staged = foundry_dir / _STAGING / uuid.uuid4().hex
@@ -102,7 +106,11 @@ def remove_model_folder(foundry_dir: Path, name: str, precision: str, version: i
 def _checked(file: str) -> str:
     path = PurePosixPath(file)
     if not path.parts or path.is_absolute() or ".." in path.parts or set(file) & set('\\:*?"<>|'):
-        raise StageFailed(f"{file!r} cannot be a file of a model folder.", "Use plain relative names.")
+        raise StageFailed(
+            f"{file!r} cannot be a file of a model folder.",
+            "Use plain relative names.",
+            code="model-file-name-not-valid",
+        )
     return file
 
 

@@ -58,7 +58,11 @@ def register(call: Register, progress: Progress) -> Registered:
     """
     model_id, folder = check_model_id(call.model_id), str(call.folder)
     if not (call.folder / GENAI_CONFIG).is_file():
-        raise StageFailed(f"{folder} has no model: {GENAI_CONFIG} is missing.", "Deploy the version again.")
+        raise StageFailed(
+            f"{folder} has no model: {GENAI_CONFIG} is missing.",
+            "Deploy the version again.",
+            code="genai-config-missing",
+        )
     catalog = open_local_catalog(call.cache_dir)
     from foundry_local_sdk import ModelInfoBuilder
 

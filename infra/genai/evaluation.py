@@ -161,7 +161,9 @@ class _Reference:
         self._tokenizer_size = content.tokenizer_size
         if [row.id for row in self.rows] != [question.id for question in questions]:
             raise StageFailed(
-                f"The reference in {directory} was made for other evaluation rows.", "Make the reference again."
+                f"The reference in {directory} was made for other evaluation rows.",
+                "Make the reference again.",
+                code="reference-of-other-rows",
             )
         self._logits = np.load(directory / LOGITS_FILE, mmap_mode="r")
         self._offsets = np.cumsum([0, *(len(row.positions) for row in self.rows)])

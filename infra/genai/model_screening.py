@@ -60,7 +60,11 @@ def screen_files(files: Mapping[str, Path]) -> None:
     Only files that `is_screened` accepts are read; the others need not exist.
     """
     if GENAI_CONFIG not in files:
-        raise BadInput(f"The model has no {GENAI_CONFIG}.", "Give the whole folder that the model builder wrote.")
+        raise BadInput(
+            f"The model has no {GENAI_CONFIG}.",
+            "Give the whole folder that the model builder wrote.",
+            code="genai-config-missing",
+        )
     config = _genai_config(files[GENAI_CONFIG])
     decoder = config.model.decoder.filename
     if decoder is not None and decoder not in files:

@@ -107,7 +107,11 @@ class _TextReference:
     def __init__(self, directory: Path, text: bytes) -> None:
         content = SourceText.model_validate_json((directory / TEXT_FILE).read_bytes())
         if content.text_sha256 != hashlib.sha256(text).hexdigest():
-            raise StageFailed(f"The reference in {directory} was made for another text.", "Make the reference again.")
+            raise StageFailed(
+                f"The reference in {directory} was made for another text.",
+                "Make the reference again.",
+                code="reference-of-another-text",
+            )
         self.windows, self.begin = content.windows, content.begin
         self._path = directory / LOGITS_FILE
         self._vocabulary_size, self._tokenizer_size = content.vocabulary_size, content.tokenizer_size

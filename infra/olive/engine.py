@@ -53,7 +53,11 @@ def build(call: Build, progress: Progress) -> Built:
     os.environ["OMP_NUM_THREADS"] = str(call.threads)  # read once, when torch is imported below
     call.output_dir.mkdir(parents=True, exist_ok=True)
     if any(call.output_dir.iterdir()):
-        raise StageFailed(f"The output folder {call.output_dir} is not empty.", "Give the build an empty folder.")
+        raise StageFailed(
+            f"The output folder {call.output_dir} is not empty.",
+            "Give the build an empty folder.",
+            code="output-folder-in-use",
+        )
     call.cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="olive-", dir=call.cache_dir) as work:
         progress(0, 2, "building the model")
@@ -101,7 +105,9 @@ def _run_olive(olive_config: dict[str, Any], checkpoint_dir: Path, work: Path) -
     if not produced:
         text = f"{type(reason).__name__}: {reason}" if reason else "it produced no model and gave no reason"
         raise StageFailed(
-            f"Olive could not build the model: {' '.join(text.split())[:500]}", "The build's log has the details."
+            f"Olive could not build the model: {' '.join(text.split())[:500]}",
+            "The build's log has the details.",
+            code="olive-failed",
         ) from reason
     return result_dir
 

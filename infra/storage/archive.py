@@ -242,7 +242,9 @@ def _manifest_and_evidence(registry: ModelRegistry, manifest: Manifest) -> Itera
 
 def _refuse(manifest: Manifest, what: str, fault: str | None) -> None:
     if fault:
-        raise StageFailed(f"{manifest.reference} cannot be exported: its {what} {fault}.", _DAMAGED)
+        raise StageFailed(
+            f"{manifest.reference} cannot be exported: its {what} {fault}.", _DAMAGED, code="version-not-exportable"
+        )
 
 
 @contextmanager
@@ -269,10 +271,14 @@ def _verified(path: Path, blob: Blob, what: str, on_bytes: OnBytes) -> Iterator[
                 yield chunk
                 on_bytes(len(chunk))
     except OSError as error:
-        raise StageFailed(f"{what} cannot be read: {error.strerror or error} ({path}).", _DAMAGED) from error
+        raise StageFailed(
+            f"{what} cannot be read: {error.strerror or error} ({path}).", _DAMAGED, code="content-unreadable"
+        ) from error
     if (found.hexdigest(), size_bytes) != (blob.sha256, blob.size_bytes):
         raise StageFailed(
-            f"{what} was altered: the SHA-256 of {path} is {found.hexdigest()}, not {blob.sha256}.", _DAMAGED
+            f"{what} was altered: the SHA-256 of {path} is {found.hexdigest()}, not {blob.sha256}.",
+            _DAMAGED,
+            code="content-altered",
         )
 
 

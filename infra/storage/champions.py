@@ -96,7 +96,9 @@ def _read(objects: ObjectStore, key: str) -> ChampionChange:
         return ChampionChange(**{name: record[name] for name in ChampionChange.__dataclass_fields__})
     except (ValueError, TypeError, KeyError):
         raise StageFailed(
-            f"The history's record {objects.uri(key)} is not valid.", "It was altered: restore it, or remove the file."
+            f"The history's record {objects.uri(key)} is not valid.",
+            "It was altered: restore it, or remove the file.",
+            code="history-damaged",
         ) from None
 
 

@@ -110,7 +110,9 @@ def _move(
 
 def _lost(error: KeyError) -> StageFailed:
     return StageFailed(
-        f"The store has lost {error.args[0]}.", "slmops verify lists all missing files; deploy the version again."
+        f"The store has lost {error.args[0]}.",
+        "slmops verify lists all missing files; deploy the version again.",
+        code="content-lost",
     )
 
 

@@ -94,7 +94,11 @@ class Collector:
         now = time.monotonic()
         held_up_s = 0.0 if self._renewed_at is None else now - self._renewed_at
         if held_up_s > COLLECT_LEASE.total_seconds() / 2:
-            raise PassingFault("The garbage collection was delayed for too long and stopped.", "Run it again.")
+            raise PassingFault(
+                "The garbage collection was delayed for too long and stopped.",
+                "Run it again.",
+                code="collector-delayed",
+            )
         if self._renewed_at is None or held_up_s > RENEW_AFTER_S:
             self._objects.put_bytes(self._key, b"{}")
             self._renewed_at = now

@@ -25,13 +25,16 @@ def give_order(registry: ModelRegistry, order: dict[str, object]) -> str:
 def read_order(registry: ModelRegistry, order_id: str) -> Json:
     """Return an order; raises `BadInput` if this machine's store does not have it."""
     if not re.fullmatch(r"[0-9a-f]{32}", order_id):
-        raise BadInput(f"{order_id!r} is not the id of an order.", "Only a deploy gives orders.")
+        raise BadInput(
+            f"{order_id!r} is not the id of an order.", "Only a deploy gives orders.", code="order-not-valid"
+        )
     try:
         return dict(json.loads(registry.objects.read_bytes(_key(order_id, ORDER))))
     except KeyError:
         raise BadInput(
             f"The store has no order {order_id}: there is no {registry.objects.uri(_key(order_id, ORDER))}.",
             "All workers and the machine that starts the deploy need the same SLMOPS_STORE__URI.",
+            code="order-missing",
         ) from None
 
 

@@ -99,6 +99,7 @@ def _encode(tokenizer: object, chats: Sequence[Chat], context: int) -> list[dict
         raise BadInput(
             f"{len(long)} of {len(chats)} chats are longer than the context of {context} tokens: {named}.",
             "Shorten or omit them; a truncated part would not be learned.",
+            code="chat-too-long",
         )
     return encoded
 
@@ -135,6 +136,7 @@ def _with_lora(model: Any, rank: int, seed: int) -> Any:
         raise BadInput(
             f"LoRA supports no layer of {type(model).__name__}.",
             "Train it with the method full, or with another tool.",
+            code="lora-layers-unknown",
         )
     # alpha = 2 * rank: the scale at which a learning rate means the same for every rank (Hu et al. 2021, section 4.1).
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")

@@ -65,6 +65,7 @@ def train_chat_model(call: TrainChatModel, progress: Progress) -> TrainedChatMod
             f"The trained checkpoint answers {exact_match:.3f} of the held-out rows exactly, less than "
             f"{call.min_exact_match}; row {row['id']}: expected {row['expected']!r}, found {answer!r}.",
             "Train for more epochs or with another seed.",
+            code="model-did-not-learn",
         )
     return TrainedChatModel(
         exact_match=exact_match,

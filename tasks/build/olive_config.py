@@ -99,7 +99,9 @@ def read_olive_config(path: Path) -> Recipe:
     try:
         config = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise BadInput(f"The Olive configuration {path} cannot be read: {error.strerror}.") from error
+        raise BadInput(
+            f"The Olive configuration {path} cannot be read: {error.strerror}.", code="olive-config-unreadable"
+        ) from error
     except ValueError as error:
         raise BadInput(f"The Olive configuration {path} is not valid JSON: {error}.") from error
     reader = _Reader()
@@ -128,7 +130,11 @@ def ordered_recipe(record: Json) -> Recipe:
     reader.recipe(config)
     faults = [*reader.faults, *(f"{key} names code" for key in sorted(_keys(config) & CODE_KEYS))]
     if faults:
-        raise BadInput(f"The order's recipe is refused: {'; '.join(faults)}.", "Deploy such a model on this machine.")
+        raise BadInput(
+            f"The order's recipe is refused: {'; '.join(faults)}.",
+            "Deploy such a model on this machine.",
+            code="olive-config-refused",
+        )
     return recipe
 
 

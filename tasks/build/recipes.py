@@ -89,10 +89,16 @@ def load_recipe(name: str, execution_provider: str = "cpu") -> Recipe:
         )
     if (execution_provider, precision) not in files:
         fitting = ", ".join(sorted(p for provider, p in files if provider == execution_provider))
-        raise BadInput(f"There is no {precision} for {execution_provider}.", f"It has: {fitting}.")
+        raise BadInput(
+            f"There is no {precision} for {execution_provider}.", f"It has: {fitting}.", code="recipe-missing"
+        )
     known = known_recipes(precision, execution_provider)
     if name not in known:
-        raise BadInput(f"There is no recipe {name!r} for {execution_provider}.", f"Known are: {', '.join(known)}.")
+        raise BadInput(
+            f"There is no recipe {name!r} for {execution_provider}.",
+            f"Known are: {', '.join(known)}.",
+            code="recipe-unknown",
+        )
     path = files[execution_provider, precision][name]
     return Recipe.model_validate({**read_json(path), "id": path.stem})
 

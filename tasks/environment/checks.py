@@ -199,7 +199,11 @@ def require_packages(checks: Sequence[Check]) -> None:
     failed = [check for check in checks if not check.ok]
     if failed:
         faults = "; ".join(f"{check.name} is {check.found}, needed {check.required}" for check in failed)
-        raise StageFailed(f"The environment is unsuitable: {faults}.", "; ".join(check.what_to_do for check in failed))
+        raise StageFailed(
+            f"The environment is unsuitable: {faults}.",
+            "; ".join(check.what_to_do for check in failed),
+            code="environment-unsuitable",
+        )
 
 
 def require_resources(checks: Sequence[Check]) -> None:

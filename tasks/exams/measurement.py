@@ -135,7 +135,11 @@ def summarize(measured: Measured, *, warmup: int, wall_s: float) -> Measurement:
     """
     rows = measured.rows
     if not rows:
-        raise StageFailed("The benchmark ran no request.", "Set at least one repetition and one prompt length.")
+        raise StageFailed(
+            "The benchmark ran no request.",
+            "Set at least one repetition and one prompt length.",
+            code="nothing-measured",
+        )
     lengths = list(dict.fromkeys((row.prompt_tokens, row.new_tokens) for row in rows))
     by_length = tuple(
         _statistics_by_length([row for row in rows if (row.prompt_tokens, row.new_tokens) == length])

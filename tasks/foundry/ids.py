@@ -20,7 +20,11 @@ def foundry_model_id(name: str, precision: str, device: str, version: int) -> st
     two models would share an id or an alias.
     """
     if re.search(rf"-generic-({'|'.join(DEVICES)})$", name):
-        raise BadInput(f"The name {name!r} ends like a Foundry id.", "Choose a name without `-generic-` and a device.")
+        raise BadInput(
+            f"The name {name!r} ends like a Foundry id.",
+            "Choose a name without `-generic-` and a device.",
+            code="name-like-foundry-id",
+        )
     return f"{name}-{precision}-generic-{device}:{version}"
 
 

@@ -76,5 +76,9 @@ def parse_rows(text: str, unit: str, found: Iterable[tuple[int, object]]) -> lis
             code="dataset-row-not-valid",
         )
     if not rows:
-        raise BadInput(f"The dataset {text} has no rows.", "Write at least two chats, one JSON object on a line.")
+        raise BadInput(
+            f"The dataset {text} has no rows.",
+            "Write at least two chats, one JSON object on a line.",
+            code="dataset-empty",
+        )
     return rows

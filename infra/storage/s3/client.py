@@ -61,7 +61,11 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
     letters, digits and `! - _ . * ' ( ) =` between its slashes; a user or a password is not shown.
     """
     if "@" in uri:
-        raise BadInput("The store's address contains a user or a password.", f"Write s3://BUCKET/PREFIX. {_KEYS}")
+        raise BadInput(
+            "The store's address contains a user or a password.",
+            f"Write s3://BUCKET/PREFIX. {_KEYS}",
+            code="s3-address-not-valid",
+        )
     scheme, _, rest = uri.partition("://")
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.removesuffix("/")
@@ -69,6 +73,7 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
         raise BadInput(
             f"{uri[:200]!r} names no bucket.",
             "Write s3://BUCKET/PREFIX; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens.",
+            code="s3-address-not-valid",
         )
     segments = prefix.split("/") if prefix else []
     bad = next((segment for segment in segments if not _SEGMENT.fullmatch(segment) or segment in (".", "..")), None)
@@ -77,6 +82,7 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
         raise BadInput(
             f"The prefix of {uri[:200]!r} is not valid: {fault}.",
             "Use letters, digits, hyphens, dots and underscores between single slashes.",
+            code="s3-address-not-valid",
         )
     return bucket, prefix
 
@@ -239,16 +245,27 @@ def _in_words(what: str, error: Any) -> Exception:
             f"Set SLMOPS_STORE__REGION={region}." if region else "Set SLMOPS_STORE__REGION to the bucket's.",
         )
     refused = {
-        **dict.fromkeys(_NO_BUCKET, ("there is no such bucket", "Correct the bucket's name or the endpoint.")),
-        **dict.fromkeys(_WRONG_KEYS, (f"the server refuses the credentials ({code})", _KEYS)),
         **dict.fromkeys(
-            _FORBIDDEN, (f"the server refuses the credentials, or they lack a permission ({code})", _PERMISSIONS)
+            _NO_BUCKET, ("s3-no-bucket", "there is no such bucket", "Correct the bucket's name or the endpoint.")
         ),
-        "RequestTimeTooSkewed": (f"this machine's clock is {_skew(headers)} the server's", "Set the clock (NTP)."),
+        **dict.fromkeys(_WRONG_KEYS, ("s3-credentials-refused", f"the server refuses the credentials ({code})", _KEYS)),
+        **dict.fromkeys(
+            _FORBIDDEN,
+            (
+                "s3-forbidden",
+                f"the server refuses the credentials, or they lack a permission ({code})",
+                _PERMISSIONS,
+            ),
+        ),
+        "RequestTimeTooSkewed": (
+            "s3-clock",
+            f"this machine's clock is {_skew(headers)} the server's",
+            "Set the clock (NTP).",
+        ),
     }
     if code in refused:
-        fault, advice = refused[code]
-        return BadInput(f"{what}: {fault}.", advice)
+        kind, fault, advice = refused[code]
+        return BadInput(f"{what}: {fault}.", advice, code=kind)
     if code in _FULL:
         return StageFailed(f"{what}: the server has no room left ({code}).", "Free space there, or run slmops gc.")
     if status >= 500 or code in _PASSING:

@@ -12,6 +12,7 @@ from slmops.deployments.server.access import make_password, make_private
 from slmops.deployments.server.environment import announced_server, prefect_home, prepare_prefect
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
+from tests.support.errors import coded
 
 ROOT = Path(__file__).resolve().parents[3]
 URL = "http://127.0.0.1:4999/api"
@@ -126,7 +127,7 @@ class TestWhichApi:
         write_profiles(tmp_path / "user" / ".prefect")
         path = tmp_path / "user" / ".prefect" / "profiles.toml"
         path.write_text("active = ")
-        with pytest.raises(BadInput, match=r"profiles\.toml"):
+        with pytest.raises(BadInput, check=coded("prefect-profiles-unreadable", "profiles.toml")):
             prepare_prefect(settings)
 
 

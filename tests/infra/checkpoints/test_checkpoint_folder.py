@@ -214,7 +214,9 @@ class TestChatTemplate:
     @pytest.mark.parametrize("name", ["chat_template.json", "tokenizer_config.json", "chat_template.jinja"])
     def test_one_that_cannot_be_read_is_refused(self, name: str, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\xff{")
-        with pytest.raises(BadInput, match=name):
+        with pytest.raises(
+            BadInput, check=coded("file-not-utf8" if name.endswith(".jinja") else "file-not-json", name)
+        ):
             read_chat_template(tmp_path)
 
     def test_reading_changes_nothing(self, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_a_model_without_the_end_of_its_vocabulary_is_told_though_it_cannot_run(
 
 
 def test_a_reference_of_other_rows_is_refused(fp32, reference_dir):
-    with pytest.raises(StageFailed, match="other evaluation rows"):
+    with pytest.raises(StageFailed, check=coded("reference-of-other-rows")):
         run_evaluate(fp32, reference_dir, rows=ROWS[:2])
 
 

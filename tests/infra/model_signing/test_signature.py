@@ -333,7 +333,7 @@ class TestKeys:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, missing, None)
         for use, key in ((use_private, "key.pem"), (use_public, "key.pub")):
-            with pytest.raises(BadInput, match=missing) as caught:
+            with pytest.raises(BadInput, check=coded("signing-missing", missing)) as caught:
                 use(folder / key)
             assert caught.value.what_to_do == "pip install 'slmops[signing]'"
 

@@ -16,6 +16,7 @@ from slmops.infra.storage.garbage import collect_garbage, delete_version
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import sign_version
+from tests.support.errors import coded
 from tests.support.stores import StoreCase
 from tests.support.versions import FILES, store_version
 
@@ -159,7 +160,7 @@ def test_more_than_nine_changes_stay_in_order(local: ModelRegistry) -> None:
 def test_an_altered_record_is_named(local: ModelRegistry) -> None:
     local.set_alias("home", CHAMPION, 1, "the first")
     local.objects.put_bytes("models/home/history/000001.json", b"[]")
-    with pytest.raises(StageFailed, match=r"000001.json is not valid"):
+    with pytest.raises(StageFailed, check=coded("history-damaged", "000001.json")):
         local.champion_history("home")
 
 

@@ -146,7 +146,7 @@ def test_a_collector_that_was_held_up_stops(registry: ModelRegistry, monkeypatch
     collector.begin()
     later = time.monotonic() + leases.COLLECT_LEASE.total_seconds()
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    with pytest.raises(PassingFault, match="delayed"):
+    with pytest.raises(PassingFault, check=coded("collector-delayed")):
         collector.renew()
 
 
@@ -209,7 +209,9 @@ class TestInputs:
         with pytest.raises(BadInput, check=coded("input-not-valid", "config.json")):
             ingest(registry, tmp_path / "linked")
         for address in ("store://", "store://abc", "store://" + "g" * 64, "store://" + "0" * 64, "store://../x"):
-            with pytest.raises(BadInput, match="store://"):
+            with pytest.raises(
+                BadInput, check=lambda error: error.code in ("input-address-not-valid", "input-missing")
+            ):
                 read_input(registry, address)
         assert blob_keys(registry) == set()
 

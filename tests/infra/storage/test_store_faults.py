@@ -671,7 +671,7 @@ def commit_at_once(journey: Journey, rounds: int) -> None:
     ],
 )
 def test_hostile_addresses_are_refused(uri: str) -> None:
-    with pytest.raises(BadInput, match=r"names no bucket|is not valid|contains a user") as caught:
+    with pytest.raises(BadInput, check=coded("s3-address-not-valid")) as caught:
         parse_s3_uri(uri)
     assert_one_sentence(caught.value)
 

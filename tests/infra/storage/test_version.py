@@ -91,7 +91,7 @@ def test_a_variant_places_its_files(version: Version, tmp_path: Path) -> None:
     model = version.registry.of(store_version(version.registry, tmp_path / "model files", files, "away"))
     model.variant("int4").place(tmp_path / "model")
     assert {name: (tmp_path / "model" / name).read_bytes() for name in files} == files
-    with pytest.raises(StageFailed, match="genai_config"):
+    with pytest.raises(StageFailed, check=coded("genai-config-missing", "home@1 int4")):
         version.variant("int4").place(tmp_path / "no model")
     with pytest.raises(BadInput, check=coded("variant-missing", "'int8'")):
         version.variant("int8")

@@ -12,6 +12,7 @@ from slmops.infra.process.call import ChildResult
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from slmops.infra.transformers.calls import FineTune, FineTuned
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.torch_process import TORCH_PROCESS
 
 pytestmark = pytest.mark.slow
@@ -129,12 +130,12 @@ def test_it_stops_when_the_held_out_loss_does_not_fall(tiny_checkpoint: Path, tm
 
 
 def test_a_chat_longer_than_the_context_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"1 of 3 chats are longer than the context of 64 tokens: row 2 has"):
+    with pytest.raises(BadInput, check=coded("chat-too-long", "1 of 3", "64 tokens", "row 2")):
         tune(tiny_checkpoint, tmp_path, train=numbered([chat(1), chat(2, "word " * 200), chat(3)]), max_length=64)
     assert not (tmp_path / "tuned").exists()
 
 
 def test_a_base_whose_layers_lora_does_not_know_is_refused(tmp_path: Path) -> None:
     base = make_tiny_checkpoint(tmp_path / "base", "gpt2")
-    with pytest.raises(BadInput, match="LoRA supports no layer of GPT2"):
+    with pytest.raises(BadInput, check=coded("lora-layers-unknown", "GPT2")):
         tune(base, tmp_path)

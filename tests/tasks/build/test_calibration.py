@@ -67,15 +67,20 @@ class TestFile:
     def test_a_chat_that_is_judged_is_refused(self, tmp_path: Path) -> None:
         file = write(tmp_path / "chats.jsonl", chat("one", "1"), chat("two", "2"))
         assert len(read_calibration_file(file, [judged("three")])) == 2
-        with pytest.raises(BadInput, match=r"Chat 2 .* evaluation row 'judged'", check=coded("calibration-row-judged")):
+        with pytest.raises(BadInput, check=coded("calibration-row-judged", "Chat 2", "'judged'")):
             read_calibration_file(file, [judged("two")])
 
     @pytest.mark.parametrize(
-        ("content", "said"), [("", "has no rows"), ("{", "line 1"), ('{"messages": []}', "line 1")]
+        ("content", "fault"),
+        [
+            ("", coded("dataset-empty")),
+            ("{", coded("dataset-row-not-valid", "line 1")),
+            ('{"messages": []}', coded("dataset-row-not-valid", "line 1")),
+        ],
     )
-    def test_one_that_cannot_be_used_is_refused(self, content: str, said: str, tmp_path: Path) -> None:
+    def test_one_that_cannot_be_used_is_refused(self, content: str, fault: coded, tmp_path: Path) -> None:
         (tmp_path / "chats.jsonl").write_text(content, "utf-8")
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(BadInput, check=fault):
             read_calibration_file(str(tmp_path / "chats.jsonl"), [])
 
 
@@ -126,7 +131,7 @@ class TestTexts:
     ) -> None:
         context = prepared.inspection.context_length
         file = write(tmp_path / "long", chat("why", "x y " * context))
-        with pytest.raises(BadInput, match=f"context is {context}", check=coded("calibration-row-too-long")):
+        with pytest.raises(BadInput, check=coded("calibration-row-too-long", f"context is {context}")):
             calibrate_once.fn(request(file), prepared, [])
         assert not any(shop.settings.cache_dir.glob("builds/*"))
 

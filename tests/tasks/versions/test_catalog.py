@@ -198,6 +198,6 @@ def test_a_store_that_cannot_be_asked_is_said_and_its_models_are_listed_once_it_
     for name in ("entries", "read_bytes"):
         with monkeypatch.context() as patched:
             patched.setattr(local.objects, name, fail)
-            with pytest.raises(PassingFault, match="does not answer"):
+            with pytest.raises(PassingFault):
                 catalog.models()
     assert len(catalog.models()) == 2
