@@ -4,8 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-from slmops.infra.errors import BadInput
+from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import Progress
+from slmops.infra.records import Untyped
 from slmops.infra.transformers.calls import MergeAdapter, Merged
 from slmops.infra.transformers.tokenizer import load_tokenizer
 
@@ -13,6 +14,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # AutoTokenizer reads a folder with any of these files as that of a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+VOCABULARY_LAYERS = ("embed_tokens", "lm_head", "wte")
+COMPARED_TOKENS = 32
+LARGEST_DISTANCE = 1e-3  # of two logits, in standard deviations: a merge in float32 stays below 1e-5
 EVALUATION_FILES = ("eval.jsonl", "output_schema.json")
 
 
@@ -50,7 +54,11 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
     The tokenizer, `eval.jsonl` and `output_schema.json` are the adapter's if it has them, else the tokenizer is the
     base's. If the adapter carries embeddings of another vocabulary size, the base's are resized to it.
 
-    Raises `BadInput` if the adapter is pickled, is not a LoRA or does not fit the base.
+    Embedding and lm_head are untied where the adapter changes one of the two. The merged model is compared with
+    base and adapter run unmerged.
+
+    Raises `BadInput` if the adapter is pickled, is not a LoRA or does not fit the base, `StageFailed` if the merge is
+    another model.
     """
     import torch
     from peft import PeftModel
@@ -69,12 +77,15 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
     rows = _embedding_rows(shapes)
     if rows is not None and rows != model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(rows, mean_resizing=False)
+    if _changes_one_of_two(adapter_dir, shapes):
+        untie(model)
 
     progress(1, 3, "merging the adapter")
     try:
-        merged = PeftModel.from_pretrained(model, adapter_dir, local_files_only=True, use_safetensors=True)
-        missing = _unplaced(merged, shapes)
-        merged = merged.merge_and_unload(safe_merge=True)
+        adapted = PeftModel.from_pretrained(model, adapter_dir, local_files_only=True, use_safetensors=True).eval()
+        missing = _unplaced(adapted, shapes)
+        expected = _some_logits(adapted)
+        merged = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError) as error:
         raise BadInput(
             f"The adapter {adapter_dir.name} does not fit the base {base_dir.name}: {_short(error)}",
@@ -87,6 +98,14 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
             f"the base has no place for {len(missing)} of {len(shapes)} tensors, first {missing[0]}.",
             "Name the base that the adapter was trained on.",
             code="adapter-does-not-fit",
+        )
+
+    if (distance := float((_some_logits(merged) - expected).abs().max() / expected.std())) > LARGEST_DISTANCE:
+        raise StageFailed(
+            f"The adapter {adapter_dir.name} computes something else once it is merged: the logits differ by "
+            f"{distance:.2g} of their standard deviation.",
+            "Merge it where it was trained (merge_and_unload), and deploy the whole checkpoint.",
+            code="merge-not-exact",
         )
 
     progress(2, 3, "saving the merged checkpoint")
@@ -115,6 +134,36 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
     )
 
 
+def _changes_one_of_two(adapter_dir: Path, shapes: dict[str, list[int]]) -> bool:
+    """Whether the adapter changes embedding or lm_head alone, which base and adapter run unmerged keep apart.
+
+    Whole embeddings that were saved because of new tokens stay what both of them are.
+    """
+    config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text("utf-8"))
+    saved_whole = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or []}
+    by_lora = {name for name in shapes if "lora_" in name and any(f".{layer}." in name for layer in VOCABULARY_LAYERS)}
+    return bool(by_lora or saved_whole & set(VOCABULARY_LAYERS))
+
+
+def untie(model: Untyped) -> None:
+    """Give lm_head weights of its own where it shares the embedding's."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    head.weight = type(head.weight)(head.weight.detach().clone())
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _some_logits(model: Untyped) -> Untyped:
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(0, rows, (1, COMPARED_TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return model(input_ids=tokens).logits[0]
+
+
 def _adapter_shapes(adapter_dir: Path) -> dict[str, list[int]]:
     from safetensors import SafetensorError, safe_open
 
@@ -140,7 +189,7 @@ def _embedding_rows(shapes: dict[str, list[int]]) -> int | None:
     """Return the vocabulary size of the adapter's complete embeddings, or None."""
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight").rpartition(".")[2]
-        if layer in ("embed_tokens", "lm_head", "wte") and "lora_" not in name and len(shape) == 2:
+        if layer in VOCABULARY_LAYERS and "lora_" not in name and len(shape) == 2:
             return shape[0]
     return None
 

@@ -10,11 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slmops.infra.errors import BadInput
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.transformers import adapters
 from slmops.infra.transformers.adapters import merge_adapter, read_adapter_config
 from slmops.infra.transformers.calls import MergeAdapter
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
+from tests.support.family_configs import make_family, small_config
 
 TOKEN_IDS = torch.arange(40, 72).reshape(2, 16)
 
@@ -72,6 +74,52 @@ def test_the_merged_checkpoint_computes_what_base_and_adapter_do(base: Path, ada
     assert not list((tmp_path / "merged").glob("*.bin"))
     text = "Turn on the lights"
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text) == AutoTokenizer.from_pretrained(base)(text)
+
+
+def _family(directory: Path, tiny: Path, model: str) -> Path:
+    folder = make_family(directory, small_config(model), dtype="float32")
+    for path in tiny.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+TIED = ["Qwen/Qwen2.5-0.5B-Instruct", "google/gemma-3-270m-it", "LiquidAI/LFM2-350M", "Qwen/Qwen3.5-0.8B (text)"]
+OF_VOCABULARY: dict[str, dict[str, Any]] = {
+    "lm_head": {"target_modules": ["o_proj", "lm_head"]},
+    "embed_tokens": {"target_modules": ["o_proj", "embed_tokens"]},
+    "both": {"target_modules": ["o_proj", "embed_tokens", "lm_head"]},
+    "saved whole": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("targets", OF_VOCABULARY)
+@pytest.mark.parametrize("model", TIED)
+def test_an_adapter_on_the_vocabulary_of_a_tied_base_stays_what_it_was(
+    model: str, targets: str, base: Path, tmp_path: Path
+) -> None:
+    tied = _family(tmp_path / "base", base, model)
+    names = {"out_proj", "o_proj"} & {name.rpartition(".")[2] for name in _modules(tied)}
+    lora = {**OF_VOCABULARY[targets]}
+    lora["target_modules"] = [*sorted(names), *lora["target_modules"][1:]]
+    adapter = _save_adapter(tied, tmp_path / "adapter", **lora)
+    expected = _logits(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32), adapter)
+    )
+    _merge(adapter, tied, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(_logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def _modules(folder: Path) -> list[str]:
+    return [name for name, _ in AutoModelForCausalLM.from_pretrained(folder).named_modules()]
+
+
+def test_a_merge_into_another_model_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = _save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    monkeypatch.setattr(adapters, "untie", lambda model: None)
+    with pytest.raises(StageFailed, check=coded("merge-not-exact")):
+        _merge(adapter, base, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_the_base_s_dtype_is_kept(tmp_path: Path) -> None:
