@@ -8,7 +8,6 @@ from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
 from slmops.infra.genai.served_files import MENDS
 from slmops.infra.process.call import OnProgress
-from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import digest_of, digest_of_file
@@ -48,13 +47,8 @@ def check_templates(
         return
     shop = workshop()
     with stage_progress("compare templates") as on_progress:
-        parity = parity_of(
-            prepared.folder,
-            users_conversations(rows, calibration_file),
-            shop.settings,
-            on_progress,
-            shop.torch_child,
-        )
+        conversations = users_conversations(rows, calibration_file)
+        parity = parity_of(prepared.folder, conversations, shop.settings, on_progress)
     if CHECK not in allow:
         require_parity(parity)
 
@@ -83,7 +77,6 @@ def parity_of(
     conversations: Conversations,
     settings: Settings,
     on_progress: OnProgress | None = None,
-    torch_child: ChildProcess | None = None,
 ) -> TemplateParity:
     """Return the comparison of a checkpoint's prompts; it is made once for equal files, conversations and versions."""
     deciding = [path for path in sorted(checkpoint.iterdir()) if path.name in DECIDING_FILES]
@@ -98,6 +91,6 @@ def parity_of(
     if record.is_file():
         return TemplateParity.model_validate_json(record.read_bytes())
     with work_folder(settings) as work:
-        parity = check_checkpoint(settings, Bench(checkpoint, work, on_progress), conversations, torch_child)
+        parity = check_checkpoint(settings, Bench(checkpoint, work, on_progress), conversations)
     write_whole(record, parity.model_dump_json())
     return parity

@@ -166,16 +166,15 @@ def check_parity(
     return _compared(runtimes, CONVERSATIONS, checkpoint_dir)
 
 
-def check_checkpoint(
-    settings: Settings, bench: Bench, rows: Conversations, torch_child: ChildProcess | None = None
-) -> TemplateParity:
+def check_checkpoint(settings: Settings, bench: Bench, rows: Conversations) -> TemplateParity:
     """Compare what `bench.model`, a checkpoint, would be built into with transformers, before it is built.
 
     The conversations are those of `check_parity` and the user's `rows`, by name; without weights there is no Foundry
-    Local. Raises `StageFailed` as `check_parity` does, and `BadInput` for a row that the template refuses.
+    Local. transformers has a process of its own and no torch there, which a process that is to build could not import
+    any more. Raises `StageFailed` as `check_parity` does, and `BadInput` for a row that the template refuses.
     """
     files = replace(bench, model=bench.work / "files")
-    runtimes = Runtimes(settings, files, bench.model, torch_child, before_build=True)
+    runtimes = Runtimes(settings, files, bench.model, None, before_build=True)
     return _compared(runtimes, {**CONVERSATIONS, **rows}, bench.model)
 
 

@@ -18,7 +18,6 @@ from slmops.tasks.workshop import Workshop, working_in
 from tests.support.errors import coded
 from tests.support.family_tokenizers import FAMILIES, save_tokenizer
 from tests.support.real_models import real_model
-from tests.support.torch_process import TORCH_PROCESS
 
 
 def asked(text: str) -> tuple[dict[str, str], ...]:
@@ -70,7 +69,7 @@ def test_a_difference_can_be_allowed_and_a_row_that_is_refused_cannot(checkpoint
     (checkpoint / "chat_template.jinja").write_text(template, "utf-8")
     prepared: Any = SimpleNamespace(folder=checkpoint, inspection=SimpleNamespace(kind="checkpoint"))
     rows = [EvaluationRow.model_validate({"id": 1, "messages": asked("Stop!")})]
-    with working_in(Workshop(settings, open_registry(settings), TORCH_PROCESS)):
+    with working_in(Workshop(settings, open_registry(settings))):
         check_templates.fn(prepared, (), None, ("template_parity",))
         with pytest.raises(BadInput, check=coded("row-does-not-render", "row 1", "no!")):
             check_templates.fn(prepared, rows)
