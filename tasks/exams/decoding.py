@@ -1,6 +1,7 @@
 """The decoding of a checkpoint's answers: end tokens from four places, and its generation_config.json."""
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,13 @@ class EndTokens(Record):
 
 
 def read_end_tokens(folder: Path) -> EndTokens:
-    """Read a checkpoint's end tokens from its files."""
+    """Read a checkpoint's end tokens from its files; read once, for a large vocabulary takes a second to parse."""
+    stats = {path: path.stat() for path in sorted(folder.glob("*.j*"))}
+    return _read_end_tokens(folder, tuple((path.name, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()))
+
+
+@lru_cache(maxsize=16)
+def _read_end_tokens(folder: Path, _stamps: tuple[tuple[str, int, int], ...]) -> EndTokens:
     tokenizer_config = _json_or_nothing(folder / "tokenizer_config.json")
     tokenizer = _json_or_nothing(folder / "tokenizer.json")
     added = _added_tokens(tokenizer, tokenizer_config)

@@ -127,6 +127,8 @@ def _compare_measurements(
         )
         changes.append(size)
         return 0
+    if not newest.reliable:
+        notes.append(f"{precision}: the machine was busy during the newest measurement, which may explain its changes.")
     if before[-1].versions != newest.versions:
         notes.append(f"{precision}: measured with {_versions(before[-1])} before and with {_versions(newest)} now.")
     for metric, better in SPEED_METRICS:

@@ -1,6 +1,6 @@
 """Measure where a broken model's distributions part from a rounded one's: what `BROKEN_LIMITS` of the gate rests on.
 
-Run as `python -m tests.benchmarks.gate_limits CHECKPOINT [--recipes fp16 int8 int4-rtn] [--threads 2]` on a checkpoint
+Run as `python -m tests.benchmarks.gate_limits CHECKPOINT [--recipes fp16 int8 int4-rtn] [--rows 24]` on a checkpoint
 with trained weights of a Llama-like architecture. Sound variants are built by slmops' own recipes and answer in
 onnxruntime-genai. Broken ones are the checkpoint with one fault that a build or a conversion can make, in torch: the
 faults are of the weights, so that the runtime does not matter. All are compared with the checkpoint at the same
@@ -31,9 +31,6 @@ from slmops.tasks.questions.evaluation_set import chat_prompts
 from slmops.tasks.verdict.thresholds import thresholds_for
 from tests.benchmarks.recipes import build
 
-QUESTIONS = tuple(
-    Question(id=row.id, messages=[message.model_dump() for message in row.messages]) for row in chat_prompts()
-)
 Fault = Callable[[Any], None]
 
 
@@ -137,8 +134,8 @@ def _double(model: Any, layer: int) -> None:
     _of(model, layer, "mlp.down_proj").mul_(2)
 
 
-def broken_variants(checkpoint: Path, reference: Path) -> Iterator[Distance]:
-    """Yield the distances of the checkpoint with each fault."""
+def broken_variants(checkpoint: Path, reference: Path, names: list[str]) -> Iterator[Distance]:
+    """Yield the distances of the checkpoint with each fault whose name contains one of `names`."""
     import torch
 
     model = load_checkpoint(checkpoint, "float32")[1]
@@ -147,6 +144,8 @@ def broken_variants(checkpoint: Path, reference: Path) -> Iterator[Distance]:
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     frequencies = model.model.rotary_emb.inv_freq.clone()
     for name, fault in faults(len(model.model.layers)).items():
+        if not any(part in name for part in names):
+            continue
         with torch.no_grad():
             fault(model)
         yield _distance(model, answers, reference, name)
@@ -171,14 +170,19 @@ def _distance(model: Any, answers: SourceAnswers, reference: Path, name: str) ->
 
 
 def sound_variants(
-    checkpoint: Path, names: list[str], work: Path, sizes: dict[str, int], reference: Path
+    checkpoint: Path,
+    names: list[str],
+    work: Path,
+    questions: tuple[Question, ...],
+    sizes: dict[str, int],
+    reference: Path,
 ) -> Iterator[Distance]:
     """Yield the distances of what the recipes build."""
     for name in names:
         recipe, folder = load_recipe(name), work / name
         build(recipe, checkpoint, folder, sizes["threads"])
         found = evaluate(
-            Evaluate(model_dir=folder / "model", rows=QUESTIONS, reference_dir=reference, **sizes), _silent
+            Evaluate(model_dir=folder / "model", rows=questions, reference_dir=reference, **sizes), _silent
         )
         assert found.kl_divergence is not None
         assert found.top1_agreement is not None
@@ -195,22 +199,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--recipes", nargs="*", default=["fp16", "int8", "int4-rtn"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--without-faults", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--faults", nargs="*", default=[""], help="Parts of the names of faults; default: all.")
     arguments = parser.parse_args()
-    sizes = {"max_new_tokens": 48, "max_positions": 768, "threads": arguments.threads}
+    rows = chat_prompts()[: arguments.rows]
+    questions = tuple(Question(id=row.id, messages=[message.model_dump() for message in row.messages]) for row in rows)
+    sizes = {"max_new_tokens": 32, "max_positions": 512, "threads": arguments.threads}
     with tempfile.TemporaryDirectory() as name:
         work, checkpoint = Path(name), arguments.checkpoint.absolute()
         reference = work / "reference"
         answer(
-            AnswerAsSource(checkpoint_dir=checkpoint, rows=QUESTIONS, batch_size=8, output_dir=reference, **sizes),
+            AnswerAsSource(checkpoint_dir=checkpoint, rows=questions, batch_size=8, output_dir=reference, **sizes),
             _silent,
         )
         print(
             "| variant | KL, nats | top-1 | passes alone | passes beside a score |\n|---|---|---|---|---|", flush=True
         )
-        sound = sound_variants(checkpoint, arguments.recipes, work, sizes, reference)
-        broken = iter(()) if arguments.without_faults else broken_variants(checkpoint, reference)
+        sound = sound_variants(checkpoint, arguments.recipes, work, questions, sizes, reference)
+        broken = broken_variants(checkpoint, reference, arguments.faults)
         for distances in (sound, broken):
             for found in distances:
                 kind = "recipe" if found.sound else "fault"

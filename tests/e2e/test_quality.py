@@ -123,7 +123,9 @@ def test_sabotaged_variants_are_rejected_by_the_right_check(demo: Demo, tmp_path
 
     report = slmops.json("regate", version.reference, status=3)
     assert report["status"] == "rejected"
-    assert {"top1_agreement", "kl_divergence"} <= set(failed_checks(variant_of(report, "fp16")))
+    zeroed = variant_of(report, "fp16")
+    assert zeroed["gate"]["decided_by"] == "score"
+    assert {"quality_loss", "kl_divergence"} <= set(failed_checks(zeroed))
     parity = failed_checks(variant_of(report, "int8"))["template_parity"]
     assert "genai renders" in parity["detail"]
     vocabulary = failed_checks(variant_of(report, "int4"))["vocabulary"]
@@ -195,16 +197,47 @@ def _commit(registry: ModelRegistry, manifest: Manifest, name: str, folders: dic
 
 
 @pytest.mark.slow
-def test_answers_in_another_format_are_rejected(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
-    report = slmops.json("deploy", tiny, "--name", "home", *INT8, "--output-regex", r"\{.*\}", status=3)
+def test_answers_in_another_format_are_rejected_or_told_where_the_source_s_have_it_neither(
+    slmops: Slmops, tiny: Path, tmp_path: Path
+) -> None:
+    absolute = {"SLMOPS_GATE__MIN_OUTPUT_CONFORMITY": "0.95"}
+    asked = ("deploy", tiny, "--name", "home", *INT8, "--output-regex", r"\{.*\}")
+    report = slmops.json(*asked, status=3, **absolute)
     check = failed_checks(variant_of(report, "int8"))["output_format"]
     assert check["value"] < check["threshold"] == 0.95
+    as_the_source = variant_of(slmops.json(*asked), "int8")
+    assert as_the_source["status"] == "registered"
+    assert any("lack the output format, as the source checkpoint's" in text for text in as_the_source["warnings"])
     # An open regular expression lets the same variant pass, without building it again.
     evaluation = tmp_path / "eval.jsonl"
     row = {"id": 1, "messages": [{"role": "user", "content": "Hello"}], "expected": "no such answer"}
     evaluation.write_text(json.dumps(row) + "\n")
     passed = slmops.json("regate", "home@1", "--eval", evaluation, "--output-regex", "(?s).*")
     assert passed["status"] == "registered"
+
+
+@pytest.mark.slow
+def test_what_the_checkpoint_s_files_say_of_decoding_is_kept_and_judged_by(slmops: Slmops, tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "qwen2")
+    tokens = {
+        token["content"]: token["id"]
+        for token in json.loads((checkpoint / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    }
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+    for name, values in (("config.json", {}), ("generation_config.json", sampling)):
+        said = json.loads((checkpoint / name).read_text("utf-8"))
+        said |= {"eos_token_id": tokens["<|endoftext|>"], **values}  # the base's, as fine-tuning leaves it
+        (checkpoint / name).write_text(json.dumps(said), "utf-8")
+    report = slmops.json("deploy", checkpoint, "--name", "home", *INT8)
+    folder = slmops.home / "foundry" / "models" / "custom" / "home-int8" / "v1"
+    written = json.loads((folder / "genai_config.json").read_text("utf-8"))
+    assert {name: written["search"][name] for name in sampling} == sampling
+    assert set(written["model"]["eos_token_id"]) == {tokens["<|im_end|>"], tokens["<|endoftext|>"]}
+    (ends, samples) = report["warnings"]
+    assert "tokenizer: <|im_end|>" in ends
+    assert "temperature 0.7" in samples
+    assert "ended_answers" in {check["name"] for check in variant_of(report, "int8")["gate"]["checks"]}
+    assert slmops.json("deploy", checkpoint, "--name", "home", *INT8)["status"] == "unchanged"
 
 
 @pytest.mark.slow
