@@ -51,7 +51,7 @@ class EndTokens(Record):
         """A warning if the places name different tokens."""
         named = {place: tokens for place, tokens in self.places.items() if tokens}
         ends = [set(tokens) for tokens in named.values()]
-        if all(one <= other or other <= one for one in ends for other in ends):
+        if all(end <= other or other <= end for end in ends for other in ends):
             return None
         told = "; ".join(f"{place}: {', '.join(map(self._shown, tokens))}" for place, tokens in named.items())
         return f"The checkpoint's files name different tokens as the end of an answer ({told}). All of them end one."
@@ -115,7 +115,7 @@ def _id_of(text: str | None, added: Mapping[str, tuple[int, bool]], tokenizer: C
 
 def _ids(value: object) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
-    return tuple(one for one in values if isinstance(one, int) and not isinstance(one, bool))
+    return tuple(value for value in values if isinstance(value, int) and not isinstance(value, bool))
 
 
 def _end_in_template(folder: Path, names: Mapping[str, str | None], special: Mapping[str, int]) -> tuple[int, ...]:

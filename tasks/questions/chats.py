@@ -27,7 +27,11 @@ NOTED_ONLY: dict[str, str] = {chat["name"]: chat["told_only"] for chat in _CHATS
 def rare_characters(messages: Sequence[Message]) -> list[str]:
     """Return the characters outside ASCII in a conversation that are neither letters, marks nor punctuation."""
     texts = "".join(message["content"] for message in messages)
-    return [one for one in dict.fromkeys(texts) if not one.isascii() and unicodedata.category(one)[0] in RARE]
+    return [
+        character
+        for character in dict.fromkeys(texts)
+        if not character.isascii() and unicodedata.category(character)[0] in RARE
+    ]
 
 
 def without_rare_characters(messages: Sequence[Message]) -> tuple[Message, ...] | None:

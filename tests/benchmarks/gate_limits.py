@@ -164,8 +164,8 @@ def _distance(model: Any, answers: SourceAnswers, reference: Path, name: str) ->
             output = model(input_ids=torch.tensor([ids[:-1]]), use_cache=False)
         logits = output.logits[0].numpy()
         compared += [compare_position(next(expected), logits[at], ids[at + 1]) for at in row.positions]
-    divergences = [one.kl_divergence if one.kl_divergence is not None else math.inf for one in compared]
-    agreeing = sum(one.agrees for one in compared) / len(compared)
+    divergences = [position.kl_divergence if position.kl_divergence is not None else math.inf for position in compared]
+    agreeing = sum(position.agrees for position in compared) / len(compared)
     return Distance(name, False, "int4", sum(divergences) / len(compared), agreeing)
 
 

@@ -62,14 +62,15 @@ def row_of(
 ) -> str:
     """Return a recipe's line of the table."""
     metrics = [measured.metrics for measured in rounds]
-    rates = [one["token_generation_throughput_tps"] for one in metrics]
+    rates = [metric["token_generation_throughput_tps"] for metric in metrics]
     size_bytes = (folder / "model" / "model.onnx.data").stat().st_size
-    wall_s = min(one.wall_s for one in evaluations)
+    wall_s = min(evaluation.wall_s for evaluation in evaluations)
     evaluated = evaluations[0]  # the figures are the same each time
     return (
         f"| `{recipe.name}` | {build_s:.0f} | {size_bytes / 1e6:.1f} "
-        f"| {min(one['peak_rss_bytes'] for one in metrics) / 1e6:.0f} | {min(one['ttft_ms'] for one in metrics):.0f} "
-        f"| {max(one['prompt_processing_throughput_tps'] for one in metrics):.0f} | {max(rates):.0f} "
+        f"| {min(metric['peak_rss_bytes'] for metric in metrics) / 1e6:.0f} "
+        f"| {min(metric['ttft_ms'] for metric in metrics):.0f} "
+        f"| {max(metric['prompt_processing_throughput_tps'] for metric in metrics):.0f} | {max(rates):.0f} "
         f"| {statistics.median(rates):.0f} | {evaluated.kl_divergence:.3f} | {evaluated.top1_agreement:.3f} "
         f"| {wall_s:.1f} |"
     )

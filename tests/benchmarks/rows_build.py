@@ -28,7 +28,7 @@ def build_wall(bench: Bench) -> Iterator[Row]:
     what = "build fp16 + int8 + int4, wall"
     if bench.with_stock:
         stock = build_by_stock_olive(bench.checkpoint, bench.folder / "stock", bench.say)
-        stock_s, stock_name = sum(one.seconds for one in stock.values()), "stock Olive"
+        stock_s, stock_name = sum(build.seconds for build in stock.values()), "stock Olive"
         of_stock = {precision: asdict(one) | {"output": None} for precision, one in stock.items()}
     else:
         stock_s, stock_name, of_stock = STOCK_OLIVE_S, STOCK_OLIVE, {}

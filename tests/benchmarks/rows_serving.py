@@ -43,39 +43,39 @@ def _rows_of(recipe: str, ours: list[dict[str, Any]], theirs: list[BenchResult])
         ("prompt_processing_throughput_tps", "prompt", "prompt_tps", 0.8),
         ("token_generation_throughput_tps", "generation", "generation_tps", 0.9),
     ):
-        measured = [row[key] for one in ours for row in one["rows"]]
+        measured = [row[key] for run in ours for row in run["rows"]]
         yield row_beside(
             "serving",
             f"{recipe} {title}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {THREADS} threads",
             statistics.median(measured),
             "tok/s",
-            peer=statistics.median(getattr(one, name) for one in theirs) if theirs else None,
+            peer=statistics.median(getattr(peer, name) for peer in theirs) if theirs else None,
             peer_name=PEER,
             at_least=share,
             all=measured,
-            peer_rounds=[getattr(one, name) for one in theirs],
+            peer_rounds=[getattr(peer, name) for peer in theirs],
         )
     yield Row(
         key="serving",
         what=f"{recipe} load",
-        measured=statistics.median(one["load_ms"] for one in ours),
+        measured=statistics.median(run["load_ms"] for run in ours),
         unit="ms",
         target="",
         met=None,
         details={
             "counts": "model and tokenizer, in a process that has imported onnxruntime-genai",
-            "peer_ms_with_process_start_and_one_token": [1000 * one.start_s for one in theirs],
+            "peer_ms_with_process_start_and_one_token": [1000 * peer.start_s for peer in theirs],
         },
     )
     size_bytes = ours[0]["size_bytes"]
     yield row_below(
         "serving",
         f"{recipe} peak RSS when serving",
-        max(one["peak_rss_bytes"] for one in ours) / 1e6,
+        max(run["peak_rss_bytes"] for run in ours) / 1e6,
         "MB",
         1.5 * size_bytes / 1e6 + 100,
         f"at most 1.5 x {size_bytes / 1e6:,.1f} MB + 100 MB",
-        peer_peak_rss_bytes=max((one.peak_rss_bytes for one in theirs), default=None),
+        peer_peak_rss_bytes=max((peer.peak_rss_bytes for peer in theirs), default=None),
     )
 
 

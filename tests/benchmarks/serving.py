@@ -163,7 +163,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="slmops-serving-") as name:
         figures = measure(Path(name), arguments.requests, arguments.clients, arguments.new_tokens)
     versions = {
-        one: version(one) for one in ("foundry-local-sdk", "onnxruntime-genai", "uvicorn", "starlette", "httpx")
+        package: version(package)
+        for package in ("foundry-local-sdk", "onnxruntime-genai", "uvicorn", "starlette", "httpx")
     }
     print(f"{datetime.now(UTC):%Y-%m-%d}; {psutil.cpu_count()} cores; Python {platform.python_version()}; {versions}\n")
     for key, value in figures.items():

@@ -219,7 +219,7 @@ def _watch(process: subprocess.Popen[bytes]) -> tuple[int, float]:
     while process.poll() is None:
         with contextlib.suppress(psutil.Error):
             tree = [watched, *watched.children(recursive=True)] if peak_rss_bytes == 0 else [watched]
-            peak_rss_bytes = max(peak_rss_bytes, sum(one.memory_info().rss for one in tree))
+            peak_rss_bytes = max(peak_rss_bytes, sum(process.memory_info().rss for process in tree))
             cpu_s = max(cpu_s, _cpu_s(watched))
         time.sleep(SAMPLE_INTERVAL_S)
     return peak_rss_bytes, cpu_s
@@ -366,7 +366,7 @@ def measure(folder: Path, rounds: int, scale: float) -> dict[str, Any]:
 def _listening_at(origin: S3Server) -> psutil.Process:
     port = int(origin.endpoint_url.rpartition(":")[2])
     for process in psutil.Process().children(recursive=True):
-        if any(one.laddr.port == port for one in process.net_connections("tcp")):
+        if any(connection.laddr.port == port for connection in process.net_connections("tcp")):
             return process
     raise RuntimeError(f"nothing listens at {origin.endpoint_url}")
 

@@ -35,9 +35,9 @@ with ChatSession(model) as session:
     with session.process_request(Request().add_item(MessageItem.user("Hello"))) as response:
         text = "".join(part.text for item in response for part in item.parts)
 found = {
-    "listed": sorted(one.id for one in catalog.list_models()),
-    "cached": [one.id for one in catalog.get_cached_models()],
-    "versions": [one.id for one in catalog.get_model_versions("home")],
+    "listed": sorted(model.id for model in catalog.list_models()),
+    "cached": [model.id for model in catalog.get_cached_models()],
+    "versions": [model.id for model in catalog.get_model_versions("home")],
     "context_length": catalog.get_model("home").context_length,
     "text": text,
 }

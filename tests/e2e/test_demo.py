@@ -79,8 +79,10 @@ def test_the_second_run_is_unchanged(demo: Demo) -> None:
     slmops, first = demo
     again = slmops.json("demo")
     assert (again["status"], again["version"]) == ("unchanged", 1)
-    assert [one["digest"] for one in again["variants"]] == [one["digest"] for one in first["variants"]]
-    assert [one["metrics"] for one in again["variants"]] == [one["metrics"] for one in first["variants"]]
+    assert [variant["digest"] for variant in again["variants"]] == [variant["digest"] for variant in first["variants"]]
+    assert [variant["metrics"] for variant in again["variants"]] == [
+        variant["metrics"] for variant in first["variants"]
+    ]
 
 
 def test_another_process_with_the_sdk_alone_finds_loads_and_asks_it(demo: Demo, tmp_path: Path) -> None:
@@ -115,10 +117,10 @@ def test_list_show_and_logs_tell_of_it(demo: Demo) -> None:
     slmops, report = demo
     (model,) = slmops.json("list")["models"]
     assert (model["name"], model["version"], model["aliases"]) == ("home", 1, ["champion"])
-    assert [one["precision"] for one in model["variants"]] == ["fp16", "int4", "int8"]
+    assert [variant["precision"] for variant in model["variants"]] == ["fp16", "int4", "int8"]
     shown = slmops.json("show", "home")
     assert shown["source"]["parameters"] == report["parameters"]
-    assert {one["precision"] for one in shown["variants"]} == {"fp16", "int8", "int4"}
+    assert {variant["precision"] for variant in shown["variants"]} == {"fp16", "int8", "int4"}
     assert "== int4: built in" in slmops.run("logs", "home@1").stdout
     assert "home@1" in slmops.run("list").stdout
     assert "# home@1" in (slmops.home / "reports" / "home@1.md").read_text()

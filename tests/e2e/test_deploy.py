@@ -181,7 +181,9 @@ def test_a_users_olive_file_is_accepted(slmops: Slmops, tiny: Path, tmp_path: Pa
 def children_of(pid: int) -> list[psutil.Process]:
     try:
         return [
-            one for one in psutil.Process(pid).children(recursive=True) if "slmops.infra.process.child" in one.cmdline()
+            child
+            for child in psutil.Process(pid).children(recursive=True)
+            if "slmops.infra.process.child" in child.cmdline()
         ]
     except psutil.Error:
         return []
@@ -205,7 +207,7 @@ def test_a_deploy_that_is_ended_leaves_no_orphan_and_goes_on_later(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     descendants = psutil.Process(deploy.pid).children(recursive=True)
-    assert any("slmops.deployments.server.embedded" in one.cmdline() for one in descendants)
+    assert any("slmops.deployments.server.embedded" in descendant.cmdline() for descendant in descendants)
     deploy.send_signal(number)
     assert deploy.wait(timeout=60) != 0
     assert "Traceback" not in log.read_text()

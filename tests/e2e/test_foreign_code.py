@@ -168,12 +168,14 @@ def test_deploy_chat_and_serve_run_no_code_of_the_checkpoint(surrounded: Surroun
 
 
 def test_up_registers_its_own_flows_and_its_worker_runs_them(surrounded: Surrounded, server: str) -> None:
-    known = {one["id"] for one in query(server, "deployments")}
+    known = {deployment["id"] for deployment in query(server, "deployments")}
     with surrounded.running("up", PREFECT_API_URL=server, until="slmops up --check"):
-        made = [one for one in query(server, "deployments") if one["id"] not in known]
-        assert {"deploy", "retrain", "benchmark", "promote", "rollback", "gc"} <= {one["name"] for one in made}
-        assert all(one["entrypoint"].startswith("slmops.flows.") for one in made)
-        (deploy,) = [one for one in made if one["name"] == "deploy"]
+        made = [deployment for deployment in query(server, "deployments") if deployment["id"] not in known]
+        assert {"deploy", "retrain", "benchmark", "promote", "rollback", "gc"} <= {
+            deployment["name"] for deployment in made
+        }
+        assert all(deployment["entrypoint"].startswith("slmops.flows.") for deployment in made)
+        (deploy,) = [deployment for deployment in made if deployment["name"] == "deploy"]
         assert "checkpoint" in deploy["parameter_openapi_schema"]["required"]
         parameters = {"checkpoint": str(surrounded.checkpoint), "name": "home", "precisions": ["int4"]}
         url = f"{server}/deployments/{deploy['id']}/create_flow_run"

@@ -135,7 +135,7 @@ def test_what_a_copy_says_of_itself_makes_no_champion(
         told = slmops.run("import", archive).stdout
         assert "Its figures are claims of its origin." in told
         assert "slmops regate home@1" in told
-        (model,) = [one for one in slmops.json("list")["models"] if one["name"] == "home"]
+        (model,) = [model for model in slmops.json("list")["models"] if model["name"] == "home"]
         assert (model["aliases"], model["says_origin"]) == ([], True)
         assert "claimed by its origin" in slmops.run("list").stdout
         assert slmops.json("show", "home@1")["says_origin"]

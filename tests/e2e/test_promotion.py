@@ -100,16 +100,20 @@ def test_there_and_back(slmops: Slmops, model_server: ModelServer, server: str) 
     history = slmops.json("history", "home")
     assert history["champion"] == 2
     newest = history["history"][: len(history["history"]) - changes]
-    assert [(one["version"], one["former"], one["rolled_back"]) for one in newest] == [
+    assert [(change["version"], change["former"], change["rolled_back"]) for change in newest] == [
         (2, 1, True),
         (1, 2, True),
         (2, 1, False),
     ]
-    assert [one["reason"] for one in newest] == ["rolled back from home@1", "forgot the kitchen", "knows the garage"]
+    assert [change["reason"] for change in newest] == [
+        "rolled back from home@1",
+        "forgot the kitchen",
+        "knows the garage",
+    ]
     assert "knows the garage" in slmops.run("history", "home").stdout
     asked = {"artifacts": {"key": {"any_": ["slmops-promotion-home"]}}, "sort": "CREATED_DESC"}
     artifacts = httpx.post(f"{server}/artifacts/filter", json=asked).raise_for_status().json()
-    assert any("knows the garage" in one["data"] for one in artifacts)
+    assert any("knows the garage" in artifact["data"] for artifact in artifacts)
 
 
 def test_a_running_servers_clients_see_no_failure(slmops: Slmops) -> None:
@@ -252,7 +256,7 @@ def test_after_a_killed_promotion_the_next_one_ends_right(slmops: Slmops, model_
     assert model_server.models == {"home": then}
     assert slmops.json("promote", f"home@{then}")["status"] == "unchanged"
     history = slmops.json("history", "home")["history"]
-    assert [one["version"] for one in history][: then - 1] == [2][: then - 1]
+    assert [change["version"] for change in history][: then - 1] == [2][: then - 1]
     assert history[then - 1 :] == before
 
 

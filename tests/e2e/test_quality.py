@@ -22,7 +22,7 @@ INT8 = ("--precision", "int8")
 
 
 def variant_of(report: dict[str, Any], precision: str) -> dict[str, Any]:
-    (found,) = [one for one in report["variants"] if one["precision"] == precision]
+    (found,) = [variant for variant in report["variants"] if variant["precision"] == precision]
     return found
 
 
@@ -97,7 +97,7 @@ def test_a_budget_chooses_and_one_that_nothing_keeps_names_the_nearest(slmops: S
     assert (refused["status"], refused["selected"]) == ("rejected", None)
     assert refused["reason"].startswith("No variant keeps the budget. The nearest is int8: size")
     assert refused["aliases"] == ["champion"]  # the version stays what it was
-    assert {one["status"] for one in refused["variants"]} == {"registered"}
+    assert {variant["status"] for variant in refused["variants"]} == {"registered"}
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_sabotaged_variants_are_rejected_by_the_right_check(demo: Demo, tmp_path
 def _zero_a_weight(folder: Path) -> None:
     """Set the first layer's largest weight to zero, in the ONNX file itself."""
     model = onnx.load(folder / "model.onnx")
-    tensors = [one for one in model.graph.initializer if "layers.0" in one.name]
+    tensors = [tensor for tensor in model.graph.initializer if "layers.0" in tensor.name]
     tensor = max(tensors, key=lambda one: int(np.prod(one.dims)))
     zeros = np.zeros_like(numpy_helper.to_array(tensor))
     tensor.CopyFrom(numpy_helper.from_array(zeros, tensor.name))
@@ -248,7 +248,7 @@ def test_a_text_file_is_compared_and_judged(slmops: Slmops, tiny: Path, tmp_path
     variant = variant_of(report, "int8")
     assert variant["metrics"]["text_perplexity"] > 1
     assert variant["intervals"]["text_perplexity_ratio"]["value"] == pytest.approx(1, abs=0.2)
-    assert {"text_top1_agreement", "text_kl_divergence"} <= {one["name"] for one in variant["gate"]["checks"]}
+    assert {"text_top1_agreement", "text_kl_divergence"} <= {check["name"] for check in variant["gate"]["checks"]}
     again = slmops.run("deploy", tiny, "--name", "home", *INT8, "--text", text)
     assert "unchanged" in again.stdout
     assert "reference" not in again.stderr  # nothing is left to compare with it
@@ -259,7 +259,7 @@ def test_nan_logits_are_named(slmops: Slmops, tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "qwen2", tied=False)
     model = build_genai_model(checkpoint, tmp_path / "model")
     broken = onnx.load(model / "model.onnx")
-    tensor = next(one for one in broken.graph.initializer if "layers.0" in one.name and len(one.dims) == 2)
+    tensor = next(tensor for tensor in broken.graph.initializer if "layers.0" in tensor.name and len(tensor.dims) == 2)
     tensor.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(tensor), np.nan), tensor.name))
     (model / "model.onnx.data").unlink()
     onnx.save(broken, model / "model.onnx", save_as_external_data=True, location="model.onnx.data")

@@ -206,7 +206,7 @@ def test_the_file_opens_alone_and_is_readable(
         screenshot(driver, tmp_path / f"file-{scheme}-{width}.png")
         pictures = driver.execute_script(PICTURES, "main", "figure svg")
         assert len(pictures) == 4
-        assert all(one["visible"] and one["width"] > 300 and one["height"] > 80 for one in pictures)
+        assert all(picture["visible"] and picture["width"] > 300 and picture["height"] > 80 for picture in pictures)
         assert driver.execute_script(CUT, "main") == []
         screenshot(driver, tmp_path / f"file-{scheme}-{width}-unfolded.png")
         background, ink = driver.execute_script(
@@ -214,7 +214,7 @@ def test_the_file_opens_alone_and_is_readable(
         )
         assert (brightness(background) > brightness(ink)) == (scheme == "light")
         assert requests_of(driver) == [address]
-        assert [one for one in driver.get_log("browser") if one["level"] == "SEVERE"] == []
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def brightness(colour: str) -> int:
@@ -227,5 +227,7 @@ def requests_of(driver: webdriver.Chrome) -> list[str]:
     messages: list[dict[str, Any]] = [
         json.loads(entry["message"])["message"] for entry in driver.get_log("performance")
     ]
-    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
+    asked = [
+        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
+    ]
     return [url for url in asked if not url.startswith(("data:", "about:", "chrome:"))]

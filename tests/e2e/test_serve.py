@@ -102,7 +102,7 @@ class TestAnswers:
         assert answered.choices[0].message.content
         assert answered.usage.completion_tokens == 8
         assert ask(server).choices == answered.choices  # greedy: the same again
-        listed = {one.id for one in server.client().models.list()}
+        listed = {model.id for model in server.client().models.list()}
         assert listed == {"home", "home:1", "other", "other:1"}
         assert server.client().models.retrieve("home").id == "home"
 
@@ -326,7 +326,7 @@ class TestFaults:
 
     def test_an_altered_model_is_not_served(self, home: Path) -> None:
         registry = registry_of(home)
-        (file,) = [one for one in registry.version("home", 1).variants[0].files if one.path == "genai_config.json"]
+        (file,) = [file for file in registry.version("home", 1).variants[0].files if file.path == "genai_config.json"]
         blob = home / "store/blobs/sha256" / file.sha256
         content = blob.read_bytes()
         blob.chmod(0o644)

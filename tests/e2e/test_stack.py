@@ -137,9 +137,9 @@ class Page:
         """
 
         def done(_: object) -> tuple[T] | None:
-            for one in self.driver.find_elements(By.CSS_SELECTOR, selector):
-                if one.is_displayed() and (text is None or one.text.strip() == text):
-                    return (act(one),)
+            for element in self.driver.find_elements(By.CSS_SELECTOR, selector):
+                if element.is_displayed() and (text is None or element.text.strip() == text):
+                    return (act(element),)
             return None
 
         try:
@@ -157,7 +157,7 @@ class Page:
         self.on(selector, text, WebElement.click)
 
     def texts(self, selector: str) -> list[str]:
-        return [one.text for one in self.driver.find_elements(By.CSS_SELECTOR, selector)]
+        return [element.text for element in self.driver.find_elements(By.CSS_SELECTOR, selector)]
 
     def fill(self, label: str, value: str) -> None:
         """Type into the field that a label names."""
@@ -182,7 +182,7 @@ def test_the_api_refuses_who_does_not_say_the_password(stack: Stack, slmops: Slm
 
 
 def test_machines_that_start_at_once_register_each_automation_once(stack: Stack) -> None:
-    names = [one["name"] for one in query(stack, "automations")]
+    names = [automation["name"] for automation in query(stack, "automations")]
     assert len(names) == len(set(names)) == 2
 
 
@@ -231,8 +231,8 @@ def test_the_form_of_the_ui_starts_a_deploy(
 
     def ended() -> dict[str, Any] | None:
         runs = query(stack, "flow_runs", flows={"name": {"any_": ["deploy"]}})
-        mine = (one for one in runs if one["parameters"]["name"] == "by-form")
-        return next((one for one in mine if one["state"]["type"] in ENDED), None)
+        mine = (run for run in runs if run["parameters"]["name"] == "by-form")
+        return next((run for run in mine if run["state"]["type"] in ENDED), None)
 
     run = wait_for(ended, DEADLINE_S)
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]

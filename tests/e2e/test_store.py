@@ -119,7 +119,7 @@ def test_a_version_goes_around(team: StoreCase, tiny: Path, tmp_path: Path, serv
     assert (renumbered["version"], renumbered["is_new"]) == (2, True)
     compared = other.json("diff", "home@1", "home@2")
     assert not compared["same_content"]
-    assert {"training run", "int4/genai_config.json"} <= {one["what"] for one in compared["differences"]}
+    assert {"training run", "int4/genai_config.json"} <= {difference["what"] for difference in compared["differences"]}
     assert 0 < compared["shared_bytes"] < compared["size_bytes"]
     figures = other.json("show", "home@2")["deploy"]
     assert figures["variants"][0]["status"] == "registered"  # its evidence came along under its new number
@@ -138,7 +138,7 @@ def test_a_version_goes_around(team: StoreCase, tiny: Path, tmp_path: Path, serv
     # The bill of materials
     bill = json.loads(other.run("sbom", "home@1").stdout)
     assert bill["bomFormat"] == "CycloneDX"
-    assert {"torch", "onnxruntime", "olive-ai"} <= {one["name"] for one in bill["components"]}
+    assert {"torch", "onnxruntime", "olive-ai"} <= {component["name"] for component in bill["components"]}
 
 
 @pytest.mark.slow
@@ -223,11 +223,11 @@ def test_only_signed_versions_are_registered_where_that_is_asked(slmops: Slmops,
     (variant,) = slmops.json("regate", "home@1", status=1, **strict)["variants"]
     assert "genai_config.json is not what the version's manifest says" in variant["error"]
     found = slmops.json("verify", "home@1", status=1, **strict)
-    assert [(one["what"], one["fault"]) for one in found["damage"]] == [("int4/genai_config.json", "altered")]
+    assert [(damage["what"], damage["fault"]) for damage in found["damage"]] == [("int4/genai_config.json", "altered")]
     blob.write_bytes(content)
     manifest.write_text(manifest.read_text().replace("Qwen2ForCausalLM", "Qwen3ForCausalLM"))
     found = slmops.json("verify", "home@1", status=1, **strict)
-    assert "manifest.json" in {one["what"] for one in found["damage"]}
+    assert "manifest.json" in {damage["what"] for damage in found["damage"]}
 
 
 @pytest.mark.slow

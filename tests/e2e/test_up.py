@@ -120,14 +120,14 @@ def test_check_finds_what_up_started_without_being_told_where(up: Up, slmops: Sl
     found = slmops.json("up", "--check")
     assert found["ok"]
     assert found["api_url"] == up.api_url
-    whats = {one["what"] for one in found["checks"]}
+    whats = {check["what"] for check in found["checks"]}
     names = ("deploy", "retrain", "benchmark", "promote", "rollback", "gc")
     assert {"server", "workers", "work pool slmops", *(f"deployment {name}/{name}" for name in names)} <= whats
 
 
 def workers_online(api: str) -> bool:
     found = call("POST", f"{api}/work_pools/slmops/workers/filter", {})
-    return any(one["status"] == "ONLINE" for one in found)
+    return any(worker["status"] == "ONLINE" for worker in found)
 
 
 FOREIGN_PAGE = {"Origin": "http://page.example"}
@@ -213,10 +213,10 @@ def test_a_home_of_the_version_before_is_taken_over(up: Up, api: str) -> None:
 
 def test_check_says_what_is_missing(slmops: Slmops, tmp_path: Path) -> None:
     found = slmops.json("up", "--check", "--pool", "nobody", status=1)
-    (missing,) = [one for one in found["checks"] if not one["ok"]]
+    (missing,) = [check for check in found["checks"] if not check["ok"]]
     assert (missing["what"], missing["what_to_do"]) == ("work pool nobody", "slmops up --pool nobody")
     nothing = Slmops(tmp_path / "elsewhere").json("up", "--check", status=1)
-    assert [one["what"] for one in nothing["checks"]] == ["server"]
+    assert [check["what"] for check in nothing["checks"]] == ["server"]
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -246,7 +246,7 @@ def test_an_event_deploys_its_checkpoint(up: Up, api: str, tiny: Path) -> None:
     before = len(ended_runs(api, name="by-api"))
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
     wait_for(lambda: len(ended_runs(api, name="by-api")) > before)
-    (run,) = [one for one in ended_runs(api, name="by-api") if one["parameters"].get("training_run") == "run-7"]
+    (run,) = [run for run in ended_runs(api, name="by-api") if run["parameters"].get("training_run") == "run-7"]
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     assert run["created_by"]["type"] == "AUTOMATION"
 
@@ -264,12 +264,12 @@ def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
     assert run["state"]["type"] == "FAILED"
     assert "No checkpoint is named." in run["state"]["message"]
     refusals = wait_for(
-        lambda: [one for one in messages_of(api, run) if "No checkpoint is named." in one]
+        lambda: [message for message in messages_of(api, run) if "No checkpoint is named." in message]
     )  # sent later
     assert len(refusals) == 1
-    assert [one for one in messages_of(api, run) if "Traceback" in one] == []
+    assert [message for message in messages_of(api, run) if "Traceback" in message] == []
     assert {model["name"] for model in slmops.json("list")["models"]} <= {"by-api"}
-    (notice,) = wait_for(lambda: [one for one in webhook.notices if one["subject"] == "deploy-by-event"])
+    (notice,) = wait_for(lambda: [notice for notice in webhook.notices if notice["subject"] == "deploy-by-event"])
     assert notice["event"] == "prefect.flow-run.Failed"
     assert "No checkpoint is named." in notice["message"]
     written = [up.log, *(up.home / "cache" / "logs").glob("prefect-*.log")]
@@ -292,10 +292,10 @@ def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> Non
     run = call("POST", f"{api}/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
 
     def builds() -> list[psutil.Process]:
-        return [one for one in up.tree if Build.target() in command_line(one)]
+        return [process for process in up.tree if Build.target() in command_line(process)]
 
     (child,) = wait_for(builds)
-    (engine,) = [one for one in up.tree if command_line(one)[1:] == ["-m", "prefect.engine"]]
+    (engine,) = [process for process in up.tree if command_line(process)[1:] == ["-m", "prefect.engine"]]
     environment = engine.environ()
     # A folder of its own that is empty, which Prefect names, and none that somebody could have written.
     assert environment["PYTHONSAFEPATH"] == "1"
@@ -349,7 +349,7 @@ def test_a_schedule_that_never_comes_again_is_told(slmops: Slmops, api: str) -> 
     past = {"rrule": "DTSTART:20200101T000000\nRRULE:FREQ=DAILY;COUNT=1", "timezone": "UTC"}
     call("POST", f"{api}/deployments/{deployment}/schedules", [{"schedule": past, "active": True}])
     found = slmops.json("up", "--check", status=1)
-    (missing,) = [one for one in found["checks"] if not one["ok"]]
+    (missing,) = [check for check in found["checks"] if not check["ok"]]
     assert missing["what"] == "schedule of gc/gc"
     assert "never" in missing["found"]
 

@@ -170,7 +170,7 @@ def test_a_slowdown_is_a_completed_run_with_an_event(api, commit, registry, mode
     assert event["payload"]["reference"] == "slower@1"
     assert {change["metric"] for change in event["payload"]["changes"]} == {*SPEED, "peak_rss_bytes"}
     assert all(change["trend"] == "worse" for change in event["payload"]["changes"])
-    assert any(one["prefect.resource.role"] == "flow-run" for one in event["related"])
+    assert any(resource["prefect.resource.role"] == "flow-run" for resource in event["related"])
     text = artifact_of(api, "slower")
     assert "# slower@1: regressed" in text
     assert "| **worse**" in text

@@ -30,6 +30,6 @@ def test_it_removes_old_versions_and_says_so(
         refused: State = gc(keep=0, return_state=True)
     assert (done.name, done.message) == ("Completed", done.result().summary)
     assert "Removed home@2, 0 files" in done.result().summary
-    assert [one.number for one in registry.versions("home")] == [1, 3]
+    assert [version.number for version in registry.versions("home")] == [1, 3]
     with pytest.raises(BadInput, check=coded("keep-not-valid", "0")):
         refused.result()

@@ -97,7 +97,7 @@ def test_a_deploy_takes_what_workers_found_and_what_they_could_not_do(
     with working_in(shop):
         elsewhere = examine_on_workers(version, ROWS)["int4"]
     found = [answered(exam, variant, elsewhere) for exam in exams_of_a_device(ROWS)]
-    assert (found[0], [one.runtime for one in found[1:]]) == (MEASUREMENT, ["genai", "foundry"])
+    assert (found[0], [result.runtime for result in found[1:]]) == (MEASUREMENT, ["genai", "foundry"])
 
     monkeypatch.setattr(on_workers, "order_on_pool", lambda *asked: HandedBack(errors={"int4": "Its machine is gone."}))
     with working_in(shop):

@@ -330,7 +330,7 @@ class TestDeploys:
         self, first: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
     ) -> None:
         versions = [passed(registry, tmp_path, number) for number in (2, 3)]
-        changes = [Change(registry.of(one).variant("int4"), 1, "better", is_proven=True) for one in versions]
+        changes = [Change(registry.of(version).variant("int4"), 1, "better", is_proven=True) for version in versions]
 
         def promote_one(change: Change) -> object:
             try:
@@ -341,8 +341,8 @@ class TestDeploys:
         with ThreadPoolExecutor() as pool, ModelServer({"home": 1}).running(settings.home_dir) as model_server:
             contexts = [copy_context() for _ in changes]  # each with Prefect's settings of this test
             done = list(pool.map(lambda context, change: context.run(promote_one, change), contexts, changes))
-        (promotion,) = [one for one in done if isinstance(one, Promotion)]
-        (refusal,) = [one for one in done if isinstance(one, ChampionChanged)]
+        (promotion,) = [outcome for outcome in done if isinstance(outcome, Promotion)]
+        (refusal,) = [outcome for outcome in done if isinstance(outcome, ChampionChanged)]
         assert refusal.message == f"Meanwhile {promotion.reference} became the champion."
         assert registry.aliases("home") == {CHAMPION: promotion.version}
         assert (list(foundry.folders), model_server.models) == (
@@ -410,7 +410,7 @@ class TestCommands:
         assert cli.run(["history", "home", "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
         assert (document["name"], document["champion"]) == ("home", 1)
-        assert [(one["version"], one["former"], one["reason"]) for one in document["history"]] == [
+        assert [(change["version"], change["former"], change["reason"]) for change in document["history"]] == [
             (1, 2, "forgot the kitchen"),
             (2, 1, "knows the garage"),
             (1, None, "the first"),

@@ -157,7 +157,7 @@ def _trained(family: Family) -> Any:
         core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if family.kind == "llama" else steps)
     eats = family.added[3:] if family.eats_space else ()
     core.add_special_tokens(
-        [AddedToken(one, special=True, normalized=False, rstrip=one in eats) for one in family.added]
+        [AddedToken(token, special=True, normalized=False, rstrip=token in eats) for token in family.added]
     )
     return core
 

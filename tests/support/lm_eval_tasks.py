@@ -65,7 +65,7 @@ def add_begin_token(checkpoint: Path, token: str) -> Path:
     """Let a checkpoint's tokenizer put `token` before every text, as Llama's does."""
     path = checkpoint / "tokenizer.json"
     content = json.loads(path.read_text("utf-8"))
-    token_id = next(one["id"] for one in content["added_tokens"] if one["content"] == token)
+    token_id = next(added_token["id"] for added_token in content["added_tokens"] if added_token["content"] == token)
     special, first, second = {"SpecialToken": {"id": token, "type_id": 0}}, {"id": "A", "type_id": 0}, {"id": "B"}
     content["post_processor"] = {
         "type": "TemplateProcessing",

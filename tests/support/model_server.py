@@ -33,7 +33,7 @@ class ModelServer:
             return 401, {"error": {"message": "The control token is wrong.", "what_to_do": ""}}
         if (method, path) == ("GET", "/slmops/v1/models"):
             known = [{"name": name, "version": version} for name, version in self.models.items()]
-            return 200, {"models": [{**one, "precision": "int4", "state": "ready"} for one in known]}
+            return 200, {"models": [{**known_model, "precision": "int4", "state": "ready"} for known_model in known]}
         _, _, _, _, name, what = path.split("/")
         assert (method, what) == ("POST", "champion"), path
         self.asked.append((name, asked["version"], asked["precision"]))

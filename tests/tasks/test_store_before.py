@@ -140,7 +140,7 @@ def test_its_logs_bill_of_materials_and_champions_are_told(
     (bill,) = contents(1, "sbom")
     assert json.loads(said(capsys, "sbom", "home@1")) == bill
     history = json.loads(said(capsys, "history", "home", "--json"))
-    assert [(one["version"], one["former"]) for one in history["history"]] == [(2, 1), (1, None)]
+    assert [(change["version"], change["former"]) for change in history["history"]] == [(2, 1), (1, None)]
 
 
 def test_its_signature_holds(settings: Settings, registry: ModelRegistry) -> None:

@@ -413,7 +413,7 @@ def test_json_of_what_only_reads(box: Box, capfd: pytest.CaptureFixture[str]) ->
     assert json.loads(capfd.readouterr().out) == {"models": []}
     assert cli.run(["config", "--json"]) == 0
     settings = json.loads(capfd.readouterr().out)["settings"]
-    shown = {one["variable"]: (one["value"], one["source"]) for one in settings}
+    shown = {setting["variable"]: (setting["value"], setting["source"]) for setting in settings}
     assert shown["SLMOPS_HOME"] == (str(box.home), "environment")
     assert shown["SLMOPS_STORE__SECRET_ACCESS_KEY"] == (None, "default")
     box.assert_untouched()

@@ -40,7 +40,9 @@ def names_in(folder: Path) -> list[str]:
 def content_of(path: Path) -> list[list[str]]:
     """The statements, each as its sorted lines: migrations iterate over sets, and these come in any order."""
     with closing(sqlite3.connect(path)) as database:
-        return sorted(sorted(line.strip(" \t,") for line in one.splitlines()) for one in database.iterdump())
+        return sorted(
+            sorted(line.strip(" \t,") for line in statement.splitlines()) for statement in database.iterdump()
+        )
 
 
 def test_prefect_finds_nothing_to_migrate(templates: Path, no_migration: None, tmp_path: Path) -> None:

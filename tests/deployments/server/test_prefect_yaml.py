@@ -64,7 +64,7 @@ def test_choices_are_enumerations_in_the_form() -> None:
     assert fields["execution_provider"]["enum"] == ["cpu", "cuda", "dml", "webgpu"]
 
 
-@pytest.mark.parametrize("entry", [one for one in ENTRIES if "schedules" in one], ids=full_name)
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if "schedules" in entry], ids=full_name)
 def test_a_schedule_has_a_time_zone_and_a_name(entry: dict[str, Any]) -> None:
     for schedule in entry["schedules"]:
         assert schedule["timezone"]
@@ -93,5 +93,9 @@ def test_a_schedule_that_is_not_valid_is_refused_by_name(schedule: dict[str, Any
 
 
 def test_prefect_still_admits_a_sqlalchemy_under_which_it_schedules_nothing() -> None:
-    (wanted,) = [one for one in map(Requirement, metadata.requires("prefect") or ()) if one.name == "sqlalchemy"]
+    (wanted,) = [
+        requirement
+        for requirement in map(Requirement, metadata.requires("prefect") or ())
+        if requirement.name == "sqlalchemy"
+    ]
     assert "2.1.9" in wanted.specifier, "Prefect has a bound of its own now: remove ours from pyproject.toml."

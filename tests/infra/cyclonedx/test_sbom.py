@@ -75,7 +75,7 @@ def sha256(component: dict[str, Any]) -> str:
 
 
 def properties(component: dict[str, Any]) -> dict[str, str]:
-    return {one["name"]: one["value"] for one in component["properties"]}
+    return {entry["name"]: entry["value"] for entry in component["properties"]}
 
 
 class TestVersionSbom:
@@ -101,21 +101,21 @@ class TestVersionSbom:
 
     def test_every_variant_and_file_is_there(self) -> None:
         found = components(version_sbom(MANIFEST, PACKAGES, RECORDED_AT))
-        for one in MANIFEST.variants:
-            component = found[f"home@3/{one.precision}"]
-            assert (component["type"], component["name"]) == ("machine-learning-model", f"home@3/{one.precision}")
+        for variant in MANIFEST.variants:
+            component = found[f"home@3/{variant.precision}"]
+            assert (component["type"], component["name"]) == ("machine-learning-model", f"home@3/{variant.precision}")
             assert properties(component) == {
-                "slmops:precision": one.precision,
+                "slmops:precision": variant.precision,
                 "slmops:execution_provider": "cpu",
                 "slmops:device": "cpu",
-                "slmops:recipe": f"cpu-{one.precision}",
+                "slmops:recipe": f"cpu-{variant.precision}",
                 "slmops:recipe_digest": "b" * 64,
-                "slmops:digest": one.digest,
+                "slmops:digest": variant.digest,
                 "slmops:size_bytes": "9",
             }
             files = {(file["type"], file["name"], sha256(file)) for file in component["components"]}
-            assert files == {("file", file.path, file.sha256) for file in one.files}
-            assert found[f"home@3/{one.precision}/model.onnx"]["properties"] == [
+            assert files == {("file", file.path, file.sha256) for file in variant.files}
+            assert found[f"home@3/{variant.precision}/model.onnx"]["properties"] == [
                 {"name": "slmops:size_bytes", "value": "7"}
             ]
 
@@ -144,7 +144,7 @@ class TestVersionSbom:
 
     def test_who_depends_on_whom(self) -> None:
         document = version_sbom(MANIFEST, PACKAGES, RECORDED_AT)
-        graph = {one["ref"]: set(one.get("dependsOn", [])) for one in document["dependencies"]}
+        graph = {dependency["ref"]: set(dependency.get("dependsOn", [])) for dependency in document["dependencies"]}
         stack = {"pkg:pypi/torch@2.13.0%2Bcpu", "pkg:pypi/onnx-ir@1.0"}
         source = "source:" + "a" * 64
         assert graph == {
@@ -225,11 +225,11 @@ class TestVersionSbom:
         assert_valid(document)
         assert document == version_sbom(manifest, packages, RECORDED_AT)
         found = components(document)
-        for one in manifest.variants:
-            for file in one.files:
-                component = found[f"{manifest.reference}/{one.precision}/{file.path}"]
+        for variant in manifest.variants:
+            for file in variant.files:
+                component = found[f"{manifest.reference}/{variant.precision}/{file.path}"]
                 assert (component["name"], sha256(component)) == (file.path, file.sha256)
-        files = sum(len(one.files) for one in manifest.variants)
+        files = sum(len(variant.files) for variant in manifest.variants)
         assert len(found) == 2 + len(manifest.variants) + files + len(packages)
         assert {
             name: found[f"pkg:pypi/{name}@{number.replace('+', '%2B')}"]["version"] for name, number in packages.items()
@@ -275,7 +275,7 @@ class TestInstalledPackages:
             folder = tmp_path / f"{canonicalize_name(name).replace('-', '_')}-{number}.0.dist-info"
             folder.mkdir()
             lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {number}.0"]
-            lines += [f"Requires-Dist: {one}" for one in required]
+            lines += [f"Requires-Dist: {requirement}" for requirement in required]
             (folder / "METADATA").write_text("\n".join(lines) + "\n")
         monkeypatch.syspath_prepend(tmp_path)
         return tmp_path

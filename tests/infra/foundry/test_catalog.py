@@ -73,7 +73,7 @@ MANY = [model(f"model-{number:03}") for number in range(120)]
 
 
 def ids(models):
-    return [one.model_id for one in models]
+    return [model.model_id for model in models]
 
 
 def where(field, *values, operator="eq"):
@@ -133,7 +133,7 @@ def pages(models, query):
 def test_pages_hold_every_model_once_in_order_and_no_more_than_asked(models, size):
     found = list(pages(models, CatalogQuery(page_size=size)))
     assert all(len(page) == size for page in found[:-1]) and len(found[-1]) <= size
-    listed = [one for page in found for one in page]
+    listed = [model for page in found for model in page]
     assert sorted(ids(listed)) == sorted(ids(models))
     assert listed == sorted(models, key=lambda one: (one.name, -one.version))
 
@@ -142,11 +142,11 @@ def test_pages_hold_every_model_once_in_order_and_no_more_than_asked(models, siz
 def test_models_that_come_and_go_between_pages_leave_the_others_where_they_are(models, size, data):
     first, token, _ = find_page(models, CatalogQuery(page_size=size))
     kept = data.draw(st.lists(st.sampled_from(models), unique_by=ids_of)) if models else []
-    later = {one.model_id: one for one in [*kept, *data.draw(models_lists)]}
+    later = {model.model_id: model for model in [*kept, *data.draw(models_lists)]}
     rest = find_page(list(later.values()), CatalogQuery((), 1000, token))[0] if token else []
     assert not set(ids(first)) & set(ids(rest))
     if token:
-        stayed = {one.model_id for one in kept} - set(ids(first))
+        stayed = {model.model_id for model in kept} - set(ids(first))
         assert stayed <= set(ids(rest))
 
 
@@ -157,9 +157,9 @@ def ids_of(one):
 @given(models_lists)
 def test_the_latest_is_one_version_of_each_name(models):
     latest = find_models(models, [LATEST])
-    assert len({one.name for one in latest}) == len(latest)
-    assert {one.name: one.version for one in latest} == {
-        name: max(one.version for one in models if one.name == name) for name in {one.name for one in models}
+    assert len({model.name for model in latest}) == len(latest)
+    assert {model.name: model.version for model in latest} == {
+        name: max(model.version for model in models if model.name == name) for name in {model.name for model in models}
     }
 
 
@@ -259,7 +259,7 @@ def all_pages(app, document):
         entries += answer["value"]
         token = answer.get("continuationToken")
         if not token:
-            return [f"{one['properties']['name']}:{one['properties']['version']}" for one in entries]
+            return [f"{entry['properties']['name']}:{entry['properties']['version']}" for entry in entries]
 
 
 @pytest.mark.parametrize("path", [CATALOG_PATH, f"{CATALOG_PATH}/"])
@@ -400,7 +400,7 @@ def test_a_public_catalog_that_fails_hides_nothing_and_is_told_of_once(answer, m
         app = catalog_app(lambda: HOME, f"{address}{CATALOG_PATH}")
         for _ in range(3):
             assert all_pages(app, {"filters": LISTING}) == ["home:10"]
-    assert len([one for one in caplog.records if "cannot be asked" in one.message]) == 1
+    assert len([record for record in caplog.records if "cannot be asked" in record.message]) == 1
 
 
 def test_a_public_catalog_that_failed_is_left_alone_for_a_while(monkeypatch):
@@ -428,7 +428,7 @@ FoundryLocalManager.initialize(
     Configuration(app_name="client", model_cache_dir=cache_dir, app_data_dir=own_dir, catalog_urls=[(url, None)])
 )
 catalog = FoundryLocalManager.instance.get_catalog(CatalogType.PUBLIC)
-cached = lambda found: [[one.id, one.is_cached] for one in found]
+cached = lambda found: [[model.id, model.is_cached] for model in found]
 one = lambda found: found and {"id": found.id, "path": found.get_path() if found.is_cached else None}
 answers = {
     "listed": [[found.alias, found.id] for found in catalog.list_models()],
@@ -482,7 +482,7 @@ def test_the_runtime_sees_120_models_over_several_pages(tmp_path):
 
     with serving(catalog_app(models)) as address:
         answers = ask_runtime(f"{address}{CATALOG_PATH}", tmp_path, models=["model-000", "model-119", "model-120"])
-    assert sorted(answers["listed"]) == [[one.alias, one.model_id] for one in MANY]
+    assert sorted(answers["listed"]) == [[model.alias, model.model_id] for model in MANY]
     assert len(requests) == 3  # pages of 50
     assert [found and found["id"] for found in answers["models"].values()] == ["model-000:1", "model-119:1", None]
     assert answers["cached"] == []
@@ -539,7 +539,7 @@ def test_the_runtime_finds_models_versions_and_what_is_cached(tmp_path):
 
 def test_the_runtime_sees_public_models_after_ours_and_ours_without_them(public, tmp_path):
     url, _ = public
-    expected = sorted([["home", "home:10"], *([one.alias, one.model_id] for one in PUBLIC)])
+    expected = sorted([["home", "home:10"], *([model.alias, model.model_id] for model in PUBLIC)])
     for upstream, listed in ((url, expected), ("http://127.0.0.1:9/gone", [["home", "home:10"]])):
         with serving(catalog_app(lambda: HOME, upstream)) as address:
             answers = ask_runtime(f"{address}{CATALOG_PATH}", tmp_path, versions=[["home"]])

@@ -271,4 +271,4 @@ def test_what_slmops_builds_passes(recipe: str, tiny_checkpoint: Path, tmp_path:
     )
     screen_model(tmp_path / "model")
     options = json.loads((tmp_path / "model/genai_config.json").read_text())["model"]["decoder"]["session_options"]
-    assert [list(one) for one in options["provider_options"]] == [[provider]]
+    assert [list(provider_option) for provider_option in options["provider_options"]] == [[provider]]

@@ -125,7 +125,8 @@ def test_losses_do_not_depend_on_the_unit_of_time(found):
     lengths = {length: (ttft, tps) for length, ttft, tps in found}
     speeds = [LengthSpeed(length, *lengths[length]) for length in sorted(lengths)]
     slower = [
-        LengthSpeed(one.prompt_tokens, 3 * one.ttft_ms, one.token_generation_throughput_tps / 3) for one in speeds
+        LengthSpeed(speed.prompt_tokens, 3 * speed.ttft_ms, speed.token_generation_throughput_tps / 3)
+        for speed in speeds
     ]
     factors = [loss.factor for loss in throughput_losses(speeds)]
     assert [loss.factor for loss in throughput_losses(slower)] == pytest.approx(factors)

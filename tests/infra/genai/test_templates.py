@@ -85,7 +85,10 @@ def test_transformers_renders_a_dated_template_at_given_moments(transformers, to
     midnight = ["2026-02-28T23:59:59.9", "2026-03-01T00:00:00.1"]
     conversations = {"plain": ASKING, "system": WITH_SYSTEM}
     rendered = transformers(conversations, moments={"plain": midnight, "system": midnight})
-    texts = {name: [one["text"] for one in found["renderings"]] for name, found in rendered["conversations"].items()}
+    texts = {
+        name: [rendering["text"] for rendering in found["renderings"]]
+        for name, found in rendered["conversations"].items()
+    }
     begin = "<|begin_of_text|>"
     assert texts == {
         "plain": [f"{begin} hello <|x|>"],
@@ -94,7 +97,7 @@ def test_transformers_renders_a_dated_template_at_given_moments(transformers, to
     assert rendered["dated"] is True
     assert rendered["marks"] == {"<|x|>": 5}
     today = transformers({"system": WITH_SYSTEM})["conversations"]["system"]["renderings"]
-    assert [one["text"][len(begin) : -12] for one in today] == [datetime.now().strftime("%d %b %Y")]
+    assert [rendering["text"][len(begin) : -12] for rendering in today] == [datetime.now().strftime("%d %b %Y")]
 
 
 @pytest.mark.parametrize("zone", [None, "Asia/Tokyo"])

@@ -91,17 +91,17 @@ def test_the_special_tokens_are_those_of_lm_evals_own_runner(pair):
 
 def test_log_likelihoods_are_those_of_lm_evals_own_runner(pair):
     theirs, ours = pair
-    asked = [(one["question"], f" {choice}") for one in QUESTIONS for choice in one["choices"]]
-    first = [(one["question"], {"until": [], "max_gen_toks": 1}) for one in QUESTIONS]
+    asked = [(question["question"], f" {choice}") for question in QUESTIONS for choice in question["choices"]]
+    first = [(question["question"], {"until": [], "max_gen_toks": 1}) for question in QUESTIONS]
     greedy = theirs.generate_until(instances("generate_until", *first))
     asked += [(question, answer) for (question, _), answer in zip(first, greedy, strict=True)]
     asked += [("", "Paris"), ("Ends in space ", "fox"), (" ".join(SENTENCES), " Paris")]
     asked += [(asked[0][0], " a"), (asked[0][0], " b"), (asked[0][0] + " a", " b")]
     expected = theirs.loglikelihood(instances("loglikelihood", *asked))
     found = ours.loglikelihood(instances("loglikelihood", *asked))
-    np.testing.assert_allclose([one[0] for one in found], [one[0] for one in expected], atol=2e-3)
-    assert [one[1] for one in found] == [one[1] for one in expected]
-    assert {one[1] for one in found} == {True, False}
+    np.testing.assert_allclose([answer[0] for answer in found], [value[0] for value in expected], atol=2e-3)
+    assert [answer[1] for answer in found] == [value[1] for value in expected]
+    assert {answer[1] for answer in found} == {True, False}
     assert any("were cut at the beginning" in note for note in ours.notes)
 
 
@@ -116,8 +116,8 @@ def test_rolling_log_likelihoods_are_those_of_lm_evals_own_runner(pair):
 def test_answers_are_those_of_lm_evals_own_runner(pair):
     theirs, ours = pair
     plain = [
-        (one["question"], {"until": until, "max_gen_toks": 12, "do_sample": False})
-        for one in QUESTIONS
+        (question["question"], {"until": until, "max_gen_toks": 12, "do_sample": False})
+        for question in QUESTIONS
         for until in ([], ["e"], ["\n", " the"], ["<|im_end|>"])
     ]
     plain.append((" ".join(SENTENCES), {"until": ["."], "max_gen_toks": 5}))

@@ -84,8 +84,8 @@ class TestSigning:
 
     def test_it_names_the_manifest_and_nothing_of_this_machine(self, folder: Path, signature: dict[str, Any]) -> None:
         statement = statement_of(signature)
-        assert [one["name"] for one in statement["subject"]] == ["version"]
-        assert [one["name"] for one in statement["predicate"]["resources"]] == ["manifest.json"]
+        assert [subject["name"] for subject in statement["subject"]] == ["version"]
+        assert [resource["name"] for resource in statement["predicate"]["resources"]] == ["manifest.json"]
         assert str(folder) not in json.dumps(statement)
 
     @pytest.mark.parametrize("form", [PKCS8, SEC1])

@@ -50,20 +50,24 @@ def test_each_input_is_written_down_before_and_after(run):
     assert [line["begun"] for line in lines if "begun" in line] == ["long use"] * 3 + ["short", "long"]
     (soaked,) = [line["rss_bytes"] for line in lines if "rss_bytes" in line]
     assert len(soaked) == 3 and min(soaked) > 2**20
-    found = [(one["name"], one["outcome"], one["detail"], one["alive"]) for one in outcomes(lines)]
+    found = [(outcome["name"], outcome["outcome"], outcome["detail"], outcome["alive"]) for outcome in outcomes(lines)]
     assert found == [("short", "answered", "well", True), ("long", "refused", "too long for the context", True)]
 
 
 def test_a_runtime_that_answers_otherwise_afterwards_is_not_alive(run):
     lines, _ = run({"ill_after": "poison"}, edge_inputs=[said("good", "a"), said("bad", "poison"), said("next", "a")])
-    assert [(one["name"], one["alive"]) for one in outcomes(lines)] == [("good", True), ("bad", False), ("next", False)]
+    assert [(outcome["name"], outcome["alive"]) for outcome in outcomes(lines)] == [
+        ("good", True),
+        ("bad", False),
+        ("next", False),
+    ]
 
 
 @pytest.mark.parametrize("taken", [True, False])
 def test_typed_control_tokens_are_looked_up_in_the_runtime(run, taken):
     typed = said("typed", "a", control_tokens=[["<a>", 1], ["<b>", 2]])
     lines, _ = run({"taken": [2] if taken else []}, edge_inputs=[typed, said("other", "a")])
-    assert [one["control_tokens"] for one in outcomes(lines)] == [taken, None]
+    assert [outcome["control_tokens"] for outcome in outcomes(lines)] == [taken, None]
     notes = [line["note"] for line in lines if "note" in line]
     assert notes == ["Typed by a user, these become control tokens: <b>."] * taken
 
@@ -71,7 +75,7 @@ def test_typed_control_tokens_are_looked_up_in_the_runtime(run, taken):
 def test_a_prompt_that_takes_long_is_cut_unless_the_context_is_shorter(run):
     fault = {"context_length": 10_000}
     lines, _ = run(fault, edge_inputs=[said("cut", "x" * 9000), said("whole", "x" * 20_000)])
-    assert [(one["name"], one["prompt_tokens"], one["outcome"]) for one in outcomes(lines)] == [
+    assert [(outcome["name"], outcome["prompt_tokens"], outcome["outcome"]) for outcome in outcomes(lines)] == [
         ("cut", 2048, "answered"),
         ("whole", 20_000, "refused"),
     ]
@@ -96,5 +100,5 @@ def test_a_runtime_that_never_answers_is_an_error(run):
 def test_a_runtime_that_hangs_in_native_code_is_ended_by_its_own_watchdog(run):
     lines, error = run({"hang_at": "stop"}, edge_inputs=[said("first", "a"), said("hang", "stop")], step_deadline_s=0.5)
     assert error and "without a result" in error.message
-    assert [one["name"] for one in outcomes(lines)] == ["first"]
+    assert [outcome["name"] for outcome in outcomes(lines)] == ["first"]
     assert lines[-1]["begun"] == "hang"

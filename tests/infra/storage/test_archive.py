@@ -208,10 +208,10 @@ class TestRoundTrip:
         assert names[0] == f"{NAME}manifest.json"
         assert names[1 : -len(shared)] == sorted(names[1 : -len(shared)])
         assert f"{NAME}evidence/measurement-{LONG_KEY}.json" in names
-        assert names[-len(shared) :] == sorted(f"{BLOBS}{hashlib.sha256(one).hexdigest()}" for one in shared)
-        assert {(one.mode, one.mtime, one.uid, one.gid, one.uname, one.gname) for one in members} == {
-            (0o644, 0, 0, 0, "", "")
-        }
+        assert names[-len(shared) :] == sorted(f"{BLOBS}{hashlib.sha256(content).hexdigest()}" for content in shared)
+        assert {
+            (member.mode, member.mtime, member.uid, member.gid, member.uname, member.gname) for member in members
+        } == {(0o644, 0, 0, 0, "", "")}
 
     def test_a_version_without_evidence_or_without_files(self, exported: Exported) -> None:
         bare = make_version(exported.source, exported.folder, {"fp16": {"empty": b""}}, evidence=False)
@@ -229,7 +229,7 @@ class TestRoundTrip:
         assert list(dict.fromkeys(verbs)) == ["exporting:", "unpacking:", "copying:"]
         whole = sum(map(len, {*INT4.values(), *INT8.values()}))
         for verb in set(verbs):
-            assert [one[:2] for one in told if one[2].startswith(verb)][-1] == (whole, whole)
+            assert [report[:2] for report in told if report[2].startswith(verb)][-1] == (whole, whole)
 
     def test_from_and_to_a_store_that_is_not_on_this_machine(self, exported: Exported) -> None:
         for name, cache in (("with-cache", LocalObjectStore(exported.folder / "cache")), ("without-cache", None)):
@@ -314,7 +314,7 @@ class TestExportRefuses:
     @pytest.mark.parametrize("content", [b"altered", b"", None])
     def test_content_that_the_store_has_lost_or_altered(self, content: bytes | None, exported: Exported) -> None:
         weights = exported.manifest.variant("int4").files
-        file = next(one for one in weights if one.path == "model.onnx.data")
+        file = next(file for file in weights if file.path == "model.onnx.data")
         path = exported.folder / "source/blobs/sha256" / file.sha256
         path.chmod(0o644)
         path.unlink()
@@ -565,7 +565,7 @@ MEMBERS: dict[str, tuple[Callable[[Members], Members], str]] = {
     "blob shorter": (altered(-1, lambda data: data[:-1]), "bytes by its header, and .* by the manifest"),
     "blob missing": (lambda members: members[:-1], r"int./.* \(blobs/sha256/[0-9a-f]{64}\) is not in it"),
     "all blobs missing": (
-        lambda members: [one for one in members if not one[0].name.startswith(BLOBS)],
+        lambda members: [member for member in members if not member[0].name.startswith(BLOBS)],
         "is not in it|names more bytes",
     ),
     "blob twice": (lambda members: [*members, members[-1]], "comes twice"),
@@ -631,7 +631,7 @@ def test_what_was_taken_apart_and_put_together_unchanged_is_the_same_archive(kep
 def test_another_dialect_of_tar_is_refused(form: int, kept: Exported, tmp_path: Path) -> None:
     members = kept.members()
     if form == tarfile.USTAR_FORMAT:
-        members = [one for one in members if len(one[0].name) < 150]
+        members = [member for member in members if len(member[0].name) < 150]
         members[1][0].name = f"{NAME}evidence/{'d' * 90}.json"
     pack(tmp_path / "hostile.tar", members, form)
     kept.assert_refused("header that|kind of tar", tmp_path / "hostile.tar")
@@ -769,7 +769,7 @@ class TestSizes:
         pack(file, members[: index % len(members)])
         offset = 0
         with tarfile.open(file, "r:") as tar:
-            offset = max((one.offset_data + -(-one.size // 512) * 512 for one in tar.getmembers()), default=0)
+            offset = max((member.offset_data + -(-member.size // 512) * 512 for member in tar.getmembers()), default=0)
         with file.open("r+b") as stream:
             stream.seek(offset)
             stream.write(tar_file.header_of(members[index][0].name, size_bytes))
@@ -876,8 +876,10 @@ def test_one_altered_byte_is_refused_or_was_of_the_evidence(kept: Exported, data
             assert copied.version.manifest == kept.manifest
             assert blobs_of(root) == blobs_of(kept.folder / "source")
             with tarfile.open(kept.file, "r:") as tar:
-                places = [one for one in tar.getmembers() if one.offset <= offset < one.offset_data + one.size]
-            assert [f"{NAME}evidence/" in one.name for one in places] == [True]
+                places = [
+                    member for member in tar.getmembers() if member.offset <= offset < member.offset_data + member.size
+                ]
+            assert [f"{NAME}evidence/" in member.name for member in places] == [True]
         assert not staging.exists() or list(staging.iterdir()) == []
 
 

@@ -101,7 +101,7 @@ def test_neither_versions_nor_garbage_are_confused_by_it(local: ModelRegistry, t
     assert local.names() == ["home"]
     assert local.aliases("home") == {CHAMPION: 1}
     second = store_version(local, tmp_path / "2", {**FILES, "model.onnx": b"another"})
-    assert [one.number for one in local.versions("home")] == [1, second.version] == [1, 2]
+    assert [version.number for version in local.versions("home")] == [1, second.version] == [1, 2]
 
 
 def test_a_copied_version_with_a_trusted_signature_begins_the_history_of_its_new_store(

@@ -151,7 +151,7 @@ def test_a_lost_file_is_named(here: ModelRegistry, team: ModelRegistry, store: S
         copy_version(store.registry(tmp_path / "another home").of(manifest), there)
     assert there.names() == []
     found = verify_version(team.of(manifest))
-    assert [(one.what, one.fault) for one in found.damage] == [(f"int4/{file.path}", "missing")]
+    assert [(damage.what, damage.fault) for damage in found.damage] == [(f"int4/{file.path}", "missing")]
     assert isinstance(here.objects, LocalObjectStore)
     assert repair_version(team.of(manifest), found, [here.objects]) == 1
     assert verify_version(team.of(manifest)).ok
@@ -172,7 +172,7 @@ def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tm
     put("model.onnx.data", FILES["model.onnx.data"][:-1])
     team.objects.put_bytes("models/home/1/evidence/verdict-1.json", b"[" * 5000)
     found = verify_version(team.of(manifest))
-    assert {one.what: one.fault for one in found.damage} == {
+    assert {damage.what: damage.fault for damage in found.damage} == {
         "int4/model.onnx": "altered",
         "int4/model.onnx.data": "truncated",
         "evidence/verdict-1.json": "altered",
@@ -183,7 +183,7 @@ def test_verify_names_what_is_wrong(here: ModelRegistry, team: ModelRegistry, tm
     data = team.of(manifest).stored_manifest()
     team.objects.put_bytes("models/home/1/manifest.json", data.replace(b"/checkpoints/home", b"/checkpoints/away"))
     found = verify_version(team.version("home", 1))
-    assert [one.what for one in found.damage] == ["manifest.json"]
+    assert [damage.what for damage in found.damage] == ["manifest.json"]
     assert "evidence/deploy-" in found.damage[0].detail
     team.objects.put_bytes("models/home/1/manifest.json", data + b"\n")
-    assert [one.what for one in verify_version(team.of(manifest)).damage] == ["manifest.json"]
+    assert [damage.what for damage in verify_version(team.of(manifest)).damage] == ["manifest.json"]

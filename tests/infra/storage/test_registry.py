@@ -84,7 +84,7 @@ def commit(
 
 def blobs(registry: ModelRegistry) -> dict[str, bytes]:
     objects = registry.objects
-    return {one.key.rpartition("/")[2]: objects.read_bytes(one.key) for one in objects.entries("blobs/sha256")}
+    return {entry.key.rpartition("/")[2]: objects.read_bytes(entry.key) for entry in objects.entries("blobs/sha256")}
 
 
 def alter(registry: ModelRegistry, key: str, data: bytes) -> None:
@@ -154,7 +154,7 @@ class TestVersions:
         commit(registry, tmp_path)
         commit(registry, tmp_path, {"model.onnx": b"two"})
         delete_version(registry.version("home", 2))
-        assert [one.number for one in registry.versions("home")] == [1]
+        assert [version.number for version in registry.versions("home")] == [1]
         assert commit(registry, tmp_path, {"model.onnx": b"three"})[0].version == 3
         assert commit(registry, tmp_path, {"model.onnx": b"two"})[0].version == 4
         for number in (1, 3, 4):
@@ -232,7 +232,7 @@ class TestFilesOfTheStore:
 
     def test_a_blob_of_the_wrong_size_is_repaired(self, registry: ModelRegistry, tmp_path: Path) -> None:
         manifest, _ = commit(registry, tmp_path)
-        file = next(one for one in manifest.variants[0].files if one.path == "model.onnx.data")
+        file = next(file for file in manifest.variants[0].files if file.path == "model.onnx.data")
         alter(registry, f"blobs/sha256/{file.sha256}", b"cut off")
         assert not registry.has_files([file])
         assert commit(registry, tmp_path) == (manifest, False)
@@ -255,7 +255,7 @@ class TestFilesOfTheStore:
         assert objects.read_bytes("a/b") == b"third"
         objects.put_bytes("a/c", b"")
         objects.put_bytes("ab", b"another folder")
-        assert [(one.key, one.size_bytes) for one in objects.entries("a")] == [("a/b", 5), ("a/c", 0)]
+        assert [(entry.key, entry.size_bytes) for entry in objects.entries("a")] == [("a/b", 5), ("a/c", 0)]
         objects.delete(["a/b", "a/c", "a/gone"])
         objects.delete(["a/b"])
         assert list(objects.entries("a")) == []
@@ -399,17 +399,18 @@ class TestManifest:
 
     @given(manifests.filter(lambda one: any(variant.files for variant in one.variants)), st.data())
     def test_identity_changes_with_every_file(self, manifest: Manifest, data: st.DataObject) -> None:
-        changed = data.draw(st.sampled_from([one for one in manifest.variants if one.files]))
+        changed = data.draw(st.sampled_from([variant for variant in manifest.variants if variant.files]))
         file = data.draw(st.sampled_from(changed.files))
         update = data.draw(st.sampled_from([{"sha256": "f" * 63 + "e"}, {"path": "other"}]))
-        files = tuple(one.model_copy(update=update) if one is file else one for one in changed.files)
+        files = tuple(kept.model_copy(update=update) if kept is file else kept for kept in changed.files)
         variants = tuple(
-            one.model_copy(update={"files": files}) if one is changed else one for one in manifest.variants
+            variant.model_copy(update={"files": files}) if variant is changed else variant
+            for variant in manifest.variants
         )
         other = manifest.model_copy(update={"variants": variants})
         if other != manifest:
             assert other.identity != manifest.identity
-            assert next(one for one in variants if one.files is files).digest != changed.digest
+            assert next(variant for variant in variants if variant.files is files).digest != changed.digest
 
     @given(st.permutations(list(FILES)))
     def test_the_order_of_files_does_not_change_a_variants_digest(self, names: list[str]) -> None:
@@ -439,7 +440,7 @@ class TestEvidence:
         manifest, _ = commit(registry, tmp_path)
         for number in range(20):
             add_evidence(registry, manifest, "verdict", {"number": number})
-        assert [one["number"] for one in evidence(registry, manifest, "verdict")] == list(range(20))
+        assert [record["number"] for record in evidence(registry, manifest, "verdict")] == list(range(20))
         latest = latest_evidence(registry, manifest, "verdict")
         assert latest
         assert latest["number"] == 19
@@ -451,7 +452,7 @@ class TestEvidence:
         add_evidence(registry, manifest, "measurement", {"tps": 1}, key="ab")
         add_evidence(registry, manifest, "measurement", {"tps": 2}, key="ab")
         add_evidence(registry, manifest, "measurement", {"tps": 3}, key="abc")
-        assert [one["tps"] for one in evidence(registry, manifest, "measurement", "ab")] == [2]
+        assert [record["tps"] for record in evidence(registry, manifest, "measurement", "ab")] == [2]
         assert list(evidence(registry, manifest, "measurement", "a")) == []
         assert len(list(evidence(registry, manifest, "measurement"))) == 2
 
@@ -607,7 +608,7 @@ def test_a_crash_in_a_delete_leaves_a_whole_version_or_none(before: bool, store:
             assert registry.has_files(found.variants[0].files)
         if not registry.versions(name):
             collect_garbage(registry)
-            keys = [one.key for one in registry.objects.entries(f"models/{name}") if "/history/" not in one.key]
+            keys = [entry.key for entry in registry.objects.entries(f"models/{name}") if "/history/" not in entry.key]
             assert keys == [f"models/{name}/1/deleted.json", f"models/{name}/1/manifest.json"]
             assert b"own %d" % at not in blobs(registry).values()
         assert registry.has_files(kept.variants[0].files)
@@ -677,8 +678,8 @@ def test_two_processes_commit_to_one_name_at_once(store: StoreCase, tmp_path: Pa
         process.communicate(timeout=60)
         assert process.returncode == 0
     registry = store.registry(tmp_path / "home")
-    numbers = [one.number for one in registry.versions("home")]
+    numbers = [version.number for version in registry.versions("home")]
     # Without conditional writes a number may be skipped, but none is shared.
     assert numbers == list(range(1, 31)) or (store.kind == "rclone" and len(set(numbers)) == 30)
-    assert len({one.manifest.identity for one in registry.versions("home")}) == 30
+    assert len({version.manifest.identity for version in registry.versions("home")}) == 30
     assert list(registry.objects.entries("leases")) == []

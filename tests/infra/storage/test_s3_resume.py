@@ -71,7 +71,9 @@ def test_only_what_is_missing_is_sent(s3: StoreCase, proxy: FaultProxy, file: Pa
     leave_half_done(s3, blob, file.read_bytes(), lambda number: number <= 2)
     put(s3, proxy, blob, file, tmp_path)
     assert proxy.bytes_up < SIZE - 2 * PART_BYTES + 100_000
-    assert not [one for one in proxy.requests if one.method == "POST" and one.target.endswith("?uploads")]
+    assert not [
+        request for request in proxy.requests if request.method == "POST" and request.target.endswith("?uploads")
+    ]
 
 
 def test_parts_of_another_content_are_not_taken(s3: StoreCase, proxy: FaultProxy, file: Path, tmp_path: Path) -> None:

@@ -413,7 +413,7 @@ ONLY_PULL = {"shortened blobs", "altered blobs", "resets in refusals", "truncate
 READ_BACK = {"resets in blobs", "truncated blobs", "slow down here"}  # by a push to a server that does not verify
 
 
-@pytest.mark.parametrize("fault", [one for one in SOMETIMES if one not in ONLY_PULL])
+@pytest.mark.parametrize("fault", [fault_name for fault_name in SOMETIMES if fault_name not in ONLY_PULL])
 def test_a_push_gets_over(fault: str, either: Journey, brief_waits: None) -> None:
     either.proxy.add(SOMETIMES[fault])
     copied = either.push()
@@ -432,7 +432,7 @@ def test_a_listing_of_many_blobs_gets_over(fault: str, journey: Journey, brief_w
     assert journey.proxy.hits(SOMETIMES[fault])
 
 
-@pytest.mark.parametrize("fault", [one for one in SOMETIMES if one not in ONLY_PUSH])
+@pytest.mark.parametrize("fault", [fault_name for fault_name in SOMETIMES if fault_name not in ONLY_PUSH])
 def test_a_pull_gets_over(fault: str, journey: Journey, brief_waits: None) -> None:
     journey.pushed().proxy.add(SOMETIMES[fault])
     copied = journey.pull()
@@ -573,7 +573,7 @@ def test_a_lost_answer_to_the_manifests_write_makes_no_second_version(strict_jou
     statuses = [each.status for each in strict_journey.proxy.requests_of("PUT", MANIFEST)]
     assert statuses == [None, 412]
     assert first.version == 1
-    assert [one.manifest for one in strict_journey.beside().versions("away")] == [first]
+    assert [version.manifest for version in strict_journey.beside().versions("away")] == [first]
 
 
 @pytest.mark.slow
@@ -622,7 +622,7 @@ def commit_at_once(journey: Journey, rounds: int) -> None:
         assert process.returncode == 0
     assert len(seen) == 2 * rounds
     versions = journey.beside().versions("home")
-    assert len({one.manifest.identity for one in versions}) == len(versions) == 2 * rounds + 1
+    assert len({version.manifest.identity for version in versions}) == len(versions) == 2 * rounds + 1
 
 
 # Addresses
@@ -737,7 +737,7 @@ def test_a_damaged_blob_is_not_pulled_and_is_named(
     change, fault = DAMAGES[kind]
     journey.pushed()
     beside = journey.beside()
-    file = next(one for one in journey.manifest.variants[0].files if one.path == "model.onnx")
+    file = next(file for file in journey.manifest.variants[0].files if file.path == "model.onnx")
     damage(beside, blob_of(file).key, change(FILES["model.onnx"]))
     for name, value in journey.store.environment(journey.proxy.endpoint_url).items():
         monkeypatch.setenv(name, value)
@@ -755,7 +755,7 @@ def test_a_damaged_blob_is_not_pulled_and_is_named(
     status, out, _ = run_cli(["verify", "home@1", "--json"], capfd)
     found = json.loads(out)
     assert (status, found["ok"]) == (1, False)
-    assert [(one["what"], one["fault"]) for one in found["damage"]] == [("int4/model.onnx", fault)]
+    assert [(damage["what"], damage["fault"]) for damage in found["damage"]] == [("int4/model.onnx", fault)]
     status, out, _ = run_cli(["verify", "home@1"], capfd)
     assert (status, "home@1 is damaged" in out, "int4/model.onnx" in out) == (1, True, True)
 
@@ -796,7 +796,7 @@ def test_a_manifest_edited_by_hand_is_named(
     damage(beside, key, edited(stored))  # still a manifest, of another time
     status, out, _ = run_cli(["verify", "home@1", "--json"], capfd)
     assert status == 1
-    assert {one["what"] for one in json.loads(out)["damage"]} == {"manifest.json"}
+    assert {damage["what"] for damage in json.loads(out)["damage"]} == {"manifest.json"}
 
     damage(beside, key, stored.replace(FILE_DIGEST, b"0" * 64))  # of a file that is nowhere
     beside.objects.delete([entry.key for entry in beside.objects.entries("models/home/1/evidence")])  # of before
@@ -816,7 +816,7 @@ def altered_at_random(data: bytes, chance: random.Random) -> bytes:
 def finds(registry: ModelRegistry, reference: str) -> set[str]:
     """Return what is said to be damaged; a manifest that cannot be read is said at once."""
     try:
-        return {one.what for one in verify_version(registry.find(reference)).damage}
+        return {damage.what for damage in verify_version(registry.find(reference)).damage}
     except StageFailed:
         return {"manifest.json"}
 

@@ -107,7 +107,7 @@ class Bench:
             for version in versions:
                 found = verify_version(version)
                 assert found.ok, found.damage
-            assert set(registry.aliases(name).values()) <= {one.number for one in versions}
+            assert set(registry.aliases(name).values()) <= {version.number for version in versions}
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_a_record_is_read_as_what_was_recorded(version: Version) -> None:
     version.record(WEIGHT, Weight(schema_number=1, grams=(1.5,)))
     version.record(WEIGHT, Weight(schema_number=1, grams=(2.5, 3.0)))
     assert version.latest(WEIGHT) == Weight(schema_number=1, grams=(2.5, 3.0))
-    assert [one.grams for one in version.all(WEIGHT)] == [(1.5,), (2.5, 3.0)]
+    assert [record.grams for record in version.all(WEIGHT)] == [(1.5,), (2.5, 3.0)]
     times = [record.at for record in version.records(WEIGHT)]
     assert times == sorted(times)
     version.record(FACTS, {"built": {"on": "Linux"}})

@@ -380,7 +380,7 @@ class Built:
         )
         build(call, lambda done, total, what: None)
         graph = onnx.load(folder / "model" / "model.onnx").graph
-        self.weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+        self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         self.nodes = {node.name: node for node in graph.node if node.op_type == "MatMulNBits"}
         self.lookup = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
         self.logits = self._logits(folder / "model")
@@ -396,10 +396,10 @@ class Built:
     def attribute(self, name: str) -> dict[str, int]:
         """Name of each matrix multiplication -> its value of an attribute."""
         return {
-            node.name.removesuffix("_Q4").removesuffix("_Q8").replace("MatMulNBits", "MatMul"): one.i
+            node.name.removesuffix("_Q4").removesuffix("_Q8").replace("MatMulNBits", "MatMul"): attribute.i
             for node in self.nodes.values()
-            for one in node.attribute
-            if one.name == name
+            for attribute in node.attribute
+            if attribute.name == name
         }
 
     @property

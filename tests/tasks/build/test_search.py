@@ -206,7 +206,7 @@ class TestSearch:
             built, outcome = search()
         assert [trial.recipe for trial in outcome.trials] == ["int8", "int8-block128"]
         assert all(trial.candidate and trial.candidate.kl_divergence is not None for trial in outcome.trials)
-        (variant,) = [one.variant for one in built]
+        (variant,) = [built_variant.variant for built_variant in built]
         assert variant.precision == "int8"
         assert f"cpu-{outcome.chosen['int8']}" == variant.recipe
         assert registry.has_files(variant.files)
@@ -266,7 +266,7 @@ class TestSearch:
 
         built, outcome = search()
         assert outcome.chosen == {"int4": "int4-fine"}
-        assert [one.variant.recipe for one in built] == ["cpu-int4-fine"]
+        assert [built_variant.variant.recipe for built_variant in built] == ["cpu-int4-fine"]
         failed = _of(outcome, "int4")
         assert "Olive could not build" in str(failed.error)
         assert failed.candidate is None

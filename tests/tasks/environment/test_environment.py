@@ -164,7 +164,7 @@ class TestSystem:
 class TestResources:
     def test_too_little_memory_names_need_and_found(self, tmp_path: Path) -> None:
         estimates = estimate_stages(inspection(), PRECISIONS, rows=200)
-        peak = max(one.ram_bytes for one in estimates)
+        peak = max(estimate.ram_bytes for estimate in estimates)
         with pytest.raises(
             BadInput, check=coded("resources-too-small", f"memory: this needs {peak / 1e9:.1f} GB ", " 1.5 GB")
         ) as caught:
@@ -175,7 +175,7 @@ class TestResources:
 
     def test_too_little_disk_names_need_and_found(self, tmp_path: Path) -> None:
         estimates = estimate_stages(inspection(), PRECISIONS, rows=200)
-        need = sum(one.disk_bytes for one in estimates)
+        need = sum(estimate.disk_bytes for estimate in estimates)
         enough = machine(tmp_path, ram_bytes=2**50, disk_bytes=need)
         require_resources(check_resources(estimates, enough))
         settings = machine(tmp_path / "not" / "there" / "yet", ram_bytes=2**50, disk_bytes=need - 1)
@@ -245,10 +245,10 @@ class TestResources:
         ):
             assert estimate_build_ram(made, precision, whole_model=True) / 1e9 == pytest.approx(peak, rel=0.15)
         stages = estimate_stages(inspection(), ["int8", "int4"], rows=1, whole_model=["int4"])
-        needed = {one.stage: one.ram_bytes for one in stages}
+        needed = {stage.stage: stage.ram_bytes for stage in stages}
         assert needed["build int4"] > 2 * needed["build int8"]
 
     def test_a_model_that_is_built_already_needs_no_build_and_no_reference(self) -> None:
         built = inspection(0, kind="genai", size_bytes=300_000_000)
-        stages = [one.stage for one in estimate_stages(built, ["int4"], rows=10)]
+        stages = [stage.stage for stage in estimate_stages(built, ["int4"], rows=10)]
         assert stages == ["measure int4", "evaluate int4", "exercise int4", "register and prove int4"]

@@ -92,9 +92,9 @@ def test_scores_of_both_sides_their_loss_and_their_categories() -> None:
     found = score_evaluation(
         evaluated(*({"reference_answer": one, "answer": other} for one, other in answers)), rows, None
     )
-    assert [one.score for one in found.rows] == [0.0, 0.0, pytest.approx(0.8), 1.0, None]
-    assert [one.reference_score for one in found.rows] == [1.0, 1.0, 1.0, 0.0, None]
-    assert [one.category for one in found.rows] == ["lights", "heat", "lights", None, "lights"]
+    assert [row.score for row in found.rows] == [0.0, 0.0, pytest.approx(0.8), 1.0, None]
+    assert [row.reference_score for row in found.rows] == [1.0, 1.0, 1.0, 0.0, None]
+    assert [row.category for row in found.rows] == ["lights", "heat", "lights", None, "lights"]
     assert found.score == mean_score([0, 0, 0.8, 1])
     assert found.reference_score == mean_score([1, 1, 1, 0])
     assert found.quality_loss == paired_loss([1, 1, 1, 0], [0, 0, 0.8, 1])
@@ -141,7 +141,7 @@ def test_worst_examples_lost_most_and_of_those_the_farthest_first() -> None:
 def test_intervals_of_agreement_and_divergence_are_over_rows() -> None:
     figures = [(4, 1.0, 0.1), (2, 0.5, 0.4), (0, None, None), (6, 0.0, 0.2)]
     names = ("positions", "top1_agreement", "kl_divergence")
-    children = [dict(zip(names, one, strict=True)) for one in figures]
+    children = [dict(zip(names, figure_row, strict=True)) for figure_row in figures]
     rows = [row(number) for number in range(4)]
     found = score_evaluation(evaluated(*children), rows, None)
     assert found.top1_agreement_interval == weighted_mean([1.0, 0.5, 0.0], [4, 2, 6])
@@ -161,8 +161,8 @@ def test_conformity_is_of_all_raw_answers_of_both_sides() -> None:
     found = score_evaluation(evaluated(*children), [row(0, expected="x"), row(1), row(2)], output_format)
     assert found.output_conformity == mean_score([0, 1, 1])
     assert found.reference_output_conformity == mean_score([1, 0, 1])
-    assert [one.output_fault for one in found.rows] == ["$: 'action' is a required property", None, None]
-    assert [bool(one.reference_output_fault) for one in found.rows] == [False, True, False]
+    assert [row.output_fault for row in found.rows] == ["$: 'action' is a required property", None, None]
+    assert [bool(row.reference_output_fault) for row in found.rows] == [False, True, False]
     alone = score_evaluation(evaluated({"answer": "{}"}), [row(0)], output_format)
     assert alone.output_conformity == mean_score([0])
     assert alone.reference_output_conformity is None
@@ -207,7 +207,7 @@ def test_another_question_has_another_key(
         EvaluationSet(rows=(row(0, expected="5"),), origin="a", output_format=OutputFormat(regex="a")),
         EvaluationSet(rows=(row(0, expected="5"),), origin="a", output_format=OutputFormat(json_schema={})),
     ]
-    keys = [AnswersExam(one).key(variant, settings) for one in sets]
+    keys = [AnswersExam(evaluation_set).key(variant, settings) for evaluation_set in sets]
     assert len(set(keys)) == len(sets)
     same = EvaluationSet.model_validate_json(sets[3].model_dump_json()).model_copy(update={"origin": "b"})
     assert AnswersExam(same).key(variant, settings) == keys[3]
@@ -299,16 +299,16 @@ def test_a_real_checkpoint_and_its_variants_from_rows_to_verdict(
     ]
     seen: list[tuple[float, float, str]] = []
     reference = run_reference(quick, Bench(checkpoint, tmp_path / "reference", lambda *step: seen.append(step)), rows)
-    assert [one.id for one in reference.rows] == list(range(6))
+    assert [row.id for row in reference.rows] == list(range(6))
     assert reference.exact_match == 0.0
     assert reference.rows_sha256 == digest_of(rows[:6])
     assert Reference.model_validate_json(reference.model_dump_json()) == reference
     assert {"reference answers", "reference distributions"} <= {what for _, _, what in seen}
 
     # Random weights also answer with bytes that are no text; the two runtimes write those differently.
-    well_formed = {one.id: one.answer for one in reference.rows if one.answer.strip() and "\ufffd" not in one.answer}
+    well_formed = {row.id: row.answer for row in reference.rows if row.answer.strip() and "\ufffd" not in row.answer}
     scorers = ("exact_match", "normalized_match", "contains", "rouge_l")
-    usable = [one for one in rows if one.id in well_formed]
+    usable = [row for row in rows if row.id in well_formed]
     rows = [
         row(
             one.id,
@@ -339,13 +339,13 @@ def test_a_real_checkpoint_and_its_variants_from_rows_to_verdict(
     assert failed <= {"output_format"}
     assert found.identical_answers == 1.0
     assert found.rows_sha256 == digest_of(rows)
-    assert [one.reference_answer for one in found.rows] == [well_formed[one.id] for one in rows]
+    assert [row.reference_answer for row in found.rows] == [well_formed[row.id] for row in rows]
     assert found.score == found.reference_score == mean_score([1.0] * len(rows))
     assert found.quality_loss
     assert found.quality_loss.value == 0
     assert found.worst_examples == ()
-    assert [one.exact_match for one in found.rows] == [
-        True if one.scorer.name == "exact_match" else None for one in rows
+    assert [row.exact_match for row in found.rows] == [
+        True if row.scorer.name == "exact_match" else None for row in rows
     ]
     assert (found.exact_match, found.reference_exact_match) == (1.0, 1.0)
     assert found.top1_agreement_interval
@@ -353,7 +353,7 @@ def test_a_real_checkpoint_and_its_variants_from_rows_to_verdict(
     assert found.kl_divergence_interval
     assert found.kl_divergence_interval.value == pytest.approx(found.kl_divergence)
     assert found.output_conformity == found.reference_output_conformity
-    assert {one.category for one in found.categories} == {"exact_match", "normalized_match"}
+    assert {category.category for category in found.categories} == {"exact_match", "normalized_match"}
 
     zeroed, failed = verdict_on(with_weights_set(fp32, tmp_path / "zeroed", "layers.0.mlp.down_proj", 0.0))
     assert {"top1_agreement", "kl_divergence", "quality_loss"} <= failed
@@ -379,7 +379,7 @@ def truncated(fp32: Path, directory: Path, size: int, *, embedding: bool) -> Pat
     for output in model.graph.output:
         if output.name == "logits":
             output.type.tensor_type.shape.dim[2].dim_value = size
-    for value in [one for one in model.graph.value_info if "lm_head" in one.name]:
+    for value in [value for value in model.graph.value_info if "lm_head" in value.name]:
         model.graph.value_info.remove(value)
     (directory / "model.onnx.data").unlink()
     onnx.save(model, directory / "model.onnx", save_as_external_data=True, location="model.onnx.data")

@@ -33,7 +33,7 @@ from tests.support.genai_models import build_genai_model
 from tests.support.versions import evidence
 
 CONTEXT_LENGTH = 1024
-NAMES = [one.name for one in edge_inputs(CONTEXT_LENGTH, [ControlToken("<end>", 5)])]
+NAMES = [edge_input.name for edge_input in edge_inputs(CONTEXT_LENGTH, [ControlToken("<end>", 5)])]
 SEGFAULTS = pytest.param(
     "segfault_at", marks=pytest.mark.skipif(os.name == "nt", reason="Windows: ctypes makes an exception of it")
 )
@@ -67,7 +67,7 @@ def run(tmp_path):
 
 
 def unhandled(endurance):
-    return [one.name for one in endurance.edge_inputs if not one.handled]
+    return [edge_input.name for edge_input in endurance.edge_inputs if not edge_input.handled]
 
 
 class TestMemory:
@@ -118,8 +118,8 @@ class TestDrift:
     def test_the_interval_holds_the_drift_of_a_series_that_wanders(self, growth):
         random = np.random.default_rng(1)
         series = np.cumsum(growth + 40_000 * random.standard_normal((1000, 32)), axis=1)
-        intervals = [drift(one.tolist()) for one in series]
-        held = np.mean([one.low <= growth <= one.high for one in intervals])
+        intervals = [drift(values.tolist()) for values in series]
+        held = np.mean([interval.low <= growth <= interval.high for interval in intervals])
         assert 0.93 <= held < 1
 
     def test_passing_peaks_do_not_hide_growth(self):
@@ -132,12 +132,12 @@ class TestEdgeInputs:
     def test_every_input_is_tried_and_progress_names_it(self, run):
         seen = []
         found = run({}, requests=2, on_progress=lambda *progress: seen.append(progress))
-        assert [one.name for one in found.edge_inputs] == NAMES
+        assert [edge_input.name for edge_input in found.edge_inputs] == NAMES
         assert not unhandled(found)
         total = 2 + len(NAMES)
         assert seen[0] == (0, total, "long use") and seen[-1] == (total, total, "exercised")
         assert {f"edge input: {name}" for name in NAMES} <= {what for _, _, what in seen}
-        outcome = {one.name: one.outcome for one in found.edge_inputs}
+        outcome = {edge_input.name: edge_input.outcome for edge_input in found.edge_inputs}
         assert outcome["longer than the context"] == "refused"
         assert outcome["emoji"] == "answered"
 
@@ -145,24 +145,27 @@ class TestEdgeInputs:
     def test_a_death_is_reported_at_its_input_and_the_others_go_on(self, run, trouble):
         seen = []
         found = run({trouble: "\u200d"}, on_progress=lambda *progress: seen.append(progress))
-        assert [one.name for one in found.edge_inputs] == NAMES
+        assert [edge_input.name for edge_input in found.edge_inputs] == NAMES
         assert unhandled(found) == ["emoji"]
-        (crashed,) = (one for one in found.edge_inputs if one.name == "emoji")
+        (crashed,) = (edge_input for edge_input in found.edge_inputs if edge_input.name == "emoji")
         assert (crashed.outcome, crashed.alive, crashed.prompt_tokens) == ("crashed", False, None)
         assert "crashed with SIG" in crashed.detail or "ended with status" in crashed.detail
         assert [done for done, _, _ in seen if done] == sorted(done for done, _, _ in seen if done)
 
     def test_a_hang_is_reported_at_its_input_and_the_others_go_on(self, run):
         found = run({"hang_at": "\u200d"}, exercise_s=12)
-        assert [one.name for one in found.edge_inputs] == NAMES
+        assert [edge_input.name for edge_input in found.edge_inputs] == NAMES
         assert unhandled(found) == ["emoji"]
-        assert next(one for one in found.edge_inputs if one.name == "emoji").detail == "no answer in 2 s"
+        assert (
+            next(edge_input for edge_input in found.edge_inputs if edge_input.name == "emoji").detail
+            == "no answer in 2 s"
+        )
 
     def test_after_three_restarts_it_ends_and_says_what_was_not_tried(self, run):
         found = run({"abort_at": "a"})  # "What is", "word ", ...
-        crashed = [one for one in found.edge_inputs if one.outcome == "crashed"]
-        assert len(crashed) == 4 and unhandled(found) == [one.name for one in crashed]
-        tried = [one.name for one in found.edge_inputs]
+        crashed = [edge_input for edge_input in found.edge_inputs if edge_input.outcome == "crashed"]
+        assert len(crashed) == 4 and unhandled(found) == [edge_input.name for edge_input in crashed]
+        tried = [edge_input.name for edge_input in found.edge_inputs]
         assert f"Not tried after 4 crashes: {', '.join(NAMES[len(tried) :])}." in found.notes
 
     def test_a_soak_that_kills_the_runtime_is_an_input_that_was_not_handled(self, run):
@@ -171,7 +174,7 @@ class TestEdgeInputs:
         first, *others = found.edge_inputs
         assert (first.name, first.outcome, first.handled) == ("long use", "crashed", False)
         assert first.detail.startswith("request 20 of 48: ")
-        assert [one.name for one in others] == NAMES
+        assert [edge_input.name for edge_input in others] == NAMES
 
     def test_a_model_that_does_not_open_is_an_error(self, run):
         with pytest.raises(StageFailed, match="does not open"):
@@ -179,7 +182,7 @@ class TestEdgeInputs:
 
     def test_the_control_tokens_of_the_chat_template_come_first(self, tiny_checkpoint, tmp_path):
         found = control_tokens(tiny_checkpoint)
-        assert [one.text for one in found[:2]] == ["<|im_start|>", "<|im_end|>"]
+        assert [token.text for token in found[:2]] == ["<|im_start|>", "<|im_end|>"]
         assert len(found) == MAX_CONTROL_TOKENS and len(set(found)) == MAX_CONTROL_TOKENS
         assert control_tokens(tmp_path) == ()
 
@@ -197,7 +200,7 @@ class TestRealRuntimes:
         found = examine_endurance(settings, Bench(model_dir, tmp_path / "work"), chat_prompts(), runtime)
         assert {path.name: path.stat().st_mtime_ns for path in model_dir.iterdir()} == before
         assert not unhandled(found)
-        outcomes = {one.name: one for one in found.edge_inputs}
+        outcomes = {edge_input.name: edge_input for edge_input in found.edge_inputs}
         assert len(outcomes) == len(NAMES)
         too_long = outcomes["longer than the context"]
         assert too_long.outcome == "refused" and "context" in too_long.detail
@@ -211,7 +214,7 @@ class TestRealRuntimes:
 
     @pytest.mark.parametrize("runtime", CALLS)
     def test_a_text_that_only_resembles_a_control_token_is_told_apart(self, runtime, model_dir, tmp_path):
-        (end,) = (one for one in control_tokens(model_dir) if one.text == "<|im_end|>")
+        (end,) = (token for token in control_tokens(model_dir) if token.text == "<|im_end|>")
         typed = {"whole": end.text, "broken": "<|im_end|"}
         inputs = [
             {"name": name, "messages": [{"role": "user", "content": text}], "control_tokens": [[text, end.id]]}

@@ -100,9 +100,9 @@ def test_each_bound_of_a_loss_errs_about_as_seldom_as_it_promises(count: int, lo
     random = np.random.default_rng(3)
     differences = random.choice([1.0, -1.0, 0.0], (2000, count), p=[lost, won, 1 - lost - won])
     found = [paired_loss(np.maximum(line, 0).tolist(), np.maximum(-line, 0).tolist()) for line in differences]
-    assert np.mean([one.low > lost - won for one in found]) < 0.07  # the bound that rejects a variant
+    assert np.mean([estimate.low > lost - won for estimate in found]) < 0.07  # the bound that rejects a variant
     # Where nothing is ever won, few losses put the upper bound a little low: 0.11 at 5 of 100.
-    assert np.mean([one.high < lost - won for one in found]) < (0.07 if won else 0.12)
+    assert np.mean([estimate.high < lost - won for estimate in found]) < (0.07 if won else 0.12)
 
 
 def test_a_ratio_of_medians_has_an_interval_around_it() -> None:
@@ -127,7 +127,7 @@ def test_a_slope_and_its_interval_are_those_of_scipys_regression_and_t(count: in
 
 def test_a_slope_has_its_t_interval() -> None:
     positions = [0.0, 1.0, 2.0, 3.0, 4.0]
-    exact = slope(positions, [5 + 3 * one for one in positions])
+    exact = slope(positions, [5 + 3 * position for position in positions])
     assert (exact.value, exact.low, exact.high) == pytest.approx((3, 3, 3))
     noisy = slope(positions, [0.0, 1.5, 1.5, 3.5, 4.0])
     # By hand: residuals -0.1, 0.4, -0.6, 0.4, -0.1, so a standard error of sqrt(0.7 / 3 / 10), and t of 3.18245.

@@ -17,7 +17,9 @@ def measured(rows, notes=()):
 def test_medians_by_length_and_the_sweep_s_notes():
     rows = [swept_row(64, ttft, tps) for ttft, tps in ((9.0, 50.0), (5.0, 70.0), (6.0, 60.0))] + [swept_row(32, 2.0)]
     found = length_sweep_of(measured(rows, ["stopped"]))
-    assert [(one.prompt_tokens, one.ttft_ms, one.token_generation_throughput_tps) for one in found.lengths] == [
+    assert [
+        (length.prompt_tokens, length.ttft_ms, length.token_generation_throughput_tps) for length in found.lengths
+    ] == [
         (32, 2.0, 100.0),
         (64, 6.0, 60.0),
     ]
@@ -71,7 +73,7 @@ def test_any_sweep_is_described(rows):
     assume(len({length for length, _, _ in rows}) > 1)
     found = length_sweep_of(measured([swept_row(*row) for row in rows]))
     assert math.isfinite(found.worst_cliff_ratio)
-    assert found.worst_cliff_prompt_tokens in {one.prompt_tokens for one in found.lengths[1:]}
+    assert found.worst_cliff_prompt_tokens in {length.prompt_tokens for length in found.lengths[1:]}
 
 
 @pytest.mark.parametrize("fault", [{"finite_logits": False}, {"answered": False}])

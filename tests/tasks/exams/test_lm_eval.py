@@ -84,11 +84,11 @@ def test_a_variant_and_its_checkpoint_have_the_figures_of_plain_forward_passes(
     asked = LmEvalTasks(names=NAMES, include_path=str(work / "tasks"))
     variant = run_lm_eval_tasks(settings, asked, Bench(model_dir, tmp_path / "variant"))
     source = run_lm_eval_tasks(settings, asked, Bench(checkpoint, tmp_path / "source"), checkpoint=True)
-    figures = {(one.task, one.metric): one.value for one in variant}
+    figures = {(result.task, result.metric): result.value for result in variant}
     assert set(figures) == {*own_figures(checkpoint), ("house_answer", "exact_match")}
-    assert figures == pytest.approx({(one.task, one.metric): one.value for one in source}, rel=1e-4)
+    assert figures == pytest.approx({(result.task, result.metric): result.value for result in source}, rel=1e-4)
     assert {key: figures[key] for key in own_figures(checkpoint)} == pytest.approx(own_figures(checkpoint), rel=1e-4)
-    by_name = {(one.task, one.metric): one for one in variant}
+    by_name = {(result.task, result.metric): result for result in variant}
     accuracy = by_name["house_choice", "acc"]
     assert (accuracy.n_samples, accuracy.higher_is_better, accuracy.filter) == (len(QUESTIONS), True, "none")
     assert (accuracy.task_version, accuracy.num_fewshot) == ("2.0", 0)
@@ -97,8 +97,8 @@ def test_a_variant_and_its_checkpoint_have_the_figures_of_plain_forward_passes(
     assert by_name["house_text", "bits_per_byte"].higher_is_better is False
     assert by_name["house_text", "bits_per_byte"].stderr is None
     assert set(accuracy.versions) == {"lm-eval", "datasets", "onnxruntime", "onnxruntime-genai"}
-    assert [one.task_digest for one in variant] == [one.task_digest for one in source]
-    assert len({one.task_digest for one in variant}) == 3
+    assert [result.task_digest for result in variant] == [result.task_digest for result in source]
+    assert len({result.task_digest for result in variant}) == 3
 
 
 def test_results_are_evidence_and_the_same_question_is_asked_once(
@@ -119,9 +119,9 @@ def test_results_are_evidence_and_the_same_question_is_asked_once(
             return run_lm_eval_on_checkpoint.fn(registry.of(manifest), prepared, asked)
 
     found = on_variant()
-    assert {one.n_samples for one in found} == {2}
+    assert {result.n_samples for result in found} == {2}
     reference = on_checkpoint()
-    assert [one.value for one in reference] == [one.value for one in found]
+    assert [result.value for result in reference] == [result.value for result in found]
     assert [record["subject"] for record in evidence(registry, manifest, "lm-eval")] == ["fp16", "checkpoint"]
     with monkeypatch.context() as patch:
         patch.setattr(benchmarks, "run_in_child", None)

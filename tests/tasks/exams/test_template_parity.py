@@ -77,7 +77,7 @@ def case(tmp_path, built, settings):
 
 
 def names_of(parity, runtime="genai"):
-    return [one.conversation for one in parity.mismatches if one.runtime == runtime]
+    return [mismatch.conversation for mismatch in parity.mismatches if mismatch.runtime == runtime]
 
 
 def mentions(parity, text):
@@ -149,7 +149,9 @@ def test_a_control_token_that_is_missing_in_the_variant_is_caught(case):
     damaged = case()
 
     def remove(tokenizer):
-        tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if one["content"] != "<|im_end|>"]
+        tokenizer["added_tokens"] = [
+            added_token for added_token in tokenizer["added_tokens"] if added_token["content"] != "<|im_end|>"
+        ]
 
     damaged.edit("tokenizer.json", remove)
     parity = damaged.check()
@@ -165,7 +167,11 @@ def test_a_control_token_with_another_id_is_caught(case):
     damaged = case()
 
     def swap(tokenizer):
-        start, end = (one for one in tokenizer["added_tokens"] if one["content"] in ("<|im_start|>", "<|im_end|>"))
+        start, end = (
+            added_token
+            for added_token in tokenizer["added_tokens"]
+            if added_token["content"] in ("<|im_start|>", "<|im_end|>")
+        )
         start["id"], end["id"] = end["id"], start["id"]
 
     damaged.edit("tokenizer.json", swap)
@@ -217,7 +223,7 @@ def test_a_tokenizer_that_genai_cannot_open_is_a_mismatch(case):
     parity = damaged.check()
     assert names_of(parity) == JUDGED
     assert names_of(parity, "foundry") == []
-    assert all(one.found.startswith("The tokenizer cannot be opened: ") for one in parity.mismatches)
+    assert all(mismatch.found.startswith("The tokenizer cannot be opened: ") for mismatch in parity.mismatches)
     assert parity.broken_control_tokens == ()
 
 

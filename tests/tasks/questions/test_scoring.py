@@ -111,7 +111,7 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
 ASCII = st.text(string.ascii_letters + string.digits + " .,'-\n", max_size=60)
 
 
-@given(ASCII, ASCII.filter(lambda text: any(one.isalnum() for one in text)))
+@given(ASCII, ASCII.filter(lambda text: any(character.isalnum() for character in text)))
 def test_rouge_l_of_plain_ascii_is_the_librarys_own(answer: str, expected: str) -> None:
     own = RougeScorer(["rougeL"]).score(expected, answer)["rougeL"].fmeasure
     assert score("rouge_l", answer, expected) == pytest.approx(own)

@@ -54,7 +54,7 @@ def test_its_metadata_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     (result,) = model["results"]
     assert result["task"]["type"] == "text-generation"
     assert result["dataset"]["name"] == "120 rows of eval.jsonl"
-    values = {one["type"]: one["value"] for one in result["metrics"]}
+    values = {metric["type"]: metric["value"] for metric in result["metrics"]}
     metrics = full_variant("int4").metrics
     assert values == {name: metrics[name] for name in values}
     assert set(values) == {"exact_match", "perplexity", "score", "top1_agreement", "kl_divergence"}

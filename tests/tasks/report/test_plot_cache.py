@@ -19,7 +19,7 @@ def test_equal_figures_are_drawn_once(tmp_path: Path) -> None:
 
 def test_other_figures_are_drawn_anew(tmp_path: Path) -> None:
     first = draw_once(full_report(), tmp_path)
-    smaller = [one.model_copy(update={"size_bytes": 1}) for one in full_report().variants]
+    smaller = [variant.model_copy(update={"size_bytes": 1}) for variant in full_report().variants]
     assert draw_once(full_report(*smaller), tmp_path)["quality"] != first["quality"]
 
 

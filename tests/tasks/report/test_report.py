@@ -101,7 +101,7 @@ def test_a_deploys_status_is_that_of_its_gravest_variant(
 
 def test_variants_stand_from_large_to_small() -> None:
     given = [variant(precision) for precision in ("int4", "fp16", "int8")]
-    assert [one.precision for one in in_order_of_size(given)] == ["fp16", "int8", "int4"]
+    assert [variant.precision for variant in in_order_of_size(given)] == ["fp16", "int8", "int4"]
 
 
 def test_the_table_sets_sizes_beside_what_the_tutorial_promises() -> None:
@@ -235,7 +235,7 @@ def hostile_report(text: str) -> DeployReport:
         row.model_copy(update={"id": text, "answer": text, "category": text, "output_fault": text})
         for row in evaluated.rows[:2]
     )
-    categories = tuple(one.model_copy(update={"category": text}) for one in evaluated.categories)
+    categories = tuple(category.model_copy(update={"category": text}) for category in evaluated.categories)
     examples = {"rows": rows, "categories": categories, "worst_examples": (text,)}
     genai, _ = endurance("int4")
     outcome = genai.edge_inputs[0].model_copy(update={"name": text, "detail": text, "outcome": "crashed"})
@@ -297,7 +297,7 @@ def test_code_spans_and_blocks_hold_any_text(text: str) -> None:
 @given(st.text(st.characters()))
 def test_shown_text_has_no_controls_and_can_be_written(text: str) -> None:
     shown = visible(text)
-    assert not [one for one in shown if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp")]
+    assert not [character for character in shown if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")]
     assert not set(shown) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f")
     shown.encode()
 
@@ -317,7 +317,9 @@ def test_controls_are_spelled_and_letters_are_not(text: str, shown: str) -> None
 
 
 def test_a_table_cell_cannot_break_the_table() -> None:
-    categories = tuple(one.model_copy(update={"category": "a|b \\| c"}) for one in evaluation("int4").categories)
+    categories = tuple(
+        category.model_copy(update={"category": "a|b \\| c"}) for category in evaluation("int4").categories
+    )
     evaluated = evaluation("int4").model_copy(update={"categories": categories})
     text = to_markdown(report(variant("int4", details=VariantDetails(evaluation=evaluated))))
     html = PARSER.render(text)

@@ -151,4 +151,4 @@ def test_the_front_has_what_nothing_beats_in_size_and_quality() -> None:
             ("twin", 1.0, 0.7),
         )
     ]
-    assert [one.precision for one in pareto_front(points)] == ["small", "best"]
+    assert [point.precision for point in pareto_front(points)] == ["small", "best"]

@@ -35,7 +35,7 @@ def evaluation(rows, rows_sha256="a" * 64, reference=512):
     return Evaluation(
         rows=tuple(rows),
         template_mismatches=TemplateMismatches(count=0, example=None),
-        positions=sum(one.positions for one in rows),
+        positions=sum(row.positions for row in rows),
         finite_logits=1.0,
         top1_agreement=1.0,
         kl_divergence=0.01,
@@ -56,7 +56,7 @@ def evaluation(rows, rows_sha256="a" * 64, reference=512):
 
 
 def compared(before, after):
-    sides = [Figures(measurements=tuple(one) if isinstance(one, list) else (one,)) for one in (before, after)]
+    sides = [Figures(measurements=tuple(side) if isinstance(side, list) else (side,)) for side in (before, after)]
     return compare_versions("int4", *sides)
 
 
@@ -203,7 +203,7 @@ def test_the_divergence_is_compared_row_by_row(factor, trend):
         for scale in (1.0, factor)
     )
     found = compare_versions("int4", Figures(evaluation=before), Figures(evaluation=after))
-    change = next(one for one in found.changes if one.metric == "kl_divergence")
+    change = next(change for change in found.changes if change.metric == "kl_divergence")
     assert change.trend == trend
     assert change.change.value == pytest.approx(change.after - change.before)
     assert change.after == pytest.approx(factor * change.before)

@@ -100,7 +100,7 @@ CANDIDATES = st.lists(FIGURES, min_size=1, max_size=8).map(
 def test_the_front_is_never_empty_and_every_other_is_worse_than_one_of_it(
     candidates: list[Candidate], seed: int
 ) -> None:
-    by_name = {one.name: one for one in candidates}
+    by_name = {candidate.name: candidate for candidate in candidates}
     front = pareto_front(candidates)
     assert None in front.values()
     assert list(front) == list(by_name)

@@ -166,7 +166,7 @@ def test_a_version_that_cannot_be_read_hides_no_other(
     for content in ("a", "b"):
         record_deploy(local, commit(local, tmp_path, "home", content), "int4", int4="registered")
     keys = [entry.key for entry in local.objects.entries("models/home/1")]
-    key = next(one for one in keys if damage in one)
+    key = next(key for key in keys if damage in key)
     data = local.objects.read_bytes(key)
     local.objects.put_bytes(key, b"{")
     catalog = StoreCatalog(local, listing_age_s=0)
