@@ -80,7 +80,7 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
         candidate: dict[str, Any] = {
             "checkpoint": checkpoint,
             "name": parameters.name,
-            "base": prepared.uri if parameters.method == "lora" else None,
+            "base": str(prepared.folder) if parameters.method == "lora" else None,
             "evaluation_file": rows_file or str(prepared.folder / "eval.jsonl"),
             "calibration_file": write_calibration_file(chats.rows, evaluation.rows, settings),
             "training_run": f"dataset sha256:{tuned.dataset_fingerprint[:16]}, fine-tuning {tuned.key[:16]}",

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 from filelock import ReadWriteLock, Timeout
 
+from slmops.infra.process.call import OnProgress
+from slmops.infra.process.slots import only_maker
+
 if TYPE_CHECKING:  # child processes move folders too, without any settings
     from slmops.infra.settings import Settings
 
@@ -32,6 +35,22 @@ def place(folder: Path, target: Path) -> None:
     except OSError:
         if not target.is_dir():
             raise
+
+
+@contextmanager
+def made_once(target: Path, settings: "Settings", on_progress: OnProgress | None = None) -> Iterator[Path | None]:
+    """Yield the path of a folder to make, which then is moved to `target`; None if `target` is already there.
+
+    One process makes it while others wait. The folder is made in a work folder, its parent, so an exception leaves
+    nothing.
+    """
+    with only_maker(target, on_progress):
+        if target.is_dir():
+            yield None
+            return
+        with work_folder(settings) as work:
+            yield work / "made"
+            place(work / "made", target)
 
 
 @contextmanager

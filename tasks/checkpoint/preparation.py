@@ -13,11 +13,10 @@ from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.checkpoints.text_part import take_text_part, text_config_of
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
-from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import link_or_copy, place, work_folder
+from slmops.infra.storage.folders import link_or_copy, made_once
 from slmops.infra.storage.inputs import fetch_input, ingest, is_input_address
 from slmops.infra.storage.manifest import Manifest, digest_of
 from slmops.infra.storage.opening import open_registry
@@ -168,18 +167,15 @@ def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_prog
         )
     key = digest_of({"adapter": content_digest(adapter), "base": content_digest(base_folder)})
     merged = settings.cache_dir / "checkpoints" / key
-    with only_maker(merged, on_progress):
-        if merged.is_dir():
-            return merged
-        with work_folder(settings) as work:
+    with made_once(merged, settings, on_progress) as made:
+        if made:
             run_in_child(
-                MergeAdapter(adapter_dir=adapter, base_dir=base_folder, output_dir=work / "merged"),
+                MergeAdapter(adapter_dir=adapter, base_dir=base_folder, output_dir=made),
                 deadline_s=settings.timeout.merge_s,
                 log_path=settings.cache_dir / "logs" / f"merge-{key[:12]}.log",
-                work_dir=work,
+                work_dir=made.parent,
                 on_progress=on_progress,
             )
-            place(work / "merged", merged)
     return merged
 
 
@@ -188,10 +184,9 @@ def with_text_part(folder: Path, settings: Settings) -> Path:
     config = text_config_of(read_json(folder / "config.json"), read_tensor_headers(folder))
     key = digest_of({"checkpoint": content_digest(folder), "text part": config})
     target = settings.cache_dir / "checkpoints" / key
-    if not target.is_dir():
-        with work_folder(settings) as work:
-            take_text_part(folder, work / "checkpoint", config)
-            place(work / "checkpoint", target)
+    with made_once(target, settings) as made:
+        if made:
+            take_text_part(folder, made, config)
     return target
 
 
@@ -199,20 +194,17 @@ def with_chat_template(folder: Path, template: str, settings: Settings) -> Path:
     """Return a folder with a checkpoint's files and another chat template; the weights are linked, not copied."""
     key = digest_of({"checkpoint": content_digest(folder), "chat_template": template})
     target = settings.cache_dir / "checkpoints" / key
-    if target.is_dir():
-        return target
-    with work_folder(settings) as work:
-        aside = work / "checkpoint"
-        aside.mkdir()
-        for path in folder.iterdir():
-            if path.is_file() and path.name not in (
-                "chat_template.jinja",
-                "chat_template.json",
-                "tokenizer_config.json",
-            ):
-                link_or_copy(path, aside / path.name)
-        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        config["chat_template"] = template  # the runtimes read it here, transformers in both places
-        (aside / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
-        place(aside, target)
+    with made_once(target, settings) as made:
+        if made:
+            _copy_with_template(folder, made, template)
     return target
+
+
+def _copy_with_template(folder: Path, copy: Path, template: str) -> None:
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+            link_or_copy(path, copy / path.name)
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    config["chat_template"] = template  # the runtimes read it here, transformers in both places
+    (copy / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")

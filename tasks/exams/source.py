@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from slmops.infra.process.slots import only_maker
 from slmops.infra.records import Json
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import place, shared_folder, work_folder
+from slmops.infra.storage.folders import made_once, shared_folder
 from slmops.infra.storage.manifest import digest_of
 from slmops.infra.storage.version import Variant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -71,9 +70,6 @@ def run_source_once(exam: ComparedExam[Any], prepared: PreparedCheckpoint) -> No
     """Run the source checkpoint in transformers on an exam's question, unless its result exists."""
     shop = workshop()
     folder = exam.source_folder(prepared.digest, shop.settings)
-    with stage_progress(exam.source_name) as on_progress, only_maker(folder, on_progress):
-        if folder.is_dir():
-            return
-        with work_folder(shop.settings) as work:
-            exam.run_source(Bench(prepared.folder, work / "reference", on_progress), shop)
-            place(work / "reference", folder)
+    with stage_progress(exam.source_name) as on_progress, made_once(folder, shop.settings, on_progress) as made:
+        if made:
+            exam.run_source(Bench(prepared.folder, made, on_progress), shop)

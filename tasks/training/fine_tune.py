@@ -11,15 +11,14 @@ from pydantic import Field, ValidationError
 
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.errors import BadInput
-from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import place, work_folder
+from slmops.infra.storage.folders import made_once
 from slmops.infra.storage.manifest import check_name, digest_of
 from slmops.infra.transformers.calls import Chat, FineTune, FineTuned
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
-from slmops.tasks.checkpoint.preparation import fetch_checkpoint
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetch_checkpoint
 from slmops.tasks.questions.evaluation_set import read_evaluation_set
 from slmops.tasks.questions.training_rows import TrainingRow
 from slmops.tasks.request.parameters import PRECISIONS
@@ -70,30 +69,19 @@ class FineTuning(FineTuned):
     peak_rss_bytes: int
 
 
-class Base(Record):
-    """The checkpoint that is fine-tuned; `uri` is its local folder, so tasks exchange nothing large."""
-
-    origin: str
-    uri: str
-    digest: str
-
-    @property
-    def folder(self) -> Path:
-        """The local folder."""
-        return Path(self.uri)
-
-
 @stage("prepare base", run_name="prepare-base")
-def prepare_base(base: str, revision: str | None, settings: Settings) -> Base:
+def prepare_base(base: str, revision: str | None, settings: Settings) -> PreparedCheckpoint:
     """Fetch a base and check it; raises `BadInput` for one that is missing or not a whole checkpoint."""
     with stage_progress("prepare base") as on_progress:
         folder = fetch_checkpoint(base, revision, settings, on_progress)
-        if inspect_checkpoint(folder).kind != "checkpoint":
+        inspection = inspect_checkpoint(folder)
+        if inspection.kind != "checkpoint":
             raise BadInput(f"The base {base} is not a whole checkpoint.", "Name a model that save_pretrained wrote.")
-        return Base(origin=base, uri=str(folder.absolute()), digest=content_digest(folder))
+        uri = folder.absolute().as_uri()
+        return PreparedCheckpoint(uri=uri, origin=base, digest=content_digest(folder), inspection=inspection)
 
 
-def key_of(dataset: Dataset, base: Base, hyperparameters: Hyperparameters) -> str:
+def key_of(dataset: Dataset, base: PreparedCheckpoint, hyperparameters: Hyperparameters) -> str:
     """Return the key of a fine-tuning's question, in hexadecimal, without values that cannot change the result."""
     asked = hyperparameters.model_dump(mode="json")
     if hyperparameters.method == "full":
@@ -103,7 +91,7 @@ def key_of(dataset: Dataset, base: Base, hyperparameters: Hyperparameters) -> st
 
 @stage("fine-tune", run_name="fine-tune-{base.origin}")
 def fine_tune_once(
-    dataset: Dataset, base: Base, hyperparameters: Hyperparameters, settings: Settings
+    dataset: Dataset, base: PreparedCheckpoint, hyperparameters: Hyperparameters, settings: Settings
 ) -> tuple[str, FineTuning]:
     """Fine-tune a base, and return the folder of the result with its record; an earlier result is reused.
 
@@ -111,13 +99,12 @@ def fine_tune_once(
     """
     key = key_of(dataset, base, hyperparameters)
     target = settings.cache_dir / "fine-tunings" / key
-    with stage_progress("fine-tune") as on_progress, only_maker(target, on_progress):
-        if target.is_dir():
+    state_dir = settings.cache_dir / "fine-tuning-states" / key
+    with stage_progress("fine-tune") as on_progress, made_once(target, settings, on_progress) as made:
+        if made is None:
             on_progress(1, 1, "trained before")
-            return str(target / RESULT), FineTuning.model_validate_json((target / RECORD_FILE).read_bytes())
-        state_dir = settings.cache_dir / "fine-tuning-states" / key
-        train, held_out = split(dataset.rows, HELD_OUT_SHARE)
-        with work_folder(settings) as work:
+        else:
+            train, held_out = split(dataset.rows, HELD_OUT_SHARE)
             child = run_in_child(
                 FineTune(
                     base_dir=base.folder,
@@ -127,11 +114,11 @@ def fine_tune_once(
                     patience=hyperparameters.early_stopping_patience,
                     threads=settings.threads,
                     state_dir=state_dir,
-                    output_dir=work / "tuned" / RESULT,
+                    output_dir=made / RESULT,
                 ),
                 deadline_s=settings.timeout.fine_tune_s,
                 log_path=settings.cache_dir / "logs" / f"fine-tune-{key[:12]}.log",
-                work_dir=work,
+                work_dir=made.parent,
                 on_progress=on_progress,
             )
             record = FineTuning(
@@ -145,10 +132,9 @@ def fine_tune_once(
                 peak_rss_bytes=child.peak_rss_bytes,
                 **dict(child.value),
             )
-            (work / "tuned" / RECORD_FILE).write_text(record.model_dump_json(indent=2), "utf-8")
-            place(work / "tuned", target)
-        shutil.rmtree(state_dir, ignore_errors=True)
-    return str(target / RESULT), record
+            (made / RECORD_FILE).write_text(record.model_dump_json(indent=2), "utf-8")
+    shutil.rmtree(state_dir, ignore_errors=True)
+    return str(target / RESULT), FineTuning.model_validate_json((target / RECORD_FILE).read_bytes())
 
 
 def _numbered(chats: Sequence[tuple[int, TrainingRow]]) -> list[Chat]:

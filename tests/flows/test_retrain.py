@@ -16,11 +16,12 @@ from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.training import comparison
 from slmops.tasks.training.comparison import Challenge, RetrainReport
-from slmops.tasks.training.fine_tune import Base, FineTuning, Hyperparameters
+from slmops.tasks.training.fine_tune import FineTuning, Hyperparameters
 from tests.support import reports
 from tests.support.errors import coded
 from tests.support.versions import store_version
@@ -50,7 +51,9 @@ class Stages:
             return Completed(data=report)
         return Failed(data=DeployEnded(report))
 
-    def fine_tune(self, dataset: Any, base: Base, hyperparameters: Hyperparameters, settings: Settings) -> Any:
+    def fine_tune(
+        self, dataset: Any, base: PreparedCheckpoint, hyperparameters: Hyperparameters, settings: Settings
+    ) -> Any:
         """Return a record of the asked question."""
         from slmops.tasks.training.fine_tune import key_of
 
@@ -88,7 +91,7 @@ def stages(settings: Settings, server: str, tmp_path: Path, monkeypatch: pytest.
     registry.set_alias("home", CHAMPION, 1, "the first")
     stages, flow = Stages(registry, tmp_path), import_module("slmops.flows.retrain")
     (tmp_path / "chats.jsonl").write_text("".join(CHAT % (number, number) for number in range(8)), "utf-8")
-    base = Base(origin="base", uri=str(tmp_path), digest="b" * 64)
+    base = PreparedCheckpoint.model_construct(origin="base", uri=tmp_path.as_uri(), digest="b" * 64)
     monkeypatch.setattr(flow, "prepare_base", lambda *asked: base)
     monkeypatch.setattr(flow, "read_evaluation", lambda *asked: EvaluationSet(rows=stages.rows, origin="eval.jsonl"))
     monkeypatch.setattr(flow, "fine_tune_once", stages.fine_tune)
