@@ -13,7 +13,7 @@ TEXT = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 MOST_LINES = 80
 
 
-def test_the_files_that_it_names_are_there() -> None:
+def test_the_files_that_it_names_exist() -> None:
     prose = re.sub(r"^```diff\n.*?^```$", "", TEXT, flags=re.M | re.S)
     named = re.findall(r"`((?:deployments|flows|tasks|infra|tests)/[^`*]*)`", prose)
     assert len(named) > 40

@@ -129,7 +129,7 @@ class TestTheFile:
                 if SECRETIVE.search(option):
                     assert value.startswith("/run/secrets/"), f"{name}: {option}={value}"
 
-    def test_every_service_tells_its_health_or_ends(self, composed: dict[str, Any]) -> None:
+    def test_every_service_has_a_health_check_or_ends(self, composed: dict[str, Any]) -> None:
         for name, service in composed["services"].items():
             if service["restart"] != "no":
                 assert service["healthcheck"]["test"], name
@@ -152,7 +152,7 @@ class TestTheFile:
             unknown = {variable for variable in given if variable.startswith(("PREFECT_", "SLMOPS_"))} - known
             assert not unknown, name
 
-    def test_any_number_of_workers_runs_beside_each_other(self, composed: dict[str, Any]) -> None:
+    def test_any_number_of_workers_runs_in_parallel(self, composed: dict[str, Any]) -> None:
         worker = composed["services"]["worker"]
         assert not {"container_name", "hostname", "ports", "network_mode"} & set(worker)
         # Its home is the image's volume, of which each container has its own.

@@ -23,7 +23,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_modules_are_imported_by_their_whole_names(room: str) -> None:
+def test_modules_are_imported_by_their_full_names(room: str) -> None:
     files = list((ROOT / room).rglob("*.py"))
     assert files
     for path in files:
@@ -60,7 +60,7 @@ def test_importing_infra_and_the_command_line_is_cheap_and_has_no_side_effect(tm
         ("list", 500, {*HEAVY, "httpx", "yaml"}),
     ],
 )
-def test_a_command_that_only_tells_imports_little(tmp_path: Path, command: str, most: int, left_out: set[str]) -> None:
+def test_a_command_that_only_prints_imports_little(tmp_path: Path, command: str, most: int, left_out: set[str]) -> None:
     program = f"""
 import sys
 from slmops.deployments.cli.app import run
@@ -76,7 +76,7 @@ print(len(sys.modules), sorted(set(sys.modules) & {left_out!r}))
     assert int(count) < most
 
 
-def test_a_training_script_that_tells_of_its_checkpoint_imports_little(tmp_path: Path) -> None:
+def test_a_training_script_that_reports_its_checkpoint_imports_little(tmp_path: Path) -> None:
     heavy = {*HEAVY, "httpx", "pydantic", "yaml", "asyncio", "typer"}
     program = f"import sys, slmops.events; print(sorted(set(sys.modules) & {heavy!r}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)

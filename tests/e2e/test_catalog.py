@@ -120,7 +120,7 @@ def test_other_machines_need_a_token(slmops: Slmops) -> None:
         assert httpx.post(f"{there}?token={TOKEN}", json={}).status_code == 200
 
 
-def test_what_cannot_be_served_is_said_in_one_sentence(slmops: Slmops) -> None:
+def test_an_error_is_one_sentence(slmops: Slmops) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

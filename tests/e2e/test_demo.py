@@ -113,7 +113,7 @@ def test_the_model_folder_is_what_foundry_wants(demo: Demo) -> None:
     assert set(described["ModelConfig"]) == {"max_length", "temperature", "top_p", "repetition_penalty"}
 
 
-def test_list_show_and_logs_tell_of_it(demo: Demo) -> None:
+def test_list_show_and_logs_contain_it(demo: Demo) -> None:
     slmops, report = demo
     (model,) = slmops.json("list")["models"]
     assert (model["name"], model["version"], model["aliases"]) == ("home", 1, ["champion"])

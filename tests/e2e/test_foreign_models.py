@@ -107,9 +107,7 @@ def test_a_copied_version_runs_no_library(
     assert list(own_store(slmops).objects.entries("blobs")) == []
 
 
-def test_a_version_that_is_there_already_runs_no_library(
-    hostile: Path, mark: Path, slmops: Slmops, tmp_path: Path
-) -> None:
+def test_an_existing_version_runs_no_library(hostile: Path, mark: Path, slmops: Slmops, tmp_path: Path) -> None:
     """An older slmops has imported it: nothing that would open it does."""
     store_model(own_store(slmops), hostile, tmp_path / "in")
     assert_refused(slmops, 1, "custom_ops_library", "pull", "home", "--foundry-cache", tmp_path / "device")
@@ -124,7 +122,7 @@ def packed(registry: ModelRegistry, manifest: Manifest, file: Path) -> Path:
     return file
 
 
-def test_what_a_copy_says_of_itself_makes_no_champion(
+def test_copied_evidence_makes_no_champion(
     model_dir: Path, slmops: Slmops, strangers: ModelRegistry, tmp_path: Path
 ) -> None:
     """It says that it was deployed, selected and registered. A server that follows every name does not load it."""

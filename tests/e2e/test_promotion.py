@@ -148,7 +148,7 @@ def test_a_running_servers_clients_see_no_failure(slmops: Slmops) -> None:
     assert (served[0], served[-1]) == ("home:1", "home:1"), changes
 
 
-def test_a_version_that_answers_otherwise_than_proven_leaves_the_old_one_serving(
+def test_a_version_with_another_answer_than_its_proof_leaves_the_old_one_serving(
     slmops: Slmops, model_server: ModelServer
 ) -> None:
     registry = registry_of(slmops)
@@ -174,7 +174,7 @@ def test_a_version_that_answers_otherwise_than_proven_leaves_the_old_one_serving
     assert slmops.json("promote", "home@2")["status"] == "promoted"
 
 
-def test_a_folder_that_is_missing_or_replaced_is_made_anew_from_the_store(slmops: Slmops) -> None:
+def test_a_folder_that_is_missing_or_replaced_is_made_again_from_the_store(slmops: Slmops) -> None:
     shutil.rmtree(folder_of(slmops, 2))
     assert slmops.json("promote", "home@2")["status"] == "promoted"
     config = folder_of(slmops, 1) / "genai_config.json"

@@ -197,7 +197,7 @@ def _commit(registry: ModelRegistry, manifest: Manifest, name: str, folders: dic
 
 
 @pytest.mark.slow
-def test_answers_in_another_format_are_rejected_or_told_where_the_source_s_have_it_neither(
+def test_answers_in_another_format_are_rejected_or_reported_if_the_source_s_lack_it_too(
     slmops: Slmops, tiny: Path, tmp_path: Path
 ) -> None:
     absolute = {"SLMOPS_GATE__MIN_OUTPUT_CONFORMITY": "0.95"}

@@ -145,7 +145,7 @@ class TestAnswers:
         assert prompt_tokens(1) >= as_text  # two tokens would each be one
         assert prompt_tokens(9) - prompt_tokens(1) == 8 * (prompt_tokens(2) - prompt_tokens(1))
 
-    def test_what_was_asked_is_counted(self, server: RunningServer) -> None:
+    def test_requests_are_counted(self, server: RunningServer) -> None:
         before = server.metric('slmops_tokens_total{kind="completion",model="home"}')
         requests = server.metric('slmops_requests_total{code="200",model="home"}')
         ask(server)
@@ -228,7 +228,7 @@ class TestLoad:
                 eventually(lambda: server.metric('slmops_requests_active{model="home:1"}') == 0)
                 assert ask(server).model == "home:1"
 
-    def test_fifty_clients_are_queued_or_told_to_come_back(self, home: Path) -> None:
+    def test_fifty_clients_are_queued_or_refused_for_now(self, home: Path) -> None:
         few = {"SLMOPS_SERVE__MAX_CONCURRENCY": "1", "SLMOPS_SERVE__MAX_QUEUE": "10"}
         with serving(home, "home", environment=few) as server:
             statuses = at_once(50, lambda _: status_of(server, max_tokens=64))

@@ -186,7 +186,7 @@ def test_machines_that_start_at_once_register_each_automation_once(stack: Stack)
     assert len(names) == len(set(names)) == 2
 
 
-def test_the_check_of_the_services_tells_when_they_are_gone(stack: Stack) -> None:
+def test_the_check_of_the_services_reports_when_they_have_ended(stack: Stack) -> None:
     assert stack.is_healthy("prefect-services")
     services, stack.processes["prefect-services"] = stack.processes["prefect-services"], stack.processes["prefect-api"]
     try:  # whose timers are others

@@ -182,7 +182,9 @@ def test_any_worker_reads_what_was_ingested(team: StoreCase, tiny: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_only_signed_versions_are_registered_where_that_is_asked(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+def test_only_signed_versions_are_registered_if_the_setting_requires_it(
+    slmops: Slmops, tiny: Path, tmp_path: Path
+) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     private, public = tmp_path / "private.pem", tmp_path / "public.pem"
     pem = serialization.Encoding.PEM
@@ -231,7 +233,7 @@ def test_only_signed_versions_are_registered_where_that_is_asked(slmops: Slmops,
 
 
 @pytest.mark.slow
-def test_gc_keeps_what_is_asked_and_what_has_a_name(slmops: Slmops, tiny: Path) -> None:
+def test_gc_keeps_the_requested_versions_and_those_with_an_alias(slmops: Slmops, tiny: Path) -> None:
     for number in range(3):
         slmops.json("deploy", tiny, "--name", "home", *INT4, *other_content(number))
     orphan = slmops.home / "store/blobs/sha256" / ("0" * 64)

@@ -115,7 +115,7 @@ def ended_runs(api: str, **parameters: str) -> list[dict[str, Any]]:
     return [run for run in runs if parameters.items() <= run["parameters"].items() and run["state"]["type"] in ENDED]
 
 
-def test_check_finds_what_up_started_without_being_told_where(up: Up, slmops: Slmops, api: str) -> None:
+def test_check_finds_what_up_started_without_an_address(up: Up, slmops: Slmops, api: str) -> None:
     wait_for(lambda: slmops.run("up", "--check", status=0) if workers_online(api) else None)
     found = slmops.json("up", "--check")
     assert found["ok"]
@@ -187,7 +187,7 @@ def test_no_event_is_taken_by_a_socket_without_the_password(up: Up, subprotocols
     ],
     ids=lambda variables: next(iter(variables)),
 )
-def test_nobody_says_what_a_worker_runs(api: str, variables: dict[str, Any]) -> None:
+def test_no_client_sets_the_command_of_a_worker(api: str, variables: dict[str, Any]) -> None:
     deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
     before = len(query(api, "flow_runs"))
     body = {"parameters": {"checkpoint": "here", "name": "by-caller"}, "job_variables": variables}
@@ -211,7 +211,7 @@ def test_a_home_of_the_version_before_is_taken_over(up: Up, api: str) -> None:
         assert [path.name for path in (home, *home.iterdir()) if path.stat().st_mode & 0o077] == []
 
 
-def test_check_says_what_is_missing(slmops: Slmops, tmp_path: Path) -> None:
+def test_check_reports_what_is_missing(slmops: Slmops, tmp_path: Path) -> None:
     found = slmops.json("up", "--check", "--pool", "nobody", status=1)
     (missing,) = [check for check in found["checks"] if not check["ok"]]
     assert (missing["what"], missing["what_to_do"]) == ("work pool nobody", "slmops up --pool nobody")
@@ -344,7 +344,7 @@ def test_a_schedule_starts_a_real_retrain(slmops: Slmops, api: str, tiny: Path, 
     assert slmops.json("show", "nightly@champion")["version"] == 1
 
 
-def test_a_schedule_that_never_comes_again_is_told(slmops: Slmops, api: str) -> None:
+def test_a_schedule_without_future_times_is_reported(slmops: Slmops, api: str) -> None:
     deployment = call("GET", f"{api}/deployments/name/gc/gc")["id"]
     past = {"rrule": "DTSTART:20200101T000000\nRRULE:FREQ=DAILY;COUNT=1", "timezone": "UTC"}
     call("POST", f"{api}/deployments/{deployment}/schedules", [{"schedule": past, "active": True}])

@@ -130,7 +130,7 @@ def artifact_of(api: str, name: str) -> str:
     return str(artifact["data"])
 
 
-def test_a_version_is_measured_anew_each_time(api, commit, registry, model_dir):
+def test_a_version_is_measured_again_each_time(api, commit, registry, model_dir):
     manifest = commit("anew", model_dir)
     first = run("anew").result()
     assert (first.reference, first.regressed, first.summary) == ("anew@1", False, "anew@1 nothing to compare.")

@@ -110,7 +110,9 @@ class TestPlans:
         assert (planned.version.manifest, planned.former, planned.reason) == (versions[1], 3, "rolled back from home@3")
         assert plan_rollback("home", 1, "", registry).version.manifest == versions[0]
 
-    def test_a_rollback_to_what_is_gone_is_refused(self, registry: ModelRegistry, versions: list[Manifest]) -> None:
+    def test_a_rollback_to_a_missing_version_is_refused(
+        self, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
         registry.set_alias("home", CHAMPION, 2, "better")
         delete_version(registry.of(versions[0]))
         with pytest.raises(BadInput, check=coded("version-missing", "home@1")) as caught:
@@ -124,7 +126,7 @@ class TestPlans:
 
 
 class TestUndoing:
-    def test_the_last_change_is_undone_first_and_the_reason_is_said(
+    def test_the_last_change_is_undone_first_and_the_reason_is_reported(
         self, registry: ModelRegistry, versions: list[Manifest]
     ) -> None:
         change = plan_promotion("home@2", "", registry)
@@ -421,7 +423,7 @@ class TestCommands:
         assert "rolled back" in shown and "knows the garage" in shown
 
 
-def test_the_artifact_says_what_was_done_and_shows_other_peoples_text_as_it_stands(
+def test_the_artifact_names_the_change_and_shows_foreign_text_unchanged(
     registry: ModelRegistry, versions: list[Manifest]
 ) -> None:
     change: Change = plan_promotion("home@2", "<b>bold</b> | claim", registry)

@@ -105,7 +105,7 @@ def test_a_variant_below_the_gate_is_rejected_and_taken_away(registry: ModelRegi
     assert registry.find("home@1").serving is None
 
 
-def test_a_variant_is_registered_in_spite_of_an_allowed_check_and_everything_says_so(
+def test_a_variant_is_registered_in_spite_of_an_allowed_check_and_everything_reports_it(
     registry: ModelRegistry, exams: AtOnce, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cards: list[str] = []
@@ -175,7 +175,7 @@ def test_figures_of_a_busy_machine_are_flagged_and_decide_no_budget(registry: Mo
     assert kept.selected == "int4"
 
 
-def test_an_exam_that_fails_is_told_of_its_variant(registry: ModelRegistry, exams: AtOnce) -> None:
+def test_an_exam_that_fails_is_reported_for_its_variant(registry: ModelRegistry, exams: AtOnce) -> None:
     exams.answers["measure"] = StageFailed("The model does not load.")
     state: State[Any] = regate("home@1", **OPEN, return_state=True)
     ended = state.result(raise_on_failure=False)

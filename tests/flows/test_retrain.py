@@ -113,7 +113,7 @@ def run(stages: Stages, **options: Any) -> RetrainReport:
     return result
 
 
-def test_a_better_candidate_is_promoted_and_the_same_is_not_asked_twice(stages: Stages) -> None:
+def test_a_better_candidate_is_promoted_and_the_same_question_is_skipped(stages: Stages) -> None:
     report = run(stages)
     assert (report.status, report.version, stages.promoted) == ("promoted", 2, ["home@2"])
     assert "home@2 is better than home@1" in report.summary

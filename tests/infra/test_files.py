@@ -31,7 +31,7 @@ def test_a_file_and_its_folder_are_made_and_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
-def test_the_permissions_are_those_that_are_asked_for(tmp_path: Path) -> None:
+def test_the_permissions_are_the_requested_ones(tmp_path: Path) -> None:
     write_whole(tmp_path / "secret", "x", mode=0o600)
     write_whole(tmp_path / "plain", "x")
     (tmp_path / "usual").write_text("x")

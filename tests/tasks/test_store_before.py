@@ -133,7 +133,7 @@ def test_a_version_is_shown_with_its_evidence(settings: Settings, capsys: pytest
     assert shown["digest"] == "42c8ce6f666bf37767c067fcb41b06addf7e5a45b24c6137a40e7453bbedf476"
 
 
-def test_its_logs_bill_of_materials_and_champions_are_told(
+def test_its_logs_bill_of_materials_and_champions_are_shown(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "== int4: built in" in said(capsys, "logs", "home@1")
@@ -176,7 +176,7 @@ QUESTIONS: dict[str, tuple[int, str, Callable[[Settings], Exam[Any]]]] = {
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_what_it_answers_is_not_asked_again(
+def test_its_answers_are_reused(
     question: str, registry: ModelRegistry, settings: Settings, the_same_machine: None
 ) -> None:
     write_tasks(settings.home_dir / "lm")
@@ -223,7 +223,7 @@ def test_the_same_record_has_the_same_name_and_bytes(registry: ModelRegistry) ->
     assert {**written, "recorded_at": ""} == {**before, "recorded_at": ""}
 
 
-def test_every_record_is_of_a_kind_that_is_declared_and_written_anew_it_is_the_same(registry: ModelRegistry) -> None:
+def test_every_record_is_of_a_declared_kind_and_is_the_same_when_written_again(registry: ModelRegistry) -> None:
     seen = set()
     for version in registry.all_versions():
         for entry in version.evidence_entries():

@@ -110,7 +110,7 @@ def test_the_catalog_leaves_a_damaged_version_out(how: str, store: Path, caplog:
     assert Path(DEPLOYED).name in caplog.text
 
 
-def test_what_serves_says_what_is_damaged_and_goes_on_with_what_it_kept(store: Path) -> None:
+def test_serving_reports_damage_and_continues_with_the_cached_version(store: Path) -> None:
     settings = Settings(store={"uri": store.as_uri()})
     models = StoredModels(open_registry(settings), settings)
     served = models.champion("home")

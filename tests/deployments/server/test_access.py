@@ -72,7 +72,7 @@ class TestThePassword:
         assert made == {kept_password(tmp_path)}
         assert [path.name for path in tmp_path.iterdir()] == [AUTH_FILE]
 
-    def test_an_empty_file_is_none(self, tmp_path: Path) -> None:
+    def test_an_empty_file_counts_as_missing(self, tmp_path: Path) -> None:
         (tmp_path / AUTH_FILE).touch()
         assert make_password(tmp_path) == kept_password(tmp_path) != ""
 
@@ -144,7 +144,7 @@ class TestTheWorkPool:
         assert not {"command", "env", "working_dir"} & set(template["variables"]["properties"])
         assert ensure_pool("before") is None
 
-    def test_one_in_which_others_run_too_stays_and_that_is_told(self, client: SyncPrefectClient) -> None:
+    def test_a_pool_with_other_deployments_stays_and_that_is_reported(self, client: SyncPrefectClient) -> None:
         self.open_pool(client, "shared")
         entry = {**read_deployments()[0], "name": "theirs", "tags": ["team"], "work_pool": {"name": "shared"}}
         deployment_of(entry).apply()
@@ -159,13 +159,13 @@ class TestTheWorkPool:
         with pytest.raises(BadInput, check=coded("work-pool-type", "'containers'", "'docker'")):
             ensure_pool("containers")
 
-    def test_what_the_owner_said_in_the_template_itself_stays(self) -> None:
+    def test_settings_of_the_owner_in_the_template_stay(self) -> None:
         template = ProcessWorker.get_default_base_job_template()
         template["job_configuration"]["command"] = "nice python -m prefect.engine"
         assert locked(template)["job_configuration"]["command"] == "nice python -m prefect.engine"
 
 
-def test_what_cannot_be_started_again_is_told_and_tried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_restart_is_reported_and_tried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(range(0, 1000, 100))
     monkeypatch.setattr("slmops.deployments.server.supervised.time.monotonic", lambda: float(next(times)))
     logs = tmp_path / "logs"

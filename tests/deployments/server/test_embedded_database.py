@@ -65,7 +65,7 @@ def test_the_first_start_leaves_one_file_which_only_its_user_reads(templates: Pa
             assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_database_that_is_there_stays(templates: Path, no_migration: None, tmp_path: Path) -> None:
+def test_an_existing_database_stays(templates: Path, no_migration: None, tmp_path: Path) -> None:
     path = tmp_path / "prefect.db"
     path.write_bytes(b"kept")
     assert not make_database(path, templates)
@@ -80,7 +80,7 @@ def test_of_commands_that_start_at_once_one_makes_it(templates: Path, no_migrati
 
 
 @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0", "cut off"])
-def test_a_damaged_template_is_none(content: bytes | str, templates: Path, tmp_path: Path) -> None:
+def test_a_damaged_template_is_made_again(content: bytes | str, templates: Path, tmp_path: Path) -> None:
     template = tmp_path / "damaged.db"
     whole = (templates / TEMPLATE).read_bytes()
     assert embedded_database._is_whole(templates / TEMPLATE)

@@ -112,7 +112,7 @@ class TestWhichApi:
         assert os.environ["PREFECT_API_URL"] == URL
         assert os.environ["PREFECT_API_AUTH_STRING"] == (given or password)
 
-    def test_a_server_of_the_users_is_not_told_that_password(
+    def test_the_password_is_not_sent_to_the_users_own_server(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
@@ -123,7 +123,7 @@ class TestWhichApi:
         assert os.environ["PREFECT_API_URL"] == "http://elsewhere/api"
         assert "PREFECT_API_AUTH_STRING" not in os.environ
 
-    def test_a_broken_profiles_file_is_bad_input(self, settings: Settings, tmp_path: Path) -> None:
+    def test_a_damaged_profiles_file_is_bad_input(self, settings: Settings, tmp_path: Path) -> None:
         write_profiles(tmp_path / "user" / ".prefect")
         path = tmp_path / "user" / ".prefect" / "profiles.toml"
         path.write_text("active = ")

@@ -71,7 +71,7 @@ def test_a_schedule_has_a_time_zone_and_a_name(entry: dict[str, Any]) -> None:
         assert schedule_of(schedule, entry["name"]).slug
 
 
-def test_a_limit_says_what_happens_to_a_second_run() -> None:
+def test_a_limit_defines_what_happens_to_a_second_run() -> None:
     limits = {entry["name"]: deployment_of(entry).concurrency_options for entry in ENTRIES}
     found = {name: one.collision_strategy for name, one in limits.items() if one}
     assert found["gc"] == found["rollback"] == ConcurrencyLimitStrategy.CANCEL_NEW

@@ -83,7 +83,7 @@ class TestIndex:
         with pytest.raises(BadInput, check=refused):
             read_tensor_headers(folder)
 
-    def test_a_broken_one_is_refused(self, folder: Path) -> None:
+    def test_a_damaged_one_is_refused(self, folder: Path) -> None:
         (folder / WEIGHTS_INDEX).write_text('{"weight_map": {')
         with pytest.raises(BadInput, check=coded("file-not-json")):
             read_tensor_headers(folder)
@@ -207,7 +207,7 @@ class TestChatTemplate:
             (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": odd}))
             assert read_chat_template(tmp_path) is None
 
-    def test_an_empty_one_is_none(self, tmp_path: Path) -> None:
+    def test_an_empty_one_counts_as_missing(self, tmp_path: Path) -> None:
         (tmp_path / "chat_template.jinja").write_text("")
         assert read_chat_template(tmp_path) is None
 

@@ -65,7 +65,7 @@ class TestParseCheckpoint:
             "",
         ],
     )
-    def test_what_is_missing_is_said_to_be_missing(
+    def test_a_missing_checkpoint_is_reported_as_missing(
         self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
@@ -257,7 +257,7 @@ class TestFetchFromHub:
                 fetch_from_hub("owner/name", "v9", settings)
 
     @pytest.mark.parametrize("offline", ["0", "1"])
-    def test_without_network_it_says_so_soon(
+    def test_without_network_it_fails_soon(
         self, settings: Settings, offline: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{_free_port()}")

@@ -70,7 +70,7 @@ def logits_of(directory: Path, auto_class: str) -> Any:
 
 @pytest.mark.parametrize("names", ["as saved today", "as on the Hub"])
 @pytest.mark.parametrize("model", WHOLE)
-def test_it_gives_the_logits_of_the_whole(model: str, names: str, tmp_path: Path) -> None:
+def test_it_gives_the_logits_of_the_multi_modal_model(model: str, names: str, tmp_path: Path) -> None:
     whole = make_whole(tmp_path / "whole", model)
     expected = logits_of(whole, "AutoModelForImageTextToText")
     if names == "as on the Hub":

@@ -99,7 +99,7 @@ class TestVersionSbom:
         document["components"][0]["type"] = "model"
         assert VALIDATOR.validate_str(json.dumps(document)) is not None
 
-    def test_every_variant_and_file_is_there(self) -> None:
+    def test_every_variant_and_file_is_listed(self) -> None:
         found = components(version_sbom(MANIFEST, PACKAGES, RECORDED_AT))
         for variant in MANIFEST.variants:
             component = found[f"home@3/{variant.precision}"]
@@ -218,7 +218,7 @@ class TestVersionSbom:
             max_size=4,
         ),
     )
-    def test_every_manifest_gives_a_valid_and_whole_document(
+    def test_every_manifest_gives_a_valid_and_complete_document(
         self, manifest: Manifest, packages: dict[str, str]
     ) -> None:
         document = version_sbom(manifest, packages, RECORDED_AT)
@@ -287,7 +287,7 @@ class TestInstalledPackages:
         assert installed_packages(["Demo-Root[more-things]"]) == dict(sorted({**found, "demo-extra": "4.0"}.items()))
 
     @pytest.mark.usefixtures("site")
-    def test_an_extra_that_is_asked_for_later_is_followed_too(self) -> None:
+    def test_an_extra_that_is_required_later_is_followed_too(self) -> None:
         for roots in (["demo-server[slow]", "demo-server"], ["demo-server", "demo-server[slow]"]):
             assert installed_packages(roots)["demo-slow"] == "7.0"
         assert "demo-slow" not in installed_packages(["demo-server"])

@@ -130,7 +130,7 @@ def pages(models, query):
 
 
 @given(models_lists, st.integers(1, 12))
-def test_pages_hold_every_model_once_in_order_and_no_more_than_asked(models, size):
+def test_pages_have_every_model_once_in_order_and_no_more_than_requested(models, size):
     found = list(pages(models, CatalogQuery(page_size=size)))
     assert all(len(page) == size for page in found[:-1]) and len(found[-1]) <= size
     listed = [model for page in found for model in page]
@@ -303,7 +303,7 @@ def test_the_answers_form(path):
     }
 
 
-def test_what_cannot_be_answered_is_said_in_json():
+def test_a_refusal_is_json():
     app = catalog_app(lambda: HOME)
     for answer, status, said in (
         (ask(app, content=b"{"), 400, "not JSON"),
@@ -317,7 +317,7 @@ def test_what_cannot_be_answered_is_said_in_json():
     assert post(app, {}).status_code == 200
 
 
-def test_a_store_that_cannot_be_read_is_said_and_asked_again():
+def test_an_unreadable_store_is_reported_and_read_again():
     answers = [StageFailed("The store is gone.", "Bring it back."), HOME]
 
     def models():
@@ -337,7 +337,7 @@ def test_a_store_that_cannot_be_read_is_said_and_asked_again():
     assert ask(app, "GET", "/health").json() == {"status": "ok"}
 
 
-def test_a_token_is_asked_for_where_there_is_one():
+def test_a_token_is_required_if_one_is_set():
     app = catalog_app(lambda: HOME, token="correct horse battery")
     for path in ("", "?token=", "?token=correct", "?token=%C3%A4"):
         answer = post(app, {}, path=f"{CATALOG_PATH}{path}")
@@ -391,7 +391,7 @@ def broken(answer):
 @pytest.mark.parametrize(
     "answer", [503, 307, "slow", "{", "[]", '{"value": {}}', '{"value": [NaN]}', "x" * 2000, None], ids=str
 )
-def test_a_public_catalog_that_fails_hides_nothing_and_is_told_of_once(answer, monkeypatch, caplog):
+def test_a_failed_public_catalog_hides_nothing_and_is_reported_once(answer, monkeypatch, caplog):
     monkeypatch.setattr(catalog_server, "UPSTREAM_TIMEOUT_S", 0.3)
     monkeypatch.setattr(catalog_server, "UPSTREAM_REST_S", 0.0)
     monkeypatch.setattr(catalog_server, "LARGEST_UPSTREAM_BYTES", 1000)

@@ -52,7 +52,7 @@ def seen(cache: Path) -> str:
     return seen_by_command(cache, MODEL_ID, "Turn on the light", 30)
 
 
-def test_without_it_nothing_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_it_there_is_no_note(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert installed_command() is None
     assert seen(cache) == ""
@@ -78,7 +78,7 @@ def test_one_in_the_current_directory_is_not_run(cache: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("other", ["", "-2", "/models"])
-def test_another_cache_is_not_asked(other: str, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_cache_is_not_queried(other: str, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(tmp_path, monkeypatch, Path(f"{cache}{other}") if other else tmp_path, listed="none")
     command = installed_command()
     assert command

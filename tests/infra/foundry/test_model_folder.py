@@ -74,7 +74,7 @@ def test_files_are_copied_where_no_hard_link_can_be_made(tmp_path, sources, monk
     assert inodes(write(tmp_path, sources)) == before
 
 
-def test_a_whole_folder_is_left_as_it_is(tmp_path, sources):
+def test_a_complete_folder_is_not_changed(tmp_path, sources):
     before = inodes(write(tmp_path, sources))
     assert inodes(write(tmp_path, sources)) == before
 

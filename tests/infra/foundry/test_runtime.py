@@ -195,7 +195,7 @@ def test_registering_again_changes_nothing_and_another_folder_moves_the_id(found
     assert [(model.model_id, model.folder) for model in foundry.ask(ListModels)] == [("home:1", str(second))]
 
 
-def test_a_folder_that_is_gone_or_damaged_is_told_apart(foundry):
+def test_a_missing_and_a_damaged_folder_have_different_errors(foundry):
     folder = foundry.write()
     foundry.register(f"{INT4}:1", folder)
     (folder / "model.onnx").unlink()
@@ -291,7 +291,7 @@ def test_a_conversation_goes_on_over_several_turns(foundry, tmp_path):
         assert "".join(chat.answer(PLAIN, NEW_TOKENS))
 
 
-def test_a_chat_with_an_unknown_model_says_so(foundry, tmp_path):
+def test_a_chat_with_an_unknown_model_is_refused(foundry, tmp_path):
     with pytest.raises(StageFailed, check=coded("foundry-model-unknown", "home:1;", ": none")):
         FoundryChat(foundry.cache_dir, "home:1", log_path=tmp_path / "chat.log")
 

@@ -69,7 +69,7 @@ def test_a_server_that_takes_too_long_has_not_handed_over(tmp_path: Path) -> Non
             running.hand_over("home", 2, "int4")
 
 
-def test_an_answer_that_is_no_json_is_told_by_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_is_not_json_is_reported_by_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ModelServer({}).running(tmp_path) as server:
         monkeypatch.setattr(server, "answer", lambda *_: (500, ["no", "document"]))
         (running,) = running_servers(tmp_path)

@@ -109,7 +109,7 @@ def test_the_end_token_does_not_end_a_measured_request(damaged):
     assert all(len(row["inter_token_latencies_ms"]) == 7 for row in run_measure(damaged)["rows"])
 
 
-def test_lengths_are_clipped_to_the_context_and_said_so(damaged):
+def test_lengths_are_clipped_to_the_context_with_a_note(damaged):
     change_genai_config(damaged, lambda config: config["model"].update(context_length=64))
     result = run_measure(damaged, prompt_tokens=[16, 128, 4096], new_tokens=8, warmup=0, repetitions=1)
     assert [(row["prompt_tokens"], row["new_tokens"]) for row in result["rows"]] == [(16, 8), (56, 8)]
@@ -170,7 +170,7 @@ def test_a_small_context_has_few_lengths(damaged, context_length, lengths):
     assert bool(result["sweep_notes"]) == (not lengths)
 
 
-def test_a_chat_of_any_length_keeps_the_template_whole(fp32):
+def test_a_chat_of_any_length_keeps_the_complete_template(fp32):
     model = GenaiModel(fp32, threads=1)
     chat = chat_prompt(model)
     begin, end = (

@@ -196,7 +196,7 @@ def test_a_second_graph_is_looked_through_too(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", BESIDE)
-def test_what_lies_beside_the_model(case: str, folder: Path) -> None:
+def test_other_files_of_the_folder(case: str, folder: Path) -> None:
     name, text, said = BESIDE[case]
     (folder / name).write_text(text)
     refused(folder, said)

@@ -135,7 +135,7 @@ def row_mean(content, row, values):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_the_runtime_computes_with_the_asked_number_of_threads(fp32, threads):
+def test_the_runtime_computes_with_the_requested_number_of_threads(fp32, threads):
     before = psutil.Process().num_threads()
     model = runtime.GenaiModel(fp32, threads=threads)
     assert psutil.Process().num_threads() - before == threads - 1
@@ -241,7 +241,7 @@ def test_expected_answers_are_scored(fp32):
     assert result["exact_match"] == 0.5
 
 
-def test_a_prompt_that_the_runtime_renders_otherwise_is_reported(damaged, reference_dir):
+def test_a_prompt_that_the_runtime_renders_differently_is_reported(damaged, reference_dir):
     template = (damaged / "chat_template.jinja").read_text()
     (damaged / "chat_template.jinja").write_text(template.replace("<|im_end|>\n", "<|im_end|>"))
     mismatches = run_evaluate(damaged, reference_dir)["template_mismatches"]
@@ -259,7 +259,7 @@ def test_a_padded_vocabulary_is_compared_without_the_padding(fp32, work):
     assert result["kl_divergence"] > 0
 
 
-def test_a_vocabulary_of_another_model_is_told_and_not_compared(fp32, work, tmp_path):
+def test_a_vocabulary_of_another_model_is_reported_and_not_compared(fp32, work, tmp_path):
     run_reference(make_tiny_checkpoint(tmp_path / "padded", vocab_size=544), tmp_path / "reference")
     path = tmp_path / "reference" / "reference.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_size": 530}))
@@ -272,7 +272,7 @@ def test_a_vocabulary_of_another_model_is_told_and_not_compared(fp32, work, tmp_
     assert [row["answer"] for row in result["rows"]] == [row["answer"] for row in alone["rows"]]
 
 
-def test_a_model_without_the_end_of_its_vocabulary_is_told_though_it_cannot_run(damaged, reference_dir):
+def test_a_model_with_a_truncated_vocabulary_is_reported_though_it_cannot_run(damaged, reference_dir):
     change_genai_config(damaged, lambda config: config["model"].update(vocab_size=400))
     result = run_evaluate(damaged, reference_dir)
     assert result["vocabulary"] == {"variant": 400, "reference": 512, "compared": 0, "comparable": False}
@@ -337,7 +337,7 @@ def use_unknown_operator(folder):
         (use_unknown_operator, "NoSuchOperator"),
     ],
 )
-def test_a_broken_folder_is_a_clear_error(damaged, damage, message):
+def test_a_damaged_folder_is_a_clear_error(damaged, damage, message):
     damage(damaged)
     with pytest.raises(StageFailed, match=message) as caught:
         run_evaluate(damaged, None)

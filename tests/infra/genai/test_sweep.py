@@ -81,7 +81,7 @@ def test_a_hiccup_is_measured_again_and_forgotten():
 
 
 @pytest.mark.parametrize("which", ["prompt", "generation"])
-def test_a_cliff_is_there_in_every_round_and_stays(which):
+def test_a_cliff_shows_in_every_round_and_stays(which):
     if which == "prompt":
         machine = Machine(lambda length, turn: length * (10.0 if length >= 256 else 1.0))
     else:

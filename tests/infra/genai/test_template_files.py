@@ -107,7 +107,7 @@ def transformers(template: str, chat: Chat) -> str | None:
 
 
 @pytest.mark.parametrize("template", MENDED)
-def test_what_genai_renders_otherwise_is_mended(template: str, genai: Callable[[str, Chat], str]) -> None:
+def test_what_genai_renders_differently_is_corrected(template: str, genai: Callable[[str, Chat], str]) -> None:
     chat: Chat = (CHAT, None)
     expected = transformers(template, chat)
     assert expected is not None
@@ -122,7 +122,7 @@ def test_a_template_that_genai_renders_alike_stays_as_it_is(template: str) -> No
     assert mend_template(template).text == template
 
 
-def test_what_cannot_be_rewritten_is_told() -> None:
+def test_what_cannot_be_rewritten_is_reported() -> None:
     mended = mend_template("{{ 'a'|upper }}{{ 3 / 2 }}{{ 'a'.format() }}")
     assert mended.mends == ()
     assert sorted(mended.left) == [

@@ -110,7 +110,7 @@ def test_genai_writes_the_local_time_of_its_moments(genai, tokenizer_dir, zone):
     assert before[:19] <= found["text"] <= after[:19]
 
 
-def test_what_a_template_refuses_is_told_conversation_by_conversation(transformers, genai, tokenizer_dir):
+def test_what_a_template_refuses_is_reported_by_conversation(transformers, genai, tokenizer_dir):
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('No system.') }}{% endif %}hi"
     (tokenizer_dir / "chat_template.jinja").write_text(refusing, "utf-8")
     conversations = {"plain": ASKING, "system": WITH_SYSTEM}

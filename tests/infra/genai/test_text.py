@@ -123,7 +123,7 @@ def whole_passes(checkpoint, text_file, max_tokens=250):
 
 
 @pytest.mark.parametrize("family", ["checkpoint", "checkpoint_with_begin"])
-def test_the_reference_scores_every_token_as_a_whole_pass_does(family, request, work, tmp_path):
+def test_the_reference_scores_every_token_like_a_single_pass(family, request, work, tmp_path):
     folder = request.getfixturevalue(family)
     result = run_reference(folder, tmp_path, work / "text.txt", chunk_bytes=7 * 4 * 512)  # seven positions at a time
     begin, expected = whole_passes(folder, work / "text.txt")
@@ -228,7 +228,7 @@ def test_logits_that_are_not_finite_leave_figures_unknown(model_dir, reference_d
     assert result["kl_divergence_p99"] is None
 
 
-def test_a_checkpoint_with_broken_weights_is_named(checkpoint, work, tmp_path):
+def test_a_checkpoint_with_damaged_weights_is_named(checkpoint, work, tmp_path):
     from safetensors.torch import load_file, save_file
 
     broken = shutil.copytree(checkpoint, tmp_path / "broken")

@@ -66,7 +66,7 @@ def understood(path: Path) -> None:
     Tokenizer.from_str(json.dumps(tokenizer_of(file)))
 
 
-def test_a_whole_file_is_understood(tmp_path: Path, whole: bytes) -> None:
+def test_a_complete_file_is_read(tmp_path: Path, whole: bytes) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(whole)
     understood(path)
@@ -91,7 +91,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path, whole: bytes, share: float) -> N
         (24, "<Q", 2**63, "gguf-cut-off"),  # the first key's length
     ],
 )
-def test_a_header_that_lies(tmp_path: Path, whole: bytes, at: int, form: str, value: object, code: str) -> None:
+def test_a_header_with_wrong_values(tmp_path: Path, whole: bytes, at: int, form: str, value: object, code: str) -> None:
     content = bytearray(whole)
     struct.pack_into(form, content, at, value)
     path = tmp_path / "model.gguf"

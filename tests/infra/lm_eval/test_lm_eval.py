@@ -173,7 +173,7 @@ def test_a_task_file_that_asks_for_code_is_refused_unless_allowed(tmp_path, cont
     check_task_folder(tmp_path, allow_code=True)
 
 
-def test_an_included_file_is_looked_at_wherever_it_lies_but_lm_evals_own_is_trusted(tmp_path):
+def test_an_included_file_is_checked_in_any_folder_but_lm_evals_own_is_trusted(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "_base").write_text("doc_to_text: !function mine.text\n")

@@ -96,7 +96,7 @@ class TestSigning:
             with pytest.raises(BadInput, check=coded(code)):
                 sign_manifest(MANIFEST, folder / "locked.pem", password)
 
-    def test_a_password_for_an_open_key_is_refused_and_an_empty_one_is_none(self, folder: Path) -> None:
+    def test_a_password_for_an_unencrypted_key_is_refused_and_an_empty_one_is_ignored(self, folder: Path) -> None:
         with pytest.raises(BadInput, check=coded("key-not-encrypted")):
             sign_manifest(MANIFEST, folder / "key.pem", PASSWORD)
         verify_manifest(MANIFEST, sign_manifest(MANIFEST, folder / "key.pem", ""), folder / "key.pub")
@@ -313,7 +313,7 @@ class TestKeys:
             use(Path(private_pem(KEY).decode()))
         assert_tells_no_secret(caught.value)
 
-    def test_a_password_is_never_told(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_password_is_never_shown(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.DEBUG)
         sign_manifest(MANIFEST, folder / "locked.pem", PASSWORD)
         (folder / "damaged.pem").write_bytes(private_pem(KEY, PASSWORD).replace(b"A", b"B", 3))

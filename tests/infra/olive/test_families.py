@@ -124,7 +124,7 @@ MENDED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", MENDED)
-def test_the_builder_needs_this_mend(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_builder_needs_this_correction(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When this fails, the mend can go."""
     mend, config = MENDED[case]
     monkeypatch.setattr(genai_builder, "MENDS", [other for other in genai_builder.MENDS if other is not mend])
@@ -137,7 +137,7 @@ def test_the_builder_needs_this_mend(case: str, tmp_path: Path, monkeypatch: pyt
         assert proof.first_difference is not None
 
 
-def test_what_was_found_is_kept_and_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_is_stored_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = make_family(tmp_path / "checkpoint", small_config(LLAMA))
     assert not prove(checkpoint).known
     monkeypatch.setattr(genai_builder, "make_model", None)
@@ -175,7 +175,7 @@ def test_a_config_that_does_not_work_is_refused_in_one_sentence(case: str, tmp_p
     assert "\n" not in refusal.value.message
 
 
-def test_weights_that_are_missing_are_told(tmp_path: Path) -> None:
+def test_missing_weights_are_reported(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     checkpoint = make_family(tmp_path / "checkpoint", small_config("LiquidAI/LFM2-350M"))

@@ -54,7 +54,7 @@ def test_each_input_is_written_down_before_and_after(run):
     assert found == [("short", "answered", "well", True), ("long", "refused", "too long for the context", True)]
 
 
-def test_a_runtime_that_answers_otherwise_afterwards_is_not_alive(run):
+def test_a_runtime_that_answers_differently_afterwards_is_not_alive(run):
     lines, _ = run({"ill_after": "poison"}, edge_inputs=[said("good", "a"), said("bad", "poison"), said("next", "a")])
     assert [(outcome["name"], outcome["alive"]) for outcome in outcomes(lines)] == [
         ("good", True),

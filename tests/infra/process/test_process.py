@@ -59,7 +59,7 @@ def test_a_child_returns_its_result_progress_and_log(tmp_path: Path) -> None:
     assert "a native library's chatter" in log
 
 
-def test_a_child_is_quiet_whatever_the_users_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_sends_no_telemetry_in_any_user_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "")
     assert run(Double(value=1), tmp_path).value.ci == "1"
 

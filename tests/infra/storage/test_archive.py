@@ -186,7 +186,7 @@ class TestRoundTrip:
         assert (again.is_new, again.moved_bytes) == (False, 0)
         assert files_below(exported.target_root) == before
 
-    def test_it_is_told_what_was_written(self, exported: Exported) -> None:
+    def test_the_result_describes_what_was_written(self, exported: Exported) -> None:
         data = exported.file.read_bytes()
         assert exported.written.file == exported.file
         assert exported.written.size_bytes == len(data)
@@ -221,7 +221,7 @@ class TestRoundTrip:
             assert export_version(exported.source, manifest, file).size_bytes == tarfile.RECORDSIZE
             assert exported.run(file).version.manifest == manifest
 
-    def test_progress_is_told_in_bytes_and_ends_at_the_whole(self, exported: Exported) -> None:
+    def test_progress_is_reported_in_bytes_and_ends_at_the_total(self, exported: Exported) -> None:
         told: list[tuple[float, float, str]] = []
         export_version(exported.source, exported.manifest, exported.folder / "2.tar", lambda *one: told.append(one))
         exported.run(on_progress=lambda *one: told.append(one))
@@ -440,7 +440,7 @@ class TestFullDisk:
             exported.run()
         exported.assert_nothing_is_left()
 
-    def test_too_little_room_is_told_before_anything_is_written(
+    def test_too_little_room_is_reported_before_anything_is_written(
         self, exported: Exported, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         content = sum(map(len, {*INT4.values(), *INT8.values()}))

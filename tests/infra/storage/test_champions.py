@@ -71,7 +71,7 @@ def test_of_two_processes_that_replace_a_champion_at_once_one_does(
     assert (registry.alias("home", CHAMPION), held(registry)) == (3, [3, 1])
 
 
-def test_a_change_that_broke_off_before_the_alias_is_in_no_history(local: ModelRegistry) -> None:
+def test_a_change_that_was_interrupted_before_the_alias_is_in_no_history(local: ModelRegistry) -> None:
     local.set_alias("home", CHAMPION, 1, "the first")
     record_change(local.objects, "home", 2, 1, "broke off", rolled_back=False)
     assert held(local) == [1]

@@ -91,7 +91,7 @@ def test_evidence_that_is_forged_is_not_taken_for_the_stores_own(
     assert elsewhere.of(manifest).says_origin
 
 
-def test_what_is_there_is_not_moved_again(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
+def test_existing_content_is_not_transferred_again(here: ModelRegistry, team: ModelRegistry, tmp_path: Path) -> None:
     copy_version(here.of(store_version(here, tmp_path / "1")), team)
     again = copy_version(here.version("home", 1), team)
     assert (again.is_new, again.moved_bytes) == (False, 0)

@@ -141,7 +141,7 @@ def test_leases_of_other_machines_expire(registry: ModelRegistry, monkeypatch: p
     WriteLease(registry.objects).claim([Blob("e" * 64, 1)])
 
 
-def test_a_collector_that_was_held_up_stops(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collector_that_was_delayed_stops(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     collector = Collector(registry.objects)
     collector.begin()
     later = time.monotonic() + leases.COLLECT_LEASE.total_seconds()

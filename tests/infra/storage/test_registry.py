@@ -191,7 +191,9 @@ class TestVersions:
         registry.set_alias("home", CHAMPION, 1, "the first")
         assert registry.version("home").number == 1
 
-    def test_what_is_not_there_is_said_with_what_is(self, registry: ModelRegistry, tmp_path: Path) -> None:
+    def test_a_missing_version_is_reported_with_the_existing_ones(
+        self, registry: ModelRegistry, tmp_path: Path
+    ) -> None:
         with pytest.raises(BadInput, check=coded("version-missing")) as caught:
             registry.version("home")
         assert "nothing yet" in caught.value.what_to_do
@@ -245,7 +247,7 @@ class TestFilesOfTheStore:
                 store.put_bytes(key, b"x")
         assert not root.exists()
 
-    def test_bytes_are_put_once_where_that_is_asked(self, store: StoreCase, root: Path, tmp_path: Path) -> None:
+    def test_bytes_are_put_once_if_requested(self, store: StoreCase, root: Path, tmp_path: Path) -> None:
         objects = store.open(tmp_path)
         assert objects.put_bytes_if_absent("a/b", b"first")
         assert not objects.put_bytes_if_absent("a/b", b"second")
@@ -329,7 +331,7 @@ class TestAltered:
             registry.version("home", 1)
         assert registry.objects.uri(key).removeprefix("file://") in caught.value.what_to_do
 
-    def test_a_broken_manifest_stops_a_delete_before_anything_is_removed(
+    def test_a_damaged_manifest_stops_a_delete_before_anything_is_removed(
         self, registry: ModelRegistry, tmp_path: Path
     ) -> None:
         manifest, _ = commit(registry, tmp_path)
@@ -586,7 +588,7 @@ def test_a_crash_at_any_write_leaves_no_half_version(before: bool, store: StoreC
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_crash_in_a_delete_leaves_a_whole_version_or_none(before: bool, store: StoreCase, tmp_path: Path) -> None:
+def test_a_crash_in_a_delete_leaves_a_complete_version_or_none(before: bool, store: StoreCase, tmp_path: Path) -> None:
     crashed = True
     at = 0
     while crashed:

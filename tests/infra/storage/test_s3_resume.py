@@ -83,7 +83,7 @@ def test_parts_of_another_content_are_not_taken(s3: StoreCase, proxy: FaultProxy
     assert proxy.bytes_up > SIZE
 
 
-def test_an_upload_without_parts_is_begun_anew(s3: StoreCase, proxy: FaultProxy, file: Path, tmp_path: Path) -> None:
+def test_an_upload_without_parts_starts_again(s3: StoreCase, proxy: FaultProxy, file: Path, tmp_path: Path) -> None:
     blob = blob_of(file)
     leave_half_done(s3, blob, b"", lambda number: False)
     put(s3, proxy, blob, file, tmp_path)

@@ -397,7 +397,7 @@ class TestConditionalWrites:
             statuses = _race(rclone.at(proxy.endpoint_url), bucket, rounds=25, writers=8)
         assert [sorted(of_round) for of_round in statuses] == [[200, *[412] * 7]] * 25
 
-    def test_the_first_that_is_whole_wins(self, rclone: S3Server) -> None:
+    def test_the_first_complete_one_wins(self, rclone: S3Server) -> None:
         bucket = _new_bucket(rclone)
         with FaultProxy(rclone, conditional_writes=True) as proxy, ThreadPoolExecutor(1) as pool:
             client = rclone.at(proxy.endpoint_url).client()
@@ -523,7 +523,7 @@ class TestFaultProxy:
         served.proxy.forget()
         assert (served.proxy.requests, served.proxy.bytes_up) == ([], 0)
 
-    def test_a_body_that_waits_to_be_asked_for(self, served: _Served) -> None:
+    def test_a_body_that_waits_for_the_continue_response(self, served: _Served) -> None:
         address = urlsplit(served.proxy.endpoint_url)
         head = b"PUT /a HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n"
         with socket.create_connection((address.hostname, address.port), 10) as raw:

@@ -295,7 +295,7 @@ def shared_journey(rclone: S3Server, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_who_cannot_use_the_store_is_told_why_in_one_sentence(
+def test_an_unusable_store_is_reported_in_one_sentence(
     case: str,
     shared_journey: Journey,
     brief_waits: None,
@@ -353,7 +353,7 @@ def test_the_same_from_a_shell(case: str, shared_journey: Journey) -> None:
     assert SECRET not in done.stderr
 
 
-def test_a_server_that_is_down_is_asked_again_with_growing_waits(
+def test_requests_to_a_server_that_is_down_are_repeated_with_growing_waits(
     shared_journey: Journey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
@@ -516,7 +516,7 @@ def test_a_push_that_fails_leaves_no_version_and_the_next_one_completes(
 
 
 @pytest.mark.parametrize("action", [AlterResponseBody(9_000), ShortenBody(9_000)], ids=["altered", "shortened"])
-def test_what_is_read_back_otherwise_is_not_kept(
+def test_what_differs_when_read_back_is_not_kept(
     action: AlterResponseBody | ShortenBody, journey: Journey, brief_waits: None
 ) -> None:
     journey.proxy.add(Fault("GET", BLOB, action, times=1))

@@ -194,7 +194,7 @@ print(rounds, flush=True)
 """
 
 
-def test_a_collector_beside_a_writer_never_takes_what_a_version_needs(bench: Bench) -> None:
+def test_a_collector_with_a_concurrent_writer_never_removes_what_a_version_needs(bench: Bench) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLMOPS_HOME": str(bench.folder / "collector home")}
     with subprocess.Popen(
         [sys.executable, "-c", COLLECTING],

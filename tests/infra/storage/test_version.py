@@ -60,7 +60,7 @@ def test_a_record_with_a_key_answers_that_question_alone_and_is_kept_once(versio
     assert content["manifest"] == version.manifest.digest
 
 
-def test_an_answer_stands_beside_its_question(version: Version) -> None:
+def test_an_answer_is_stored_with_its_question(version: Version) -> None:
     answer = Kind("answer", Weight, field="weight")
     for unit in ("g", "oz"):
         version.record(answer, Weight(schema_number=1, grams=(1.0,)), beside={"unit": unit})

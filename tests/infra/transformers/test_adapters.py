@@ -140,7 +140,7 @@ def test_tokenizer_and_evaluation_rows_of_the_adapter_are_taken(base: Path, adap
     assert (tmp_path / "merged" / "eval.jsonl").read_text() == '{"id": "1"}\n'
 
 
-def test_an_adapter_with_more_tokens_brings_its_embeddings(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_more_tokens_has_its_own_embeddings(base: Path, tmp_path: Path) -> None:
     adapter = _save_adapter(base, tmp_path / "adapter", new_tokens=32)
     _merge(adapter, base, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

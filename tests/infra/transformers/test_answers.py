@@ -82,7 +82,7 @@ def test_the_batch_size_does_not_change_the_result(checkpoint, tmp_path):
     assert one["logits_sha256"] == all_at_once["logits_sha256"]
 
 
-def test_the_result_is_kept_beside_the_logits(checkpoint, tmp_path):
+def test_the_result_is_stored_with_the_logits(checkpoint, tmp_path):
     result = run(checkpoint, tmp_path)
     assert json.loads((tmp_path / "reference.json").read_text()) == result
 
@@ -104,7 +104,7 @@ def test_any_end_token_of_the_generation_config_ends_an_answer(checkpoint, tmp_p
     assert stopped == third[: third.index(third[2]) + 1]
 
 
-def test_answers_end_by_the_asked_tokens_and_tell_whether_they_came_to_their_end(checkpoint, tmp_path):
+def test_answers_end_at_the_requested_tokens_and_report_whether_they_ended(checkpoint, tmp_path):
     third = run(checkpoint, tmp_path / "plain")["rows"][0]["answer_ids"][:3]
     rows = run(checkpoint, tmp_path / "ended", decoding={"end_token_ids": [511, third[2]]})["rows"]
     assert rows[0]["answer_ids"] == third[: third.index(third[2]) + 1]
@@ -112,7 +112,7 @@ def test_answers_end_by_the_asked_tokens_and_tell_whether_they_came_to_their_end
     assert rows[0]["ended"]
 
 
-def test_the_asked_repetition_penalty_is_that_of_generate(checkpoint, tmp_path):
+def test_the_requested_repetition_penalty_is_that_of_generate(checkpoint, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +124,7 @@ def test_the_asked_repetition_penalty_is_that_of_generate(checkpoint, tmp_path):
     assert rows[0]["answer_ids"] != run(checkpoint, tmp_path / "plain")["rows"][0]["answer_ids"]
 
 
-def test_at_most_the_asked_number_of_positions_is_compared(checkpoint, tmp_path):
+def test_at_most_the_requested_number_of_positions_is_compared(checkpoint, tmp_path):
     result = run(checkpoint, tmp_path, max_positions=7)
     assert result["positions"] == 7 == len(np.load(tmp_path / "logits.npy"))
     lengths = [len(row["prompt_ids"]) + len(row["answer_ids"]) - 1 for row in result["rows"]]
@@ -139,7 +139,7 @@ def test_expected_answers_are_compared_without_outer_white_space(checkpoint, tmp
     assert result["exact_match"] == 0.5
 
 
-def test_the_checkpoint_s_own_precision_can_be_asked_for(checkpoint, tmp_path):
+def test_the_checkpoint_s_own_precision_can_be_requested(checkpoint, tmp_path):
     assert run(checkpoint, tmp_path, dtype="auto")["dtype"] == "bfloat16"
     assert np.load(tmp_path / "logits.npy").dtype == np.float32
 

@@ -82,7 +82,7 @@ def _all_recipes() -> list[Recipe]:
     ]
 
 
-def test_every_recipe_file_is_what_its_name_says() -> None:
+def test_every_recipe_file_matches_its_name() -> None:
     files = sorted(RECIPES_DIR.glob("*.json"))
     assert {"cpu-fp16.json", "cpu-int8.json", "cpu-int4.json", "cpu-int4-block128.json"} <= {
         path.name for path in files
@@ -108,7 +108,7 @@ def test_an_own_recipe_is_also_a_valid_olive_configuration(tmp_path: Path) -> No
         assert read.name == recipe.precision
 
 
-def test_digests_tell_all_recipes_apart_and_ignore_id_and_warnings() -> None:
+def test_digests_distinguish_all_recipes_and_ignore_id_and_warnings() -> None:
     recipes = _all_recipes()
     assert len({recipe.digest for recipe in recipes}) == len(recipes)
     recipe = load_recipe("fp16")
@@ -426,7 +426,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
     return cache(lambda name: Built(load_recipe(name), checkpoint, root / name))
 
 
-def test_recipes_that_need_the_whole_model_in_memory_say_so() -> None:
+def test_recipes_that_need_the_whole_model_in_memory_are_marked() -> None:
     at_once = {name for precision in ("int4", "int8", "fp16") for name in known_recipes(precision)}
     at_once = {name for name in at_once if load_recipe(name).quantizes_at_once}
     assert at_once == {"int4-k-quant", "int4-k-quant-mixed", "int4-int8-head"}
@@ -485,7 +485,7 @@ class TestBuiltRecipes:
             ("int8-block128", {8}, 8, 128, {False}),
         ],
     )
-    def test_it_is_what_its_name_says_and_runs(
+    def test_it_matches_its_name_and_runs(
         self,
         built: Callable[[str], Built],
         name: str,
@@ -504,7 +504,7 @@ class TestBuiltRecipes:
         assert error < (0.1 if bits == {8} else 0.8)
 
     def test_every_quantized_recipe_for_the_cpu_is_tested(self) -> None:
-        method = type(self).test_it_is_what_its_name_says_and_runs
+        method = type(self).test_it_matches_its_name_and_runs
         (mark,) = [mark for mark in method.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
         assert {case[0] for case in mark.args[1]} == {*known_recipes("int4"), *known_recipes("int8")}
 
@@ -555,7 +555,7 @@ class TestOrders:
         recipe = load_recipe(name, provider)
         assert ordered_recipe(recipe.model_dump(mode="json")) == recipe
 
-    def test_what_a_users_file_says(self, tmp_path: Path) -> None:
+    def test_the_content_of_a_users_file(self, tmp_path: Path) -> None:
         recipe = _read(tmp_path, {"passes": {"builder": {"type": "ModelBuilder", "precision": "int4"}}})
         assert ordered_recipe(recipe.model_dump(mode="json")) == recipe
 

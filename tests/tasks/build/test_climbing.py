@@ -111,7 +111,7 @@ def test_it_goes_on_to_the_next_recipe_until_one_passes(shop: Workshop, prepared
         assert recipes_of(kept) == [plan_recipes(stopped)[0].name]
 
 
-def test_a_version_keeps_the_attempts_and_is_not_asked_again(
+def test_a_version_keeps_the_attempts_and_does_not_repeat_them(
     shop: Workshop, prepared: PreparedCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = request(max_kl_divergence=9.0, min_top1_agreement=0.0)

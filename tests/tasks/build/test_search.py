@@ -105,7 +105,7 @@ class TestChoice:
         assert outcome.chosen == {"int4": "int4-near"}
         assert "farther from the reference" in _of(outcome, "int4").reason
 
-    def test_what_would_not_pass_the_gate_is_chosen_only_when_nothing_else_is_there(self) -> None:
+    def test_a_recipe_that_misses_the_gate_is_chosen_only_if_no_other_ran(self) -> None:
         fast = _trial("int4-fast", passed_gate=False, token_generation_throughput_tps=40.0)
         outcome = _choose(_trial("int4"), fast)
         assert outcome.chosen == {"int4": "int4"}

@@ -46,7 +46,7 @@ def test_a_folder_with_one_file_takes_what_the_deploy_asks_for_along(settings: S
     assert content_digest(converted) == content_digest(from_gguf(file, settings))
 
 
-def test_a_folder_with_several_files_is_asked_which(settings: Settings, file: Path) -> None:
+def test_a_folder_with_several_files_needs_a_choice(settings: Settings, file: Path) -> None:
     shutil.copy(file, file.with_name("another.gguf"))
     with pytest.raises(BadInput, check=coded("gguf-several")):
         from_gguf(file.parent, settings)
@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_converted_leaves_nothing(settings: Settings, file
     assert not settings.home.exists()
 
 
-def test_quantized_weights_are_told_of_before_and_after(settings: Settings) -> None:
+def test_quantized_weights_are_reported_before_and_after(settings: Settings) -> None:
     file = real_model("smollm2.gguf")
     before, after = inspect_checkpoint(file), inspect_checkpoint(from_gguf(file, settings))
     assert before == after

@@ -279,7 +279,9 @@ class TestChatTemplateOverlay:
         remove_chat_template(checkpoint)
         assert inspect_checkpoint(with_chat_template(checkpoint, self.TEMPLATE, settings)).kind == "checkpoint"
 
-    def test_the_same_is_made_once_and_a_changed_checkpoint_anew(self, checkpoint: Path, settings: Settings) -> None:
+    def test_an_unchanged_checkpoint_is_prepared_once_and_a_changed_one_again(
+        self, checkpoint: Path, settings: Settings
+    ) -> None:
         first = with_chat_template(checkpoint, self.TEMPLATE, settings)
         assert with_chat_template(checkpoint, self.TEMPLATE, settings) == first
         change_json(checkpoint / "config.json", note="other")
@@ -341,7 +343,7 @@ class TestKinds:
         found = inspect_checkpoint(adapter)
         assert (found.kind, found.architecture, found.parameters, found.dtype) == ("adapter", "LORA", 256, "F32")
 
-    def test_an_adapter_without_whole_weights(self, adapter: Path) -> None:
+    def test_an_adapter_with_truncated_weights(self, adapter: Path) -> None:
         weights = adapter / "adapter_model.safetensors"
         assert load_file(weights)
         weights.write_bytes(weights.read_bytes()[:-1])
@@ -354,7 +356,7 @@ class TestKinds:
         with pytest.raises(BadInput, check=coded("adapter-without-weights", "adapter_model.safetensors")):
             inspect_checkpoint(adapter)
 
-    def test_an_adapter_needs_a_whole_base(self, adapter: Path, tmp_path: Path, settings: Settings) -> None:
+    def test_an_adapter_needs_a_complete_base(self, adapter: Path, tmp_path: Path, settings: Settings) -> None:
         with pytest.raises(BadInput, check=coded("adapter-base-unknown")):
             merge_into_base(adapter, None, settings, lambda *_: None)
         with pytest.raises(BadInput, check=coded("adapter-base-not-whole")):

@@ -192,7 +192,7 @@ class TestResources:
         assert disk.ok
         assert not memory.found.startswith("0.0 GB")
 
-    def test_the_first_row_that_fails_is_told(self) -> None:
+    def test_the_first_row_that_fails_is_reported(self) -> None:
         good = Check(name="Disk", required="1 GB", found="2 GB", ok=True)
         require_resources([good])
         with pytest.raises(

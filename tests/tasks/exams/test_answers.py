@@ -107,7 +107,7 @@ def test_scores_of_both_sides_their_loss_and_their_categories() -> None:
     assert Evaluation.model_validate_json(found.model_dump_json()) == found
 
 
-def test_without_a_reference_or_expected_answers_there_is_less_to_tell() -> None:
+def test_without_a_reference_or_expected_answers_there_are_fewer_figures() -> None:
     alone = score_evaluation(
         evaluated({"answer": "on"}, {"answer": "x"}), [row(0, expected="on"), row(1, expected="y")], None
     )
@@ -168,7 +168,7 @@ def test_conformity_is_of_all_raw_answers_of_both_sides() -> None:
     assert alone.reference_output_conformity is None
 
 
-def test_a_pattern_that_is_not_done_in_time_scores_0_and_is_told() -> None:
+def test_a_pattern_that_exceeds_the_time_limit_scores_0_and_is_reported() -> None:
     rows = [row("slow", expected="^foo(a|aa)+$", scorer="regex")]
     found = score_evaluation(evaluated({"answer": "foo" + "a" * 99 + "!", "reference_answer": "fooa"}), rows, None)
     assert (found.rows[0].score, found.rows[0].reference_score) == (0.0, 1.0)

@@ -79,7 +79,7 @@ def test_a_template_without_an_end_of_its_own_names_none(checkpoint: Path, templ
     assert read_end_tokens(checkpoint).places["chat template"] == ()
 
 
-def test_the_repetition_penalty_is_kept_and_sampling_told(checkpoint: Path) -> None:
+def test_the_repetition_penalty_is_kept_and_sampling_reported(checkpoint: Path) -> None:
     path = checkpoint / "generation_config.json"
     edit(path, repetition_penalty=1.1, do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
     settled = settle_decoding(checkpoint, {})
@@ -90,7 +90,7 @@ def test_the_repetition_penalty_is_kept_and_sampling_told(checkpoint: Path) -> N
 
 
 @pytest.mark.parametrize("penalty", ["1.1", 0, -1, 2.5, True])
-def test_a_repetition_penalty_that_is_none_is_left_out_and_told(checkpoint: Path, penalty: object) -> None:
+def test_an_invalid_repetition_penalty_is_left_out_and_reported(checkpoint: Path, penalty: object) -> None:
     edit(checkpoint / "generation_config.json", repetition_penalty=penalty)
     settled = settle_decoding(checkpoint, {})
     assert settled.decoding == PLAIN

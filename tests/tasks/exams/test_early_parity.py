@@ -49,7 +49,7 @@ def test_rare_characters_reject_only_where_the_user_has_them(settings: Settings)
     assert parity.cause.startswith("onnxruntime-genai makes other tokens of 'row 7' and 1 more conversations: ")
 
 
-def test_what_no_runtime_renders_is_told_before_a_build(checkpoint: Path, settings: Settings) -> None:
+def test_what_no_runtime_renders_is_reported_before_a_build(checkpoint: Path, settings: Settings) -> None:
     template = "{% for message in messages %}<|im_start|>{{ message.content|upper }}<|im_end|>{% endfor %}"
     (checkpoint / "chat_template.jinja").write_text(template, "utf-8")
     prepared: Any = SimpleNamespace(folder=checkpoint, inspection=SimpleNamespace(kind="checkpoint"))

@@ -161,7 +161,7 @@ class TestEdgeInputs:
             == "no answer in 2 s"
         )
 
-    def test_after_three_restarts_it_ends_and_says_what_was_not_tried(self, run):
+    def test_after_three_restarts_it_ends_and_reports_what_was_not_tried(self, run):
         found = run({"abort_at": "a"})  # "What is", "word ", ...
         crashed = [edge_input for edge_input in found.edge_inputs if edge_input.outcome == "crashed"]
         assert len(crashed) == 4 and unhandled(found) == [edge_input.name for edge_input in crashed]
@@ -213,7 +213,7 @@ class TestRealRuntimes:
         assert found.versions["onnxruntime"]
 
     @pytest.mark.parametrize("runtime", CALLS)
-    def test_a_text_that_only_resembles_a_control_token_is_told_apart(self, runtime, model_dir, tmp_path):
+    def test_a_text_that_only_resembles_a_control_token_is_distinguished(self, runtime, model_dir, tmp_path):
         (end,) = (token for token in control_tokens(model_dir) if token.text == "<|im_end|>")
         typed = {"whole": end.text, "broken": "<|im_end|"}
         inputs = [

@@ -33,7 +33,7 @@ def test_scores_that_are_all_alike_are_not_certain() -> None:
 
 
 @given(SCORES)
-def test_a_mean_lies_in_its_interval_and_the_same_scores_have_the_same(scores: list[float]) -> None:
+def test_a_mean_is_in_its_interval_and_equal_scores_have_equal_intervals(scores: list[float]) -> None:
     found = mean_score(scores)
     assert found.value == pytest.approx(np.mean(scores))
     assert -1e-12 <= found.low <= found.value <= found.high <= 1 + 1e-12
@@ -86,7 +86,7 @@ def test_a_few_equal_answers_prove_no_equality() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
-def test_a_loss_lies_in_its_interval_and_turns_with_its_sides(pairs: list[tuple[float, float]]) -> None:
+def test_a_loss_is_in_its_interval_and_changes_sign_with_its_sides(pairs: list[tuple[float, float]]) -> None:
     reference, variant = zip(*pairs, strict=True)
     found, turned = paired_loss(reference, variant), paired_loss(variant, reference)
     assert -1 <= found.low <= found.value <= found.high <= 1

@@ -96,7 +96,7 @@ def test_a_measurement_without_a_sweep_has_nothing_to_say():
     assert found.ttft_scaling_exponent is None
 
 
-def test_a_length_at_which_the_source_is_silent_too_is_told_and_valid():
+def test_a_length_at_which_the_source_gives_no_text_either_is_reported_and_valid():
     rows = [swept_row(32, 2.0), swept_row(64, 4.0, answered=False), swept_row(128, 8.0, answered=False)]
     assert length_sweep_of(measured(rows)).invalid_prompt_tokens == (64, 128)
     found = length_sweep_of(measured(rows), {64})

@@ -102,7 +102,7 @@ def test_a_real_model_is_measured_in_a_child_process(tmp_path):
     assert Measurement.model_validate_json(measurement.model_dump_json()) == measurement
 
 
-def test_a_broken_model_is_a_clear_error_of_the_parent(tmp_path):
+def test_a_damaged_model_is_a_clear_error_of_the_parent(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(StageFailed, check=coded("genai-config-not-valid")):
         measure_variant(Settings(home=tmp_path), Bench(tmp_path / "model", tmp_path / "work"))

@@ -121,7 +121,7 @@ def test_runtimes_agree_on_a_family(case, family):
         ("phi-3", True, "the tokenizer adds a begin token that the template does not write (all conversations)."),
     ],
 )
-def test_a_begin_token_that_static_strings_do_not_have_is_told(case, family, begins, why):
+def test_a_begin_token_that_static_strings_do_not_have_is_reported(case, family, begins, why):
     parity = case(replace(FAMILIES[family], begins=begins)).check()
     assert parity.holds
     assert mentions(parity, f"gives the chat template's text, but other tokens: {why}")

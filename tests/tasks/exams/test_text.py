@@ -36,7 +36,7 @@ from tests.support.versions import evidence
 
 
 @given(st.text(min_size=1, max_size=300), st.integers(1, 20), st.booleans())
-def test_the_beginning_of_any_text_is_read_whole_characters_only(tmp_path_factory, text, tokens, byte_order_mark):
+def test_the_beginning_of_any_text_is_read_in_complete_characters(tmp_path_factory, text, tokens, byte_order_mark):
     path = tmp_path_factory.getbasetemp() / "good.txt"
     path.write_bytes(text.encode("utf-8-sig" if byte_order_mark else "utf-8"))
     text = text.removeprefix("\ufeff") if not byte_order_mark else text
@@ -145,7 +145,7 @@ def test_figures_are_means_per_token_over_the_windows():
     assert found.finite_logits == 1
 
 
-def test_what_is_not_known_is_none():
+def test_unknown_figures_are_none():
     broken = summarized(window(), window(variant=None, agreeing=0, kl=None), kl_divergence_p99=None)
     assert (broken.perplexity, broken.perplexity_ratio, broken.kl_divergence) == (None, None, None)
     assert broken.reference_perplexity is not None

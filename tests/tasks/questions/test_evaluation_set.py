@@ -225,7 +225,7 @@ def test_a_row_without_a_scorer_has_that_of_the_file(tmp_path: Path) -> None:
         read_rows(path, None, scorer="numeric")
 
 
-def test_the_output_format_is_the_named_one_or_that_beside_the_checkpoints_rows(tmp_path: Path) -> None:
+def test_the_output_format_is_the_named_one_or_that_of_the_checkpoints_folder(tmp_path: Path) -> None:
     named = tmp_path / "named.json"
     named.write_text('{"type": "array"}')
     other = write_rows(tmp_path / "other.jsonl", {})

@@ -50,7 +50,7 @@ def written(folder: Path, content: Any) -> Path:
         ('{"action": "on", "colour": "red"}', "$: the property 'colour' is not allowed"),
     ],
 )
-def test_an_answer_follows_the_schema_as_it_stands_or_its_fault_is_told(answer: str, fault: str | None) -> None:
+def test_an_answer_conforms_to_the_schema_or_its_fault_is_reported(answer: str, fault: str | None) -> None:
     (found,) = output_faults(OutputFormat(json_schema=ACTION), [answer])
     assert found == fault if fault is None else found and found.startswith(fault)
 

@@ -118,7 +118,7 @@ def test_rouge_l_of_plain_ascii_is_the_librarys_own(answer: str, expected: str) 
 
 
 @given(st.sampled_from(sorted(SCORERS)), st.text(max_size=40), st.text(max_size=40))
-def test_every_score_lies_between_0_and_1_and_is_the_same_again(name: str, answer: str, expected: str) -> None:
+def test_every_score_is_between_0_and_1_and_reproducible(name: str, answer: str, expected: str) -> None:
     try:
         row = EvaluationRow.model_validate({"id": 1, "messages": MESSAGES, "expected": expected, "scorer": name})
     except ValueError:

@@ -17,14 +17,14 @@ def test_equal_figures_are_drawn_once(tmp_path: Path) -> None:
     assert kept.stat().st_mtime_ns == written
 
 
-def test_other_figures_are_drawn_anew(tmp_path: Path) -> None:
+def test_other_figures_are_drawn_again(tmp_path: Path) -> None:
     first = draw_once(full_report(), tmp_path)
     smaller = [variant.model_copy(update={"size_bytes": 1}) for variant in full_report().variants]
     assert draw_once(full_report(*smaller), tmp_path)["quality"] != first["quality"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"figures": None, "plots": 3})])
-def test_what_cannot_be_read_is_drawn_anew(tmp_path: Path, content: str) -> None:
+def test_unreadable_plots_are_drawn_again(tmp_path: Path, content: str) -> None:
     first = draw_once(full_report(), tmp_path)
     (kept,) = tmp_path.iterdir()
     kept.write_text(content)

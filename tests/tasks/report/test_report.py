@@ -104,7 +104,7 @@ def test_variants_stand_from_large_to_small() -> None:
     assert [variant.precision for variant in in_order_of_size(given)] == ["fp16", "int8", "int4"]
 
 
-def test_the_table_sets_sizes_beside_what_the_tutorial_promises() -> None:
+def test_the_table_compares_sizes_with_those_of_the_tutorial() -> None:
     (row,) = variant_rows(report(variant("int4")))
     assert (row["size"], row["of fp32"]) == ("500.0 MB", "0.253 (0.125)")
     assert (row["load ms"], row["TTFT ms"], row["peak RSS"]) == ("40.0", "5.2", "78.0 MB")
@@ -326,7 +326,7 @@ def test_a_table_cell_cannot_break_the_table() -> None:
     assert "<td><code>a|b \\| c</code></td>\n<td>30</td>" in html
 
 
-def test_it_stays_a_page_with_much_to_tell() -> None:
+def test_it_stays_one_page_with_many_findings() -> None:
     variants = []
     for precision in FIGURES:
         whole = full_variant(precision, warnings=["w" * 300] * 200, notes=["n" * 300] * 200, error="e" * 100_000)

@@ -64,7 +64,7 @@ def test_it_refers_to_nothing_outside_itself() -> None:
     assert used <= set(page.ids)
 
 
-def test_it_says_what_the_markdown_says() -> None:
+def test_it_has_the_content_of_the_markdown() -> None:
     text = Page(to_html(full_report(), {})).text
     for part in ("int4 is chosen and serves as home:3.", "96.7% (93.3 to 99.2)", "slmops chat home@3", "1.31x"):
         assert part in text

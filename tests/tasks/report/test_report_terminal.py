@@ -28,7 +28,7 @@ def test_bars_are_in_proportion() -> None:
     assert bars["fp16"] / bars["int4"] == pytest.approx(420 / 779, abs=0.03)
 
 
-def test_nothing_is_drawn_where_it_would_not_fit_or_tell() -> None:
+def test_nothing_is_drawn_without_room_or_a_comparison() -> None:
     assert terminal_plots(full_report(), 59) == ""
     assert terminal_plots(full_report(full_variant("int4")), 80) == ""
     bare = [full_variant(precision, metrics={}, details=VariantDetails()) for precision in ("int8", "int4")]

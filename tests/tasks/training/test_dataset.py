@@ -77,7 +77,7 @@ def test_a_folder_of_the_datasets_library_is_read(tmp_path: Path, settings: Sett
     assert found.fingerprint == read_dataset(written(tmp_path, CHAT, OTHER), settings).fingerprint
 
 
-def test_a_dataset_that_is_nowhere_is_named(tmp_path: Path, settings: Settings) -> None:
+def test_a_missing_dataset_is_named(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, check=coded("dataset-missing", "empty")):
         read_dataset(str(tmp_path / "empty"), settings)

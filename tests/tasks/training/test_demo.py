@@ -43,7 +43,7 @@ def test_no_command_is_in_both_parts_and_the_seed_decides(seed: int) -> None:
     assert len({row["id"] for row in rows + held_out}) == TRAIN_ROWS + HELD_OUT_ROWS
 
 
-def test_held_out_rows_ask_for_new_actions_too_and_cover_every_category() -> None:
+def test_held_out_rows_request_new_actions_too_and_cover_every_category() -> None:
     rows, held_out = smart_home_dataset(0)
     seen = {row["expected"] for row in rows}
     assert sum(row["expected"] not in seen for row in held_out) > 0.3 * HELD_OUT_ROWS
@@ -121,7 +121,7 @@ def test_a_damaged_cache_is_made_again_and_a_changed_checkpoint_is_refused(tmp_p
 
 
 @pytest.mark.usefixtures("tiny_training", "torch_stays")
-def test_another_demo_checkpoint_gives_way_when_asked(tmp_path: Path) -> None:
+def test_another_demo_checkpoint_is_replaced_on_request(tmp_path: Path) -> None:
     place = Settings(home=tmp_path / "home")
     make_demo_checkpoint(place, tmp_path / "demo", 7)
     with pytest.raises(BadInput, check=coded("output-is-other-demo", "seed 8")):

@@ -193,7 +193,7 @@ def test_with_enough_rows_the_score_decides_and_the_distributions_only_reject_a_
         ([1.0] * 6 + [0.0] * 994, [1.0] * 6 + [0.0] * 994),  # nor does a source that is right by chance
     ],
 )
-def test_rows_that_cannot_tell_leave_the_decision_to_the_distributions(
+def test_rows_that_do_not_suffice_leave_the_decision_to_the_distributions(
     reference: list[float], variant: list[float]
 ) -> None:
     verdict = judge(answered(reference, variant), INT8)
@@ -225,7 +225,7 @@ def test_what_cannot_be_allowed_is_refused_with_the_checks_that_can(name: str) -
     assert check_allowed(["steadiness", "steadiness"]) == ("steadiness",)
 
 
-def test_without_expected_answers_the_score_is_not_judged_and_that_is_said() -> None:
+def test_without_expected_answers_the_score_is_not_judged_and_that_is_reported() -> None:
     verdict = judge(evaluation(), INT8)
     assert [check.name for check in verdict.checks] == ["top1_agreement", "kl_divergence", "finite_logits"]
     assert "no expected answers" in verdict.notes[0]
@@ -255,7 +255,7 @@ def test_answers_in_another_format_fail() -> None:
     assert judge(evaluation(output_conformity=Estimate(value=0.95, low=0.9, high=0.98)), INT8).passed
 
 
-def test_answers_without_the_format_that_the_source_s_lack_too_are_told_and_excused() -> None:
+def test_answers_without_the_format_that_the_source_s_lack_too_are_reported_and_excused() -> None:
     faults = {"output_fault": "no JSON", "reference_output_fault": "no JSON"}
     rows = [row.model_copy(update=faults) for row in evaluation().rows]
     formless = evaluation(rows=rows, output_conformity=Estimate(value=0, low=0, high=0.6))
@@ -291,7 +291,7 @@ def test_prompts_that_differ_are_noted() -> None:
     assert "3 of 4 prompts" in verdict.notes[-1]
 
 
-def test_a_template_that_a_runtime_renders_otherwise_fails() -> None:
+def test_a_template_that_a_runtime_renders_differently_fails() -> None:
     mismatch = ParityMismatch(
         conversation="one turn", runtime="foundry", expected="<a>", found="<b>", expected_tokens=3, found_tokens=4
     )

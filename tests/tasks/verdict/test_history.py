@@ -107,7 +107,7 @@ def test_noise_hides_a_small_change():
     assert trends(found)["ttft_ms"] == "same"
 
 
-def test_a_change_within_the_spread_of_earlier_runs_is_none():
+def test_a_change_within_the_spread_of_earlier_runs_does_not_count():
     slow, fast = ([factor * value for value in TTFTS] for factor in (2.0, 1.0))
     now = make_measurement([1.7 * value for value in TTFTS])
     assert trends(compared(make_measurement(fast), now))["ttft_ms"] == "worse"
@@ -142,7 +142,7 @@ def test_memory_has_a_trend_beyond_ten_percent(peak, trend):
         ({"execution_provider": "cuda"}, "the execution provider cuda, not unknown"),
     ],
 )
-def test_other_conditions_are_said_and_only_size_is_compared(changes, note):
+def test_other_conditions_are_reported_and_only_size_is_compared(changes, note):
     found = compared(make_measurement(TTFTS, **changes), make_measurement([3 * value for value in TTFTS]))
     assert list(trends(found)) == ["size_bytes"]
     assert found.earlier_measurements == 0
@@ -209,7 +209,7 @@ def test_the_divergence_is_compared_row_by_row(factor, trend):
     assert change.after == pytest.approx(factor * change.before)
 
 
-def test_a_divergence_that_is_not_finite_is_said():
+def test_a_divergence_that_is_not_finite_is_reported():
     before, after = (evaluation([row(number, 1.0, kl) for number in range(3)]) for kl in (0.01, None))
     found = compare_versions("int4", Figures(evaluation=before), Figures(evaluation=after))
     assert "not finite" in found.notes[0]
@@ -285,7 +285,7 @@ def test_the_earlier_evaluation_on_the_same_rows_is_found(commit, registry, sett
     assert (score.metric, score.before, score.after) == ("score", 1.0, 1.0)
 
 
-def test_figures_of_an_older_method_and_new_precisions_are_said(commit, registry, home):
+def test_figures_of_an_older_method_and_new_precisions_are_reported(commit, registry, home):
     settings = Settings(home=home, machine=MachineSettings(threads=2))
     first, second = commit("one"), commit("two", "int4", "int8")
     put_measurement(registry, first, make_measurement([value / 9 for value in TTFTS]), schema=1)

@@ -103,7 +103,7 @@ def test_registered_variants_are_listed_and_the_selected_one_under_the_plain_nam
     assert (int4.alias, int4.device, int4.execution_provider) == ("home-int4", "cpu", "CPUExecutionProvider")
 
 
-def test_what_a_copy_says_of_itself_is_listed_only_of_the_champion(local: ModelRegistry, tmp_path: Path) -> None:
+def test_copied_verdicts_are_listed_only_for_the_champion(local: ModelRegistry, tmp_path: Path) -> None:
     there = ModelRegistry(LocalObjectStore(tmp_path / "there"))
     manifest = commit(there, tmp_path, "home", "a")
     record_deploy(there, manifest, "int4", fp16="rejected", int4="registered")
@@ -186,7 +186,7 @@ def test_a_context_length_that_cannot_be_read_is_left_out(local: ModelRegistry, 
     assert "textContextWindow" not in json.dumps(version_models(local.of(manifest))[0].entry())
 
 
-def test_a_store_that_cannot_be_asked_is_said_and_its_models_are_listed_once_it_can(
+def test_an_unreachable_store_is_reported_and_its_models_are_listed_when_it_is_back(
     local: ModelRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record_deploy(local, commit(local, tmp_path, "home", "a"), "int4", int4="registered")
