@@ -17,6 +17,7 @@ from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.benchmarks.rows_orchestration import covered_s
 from tests.benchmarks.watching import FolderSize, folder_bytes, run_watched
 from tests.conftest import unmeasured_environment
+from tests.support.checkpoints import make_tiny_checkpoint
 
 pytestmark = pytest.mark.runtime
 
@@ -51,6 +52,20 @@ def test_the_runner_measures_each_row_of_builds_and_serving(tmp_path: Path) -> N
     assert measured["build fp16 + int8 + int4, wall"]["met"] is None, "there was no peer to be held beside"
     assert measured["int4 peak RSS when serving"]["met"] is not None
     assert {path.name for path in tmp_path.iterdir()} == {"deep"}, "what it made to measure is gone"
+
+
+def test_recipes_are_compared_by_their_distance_over_their_bytes(tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", hidden_size=128)
+    options = ["--model", str(checkpoint), "--without-peer", "--without-speed", "--positions", "64", "--threads", "1"]
+    files = ["--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "points.json")]
+    command = [sys.executable, "-m", "tests.benchmarks.fidelity", *options, *files, "--recipes", "int4-rtn", "int4"]
+    done = subprocess.run(command, cwd=ROOT, env=unmeasured_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rounded, calibrated = json.loads((tmp_path / "points.json").read_text("utf-8"))
+    assert (rounded["variant"], calibrated["variant"]) == ("int4-rtn", "int4")
+    assert calibrated["kl_divergence"] < rounded["kl_divergence"]
+    assert "| slmops | `int4` |" in done.stdout
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_a_row_that_is_unknown_is_refused(tmp_path: Path) -> None:

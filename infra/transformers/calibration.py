@@ -23,15 +23,16 @@ def calibrate(call: Calibrate, progress: Progress) -> CalibrationTexts:
     tokenizer, model = load_checkpoint(call.checkpoint_dir, call.dtype)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     rows = _chat_rows(tokenizer, call.chats, context, call.max_tokens)
-    missing = call.max_tokens - sum(map(len, rows))
+    wanted = call.max_tokens - sum(map(len, rows))
     answered: list[tuple[int, ...]] = []
-    if missing > 0:
-        prompts = list(_rendered(tokenizer, call.prompts))
-        while prompts and sum(map(len, answered)) < missing:
-            batch, prompts = prompts[: call.batch_size], prompts[call.batch_size :]
-            tokens = sum(map(len, answered))
-            progress(tokens, missing, "own answers to calibrate on")
-            answered += _answered(tokenizer, model, batch, call.max_new_tokens)
+    prompts = list(_rendered(tokenizer, call.prompts)) if wanted > 0 else []
+    tokens, size = 0, call.batch_size
+    while prompts and tokens < wanted:
+        batch, prompts = prompts[:size], prompts[size:]
+        progress(tokens, wanted, "own answers to calibrate on")
+        answered += _answered(tokenizer, model, batch, call.max_new_tokens)
+        tokens = sum(map(len, answered))
+        size = min(call.batch_size, max(1, (wanted - tokens) * len(answered) // tokens + 1))
     return CalibrationTexts(rows=(*rows, *answered), answers=len(answered))
 
 

@@ -88,7 +88,8 @@ def _asked(messages: Sequence[Message]) -> str:
     return digest_of([[turn.role, turn.content] for turn in messages])
 
 
-def _built_in_prompts() -> list[tuple[Turn, ...]]:
+def built_in_prompts() -> list[tuple[Turn, ...]]:
+    """Return the conversations that a checkpoint answers to be calibrated on its own answers."""
     lines = PROMPTS_FILE.read_text("utf-8").splitlines()
     return [tuple(Turn.model_validate(turn) for turn in json.loads(line)["messages"]) for line in lines]
 
@@ -107,7 +108,7 @@ def calibrate_once(
     file = request.calibration_file
     chats = read_calibration_file(file, evaluation) if file else []
     judged = {_asked(row.messages) for row in evaluation}
-    prompts = [row for row in _built_in_prompts() if _asked(row) not in judged]
+    prompts = [row for row in built_in_prompts() if _asked(row) not in judged]
     asked = {
         "checkpoint": prepared.digest,
         "chats": [row.model_dump(mode="json") for row in chats],

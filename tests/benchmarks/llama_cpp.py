@@ -19,9 +19,9 @@ from platformdirs import user_cache_path
 from tests.benchmarks.watching import Watched, run_watched
 
 VERSION = "0.3.36"  # of llama-cpp-python; its source names the commit of llama.cpp
-TOOLS = ("llama-quantize", "llama-bench")
+TOOLS = ("llama-quantize", "llama-bench", "llama-imatrix")
 BUILD_JOBS = 2
-# Only the two tools: no server, no web page, no test, nothing that is fetched while it builds.
+# Only these tools: no server, no web page, no test, nothing that is fetched while it builds.
 CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "GGML_NATIVE": "ON",
@@ -95,10 +95,21 @@ class LlamaCpp:
         command: list[str | Path] = [sys.executable, script, checkpoint, "--outfile", out, "--outtype", "f16"]
         return run_watched(command, log=out.with_suffix(".log"), environment=_offline())
 
-    def quantize(self, source: Path, out: Path, type_name: str, threads: int = 2) -> Watched:
-        """Quantize an f16 GGUF file to a type such as `Q4_0`."""
-        command: list[str | Path] = [self._tool("llama-quantize"), source, out, type_name, str(threads)]
+    def quantize(
+        self, source: Path, out: Path, type_name: str, threads: int = 2, *, importance: Path | None = None
+    ) -> Watched:
+        """Quantize an f16 GGUF file to a type such as `Q4_0`, weighing by an importance matrix where one is given."""
+        options: list[str | Path] = ["--imatrix", importance] if importance else []
+        command: list[str | Path] = [self._tool("llama-quantize"), *options, source, out, type_name, str(threads)]
         return run_watched(command, log=out.with_suffix(".log"))
+
+    def importance(self, source: Path, text: Path, threads: int = 2) -> Path:
+        """Make the importance matrix of an f16 GGUF file on a text, in pieces of 512 tokens."""
+        out = text.with_suffix(".imatrix")
+        options = ["-t", str(threads), "-ngl", "0", "--parse-special"]
+        command = [self._tool("llama-imatrix"), "-m", source, "-f", text, "-o", out, *options]
+        run_watched(command, log=out.with_suffix(".log"))
+        return out
 
     def bench(self, gguf: Path, *, prompt: int = 128, new: int = 64, threads: int = 2, rounds: int = 5) -> BenchResult:
         """Measure as llama-bench does: after a warm-up, `new` tokens after a prompt of `prompt`, timed apart."""

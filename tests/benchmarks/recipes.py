@@ -1,10 +1,11 @@
 """Measure what slmops' own recipes cost and give: size, speed, and distance from the checkpoint they are built from.
 
-Run as `python -m tests.benchmarks.recipes [--precisions int4 int8] [--threads 2] [--rounds 5] [--untied]`; builds every
-recipe of the precisions from one checkpoint of 48 M random parameters and measures them in turn, `--rounds` times, each
-in a child process of its own. Prints a Markdown table with the best round of each recipe; takes about eight minutes on
-two cores. Other work on the machine spoils the times, in the best round too. The weights are drawn at random: the
-divergences rank the recipes against each other and say nothing of a trained model.
+Run as `python -m tests.benchmarks.recipes [--model smollm2-off-grid] [--precisions int4 int8] [--threads 2]
+[--rounds 5]`; builds every recipe of the precisions from a checkpoint with trained weights and measures them in turn,
+`--rounds` times, each in a child process of its own. The default is SmolLM2-135M-Instruct with its weights off the grid
+of the GGUF that they come from; `--model gemma3-270m` or a folder names another one. Prints a Markdown table with the
+best round of each recipe; takes about half an hour on two cores. Other work on the machine spoils the times, in the
+best round too.
 """
 
 import argparse
@@ -12,11 +13,19 @@ import statistics
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
-from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
+from slmops.infra.reference.answers import Question
+from slmops.infra.settings import (
+    BenchmarkSettings,
+    CalibrationSettings,
+    EvaluationSettings,
+    MachineSettings,
+    Settings,
+)
+from slmops.infra.transformers.calls import Calibrate
+from slmops.tasks.build.calibration import PROMPTS_AT_ONCE, built_in_prompts
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import Recipe, known_recipes, load_recipe
 from slmops.tasks.environment.host import builder_versions
@@ -25,23 +34,39 @@ from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import Measurement, measure_variant
 from slmops.tasks.questions.evaluation_set import chat_prompts
-from tests.support.checkpoints import make_tiny_checkpoint
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 8,
-    "head_dim": 64,
-    "vocab_size": 32_000,
-    "max_position_embeddings": 2048,
-}
-
+from tests.support.real_models import real_model
 
 EVALUATIONS = 3
+Texts = tuple[tuple[int, ...], ...]
 
 
-def build(recipe: Recipe, checkpoint: Path, folder: Path, threads: int) -> float:
-    """Build a recipe into `folder`/model; return the wall time in s."""
+def calibration_texts(checkpoint: Path, folder: Path, threads: int) -> Texts:
+    """Return the texts that a deploy calibrates on without a file: the checkpoint's own answers."""
+    sizes = CalibrationSettings()
+    child = run_in_child(
+        Calibrate(
+            checkpoint_dir=checkpoint,
+            chats=(),
+            prompts=tuple(
+                Question(id=number, messages=tuple(turn.model_dump() for turn in prompt))
+                for number, prompt in enumerate(built_in_prompts())
+            ),
+            max_tokens=sizes.max_tokens,
+            max_new_tokens=sizes.max_new_tokens,
+            batch_size=PROMPTS_AT_ONCE,
+            threads=threads,
+        ),
+        deadline_s=1800,
+        log_path=folder / "calibrate.log",
+        work_dir=folder / "work",
+    )
+    return child.value.rows
+
+
+def build(recipe: Recipe, checkpoint: Path, folder: Path, threads: int, texts: Texts = ()) -> float:
+    """Build a recipe into `folder`/model, calibrated on these texts if it is; return the wall time in s."""
+    if recipe.is_calibrated and not texts:
+        texts = calibration_texts(checkpoint, folder, threads)
     child = run_in_child(
         Build(
             olive_config=olive_run_config(recipe),
@@ -49,12 +74,18 @@ def build(recipe: Recipe, checkpoint: Path, folder: Path, threads: int) -> float
             output_dir=folder / "model",
             cache_dir=folder / "cache",
             threads=threads,
+            calibration=texts if recipe.is_calibrated else (),
         ),
         deadline_s=1800,
         log_path=folder / "build.log",
         work_dir=folder / "work",
     )
     return child.wall_s
+
+
+def real_checkpoint(name: str) -> Path:
+    """Return a folder, or the checkpoint of a name in `tests.support.real_models`."""
+    return Path(name).absolute() if Path(name).is_dir() else real_model(name)
 
 
 def row_of(
@@ -82,7 +113,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["int4", "int8"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--model", default="smollm2-off-grid", help="a name of tests.support.real_models, or a folder")
     arguments = parser.parse_args()
     recipes = [load_recipe(name) for precision in arguments.precisions for name in known_recipes(precision)]
     with tempfile.TemporaryDirectory() as name:
@@ -93,8 +124,11 @@ def main() -> None:
             benchmark=BenchmarkSettings(prompt_tokens=(128,), new_tokens=64, repetitions=3),
             evaluation=EvaluationSettings(max_new_tokens=32, max_positions=512),
         )
-        checkpoint = make_tiny_checkpoint(work / "checkpoint", "qwen2", tied=not arguments.untied, **SHAPE)
-        build_s = {recipe.name: build(recipe, checkpoint, work / recipe.name, arguments.threads) for recipe in recipes}
+        checkpoint = real_checkpoint(arguments.model)
+        texts = calibration_texts(checkpoint, work, arguments.threads)
+        build_s = {
+            recipe.name: build(recipe, checkpoint, work / recipe.name, arguments.threads, texts) for recipe in recipes
+        }
         rounds: dict[str, list[Measurement]] = {recipe.name: [] for recipe in recipes}
         for _ in range(arguments.rounds):
             for recipe in recipes:
@@ -112,7 +146,7 @@ def main() -> None:
                 )
         first = rounds[recipes[0].name][0]
         print(f"{datetime.now(UTC):%Y-%m-%d}; {first.hardware.cpu}, {arguments.threads} threads; {first.versions}")
-        print(f"{builder_versions()}; embedding {'apart' if arguments.untied else 'tied'}, {len(rows)} rows\n")
+        print(f"{builder_versions()}; {arguments.model}, {len(rows)} rows\n")
         print(
             "| recipe | build s | size MB | peak RSS MB | TTFT ms | prompt tok/s | new tok/s, best | median "
             "| KL, nats | top-1 | evaluation s |"

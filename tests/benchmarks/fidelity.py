@@ -1,0 +1,228 @@
+"""Compare quantized variants with llama.cpp's of the same real checkpoint: bytes, distance, score and speed.
+
+Run as `python -m tests.benchmarks.fidelity [--model smollm2-off-grid] [--recipes int4-rtn int4 ...] [--types Q4_0 ...]
+[--without-peer] [--without-speed] [--plot FILE]`. The default checkpoint is SmolLM2-135M-Instruct with its weights
+moved off the grid of the GGUF that they come from: on that grid, llama.cpp's own formats look better than they are.
+
+All are compared with the checkpoint in fp32 on the same token ids: those of its own greedy answers to the built-in
+chats and to the questions of fidelity_questions.jsonl, whose expected answers give the score. slmops' variants run in
+onnxruntime-genai. Of llama.cpp's files the weights are compared, read by transformers, so that its figures lack the
+error of eight-bit activations, and are a little better than its runtime's. Sizes are of the weights' files, as shares
+of four bytes per parameter. The importance matrix (`+imatrix`) is made of the very texts that slmops calibrates on.
+
+Prints a Markdown table as it grows; takes about fifteen minutes on two idle cores, and ten more the first time, in
+which llama.cpp is built (tests/benchmarks/llama_cpp.py). `--plot` writes the divergences over the bytes.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slmops.infra.checkpoints.folder import read_json
+from slmops.infra.reference.answers import ANSWERS_FILE, LOGITS_FILE, SourceAnswers
+from slmops.infra.reference.distributions import compare_position
+from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
+from slmops.tasks.build.recipes import load_recipe
+from slmops.tasks.checkpoint.inspection import inspect_checkpoint
+from slmops.tasks.exams.answers import evaluate_variant, run_reference
+from slmops.tasks.exams.exam import Bench
+from slmops.tasks.exams.measurement import measure_variant
+from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts, read_evaluation_file
+from tests.benchmarks.llama_cpp import LlamaCpp, peer
+from tests.benchmarks.recipes import build, calibration_texts, real_checkpoint
+
+QUESTIONS_FILE = Path(__file__).with_name("fidelity_questions.jsonl")
+RECIPES = ("int4-rtn", "int4", "int4-mixed", "int8")
+TYPES = ("Q4_0", "Q4_K_M", "Q4_K_M+imatrix", "Q8_0")
+COLUMNS = ("of", "variant", "MB", "of fp32", "KL, nats", "top-1", "score", "new tok/s")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A variant's bytes and figures; what was not measured is None."""
+
+    of: str
+    variant: str
+    size_bytes: int
+    share: float
+    kl_divergence: float
+    top1_agreement: float
+    score: float | None = None
+    tokens_per_s: float | None = None
+
+    def line(self) -> str:
+        """Return its line of the table."""
+        score = "-" if self.score is None else f"{self.score:.2f}"
+        speed = "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.0f}"
+        return (
+            f"| {self.of} | `{self.variant}` | {self.size_bytes / 1e6:.1f} | {self.share:.3f} "
+            f"| {self.kl_divergence:.4f} | {self.top1_agreement:.3f} | {score} | {speed} |"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checkpoint, the rows that it answered, and where its answers and distributions are kept."""
+
+    checkpoint: Path
+    rows: Sequence[EvaluationRow]
+    settings: Settings
+    work: Path
+
+    @property
+    def reference(self) -> Path:
+        """The folder of the checkpoint's own answers and logits."""
+        return self.work / "reference"
+
+    @property
+    def fp32_bytes(self) -> int:
+        """The size of the weights in fp32."""
+        return 4 * inspect_checkpoint(self.checkpoint).parameters
+
+    def run_source(self) -> None:
+        """Let the checkpoint answer."""
+        run_reference(self.settings, Bench(self.checkpoint, self.reference), self.rows)
+
+    def of_slmops(self, names: Sequence[str], *, with_speed: bool) -> Iterator[Point]:
+        """Build each recipe and yield its point."""
+        texts = calibration_texts(self.checkpoint, self.work, self.settings.threads)
+        for name in names:
+            folder = self.work / name
+            build(load_recipe(name), self.checkpoint, folder, self.settings.threads, texts)
+            bench = Bench(folder / "model", folder / "bench")
+            found = evaluate_variant(self.settings, bench, self.rows, reference_dir=self.reference)
+            assert found.kl_divergence is not None
+            assert found.top1_agreement is not None
+            size = sum(path.stat().st_size for path in (folder / "model").glob("*.onnx*"))
+            yield Point(
+                of="slmops",
+                variant=name,
+                size_bytes=size,
+                share=size / self.fp32_bytes,
+                kl_divergence=found.kl_divergence,
+                top1_agreement=found.top1_agreement,
+                score=found.score.value if found.score else None,
+                tokens_per_s=self._speed(bench) if with_speed else None,
+            )
+
+    def _speed(self, bench: Bench) -> float:
+        return measure_variant(self.settings, bench).metrics["token_generation_throughput_tps"]
+
+    def of_llama_cpp(self, llama: LlamaCpp, types: Sequence[str], *, with_speed: bool) -> Iterator[Point]:
+        """Convert the checkpoint, quantize it to each type, and yield its point."""
+        whole = self.work / "f16.gguf"
+        llama.convert(self.checkpoint, whole)
+        for name in types:
+            type_name, _, with_matrix = name.partition("+")
+            file = self.work / f"{name}.gguf"
+            matrix = llama.importance(whole, self._calibration_file()) if with_matrix else None
+            llama.quantize(whole, file, type_name, self.settings.threads, importance=matrix)
+            divergence, agreement = self.distance_of_weights(file)
+            speed = llama.bench(file, threads=self.settings.threads).generation_tps if with_speed else None
+            yield Point(
+                of="llama.cpp",
+                variant=name,
+                size_bytes=file.stat().st_size,
+                share=file.stat().st_size / self.fp32_bytes,
+                kl_divergence=divergence,
+                top1_agreement=agreement,
+                tokens_per_s=speed,
+            )
+
+    def _calibration_file(self) -> Path:
+        """Write the texts that slmops calibrates on as one text."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.checkpoint / "tokenizer.json"))
+        texts = calibration_texts(self.checkpoint, self.work, self.settings.threads)
+        file = self.work / "calibration.txt"
+        file.write_text("\n".join(tokenizer.decode(list(row), skip_special_tokens=False) for row in texts), "utf-8")
+        return file
+
+    def distance_of_weights(self, gguf: Path) -> tuple[float, float]:
+        """Return the mean KL divergence and the top-1 agreement of a GGUF file's weights, computed in fp32."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+        answers = SourceAnswers.model_validate_json((self.reference / ANSWERS_FILE).read_bytes())
+        expected = iter(np.load(self.reference / LOGITS_FILE, mmap_mode="r"))
+        divergences, agreeing = [], []
+        for row in answers.rows:
+            ids = row.prompt_ids + row.answer_ids
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits[0].numpy()
+            for at in row.positions:
+                compared = compare_position(next(expected), logits[at], ids[at + 1])
+                divergences.append(compared.kl_divergence or 0.0)
+                agreeing.append(compared.agrees)
+        return sum(divergences) / len(divergences), sum(agreeing) / len(agreeing)
+
+
+def draw(points: Sequence[Point], title: str, file: Path) -> None:
+    """Write the divergences over the bytes, one line for slmops and one for llama.cpp."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for of, marker in (("slmops", "o"), ("llama.cpp", "s")):
+        found = sorted((point for point in points if point.of == of), key=lambda point: point.share)
+        if found:
+            axes.plot([point.share for point in found], [point.kl_divergence for point in found], marker, label=of)
+            for point in found:
+                place = (point.share, point.kl_divergence)
+                axes.annotate(point.variant, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="bytes, as a share of fp32", ylabel="mean KL divergence, nats", yscale="log", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-off-grid", help="a name of tests.support.real_models, or a folder")
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--types", nargs="*", default=TYPES)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--without-peer", action="store_true")
+    parser.add_argument("--without-speed", action="store_true")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    checkpoint = real_checkpoint(arguments.model)
+    with tempfile.TemporaryDirectory() as name:
+        settings = Settings(
+            home=Path(name) / "home",
+            machine=MachineSettings(threads=arguments.threads),
+            benchmark=BenchmarkSettings(prompt_tokens=(128,), new_tokens=64),
+            evaluation=EvaluationSettings(max_new_tokens=64, max_positions=arguments.positions, batch_size=16),
+        )
+        rows = [*chat_prompts(), *read_evaluation_file(QUESTIONS_FILE)]
+        compared = Comparison(checkpoint, rows, settings, Path(name))
+        compared.run_source()
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+        points = []
+        llama = None if arguments.without_peer else peer()
+        with_speed = not arguments.without_speed
+        ours = compared.of_slmops(arguments.recipes, with_speed=with_speed)
+        theirs = compared.of_llama_cpp(llama, arguments.types, with_speed=with_speed) if llama else iter(())
+        for found in (ours, theirs):
+            for point in found:
+                points.append(point)
+                print(point.line(), flush=True)
+    architecture = read_json(checkpoint / "config.json")["architectures"][0]
+    if arguments.plot:
+        draw(points, f"{arguments.model} ({architecture})", arguments.plot)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([vars(point) for point in points], indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
