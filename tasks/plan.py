@@ -14,7 +14,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.signatures import verification_key
 from slmops.infra.transformers.adapters import read_adapter_config
-from slmops.tasks.build.calibration import read_calibration_file
+from slmops.tasks.build.calibration import check_lengths, read_calibration_file
 from slmops.tasks.build.planning import plan_recipes, plan_search, refuse_recipes
 from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
 from slmops.tasks.environment.checks import (
@@ -96,7 +96,8 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
         refuse_recipes(request)
     rows = _rows(request, folder, settings)
     if request.calibration_file:
-        read_calibration_file(request.calibration_file, rows)
+        chats = read_calibration_file(request.calibration_file, rows)
+        check_lengths(chats, folder, inspection.context_length, settings.calibration.max_tokens)
     if inspection.kind == "adapter":
         inspection = _inspect_base(folder, request)
     check_family_precisions(inspection.architecture, [recipe.precision for recipe in recipes])

@@ -66,6 +66,30 @@ def read_calibration_file(text: str, evaluation: Iterable[EvaluationRow]) -> lis
     return rows
 
 
+def check_lengths(rows: Sequence[TrainingRow], folder: Path, context: int, max_tokens: int) -> None:
+    """Raise `BadInput` for a chat that is longer than the context even without what a chat template adds.
+
+    Only the first chats are looked at, of `max_tokens` tokens together: others are not used. An adapter (context 0) and
+    a checkpoint without a tokenizer.json are looked at when they are calibrated.
+    """
+    if not context or not (folder / "tokenizer.json").is_file():
+        return
+    from tokenizers import Tokenizer
+
+    tokenizer, total = Tokenizer.from_file(str(folder / "tokenizer.json")), 0
+    for number, row in enumerate(rows, 1):
+        tokens = sum(len(tokenizer.encode(turn.content, add_special_tokens=False).ids) for turn in row.messages)
+        if tokens > context:
+            raise BadInput(
+                f"Row {number} of the calibration file has over {tokens} tokens; the model's context is {context}.",
+                "Shorten or remove the row.",
+                code="calibration-row-too-long",
+            )
+        total += tokens
+        if total >= max_tokens:
+            return
+
+
 def write_calibration_file(
     rows: Sequence[TrainingRow], evaluation: Iterable[EvaluationRow], settings: Settings
 ) -> str | None:

@@ -84,7 +84,27 @@ def gguf(architecture: str = "llama", *, cut: int = 0, **changes: Any) -> Callab
 GOOD_ROW = '{"id": 1, "messages": [{"role": "user", "content": "x"}], "expected": "y"}'
 OLIVE = '{"input_model": {"type": "HfModel", "model_path": "x"}, "passes": {"p": {"type": "%s"}}}'
 
+CALIBRATION = ("--calibration", "{checkpoint}/chats.jsonl", "--eval", "{checkpoint}/eval.jsonl")
+
+
+def write_chats(*chats: tuple[str, str]) -> Callable[[Path], Any]:
+    """Write chats to calibrate on, beside an evaluation file whose one row asks x."""
+
+    def change(folder: Path) -> None:
+        lines = [
+            json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n"
+            for q, a in chats
+        ]
+        (folder / "chats.jsonl").write_text("".join(lines), "utf-8")
+        (folder / "eval.jsonl").write_text(GOOD_ROW, "utf-8")
+
+    return change
+
+
 CASES = {
+    "no chats to calibrate on": Case("has no rows", write_chats(), CALIBRATION),
+    "a chat that is judged": Case("Chat 2 of the calibration", write_chats(("y", "z"), ("x", "y")), CALIBRATION),
+    "a chat beyond the context": Case("the model's context is", write_chats(("why", "x y " * 2000)), CALIBRATION),
     "missing path": Case("no such folder", checkpoint="{checkpoint}-gone"),
     "a file": Case("is a file", checkpoint="{checkpoint}/config.json"),
     "no config": Case("has no config.json", remove("config.json")),
