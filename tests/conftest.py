@@ -1,4 +1,4 @@
-"""What holds for all tests: a quiet process of its own, no settings of the user's, and no silent skips in CI."""
+"""The environment of all tests: no telemetry, no settings of the user, and no silent skips in CI."""
 
 import dataclasses
 import os
@@ -66,7 +66,7 @@ SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}
 
 @pytest.hookimpl(wrapper=True)  # before `-m` selects and xdist groups, which read the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Mark whole journeys and the tests of real runtimes, and say which tests go to the same worker.
+    """Mark whole journeys and the tests of real runtimes, and assign groups of tests to workers.
 
     Those of a module do (`pytest -n 2 --dist loadgroup`), which share its fixtures, and those of the demo. Whole
     journeys share nothing that takes time to make, unless they say so by the mark itself. What takes longest comes
@@ -130,7 +130,7 @@ def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 
 def unmeasured_environment() -> dict[str, str]:
-    """The process environment without what starts coverage in a child: most of what it runs there is other packages'
+    """The process environment without coverage in child processes, which mostly run other packages'
     imports, which take half as long again under it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
@@ -170,7 +170,7 @@ def moto() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def strict(rclone: S3Server) -> Iterator[S3Server]:
-    """rclone's server behind a proxy that judges conditions and checksums, as AWS does and neither server does."""
+    """rclone's server behind a proxy that judges conditions and checksums, as AWS does, unlike these servers."""
     with FaultProxy(rclone, conditional_writes=True, verifies_sha256=True) as proxy:
         yield dataclasses.replace(rclone.at(proxy.endpoint_url), kind="strict")
 
@@ -204,7 +204,7 @@ def settings(home: Path) -> Settings:
 
 @pytest.fixture
 def torch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have calls that would start a child process performed in the one that stays (tests.support.torch_process)."""
+    """Perform calls that would start a child process in the one that stays (tests.support.torch_process)."""
     monkeypatch.setattr(supervisor, "ChildProcess", lambda _environment=None: TORCH_PROCESS)
 
 

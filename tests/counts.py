@@ -1,4 +1,4 @@
-"""What tells whether the house is in order: `python -m tests.counts` counts it, tests/test_counts.py holds it."""
+"""Counts of the code's structure: `python -m tests.counts` prints them, tests/test_counts.py checks the limits."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ ROOMS = ("deployments", "flows", "tasks", "infra")
 
 @dataclass(frozen=True)
 class Count:
-    """A figure, how high it may be, and what it counts: `where` names each."""
+    """A count, its limit, and what it counts; `where` names each occurrence."""
 
     what: str
     limit: float
@@ -20,7 +20,7 @@ class Count:
 
 
 def sources(*rooms: str) -> Iterator[Path]:
-    """Yield the product's modules of these rooms, or of all."""
+    """Yield the product's modules in these folders, or all modules."""
     for room in rooms or ROOMS:
         yield from sorted((ROOT / room).rglob("*.py"))
 

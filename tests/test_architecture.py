@@ -1,4 +1,4 @@
-"""docs/architecture.md names files that are there, and the check that it adds as an example works."""
+"""docs/architecture.md names existing files, and its example of a new check works."""
 
 import os
 import re

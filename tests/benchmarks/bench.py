@@ -1,4 +1,4 @@
-"""What the rows of tests/benchmarks/targets.py share: a row's form, and the checkpoint and builds that several need."""
+"""Shared parts of the rows of tests/benchmarks/targets.py: a row's form, and the checkpoint and builds."""
 
 import os
 import time
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Row:
-    """One figure beside what it is held against.
+    """One figure, and its peer and target.
 
     `measured` and `peer` are in `unit`. `ratio` is measured over whatever the target is a share or a multiple of.
     `met` is None where nothing decides it: no target, or no peer in this run.
@@ -59,7 +59,7 @@ def row_beside(
     at_most: float | None = None,
     **details: Any,
 ) -> Row:
-    """Return a row that is held beside the peer's figure; its target, if it has one, is a multiple of that."""
+    """Return a row that is compared with the peer's figure; its target, if any, is a multiple of that."""
     ratio = measured / peer if peer else None
     target, met = "", None
     if at_most is not None:
@@ -83,7 +83,7 @@ def row_beside(
 def row_below(
     key: str, what: str, measured: float, unit: str, limit: float, target: str | None = None, **details: Any
 ) -> Row:
-    """Return a row whose target is a limit in the same unit; `target` says it where it is made of several numbers."""
+    """Return a row whose target is a limit in the same unit; `target` describes it if it has several numbers."""
     return Row(
         key=key,
         what=what,
@@ -112,7 +112,7 @@ class Build:
 
 @dataclass(frozen=True)
 class PeerFiles:
-    """What llama.cpp made of the checkpoint, by type."""
+    """llama.cpp's files of the checkpoint, by type."""
 
     files: dict[str, Path]
     steps: dict[str, Watched]
@@ -124,7 +124,7 @@ class PeerFiles:
 
 
 class Bench:
-    """One run of the benchmarks: its folder, its size, its peer, and what rows have made for each other."""
+    """One run of the benchmarks: its folder, its size, its peer, and builds that rows share."""
 
     def __init__(
         self, folder: Path, *, tiny: bool, peer: LlamaCpp | None, say: Callable[[str], None], with_stock: bool = False

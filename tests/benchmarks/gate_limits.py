@@ -1,4 +1,4 @@
-"""Measure where a broken model's distributions part from a rounded one's: what `BROKEN_LIMITS` of the gate rests on.
+"""Measure the distributions of broken and of rounded models, from which `BROKEN_LIMITS` of the gate come.
 
 Run as `python -m tests.benchmarks.gate_limits CHECKPOINT [--recipes fp16 int8 int4-rtn] [--rows 24]` on a checkpoint
 with trained weights of a Llama-like architecture. Sound variants are built by slmops' own recipes and answer in
@@ -94,7 +94,7 @@ def _swap(model: Any, one: int, other: int) -> None:
 
 
 def _interleave(model: Any) -> None:
-    """Order q and k as a GGUF file holds them, without the permutation that goes with it."""
+    """Order q and k as in a GGUF file, without the matching permutation."""
     for layer in model.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             rows, columns = projection.weight.shape
@@ -177,7 +177,7 @@ def sound_variants(
     sizes: dict[str, int],
     reference: Path,
 ) -> Iterator[Distance]:
-    """Yield the distances of what the recipes build."""
+    """Yield the distances of the recipes' builds."""
     for name in names:
         recipe, folder = load_recipe(name), work / name
         build(recipe, checkpoint, folder, sizes["threads"])

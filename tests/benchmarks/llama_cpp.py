@@ -145,7 +145,7 @@ def cache_folder() -> Path:
 
 
 def peer() -> LlamaCpp | None:
-    """Return llama.cpp, built now if it has not been yet; None, with the reason printed, where that cannot be done."""
+    """Return llama.cpp, built now if necessary; None, with the reason printed, if it cannot be built."""
     folder = cache_folder()
     if all(_tool_in(folder, name).is_file() for name in TOOLS):
         return LlamaCpp(folder)
@@ -189,7 +189,7 @@ def _build(folder: Path, log: Path) -> None:
 
 
 def _build_tools(folder: Path, log: Path) -> tuple[str, str | None]:
-    """Return cmake, and ninja where there is one: the system's, else the package index's in an environment here."""
+    """Return cmake, and ninja if available: the system's, else those of the package index in an environment here."""
     cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
     if cmake:
         return cmake, ninja

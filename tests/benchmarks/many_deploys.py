@@ -16,7 +16,7 @@ from slmops.infra.settings import load_settings
 
 
 def main() -> None:
-    """Deploy each argument under a name of its own, int4 alone."""
+    """Deploy each argument under its own name, only int4."""
     settings = load_settings()
     prepare_prefect(settings)
     from slmops.flows.deploy import deploy  # Prefect reads its environment when it is imported

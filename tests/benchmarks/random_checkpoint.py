@@ -1,4 +1,4 @@
-"""Checkpoints of any size with random weights, written shard by shard: memory holds one shard at a time.
+"""Checkpoints of any size with random weights, written shard by shard, so that only one shard is in memory.
 
 Run as `python -m tests.benchmarks.random_checkpoint FOLDER [--shape qwen2.5-3b] [--shard-mb 2000]`.
 """
@@ -56,7 +56,7 @@ def write_random_checkpoint(
 
 
 def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Return what the checkpoint of a configuration holds, by transformers' own word, without making any weight."""
+    """Return the tensor shapes of a configuration from transformers, without making any weight."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Measure what slmops' own recipes cost and give: size, speed, and distance from the checkpoint they are built from.
+"""Measure slmops' own recipes: size, speed, and distance from the source checkpoint.
 
 Run as `python -m tests.benchmarks.recipes [--model smollm2-off-grid] [--precisions int4 int8] [--threads 2]
 [--rounds 5]`; builds every recipe of the precisions from a checkpoint with trained weights and measures them in turn,

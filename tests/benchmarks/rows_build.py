@@ -61,7 +61,7 @@ def build_wall(bench: Bench) -> Iterator[Row]:
 
 
 def build_memory(bench: Bench) -> Iterator[Row]:
-    """Peak memory of each build, in the process that builds all variants, what earlier builds left included."""
+    """Peak memory of each build, in the process that builds all variants, including memory that earlier builds left."""
     built, peer = bench.builds[0], bench.peer_files
     for precision, peer_type in {"int4": "Q4_0", "int8": "Q8_0", "fp16": "f16"}.items():
         build = built[precision]

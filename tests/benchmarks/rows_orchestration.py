@@ -1,4 +1,4 @@
-"""Rows about everything around the stages: starting, deploying, deploying again, deploying many."""
+"""Rows about the overhead around the stages: start, deploy, second deploy, many deploys."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ def start_up(bench: Bench) -> Iterator[Row]:
 
 
 def embedded(bench: Bench) -> Iterator[Row]:
-    """A deploy and the same one again where no Prefect server is configured."""
+    """A deploy, and the same deploy again, without a configured Prefect server."""
     home = bench.folder / "embedded-home"
     yield from _deploy_twice(bench, "embedded", home, {}, overhead=(5.0, 0.02), again_s=8.0)
 

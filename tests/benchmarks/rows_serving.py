@@ -1,4 +1,4 @@
-"""Rows about int4 variants at work: speed, load time and memory, beside llama.cpp's Q4_0."""
+"""Rows about serving int4 variants: speed, load time and memory, compared with llama.cpp's Q4_0."""
 
 import statistics
 from collections.abc import Iterator
@@ -80,7 +80,7 @@ def _rows_of(recipe: str, ours: list[dict[str, Any]], theirs: list[BenchResult])
 
 
 def _measure(bench: Bench, folder: Path, name: str) -> dict[str, Any]:
-    """Measure as a deploy does, without the sweep over prompt lengths, which is no part of these figures."""
+    """Measure as a deploy does, without the sweep over prompt lengths, which these figures do not include."""
     child = run_in_child(
         Measure(
             model_dir=folder,

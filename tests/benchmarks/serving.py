@@ -39,7 +39,7 @@ SAMPLE_INTERVAL_S = 0.5
 
 
 class Load:
-    """Clients that ask without pause until so many requests are done."""
+    """Clients that send requests without pause until a number is reached."""
 
     def __init__(self, server: RunningServer, requests: int, new_tokens: int) -> None:
         self.latencies_ms: list[float] = []

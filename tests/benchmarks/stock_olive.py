@@ -1,4 +1,4 @@
-"""Olive's own way to the same three variants: its ModelBuilder with onnxruntime-genai 0.14.1, which it was made for.
+"""Stock Olive's builds of the same three variants, by its ModelBuilder with its onnxruntime-genai 0.14.1.
 
 That version of the builder is kept in `slmops-bench/` of the user's cache folder, where only these commands see it. The
 rest is what this environment has, Olive itself above all. A run takes four minutes and 11 GB of memory.

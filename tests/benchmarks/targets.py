@@ -1,4 +1,4 @@
-"""Measure what slmops promises to cost, each figure beside its target and, where there is one, beside llama.cpp's.
+"""Measure the costs of slmops, and compare each figure with its target and, if available, with llama.cpp's.
 
 Run as `python -m tests.benchmarks.targets [--json FILE] [--only ROW ...] [--tiny] [--without-peer] [--with-stock]`. The
 model is Qwen2.5-0.5B's shape with random weights; `--tiny` takes one of 0.1 M parameters, to try the benchmark itself:
@@ -91,7 +91,7 @@ class Screen:
             self.console.print(table_of(self.rows))
 
     def say(self, what: str) -> None:
-        """Tell what is being done."""
+        """Print the current activity."""
         text = f"{datetime.now():%H:%M:%S} {what}"
         if self.console.is_terminal:
             self._doing.update(text=text)
@@ -131,7 +131,7 @@ def _number(value: float) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the machine facts on which the figures depend."""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "cpu": _cpu_model(),
@@ -187,7 +187,7 @@ def _own_s() -> float:
 
 
 def measure(bench: Bench, keys: list[str], screen: Screen, document: dict[str, Any], save: Callable[[], None]) -> None:
-    """Measure the rows in turn; one that fails leaves the others alone. What each took goes into the document."""
+    """Measure the rows in turn; a failure does not affect the others. The time of each goes into the document."""
     seconds, others, errors = (document.setdefault(name, {}) for name in ("seconds", "others_cpu_share", "errors"))
     for key in keys:
         started, share = time.perf_counter(), OthersShare()

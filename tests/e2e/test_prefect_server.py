@@ -1,4 +1,4 @@
-"""Against a running Prefect server: what its API has of a deploy, and cancelling from there."""
+"""With a running Prefect server: a deploy's records in its API, and cancellation over the API."""
 
 import logging
 import signal
@@ -28,7 +28,7 @@ def answer_of(method: str, url: str, body: Any = None) -> httpx.Response:
 
 
 def call(method: str, url: str, body: Any = None) -> Any:
-    """Return what the API answers to a call that it takes; None where that is nothing."""
+    """Return the API's answer to an accepted call, or None."""
     answer = answer_of(method, url, body).raise_for_status()
     return answer.json() if answer.content else None
 

@@ -1,4 +1,4 @@
-"""Promotions and rollbacks of really deployed versions: everything changes together, or nothing does."""
+"""Promotions and rollbacks of really deployed versions: all changes are made, or none."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def registry_of(slmops: Slmops) -> ModelRegistry:
 
 
 def holds(slmops: Slmops) -> dict[str, Any]:
-    """Who is champion by the store and by Foundry Local."""
+    """Return the champion according to the store and to Foundry Local."""
     registered = registered_models(Settings(home=slmops.home))
     ids = [model.model_id for model in registered if model.name == "home"]
     assert all(model.folder_exists for model in registered)
@@ -216,7 +216,7 @@ def test_a_server_that_refuses_has_everything_undone(slmops: Slmops, model_serve
 
 
 def end_in_a_hand_over(slmops: Slmops, model_server: ModelServer, number: signal.Signals) -> str:
-    """Promote home@2, end the process while the server takes it over, and return what it said."""
+    """Promote home@2, end the process during the hand-over, and return its output."""
     model_server.waits.clear()
     model_server.reached.clear()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run where it is ignored

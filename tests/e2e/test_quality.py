@@ -1,4 +1,4 @@
-"""The quality gate on whole journeys: what ships is what was trained, and the precision is chosen by measurement."""
+"""The quality gate on whole journeys: the deployed model is the trained one, and measurements choose the precision."""
 
 import json
 import shutil

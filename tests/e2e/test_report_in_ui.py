@@ -223,7 +223,7 @@ def brightness(colour: str) -> int:
 
 
 def requests_of(driver: webdriver.Chrome) -> list[str]:
-    """What the page asked for since it was opened, data: addresses left out."""
+    """The page's requests since it was opened, without data: addresses."""
     messages: list[dict[str, Any]] = [
         json.loads(entry["message"])["message"] for entry in driver.get_log("performance")
     ]

@@ -1,4 +1,4 @@
-"""`slmops retrain` on the demo's checkpoint: a new room is learned and promoted, and wrong labels are kept out."""
+"""`slmops retrain` on the demo's checkpoint: a new room is promoted, and wrong labels are rejected."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ LEARNING = ("--method", "full", "--learning-rate", "5e-4", "--epochs", "6", "--b
 
 
 def commands() -> list[dict[str, Any]]:
-    """Rows in rooms that the demo has never heard of, in a random order."""
+    """Rows in rooms that are unknown to the demo, in a random order."""
     rows = [
         {
             "messages": [{"role": "user", "content": manner.format(phrase.format(room))}],

@@ -1,4 +1,4 @@
-"""`slmops serve` on real models: OpenAI's client is the judge, and faults come from outside."""
+"""`slmops serve` on real models: tested with OpenAI's client, with injected faults."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def model_dir(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def served_home(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with three versions of `home`, of which the third is damaged, and one of `other`."""
+    """A home with three versions of `home`, the third one damaged, and one of `other`."""
     home = tmp_path_factory.mktemp("served-home") / "home"
     registry = registry_of(home)
     for number in (1, 2):
@@ -63,7 +63,7 @@ def home(served_home: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(served_home: Path) -> Iterator[RunningServer]:
-    """One server for all tests that leave it as it is."""
+    """One server for all tests that do not change it."""
     with serving(served_home) as running:
         yield running
 

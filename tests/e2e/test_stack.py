@@ -82,7 +82,7 @@ def checkpoint(slmops: Slmops, tiny: Path) -> str:
 
 @pytest.fixture(scope="module")
 def killed(stack: Stack, slmops: Slmops, checkpoint: str) -> Iterator["subprocess.Popen[str]"]:
-    """The documented call, under way, with three precisions; one of the two workers was killed in mid-build."""
+    """The documented call, running, with three precisions; one of the two workers was killed during a build."""
     script = example("sh", "curl").replace('["int4"]', '["fp16", "int8", "int4"]')
     assert "int8" in script
     variables = slmops.variables(CHECKPOINT=checkpoint, NAME="scaled")
@@ -121,7 +121,7 @@ def query(stack: Stack, path: str, **body: Any) -> list[dict[str, Any]]:
 
 
 class Page:
-    """A person's way through a page: what is seen is waited for, and clicked by its text."""
+    """A person's actions on a page: wait for visible elements, and click them by their text."""
 
     def __init__(self, driver: webdriver.Chrome, folder: Path) -> None:
         self.driver = driver
@@ -165,7 +165,7 @@ class Page:
         self.on(f"[id='{field}']", None, lambda one: one.send_keys(value))
 
     def remove(self, chosen: str) -> None:
-        """Take one of several chosen values away."""
+        """Remove one of several chosen values."""
         self.click(f"button[aria-label='Remove {chosen} tag']")
 
     def shot(self, name: str) -> None:

@@ -56,7 +56,7 @@ def wait_for(what: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
 
 
 class Webhook(ThreadingHTTPServer):
-    """What somebody's chat is: it takes notices by HTTP."""
+    """A chat service that receives notices by HTTP."""
 
     def __init__(self) -> None:
         notices: list[dict[str, str]] = []
@@ -99,7 +99,7 @@ def up(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterator[U
 
 @pytest.fixture(scope="module")
 def api(up: Up) -> str:
-    """The API's address, with the user and password that it asks for."""
+    """The API's address, with the required user and password."""
     return up.api_url.replace("://", f"://{up.password}@")
 
 
@@ -280,7 +280,7 @@ def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
 
 
 def messages_of(api: str, run: dict[str, Any]) -> list[str]:
-    """What the log of a run's flow and its engine says."""
+    """The log messages of a run's flow and its engine."""
     logs = query(api, "logs", logs={"flow_run_id": {"any_": [run["id"]]}})
     return [log["message"] for log in logs if log["name"] == "prefect.flow_runs"]
 

@@ -1,4 +1,4 @@
-"""What `slmops up` finds when it starts: a home of the version before, in a folder that a stranger wrote."""
+"""The start of `slmops up` with a home of the previous version, in a foreign folder."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ NIGHTLY = {"cron": "0 4 * * *", "timezone": "Europe/Berlin"}
 
 
 def make_home_of_the_version_before(home: Path) -> None:
-    """A home as the version before left it: an API open to all, deployments of its modules, files that all may read."""
+    """A home of the previous version: an open API, deployments of its modules, files that everybody may read."""
     folder = home / "prefect"
     folder.mkdir(parents=True)
     with prefect_server(folder, unmeasured_environment()) as url:

@@ -48,7 +48,7 @@ class Up:
 
     @property
     def password(self) -> str:
-        """The API's user and password, where the message says that they are."""
+        """The API's user and password, from the file that the message names."""
         found = re.search(r"asks for the user and password in (\S+);", self.log.read_text())
         assert found
         return Path(found[1]).read_text().strip()
@@ -68,7 +68,7 @@ class Up:
             return []
 
     def kill(self) -> None:
-        """End it as a power cut does."""
+        """End it like a power failure."""
         for process in self.tree:
             try:
                 process.kill()

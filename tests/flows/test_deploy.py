@@ -1,4 +1,4 @@
-"""The flow `deploy` with builds that end at once: what is stored, what is reported, what is handed on."""
+"""The flow `deploy` with builds that end at once: what is stored, reported and passed on."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -27,7 +27,7 @@ FLOW = import_module("slmops.flows.deploy")
 
 
 class Stages:
-    """What the stages give that would take a real checkpoint."""
+    """Results of the stages that would need a real checkpoint."""
 
     def __init__(self, registry: ModelRegistry, folder: Path) -> None:
         self.registry, self.folder = registry, folder

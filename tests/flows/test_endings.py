@@ -1,4 +1,4 @@
-"""How a run ends that a user's input or a stage stopped: what its log says, what its state says, what is raised."""
+"""The end of a run after bad input or a failed stage: its log, its state, and the raised error."""
 
 import logging
 import threading

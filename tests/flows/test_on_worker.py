@@ -1,4 +1,4 @@
-"""The flows of a pool's workers: what an order asks is done here and handed back by way of the store."""
+"""The flows of a pool's workers: an order is executed here and its result returned through the store."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """The form of every flow in Prefect's UI, and the JSON that its API takes: names, types, defaults and descriptions.
 
-After a wanted change: `python -m tests.flows.test_parameter_schema` writes the recorded form anew.
+After an intended change, `python -m tests.flows.test_parameter_schema` records the new form.
 """
 
 import json
@@ -16,7 +16,7 @@ FLOWS = ("benchmark", "deploy", "gc", "promote", "regate", "retrain", "rollback"
 
 
 def form(name: str) -> dict[str, Any]:
-    """Return a flow's form, and what is told of the flow itself; white space does not count."""
+    """Return a flow's form and description; white space does not count."""
     flow = getattr(import_module(f"slmops.flows.{name}"), name)
     schema = parameter_schema(flow).model_dump_for_openapi()
     for field in schema["properties"].values():

@@ -1,4 +1,4 @@
-"""Promotions of hand-made versions: what is refused, what is planned, and that failures undo what was changed."""
+"""Promotions of synthetic versions: refusals, plans, and the undoing of changes after failures."""
 
 import json
 from collections.abc import Iterator
@@ -241,7 +241,7 @@ def foundry(monkeypatch: pytest.MonkeyPatch) -> Foundry:
 
 
 class TestDeploys:
-    """What a deploy does with the version that it has just registered and proven."""
+    """A deploy's treatment of the version that it has just registered and proven."""
 
     @pytest.fixture
     def first(self, api: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry) -> None:

@@ -1,4 +1,4 @@
-"""The flow `regate`, and with it the way of a version through the gate, with exams that answer at once."""
+"""The flow `regate`, and with it the qualification of a version, with exams that answer immediately."""
 
 import json
 from collections.abc import Iterator

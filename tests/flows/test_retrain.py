@@ -1,4 +1,4 @@
-"""The flow `retrain` with a fine-tuning and a deploy that end at once: what becomes of the candidate."""
+"""The flow `retrain` with a fine-tuning and a deploy that end at once: the outcome for the candidate."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -30,7 +30,7 @@ CHAT = '{"messages": [{"role": "user", "content": "light %d"}, {"role": "assista
 
 
 class Stages:
-    """What the stages before the comparison give."""
+    """Results of the stages before the comparison."""
 
     def __init__(self, registry: ModelRegistry, folder: Path) -> None:
         self.registry, self.folder = registry, folder
@@ -54,7 +54,7 @@ class Stages:
     def fine_tune(
         self, dataset: Any, base: PreparedCheckpoint, hyperparameters: Hyperparameters, settings: Settings
     ) -> Any:
-        """Return a record of the asked question."""
+        """Return a record of the question."""
         from slmops.tasks.training.fine_tune import key_of
 
         fields: dict[str, Any] = dict.fromkeys(FineTuning.model_fields, 1) | {
@@ -71,7 +71,7 @@ class Stages:
         return "checkpoint", FineTuning(**fields)
 
     def challenge(self, challenger: Any, champion: Any, evaluation: EvaluationSet) -> Challenge:
-        """Return the gain that is to be."""
+        """Return the configured gain."""
         score = Estimate(value=0.5, low=0.4, high=0.6)
         return Challenge(
             champion=champion.reference,

@@ -159,7 +159,7 @@ class FakeModel:
 
 
 class EndureFake(Endure):
-    """Exercise a fake runtime; `fault.json` in the model folder says what is wrong with it."""
+    """Run the endurance test on a fake runtime; `fault.json` in the model folder names its fault."""
 
     def perform(self, progress: Progress) -> None:
         fault = json.loads((self.model_dir / "fault.json").read_text())

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass
 class Case:
-    """What is damaged in a copy of the tiny checkpoint, what is asked for, and a part of what must be said."""
+    """The damage to a copy of the tiny checkpoint, the options, and a part of the expected message."""
 
     said: str
     damage: Callable[[Path], Any] = lambda folder: None

@@ -1,6 +1,6 @@
-"""The command line as it is promised: every command, its options with types and defaults, and its help, to the letter.
+"""The recorded command line: every command, its options with types and defaults, and its help.
 
-After a wanted change: `python -m tests.deployments.cli.test_command_line` writes the recorded form anew.
+After an intended change, `python -m tests.deployments.cli.test_command_line` records the new form.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""One line in a record makes a parameter of the flow, described in its form, and an option of the command."""
+"""One line in a record declares a parameter of the flow, with its description, and an option of the command."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from tests.support.errors import coded
 
 @dataclass(frozen=True)
 class Order:
-    """What a table can be asked for."""
+    """An order for a table."""
 
     table: Annotated[int, Parameter("Number of the table.", positional=True)]
     dishes: Annotated[tuple[str, ...], Parameter("Dishes to serve.", "Dish; repeatable.", "--dish")] = ("soup",)
@@ -41,7 +41,7 @@ def serve(order: Order) -> Order:
 
 
 def asked(*arguments: str) -> dict[str, Any]:
-    """Return what a command line asks for, as the flow's parameters."""
+    """Return the flow's parameters from a command line."""
     found: dict[str, Any] = {}
     app = typer.Typer()
 

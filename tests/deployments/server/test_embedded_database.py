@@ -29,7 +29,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever migrates now, fails."""
+    """A migration fails here."""
     monkeypatch.setattr(embedded_database, "_migrate", None)
 
 

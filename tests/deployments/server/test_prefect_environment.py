@@ -1,4 +1,4 @@
-"""Which API Prefect uses, where its files go, and that it keeps silent."""
+"""Prefect's environment: its API, the place of its files, no telemetry."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A checkpoint folder is read by its headers alone; whatever is damaged there is bad input."""
+"""Only the headers of a checkpoint folder are read; any damage there is bad input."""
 
 import json
 import pickle

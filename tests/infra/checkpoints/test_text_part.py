@@ -1,4 +1,4 @@
-"""The text part of multi-modal checkpoints: the same logits as in the whole, and built as a text model is."""
+"""The text part of multi-modal checkpoints: the same logits as in the whole model, and the build of a text model."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def make_whole(directory: Path, model: str) -> Path:
 
 
 def with_old_names(directory: Path) -> None:
-    """Rename the tensors as the Hub's files of before transformers 5 have them."""
+    """Rename the tensors as in the Hub's files before transformers 5."""
     from safetensors.torch import load_file, save_file
 
     tensors = {}

@@ -1,4 +1,4 @@
-"""The bill of materials: valid by CycloneDX's own validator, whole, the same for the same input, free of secrets."""
+"""The bill of materials: valid by CycloneDX's own validator, complete, reproducible, without secrets."""
 
 import json
 import time

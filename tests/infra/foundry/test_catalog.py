@@ -465,7 +465,7 @@ def ask_runtime(url, directory, **questions):
 
 
 def cache_model(directory, model_id):
-    """Make a folder that the runtime takes for a model's; it could not be loaded."""
+    """Make a folder that the runtime lists as a model, though it could not be loaded."""
     folder = Path(directory, "cache", "models", *model_id.split(":"))
     folder.mkdir(parents=True)
     (folder / "genai_config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The `foundry` command, which has no build for Linux: a script stands in that prints what the real one prints."""
+"""The `foundry` command, which has no build for Linux: a script with the same output replaces it."""
 
 import os
 import stat
@@ -48,7 +48,7 @@ def install(
 
 
 def seen(cache: Path) -> str:
-    """What it makes of the model."""
+    """Its view of the model."""
     return seen_by_command(cache, MODEL_ID, "Turn on the light", 30)
 
 

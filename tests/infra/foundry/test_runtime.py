@@ -230,7 +230,7 @@ def conversations_of(family):
 
 @pytest.fixture(scope="module")
 def families(model_dir, tmp_path_factory):
-    """Per family: a model folder with its tokenizer and chat template, and what transformers and genai make of it."""
+    """Per family: a model folder with its tokenizer and chat template, and its prompts in transformers and genai."""
     directory = tmp_path_factory.mktemp("families")
     styles = {style for style, _ in FAMILIES.values()}
     checkpoints = {style: make_tiny_checkpoint(directory / style, chat_template=style) for style in styles}

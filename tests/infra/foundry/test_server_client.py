@@ -1,4 +1,4 @@
-"""Running servers are found, asked, and believed when they refuse."""
+"""Running servers are found and queried, and their refusals are reported."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What a model folder may name: everything else is refused, by its name, and every build of slmops passes."""
+"""The references that a model folder may have: others are refused by name, and every build of slmops passes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Mended chat templates: genai renders them as transformers renders the checkpoint's, and transformers does too."""
+"""Corrected chat templates: genai and transformers render them as transformers renders the checkpoint's."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Mended tokenizers: genai gives the tokens with which a model was trained, whatever transformers 5 makes of a file."""
+"""Corrected tokenizers: genai gives the tokens of the model's training, unlike transformers 5."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ JUDGED = [name for name in CONVERSATIONS if name not in NOTED_ONLY]
 
 
 class Case:
-    """A checkpoint with a real tokenizer, and the files that the model builder makes of it."""
+    """A checkpoint with a real tokenizer, and the model builder's files for it."""
 
     def __init__(self, directory: Path, tokenizer: str, model_type: str, saved_by: str | None, **config: Any) -> None:
         self.checkpoint, self.model = directory / "checkpoint", directory / "model"
@@ -51,7 +51,7 @@ class Case:
         return found
 
     def answers(self) -> list[str]:
-        """Return what genai makes of the tokens of answers, as it streams them."""
+        """Return genai's streamed texts of the tokens of answers."""
         genai = og.Tokenizer(str(self.model))
         texts = []
         for messages in CONVERSATIONS.values():

@@ -1,4 +1,4 @@
-"""Checkpoints that llama.cpp's converter turned into GGUF files come back bit by bit, config included."""
+"""Checkpoints that llama.cpp's converter turned into GGUF files are restored bit by bit, with their config."""
 
 import json
 from pathlib import Path

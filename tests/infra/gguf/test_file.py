@@ -1,4 +1,4 @@
-"""GGUF files that are cut off, lie about lengths or are of another kind are refused in a sentence, in little memory."""
+"""GGUF files that are truncated, have wrong lengths or are of another kind are refused with little memory."""
 
 import json
 import random
@@ -23,7 +23,7 @@ TOKENS = [*(chr(code) for code in range(33, 127)), "ab"]
 
 
 def write_gguf(path: Path, architecture: str = "llama", merge: str = "a b", **changes: object) -> Path:
-    """Write a whole model of two layers of 32; `changes` are metadata without the architecture's name."""
+    """Write a complete model of two layers of 32; `changes` are metadata without the architecture's name."""
     import numpy as np
 
     writer = GGUFWriter(path, architecture)
@@ -58,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def understood(path: Path) -> None:
-    """All that is asked of a file before it is converted."""
+    """All facts that are read from a file before its conversion."""
     file = read_gguf(path)
     config_of(file)
     tensors_of(file)
@@ -101,7 +101,7 @@ def test_a_header_with_wrong_values(tmp_path: Path, whole: bytes, at: int, form:
 
 
 def test_an_array_that_claims_to_be_longer_than_any_memory_takes_none(tmp_path: Path, whole: bytes) -> None:
-    """The library's own reader goes on over nothing until memory ends."""
+    """The library's own reader would continue until the memory is exhausted."""
     content = bytearray(whole)
     at = whole.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
     for element, size in ((0, 1), (8, 8)):  # of bytes, of texts

@@ -1,4 +1,4 @@
-"""Tokenizers out of GGUF files give the ids of the families' own, by llama.cpp's test vectors and by the real files."""
+"""Tokenizers from GGUF files give the same ids as those of the families, by llama.cpp's test vectors and real files."""
 
 import json
 from pathlib import Path

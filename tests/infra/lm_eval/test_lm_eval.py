@@ -55,7 +55,7 @@ def only_plain_words(checkpoint):
 
 @pytest.fixture(scope="module", params=["qwen2", "llama with begin token"])
 def pair(request, tmp_path_factory):
-    """lm-eval's own runner on a float32 checkpoint, and ours on its fp32 build."""
+    """lm-eval's own runner on a float32 checkpoint, and slmops's runner on its fp32 build."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -243,7 +243,7 @@ def test_the_folders_digest_covers_tasks_and_data_inside_and_outside(tmp_path):
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """Run tasks of a folder with no model; what the child changes in its process is put back."""
+    """Run tasks of a folder with no model; changes to the process are undone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "evaluate", None)
     monkeypatch.setattr(utils, "env", utils.env)

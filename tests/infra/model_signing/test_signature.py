@@ -1,4 +1,4 @@
-"""The signature of a version: what it accepts, everything that it must refuse, and that it stays on this machine."""
+"""The signature of a version: what it accepts and refuses, and that it works offline."""
 
 import base64
 import copy
@@ -149,7 +149,7 @@ class TestRefusals:
             verify_manifest(altered, signature, folder / "key.pub")
 
     def test_a_signature_that_leaves_the_manifest_out_is_not_taken(self, folder: Path) -> None:
-        """Without a check of our own this passes for every manifest: the library leaves out what it says."""
+        """Without slmops's own check this passes for every manifest: the library skips files that it names."""
         from model_signing import hashing, signing, verifying
 
         empty = folder / "empty"

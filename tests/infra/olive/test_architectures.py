@@ -1,4 +1,4 @@
-"""Which config.json is accepted, and what the refusal says."""
+"""The accepted forms of config.json, and the refusals."""
 
 import importlib.util
 import re
@@ -113,7 +113,7 @@ def test_a_precision_that_a_family_does_not_have_is_refused() -> None:
 
 
 def test_every_decoder_of_the_builder_is_accepted_or_has_its_reason() -> None:
-    """When this fails, the builder has a new one: prove it, and add it to the supported, or to the others here."""
+    """If this fails, the builder has a new one: prove it, and add it to the supported ones or to the others here."""
     spec = importlib.util.find_spec("onnxruntime_genai.models")
     assert spec and spec.submodule_search_locations
     source = (Path(next(iter(spec.submodule_search_locations))) / "builder.py").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Pages of mapped checkpoint files are let go, and what was changed in memory is not."""
+"""Pages of mapped checkpoint files are released, except those changed in memory."""
 
 import mmap
 import sys
@@ -16,7 +16,7 @@ SIZE_BYTES = 64 * 2**20
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A file that was written just now, as a training's is."""
+    """A recently written file, like that of a training."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\1" * SIZE_BYTES)
     return path

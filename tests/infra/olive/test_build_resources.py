@@ -1,4 +1,4 @@
-"""What a build reads, writes and holds in memory: counts that do not depend on how fast the machine is.
+"""A build's reads, writes and memory: counts that do not depend on the machine's speed.
 
 Everything is built in one process, as in a deploy, after a first build that has paid for the imports.
 """
@@ -34,7 +34,7 @@ class Figures(NamedTuple):
 
 
 def measured(folder: Path, builds: list[tuple[Path, str]], *, as_olive_does: bool = False) -> list[Figures]:
-    """Build, each after the one before, and return what each but the first took."""
+    """Build one after the other, and return the cost of each except the first."""
     with torch_process(Settings(home=folder)) as child:
         done = [
             child.run(
@@ -69,7 +69,7 @@ def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def builds(checkpoint: Path, deeper: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Figures]:
-    """What each build took, by its checkpoint's name and its precision."""
+    """The cost of each build, by its checkpoint's name and its precision."""
     asked = {
         (name, precision): (folder, precision)
         for name, folder in {"small": checkpoint, "deeper": deeper}.items()
@@ -89,7 +89,7 @@ def test_a_model_is_written_once_and_its_checkpoint_never_read_into_memory(
 
 
 def test_olive_itself_still_copies_and_hashes(checkpoint: Path, tmp_path: Path) -> None:
-    """Else infra/olive/lean_files.py can go."""
+    """Otherwise infra/olive/lean_files.py can be removed."""
     (figures,) = measured(tmp_path, [(checkpoint, "fp16"), (checkpoint, "fp16")], as_olive_does=True)
     assert figures.read > size_of(checkpoint)
     assert figures.written > 1.1 * figures.size

@@ -253,7 +253,7 @@ def test_what_no_build_uses_is_not_imported() -> None:
     ("module", "imported"), [("__init__.py", "olive.cli.api"), ("evaluator/accuracy.py", "torchmetrics")]
 )
 def test_olive_itself_imports_it_still(module: str, imported: str) -> None:
-    """When this fails, infra/olive/lean_import.py has less to do."""
+    """If this fails, infra/olive/lean_import.py can be reduced."""
     spec = importlib.util.find_spec("olive")
     assert spec and spec.origin
     tree = ast.parse((Path(spec.origin).parent / module).read_text("utf-8"))

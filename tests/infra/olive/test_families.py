@@ -125,7 +125,7 @@ MENDED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", MENDED)
 def test_the_builder_needs_this_correction(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When this fails, the mend can go."""
+    """If this fails, the correction can be removed."""
     mend, config = MENDED[case]
     monkeypatch.setattr(genai_builder, "MENDS", [other for other in genai_builder.MENDS if other is not mend])
     checkpoint = make_family(tmp_path / "checkpoint", config)

@@ -1,4 +1,4 @@
-"""Calibrated quantization: what GPTQ gains over rounding, and what the builder makes of it in each family."""
+"""Calibrated quantization: the gain of GPTQ over rounding, and its builds in each family."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def weight() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def inputs() -> torch.Tensor:
-    """Return inputs [n, COLUMNS] that are correlated, and of different size, as those of a trained model are."""
+    """Return inputs [n, COLUMNS] that are correlated and of different size, like those of a trained model."""
     random = torch.Generator().manual_seed(1)
     mixed = torch.randn(2000, 40, generator=random) @ torch.randn(40, COLUMNS, generator=random)
     noise = torch.randn(2000, COLUMNS, generator=random)

@@ -1,4 +1,4 @@
-"""Weights quantized one by one, when they are written, are those that the builder gives by its own way."""
+"""Weights quantized one by one, while they are written, equal those of the unpatched builder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ def _quiet() -> Iterator[None]:
 
 
 def built(checkpoint: Path, output: Path, options: dict[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Build, and return the graph's nodes with all that they say, and the initializers."""
+    """Build, and return the graph's nodes with all attributes, and the initializers."""
     import onnx_ir as ir
 
     build(build_request(checkpoint, output, **options), lambda done, total, what: None)
@@ -47,7 +47,7 @@ def built(checkpoint: Path, output: Path, options: dict[str, Any]) -> tuple[list
 
 
 def watched(patch: pytest.MonkeyPatch) -> list[bool]:
-    """Return a list that tells, after a build, whether it was streamed."""
+    """Return a list that shows, after a build, whether it was streamed."""
     can_stream, answers = streamed_quantization._can_stream, []
 
     def watch(model: Any) -> bool:

@@ -15,7 +15,7 @@ def said(name, text, **further):
 
 @pytest.fixture
 def run(tmp_path):
-    """Exercise a fake runtime with a fault; returns the journal's lines, and the error if the child ended with one."""
+    """Test a fake runtime with a fault; returns the journal's lines, and the error if the child ended with one."""
 
     def run(fault, *, requests=0, edge_inputs=(), step_deadline_s=60):
         (tmp_path / "fault.json").write_text(json.dumps(fault))

@@ -1,4 +1,4 @@
-"""What other programs take of the machine's CPU."""
+"""The CPU that other programs use."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Versions as single files: what comes back, that it is the same archive each time, and everything that is refused."""
+"""Versions as single files: the restored content, reproducible archives, and everything that is refused."""
 
 import contextlib
 import errno
@@ -44,7 +44,7 @@ Members = list[tuple[tarfile.TarInfo, bytes]]
 
 
 class FarStore:
-    """A store that is not on this machine, as far as anyone can tell."""
+    """A store that behaves like a remote one."""
 
     def __init__(self, root: Path) -> None:
         self._store = LocalObjectStore(root)
@@ -99,7 +99,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def versions_files(folder: Path) -> dict[str, bytes]:
-    """What of a store is its versions': neither aliases nor their history, whose time is that of the copy."""
+    """The versions of a store, without aliases and their history, whose times are those of the copy."""
     return {key: data for key, data in files_below(folder).items() if not {"aliases", "history"} & set(key.split("/"))}
 
 
@@ -159,7 +159,7 @@ def exported(tmp_path: Path) -> Exported:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """One that tests only read and import into nothing."""
+    """An archive that tests only read, and do not import."""
     return Exported(tmp_path_factory.mktemp("archive"))
 
 
@@ -749,7 +749,7 @@ def test_a_manifest_that_cannot_be_relied_on_is_refused(case: str, kept: Exporte
 
 
 class TestSizes:
-    """What is large by its header is refused by it, before it is read."""
+    """A member that is too large by its header is refused before it is read."""
 
     @pytest.mark.parametrize(
         ("index", "size_bytes", "said"),
@@ -861,7 +861,7 @@ def test_a_second_archive_after_the_end_is_refused(kept: Exported, tmp_path: Pat
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_one_altered_byte_is_refused_or_was_of_the_evidence(kept: Exported, data: st.DataObject) -> None:
-    """Files and manifest are held to their digests, all else to its form; only evidence has no digest."""
+    """Files and manifest are checked by their digests, everything else by its form; only evidence has no digest."""
     content = bytearray(kept.file.read_bytes())
     offset = data.draw(st.integers(0, len(content) - 1))
     content[offset] ^= data.draw(st.integers(1, 255))

@@ -1,4 +1,4 @@
-"""The history of who was champion: complete, in order, and without what never came to pass."""
+"""The history of champions: complete, in order, and without changes that had no effect."""
 
 import getpass
 from pathlib import Path

@@ -69,7 +69,7 @@ def test_a_version_goes_there_and_back(
 def test_evidence_that_is_forged_is_not_taken_for_the_stores_own(
     file: str, here: ModelRegistry, tmp_path: Path
 ) -> None:
-    """It is newer than any, says that it is nobody's copy, and one calls itself a report, which carries no mark."""
+    """It is newer than any other, claims not to be a copy, and one file has the name of a report, which has no mark."""
     manifest = store_version(here, tmp_path / "built")
     forged = {
         "kind": "deploy",

@@ -1,4 +1,4 @@
-"""Garbage and leases: what is removed, and what work under way keeps."""
+"""Garbage and leases: what is removed, and what running work keeps."""
 
 import re
 import subprocess

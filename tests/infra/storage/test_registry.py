@@ -1,4 +1,4 @@
-"""The registry of versions on every store: what is read back, what is shared, what survives races and crashes."""
+"""The registry of versions on every store: reading back, sharing, and behaviour in races and crashes."""
 
 import errno
 import functools
@@ -530,7 +530,7 @@ class Crash(BaseException):
 
 @contextmanager
 def a_process_that_ends() -> Iterator[None]:
-    """Whatever this block leaves in a store, it was left by a process of this machine that has ended."""
+    """Remains of this block in a store look like those of an ended process of this machine."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         ended = re.sub("~.*", f"~{process.pid}~1", this_process())
     assert has_ended(ended)

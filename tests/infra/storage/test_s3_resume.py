@@ -1,4 +1,4 @@
-"""Uploads that a killed process left half done are gone on with, on every S3 server."""
+"""Unfinished uploads of a killed process are continued, on every S3 server."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def blob_of(path: Path) -> Blob:
 
 
 def leave_half_done(s3: StoreCase, blob: Blob, content: bytes, parts: Callable[[int], bool]) -> None:
-    """Do what a process that is killed in mid-upload has done: some parts are sent, nothing is completed."""
+    """Leave the state of a process that was killed during an upload: some parts are sent, nothing is completed."""
     server: S3Server | None = s3.server
     assert server
     bucket, _, prefix = s3.uri.removeprefix("s3://").partition("/")

@@ -1,4 +1,4 @@
-"""The S3 servers and the faulty proxy that other tests stand on, and what these servers do and do not check."""
+"""The S3 servers and the fault proxy of other tests, and what these servers check."""
 
 import base64
 import contextlib
@@ -189,7 +189,7 @@ class TestServers:
 
 
 class TestFacts:
-    """What holds of these servers and not of S3, or of one of them only: what a test can rely on."""
+    """Facts about these servers that differ from S3, or apply to one of them only, on which tests can rely."""
 
     def test_moto_alone_knows_conditional_writes(self, s3: S3Server, bucket: str) -> None:
         client = s3.client()
@@ -369,7 +369,7 @@ def _race(server: S3Server, bucket: str, *, rounds: int, writers: int) -> list[l
 
 
 class TestConditionalWrites:
-    """With the proxy's own judgement, either server has them as S3 does."""
+    """With the proxy's checks, both servers behave like S3."""
 
     def test_they_hold_or_are_refused(self, s3: S3Server, bucket: str) -> None:
         with FaultProxy(s3, conditional_writes=True) as proxy:

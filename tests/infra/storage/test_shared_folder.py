@@ -1,4 +1,4 @@
-"""A folder that several deploys use at once: it stays until the last of them is done."""
+"""A folder that several deploys use at once: it stays until the last of them has finished."""
 
 import subprocess
 import sys

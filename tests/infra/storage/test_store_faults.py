@@ -1,4 +1,4 @@
-"""Every fault in an S3 store and on the way to it: what is said, what is tried again, and what is never seen."""
+"""Every fault in an S3 store and on the way to it: messages, retries, and states that must never occur."""
 
 import contextlib
 import errno
@@ -92,7 +92,7 @@ def quick_clients() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: None) -> None:
-    """No AWS settings of the user's, and parts that are as small as S3 allows."""
+    """No AWS settings of the user, and the smallest parts that S3 allows."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
@@ -103,7 +103,7 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: None) -
 
 @pytest.fixture
 def brief_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts are as many as always, with less time between them."""
+    """The number of attempts is unchanged, with less time between them."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
 
 
@@ -127,7 +127,7 @@ def add_version(registry: ModelRegistry, folder: Path, files: dict[str, bytes], 
 
 
 class Journey:
-    """A machine with versions of its own, and an S3 store behind a proxy."""
+    """A machine with its own versions, and an S3 store behind a proxy."""
 
     def __init__(self, server: S3Server, tmp_path: Path, proxy: FaultProxy) -> None:
         self.tmp_path, self.proxy = tmp_path, proxy
@@ -162,7 +162,7 @@ class Journey:
         return open_local_registry(self.settings(home))
 
     def assert_arrived(self, registry: ModelRegistry) -> None:
-        """The version is there, whole, and the only one."""
+        """The version is complete, and the only one."""
         assert registry.versions("home") == [registry.of(self.manifest)]
         assert verify_version(registry.of(self.manifest)).damage == ()
         assert registry.aliases("home") == {}
@@ -190,7 +190,7 @@ def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journey]:
 
 
 def assert_clean(root: Path) -> None:
-    """Whatever a local store shows is whole, and nothing is left of what was under way."""
+    """Everything in a local store is complete, and nothing is left of unfinished work."""
     objects = LocalObjectStore(root)
     for entry in objects.entries(BLOBS):
         assert hashlib.sha256(objects.read_bytes(entry.key)).hexdigest() == entry.key.rpartition("/")[2]
@@ -208,7 +208,7 @@ def assert_one_sentence(error: SlmopsError) -> None:
 
 @dataclass
 class Case:
-    """What a user finds who cannot use the store: `commands` are those that come upon it, each alike."""
+    """The error of a user who cannot use the store: `commands` are those with this error."""
 
     said: str
     status: int = 2
@@ -289,7 +289,7 @@ def run_cli(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[in
 
 @pytest.fixture(scope="module")
 def shared_journey(rclone: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journey]:
-    """A journey whose version is pushed; nothing is changed in it by commands that are refused."""
+    """A journey whose version is pushed; refused commands change nothing in it."""
     with FaultProxy(rclone) as proxy:
         yield Journey(rclone, tmp_path_factory.mktemp("shared"), proxy).pushed()
 
@@ -594,7 +594,7 @@ def test_a_server_that_drops_the_condition_is_found_out(moto: S3Server, tmp_path
 
 
 def commit_at_once(journey: Journey, rounds: int) -> None:
-    """Let two processes commit versions of `home` at once; each gets a number of its own, round by round."""
+    """Let two processes commit versions of `home` at once; each gets its own number, round by round."""
     environment = {**os.environ, **journey.store.environment(journey.proxy.endpoint_url), "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(

@@ -43,7 +43,7 @@ MB = 2**20
 
 @pytest.fixture
 def run(tmp_path):
-    """Exercise a fake runtime with a fault; returns the record."""
+    """Run the endurance test on a fake runtime with a fault; returns the record."""
 
     def run(fault, *, requests=0, exercise_s=120, on_progress=None):
         model_dir = tmp_path / "model"
