@@ -11,11 +11,12 @@ import pytest
 from onnx import numpy_helper
 
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, StoredVariant
+from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
 from tests.e2e.conftest import Slmops
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.genai_models import build_genai_model
+from tests.support.versions import stored_variant
 
 Demo = tuple[Slmops, dict[str, Any]]
 INT8 = ("--precision", "int8")
@@ -180,17 +181,7 @@ def _truncate_the_vocabulary(checkpoint: Path, directory: Path) -> Path:
 
 
 def _commit(registry: ModelRegistry, manifest: Manifest, name: str, folders: dict[str, Path]) -> Manifest:
-    variants = [
-        StoredVariant(
-            precision=precision,
-            device="cpu",
-            execution_provider="cpu",
-            recipe="sabotage",
-            recipe_digest="0" * 64,
-            files=registry.add_files(folder),
-        )
-        for precision, folder in folders.items()
-    ]
+    variants = [stored_variant(registry, folder, precision) for precision, folder in folders.items()]
     version, is_new = registry.commit(name, manifest.source, manifest.builder, variants)
     assert is_new
     return version

@@ -17,12 +17,13 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
 from slmops.infra.settings import Settings
-from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.manifest import Manifest, Source
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
 from tests.support.reports import full_report
+from tests.support.versions import stored_variant
 from tests.tasks.report.test_report import HOSTILE, hostile_report
 
 pytestmark = pytest.mark.slow
@@ -124,14 +125,7 @@ def stored_version(registry: ModelRegistry, folder: Path) -> Manifest:
     for number in range(3):
         folder.mkdir(exist_ok=True)
         (folder / "genai_config.json").write_text(json.dumps({"number": number}))
-        variant = StoredVariant(
-            precision="int4",
-            device="cpu",
-            execution_provider="cpu",
-            recipe="cpu-int4",
-            recipe_digest="0" * 64,
-            files=registry.add_files(folder),
-        )
+        variant = stored_variant(registry, folder)
         manifest, _ = registry.commit("home", source, {"olive-ai": "0.13.0"}, [variant])
     return manifest
 

@@ -11,7 +11,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from slmops.flows.benchmark import benchmark
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.storage.manifest import Source, StoredVariant
+from slmops.infra.storage.manifest import Source
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA, Measurement, measure_variant
@@ -19,7 +19,7 @@ from slmops.tasks.report.benchmark import REGRESSION_EVENT
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
-from tests.support.versions import add_evidence, evidence
+from tests.support.versions import add_evidence, evidence, stored_variant
 
 pytestmark = pytest.mark.slow
 
@@ -64,14 +64,7 @@ def registry(settings):
 @pytest.fixture
 def commit(registry):
     def make(name, folder, precision="int4", others=()):
-        variant = StoredVariant(
-            precision=precision,
-            device="cpu",
-            execution_provider="cpu",
-            recipe=precision,
-            recipe_digest="1" * 64,
-            files=registry.add_files(folder),
-        )
+        variant = stored_variant(registry, folder, precision)
         source = Source(digest="0" * 64, origin="x", architecture="qwen2", parameters=1)
         return registry.commit(name, source, {}, [variant, *others])[0]
 

@@ -13,22 +13,31 @@ BUILDER = {"olive-ai": "0.13.0", "onnxruntime-genai": "0.18.0"}
 FILES = {"model.onnx": b"graph", "model.onnx.data": b"weights" * 1000, "sub/tokenizer.json": b"{}"}
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files below a folder."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+
+
+def stored_variant(registry: ModelRegistry, folder: Path, precision: str = "int4") -> StoredVariant:
+    """Store a folder's files as a variant of a version that is to be committed."""
+    return StoredVariant(
+        precision=precision,
+        device="cpu",
+        execution_provider="cpu",
+        recipe=f"cpu-{precision}",
+        recipe_digest="b" * 64,
+        files=registry.add_files(folder),
+    )
+
+
 def store_version(
     registry: ModelRegistry, folder: Path, files: Mapping[str, bytes] = FILES, name: str = "home"
 ) -> Manifest:
     """Store files as the int4 variant of a version, with the evidence of a deploy that registered it."""
-    for path, content in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-    variant = StoredVariant(
-        precision="int4",
-        device="cpu",
-        execution_provider="cpu",
-        recipe="cpu-int4",
-        recipe_digest="b" * 64,
-        files=registry.add_files(folder),
-    )
-    manifest, _ = registry.commit(name, SOURCE, BUILDER, [variant])
+    write_files(folder, files)
+    manifest, _ = registry.commit(name, SOURCE, BUILDER, [stored_variant(registry, folder)])
     add_evidence(registry, manifest, "deploy", {"variants": [{"precision": "int4", "status": "registered"}]})
     registry.of(manifest).put_report("report.md", f"# {manifest.reference}")
     registry.release_files()

@@ -26,12 +26,12 @@ from slmops.infra.storage import tar as tar_file
 from slmops.infra.storage.archive import export_version, import_version
 from slmops.infra.storage.garbage import delete_version
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.manifest import Manifest, Source
 from slmops.infra.storage.origin import unmarked
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.verification import verify_version
 from tests.support.errors import coded
-from tests.support.versions import add_evidence, latest_evidence
+from tests.support.versions import add_evidence, latest_evidence, stored_variant, write_files
 
 SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="Qwen2ForCausalLM", parameters=494_000_000)
 INT4 = {"model.onnx": b"graph", "model.onnx.data": bytes(range(256)) * 40, "sub/tokenizer.json": b"{}", "empty": b""}
@@ -65,20 +65,8 @@ def make_version(
     stored = []
     for precision, files in (variants or {"int4": INT4, "int8": INT8}).items():
         with TemporaryDirectory(dir=work) as folder:
-            for name, content in files.items():
-                path = Path(folder) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            stored.append(
-                StoredVariant(
-                    precision=precision,
-                    device="cpu",
-                    execution_provider="cpu",
-                    recipe=f"cpu-{precision}",
-                    recipe_digest="b" * 64,
-                    files=registry.add_files(Path(folder)),
-                )
-            )
+            write_files(Path(folder), files)
+            stored.append(stored_variant(registry, Path(folder), precision))
     manifest, _ = registry.commit("home", SOURCE, {"olive-ai": "0.13.0"}, stored)
     registry.release_files()
     if evidence:

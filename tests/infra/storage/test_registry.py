@@ -32,7 +32,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from tests.support.errors import coded
 from tests.support.stores import StoreCase
-from tests.support.versions import add_evidence, evidence, latest_evidence
+from tests.support.versions import add_evidence, evidence, latest_evidence, stored_variant, write_files
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE = Source(digest="a" * 64, origin="/checkpoints/home", architecture="Qwen2ForCausalLM", parameters=494_000_000)
@@ -56,18 +56,8 @@ def local(root: Path) -> ModelRegistry:
 
 
 def variant(registry: ModelRegistry, folder: Path, files: dict[str, bytes], precision: str = "int4") -> StoredVariant:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return StoredVariant(
-        precision=precision,
-        device="cpu",
-        execution_provider="cpu",
-        recipe=f"cpu-{precision}",
-        recipe_digest="b" * 64,
-        files=registry.add_files(folder),
-    )
+    write_files(folder, files)
+    return stored_variant(registry, folder, precision)
 
 
 _folders = itertools.count()

@@ -48,22 +48,10 @@ from tests.support.s3_proxy import (
     permanent_redirect,
     wrong_region,
 )
-from tests.support.s3_servers import S3Server, moto_server, rclone_binary, rclone_server
+from tests.support.s3_servers import S3Server, rclone_binary, rclone_server
 
 ROOT = Path(__file__).resolve().parents[3]
 MB = 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with rclone_server(tmp_path_factory.mktemp("rclone") / "buckets") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[S3Server]:
-    with moto_server() as server:
-        yield server
 
 
 @pytest.fixture(params=["rclone", "moto"])

@@ -30,7 +30,7 @@ from slmops.infra.errors import BadInput, PassingFault, SlmopsError, StageFailed
 from slmops.infra.settings import Settings, StoreSettings
 from slmops.infra.storage.copying import CopiedVersion, copy_version
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, Source, StoredVariant
+from slmops.infra.storage.manifest import Manifest, Source
 from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import BLOBS, Blob
 from slmops.infra.storage.opening import open_local_registry, open_registry
@@ -60,7 +60,7 @@ from tests.support.s3_proxy import (
 )
 from tests.support.s3_servers import SECRET_ACCESS_KEY, S3Server
 from tests.support.stores import empty_store
-from tests.support.versions import add_evidence, evidence
+from tests.support.versions import add_evidence, evidence, stored_variant, write_files
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
@@ -109,18 +109,8 @@ def brief_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def add_version(registry: ModelRegistry, folder: Path, files: dict[str, bytes], name: str = "home") -> Manifest:
     """Commit files as a version with evidence that it can be served, as a deploy does."""
-    for path, data in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-    made = StoredVariant(
-        precision="int4",
-        device="cpu",
-        execution_provider="cpu",
-        recipe="r",
-        recipe_digest="b" * 64,
-        files=registry.add_files(folder),
-    )
-    manifest, _ = registry.commit(name, SOURCE, {"olive-ai": "0.13.0"}, [made])
+    write_files(folder, files)
+    manifest, _ = registry.commit(name, SOURCE, {"olive-ai": "0.13.0"}, [stored_variant(registry, folder)])
     add_evidence(registry, manifest, "deploy", {"variants": [{"precision": "int4", "status": "registered"}]})
     registry.release_files()
     return manifest

@@ -34,7 +34,7 @@ from slmops.tasks.verdict.thresholds import thresholds_for
 from tests.support.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model, with_weights_set
-from tests.support.versions import add_evidence
+from tests.support.versions import add_evidence, stored_variant
 
 
 def row(row_id: Any, **fields: Any) -> EvaluationRow:
@@ -182,14 +182,7 @@ def stored(tmp_path: Path) -> tuple[ModelRegistry, Manifest, StoredVariant]:
     registry = ModelRegistry(LocalObjectStore(tmp_path / "store"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.onnx").write_bytes(b"x")
-    variant = StoredVariant(
-        precision="int8",
-        device="cpu",
-        execution_provider="cpu",
-        recipe="test",
-        recipe_digest="0" * 64,
-        files=registry.add_files(tmp_path / "model"),
-    )
+    variant = stored_variant(registry, tmp_path / "model", "int8")
     source = Source(digest="1" * 64, origin="here", architecture="Qwen2ForCausalLM", parameters=1)
     manifest, _ = registry.commit("home", source, {}, [variant])
     return registry, manifest, variant

@@ -11,7 +11,7 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import GateSettings, Settings, SoakSettings, TimeoutSettings
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Source, StoredVariant
+from slmops.infra.storage.manifest import Source
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams.endurance import (
     CALLS,
@@ -30,7 +30,7 @@ from slmops.tasks.workshop import Workshop, working_in
 from tests.infra.child_functions import EndureFake
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.genai_models import build_genai_model
-from tests.support.versions import evidence
+from tests.support.versions import evidence, stored_variant
 
 CONTEXT_LENGTH = 1024
 NAMES = [edge_input.name for edge_input in edge_inputs(CONTEXT_LENGTH, [ControlToken("<end>", 5)])]
@@ -239,14 +239,7 @@ class TestRealRuntimes:
     def test_a_stored_variants_endurance_is_kept_and_reused(self, model_dir, settings, tmp_path):
         settings = settings.model_copy(update={"soak": SoakSettings(requests=0)})
         registry = ModelRegistry(LocalObjectStore(tmp_path / "store"))
-        variant = StoredVariant(
-            precision="fp32",
-            device="cpu",
-            execution_provider="cpu",
-            recipe="cpu-fp32",
-            recipe_digest="b" * 64,
-            files=registry.add_files(model_dir),
-        )
+        variant = stored_variant(registry, model_dir, "fp32")
         source = Source(digest="a" * 64, origin="x", architecture="Qwen2ForCausalLM", parameters=1)
         manifest, _ = registry.commit("home", source, {}, [variant])
 

@@ -3,13 +3,12 @@ import re
 import shutil
 import unicodedata
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.served_files import mend_files
-from slmops.infra.storage.manifest import Source, StoredVariant
+from slmops.infra.storage.manifest import Source
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.exam import Bench, examine
 from slmops.tasks.exams.template_parity import ParityExam, TemplateParity, check_parity
@@ -19,7 +18,7 @@ from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.family_tokenizers import FAMILIES, save_tokenizer, save_variant
 from tests.support.genai_models import build_genai_model
-from tests.support.versions import evidence
+from tests.support.versions import evidence, stored_variant
 
 SYSTEM = ["system and user", "several turns with system"]
 JUDGED = [name for name in CONVERSATIONS if name not in NOTED_ONLY]
@@ -279,24 +278,13 @@ def test_a_tokenizer_that_transformers_rebuilds_is_compared_with_its_file(case):
     assert mentions(parity, "LlamaTokenizer in transformers 5 splits texts otherwise than tokenizer.json")
 
 
-def stored(registry, folder: Path, precision) -> StoredVariant:
-    return StoredVariant(
-        precision=precision,
-        device="cpu",
-        execution_provider="cpu",
-        recipe=f"cpu-{precision}",
-        recipe_digest="b" * 64,
-        files=registry.add_files(folder),
-    )
-
-
 def test_variants_with_the_same_tokenizer_are_compared_once(case, settings):
     made, registry = case("chatml"), open_registry(settings)
-    variants = [stored(registry, made.variant, "int4")]
+    variants = [stored_variant(registry, made.variant, "int4")]
     (made.variant / "notes.txt").write_text("another weight", "utf-8")
-    variants.append(stored(registry, made.variant, "int8"))
+    variants.append(stored_variant(registry, made.variant, "int8"))
     made.set_template(made.template() + " ")
-    variants.append(stored(registry, made.variant, "fp16"))
+    variants.append(stored_variant(registry, made.variant, "fp16"))
     source = Source(digest="a" * 64, origin="here", architecture="LlamaForCausalLM", parameters=1)
     manifest, _ = registry.commit("home", source, {"olive-ai": "0.13"}, variants)
 

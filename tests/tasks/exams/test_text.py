@@ -32,7 +32,7 @@ from slmops.tasks.workshop import Workshop, working_in
 from tests.support.checkpoints import SENTENCES, make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model, with_weights_set
-from tests.support.versions import evidence
+from tests.support.versions import evidence, stored_variant
 
 
 @given(st.text(min_size=1, max_size=300), st.integers(1, 20), st.booleans())
@@ -176,17 +176,7 @@ def model_dir(work, checkpoint):
 
 def store(registry, checkpoint, folders, parameters=100_000):
     source = Source(digest="a" * 64, origin=str(checkpoint), architecture="Qwen2ForCausalLM", parameters=parameters)
-    variants = [
-        StoredVariant(
-            precision=precision,
-            device="cpu",
-            execution_provider="CPUExecutionProvider",
-            recipe=f"cpu-{precision}",
-            recipe_digest="b" * 64,
-            files=registry.add_files(folder),
-        )
-        for precision, folder in folders.items()
-    ]
+    variants = [stored_variant(registry, folder, precision) for precision, folder in folders.items()]
     manifest, _ = registry.commit("home", source, {"onnxruntime-genai": "0.18.0"}, variants)
     prepared = PreparedCheckpoint(
         uri=checkpoint.as_uri(), origin=str(checkpoint), digest="a" * 64, inspection=inspect_checkpoint(checkpoint)
