@@ -56,14 +56,19 @@ NOT_SHIPPED = ("microsoft/Phi-3.5-mini-instruct", "microsoft/Phi-4-mini-instruct
 
 
 def main() -> None:
-    """Prove every model and write what was found; a model that is not exact ends the command."""
+    """Prove every model that is not in the file yet, and write what is found; one that is not exact ends the command.
+
+    The file is begun anew where it holds for other versions.
+    """
     configs = {name: config for name, config in REAL.items() if name not in NOT_SHIPPED}
     configs |= {name: {**REAL[base], **changes} for name, (base, changes) in SIZES.items()}
-    proven: dict[str, dict[str, Any]] = {}
-    for name, config in configs.items():
+    shipped = json.loads(SHIPPED.read_text("utf-8"))
+    proven: dict[str, dict[str, Any]] = shipped["proven"] if shipped["versions"] == versions() else {}
+    known = {found["model"] for found in proven.values()}
+    for name in (name for name in configs if name not in known):
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
-            checkpoint = make_family(work / "checkpoint", {**config, "vocab_size": KEPT_TOKENS})
+            checkpoint = make_family(work / "checkpoint", {**configs[name], "vocab_size": KEPT_TOKENS})
             call = ProveFamily(checkpoint_dir=checkpoint, kept_dir=work / "kept", work_dir=work, threads=2)
             proof = call.perform(lambda done, total, what: None)
         print(f"{name}: {proof.distance:.1e} over {proof.lengths} tokens", flush=True)
@@ -71,7 +76,7 @@ def main() -> None:
             raise SystemExit(f"{name} is not exact: {proof.first_difference}")
         found = {"architecture": proof.architecture, "distance": float(f"{proof.distance:.1e}")}
         proven[proof.key] = {"model": name, **found, "lengths": list(proof.lengths)}
-    SHIPPED.write_text(json.dumps({"versions": versions(), "proven": proven}, indent=1) + "\n", "utf-8")
+        SHIPPED.write_text(json.dumps({"versions": versions(), "proven": proven}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
