@@ -10,6 +10,7 @@ from slmops.infra.storage.version import Version
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.on_workers import examine_on_workers
 from slmops.tasks.exams.source import has_source, sources_in_use
+from slmops.tasks.exams.statements import statements_of
 from slmops.tasks.report.assemble import deploy_report, failures_of, judged
 from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
@@ -70,6 +71,7 @@ def qualify(
             champion_id=standing.foundry_model_id,
             warnings=(*warnings, *standing.warnings),
             unchanged=not any(outcome.changed for outcome in outcomes),
+            statements=statements_of(prepared.folder, prepared.inspection) if prepared else (),
         )
         report = publish_report(report, version, settings)
     if standing.refusal:

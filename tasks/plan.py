@@ -25,6 +25,7 @@ from slmops.tasks.environment.checks import (
     require_resources,
 )
 from slmops.tasks.environment.estimates import StageEstimate, estimate_stages
+from slmops.tasks.exams.statements import Statement, statements_of
 from slmops.tasks.exams.text import read_text_file
 from slmops.tasks.foundry.ids import foundry_model_id
 from slmops.tasks.questions.evaluation_set import EvaluationRow, read_rows
@@ -44,6 +45,7 @@ class DeployPlan(Record):
     stages: tuple[StageEstimate, ...]
     time_s: float
     warnings: tuple[str, ...]
+    statements: tuple[Statement, ...] = ()
 
 
 def parse_request(parameters: dict[str, Any]) -> DeployRequest:
@@ -98,6 +100,7 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
     if request.calibration_file:
         chats = read_calibration_file(request.calibration_file, rows)
         check_lengths(chats, folder, inspection.context_length, settings.calibration.max_tokens)
+    statements = statements_of(folder, inspection, request.generation_defaults)
     if inspection.kind == "adapter":
         inspection = _inspect_base(folder, request)
     check_family_precisions(inspection.architecture, [recipe.precision for recipe in recipes])
@@ -117,6 +120,7 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
         rows=used,
         stages=tuple(stages),
         time_s=sum(stage.time_s for stage in stages),
+        statements=statements,
         warnings=(*inspection.warnings, *(text for recipe in recipes for text in recipe.warnings)),
     )
 

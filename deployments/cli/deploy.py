@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slmops.deployments.cli.options import Json, LogLevel, asks_for
-from slmops.deployments.cli.output import print_json, print_line, print_plots, print_table
+from slmops.deployments.cli.output import print_json, print_line, print_plots, print_statements, print_table
 from slmops.deployments.cli.running import end_with, load_settings, run_flow, version_of
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, RegateParameters
 
@@ -130,5 +130,6 @@ def _show_plan(plan: "DeployPlan") -> None:
     ]
     print_table(f"Plan for {plan.name}: {plan.parameters:,} parameters, {plan.rows} evaluation rows", rows)
     print_line(f"About {plan.time_s:,.0f} s in all. Estimates are for two cores.")
+    print_statements(plan.statements)
     for text in plan.warnings:
         print_line(f"warning: {text}")

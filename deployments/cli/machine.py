@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from slmops.deployments.cli.options import Json
-from slmops.deployments.cli.output import print_json, print_line, print_table
+from slmops.deployments.cli.output import print_json, print_line, print_statements, print_table
 from slmops.deployments.cli.running import load_settings
 
 
@@ -35,14 +35,19 @@ def check(
 ) -> None:
     """Check this machine: Python, packages against the proven versions, Foundry's runtime, memory and disk.
 
-    With a checkpoint, also whether a model of its configuration is built as transformers has it.
+    With a checkpoint, also what its files say, whether the runtimes make its prompts, and whether a model of its
+    configuration is built as transformers has it.
     """
+    from slmops.tasks.checkup import check_files
     from slmops.tasks.environment.checks import check_machine
 
-    checks = check_machine(load_settings(), checkpoint, source_build=source_build)
+    settings = load_settings()
+    of_files, statements = check_files(settings, checkpoint)
+    checks = [*check_machine(settings, checkpoint, source_build=source_build), *of_files]
     ok = all(check.ok for check in checks)
     if as_json:
-        print_json({"ok": ok, "checks": [check.model_dump() for check in checks]})
+        said = {"checkpoint": [statement.model_dump() for statement in statements]} if checkpoint else {}
+        print_json({"ok": ok, "checks": [check.model_dump() for check in checks], **said})
     else:
         rows = [
             {
@@ -55,6 +60,7 @@ def check(
             for check in checks
         ]
         print_table("Environment", rows)
+        print_statements(statements)
     if not ok:
         raise typer.Exit(1)
 

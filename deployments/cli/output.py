@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from slmops.infra.errors import SlmopsError
+
+if TYPE_CHECKING:
+    from slmops.tasks.exams.statements import Statement
 
 SIDE_BY_SIDE = 4  # an 80-column terminal has room for this many columns of figures
 
@@ -45,6 +49,15 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         table.add_row(*(_styled(value) for value in row.values()))
     console.print(table)
+
+
+def print_statements(statements: Sequence["Statement"]) -> None:
+    """Print what a checkpoint says of itself, if it says anything."""
+    rows = [
+        {"what": said.name, "value": said.value, "read from": said.read_from, "used": said.used} for said in statements
+    ]
+    if rows:
+        print_table("What this checkpoint says of itself", rows)
 
 
 def print_plots(draw: Callable[[int], str]) -> None:

@@ -9,6 +9,7 @@ from slmops.infra.storage.version import Version
 from slmops.tasks.build.search import last_search
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.statements import Statement
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport
 from slmops.tasks.request.deploy_request import DeployRequest
@@ -143,6 +144,7 @@ def deploy_report(
     champion_id: str | None,
     warnings: Sequence[str],
     unchanged: bool,
+    statements: Sequence[Statement] = (),
 ) -> DeployReport:
     """Return the report of a version's qualification, with its history from the store.
 
@@ -172,6 +174,7 @@ def deploy_report(
         provenance=provenance_of(version.manifest),
         history=history_of(version, settings.threads),
         search=last_search(version),
+        statements=tuple(statements),
     )
 
 

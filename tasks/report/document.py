@@ -72,6 +72,7 @@ def document(report: DeployReport) -> list[Block]:
         *recipe_blocks(report),
         *_history(report),
         *_remarks(report),
+        *_statements(report),
         *_provenance(report),
     ]
 
@@ -340,6 +341,13 @@ def _remarks(report: DeployReport) -> Iterator[Block]:
         if items:
             yield Heading(title)
             yield from bullets(items)
+
+
+def _statements(report: DeployReport) -> Iterator[Block]:
+    if report.statements:
+        yield Heading("What the checkpoint says of itself")
+        rows = [(said.name, visible(said.value), said.read_from, visible(said.used)) for said in report.statements]
+        yield from table(("what", "value", "read from", "used"), rows)
 
 
 def _provenance(report: DeployReport) -> Iterator[Block]:

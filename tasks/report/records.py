@@ -11,6 +11,7 @@ from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import LengthSweep
 from slmops.tasks.exams.measurement import Measurement
+from slmops.tasks.exams.statements import Statement
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.questions.evaluation_set import EvaluationRow
@@ -111,6 +112,7 @@ class DeployReport(BaseModel):
     provenance: Provenance | None = None
     history: History | None = None
     search: SearchOutcome | None = None
+    statements: tuple[Statement, ...] = ()
 
     @property
     def reference(self) -> str:

@@ -1,0 +1,30 @@
+"""`slmops check` of a checkpoint: what its files say, and whether the runtimes make its prompts."""
+
+from pathlib import Path
+
+from slmops.infra.settings import Settings
+from slmops.tasks.checkpoint.from_gguf import from_gguf
+from slmops.tasks.checkpoint.inspection import inspect_checkpoint
+from slmops.tasks.environment.checks import Check
+from slmops.tasks.exams.early_parity import parity_of
+from slmops.tasks.exams.statements import Statement, statements_of
+
+
+def check_files(settings: Settings, checkpoint: str | None) -> tuple[list[Check], tuple[Statement, ...]]:
+    """Return the rows on a checkpoint's prompts and what it says of itself; nothing without a whole one.
+
+    Raises `BadInput` when the checkpoint cannot be deployed anywhere.
+    """
+    if checkpoint is None:
+        return [], ()
+    folder = from_gguf(Path(checkpoint).expanduser(), settings)
+    inspection = inspect_checkpoint(folder)
+    if inspection.kind != "checkpoint":
+        return [], ()
+    parity = parity_of(folder, {}, settings)
+    found = parity.cause or f"{parity.conversations} conversations have the same tokens"
+    advice = "" if parity.holds else "Give a template that the runtimes render alike: deploy --chat-template FILE."
+    needed = "transformers' tokens in the runtimes"
+    checks = [Check(name="prompts", required=needed, found=found, ok=parity.holds, what_to_do=advice)]
+    checks += [Check(name="prompts", required="no remarks", found=note, ok=True) for note in parity.notes]
+    return checks, statements_of(folder, inspection)

@@ -1,0 +1,107 @@
+"""What a checkpoint says of itself: in which file it was read, and what of it will be used."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.checkpoints.tokenizer import TOKENIZER, saved_by, trained_by_file
+from slmops.infra.genai.template_files import mend_template
+from slmops.infra.records import Json, Record
+from slmops.tasks.checkpoint.inspection import Inspection
+from slmops.tasks.exams.decoding import GENERATION_CONFIG, EndTokens, read_end_tokens, settle_decoding
+
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+# Keys of generation_config.json that are not about how answers are generated.
+NOT_GENERATION = ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config")
+MAX_NAMED = 6
+
+
+class Statement(Record):
+    """One thing that a checkpoint says of itself: `value` as the file `read_from` has it, and what is `used`."""
+
+    name: str
+    value: str
+    read_from: str
+    used: str
+
+
+def statements_of(
+    folder: Path, inspection: Inspection, given: Mapping[str, float] | None = None
+) -> tuple[Statement, ...]:
+    """Return what a checkpoint's files say of how it is served; nothing for an adapter or a built model.
+
+    `given` are the user's generation parameters. Raises `BadInput` for a file that cannot be read.
+    """
+    if inspection.kind != "checkpoint" or not (folder / "config.json").is_file():
+        return ()
+    return (
+        *_end_tokens(read_end_tokens(folder)),
+        *_template(folder),
+        *_tokenizer(folder),
+        _tied(folder, inspection),
+        _generation(folder, given or {}),
+    )
+
+
+def _end_tokens(ends: EndTokens) -> Iterator[Statement]:
+    used = ", ".join(f"{ends.texts.get(token, '')} ({token})".strip() for token in ends.ids) or "none"
+    for place, tokens in ends.places.items():
+        if tokens:
+            value = ", ".join(ends.texts.get(token, str(token)) for token in tokens)
+            yield Statement(name="end of an answer", value=value, read_from=place, used=used)
+    if not ends.ids:
+        yield Statement(name="end of an answer", value="-", read_from="-", used="none: answers never end")
+
+
+def _template(folder: Path) -> Iterator[Statement]:
+    template = read_chat_template(folder)
+    if template is None:
+        return
+    found = [file for file in TEMPLATE_FILES if (folder / file).is_file() and _has_template(folder / file)]
+    mended = mend_template(template)
+    used = "rewritten for the runtimes: " + "; ".join(mended.mends) if mended.mends else "as it is"
+    value = f"{len(template):,} characters"
+    yield Statement(name="chat template", value=value, read_from=found[0] if found else "-", used=used)
+
+
+def _has_template(path: Path) -> bool:
+    return path.suffix == ".jinja" or bool(read_json(path).get("chat_template"))
+
+
+def _tokenizer(folder: Path) -> Iterator[Statement]:
+    if not (folder / TOKENIZER).is_file():
+        yield Statement(name="tokenizer", value="a SentencePiece model", read_from="tokenizer.model", used="converted")
+        return
+    release = saved_by(folder)
+    used = "tokenizer.json" if trained_by_file(folder) else "the tokenizer of transformers' class"
+    value = f"trained with transformers {release}" if release else "no release of transformers is named"
+    yield Statement(name="tokenizer", value=value, read_from="config.json", used=used)
+    added = [token for token in read_json(folder / TOKENIZER).get("added_tokens") or () if isinstance(token, dict)]
+    names = [str(token.get("content")) for token in added]
+    shown = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else "")
+    yield Statement(name="added tokens", value=shown or "none", read_from=TOKENIZER, used="all")
+
+
+def _tied(folder: Path, inspection: Inspection) -> Statement:
+    said = _read(folder / "config.json").get("tie_word_embeddings")
+    used = "one matrix for both" if inspection.tied_embeddings else "a matrix each"
+    value = "not stated" if said is None else f"tie_word_embeddings: {str(said).lower()}"
+    return Statement(name="embedding and lm_head", value=value, read_from="config.json", used=used)
+
+
+def _generation(folder: Path, given: Mapping[str, float]) -> Statement:
+    said = {key: value for key, value in _read(folder / GENERATION_CONFIG).items() if key not in NOT_GENERATION}
+    settled = settle_decoding(folder, given)
+    penalty = settled.decoding.repetition_penalty
+    judged = "judged greedily" + (f" with repetition penalty {penalty:g}" if penalty != 1 else "")
+    served = ", ".join(f"{key} {value:g}" for key, value in given.items())
+    return Statement(
+        name="generation defaults",
+        value=", ".join(f"{key}: {value}" for key, value in said.items()) or "none",
+        read_from=GENERATION_CONFIG if said else "-",
+        used=f"{judged}; served with {served}" if served else f"{judged}; the file's are the served model's",
+    )
+
+
+def _read(path: Path) -> Json:
+    return read_json(path) if path.is_file() else {}
