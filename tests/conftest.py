@@ -18,7 +18,7 @@ from tests.support.prefect_server import prefect_server
 from tests.support.s3_proxy import FaultProxy
 from tests.support.s3_servers import S3Server, moto_server, rclone_server, seaweedfs_server
 from tests.support.stores import KINDS, StoreCase, empty_store
-from tests.support.torch_process import TORCH_PROCESS
+from tests.support.torch_process import TorchStays
 
 FORBID_SKIPS = "SLMOPS_TESTS_FORBID_SKIPS"
 # The user's cache: one for all workers of a session, made by the process that starts them, and never the user's own.
@@ -204,8 +204,8 @@ def settings(home: Path) -> Settings:
 
 @pytest.fixture
 def torch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Perform calls that would start a child process in the one that stays (tests.support.torch_process)."""
-    monkeypatch.setattr(supervisor, "ChildProcess", lambda _environment=None: TORCH_PROCESS)
+    """Have calls that import torch performed in the process that stays (tests.support.torch_process)."""
+    monkeypatch.setattr(supervisor, "ChildProcess", TorchStays)
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 from slmops.deployments.cli import app
+from slmops.infra.process import supervisor
 from slmops.tasks import workshop
 from tests.conftest import unmeasured_environment
 from tests.support.checkpoints import make_tiny_checkpoint
-from tests.support.torch_process import TORCH_PROCESS
+from tests.support.torch_process import TORCH_PROCESS, TorchStays
 
 ROOT = Path(__file__).resolve().parents[2]
 OPEN_GATE = {"SLMOPS_GATE__MIN_TOP1_AGREEMENT": "0", "SLMOPS_GATE__MAX_KL_DIVERGENCE": "1000"}
@@ -91,6 +92,7 @@ class SlmopsHere(Slmops):
             mock.patch.dict(os.environ, variables, clear=True),
             mock.patch("sys.stdin", io.StringIO(text)),
             mock.patch.object(workshop, "torch_process", lambda _settings: TORCH_PROCESS),
+            mock.patch.object(supervisor, "ChildProcess", TorchStays),
             redirect_stdout(out),
             redirect_stderr(err),
             temporary_settings(server),

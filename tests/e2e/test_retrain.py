@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Slmops
+from tests.e2e.conftest import SMALL, Slmops, SlmopsHere
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,8 @@ PHRASES = {
     ),
 }
 MANNERS = ("{}", "please {}", "{} please", "hey, {}", "{} now", "could you {}", "{} for me")
-LEARNING = ("--method", "full", "--learning-rate", "5e-4", "--epochs", "6", "--batch-size", "16", "--precision", "int4")
+ENOUGH_TO_COMPARE = {"SLMOPS_EVALUATION__MAX_ROWS": "60", "SLMOPS_EVALUATION__MAX_NEW_TOKENS": "48"}
+LEARNING = ("--method", "full", "--learning-rate", "1e-3", "--epochs", "4", "--batch-size", "8", "--precision", "int4")
 
 
 def commands() -> list[dict[str, Any]]:
@@ -55,13 +56,14 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_a_better_candidate_is_promoted_the_same_is_skipped_and_a_poisoned_one_kept_out(
     demo: tuple[Slmops, dict[str, Any]], tmp_path: Path
 ) -> None:
-    slmops, _ = demo
-    base = slmops.home / "demo"
+    home = demo[0].home
+    slmops = SlmopsHere(home, {**demo[0].environment, **SMALL, **ENOUGH_TO_COMPARE})
+    base = home / "demo"
     known = [json.loads(line) for line in (base / "eval.jsonl").read_text("utf-8").splitlines()]
     new = commands()
-    dataset = [*new[60:], *known[:100]]  # with what it knows, so that it does not forget it
-    rows = [{"id": f"new-{index}", **row} for index, row in enumerate(new[:60])]
-    evaluation = write(tmp_path / "eval.jsonl", [*rows, *known[100:160]])
+    dataset = [*new[40:100], *known[:30]]  # with what it knows, so that it does not forget it
+    rows = [{"id": f"new-{index}", **row} for index, row in enumerate(new[:40])]
+    evaluation = write(tmp_path / "eval.jsonl", [*rows, *known[100:120]])
     # A model of its own, so that the other tests find the demo's as it was.
     slmops.run("deploy", base, "--name", "house", "--precision", "int4", "--eval", evaluation)
     asked = ("--base", base, "--name", "house", "--eval", evaluation, *LEARNING)

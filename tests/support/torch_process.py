@@ -19,3 +19,14 @@ class LastingProcess(ChildProcess):
 
 # It starts at its first call and ends with this process.
 TORCH_PROCESS = LastingProcess({"MALLOC_ARENA_MAX": "1"})
+IMPORT_TORCH = ("slmops.infra.olive.", "slmops.infra.transformers.")
+
+
+class TorchStays(ChildProcess):
+    """A process for calls, of which those that import torch are performed in the one that stays."""
+
+    def run(self, call: Call[Any], **options: Any) -> ChildResult[Any]:
+        """Perform a call."""
+        if call.target().startswith(IMPORT_TORCH):
+            return TORCH_PROCESS.run(call, **options)
+        return super().run(call, **options)

@@ -38,7 +38,7 @@ def _request(directory: Path, **changes: Any) -> dict[str, Any]:
         **TRAINING,
         "architecture": {**architecture, "num_attention_heads": 2, "num_key_value_heads": 1},
         "vocabulary_size": 300,
-        "epochs": 20,
+        "epochs": 10,
         "learning_rate": 5e-3,
         "seed": 1,
         "train_file": str(directory / "train.jsonl"),
@@ -64,7 +64,7 @@ def _train(directory: Path, progress: Any = None, **changes: Any) -> TrainedChat
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[tuple[float, float, str]]]:
     directory = tmp_path_factory.mktemp("trained") / "run"
     seen: list[tuple[float, float, str]] = []
-    result = _train(directory, lambda done, total, what: seen.append((done, total, what)))
+    result = _train(directory, lambda done, total, what: seen.append((done, total, what)), threads=1)
     return directory / "checkpoint", result, seen
 
 

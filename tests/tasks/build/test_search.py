@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect import flow
-from prefect.testing.utilities import prefect_test_harness
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import Call
@@ -30,10 +30,11 @@ from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.progress import listening
 from slmops.tasks.verdict.pareto import Candidate
 from slmops.tasks.versions.commit import commit_version
-from slmops.tasks.workshop import Workshop, torch_process, working_in
+from slmops.tasks.workshop import Workshop, working_in
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
+from tests.support.torch_process import TORCH_PROCESS
 from tests.support.versions import evidence
 
 ROWS = 20
@@ -163,9 +164,9 @@ class TestChoice:
         assert _choose(*shuffled, scores=scores).chosen == outcome.chosen
 
 
-@pytest.fixture(scope="module")
-def prefect() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
+@pytest.fixture
+def prefect(server: str) -> Iterator[None]:
+    with temporary_settings({PREFECT_API_URL: server}):
         yield
 
 
@@ -173,7 +174,7 @@ def prefect() -> Iterator[None]:
 def small_settings(home: Path) -> Settings:
     return Settings(
         home=home,
-        machine=MachineSettings(threads=2),
+        machine=MachineSettings(threads=1),
         benchmark=BenchmarkSettings(prompt_tokens=(8,), new_tokens=4, repetitions=2),
         evaluation=EvaluationSettings(max_rows=2, max_new_tokens=4),
         gate=GateSettings(min_top1_agreement=0, max_kl_divergence=100),
@@ -199,7 +200,7 @@ class TestSearch:
 
         @flow
         def search() -> tuple[list[BuiltVariant], SearchOutcome]:
-            with torch_process(settings) as torch_child, working_in(Workshop(settings, registry, torch_child)):
+            with working_in(Workshop(settings, registry, TORCH_PROCESS)):
                 return search_recipes(request, prepared, evaluation)
 
         with AnswersExam(evaluation).source_in_use(prepared.digest, settings):
@@ -260,8 +261,7 @@ class TestSearch:
         @flow
         def search() -> tuple[list[BuiltVariant], SearchOutcome]:
             request = _request(precisions=["int4"])
-            shop = Workshop(small_settings, registry, torch_process(small_settings))
-            with shop.torch, working_in(shop):
+            with working_in(Workshop(small_settings, registry, TORCH_PROCESS)):
                 return search_recipes(request, prepared, evaluation)
 
         built, outcome = search()

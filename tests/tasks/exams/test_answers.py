@@ -268,7 +268,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(work: Path) -> Settings:
     return Settings(
         home=work / "home",
-        machine=MachineSettings(threads=2),
+        machine=MachineSettings(threads=1),
         evaluation=EvaluationSettings(max_rows=6, max_new_tokens=4, max_positions=20, batch_size=2),
     )
 
@@ -283,6 +283,7 @@ def fp32(work: Path, checkpoint: Path) -> Path:
     return build_genai_model(checkpoint, work / "fp32")
 
 
+@pytest.mark.usefixtures("torch_stays")
 def test_a_real_checkpoint_and_its_variants_from_rows_to_verdict(
     work: Path, quick: Settings, checkpoint: Path, fp32: Path, tmp_path: Path
 ) -> None:
@@ -382,6 +383,7 @@ def truncated(fp32: Path, directory: Path, size: int, *, embedding: bool) -> Pat
     return directory
 
 
+@pytest.mark.usefixtures("torch_stays")
 @pytest.mark.parametrize("embedding", [False, True])
 def test_a_truncated_vocabulary_is_a_figure_and_is_rejected_by_its_own_check(
     quick: Settings, checkpoint: Path, fp32: Path, tmp_path: Path, embedding: bool

@@ -68,7 +68,7 @@ class Case:
 
 
 @pytest.fixture
-def case(tmp_path, built, settings):
+def case(tmp_path, built, settings, torch_stays):
     def make(family="qwen2.5"):
         return Case(tmp_path, built, settings, FAMILIES[family] if isinstance(family, str) else family)
 

@@ -184,7 +184,9 @@ def store(registry, checkpoint, folders, parameters=100_000):
     return manifest, prepared
 
 
-def test_variants_are_compared_once_and_the_reference_is_kept_until_then(checkpoint, model_dir, home, tmp_path):
+def test_variants_are_compared_once_and_the_reference_is_kept_until_then(
+    checkpoint, model_dir, home, tmp_path, torch_stays
+):
     settings = Settings(home=home, evaluation=EvaluationSettings(max_text_tokens=400, max_positions=60))
     registry = open_registry(settings)
     changed = with_weights_set(model_dir, tmp_path / "changed", "final_norm", 0.5)
