@@ -348,7 +348,7 @@ class TestTheStoreServer:
         assert store.endpoint_url == f"http://{port['host_ip']}:{port['published']}"
         assert store.uri == "s3://slmops/models"
 
-    @pytest.mark.parametrize(("size_bytes", "rounds"), [(10, 4), (3_000_000, 2)])
+    @pytest.mark.parametrize(("size_bytes", "rounds"), [(10, 2), (3_000_000, 1)])
     def test_of_many_writers_of_a_key_one_wins(self, s3: Any, size_bytes: int, rounds: int) -> None:
         for turn in range(rounds):
             key, start = f"models/race-{size_bytes}/{turn}/manifest.json", threading.Barrier(8)
