@@ -112,8 +112,9 @@ def demo(demo_home: Path, server: str) -> tuple[Slmops, dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random-weight Qwen2 checkpoint."""
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "qwen2", tied=False)
+    """A random-weight Qwen2 checkpoint with a short context, whose end the edge inputs reach soon."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    return make_tiny_checkpoint(folder, "qwen2", tied=False, max_position_embeddings=512)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_foundrys_runtime_takes_a_deployed_model_from_the_catalog(slmops: Slmops
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["listed"] == ["home-int8-generic-cpu:1", "home:1"]
         assert found["cached"] == ["home-int8-generic-cpu:1"]
-        assert (found["versions"], found["context_length"]) == (["home:1"], 1024)
+        assert (found["versions"], found["context_length"]) == (["home:1"], 512)
         assert found["text"]
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)

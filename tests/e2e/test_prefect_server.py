@@ -64,9 +64,19 @@ def test_the_server_has_the_run_its_tasks_and_the_report(slmops: Slmops, tiny: P
     assert [log["message"] for log in logs if log["level"] >= logging.WARNING] == []
 
 
-def test_a_rejected_deploy_is_a_failed_run_named_rejected(slmops: Slmops, tiny: Path, server: str) -> None:
-    options = ("--max-kl-divergence", "0")
-    slmops.json("deploy", tiny, "--name", "poor", *INT4, *options, status=3)
+def test_a_variant_below_the_gate_is_not_registered_and_its_run_failed_as_rejected(
+    slmops: Slmops, tiny: Path, server: str
+) -> None:
+    report = slmops.json("deploy", tiny, "--name", "poor", *INT4, "--max-kl-divergence", "0", status=3)
+    assert report["status"] == "rejected"
+    (variant,) = report["variants"]
+    failed = [check for check in variant["gate"]["checks"] if not check["passed"]]
+    assert [check["name"] for check in failed] == ["kl_divergence"]
+    assert failed[0]["value"] > 0
+    assert variant["foundry_model_id"] is None
+    assert report["aliases"] == []
+    assert not (slmops.home / "foundry" / "models").exists()
+    assert "No variant of poor@1 is registered" in slmops.run("chat", "poor", status=2).stderr
     (run,) = query(server, "flow_runs", flow_runs={"name": {"any_": ["deploy-poor"]}})
     assert (run["state"]["type"], run["state"]["name"]) == ("FAILED", "Rejected")
     assert run["state"]["message"] == "poor@1 int4 rejected."

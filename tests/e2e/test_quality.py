@@ -82,6 +82,9 @@ def test_the_smallest_precision_is_selected_without_a_budget(demo: Demo) -> None
 def test_a_budget_chooses_and_one_that_nothing_keeps_names_the_nearest(slmops: Slmops, tiny: Path) -> None:
     precisions = ("--precision", "fp16", "--precision", "int8")
     arguments = ("deploy", tiny, "--name", "home", *precisions)
+    first = slmops.json(*arguments, "--budget", "max-size=1kB", status=3)
+    assert (first["version"], first["aliases"], first["foundry_model_id"]) == (1, [], None)
+
     chosen = slmops.json(*arguments, "--budget", "max-rss=100GB", "--budget", "min-tps=0.001")
     assert chosen["selected"] in ("fp16", "int8")
     assert chosen["reason"].startswith(chosen["selected"])
@@ -99,12 +102,6 @@ def test_a_budget_chooses_and_one_that_nothing_keeps_names_the_nearest(slmops: S
     assert refused["reason"].startswith("No variant keeps the budget. The nearest is int8: size")
     assert refused["aliases"] == ["champion"]  # the version stays what it was
     assert {variant["status"] for variant in refused["variants"]} == {"registered"}
-
-
-@pytest.mark.slow
-def test_a_first_version_without_a_variant_under_the_budget_is_no_champion(slmops: Slmops, tiny: Path) -> None:
-    report = slmops.json("deploy", tiny, "--name", "home", *INT8, "--budget", "max-size=1kB", status=3)
-    assert (report["aliases"], report["foundry_model_id"]) == ([], None)
 
 
 @pytest.mark.slow
@@ -188,18 +185,29 @@ def _commit(registry: ModelRegistry, manifest: Manifest, name: str, folders: dic
 
 
 @pytest.mark.slow
-def test_answers_in_another_format_are_rejected_or_reported_if_the_source_s_lack_it_too(
+def test_text_and_format_of_the_answers_are_judged_and_nothing_is_built_for_it_again(
     slmops: Slmops, tiny: Path, tmp_path: Path
 ) -> None:
-    absolute = {"SLMOPS_GATE__MIN_OUTPUT_CONFORMITY": "0.95"}
-    asked = ("deploy", tiny, "--name", "home", *INT8, "--output-regex", r"\{.*\}")
-    report = slmops.json(*asked, status=3, **absolute)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 40, "utf-8")
+    deploying = ("deploy", tiny, "--name", "home", *INT8, "--text", text)
+    variant = variant_of(slmops.json(*deploying), "int8")
+    assert variant["metrics"]["text_perplexity"] > 1
+    assert variant["intervals"]["text_perplexity_ratio"]["value"] == pytest.approx(1, abs=0.2)
+    assert {"text_top1_agreement", "text_kl_divergence"} <= {check["name"] for check in variant["gate"]["checks"]}
+    again = slmops.run(*deploying)
+    assert "unchanged" in again.stdout
+    assert "reference" not in again.stderr  # nothing is left to compare with it
+
+    # Answers in another format than is asked for now are rejected, or reported if the source's lack it too.
+    asked = (*deploying, "--output-regex", r"\{.*\}")
+    report = slmops.json(*asked, status=3, SLMOPS_GATE__MIN_OUTPUT_CONFORMITY="0.95")
+    assert report["version"] == 1
     check = failed_checks(variant_of(report, "int8"))["output_format"]
     assert check["value"] < check["threshold"] == 0.95
     as_the_source = variant_of(slmops.json(*asked), "int8")
     assert as_the_source["status"] == "registered"
     assert any("lack the output format, as the source checkpoint's" in text for text in as_the_source["warnings"])
-    # An open regular expression lets the same variant pass, without building it again.
     evaluation = tmp_path / "eval.jsonl"
     row = {"id": 1, "messages": [{"role": "user", "content": "Hello"}], "expected": "no such answer"}
     evaluation.write_text(json.dumps(row) + "\n")
@@ -229,20 +237,6 @@ def test_what_the_checkpoint_s_files_say_of_decoding_is_kept_and_judged_by(slmop
     assert "temperature 0.7" in samples
     assert "ended_answers" in {check["name"] for check in variant_of(report, "int8")["gate"]["checks"]}
     assert slmops.json("deploy", checkpoint, "--name", "home", *INT8)["status"] == "unchanged"
-
-
-@pytest.mark.slow
-def test_a_text_file_is_compared_and_judged(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 40, "utf-8")
-    report = slmops.json("deploy", tiny, "--name", "home", *INT8, "--text", text)
-    variant = variant_of(report, "int8")
-    assert variant["metrics"]["text_perplexity"] > 1
-    assert variant["intervals"]["text_perplexity_ratio"]["value"] == pytest.approx(1, abs=0.2)
-    assert {"text_top1_agreement", "text_kl_divergence"} <= {check["name"] for check in variant["gate"]["checks"]}
-    again = slmops.run("deploy", tiny, "--name", "home", *INT8, "--text", text)
-    assert "unchanged" in again.stdout
-    assert "reference" not in again.stderr  # nothing is left to compare with it
 
 
 @pytest.mark.slow
