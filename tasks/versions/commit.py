@@ -1,6 +1,7 @@
 """Stage "store": make a version of built variants, and record which variant was chosen."""
 
 from collections.abc import Sequence
+from functools import cache
 
 from slmops.infra.cyclonedx.sbom import installed_packages, version_sbom
 from slmops.infra.storage.evidence import BUILD, SBOM, SELECTION, Build, Selection
@@ -45,9 +46,15 @@ def record_provenance(version: Version) -> None:
     """
     store = workshop().settings.store
     if version.latest(SBOM) is None:
-        version.record(SBOM, version_sbom(version.manifest, installed_packages(BUILD_STACK), now()))
+        version.record(SBOM, version_sbom(version.manifest, _build_packages(), now()))
     if store.signing_key and not is_signed(version):
         sign_version(version, store)
+
+
+@cache
+def _build_packages() -> dict[str, str]:
+    """Return the packages of a build with their versions; what is installed later, this process does not import."""
+    return installed_packages(BUILD_STACK)
 
 
 @stage("record choice", run_name="choice-{version.name}")

@@ -360,8 +360,9 @@ def test_requests_to_a_server_that_is_down_are_repeated_with_growing_waits(
     assert waits[-1] > 4 * waits[0] > 0
 
 
-@pytest.mark.slow
-def test_a_server_that_wants_less_is_given_time(shared_journey: Journey) -> None:
+def test_a_server_that_wants_less_is_given_time(shared_journey: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=waits.append))
     proxy = shared_journey.proxy
     proxy.clear()
     proxy.forget()
@@ -371,6 +372,7 @@ def test_a_server_that_wants_less_is_given_time(shared_journey: Journey) -> None
     proxy.clear()
     assert_one_sentence(caught.value)
     assert len(proxy.requests) == ATTEMPTS
+    assert len([wait for wait in waits if wait > 0]) == ATTEMPTS - 1
 
 
 # What passes
