@@ -18,7 +18,7 @@ from tests.support.prefect_server import prefect_server
 from tests.support.s3_proxy import FaultProxy
 from tests.support.s3_servers import S3Server, moto_server, rclone_server, seaweedfs_server
 from tests.support.stores import KINDS, StoreCase, empty_store
-from tests.support.torch_process import TorchStays
+from tests.support.torch_process import ProcessThatStays
 
 FORBID_SKIPS = "SLMOPS_TESTS_FORBID_SKIPS"
 # The user's cache: one for all workers of a session, made by the process that starts them, and never the user's own.
@@ -204,8 +204,8 @@ def settings(home: Path) -> Settings:
 
 @pytest.fixture
 def torch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have calls that import torch performed in the process that stays (tests.support.torch_process)."""
-    monkeypatch.setattr(supervisor, "ChildProcess", TorchStays)
+    """Have calls of torch and of genai performed in processes that stay (tests.support.torch_process)."""
+    monkeypatch.setattr(supervisor, "ChildProcess", ProcessThatStays)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from slmops.infra.process import supervisor
 from slmops.tasks import workshop
 from tests.conftest import unmeasured_environment
 from tests.support.checkpoints import make_tiny_checkpoint
-from tests.support.torch_process import TORCH_PROCESS, TorchStays
+from tests.support.torch_process import TORCH_PROCESS, ProcessThatStays
 
 ROOT = Path(__file__).resolve().parents[2]
 OPEN_GATE = {"SLMOPS_GATE__MIN_TOP1_AGREEMENT": "0", "SLMOPS_GATE__MAX_KL_DIVERGENCE": "1000"}
@@ -92,7 +92,7 @@ class SlmopsHere(Slmops):
             mock.patch.dict(os.environ, variables, clear=True),
             mock.patch("sys.stdin", io.StringIO(text)),
             mock.patch.object(workshop, "torch_process", lambda _settings: TORCH_PROCESS),
-            mock.patch.object(supervisor, "ChildProcess", TorchStays),
+            mock.patch.object(supervisor, "ChildProcess", ProcessThatStays),
             redirect_stdout(out),
             redirect_stderr(err),
             temporary_settings(server),

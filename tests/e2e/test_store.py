@@ -233,7 +233,8 @@ def test_only_signed_versions_are_registered_if_the_setting_requires_it(
 def test_gc_keeps_the_requested_versions_and_those_with_an_alias(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
     for number in range(2):
         slmops.json("deploy", tiny, "--name", "home", *INT4, *other_content(number))
-    store_version(ModelRegistry(LocalObjectStore(slmops.home / "store")), tmp_path / "third")
+    registry = ModelRegistry(LocalObjectStore(slmops.home / "store"))
+    registry.set_alias("home", "candidate", store_version(registry, tmp_path / "third").version, "the newest")
     registered = slmops.home / "foundry" / "models" / "custom" / "home-int4"
     assert {path.name for path in registered.iterdir()} == {"v1", "v2"}
     orphan = slmops.home / "store/blobs/sha256" / ("0" * 64)

@@ -1,4 +1,4 @@
-"""A child process that stays: what imports torch takes seconds to start, and its tests only milliseconds to run."""
+"""Child processes that stay: what imports torch takes seconds to start, and its tests only milliseconds to run."""
 
 from typing import Any
 
@@ -13,20 +13,26 @@ class LastingProcess(ChildProcess):
         """Stay for the next call."""
 
     def run(self, call: Call[Any], **options: Any) -> ChildResult[Any]:
-        """Perform a call; the process ends by one that fails only, and starts anew for the next."""
+        """Perform a call; the process ends by one that crashes only, and starts anew for the next."""
         return super().run(call, **{**options, "is_last": False})
 
 
-# It starts at its first call and ends with this process.
+# They start at their first call and end with this process.
 TORCH_PROCESS = LastingProcess({"MALLOC_ARENA_MAX": "1"})
-IMPORT_TORCH = ("slmops.infra.olive.", "slmops.infra.transformers.")
+STAYING = {
+    "slmops.infra.olive.calls": TORCH_PROCESS,
+    "slmops.infra.transformers.calls": TORCH_PROCESS,
+    "slmops.infra.genai.calls": LastingProcess(),
+}
 
 
-class TorchStays(ChildProcess):
-    """A process for calls, of which those that import torch are performed in the one that stays."""
+class ProcessThatStays(ChildProcess):
+    """A process for calls, which performs those of the runtimes that can open several models in one that stays.
+
+    Foundry Local's cannot: it is opened once a process.
+    """
 
     def run(self, call: Call[Any], **options: Any) -> ChildResult[Any]:
         """Perform a call."""
-        if call.target().startswith(IMPORT_TORCH):
-            return TORCH_PROCESS.run(call, **options)
-        return super().run(call, **options)
+        staying = STAYING.get(type(call).__module__)
+        return staying.run(call, **options) if staying else super().run(call, **options)

@@ -89,6 +89,7 @@ def test_an_embedded_server_that_is_ended_at_once_ends_by_itself() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.runtime
 def test_the_embedded_server_answers_its_command_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "prefect"
     make_private(home)
