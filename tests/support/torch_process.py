@@ -4,6 +4,7 @@ from typing import Any
 
 from slmops.infra.process.call import Call, ChildResult
 from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.transformers.calls import RenderConversations
 
 
 class LastingProcess(ChildProcess):
@@ -24,15 +25,16 @@ STAYING = {
     "slmops.infra.transformers.calls": TORCH_PROCESS,
     "slmops.infra.genai.calls": LastingProcess(),
 }
+WITHOUT_TORCH = (RenderConversations,)  # its process can import torch no more
 
 
 class ProcessThatStays(ChildProcess):
     """A process for calls, which performs those of the runtimes that can open several models in one that stays.
 
-    Foundry Local's cannot: it is opened once a process.
+    Foundry Local cannot: it is opened once a process.
     """
 
     def run(self, call: Call[Any], **options: Any) -> ChildResult[Any]:
         """Perform a call."""
-        staying = STAYING.get(type(call).__module__)
+        staying = None if isinstance(call, WITHOUT_TORCH) else STAYING.get(type(call).__module__)
         return staying.run(call, **options) if staying else super().run(call, **options)
