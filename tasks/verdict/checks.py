@@ -104,6 +104,16 @@ def beyond_noise(name: CheckName, figure: Estimate, threshold: float) -> GateChe
     )
 
 
+def at_least_beyond_noise(
+    name: CheckName, value: float | None, threshold: float, interval: Estimate | None
+) -> GateCheck:
+    """Fail only a share whose whole interval lies below the threshold; without an interval, the share itself."""
+    check = at_least(name, value, threshold, interval)
+    if check.value is None or interval is None or not interval.low < threshold <= interval.high:
+        return check
+    return check.model_copy(update={"passed": True, "decided": False})
+
+
 def no_fault(name: CheckName, faults: Sequence[str]) -> GateCheck:
     """Pass when there is no fault."""
     return GateCheck(

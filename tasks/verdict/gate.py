@@ -13,7 +13,15 @@ from slmops.tasks.exams.length_sweep import LengthSweep
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.runs.stage import stage
-from slmops.tasks.verdict.checks import CheckName, GateCheck, at_least, at_most, beyond_noise, no_fault
+from slmops.tasks.verdict.checks import (
+    CheckName,
+    GateCheck,
+    at_least,
+    at_least_beyond_noise,
+    at_most,
+    beyond_noise,
+    no_fault,
+)
 from slmops.tasks.verdict.thresholds import GateThresholds
 
 
@@ -56,9 +64,10 @@ def judge(
     Against the source checkpoint, where there is one: the same `vocabulary`, `top1_agreement` (at least) and
     `kl_divergence` (at most) on the evaluation set and on the user's text, and `quality_loss`: the reference's score
     minus the variant's on the same rows (at most). A loss counts as failed only when its interval lies beyond the
-    threshold, as passed when it lies within, and is not decided otherwise. Where the score decides
-    (`score_decides`), the distributions only have to be those of a model that is not broken. `ended_answers`: by how
-    much fewer answers come to their end than the source's, within the tokens that they may have (at most, as a loss).
+    threshold, as passed when it lies within, and is not decided otherwise; so does an agreement, which is a share of
+    positions, and then the divergence decides. Where the score decides (`score_decides`), the distributions only have
+    to be those of a model that is not broken. `ended_answers`: by how much fewer answers come to their end than the
+    source's, within the tokens that they may have (at most, judged as a loss is).
 
     Of the variant: `finite_logits` (all), `output_format` (share of answers, at least; an answer without it is excused
     where the source's has it neither), `non_empty_answers` (all; only without a reference), `template_parity`
@@ -120,7 +129,7 @@ def _against_reference(evaluation: Evaluation, thresholds: GateThresholds) -> li
         detail = f"{vocabulary.variant} tokens, the reference {vocabulary.reference}"
         return [no_fault("vocabulary", [detail])]
     checks = [
-        at_least(
+        at_least_beyond_noise(
             "top1_agreement",
             evaluation.top1_agreement,
             thresholds.min_top1_agreement,
@@ -175,7 +184,7 @@ def _on_text(text: TextComparison, thresholds: GateThresholds) -> list[GateCheck
     top1, divergence = text.top1_agreement, text.kl_divergence
     agreement, distance = (None if estimate is None else estimate.value for estimate in (top1, divergence))
     return [
-        at_least("text_top1_agreement", agreement, thresholds.min_top1_agreement, top1),
+        at_least_beyond_noise("text_top1_agreement", agreement, thresholds.min_top1_agreement, top1),
         at_most("text_kl_divergence", distance, thresholds.max_kl_divergence, divergence),
     ]
 

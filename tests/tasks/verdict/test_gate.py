@@ -201,6 +201,23 @@ def test_rows_that_do_not_suffice_leave_the_decision_to_the_distributions(
     assert [check.name for check in verdict.failed_checks] == ["top1_agreement", "kl_divergence"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "divergence", "passed", "decided"),
+    [
+        (0.948, 0.975, 0.0067, True, False),  # the figures of a sound int8 of SmolLM2-135M
+        (0.948, 0.969, 0.0067, False, True),
+        (0.948, 0.975, 0.03, False, False),
+    ],
+)
+def test_an_agreement_fails_beyond_noise_and_the_divergence_decides_within_it(
+    low: float, high: float, divergence: float, passed: bool, decided: bool
+) -> None:
+    interval = Estimate(value=0.962, low=low, high=high)
+    figures = {"top1_agreement": 0.962, "top1_agreement_interval": interval, "kl_divergence": divergence}
+    verdict = judge(evaluation(**figures), INT8)
+    assert (verdict.passed, check_of(verdict, "top1_agreement").decided) == (passed, decided)
+
+
 def test_a_limit_of_the_distributions_that_is_named_holds_whatever_decides() -> None:
     right = [1.0] * 200
     named = thresholds_for("int8", GateSettings(min_top1_agreement=0.97), max_kl_divergence=0.5)
