@@ -19,10 +19,14 @@ REGRESSION_EVENT = "slmops.benchmark.regression"
 
 
 class VariantBenchmark(Record):
-    """One variant's new figures and their changes from `earlier` measurements; `error` if it did not run."""
+    """One variant's new figures and their changes from `earlier` measurements; `error` if it did not run.
+
+    `reliable` says whether the machine was idle enough for its figures of speed.
+    """
 
     precision: str
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
+    reliable: bool | None = None
     earlier: int = 0
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()

@@ -36,7 +36,8 @@ def _measured(variant: Variant) -> VariantBenchmark:
     return VariantBenchmark(
         precision=variant.precision,
         metrics=measured[-1].metrics,
+        reliable=measured[-1].reliable,
         earlier=found.earlier_measurements,
         changes=found.changes,
-        notes=found.notes,
+        notes=(*found.notes, *([measured[-1].warning] if measured[-1].warning else [])),
     )
