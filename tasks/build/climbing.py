@@ -78,8 +78,8 @@ def climb(
     """Try the next recipes of each precision whose variant misses the gate's checks of answers and distributions.
 
     `built` are the variants of the recipes. The variant of the first recipe that passes is kept, or, if none passes,
-    the one closest to the checkpoint. If no recipe of a precision can be built, its fallback is built. A precision
-    whose recipe names no others keeps its variant without a trial.
+    the one closest to the checkpoint. If a recipe cannot be built, its fallback is built. A precision whose recipe
+    names no others keeps its variant without a trial.
     """
     if built.search or prepared.inspection.kind == "genai":
         return Climbed(built, Climb(attempts={}))
@@ -88,16 +88,18 @@ def climb(
     first_of = {variant.variant.precision: variant for variant in built.variants}
     for recipe in recipes:
         precision, first = recipe.precision, first_of.get(recipe.precision)
-        steps = [] if request.no_climb else [load_recipe(name, recipe.execution_provider) for name in recipe.climbs_to]
+        names = recipe.climbs_to if first and not request.no_climb else ()
+        steps = [load_recipe(name, recipe.execution_provider) for name in names]
         if not steps and (first or not recipe.fallback):
             variants += [first] if first else []
             continue
         tried = list(_tried(_Step(recipe, first, errors.get(precision)), steps, request, prepared, evaluation))
-        if recipe.fallback and not any(step.built for step in tried):
+        if recipe.fallback and not first:
             fallback = load_recipe(recipe.fallback, recipe.execution_provider)
             tried.append(_built_step(fallback, request, prepared, evaluation))
         attempts[precision] = tuple(step.attempt(request) for step in tried)
-        kept = tried[-1] if attempts[precision][-1].status == "passed" else min(tried, key=_Step.distance)
+        kept = min((step for step in tried if step.built), key=_Step.distance, default=tried[-1])
+        kept = tried[-1] if attempts[precision][-1].status == "passed" else kept
         if kept.built:
             variants.append(kept.built)
             trials.append(kept.trial())

@@ -161,10 +161,16 @@ def search_recipes(
     settings, trials = shop.settings, open_trials(shop)
     exams = MeasurementExam(), AnswersExam(evaluation)
     found = [_Tried(recipe, exams) for recipe in plan_search(request)]
-    calibration = calibration_for([tried.recipe for tried in found], request, prepared, evaluation.rows)
+    calibration = None
+    try:
+        calibration = calibration_for([tried.recipe for tried in found], request, prepared, evaluation.rows)
+    except StageFailed as error:  # others can be built without
+        for tried in found:
+            tried.error = str(error) if tried.recipe.is_calibrated else None
     with working_with(trials):
         for tried in found:
-            tried.build(prepared, request, calibration)
+            if tried.error is None:
+                tried.build(prepared, request, calibration)
     answers = AnswersExam(evaluation)
     if answers.needs_source([tried.variant for tried in found if tried.variant], settings):
         run_source_once(answers, prepared)

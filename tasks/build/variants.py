@@ -1,7 +1,7 @@
 """Building all variants of a version: by a search, on the workers of a pool, or on this machine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slmops.infra.errors import StageFailed
@@ -75,7 +75,11 @@ def build_each(
         return Built(variants, outcome.failures, outcome)
     if prepared.inspection.kind == "genai":
         return Built([take_model(prepared, request)])
-    calibration = calibration_for(recipes, request, prepared, evaluation.rows)
+    try:
+        calibration = calibration_for(recipes, request, prepared, evaluation.rows)
+    except StageFailed as error:  # others can be built without
+        built = build_each(request, [recipe for recipe in recipes if not recipe.is_calibrated], prepared, evaluation)
+        return replace(built, errors={**built.errors, **_of_calibrated(recipes, str(error))})
     if pool := workshop().build_pool:
         return _build_on_workers(request, recipes, prepared, pool, calibration)
     built = Built()
@@ -85,6 +89,10 @@ def build_each(
         except StageFailed as error:
             built.errors[recipe.precision] = str(error)
     return built
+
+
+def _of_calibrated(recipes: Sequence[Recipe], error: str) -> dict[str, str]:
+    return {recipe.precision: error for recipe in recipes if recipe.is_calibrated}
 
 
 def _build_on_workers(

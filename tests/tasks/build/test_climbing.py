@@ -8,6 +8,7 @@ import pytest
 from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
 
+from slmops.infra.errors import StageFailed
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import CalibrationSettings, EvaluationSettings, MachineSettings, Settings
 from slmops.infra.storage.opening import open_registry
@@ -140,12 +141,26 @@ def test_where_no_calibrated_recipe_can_be_built_the_fallback_is(shop: Workshop,
     """The groups of Olive's format have 32 columns: 80 do not fill them."""
     odd = prepare(make_tiny_checkpoint(tmp_path / "odd", "llama", intermediate_size=80))
     found = climbed(shop, odd, request(max_kl_divergence=9.0, min_top1_agreement=0.0))
-    assert [attempt.recipe for attempt in found.climb.attempts["int4"]] == ["int4", "int4-mixed", "int4-rtn"]
+    assert [attempt.recipe for attempt in found.climb.attempts["int4"]] == ["int4", "int4-rtn"]
     assert recipes_of(found) == ["int4-rtn"]
     assert found.built.errors == {}
     (warning,) = found.warnings
     assert "int4-rtn was" in warning
     assert "divisible" in warning
+
+
+def test_a_checkpoint_that_cannot_be_calibrated_is_rounded_to_nearest(
+    shop: Workshop, prepared: PreparedCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise StageFailed("It answers nothing.")
+
+    monkeypatch.setattr("slmops.tasks.build.calibration.calibrate_once", fail)
+    found = climbed(shop, prepared, request(max_kl_divergence=9.0, min_top1_agreement=0.0))
+    first, second = found.climb.attempts["int4"]
+    assert (first.status, first.error) == ("failed", "It answers nothing.")
+    assert (second.recipe, second.status) == ("int4-rtn", "passed")
+    assert recipes_of(found) == ["int4-rtn"]
 
 
 def test_what_would_help_follows_what_failed() -> None:
