@@ -1,5 +1,6 @@
 """A checkpoint folder on disk. Its code is not run and its weights are not read, only their headers."""
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error.strerror}.", "Save the checkpoint again.", code="file-unreadable"
         ) from None
     except (ValueError, RecursionError) as error:  # damaged, not UTF-8, nested too deep
+        marked = path.read_bytes().startswith(codecs.BOM_UTF8)
         raise BadInput(
-            f"{path} is not valid JSON: {error}.", "Save the checkpoint again.", code="file-not-json"
+            f"{path} begins with a byte order mark." if marked else f"{path} is not valid JSON: {error}.",
+            "Save it without one: transformers cannot read it." if marked else "Save the checkpoint again.",
+            code="file-not-json",
         ) from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} is not a JSON object.", "Save the checkpoint again.", code="file-not-object")

@@ -98,7 +98,7 @@ def digest_of_task_folder(folder: Path) -> str:
 
 def _read(path: Path, *, allow_code: bool) -> object:
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
         for event in [] if allow_code else yaml.parse(text, _DataLoader):
             tag = getattr(event, "tag", None)
             if tag and tag != "!" and tag not in PLAIN_TAGS:

@@ -97,7 +97,7 @@ def read_olive_config(path: Path) -> Recipe:
     or not supported.
     """
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise BadInput(
             f"The Olive configuration {path} cannot be read: {error.strerror}.", code="olive-config-unreadable"

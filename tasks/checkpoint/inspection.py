@@ -27,6 +27,8 @@ from slmops.infra.olive.architectures import (
 from slmops.infra.records import Json, Record
 from slmops.infra.storage.manifest import digest_of, digest_of_file
 
+SENTENCEPIECE = "tokenizer.model"
+BYTE_ORDER_MARK = "\ufeff"
 EVALUATION_FILE = "eval.jsonl"
 OUTPUT_SCHEMA_FILE = "output_schema.json"
 
@@ -106,6 +108,11 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
     headers, warnings = read_tensor_headers(folder), _warnings_of_conversion(folder)
     if "auto_map" in config:
         warnings.append("The checkpoint contains its own code (auto_map); slmops never runs it.")
+    if not chat_template_given and (read_chat_template(folder) or "").startswith(BYTE_ORDER_MARK):
+        warnings.append(
+            "The chat template begins with a byte order mark, which is a part of every prompt, as in transformers. "
+            "If the model was trained without it, give the template with --chat-template."
+        )
     if multimodal := is_multimodal(config):
         warnings.append(
             f"{config['architectures'][0]} is a multi-modal model: its text part alone is built, and takes no images."
@@ -253,6 +260,13 @@ def _check_tokenizer(folder: Path, chat_template_given: bool) -> None:
             f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             "Save it beside the weights: tokenizer.save_pretrained(folder).",
             code="tokenizer-missing",
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES if name != SENTENCEPIECE):
+        raise BadInput(
+            f"{folder} has its tokenizer as {SENTENCEPIECE} only, which transformers 5 converts into other tokens.",
+            "Convert it with the transformers 4 that the model was trained with (pip install 'transformers<5' "
+            "sentencepiece): AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes tokenizer.json.",
+            code="tokenizer-not-converted",
         )
     if not chat_template_given and read_chat_template(folder) is None:
         raise _no_chat_template(folder)

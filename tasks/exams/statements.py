@@ -70,7 +70,7 @@ def _has_template(path: Path) -> bool:
 
 def _tokenizer(folder: Path) -> Iterator[Statement]:
     if not (folder / TOKENIZER).is_file():
-        yield Statement(name="tokenizer", value="a SentencePiece model", read_from="tokenizer.model", used="converted")
+        yield Statement(name="tokenizer", value="vocabulary and merges", read_from="vocab.json", used="converted")
         return
     release = saved_by(folder)
     used = "tokenizer.json" if trained_by_file(folder) else "the tokenizer of transformers' class"

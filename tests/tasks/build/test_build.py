@@ -326,6 +326,12 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
     assert "'int5'" in refusal.value.message
 
 
+def test_the_marks_of_windows_editors_are_no_part_of_it(tmp_path: Path) -> None:
+    path, config = tmp_path / "olive.json", json.dumps(_with_builder(precision="int4"), indent=2)
+    path.write_bytes(b"\xef\xbb\xbf" + config.replace("\n", "\r\n").encode())
+    assert read_olive_config(path) == _read(tmp_path, config)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, check=coded("olive-config-unreadable", "missing.json")):
         read_olive_config(tmp_path / "missing.json")

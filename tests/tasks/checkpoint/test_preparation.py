@@ -70,6 +70,14 @@ class TestInspection:
         assert "never runs it" in found.warnings[0]
         assert not (tmp_path / "trace").exists()
 
+    def test_a_byte_order_mark_in_a_checkpoints_template_is_a_part_of_prompts_and_warned_of(
+        self, checkpoint: Path
+    ) -> None:
+        template = (checkpoint / "chat_template.jinja").read_bytes()
+        (checkpoint / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf" + template)
+        assert "byte order mark" in inspect_checkpoint(checkpoint).warnings[0]
+        assert inspect_checkpoint(checkpoint, chat_template_given=True).warnings == ()
+
     def test_a_given_chat_template_stands_in_for_the_missing_one(self, checkpoint: Path) -> None:
         remove_chat_template(checkpoint)
         assert inspect_checkpoint(checkpoint, chat_template_given=True).kind == "checkpoint"
@@ -83,6 +91,10 @@ def remove_chat_template(folder: Path) -> None:
 def remove_tokenizer(folder: Path) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
+
+
+def keep_sentencepiece(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
 
 
 def pickle_weights(folder: Path) -> None:
@@ -105,6 +117,7 @@ def write(name: str, content: bytes) -> Callable[[Path], int]:
 BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), coded("file-missing", "config.json")),
     "broken config": (write("config.json", b'{"a": '), coded("file-not-json", "config.json")),
+    "config of a Windows editor": (write("config.json", b"\xef\xbb\xbf{}"), coded("file-not-json", "byte order mark")),
     "config is a list": (write("config.json", b"[]"), coded("file-not-object")),
     "no architecture": (config(architectures=...), coded("architecture-not-named")),
     "olmo2": (config(architectures=["Olmo2ForCausalLM"]), coded("architecture-not-supported", "Olmo2ForCausalLM")),
@@ -128,6 +141,7 @@ BAD = {
     "a million layers": (config(num_hidden_layers=10**6), coded("layers-not-valid", "num_hidden_layers")),
     "odd context": (config(max_position_embeddings=[1]), coded("size-not-valid", "max_position_embeddings")),
     "no tokenizer": (remove_tokenizer, coded("tokenizer-missing")),
+    "SentencePiece alone": (keep_sentencepiece, coded("tokenizer-not-converted", "tokenizer.model only")),
     "no chat template": (remove_chat_template, coded("chat-template-missing")),
     "index without its shard": (
         write("model.safetensors.index.json", b'{"weight_map": {"a": "model-9.safetensors"}}'),
