@@ -11,6 +11,7 @@ from slmops.infra.olive.embedding import lm_head_bits, replace_embedding
 from slmops.infra.olive.mends import (
     gemma,
     layers_without_rope,
+    lm_head,
     longrope,
     rope,
     sliding_layers,
@@ -38,6 +39,7 @@ MENDS: tuple[Callable[[Untyped, Untyped], AbstractContextManager[None]], ...] = 
     layers_without_rope.mended,
     whole_weights.mended,
     gemma.mended,
+    lm_head.mended,
     longrope.mended,
     rope.mended,
     text_models.mended,

@@ -20,6 +20,7 @@ from slmops.infra.olive.logit_comparison import differences, reference_trials
 from slmops.infra.olive.mends import (
     gemma,
     layers_without_rope,
+    lm_head,
     longrope,
     rope,
     sliding_layers,
@@ -116,6 +117,7 @@ MENDED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "whole_weights, a decay": (whole_weights.mended, changed("Qwen/Qwen3.5-0.8B (text)")),
     "gemma, the factor": (gemma.mended, FURTHER["Gemma with a width that is no square"]),
     "gemma, the keys": (gemma.mended, changed(GEMMA)),
+    "lm_head": (lm_head.mended, changed("ibm-granite/granite-4.0-micro", shared_intermediate_size=256)),
     "longrope": (longrope.mended, FURTHER["longrope without the older key"]),
     "rope, yarn's ends": (rope.mended, FURTHER["Qwen2 with yarn"]),
     "rope, Llama's": (rope.mended, FURTHER["Llama with a linear rope"]),
