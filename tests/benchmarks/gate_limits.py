@@ -198,14 +198,20 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--recipes", nargs="*", default=["fp16", "int8", "int4-rtn"])
+    parser.add_argument("--recipes", nargs="*", default=["fp16", "int8", "int4-rtn"], help="None: no recipe.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--faults", nargs="*", default=[""], help="Parts of the names of faults; default: all.")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--positions", type=int, default=512)
+    parser.add_argument("--faults", nargs="*", default=[""], help="Parts of their names; default: all. None: no fault.")
     arguments = parser.parse_args()
     rows = chat_prompts()[: arguments.rows]
     questions = tuple(Question(id=row.id, messages=[message.model_dump() for message in row.messages]) for row in rows)
-    sizes = {"max_new_tokens": 32, "max_positions": 512, "threads": arguments.threads}
+    sizes = {
+        "max_new_tokens": arguments.new_tokens,
+        "max_positions": arguments.positions,
+        "threads": arguments.threads,
+    }
     with tempfile.TemporaryDirectory() as name:
         work, checkpoint = Path(name), arguments.checkpoint.absolute()
         reference = work / "reference"
