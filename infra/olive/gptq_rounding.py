@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from olive.common.quant.utils import WeightQuantizer
     from torch import Tensor
 
+VALUES_AT_ONCE = 2**22  # that are rounded to nearest
 COLUMNS_AT_ONCE = 128  # columns whose errors are passed to the others together, by one matrix product
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix [rows, columns] of unsigned integers, and scales and zero points of its groups, [rows, groups]."""
+    """A matrix [rows, columns] of unsigned bytes, and scales and zero points of its groups, [rows, groups]."""
 
     values: "Tensor"
     scales: "Tensor"
@@ -38,9 +39,14 @@ class Rounded:
 
 
 def round_to_nearest(weight: "Tensor", quantizer: "WeightQuantizer") -> Rounded:
-    """Round a matrix as Olive's `WeightQuantizer` does."""
-    scales, zero_points = quantizer.find_qparams(weight)
-    return Rounded(quantizer.quantize(weight, scales, zero_points), scales, zero_points)
+    """Round a matrix as Olive's `WeightQuantizer` does, in fp32; a part of its rows at a time: it may be an lm_head."""
+    import torch
+
+    parts = []
+    for rows in weight.split(max(1, VALUES_AT_ONCE // weight.shape[1])):
+        scales, zero_points = quantizer.find_qparams(rows.float())
+        parts.append((quantizer.quantize(rows.float(), scales, zero_points).to(torch.uint8), scales, zero_points))
+    return Rounded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQuantizer", damping: float) -> Rounded:
@@ -72,7 +78,7 @@ def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQua
             errors[column - start] = error
             left[column + 1 : end].addr_(spread[column, column + 1 : end], error, alpha=-1)
         left[end:].addmm_(spread[start:end, end:].T, errors, alpha=-1)
-    return Rounded(values.T.contiguous().to(torch.int32), scales, zero_points)
+    return Rounded(values.T.contiguous().to(torch.uint8), scales, zero_points)
 
 
 def _upper_factor_of_inverse(products: "Tensor", damping: float) -> "Tensor":

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from slmops.infra.olive.gptq_rounding import Rounded, round_for_inputs, round_to_nearest
+from slmops.infra.olive.memory import release_mapped_pages
 from slmops.infra.olive.step_progress import report_step
 from slmops.infra.storage.folders import link_or_copy
 
@@ -89,6 +90,7 @@ def _quantize_layers(wrapper: ModelWrapper, rows: Sequence[Tensor], damping: flo
             module.weight.data = rounded[module].restored()
         inputs = _run(layer, inputs, arguments[number])
         _pack(layer, rounded)
+        release_mapped_pages()
     norm = wrapper.get_pre_head_layernorm(return_name=False).float()
     head = wrapper.get_lm_head(return_name=False)
     if _is_calibrated(head):
@@ -198,7 +200,7 @@ def _pack(model: Module, rounded: dict[Module, Rounded]) -> None:
 
     def packed(module: Module, _: str) -> QuantLinear:
         quantizer = module.quant_info.quantizer
-        found = rounded.get(module) or round_to_nearest(module.weight.data.float(), quantizer)
+        found = rounded.get(module) or round_to_nearest(module.weight.data, quantizer)
         matrix = QuantLinear.from_tensors(
             weight=found.values,
             bits=quantizer.bits,
