@@ -198,7 +198,11 @@ def _read_genai_config(model_dir: Path) -> dict[str, Any]:
             code="genai-config-not-valid",
         ) from error
     if missing:
-        raise StageFailed(f"{path} lacks model.{', model.'.join(sorted(missing))}.", "Build the model again.")
+        raise StageFailed(
+            f"{path} lacks model.{', model.'.join(sorted(missing))}.",
+            "Build the model again.",
+            code="genai-config-not-valid",
+        )
     return config
 
 

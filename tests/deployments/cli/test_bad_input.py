@@ -380,7 +380,9 @@ def test_a_check_is_printed_as_it_is_recorded(
         monkeypatch.setenv(f"SLMOPS_MACHINE__{name}_BYTES", "16000000000")
     assert cli.run(["check", str(tiny_checkpoint)]) == 0
     printed = re.sub(r" {2,}", "  ", capfd.readouterr().out).replace(" \n", "\n")
-    this_machine = rf"(Python  [^\n]*?  )3\.\S+|(64 bit  ){platform.system()} \S+|\+cpu|(file|/|\w:)\S*(?=home)"
+    this_machine = (
+        rf"(Python  [^\n]*?  )3\.\S+|(64 bit  ){platform.system()} \S+|\+cpu|(?<=within )\S+|(file|/|\w:)\S*(?=home)"
+    )
     assert re.sub(this_machine, r"\1\2", printed) == snapshot(extension_class=PlainText)
 
 

@@ -325,21 +325,21 @@ def use_unknown_operator(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "code", "named"),
     [
-        (break_config, "genai_config.json is not a readable genai configuration"),
-        (drop_context_length, "lacks model.context_length"),
-        (drop_weights, "model.onnx.data"),
-        (drop_model, "File doesn't exist"),
-        (drop_tokenizer, "tokenizer.json"),
-        (drop_template, "chat template"),
-        (rename_type, "unheard-of"),
-        (use_unknown_operator, "NoSuchOperator"),
+        (break_config, "genai-config-not-valid", "genai_config.json"),
+        (drop_context_length, "genai-config-not-valid", "context_length"),
+        (drop_weights, "model-does-not-open", "model.onnx.data"),
+        (drop_model, "model-does-not-open", "model.onnx"),
+        (drop_tokenizer, "model-does-not-open", "tokenizer.json"),
+        (drop_template, "chat-template-does-not-render", "chat template"),
+        (rename_type, "model-does-not-open", "unheard-of"),
+        (use_unknown_operator, "model-does-not-open", "NoSuchOperator"),
     ],
 )
-def test_a_damaged_folder_is_a_clear_error(damaged, damage, message):
+def test_a_damaged_folder_is_a_clear_error(damaged, damage, code, named):
     damage(damaged)
-    with pytest.raises(StageFailed, match=message) as caught:
+    with pytest.raises(StageFailed, check=coded(code, named)) as caught:
         run_evaluate(damaged, None)
     assert caught.value.what_to_do
     assert "\n" not in caught.value.message

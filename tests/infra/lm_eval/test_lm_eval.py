@@ -274,20 +274,23 @@ OWN = MULTIPLE_CHOICE.replace("house_choice", "own")
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (OWN.replace("{{question}}", "{{ ''.__class__.__mro__ }}"), "is unsafe"),
-        (OWN.replace("{{question}}", "{{nothing}}"), "'nothing' is undefined"),
-        (OWN.replace("questions.jsonl", "nowhere.jsonl"), "Unable to find"),
-        (OWN.replace("metric: acc,", "metric: ./evil,"), r"the metric './evil', which lm-eval does not have"),
-        (OWN.replace("multiple_choice", "no_such_type"), "cannot be loaded"),
-        (OWN.replace("test_split: test", "test_split: dev"), "cannot be loaded"),
-        (GENERATION.replace("house_answer", "own").replace("false}", "true, temperature: 0.7}"), "sampled answers"),
-        ("task: own\nprocess_docs: !function mine.process\n", "names code"),
+        (OWN.replace("{{question}}", "{{ ''.__class__.__mro__ }}"), coded("lm-eval-task-not-valid", "is unsafe")),
+        (OWN.replace("{{question}}", "{{nothing}}"), coded("lm-eval-task-not-valid", "'nothing'")),
+        (OWN.replace("questions.jsonl", "nowhere.jsonl"), coded("lm-eval-task-not-valid", "nowhere.jsonl")),
+        (OWN.replace("metric: acc,", "metric: ./evil,"), coded("lm-eval-metric-unknown", "'./evil'")),
+        (OWN.replace("multiple_choice", "no_such_type"), coded("lm-eval-task-not-valid")),
+        (OWN.replace("test_split: test", "test_split: dev"), coded("lm-eval-task-not-valid")),
+        (
+            GENERATION.replace("house_answer", "own").replace("false}", "true, temperature: 0.7}"),
+            coded("lm-eval-samples"),
+        ),
+        ("task: own\nprocess_docs: !function mine.process\n", coded("lm-eval-code")),
     ],
 )
 def test_a_task_that_cannot_be_run_is_refused(load, tmp_path, content, fault):
     (tmp_path / "tasks" / "evil").mkdir(parents=True)
     (tmp_path / "tasks" / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(BadInput, match=fault):
+    with pytest.raises(BadInput, check=fault):
         load("own", content)
     assert not (tmp_path / "ran").exists()
 

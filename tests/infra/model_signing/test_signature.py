@@ -201,7 +201,7 @@ class TestRefusals:
     ) -> None:
         altered = copy.deepcopy(signature)
         functools.reduce(lambda part, step: part[step], path[:-1], altered)[path[-1]] = value
-        with pytest.raises(StageFailed, match=r"signature|signed"):
+        with pytest.raises(StageFailed, check=lambda error: error.code.startswith("signature-")):
             verify_manifest(MANIFEST, altered, folder / "key.pub")
         assert capfd.readouterr() == ("", "")  # the library prints a warning where the key is not named
 
