@@ -59,6 +59,9 @@ RUNTIMES = {
     "TORCH_PROCESS",
     "AutoModelForCausalLM",
     "Popen",
+    "family_proof",
+    "og",
+    "real_model",
 }
 DEMO = "demo_home"
 SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from huggingface_hub import metadata_load
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
@@ -101,6 +98,10 @@ def test_a_genai_folder_is_taken_as_it_is(slmops: Slmops, tiny: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_an_adapter_is_merged_into_its_base(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     options = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), options)
