@@ -173,7 +173,7 @@ def test_a_checkpoint_whose_weights_are_not_numbers_is_refused(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path):
-    with pytest.raises(StageFailed, check=coded("checkpoint-does-not-load")):
+    with pytest.raises(StageFailed, check=coded("tokenizer-does-not-load")):
         run(tmp_path, tmp_path)
 
 
