@@ -48,7 +48,7 @@ class DeadlineExceeded(StageFailed):
 
 
 def reason_of(error: BaseException, line: int | None = None) -> str:
-    """Return what an error of a library says, in one line without a full stop; its class if it says nothing.
+    """Return the message of a library's error, in one line without a full stop; its class if it has none.
 
     `line` selects one of its lines: 0 is the first, -1 the last.
     """

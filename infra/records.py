@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 T = TypeVar("T")
 
 Json = dict[str, JsonValue]  # an object of JSON whose fields another program defines
-Untyped = Any  # what a library without types has made: torch's and transformers' models, the builder's
+Untyped = Any  # an object of a library without types: models of torch, transformers and the builder
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
@@ -21,6 +21,6 @@ class Record(BaseModel):
 def later_field(default: T) -> T:
     """Return a field that is written only when it differs from its default.
 
-    It is for fields that records on disk may lack: such a record, read and written anew, stays the same.
+    It is for fields that records on disk may lack: such a record stays the same when it is read and written again.
     """
     return Field(default, exclude_if=lambda value: bool(value == default))

@@ -110,8 +110,8 @@ class GateSettings(_Section):
     )
     min_output_conformity: Share | None = Field(
         None,
-        description="Smallest share of answers in the requested output format; default: 0.95, not counting rows to "
-        "which the source's answer is in another format too.",
+        description="Smallest share of answers in the requested output format; default: 0.95, without rows in "
+        "which the source's answer has another format too.",
     )
     max_memory_growth_bytes_per_request: int = Field(
         65_536, ge=0, description="Largest growth of the resident memory per request in the soak, in bytes."
@@ -136,11 +136,11 @@ class EvaluationSettings(_Section):
 
 
 class CalibrationSettings(_Section):
-    """Size of the texts that quantized variants are calibrated on."""
+    """Size of the calibration texts of quantized variants."""
 
     max_tokens: int = Field(4096, ge=16, le=1_000_000, description="Tokens of all texts.")
     max_new_tokens: int = Field(
-        128, ge=1, le=8192, description="Longest answer of the checkpoint's own that is calibrated on, in tokens."
+        128, ge=1, le=8192, description="Longest own answer of the checkpoint in the calibration texts, in tokens."
     )
 
 

@@ -11,7 +11,7 @@ from slmops.tasks.exams.statements import Statement, statements_of
 
 
 def check_files(settings: Settings, checkpoint: str | None) -> tuple[list[Check], tuple[Statement, ...]]:
-    """Return the rows on a checkpoint's prompts and what it says of itself; nothing without a whole one.
+    """Return the rows on a checkpoint's prompts and the facts in its files; empty without a complete checkpoint.
 
     Raises `BadInput` when the checkpoint cannot be deployed anywhere.
     """

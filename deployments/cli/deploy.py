@@ -105,9 +105,9 @@ def _show_report(report: "DeployReport") -> None:
                 for check in variant.gate.failed_checks
             )
             print_line(f"{variant.precision} rejected: {faults}")
-            print_line(f"  {variant.nearest} is nearest to the checkpoint. {variant.what_to_do or ''}".rstrip())
+            print_line(f"  {variant.nearest} is closest to the checkpoint. {variant.what_to_do or ''}".rstrip())
         if len(variant.attempts) > 1:
-            print_line(f"{variant.precision} was tried by: {attempts_text(variant.attempts)}")
+            print_line(f"{variant.precision} attempts: {attempts_text(variant.attempts)}")
     for text in [*report.warnings, *(text for variant in report.variants for text in variant.warnings)]:
         print_line(f"warning: {text}")
     answered = next((variant for variant in reversed(report.variants) if variant.answer), None)  # the smallest

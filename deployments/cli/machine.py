@@ -29,14 +29,14 @@ def config(as_json: Json = False) -> None:
 
 
 def check(
-    checkpoint: Annotated[str | None, typer.Argument(help="Checkpoint to prove and to find room for.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help="Checkpoint to check, with memory and disk for it.")] = None,
     source_build: Annotated[bool, typer.Option(help="Also check what building onnxruntime-genai needs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check this machine: Python, packages against the proven versions, Foundry's runtime, memory and disk.
 
-    With a checkpoint, also what its files say, whether the runtimes make its prompts, and whether a model of its
-    configuration is built as transformers has it.
+    With a checkpoint, also its files, its prompts in the runtimes, and whether a model of its configuration is built
+    exactly as in transformers.
     """
     from slmops.tasks.checkup import check_files
     from slmops.tasks.environment.checks import check_machine

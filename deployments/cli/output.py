@@ -52,12 +52,12 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def print_statements(statements: Sequence["Statement"]) -> None:
-    """Print what a checkpoint says of itself, if it says anything."""
+    """Print the facts in a checkpoint's files, if there are any."""
     rows = [
         {"what": said.name, "value": said.value, "read from": said.read_from, "used": said.used} for said in statements
     ]
     if rows:
-        print_table("What this checkpoint says of itself", rows)
+        print_table("Facts from this checkpoint's files", rows)
 
 
 def print_plots(draw: Callable[[int], str]) -> None:

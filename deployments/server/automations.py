@@ -105,7 +105,7 @@ def _run_events(states: Sequence[str]) -> set[str]:
 
 
 def _at_once(events: set[str], resource: str, related: dict[str, str] | None = None) -> "EventTrigger":
-    """A trigger on each event of a resource, by its id, and of what is `related` to it."""
+    """A trigger on each event of a resource, by its id, and of `related` resources."""
     from prefect.automations import EventTrigger, Posture
 
     return EventTrigger(

@@ -89,7 +89,7 @@ def read_tensor_headers(folder: Path, weights: str = WEIGHTS) -> dict[str, Tenso
 
 
 def weights_names(folder: Path, weights: str = WEIGHTS) -> list[str]:
-    """Return the names of a folder's files with weights: the shards that its index names, or `weights`."""
+    """Return the names of a folder's files with weights: the shards in its index, or `weights`."""
     index = _read_index(folder / WEIGHTS_INDEX) if (folder / WEIGHTS_INDEX).is_file() else {}
     return sorted(set(index.values())) or [weights]
 

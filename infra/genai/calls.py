@@ -97,9 +97,9 @@ class Sweep(Record):
 
 
 class Measure(_OnModel[Measured]):
-    """Measure speed and memory; `prompt_tokens` are lengths, and without `sweep` there is none.
+    """Measure speed and memory; `prompt_tokens` are lengths; without `sweep` no sweep is made.
 
-    A round of requests is repeated if other programs took more than `max_others_cpu_share` of its cores, or if the
+    A round of requests is repeated if other programs used more than `max_others_cpu_share` of its cores, or if the
     standard deviation of its token generation throughput is more than `max_spread` of the median.
     """
 

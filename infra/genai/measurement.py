@@ -70,7 +70,7 @@ def measure(call: Measure, progress: Progress) -> Measured:
 
 @dataclass(frozen=True)
 class _Round:
-    """The measured requests of all lengths, and the share of the measurement's cores that other programs took."""
+    """The measured requests of all lengths, and the share of the measurement's cores that other programs used."""
 
     rows: tuple[RequestFigures, ...]
     cpu_percent: float
@@ -100,7 +100,7 @@ class _Runs:
         return len(self._lengths) * (self._call.warmup + self._call.repetitions)
 
     def best_round(self, steps: int, progress: Progress) -> _Round:
-        """Measure until a round is not disturbed, at most `MAX_ROUNDS` times; return that, or the least disturbed."""
+        """Measure until a round is not disturbed, at most `MAX_ROUNDS` times; return it, or the least disturbed one."""
         done: list[_Round] = []
         while not done or (self.rounds < MAX_ROUNDS and self._is_disturbed(done[-1])):
             done.append(self._round(steps, progress))

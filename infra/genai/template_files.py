@@ -2,8 +2,8 @@
 
 genai 0.18 and Foundry Local have their own Jinja. It lacks some of Python's methods and of jinja2's filters, and gives
 other results for some expressions. Every replacement here is an expression with the same value in jinja2, so
-transformers renders the corrected template as before. `tests/infra/genai/test_template_files.py` fails for a mend that
-a newer runtime no longer needs.
+transformers renders the corrected template as before. `tests/infra/genai/test_template_files.py` fails for a correction
+that a newer runtime no longer needs.
 """
 
 import functools
@@ -33,7 +33,7 @@ COMPARING_TESTS = {"eq": "eq", "equalto": "eq", "==": "eq", "ne": "ne", "!=": "n
 
 # Expressions with another result in genai, without an error, that cannot be rewritten safely.
 WITHOUT_MEND: dict[type[nodes.Node], str] = {
-    nodes.Div: "division of whole numbers is cut off",
+    nodes.Div: "division of whole numbers is truncated",
     nodes.Pow: "a power is a decimal number",
     nodes.CallBlock: "there is no block call",
     nodes.FilterBlock: "there is no block filter",
@@ -114,7 +114,7 @@ class _Mender(NodeTransformer):
         node = self.generic_visit(node)
         if isinstance(node.node, nodes.Name) and node.node.name in ALWAYS_DEFINED and node.name in ("defined", "none"):
             self.asks_for.add(node.node.name)
-            self.mends.append(f"{node.node.name} is none where a client gives none")
+            self.mends.append(f"{node.node.name} is none if a client passes none")
         if node.name in COMPARING_TESTS and len(node.args) == 1:
             self.mends.append(f"the test {node.name} is written as a comparison")
             return self.visit_Compare(_compared(node.node, COMPARING_TESTS[node.name], node.args[0]))
@@ -123,14 +123,14 @@ class _Mender(NodeTransformer):
     def visit_Compare(self, node: Node) -> Node:  # noqa: N802
         node = self.generic_visit(node)
         if len(node.ops) > 1:
-            self.mends.append("a chain of comparisons is written one by one")
+            self.mends.append("a chain of comparisons is written as single comparisons")
             return node
         among = node.ops[0].expr
         is_message = isinstance(among, nodes.Name) and among.name in self._messages
         known = is_message or isinstance(among, nodes.List | nodes.Tuple | nodes.Dict)
         if node.ops[0].op not in ("in", "notin") or not _is_separator(node.expr) or known:
             return node
-        self.mends.append("whether a text contains another is asked with split")
+        self.mends.append("a test whether a text contains another is written with split")
         several = _compared(_parts(among, node.expr), "gt", nodes.Const(1))
         contains = nodes.Or(_compared(node.expr, "in", among), nodes.And(_is_string(among), several))
         return contains if node.ops[0].op == "in" else nodes.Not(contains)
@@ -172,7 +172,7 @@ def _one_of_several(node: Node) -> Rewritten:
     if not isinstance(ends, nodes.Tuple) or not ends.items:
         return None
     each: list[Node] = [_call(node.node.node, method, end) for end in ends.items]
-    return f"{method} of several is written as several of one", functools.reduce(nodes.Or, each)
+    return f"{method} with several values is written as several calls", functools.reduce(nodes.Or, each)
 
 
 def _count(node: Node) -> Rewritten:

@@ -1,7 +1,7 @@
 """A variant's tokenizer.json, rewritten so that onnxruntime-genai gives the tokens of the checkpoint's tokenizer.
 
 genai 0.18 and Foundry Local read the file in their own way. `tests/infra/genai/test_tokenizer_files.py` fails for
-a mend that a newer runtime no longer needs.
+a correction that a newer runtime no longer needs.
 """
 
 from slmops.infra.checkpoints.tokenizer import SPLITTING_PARTS, TokenizerFile, splitting_parts
@@ -32,7 +32,7 @@ def mend_tokenizer(built: TokenizerFile, own: TokenizerFile | None) -> tuple[Tok
 
 
 def _begins_texts_with_a_space(tokenizer: TokenizerFile) -> bool:
-    """Whether a space is put before every text between control tokens, as SentencePiece models of Llama 2's time do."""
+    """Whether a space is added before every text between control tokens, as in SentencePiece models such as Llama 2."""
     normalizer: TokenizerFile = tokenizer.get("normalizer") or {}
     kinds = [part.get("type") for part in normalizer.get("normalizers", [])]
     return kinds == ["Prepend", "Replace"] and tokenizer.get("pre_tokenizer") is None

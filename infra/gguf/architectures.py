@@ -1,6 +1,6 @@
-"""What a GGUF file's metadata and tensors are in the Hub's layout: config.json, and each tensor's name and values.
+"""The Hub's layout of a GGUF file's metadata and tensors: config.json, and each tensor's name and values.
 
-llama.cpp's converter (`conversion/` in its source) says what it did to a checkpoint; here it is undone.
+The changes of llama.cpp's converter (`conversion/` in its source) are reversed here.
 """
 
 from collections.abc import Callable
@@ -30,21 +30,21 @@ GEMMA_BLOCK = BLOCK | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 PHI_3_BLOCK = BLOCK | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
-# Tensors that say how positions are rotated; they become values of config.json.
+# Tensors of rotary factors; they become values of config.json.
 ROPE_FREQUENCIES = "rope_freqs.weight"
 ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 LARGEST_LAYERS = 10_000
-# Llama 3.1 and 3.2: `original_max_position_embeddings`, `low_freq_factor` and `high_freq_factor`, which a GGUF has only
-# as the factors that they lead to.
+# Llama 3.1 and 3.2: `original_max_position_embeddings`, `low_freq_factor` and `high_freq_factor`, for which a GGUF file
+# has only the resulting factors.
 LLAMA_3_ROPE = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one of llama.cpp's architectures is undone.
+    """The reversal of one of llama.cpp's architectures.
 
     `permuted` says whether the rows of q and k are interleaved for its rotary embedding, `norms_plus_one` whether a
-    norm's weight is stored with the one that the model adds to it.
+    norm's weight is stored plus one, which the model adds.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Architecture:
 class SourceTensor:
     """A tensor of the checkpoint and where it comes from.
 
-    `heads` is by how many the rows are interleaved (None: they are not), `minus` what is taken from its values.
+    `heads` is the number by which rows are interleaved (None: they are not), `minus` is subtracted from its values.
     """
 
     name: str
@@ -68,28 +68,28 @@ class SourceTensor:
     minus: float = 0.0
 
 
-ABSENT = "absent"  # in place of a value that a family's config.json has no key for
+ABSENT = "absent"  # for a value without a key in a family's config.json
 
 
 def architecture_of(file: GgufFile) -> Architecture:
-    """Return how a file's architecture is undone; raises `BadInput` for one that is not known here."""
+    """Return the reversal of a file's architecture; raises `BadInput` for an unknown one."""
     if file.architecture not in ARCHITECTURES:
         raise BadInput(
             f"{file.path} is of the architecture {file.architecture!r}, which is not converted from GGUF.",
-            f"Give the checkpoint that it was made from, in the Hub's layout; known are {', '.join(ARCHITECTURES)}.",
+            f"Give its source checkpoint, in the Hub's layout; known are {', '.join(ARCHITECTURES)}.",
             code="gguf-architecture",
         )
     if file.metadata.get(f"{file.architecture}.expert_count", 0):
         raise BadInput(
             f"{file.path} is a mixture of experts, which is not converted from GGUF.",
-            "Give the checkpoint that it was made from, in the Hub's layout.",
+            "Give its source checkpoint, in the Hub's layout.",
             code="gguf-architecture",
         )
     return ARCHITECTURES[file.architecture]
 
 
 def config_of(file: GgufFile) -> Parsed:
-    """Return the config.json of a file's model; raises `BadInput` where the metadata lacks something."""
+    """Return the config.json of a file's model; raises `BadInput` if the metadata is incomplete."""
     architecture = architecture_of(file)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
@@ -109,13 +109,13 @@ def config_of(file: GgufFile) -> Parsed:
         "rms_norm_eps": _real(file, "attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[stored_as(file)],
-        **tokens,  # also where there is none: a family's default is another's token
+        **tokens,  # also without one, because a family's default may be another token
     }
     return {key: value for key, value in (config | architecture.details(file)).items() if value != ABSENT}
 
 
 def tensors_of(file: GgufFile) -> list[SourceTensor]:
-    """Return the checkpoint's tensors; raises `BadInput` for a tensor that has no place in it."""
+    """Return the checkpoint's tensors; raises `BadInput` for an unknown tensor."""
     architecture = architecture_of(file)
     heads = {"attn_q": _size(file, "attention.head_count")}
     heads["attn_k"] = _size(file, "attention.head_count_kv", heads["attn_q"])
@@ -141,10 +141,10 @@ def tensors_of(file: GgufFile) -> list[SourceTensor]:
 
 
 def stored_as(file: GgufFile) -> str:
-    """Return the type that quantized weights are written in, and that most others are in: `F32`, `F16` or `BF16`.
+    """Return the type of written quantized weights, and of most others: `F32`, `F16` or `BF16`.
 
-    A quantized weight keeps eight times more of its value in F16 than in BF16. Gemma's activations do not fit into the
-    range of F16 when a model of that type is run as it is.
+    F16 represents a quantized weight eight times more precisely than BF16. In a model of type F16, Gemma's activations
+    would exceed the range.
     """
     kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
     if file.quantization:
@@ -213,7 +213,7 @@ def _phi3(file: GgufFile) -> Parsed:
 
 
 def _gemma(file: GgufFile, largest_layers: int) -> Parsed:
-    """Values that llama.cpp's code has and its files have not (src/models/gemma2.cpp and gemma3.cpp)."""
+    """Values that are in llama.cpp's code but not in its files (src/models/gemma2.cpp and gemma3.cpp)."""
     hidden, heads = _size(file, "embedding_length"), _size(file, "attention.head_count")
     is_largest = _layers(file) == largest_layers  # its attention is scaled by another rule
     return {
@@ -260,7 +260,7 @@ def _rope(file: GgufFile) -> Parsed:
 
 
 def _llama3_rope(file: GgufFile, theta: float) -> Parsed:
-    """Return the parameters whose factors the file has; raises `BadInput` where Llama 3's lead to others."""
+    """Return the parameters of the file's factors; raises `BadInput` if Llama 3's parameters give others."""
     import numpy as np
 
     factors = np.asarray(_numbers(file, ROPE_FREQUENCIES))
@@ -269,7 +269,7 @@ def _llama3_rope(file: GgufFile, theta: float) -> Parsed:
     turns = LLAMA_3_ROPE["original_max_position_embeddings"] * theta ** -(np.arange(0, dimensions, 2) / dimensions)
     smooth = np.clip((turns / (2 * np.pi) - low) / (high - low), 0, 1)
     if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        raise _unfit(file, f"its tensor {ROPE_FREQUENCIES} is not what Llama 3's rotary embedding leads to")
+        raise _unfit(file, f"its tensor {ROPE_FREQUENCIES} has other factors than Llama 3's rotary embedding")
     return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA_3_ROPE}
 
 
@@ -317,7 +317,7 @@ def _softcapping(file: GgufFile, key: str) -> float | None:
 
 
 def _shortest(value: float) -> float:
-    """Return the shortest number that a float of 32 bits was written from: 1e-05 for 9.999999747378752e-06."""
+    """Return the shortest decimal number of a 32-bit float: 1e-05 for 9.999999747378752e-06."""
     import numpy as np
 
     return float(str(np.float32(value)))
@@ -326,7 +326,7 @@ def _shortest(value: float) -> float:
 def _unfit(file: GgufFile, fault: str) -> BadInput:
     return BadInput(
         f"{file.path} cannot be converted: {fault}.",
-        "Export it again, or give the checkpoint that it was made from, in the Hub's layout.",
+        "Export it again, or give its source checkpoint, in the Hub's layout.",
         code="gguf-unfit",
     )
 

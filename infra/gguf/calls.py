@@ -1,4 +1,4 @@
-"""What a child process is asked to do with a GGUF file."""
+"""The call of a child process that converts a GGUF file."""
 
 from slmops.infra.process.call import Call, Progress
 from slmops.infra.records import AbsolutePath

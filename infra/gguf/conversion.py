@@ -1,4 +1,4 @@
-"""A GGUF file turned into a checkpoint in the Hub's layout, a piece of a tensor at a time."""
+"""The conversion of a GGUF file into a checkpoint in the Hub's layout, piece by piece of each tensor."""
 
 import json
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from slmops.infra.process.call import Progress
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CONVERTER_VERSION = 1  # goes up when the same file leads to other bytes
-ORIGIN_FILE = "gguf.json"  # beside the weights: what they were made from
-PIECE_ELEMENTS = 2**22  # of a tensor, at a time: 16 MiB in fp32
+CONVERTER_VERSION = 1  # increased when the same file gives other bytes
+ORIGIN_FILE = "gguf.json"  # beside the weights: their source
+PIECE_ELEMENTS = 2**22  # size of a piece of a tensor: 16 MiB in fp32
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def convert(path: Path, folder: Path, progress: Progress) -> None:
     """Write config.json, the tokenizer and model.safetensors of a GGUF file into a new folder.
 
-    Weights in F32, F16 and BF16 keep their bits, unless the architecture adds one to them: those are kept in F32.
-    Quantized weights become the numbers that they stand for, rounded to F16 (BF16 for Gemma).
+    Weights in F32, F16 and BF16 keep their bits, except those to which the architecture adds one, which are written in
+    F32. Quantized weights are dequantized and rounded to F16 (BF16 for Gemma).
 
     Raises `BadInput` for a file that cannot be converted or has weights that are not finite.
     """
@@ -41,7 +41,7 @@ def convert(path: Path, folder: Path, progress: Progress) -> None:
 
 
 def written_as(file: GgufFile, tensor: SourceTensor) -> str:
-    """Return the type that a tensor is written in."""
+    """Return the type of a written tensor."""
     if tensor.minus:
         return "F32"
     return tensor.source.kind if tensor.source.kind in FLOATING_POINT else stored_as(file)
@@ -56,7 +56,7 @@ def _generation_config(file: GgufFile, config: Parsed) -> Parsed:
 
 
 def _write_weights(file: GgufFile, tensors: list[SourceTensor], target: Path, progress: Progress) -> None:
-    """Write a safetensors file (https://huggingface.co/docs/safetensors). The library wants all tensors in memory."""
+    """Write a safetensors file (https://huggingface.co/docs/safetensors). The library needs all tensors in memory."""
     laid_out = sorted(tensors, key=lambda tensor: (-BYTES[written_as(file, tensor)], tensor.name))
     header: Parsed = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -77,7 +77,7 @@ def _write_weights(file: GgufFile, tensors: list[SourceTensor], target: Path, pr
 def _pieces(source: BinaryIO, tensor: SourceTensor, kind: str) -> Iterator[bytes]:
     """Yield a tensor's bytes in the type `kind`, some rows at a time."""
     stored, shape = tensor.source, tensor.source.shape
-    rows = shape[0] if tensor.heads else int(np.prod(shape[:-1]))  # a bias is one row, whose values are interleaved
+    rows = shape[0] if tensor.heads else int(np.prod(shape[:-1]))  # a bias is one row with interleaved values
     packed: NDArray[np.uint8] = np.memmap(source, np.uint8, "r", stored.start, (rows, stored.size_bytes // rows))
     order = _order(rows, tensor.heads)
     step = max(1, PIECE_ELEMENTS * rows // int(np.prod(shape)))
@@ -87,7 +87,7 @@ def _pieces(source: BinaryIO, tensor: SourceTensor, kind: str) -> Iterator[bytes
 
 
 def _order(rows: int, heads: int | None) -> "NDArray[np.int64]":
-    """Return which row of the file is the checkpoint's first, second ...: a head's two halves lie interleaved."""
+    """Return the file's rows in the checkpoint's order: in the file, a head's two halves are interleaved."""
     order = np.arange(rows)
     return order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1) if heads else order
 

@@ -1,7 +1,7 @@
 """A GGUF file's metadata and tensor table. No weight is read.
 
-Every length in the file is held against the file's size before anything is read for it. The reader of the library gguf
-believes them: an array that claims to be longer than the file keeps it busy until memory ends.
+Every length in the file is compared with the file's size before anything is read. The reader of the library gguf trusts
+them: an array that claims to be longer than the file would exhaust the memory.
 """
 
 import math
@@ -13,13 +13,13 @@ from typing import Any, BinaryIO, TypeVar
 from slmops.infra.errors import BadInput
 
 T = TypeVar("T")
-Value = object  # of the metadata: a number, a text, or a tuple of either
+Value = object  # a value of the metadata: a number, a text, or a tuple of either
 Entry = tuple[str, tuple[int, ...], int, int]  # of the tensor table: name, shape in torch's order, type, offset
-Parsed = dict[str, Any]  # a JSON object whose parts are of many kinds, as the files of a checkpoint are
+Parsed = dict[str, Any]  # a JSON object with values of many types, as in the files of a checkpoint
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# The vocabularies of today's models take less than 20 MiB.
+# Known vocabularies take less than 20 MiB.
 LARGEST_HEADER_BYTES = 64 * 1024**2
 LARGEST_TENSOR_COUNT = 100_000
 LARGEST_DIMENSIONS = 4
@@ -27,7 +27,7 @@ DEFAULT_ALIGNMENT = 32
 # Types of metadata: number in the file -> struct's code (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# What holds plain numbers, and what the library gguf can turn into numbers.
+# Types of plain numbers, and types that the library gguf can dequantize.
 FLOATING_POINT = ("F32", "F16", "BF16")
 QUANTIZED = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"),
@@ -37,7 +37,7 @@ QUANTIZED = (
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: `start` in bytes from the file's beginning; `shape` has rows first, as torch's has."""
+    """The place of a tensor: `start` in bytes from the file's beginning; `shape` has rows first, as in torch."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ class GgufFile:
 
     @property
     def quantization(self) -> str | None:
-        """How its weights are quantized, such as `Q4_K_M`; None where all are plain numbers."""
+        """The quantization of its weights, such as `Q4_K_M`; None if all are plain numbers."""
         from gguf.constants import LlamaFileType
 
         quantized = [tensor for tensor in self.tensors.values() if tensor.kind in QUANTIZED]
@@ -76,7 +76,7 @@ class GgufFile:
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Return a value of the metadata.
 
-        Raises `BadInput` for one of another kind, or that is missing without a default.
+        Raises `BadInput` for a value of another type, or one that is missing without a default.
         """
         value = self.metadata.get(key, default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -88,12 +88,12 @@ class GgufFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path names a file that is called a GGUF file."""
+    """Whether a path names a file with the ending of a GGUF file."""
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def gguf_of(path: Path) -> Path | None:
-    """Return the GGUF file that `path` is, or that is all the weights a folder has; None for another checkpoint.
+    """Return the GGUF file at `path`, or the only weights of a folder; None for another checkpoint.
 
     Raises `BadInput` for a folder with several GGUF files and no other weights.
     """
@@ -112,7 +112,7 @@ def gguf_of(path: Path) -> Path | None:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file; raises `BadInput` for one that is damaged, cut off or a part of several."""
+    """Read the header of a GGUF file; raises `BadInput` for one that is damaged, truncated or a part of several."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         reader = _Reader(path, stream, size)
@@ -137,14 +137,14 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _located(path: Path, table: list[Entry], start: int, size: int) -> dict[str, GgufTensor]:
-    """Return the tensors by name, each within the file and none upon another."""
+    """Return the tensors by name, each within the file and without overlap."""
     tensors: dict[str, GgufTensor] = {}
     end = start
     for name, shape, number, offset in sorted(table, key=lambda entry: entry[3]):
         kind, size_bytes = _stored(path, name, shape, number)
         begin = start + offset
         if name in tensors or begin < end:
-            raise _not_valid(path, f"the tensor {name!r} lies upon another or is there twice")
+            raise _not_valid(path, f"the tensor {name!r} overlaps another or occurs twice")
         end = begin + size_bytes
         if end > size:
             raise _cut_off(path, size, f"the tensor {name!r} ends at byte {end:,}")
@@ -153,7 +153,7 @@ def _located(path: Path, table: list[Entry], start: int, size: int) -> dict[str,
 
 
 def _stored(path: Path, name: str, shape: tuple[int, ...], number: int) -> tuple[str, int]:
-    """Return the name of a tensor's type, and its bytes."""
+    """Return the name of a tensor's type, and its size in bytes."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
@@ -169,7 +169,7 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], number: int) -> tuple
 
 
 class _Reader:
-    """Reads what the file has, and raises `BadInput` where it claims to have more."""
+    """Reads a file, and raises `BadInput` if it claims to have more than its size."""
 
     def __init__(self, path: Path, stream: BinaryIO, size: int) -> None:
         self.path, self.stream, self.size = path, stream, size
@@ -177,17 +177,17 @@ class _Reader:
     def read(self, count: int) -> bytes:
         end = self.stream.tell() + count
         if end > self.size:
-            raise _cut_off(self.path, self.size, f"its header goes on to byte {end:,}")
+            raise _cut_off(self.path, self.size, f"its header extends to byte {end:,}")
         if end > LARGEST_HEADER_BYTES:
             raise _not_valid(self.path, f"its header has more than {LARGEST_HEADER_BYTES // 1024**2} MiB")
         return self.stream.read(count)
 
     def counted(self, count: int, least_bytes: int, most: int | None = None) -> int:
-        """Return a count of entries of `least_bytes` each; raises where there is no room for them."""
+        """Return a count of entries of `least_bytes` each; raises if the file is too small for them."""
         if most is not None and count > most:
             raise _not_valid(self.path, f"it claims {count:,} tensors")
         if self.stream.tell() + count * least_bytes > min(self.size, LARGEST_HEADER_BYTES):
-            raise _cut_off(self.path, self.size, f"it claims {count:,} entries behind byte {self.stream.tell():,}")
+            raise _cut_off(self.path, self.size, f"it claims {count:,} entries after byte {self.stream.tell():,}")
         return count
 
     def unpack(self, code: str) -> tuple[Any, ...]:
@@ -227,19 +227,19 @@ class _Reader:
         if element == STRING:
             return tuple(self.text() for _ in range(self.counted(count, 8)))
         if element not in SCALARS:
-            raise _not_valid(self.path, f"{key!r} holds the unknown type {element}")
+            raise _not_valid(self.path, f"{key!r} has elements of the unknown type {element}")
         return self.unpack(f"{self.counted(count, struct.calcsize(SCALARS[element]))}{SCALARS[element]}")
 
 
 def _not_valid(path: Path, fault: str) -> BadInput:
     return BadInput(
-        f"{path} is not a GGUF file that can be read: {fault}.", "Export or download it again.", code="gguf-not-valid"
+        f"{path} is not a readable GGUF file: {fault}.", "Export or download it again.", code="gguf-not-valid"
     )
 
 
 def _cut_off(path: Path, size: int, fault: str) -> BadInput:
     return BadInput(
-        f"{path} is cut off or damaged: {fault}, and the file has {size:,} bytes.",
+        f"{path} is truncated or damaged: {fault}, but the file has {size:,} bytes.",
         "Export or download it again.",
         code="gguf-cut-off",
     )

@@ -1,7 +1,7 @@
 """A GGUF file's tokenizer in the Hub's form: tokenizer.json, tokenizer_config.json and the chat template.
 
-The ids are those of the family's own tokenizer (tests/infra/gguf/test_tokenizer.py holds them against llama.cpp's
-test vectors, which come from those).
+The ids are those of the family's own tokenizer (tests/infra/gguf/test_tokenizer.py compares them with llama.cpp's test
+vectors, which come from it).
 """
 
 import json
@@ -13,7 +13,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.gguf.file import GgufFile, Parsed
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # types of tokens; 1 is a plain one, 6 a byte
-PADDING = re.compile(r"\[PAD\d+\]")  # what llama.cpp's converter calls rows of the embedding without a token
+PADDING = re.compile(r"\[PAD\d+\]")  # llama.cpp's name for rows of the embedding without a token
 SPACE = "▁"
 WHITE_SPACE = ("\n", SPACE, "\t")
 
@@ -30,25 +30,25 @@ GPT_4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}" + _REST_WITH_SLASH
 )
-# `tokenizer.ggml.pre` -> what cuts a text into words.
+# `tokenizer.ggml.pre` -> the steps that split a text into words.
 WORDS = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "lfm2", "smaug-bpe", "dbrx"), LLAMA_3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN_2),
     "tekken": TEKKEN,
     **dict.fromkeys(("gpt-4o", "llama4"), GPT_4O),
 }
-DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r")  # digits one by one, then as GPT-2
+DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r")  # single digits, then as GPT-2
 AS_GEMMA = ("gemma4", "granite-embed-multi-311m")
 AS_GPT_2 = ("gpt-2", "phi-2", "olmo")
-# Whose words that are a token are not put together by merges.
+# In these, a word that is a token is not built by merges.
 IGNORING_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "lfm2", "tekken")
-BEGINNING = IGNORING_MERGES  # whose texts begin with the begin token where the file does not say
+BEGINNING = IGNORING_MERGES  # in these, texts begin with the begin token unless the file says otherwise
 
 
 def save_tokenizer(file: GgufFile, folder: Path) -> None:
     """Write the tokenizer of a GGUF file into a folder.
 
-    Raises `BadInput` for a file without one, or with one of a kind that is not known here.
+    Raises `BadInput` for a file without one, or with one of an unknown kind.
     """
     from tokenizers import Tokenizer
 
@@ -63,7 +63,7 @@ def save_tokenizer(file: GgufFile, folder: Path) -> None:
 
 
 def check_tokenizer(file: GgufFile) -> None:
-    """Raise `BadInput` unless the file has a tokenizer of a known kind, for whose tokens the embedding has rows."""
+    """Raise `BadInput` unless the file has a tokenizer of a known kind, with a row in the embedding for each token."""
     model = file.metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama", "gemma4"):
         raise _unfit(file, f"its tokenizer is of the kind {model!r}")
@@ -110,7 +110,7 @@ def tokenizer_config_of(file: GgufFile) -> Parsed:
 
 
 def token_id(file: GgufFile, name: str) -> int | None:
-    """Return the id of a token such as `bos` or `eos`; None where the file has none. Raises `BadInput` for no id."""
+    """Return the id of a token such as `bos` or `eos`; None if there is none. Raises `BadInput` for an invalid id."""
     key = f"tokenizer.ggml.{name}_token_id"
     if key not in file.metadata:
         return None
@@ -138,17 +138,17 @@ def _class_of(file: GgufFile) -> str:
 
 
 def _tokens(file: GgufFile) -> tuple[list[str], list[int]]:
-    """Return the tokens and their types, without those at the end that stand for nothing."""
+    """Return the tokens and their types, without unused ones at the end."""
     tokens = list(file.get("tokenizer.ggml.tokens", tuple))
     kinds = list(file.get("tokenizer.ggml.token_type", tuple, (1,) * len(tokens)))
     if not tokens or len(kinds) != len(tokens) or not all(isinstance(token, str) and token for token in tokens):
         raise _unfit(file, f"it has {len(tokens)} tokens and {len(kinds)} types of tokens")
     while tokens and PADDING.fullmatch(tokens[-1]):
         del tokens[-1], kinds[-1]
-    if _is_gemma(file):  # whose tokens of several spaces are stored as spaces
+    if _is_gemma(file):  # in these, tokens of several spaces are stored as spaces
         tokens = [SPACE * len(token) if token.strip(" ") == "" else token for token in tokens]
     if len(set(tokens)) != len(tokens):
-        raise _unfit(file, "a token is there twice")
+        raise _unfit(file, "a token occurs twice")
     return tokens, kinds
 
 
@@ -156,7 +156,7 @@ def _added(file: GgufFile, tokens: Sequence[str], kinds: Sequence[int]) -> Itera
     is_phi_3 = file.architecture == "phi3" and file.metadata["tokenizer.ggml.model"] == "llama"
     for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind in (UNKNOWN, CONTROL, USER_DEFINED):
-            # Phi-3's control tokens take the white space behind them, which no file says; llama.cpp goes by the name.
+            # Phi-3's control tokens absorb the white space after them. No file says so; llama.cpp recognizes the name.
             takes_space = is_phi_3 and token not in ("<unk>", "<s>", "<|endoftext|>")
             yield {
                 "id": number,
@@ -180,7 +180,7 @@ def _byte_level(file: GgufFile, tokens: Sequence[str]) -> Parsed:
 
 
 def _word_steps(file: GgufFile) -> list[Parsed]:
-    """Return what cuts a text into words, for a byte-level tokenizer."""
+    """Return the steps that split a text into words, for a byte-level tokenizer."""
     pre = _pre(file)
     bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     as_gpt_2 = bytes_alone | {"use_regex": True}
@@ -220,7 +220,7 @@ def _bpe(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> Parsed:
 
 
 def _given_merges(file: GgufFile, tokens: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the merges that the file has; the library breaks off on one that is not of two tokens to a third."""
+    """Return the merges that the file has; the library fails on one that is not of two tokens to a third."""
     known = set(tokens)
     given: tuple[object, ...] = file.get("tokenizer.ggml.merges", tuple, ())
     pairs = [(left, right) for left, _, right in (str(merge).partition(" ") for merge in given)]
@@ -233,8 +233,8 @@ def _given_merges(file: GgufFile, tokens: Sequence[str]) -> list[tuple[str, str]
 def _merges(file: GgufFile, tokens: Sequence[str], *, in_order: bool) -> list[tuple[str, str]]:
     """Return the merges of a SentencePiece model, the best first: every way to make a token of two others.
 
-    A file that has them says them itself. A token's score is its rank. Gemma's tokens lie in the order of their ranks
-    instead, and its runs of white space come before them, the longest first.
+    A file may list them itself. A token's score is its rank. Gemma's tokens are in the order of their ranks instead,
+    and its runs of white space precede them, longest first.
     """
     if given := _given_merges(file, tokens):
         return given

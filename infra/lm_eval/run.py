@@ -129,9 +129,9 @@ def _load_tasks(names: Sequence[str], include: Path | None, *, allow_code: bool)
 
 
 def _metrics_of(load: Callable[..., NoReturn]) -> ModuleType:
-    """Return what stands in for the package `evaluate`, which lm-eval and its tasks ask for further metrics.
+    """Return a replacement of the package `evaluate`, from which lm-eval and its tasks load further metrics.
 
-    Its `load` runs the code that it finds on the Hub or in a local file, and its import takes seconds.
+    The package's `load` runs code from the Hub or a local file, and its import takes seconds.
     """
     metrics = ModuleType("evaluate")
     metrics.load = load  # type: ignore[attr-defined]

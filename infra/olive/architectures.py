@@ -1,6 +1,6 @@
-"""Which checkpoints can be built, according to config.json alone; `slmops.infra.olive.family_proof` tries the rest.
+"""The checkpoints that can be built, according to config.json; `slmops.infra.olive.family_proof` tests them.
 
-What is accepted here is no promise: a checkpoint is built only after its configuration gave transformers' logits.
+Acceptance here is not sufficient: a checkpoint is built only after its configuration gave transformers' logits.
 """
 
 from collections.abc import Collection, Iterator
@@ -34,27 +34,27 @@ SUPPORTED_ARCHITECTURES = (
     "SmolLM3ForCausalLM",
 )
 
-# Of multi-modal models the text part is taken (`slmops.infra.checkpoints.text_part`).
+# Only the text part of multi-modal models is built (`slmops.infra.checkpoints.text_part`).
 MULTIMODAL_ARCHITECTURES = (
     "Gemma3ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
 )
 
-# What the builder or the runtime cannot do, by name, with what can be used in its place.
+# Architectures that the builder or the runtime does not support, with alternatives.
 NOT_SUPPORTED = {
     "Gemma3nForConditionalGeneration": "Fine-tune Gemma 3 (google/gemma-3-1b-it or -4b-it) instead.",
     "Gemma3nForCausalLM": "Fine-tune Gemma 3 (google/gemma-3-1b-it or -4b-it) instead.",
-    "Olmo2ForCausalLM": "Fine-tune SmolLM3 or Llama 3.2, which are as open, instead.",
-    "Olmo3ForCausalLM": "Fine-tune SmolLM3 or Llama 3.2, which are as open, instead.",
+    "Olmo2ForCausalLM": "Fine-tune SmolLM3 or Llama 3.2 instead.",
+    "Olmo3ForCausalLM": "Fine-tune SmolLM3 or Llama 3.2 instead.",
     "Qwen3MoeForCausalLM": "Fine-tune a dense Qwen3 (Qwen/Qwen3-4B or smaller) instead.",
     "Qwen3NextForCausalLM": "Fine-tune Qwen3.5 or a dense Qwen3 instead.",
     "PhimoeForCausalLM": "Its experts run on CUDA only: fine-tune microsoft/Phi-4-mini-instruct instead.",
 }
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# `longrope` is Phi-3's. The runtime changes from the short factors to the long ones at token 4,097, whatever
-# config.json says. Hunyuan's `dynamic` is a constant (its `alpha`); another model's depends on the text's length.
+# `longrope` is Phi-3's. The runtime always changes from the short factors to the long ones at token 4,097. Hunyuan's
+# `dynamic` is a constant (its `alpha`); another model's depends on the text's length.
 ROPE_TYPES_OF = {"Phi3ForCausalLM": ("longrope",), "HunYuanDenseV1ForCausalLM": ("dynamic",)}
 LONGROPE_ORIGINAL_LENGTH = 4096
 
@@ -69,7 +69,7 @@ DEEPEST_CONFIG = 50
 
 
 def check_architecture(config: Json) -> None:
-    """Raise `BadInput` unless a checkpoint with this config.json (parsed) may be tried.
+    """Raise `BadInput` unless a checkpoint with this config.json (parsed) may be supported.
 
     The message names what was found: the architecture, the rotary embedding, the quantization, foreign code.
     """
@@ -95,7 +95,7 @@ def check_architecture(config: Json) -> None:
 
 
 def check_family_precisions(architecture: str, precisions: Collection[str]) -> None:
-    """Raise `BadInput` for a precision that an architecture cannot be built in."""
+    """Raise `BadInput` for a precision in which an architecture cannot be built."""
     quantized = sorted(set(precisions) & set(BITS))
     if architecture in FLOATING_ONLY and quantized:
         raise BadInput(
@@ -125,7 +125,7 @@ def passes_original_length(config: Json) -> bool:
 
 
 def _check_foreign_code(config: Json) -> None:
-    """Refuse a config.json that has transformers fetch a kernel, which is code, from the Hub."""
+    """Refuse a config.json that makes transformers fetch a kernel, which is code, from the Hub."""
     for key, value in _entries(config):
         names = value.values() if isinstance(value, dict) else [value]
         foreign = [name for name in names if name is not None and name not in OWN_IMPLEMENTATIONS]
@@ -146,7 +146,7 @@ def _entries(section: object, depth: int = 0) -> Iterator[tuple[str, object]]:
 
 
 def _check_hybrid(architecture: str, config: Json) -> None:
-    """Refuse Granite 4's layers that the builder leaves out: Mamba's, and the mixture of experts."""
+    """Refuse Granite 4's layers that the builder omits: Mamba and the mixture of experts."""
     if architecture != "GraniteMoeHybridForCausalLM":
         return
     kinds = config.get("layer_types") or config.get("layers_block_type")
@@ -177,22 +177,22 @@ def _check_rope(architecture: str, config: Json) -> None:
 
 
 def _check_original_length(config: Json, rope: object, is_longrope: bool) -> None:
-    """Refuse the lengths of a Phi-3 that the builder or the runtime takes for others."""
+    """Refuse lengths of a Phi-3 that the builder or the runtime interprets differently."""
     original = config.get("original_max_position_embeddings") or _value(rope, "original_max_position_embeddings")
     original = LONGROPE_ORIGINAL_LENGTH if original is None else original
     length = config.get("max_position_embeddings") or LONGROPE_ORIGINAL_LENGTH
     if not isinstance(length, int) or not isinstance(original, int):
-        return  # the sizes are checked where they are read
+        return  # the sizes are checked when they are read
     if original > length or (original != length and not is_longrope):
         raise BadInput(
             f"config.json has original_max_position_embeddings {original} and max_position_embeddings {length}, which "
-            "onnxruntime-genai's builder takes for a longrope model.",
+            "onnxruntime-genai's builder treats as a longrope model.",
             f"Set original_max_position_embeddings to {length}.",
             code="original-length-not-supported",
         )
     if is_longrope and original not in (LONGROPE_ORIGINAL_LENGTH, length):
         raise BadInput(
-            f"The longrope in config.json begins behind position {original}; the runtime changes behind "
+            f"The longrope in config.json begins after position {original}; the runtime changes after "
             f"{LONGROPE_ORIGINAL_LENGTH} only.",
             f"Train with original_max_position_embeddings {LONGROPE_ORIGINAL_LENGTH}, as Phi-3.5 and Phi-4-mini have.",
             code="original-length-not-supported",

@@ -35,9 +35,9 @@ class Build(Call[Built]):
 class FamilyProof(Record):
     """Whether a configuration is built exactly.
 
-    `distance` is the largest one of two logits over the standard deviation of the reference's; `lengths` are the
-    prompts' in tokens; `first_difference` (tokens, position, distance, generating) is None where it is exact; `known`
-    where it was found earlier.
+    `distance` is the largest difference of two logits over the standard deviation of the reference's; `lengths` are the
+    prompts' in tokens; `first_difference` (tokens, position, distance, generating) is None if it is exact; `known`: the
+    result was stored before.
     """
 
     key: str
@@ -49,7 +49,7 @@ class FamilyProof(Record):
 
 
 class ProveFamily(Call[FamilyProof]):
-    """Prove that a checkpoint's configuration is built exactly; what is found is kept in `kept_dir`."""
+    """Prove that a checkpoint's configuration is built exactly; the result is stored in `kept_dir`."""
 
     checkpoint_dir: AbsolutePath
     kept_dir: AbsolutePath

@@ -59,13 +59,13 @@ def _float_lookup(graph: Any) -> Any:
 
 
 def lm_head_bits(model: Any) -> int | None:
-    """Return the width of an onnx-ir model's quantized lm_head, None where it is in floating point."""
+    """Return the width of an onnx-ir model's quantized lm_head, or None if it is in floating point."""
     node = _quantized_lm_head(model.graph)
     return int(node.attributes["bits"].as_int()) if node else None
 
 
 def _quantized_lm_head(graph: Any) -> Any:
-    """Return lm_head's node, or None where it is not quantized or packed for one device only."""
+    """Return lm_head's node, or None if it is not quantized or is packed for one device."""
     node = next((n for n in graph if n.op_type == "MatMulNBits" and n.name.startswith("/lm_head/")), None)
     return None if node is None or "weight_prepacked" in node.attributes else node
 

@@ -21,7 +21,7 @@ from slmops.infra.olive.step_progress import listening_to_steps
 from slmops.infra.process.call import Progress
 
 MODEL_BUILDER = "ModelBuilder"
-# Olive's passes that slmops has its own class for.
+# Olive's passes with an own class in slmops.
 OWN_PASSES = {
     MODEL_BUILDER: "slmops.infra.olive.model_builder.ModelBuilder",
     "Gptq": "slmops.infra.olive.quantizing_passes.Gptq",

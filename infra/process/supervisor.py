@@ -170,7 +170,7 @@ class _TreeMemory:
 
 
 def _is_answer(message: Message) -> bool:
-    """Whether the child can take another call: it has a result, or an error that the call is made to raise."""
+    """Whether the child can take another call: it sent a result, or an error that calls raise on purpose."""
     return "result" in message or bool(message.get("error", {}).get("kind"))
 
 

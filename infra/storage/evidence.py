@@ -107,7 +107,7 @@ class Signature(_Record):
 class Build(_Record):
     """A variant's build: its duration in s, peak memory in bytes, warnings, `passes`, calibration and machine.
 
-    `mended` are the files that differ from the checkpoint's, each with both digests and its mends.
+    `mended` are the files that differ from the checkpoint's, each with both digests and its corrections.
     """
 
     precision: str

@@ -39,9 +39,9 @@ def place(folder: Path, target: Path) -> None:
 
 @contextmanager
 def made_once(target: Path, settings: "Settings", on_progress: OnProgress | None = None) -> Iterator[Path | None]:
-    """Yield the path of a folder to make, which then is moved to `target`; None if `target` is already there.
+    """Yield the path of a folder to make, which is then moved to `target`; None if `target` exists.
 
-    One process makes it while others wait. The folder is made in a work folder, its parent, so an exception leaves
+    One process makes it while others wait. The folder is made in a temporary parent folder, so an exception leaves
     nothing.
     """
     with only_maker(target, on_progress):

@@ -204,7 +204,7 @@ class LocalObjectStore:
 
     @contextmanager
     def _written_aside(self, path: Path, data: bytes) -> Iterator[Path]:
-        """Yield a file with the data, which is to become the one at `path`, and is removed if it does not."""
+        """Yield a temporary file with the data for `path`; it is removed if it is not moved there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._aside() as aside:
             aside.write(data)

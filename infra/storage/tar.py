@@ -131,7 +131,7 @@ class TarReader:
             raise self.refusal(name, "is not a valid name in an archive")
         header = blocks[: member.offset_data]
         if not 0 <= member.size < _LARGEST or header != header_of(member.name, member.size):
-            raise self.refusal(name, "has a header that slmops export does not write, as another kind of tar has")
+            raise self.refusal(name, "has a header that slmops export does not write")
         if member.size > self.size_bytes - content:
             raise self.refusal(name, f"has {member.size:,} bytes by its header, but fewer follow")
         self._stream.seek(content)
@@ -157,7 +157,7 @@ class TarReader:
         return b"".join(self.chunks(member))
 
     def _parsed(self, blocks: bytes, begin: int) -> tarfile.TarInfo | None:
-        """Return what `tarfile` makes of a header, None for a block of zeros."""
+        """Return `tarfile`'s parse of a header, or None for a block of zeros."""
         try:
             return tarfile.TarFile(fileobj=io.BytesIO(blocks), encoding="ascii", errors="surrogateescape").next()
         except (tarfile.TarError, ArithmeticError, LookupError, ValueError) as error:

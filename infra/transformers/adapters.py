@@ -16,7 +16,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 VOCABULARY_LAYERS = ("embed_tokens", "lm_head", "wte")
 COMPARED_TOKENS = 32
-LARGEST_DISTANCE = 1e-3  # of two logits, in standard deviations: a merge in float32 stays below 1e-5
+LARGEST_DISTANCE = 1e-3  # difference of two logits in standard deviations; a merge in float32 stays below 1e-5
 EVALUATION_FILES = ("eval.jsonl", "output_schema.json")
 
 
@@ -102,9 +102,9 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
 
     if (distance := float((_some_logits(merged) - expected).abs().max() / expected.std())) > LARGEST_DISTANCE:
         raise StageFailed(
-            f"The adapter {adapter_dir.name} computes something else once it is merged: the logits differ by "
+            f"The adapter {adapter_dir.name} gives another model when it is merged: the logits differ by "
             f"{distance:.2g} of their standard deviation.",
-            "Merge it where it was trained (merge_and_unload), and deploy the whole checkpoint.",
+            "Merge it in its training environment (merge_and_unload), and deploy the whole checkpoint.",
             code="merge-not-exact",
         )
 
@@ -135,9 +135,9 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
 
 
 def _changes_one_of_two(adapter_dir: Path, shapes: dict[str, list[int]]) -> bool:
-    """Whether the adapter changes embedding or lm_head alone, which base and adapter run unmerged keep apart.
+    """Whether the adapter changes only one of embedding and lm_head, which are separate before the merge.
 
-    Whole embeddings that were saved because of new tokens stay what both of them are.
+    Complete embeddings that were saved because of new tokens serve both.
     """
     config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text("utf-8"))
     saved_whole = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or []}
@@ -146,7 +146,7 @@ def _changes_one_of_two(adapter_dir: Path, shapes: dict[str, list[int]]) -> bool
 
 
 def untie(model: Untyped) -> None:
-    """Give lm_head weights of its own where it shares the embedding's."""
+    """Give lm_head its own weights if it shares the embedding's."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return

@@ -125,7 +125,7 @@ def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def render_question(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
-    """Return a row's prompt and its token ids; raises `BadInput` where the chat template cannot render it."""
+    """Return a row's prompt and its token ids; raises `BadInput` if the chat template cannot render it."""
     try:
         text = tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
@@ -200,7 +200,7 @@ def answer_greedily(
 
 
 def end_token_ids(tokenizer: Any, model: Any, decoding: Decoding) -> set[int]:
-    """The tokens that end an answer: those that are settled, else those of the first file that names any."""
+    """The tokens that end an answer: those of the decoding, else those of the first file that names any."""
     if decoding.end_token_ids is not None:
         return set(decoding.end_token_ids)
     for source in (model.generation_config, model.config.get_text_config(), tokenizer):

@@ -1,4 +1,4 @@
-"""The texts that a quantization is calibrated on: given chats, and a checkpoint's own answers to prompts."""
+"""The calibration texts of a quantization: given chats, and a checkpoint's own answers to prompts."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +14,8 @@ def calibrate(call: Calibrate, progress: Progress) -> CalibrationTexts:
     """Tokenize chats, and answer prompts until the texts have `max_tokens` tokens; a longer text is cut there.
 
     A prompt that the chat template cannot render (such as one with a system message) is left out. Raises `BadInput` for
-    a chat that the template or the model's context cannot take, and `StageFailed` for a checkpoint that does not load.
+    a chat that the template or the model's context does not allow, and `StageFailed` for a checkpoint that does not
+    load.
     """
     import torch
 
@@ -85,4 +86,4 @@ def _answered(
 
 
 def _silent(done: float, total: float, what: str) -> None:
-    """Report nothing: the answers of a batch come together."""
+    """Report nothing, because the answers of a batch arrive together."""

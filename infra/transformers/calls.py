@@ -36,17 +36,17 @@ class AnswerAsSource(Call[SourceAnswers]):
 
 
 class CalibrationTexts(Record):
-    """The token ids of texts to calibrate on; the last `answers` of them are the checkpoint's own answers."""
+    """The token ids of calibration texts; the last `answers` of them are the checkpoint's own answers."""
 
     rows: tuple[tuple[int, ...], ...]
     answers: int
 
 
 class Calibrate(Call[CalibrationTexts]):
-    """Make the texts that a checkpoint's quantization is calibrated on, `max_tokens` tokens or a little more.
+    """Make the calibration texts of a checkpoint's quantization, with `max_tokens` tokens or a few more.
 
-    They are chats, prompt and answer, from the first on; where those are not enough, `prompts` with the checkpoint's
-    own greedy answers of at most `max_new_tokens` tokens.
+    They are the first chats, prompt and answer; if these are too few, `prompts` with the checkpoint's own greedy
+    answers of at most `max_new_tokens` tokens.
     """
 
     checkpoint_dir: AbsolutePath
@@ -66,7 +66,7 @@ class Calibrate(Call[CalibrationTexts]):
 
 
 class AnswerAtLengths(Call[tuple[bool, ...]]):
-    """Answer a chat of each of some lengths, in tokens, with `new_tokens` tokens; say whether the answer is a text."""
+    """Answer a chat of each length, in tokens, with `new_tokens` tokens, and return whether the answer is a text."""
 
     checkpoint_dir: AbsolutePath
     prompt_tokens: tuple[int, ...]
@@ -129,10 +129,9 @@ class ControlTokenIds(Record):
 
 
 class RebuiltTokenizer(Record):
-    """A tokenizer that transformers' class splits texts for otherwise than tokenizer.json says, in these `parts`.
+    """A tokenizer whose class in transformers splits texts differently from tokenizer.json, in these `parts`.
 
-    `follows_file` says which of the two the model was trained with, and `conversations` are those of which the texts
-    are other tokens.
+    `follows_file` says whether the model was trained with the file; `conversations` are those with other tokens.
     """
 
     class_name: str

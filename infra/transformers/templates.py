@@ -80,7 +80,7 @@ def _keep_time() -> _Clock:
 
 
 def _rebuilt(tokenizer: Any, call: RenderConversations) -> RebuiltTokenizer | None:
-    """Compare tokenizer.json's tokens with those of transformers' class, if the class splits texts otherwise."""
+    """Compare tokenizer.json's tokens with those of transformers' class, if the class splits texts differently."""
     folder = call.tokenizer_dir
     of_class = auto_tokenizer(folder)
     if call.save_dir:

@@ -153,7 +153,7 @@ def set_generation_defaults(folder: Path, defaults: dict[str, float]) -> None:
 
 
 def set_end_tokens(folder: Path, end_token_ids: Sequence[int]) -> None:
-    """Write the tokens that end an answer into a model's genai_config.json, unless they are the ones that it names."""
+    """Write the tokens that end an answer into a model's genai_config.json, unless it already names them."""
     path = folder / "genai_config.json"
     config = read_json(path)
     named = config["model"].get("eos_token_id")

@@ -67,10 +67,10 @@ def read_calibration_file(text: str, evaluation: Iterable[EvaluationRow]) -> lis
 
 
 def check_lengths(rows: Sequence[TrainingRow], folder: Path, context: int, max_tokens: int) -> None:
-    """Raise `BadInput` for a chat that is longer than the context even without what a chat template adds.
+    """Raise `BadInput` for a chat that exceeds the context even without the chat template's text.
 
-    Only the first chats are looked at, of `max_tokens` tokens together: others are not used. An adapter (context 0) and
-    a checkpoint without a tokenizer.json are looked at when they are calibrated.
+    Only the first chats, of `max_tokens` tokens together, are checked, because others are not used. For an adapter
+    (context 0) and a checkpoint without a tokenizer.json, the check is made at calibration.
     """
     if not context or not (folder / "tokenizer.json").is_file():
         return
@@ -113,7 +113,7 @@ def _asked(messages: Sequence[Message]) -> str:
 
 
 def built_in_prompts() -> list[tuple[Turn, ...]]:
-    """Return the conversations that a checkpoint answers to be calibrated on its own answers."""
+    """Return the conversations that a checkpoint answers for calibration on its own answers."""
     lines = PROMPTS_FILE.read_text("utf-8").splitlines()
     return [tuple(Turn.model_validate(turn) for turn in json.loads(line)["messages"]) for line in lines]
 

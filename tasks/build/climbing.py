@@ -61,7 +61,7 @@ class Climbed:
     def warnings(self) -> tuple[str, ...]:
         """The builds' warnings for the user, and one for each recipe that was replaced by its fallback."""
         of_fallbacks = (
-            f"{attempts[0].recipe} could not be built, so {attempts[-1].recipe} was: {attempts[0].error}"
+            f"{attempts[0].recipe} could not be built and was replaced by {attempts[-1].recipe}: {attempts[0].error}"
             for attempts in self.climb.attempts.values()
             if attempts[0].status == "failed" and attempts[-1].status != "failed"
         )

@@ -28,7 +28,7 @@ OLIVE_PROVIDERS: dict[str, tuple[str, str]] = {
     "webgpu": ("WebGpuExecutionProvider", "gpu"),
 }
 
-# Keys of an Olive file for its paths, logs and evaluation: slmops does these itself, and they do not change the model.
+# Keys of an Olive file for its paths, logs and evaluation: slmops sets these itself, and they do not change the model.
 IGNORED_KEYS = frozenset(
     {
         "cache_dir",
@@ -299,7 +299,7 @@ class _Reader:
         return options
 
     def _with_options_of_its_own(self, name: str, given: Json) -> Json:
-        """Take the options that Olive's pass knows by another way out of extra_options, where its users write them."""
+        """Move the options that Olive's pass has under other names out of extra_options, where its users write them."""
         extra = given.get("extra_options")
         if not isinstance(extra, dict):
             return given

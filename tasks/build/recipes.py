@@ -46,7 +46,7 @@ class Recipe(Record):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a pass looks at texts: see `slmops.tasks.build.calibration`."""
+        """Whether a pass uses texts: see `slmops.tasks.build.calibration`."""
         return any(entry["type"] in CALIBRATED_PASSES for entry in self.passes.values())
 
     @property
@@ -62,7 +62,7 @@ class Recipe(Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, of what decides on the model.
+        """SHA-256, in hex, of the recipe's canonical JSON: keys sorted, no spaces, only fields that change the model.
 
         It depends on the order of the passes, because another order gives another model.
         """

@@ -350,7 +350,7 @@ def record_trials(version: Version, outcome: SearchOutcome) -> None:
 
 
 def copy_evidence(version: Version, trial: Trial) -> None:
-    """Record a chosen trial's figures in a version that has none, under the keys by which their exams find them."""
+    """Record a chosen trial's figures in a version that has none, under the keys of their exams."""
     for kind, key, content in _recorded(trial, version.manifest, open_trials(workshop())):
         if version.latest(kind, key) is None:
             version.record(kind, content, key)

@@ -20,7 +20,7 @@ from slmops.tasks.workshop import workshop
 def prove_family(prepared: PreparedCheckpoint, precisions: Collection[str]) -> None:
     """Prove that the checkpoint's configuration is built exactly; an ONNX model needs no proof.
 
-    Raises `BadInput` for one that is not, or not in one of the precisions, before anything is built.
+    Raises `BadInput`, before anything is built, if it is not, or not in one of the precisions.
     """
     if prepared.inspection.kind == "genai":
         return
@@ -50,7 +50,7 @@ def proof_of(
     if first := proof.first_difference:
         doing = "in generation" if first["generating"] else f"of a prompt of {first['tokens']} tokens"
         raise BadInput(
-            f"onnxruntime-genai builds another {proof.architecture} than transformers has: the logits differ first at "
+            f"onnxruntime-genai builds {proof.architecture} differently from transformers: the logits differ first at "
             f"position {first['position']} {doing}, by {proof.distance:.2g} of their standard deviation.",
             "Fine-tune a model of README's table of families, or set this one's config.json as theirs.",
             code="family-not-exact",

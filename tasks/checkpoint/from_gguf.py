@@ -12,11 +12,11 @@ from slmops.infra.storage.folders import link_or_copy, made_once
 from slmops.infra.storage.manifest import digest_of, digest_of_file
 from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE, inspect_checkpoint
 
-BESIDE = (EVALUATION_FILE, OUTPUT_SCHEMA_FILE)  # what a folder with a GGUF file may have for the deploy
+BESIDE = (EVALUATION_FILE, OUTPUT_SCHEMA_FILE)  # files for the deploy in a folder with a GGUF file
 
 
 def from_gguf(path: Path, settings: Settings, on_progress: OnProgress | None = None) -> Path:
-    """Return the folder of the checkpoint that a GGUF file is converted to; any other checkpoint as it is.
+    """Return the folder of a converted GGUF file, or the path of any other checkpoint.
 
     Raises `BadInput` for a file that cannot be converted, before anything is written.
     """

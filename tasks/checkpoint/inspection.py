@@ -115,7 +115,7 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
         )
     if multimodal := is_multimodal(config):
         warnings.append(
-            f"{config['architectures'][0]} is a multi-modal model: its text part alone is built, and takes no images."
+            f"{config['architectures'][0]} is a multi-modal model: only its text part is built, which takes no images."
         )
         config, headers = text_config_of(config, headers), text_headers(headers)
         check_architecture(config)
@@ -166,13 +166,13 @@ def _inspection_of(
 
 
 def _warnings_of_conversion(folder: Path) -> list[str]:
-    """Return what is to be told of a checkpoint that was converted from a GGUF file."""
+    """Return the warnings about a checkpoint that was converted from a GGUF file."""
     origin = read_json(folder / ORIGIN_FILE) if (folder / ORIGIN_FILE).is_file() else {}
     return quantized_twice(origin.get("quantization"))
 
 
 def quantized_twice(quantization: str | None) -> list[str]:
-    """Return the warning about a GGUF file whose weights are quantized; none where they are not."""
+    """Return the warning about a GGUF file with quantized weights, if they are."""
     if quantization is None:
         return []
     return [
@@ -281,7 +281,7 @@ def _no_chat_template(checkpoint: Path) -> BadInput:
 
 
 def _check_vocabulary(folder: Path, rows: int) -> list[str]:
-    """Refuse tokens without a row in the embedding that prompts have; return a warning of those that none needs."""
+    """Refuse needed tokens without a row in the embedding; return a warning about tokens that no prompt needs."""
     needed, spare = tokens_without_rows(folder, rows)
     if needed:
         raise BadInput(
@@ -291,7 +291,7 @@ def _check_vocabulary(folder: Path, rows: int) -> list[str]:
             "model was trained with.",
             code="vocabulary-larger-than-embedding",
         )
-    return [f"The token {spare[0]!r} has no row in the embedding: no prompt may hold it."] if spare else []
+    return [f"The token {spare[0]!r} has no row in the embedding: no prompt may contain it."] if spare else []
 
 
 def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) -> TensorHeader:
@@ -318,10 +318,10 @@ def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) 
 
 
 def expected_shapes(config: Json) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of the tensors that config.json calls for (biases and norms left out).
+    """Return name -> shape of the tensors that config.json requires, without biases and norms.
 
-    Of architectures that have other layers than Llama's, or sizes that config.json may leave to a default, these are
-    only those whose sizes are written there. The proof of a family loads a layer of each kind.
+    For architectures with other layers than Llama's, or with default sizes, these are only tensors whose sizes are in
+    config.json. The proof of a family loads a layer of each kind.
     """
     if architecture_of(config) not in LAYERS_AS_LLAMA:
         sizes = {name: config[name] for name in ("vocab_size", "hidden_size") if name in config}

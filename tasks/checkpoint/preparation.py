@@ -113,7 +113,7 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
         with contextlib.suppress(BadInput):  # it was removed from the store; this machine may still have it
             fetch_input(open_registry(settings), manifest.source.origin, inputs_dir(settings))
     origin = Path(manifest.source.origin).expanduser()
-    with contextlib.suppress(BadInput):  # it is another file by now, or has lost what it was converted with
+    with contextlib.suppress(BadInput):  # the file has changed, or files of its conversion are missing
         origin = from_gguf(origin, settings)
     folders = [settings.cache_dir / "checkpoints", inputs_dir(settings)]
     prepared = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]

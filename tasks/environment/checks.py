@@ -236,7 +236,7 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
 
 
 def check_family(folder: Path, inspection: Inspection, settings: Settings) -> list[Check]:
-    """Prove a checkpoint's family; no row for a model that is built already, or for an adapter.
+    """Prove a checkpoint's family; no row for an ONNX model or an adapter.
 
     Raises `BadInput` when it is not built exactly.
     """

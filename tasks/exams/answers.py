@@ -208,7 +208,7 @@ class AnswersExam(ComparedExam[Evaluation]):
 
 
 def decoding_of(version: Version) -> Decoding | None:
-    """Return how the rows of a version's last evaluation were answered, None for plain greedy decoding."""
+    """Return the decoding of a version's last evaluation, or None for plain greedy decoding."""
     record = version.latest(Kind(EVALUATION.name, dict[str, object])) or {}
     return Decoding.model_validate(record["decoding"]) if record.get("decoding") else None
 

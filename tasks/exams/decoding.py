@@ -61,7 +61,7 @@ class EndTokens(Record):
 
 
 def read_end_tokens(folder: Path) -> EndTokens:
-    """Read a checkpoint's end tokens from its files; read once, for a large vocabulary takes a second to parse."""
+    """Read a checkpoint's end tokens from its files; cached, because parsing a large vocabulary takes a second."""
     stats = {path: path.stat() for path in sorted(folder.glob("*.j*"))}
     return _read_end_tokens(folder, tuple((path.name, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()))
 

@@ -38,7 +38,7 @@ class Bench:
         environment: Mapping[str, str] | None = None,
         within: ChildProcess | None = None,
     ) -> ChildResult[A]:
-        """Perform a call in a child process as `run_in_child` does, and raise what it raises; the log is in `work`."""
+        """Perform a call in a child process; raises as `run_in_child` does. The log is in `work`."""
         return run_in_child(
             call,
             deadline_s=deadline_s,

@@ -81,4 +81,4 @@ def _on_silence(measurement: Measurement, silent_in_source: Collection[int]) -> 
     silent = sorted({row.prompt_tokens for row in measurement.sweep if row.answered is False} & {*silent_in_source})
     if silent:
         lengths = ", ".join(f"{length:,}" for length in silent)
-        yield f"At {lengths} prompt tokens it answers the sweep's chat with no text, as the source checkpoint does."
+        yield f"At {lengths} prompt tokens it gives no text for the sweep's chat, like the source checkpoint."

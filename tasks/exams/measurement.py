@@ -38,9 +38,9 @@ PER_PROCESS: tuple[MetricName, ...] = ("load_ms", "peak_rss_bytes", "cpu_percent
 # Increased whenever the meaning of a figure changes: older evidence is neither reused nor compared. 2: TTFT
 # without making the generator, memory of the measured process alone, and the sweep.
 MEASUREMENT_SCHEMA = 2
-# Beyond these a round of requests is disturbed. A share of the cores is lost time of the requests. With a relative
+# Beyond these a round of requests is disturbed. A share of the cores means lost time of the requests. With a relative
 # standard deviation of 25 %, the median of five requests has a standard error of 14 % (1.2533 s / sqrt(n), normal
-# theory), more than the changes that history looks for.
+# theory), which exceeds the changes that history reports.
 MAX_OTHERS_CPU_SHARE = 0.10
 MAX_SPREAD = 0.25
 QUANTILE_METHOD = "linear interpolation between order statistics (Hyndman and Fan 1996, type 7)"
@@ -97,7 +97,7 @@ class Measurement(Record):
 
     @property
     def reliable(self) -> bool:
-        """Whether the figures of speed are the variant's, and not those of a busy machine.
+        """Whether the figures of speed are not disturbed by a busy machine.
 
         Records without the share of others count as reliable.
         """
@@ -107,12 +107,12 @@ class Measurement(Record):
 
     @property
     def warning(self) -> str | None:
-        """What to know of figures that are not reliable."""
+        """A warning about figures that are not reliable."""
         if self.reliable or self.others_cpu_share is None:
             return None
         return (
-            f"The figures of speed are not reliable: in the best of {self.rounds} rounds other programs took "
-            f"{self.others_cpu_share:.0%} of the cores that the measurement needs, and requests differed by "
+            f"The figures of speed are not reliable: in the best of {self.rounds} rounds other programs used "
+            f"{self.others_cpu_share:.0%} of the measurement's cores, and requests differed by "
             f"{self.spread:.0%} of their median. Deploy again on an idle machine."
         )
 

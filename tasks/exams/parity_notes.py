@@ -52,7 +52,7 @@ def _rebuilt(rebuilt: RebuiltTokenizer, folder: Path) -> str:
     return (
         f"The class {rebuilt.class_name} in transformers 5 splits texts otherwise than tokenizer.json says "
         f"({' and '.join(rebuilt.parts)}; {len(rebuilt.conversations)} conversations differ). "
-        f"The model is taken as trained with the tokens of {source}, as {by}, and these are used."
+        f"The tokens of {source} are used, because {by}."
     )
 
 

@@ -11,13 +11,13 @@ from slmops.tasks.checkpoint.inspection import Inspection
 from slmops.tasks.exams.decoding import GENERATION_CONFIG, EndTokens, read_end_tokens, settle_decoding
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-# Keys of generation_config.json that are not about how answers are generated.
+# Keys of generation_config.json that do not concern the generation of answers.
 NOT_GENERATION = ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config")
 MAX_NAMED = 6
 
 
 class Statement(Record):
-    """One thing that a checkpoint says of itself: `value` as the file `read_from` has it, and what is `used`."""
+    """One fact from a checkpoint's files: the `value` in the file `read_from`, and the `used` one."""
 
     name: str
     value: str
@@ -28,7 +28,7 @@ class Statement(Record):
 def statements_of(
     folder: Path, inspection: Inspection, given: Mapping[str, float] | None = None
 ) -> tuple[Statement, ...]:
-    """Return what a checkpoint's files say of how it is served; nothing for an adapter or a built model.
+    """Return the facts in a checkpoint's files that concern serving; empty for an adapter or an ONNX model.
 
     `given` are the user's generation parameters. Raises `BadInput` for a file that cannot be read.
     """
@@ -84,7 +84,7 @@ def _tokenizer(folder: Path) -> Iterator[Statement]:
 
 def _tied(folder: Path, inspection: Inspection) -> Statement:
     said = _read(folder / "config.json").get("tie_word_embeddings")
-    used = "one matrix for both" if inspection.tied_embeddings else "a matrix each"
+    used = "one matrix for both" if inspection.tied_embeddings else "separate matrices"
     value = "not stated" if said is None else f"tie_word_embeddings: {str(said).lower()}"
     return Statement(name="embedding and lm_head", value=value, read_from="config.json", used=used)
 

@@ -40,7 +40,7 @@ DECIDING_FILES = (
 )  # fmt: skip
 RUNTIMES = ("transformers", "tokenizers", "onnxruntime-genai", "foundry-local-sdk")
 
-# Names of the user's calibration chats among the conversations, and the share of them that may differ.
+# The prefix of the names of calibration chats among the conversations, and the share of them that may differ.
 CALIBRATION = "calibration chat"
 TOLERATED_SHARE = 0.01
 
@@ -167,11 +167,11 @@ def check_parity(
 
 
 def check_checkpoint(settings: Settings, bench: Bench, rows: Conversations) -> TemplateParity:
-    """Compare what `bench.model`, a checkpoint, would be built into with transformers, before it is built.
+    """Compare the prompts of a future build of `bench.model`, a checkpoint, with transformers.
 
-    The conversations are those of `check_parity` and the user's `rows`, by name; without weights there is no Foundry
-    Local. transformers has a process of its own and no torch there, which a process that is to build could not import
-    any more. Raises `StageFailed` as `check_parity` does, and `BadInput` for a row that the template refuses.
+    The conversations are those of `check_parity` and the user's `rows`, by name; without weights Foundry Local is left
+    out. transformers has its own process without torch, because a process for builds could no longer import torch after
+    that. Raises `StageFailed` as `check_parity` does, and `BadInput` for a row that the template refuses.
     """
     files = replace(bench, model=bench.work / "files")
     runtimes = Runtimes(settings, files, bench.model, None, before_build=True)
@@ -233,7 +233,7 @@ def _compared(runtimes: Runtimes, conversations: Conversations, checkpoint_dir: 
 def _beyond_tolerance(
     mismatches: tuple[ParityMismatch, ...], conversations: Conversations
 ) -> tuple[ParityMismatch, ...]:
-    """Leave out differing calibration chats, unless they are more than the share that is tolerated."""
+    """Leave out differing calibration chats, unless they exceed the tolerated share."""
     chats = sum(name.startswith(CALIBRATION) for name in conversations)
     differing = {found.conversation for found in mismatches if found.conversation.startswith(CALIBRATION)}
     tolerated = differing if len(differing) <= TOLERATED_SHARE * chats else set()
@@ -247,10 +247,10 @@ def _without(refused: Mapping[str, str], plain: Conversations) -> dict[str, str]
 def _by_harm(
     mismatches: Sequence[ParityMismatch], plain: Conversations
 ) -> tuple[tuple[ParityMismatch, ...], tuple[ParityMismatch, ...]]:
-    """Return the mismatches that reject, and those of rare characters alone.
+    """Return the mismatches that reject, and those caused only by rare characters.
 
-    Those vanish with the characters: the same conversation without them has the same tokens in that runtime. What
-    differs with every model and template is neither.
+    The latter vanish with the characters: the same conversation without them has the same tokens in that runtime.
+    Differences with every model and template are in neither list.
     """
     differing = {(mismatch.conversation, mismatch.runtime) for mismatch in mismatches}
     blocking: list[ParityMismatch] = []
@@ -326,7 +326,7 @@ def _broken_control_tokens(expected: RenderedConversations, genai: RenderedChats
 
 
 def cause_of(mismatches: Sequence[ParityMismatch], broken: Sequence[str], model_dir: Path) -> str:
-    """Return the first difference and its cause, in a sentence; empty where there is none."""
+    """Return the first difference and its cause, in a sentence; empty without a difference."""
     if not mismatches:
         return f"{broken[0]!r} is not one token in {RUNTIME_NAMES['genai']}." if broken else ""
     first = mismatches[0]
@@ -337,7 +337,7 @@ def cause_of(mismatches: Sequence[ParityMismatch], broken: Sequence[str], model_
     elif broken:
         fault = f"{runtime} does not read {broken[0]!r} as one token, in {where}"
     else:
-        fault = f"{runtime} makes other tokens of {where}: {_first_difference(first)}"
+        fault = f"{runtime} gives other tokens for {where}: {_first_difference(first)}"
     template = read_chat_template(model_dir)
     left = mend_template(template).left if template else ()
     return f"{fault.rstrip('.')}{f' (in its Jinja, {left[0]})' if left else ''}."

@@ -15,7 +15,7 @@ from slmops.infra.reference.answers import Message
 MARKS = r"<\|[^\s<>|]+\|>|<<?/?[A-Za-z_]+>>?|\[/?[A-Z_]+\]"
 # A control token is also looked for inside a text.
 CONTEXT = ("a ", " b")
-# Categories of Unicode whose characters outside ASCII are rare: numbers, symbols, spaces and what has no meaning.
+# Categories of Unicode whose characters outside ASCII are rare: numbers, symbols, spaces and control characters.
 RARE = ("N", "S", "Z", "C")
 
 _CHATS = [json.loads(line) for line in Path(__file__).with_name("chats.jsonl").read_text("utf-8").splitlines()]
@@ -35,12 +35,12 @@ def rare_characters(messages: Sequence[Message]) -> list[str]:
 
 
 def without_rare_characters(messages: Sequence[Message]) -> tuple[Message, ...] | None:
-    """Return a conversation with a letter in place of each rare character, None where it has none."""
+    """Return a conversation with a letter in place of each rare character, or None if it has none."""
     letters = dict.fromkeys(map(ord, rare_characters(messages)), "x")
     replaced = (dict(message) | {"content": message["content"].translate(letters)} for message in messages)
     return tuple(replaced) if letters else None
 
 
 def plain_name(name: str) -> str:
-    """Return what a conversation without its rare characters is called."""
+    """Return the name of a conversation without its rare characters."""
     return f"{name}, without rare characters"

@@ -188,7 +188,7 @@ def _bad_line(path: Path, number: int, fault: str) -> BadInput:
 class EvaluationSet(Record):
     """The rows of one deploy, their origin, and the required format of every answer, if any.
 
-    `decoding` is how they are answered; None: greedily, until the end tokens that transformers takes.
+    `decoding` is that of the answers; None: greedy, with transformers' end tokens.
     """
 
     rows: tuple[EvaluationRow, ...]
@@ -197,7 +197,7 @@ class EvaluationSet(Record):
     decoding: Decoding | None = None
 
     def decoded_by(self, decoding: Decoding | None) -> "EvaluationSet":
-        """Return the same rows, to be answered in another way."""
+        """Return the same rows with another decoding."""
         return self.model_copy(update={"decoding": None if decoding == PLAIN else decoding})
 
     @property

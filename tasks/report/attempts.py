@@ -25,7 +25,7 @@ def what_would_help(failed_checks: Sequence[str], *, precision: str, quantized: 
         return "The report has the findings of each failed check."
     wider = {"int4": "int8", "int8": "fp16"}.get(precision)
     steps = [
-        *(["calibrate it on chats like those that it will answer (--calibration FILE)"] if quantized else []),
+        *(["calibrate it on chats like those in use (--calibration FILE)"] if quantized else []),
         *([f"serve {wider}"] if wider else []),
         "allow it to differ more (--max-kl-divergence, --min-top1-agreement)",
     ]

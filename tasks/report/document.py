@@ -345,7 +345,7 @@ def _remarks(report: DeployReport) -> Iterator[Block]:
 
 def _statements(report: DeployReport) -> Iterator[Block]:
     if report.statements:
-        yield Heading("What the checkpoint says of itself")
+        yield Heading("Facts from the checkpoint's files")
         rows = [(said.name, visible(said.value), said.read_from, visible(said.used)) for said in report.statements]
         yield from table(("what", "value", "read from", "used"), rows)
 

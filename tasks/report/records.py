@@ -38,8 +38,8 @@ class VariantDetails(BaseModel):
 class VariantReport(BaseModel):
     """One variant of a deploy. `intervals` are those of the metrics of the same name; `reason` says why it was chosen
     or not; `allowed` names the checks that failed and were allowed to fail; `reliable` says whether the machine was
-    idle enough for its figures of speed (None: not measured). `attempts` are the recipes that were tried for it. Of a
-    rejected variant, `nearest` is the recipe nearest to the checkpoint, and `what_to_do` says what would help.
+    idle enough for its figures of speed (None: not measured). `attempts` are the recipes that were tried for it. For a
+    rejected variant, `nearest` is the recipe closest to the checkpoint, and `what_to_do` is advice.
     """
 
     model_config = ConfigDict(frozen=True)

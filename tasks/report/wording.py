@@ -98,7 +98,7 @@ def check_verdict(check: GateCheck) -> str:
 def in_spite_of(verdict: GateVerdict | None) -> str:
     """Return the sentence about the checks that failed and were allowed to fail."""
     failed = [
-        f"{check.title} {check_value(check)}, {check_threshold(check)} is asked"
+        f"{check.title} {check_value(check)}, {check_threshold(check)} is required"
         for check in (verdict.allowed_checks if verdict else ())
     ]
     return f"Registered although it failed, because that was allowed: {'; '.join(failed)}."

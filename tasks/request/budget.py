@@ -54,7 +54,7 @@ class Budget(Record):
     def undecided(self, candidate: "Candidate") -> tuple[str, ...]:
         """Return the limits of speed that a candidate exceeded on a busy machine, as texts.
 
-        A busy machine only slows: a limit that is kept on it is kept.
+        Other load can only slow down a variant, so a limit that is kept on a busy machine is kept.
         """
         return () if candidate.reliable else tuple(self._too_slow(candidate))
 

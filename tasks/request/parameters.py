@@ -66,7 +66,7 @@ Allow = Annotated[
     tuple[str, ...],
     Parameter(
         "Checks of the gate that may fail, such as kl_divergence: a variant is registered in spite of them, and its "
-        "report, evidence and model card say so.",
+        "report, evidence and model card show this.",
         "Register although this check failed; repeatable.",
         metavar="CHECK",
     ),
@@ -186,18 +186,18 @@ class DeployParameters:
     no_climb: Annotated[
         bool,
         Parameter(
-            "Keep each precision's first recipe; by default, where its variant misses the gate, recipes of higher "
-            "fidelity are tried.",
-            "Try no recipe of higher fidelity where the gate rejects.",
+            "Keep each precision's first recipe; by default, recipes of higher fidelity are tried if its "
+            "variant misses the gate.",
+            "Do not try recipes of higher fidelity after a rejection.",
         ),
     ] = False
     calibration_file: Annotated[
         str | None,
         Parameter(
-            "JSONL chats {messages}, each ending with an answer, that quantized weights are calibrated on; where they "
-            "are few, and by default, the checkpoint's own answers to built-in prompts. No chat may be an evaluation "
+            "JSONL chats {messages}, each ending with an answer, for the calibration of quantized weights; if they are "
+            "too few, and by default, the checkpoint's own answers to built-in prompts. No chat may be an evaluation "
             "row.",
-            "JSONL chats to calibrate quantized weights on.",
+            "JSONL chats for the calibration of quantized weights.",
             "--calibration",
         ),
     ] = None

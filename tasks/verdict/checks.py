@@ -91,7 +91,7 @@ def at_most(name: CheckName, value: float | None, threshold: float, interval: Es
 
 
 def beyond_noise(name: CheckName, figure: Estimate, threshold: float) -> GateCheck:
-    """Fail only a figure whose whole interval lies above the threshold."""
+    """Fail only a figure whose whole interval is above the threshold."""
     return GateCheck(
         name=name,
         value=_finite(figure.value),
@@ -115,7 +115,7 @@ def at_least_beyond_noise(
 
 
 def no_fault(name: CheckName, faults: Sequence[str]) -> GateCheck:
-    """Pass when there is no fault."""
+    """Pass if there is no fault."""
     return GateCheck(
         name=name, value=len(faults), threshold=0, bound="at most", passed=not faults, detail="; ".join(faults)
     )

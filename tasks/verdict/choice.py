@@ -44,7 +44,7 @@ def choose_variant(passed: Sequence[Judged], budget: Budget | None) -> Selection
     fitting = [variant for variant in passed if variant.candidate.name not in reasons]
     if not fitting and undecided:
         reason = (
-            f"The machine was busy: it is not decided whether {' or '.join(undecided)} keeps the budget. Deploy again "
+            f"The machine was busy: it is undecided whether {' or '.join(undecided)} keeps the budget. Deploy again "
             "on an idle machine."
         )
         return Selection(selected=None, reason=reason, reasons=reasons)

@@ -29,7 +29,7 @@ class GateVerdict(Record):
     """The gate's decision: passed when every check passed or was allowed to fail.
 
     `decided_by` says whether the task score or the distributions decided on the quality; None without a reference.
-    `notes` say what could not be judged, or what stands out; `warnings` what a user must not overlook.
+    `notes` report what could not be judged, and anomalies; `warnings` are important for the user.
     """
 
     passed: bool
@@ -106,10 +106,10 @@ def judge(
 def score_decides(evaluation: Evaluation, thresholds: GateThresholds) -> bool:
     """Whether there are enough rows for the task score to decide on a variant's quality.
 
-    There are if the interval of the loss lies wholly to one side of the allowed loss (a test of non-inferiority with
-    that margin: CPMP/EWP/482/99, Points to consider on switching between superiority and non-inferiority, 2000), and
-    if the rows can tell at all: a model that answers none of them right would lose more than is allowed, beyond noise
-    (assay sensitivity, ICH E10, Choice of control group, 2000, section 1.5). Rows that the source itself answers wrong
+    This holds if the interval of the loss is completely on one side of the allowed loss (a test of non-inferiority with
+    that margin: CPMP/EWP/482/99, Points to consider on switching between superiority and non-inferiority, 2000), and if
+    the rows can detect a failure: a model with only wrong answers would lose more than is allowed, beyond noise (assay
+    sensitivity, ICH E10, Choice of control group, 2000, section 1.5). Rows with a wrong answer of the source itself
     cannot.
     """
     if evaluation.quality_loss is None or not evaluation.vocabulary.comparable:
@@ -149,7 +149,7 @@ def _against_reference(evaluation: Evaluation, thresholds: GateThresholds) -> li
 
 
 def _ends(evaluation: Evaluation) -> tuple[list[bool], list[bool]]:
-    """Return whether the source's and the variant's answers came to their end, for the rows where both are known."""
+    """Return whether the source's and the variant's answers ended, for the rows where both are known."""
     known = [
         (row.reference_ended, row.ended)
         for row in evaluation.rows
@@ -174,7 +174,7 @@ def _of_answers(evaluation: Evaluation, thresholds: GateThresholds) -> list[Gate
 
 
 def _formless_as_the_source(evaluation: Evaluation) -> int:
-    """Count the answers without the output format to rows where the source's has it neither."""
+    """Count the rows in which neither the variant's nor the source's answer has the output format."""
     return sum(row.output_fault is not None and row.reference_output_fault is not None for row in evaluation.rows)
 
 
@@ -241,27 +241,27 @@ def _on_what_decided(evaluation: Evaluation, thresholds: GateThresholds, *, by_s
         for check in _against_reference(evaluation, thresholds):
             if check.rejects and check.name in ("top1_agreement", "kl_divergence") and check.value is not None:
                 asked = f"{check.bound} {check.threshold:g}"
-                yield f"With fewer rows, {check.title} would have failed: {check.value:,.3g}, {asked} is asked."
+                yield f"With fewer rows, {check.title} would have failed: {check.value:,.3g}, {asked} is required."
     elif loss is not None and beyond_noise("quality_loss", loss, thresholds.max_quality_loss).decided:
-        yield "The source checkpoint answers too few rows right for the task score to decide: the distributions do."
+        yield "The source checkpoint has too few correct answers for the score to decide: the distributions decide."
 
 
 def _warnings(evaluation: Evaluation, checks: Sequence[GateCheck], thresholds: GateThresholds) -> Iterator[str]:
     for check in checks:
         if check.allowed:
             found = "not finite" if check.value is None else f"{check.value:,.3g}"
-            yield f"{check.title} failed and was allowed: {found}, {check.bound} {check.threshold:,.3g} is asked."
+            yield f"{check.title} failed and was allowed: {found}, {check.bound} {check.threshold:,.3g} is required."
     of_source, of_variant = _ends(evaluation)
     if of_source and not any((*of_source, *of_variant)):
         yield (
-            f"None of {len(of_source)} answers came to its end within the tokens that it may have, and neither did the "
-            "source checkpoint's. If they should, its end tokens are wrong, or it never learned to end a turn."
+            f"None of {len(of_source)} answers ended within its limit of tokens, and neither did the source "
+            "checkpoint's. If they should, its end tokens are wrong, or it never learned to end a turn."
         )
     formless = _formless_as_the_source(evaluation)
     if formless and thresholds.source_excuses_output:
         yield (
-            f"{formless} of {len(evaluation.rows)} answers lack the output format, as the source checkpoint's answers "
-            "to the same rows do."
+            f"{formless} of {len(evaluation.rows)} answers lack the output format, like the source checkpoint's "
+            "answers to the same rows."
         )
 
 

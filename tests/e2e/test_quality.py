@@ -207,7 +207,7 @@ def test_text_and_format_of_the_answers_are_judged_and_nothing_is_built_for_it_a
     assert check["value"] < check["threshold"] == 0.95
     as_the_source = variant_of(slmops.json(*asked), "int8")
     assert as_the_source["status"] == "registered"
-    assert any("lack the output format, as the source checkpoint's" in text for text in as_the_source["warnings"])
+    assert any("lack the output format, like the source checkpoint's" in text for text in as_the_source["warnings"])
     evaluation = tmp_path / "eval.jsonl"
     row = {"id": 1, "messages": [{"role": "user", "content": "Hello"}], "expected": "no such answer"}
     evaluation.write_text(json.dumps(row) + "\n")

@@ -157,7 +157,7 @@ def test_a_length_without_an_answer_is_no_fault_where_the_source_has_none_either
     exams.answers["source lengths"] = answer
     report: Any = regate("home@1", **OPEN, return_state=True).result()
     assert report.status == "registered"
-    assert "as the source checkpoint does" in to_markdown(report)
+    assert "like the source checkpoint" in to_markdown(report)
 
 
 def test_figures_of_a_busy_machine_are_flagged_and_decide_no_budget(registry: ModelRegistry, exams: AtOnce) -> None:
@@ -165,12 +165,12 @@ def test_figures_of_a_busy_machine_are_flagged_and_decide_no_budget(registry: Mo
     report: Any = regate("home@1", **OPEN, return_state=True).result()
     (variant,) = report.to_contract()["variants"]
     assert variant["reliable"] is False
-    assert "other programs took 60%" in variant["warnings"][0]
-    assert "other programs took 60%" in to_markdown(report)
+    assert "other programs used 60%" in variant["warnings"][0]
+    assert "other programs used 60%" in to_markdown(report)
     state: State[Any] = regate("home@1", **OPEN, budget=["min-tps=100000"], return_state=True)
     ended = state.result(raise_on_failure=False)
     assert isinstance(ended, DeployEnded)
-    assert (ended.exit_code, "not decided whether int4" in ended.report.reason) == (3, True)
+    assert (ended.exit_code, "undecided whether int4" in ended.report.reason) == (3, True)
     kept: Any = regate("home@1", **OPEN, budget=["max-size=1GB", "min-tps=1"], return_state=True).result()
     assert kept.selected == "int4"
 

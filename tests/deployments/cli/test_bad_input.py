@@ -115,7 +115,7 @@ CASES = {
         "fetch from the Hub", change_config(attn_implementation="kernels-community/flash-attn")
     ),
     "a token without a row": Case("'<new>'", add_token),
-    "gguf cut off": Case("is cut off", gguf(cut=100), checkpoint="{checkpoint}/model.gguf"),
+    "gguf cut off": Case("is truncated", gguf(cut=100), checkpoint="{checkpoint}/model.gguf"),
     "gguf of another kind": Case("'mamba'", gguf("mamba"), checkpoint="{checkpoint}/model.gguf"),
     "gguf in parts": Case("one of 3 parts", gguf(**{"split.count": 3}), checkpoint="{checkpoint}/model.gguf"),
     "gguf by name only": Case("GGUF", write("model.gguf", "GGML"), checkpoint="{checkpoint}/model.gguf"),

@@ -126,7 +126,7 @@ def test_what_cannot_be_rewritten_is_reported() -> None:
     mended = mend_template("{{ 'a'|upper }}{{ 3 / 2 }}{{ 'a'.format() }}")
     assert mended.mends == ()
     assert sorted(mended.left) == [
-        "division of whole numbers is cut off",
+        "division of whole numbers is truncated",
         "there is no filter upper",
         "there is no method format",
     ]

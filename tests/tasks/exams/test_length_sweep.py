@@ -101,8 +101,6 @@ def test_a_length_at_which_the_source_gives_no_text_either_is_reported_and_valid
     assert length_sweep_of(measured(rows)).invalid_prompt_tokens == (64, 128)
     found = length_sweep_of(measured(rows), {64})
     assert found.invalid_prompt_tokens == (128,)
-    assert found.notes == (
-        "At 64 prompt tokens it answers the sweep's chat with no text, as the source checkpoint does.",
-    )
+    assert found.notes == ("At 64 prompt tokens it gives no text for the sweep's chat, like the source checkpoint.",)
     broken = [swept_row(64, 4.0, answered=False, finite_logits=False)]
     assert length_sweep_of(measured(broken), {64}).invalid_prompt_tokens == (64,)

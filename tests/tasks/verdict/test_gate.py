@@ -252,7 +252,7 @@ def test_an_allowed_check_fails_loudly_and_keeps_nothing_back() -> None:
     verdict = judge(far, INT8, allow=("kl_divergence", "steadiness"))
     assert verdict.passed
     assert [check.name for check in verdict.allowed_checks] == ["kl_divergence"]
-    assert verdict.warnings == ("kl divergence failed and was allowed: 0.58, at most 0.02 is asked.",)
+    assert verdict.warnings == ("kl divergence failed and was allowed: 0.58, at most 0.02 is required.",)
     assert not judge(far, INT8, allow=("top1_agreement",)).passed
 
 
@@ -299,7 +299,7 @@ def test_answers_without_the_format_that_the_source_s_lack_too_are_reported_and_
     formless = evaluation(rows=rows, output_conformity=Estimate(value=0, low=0, high=0.6))
     verdict = judge(formless, INT8)
     assert verdict.passed
-    assert verdict.warnings[0].startswith("4 of 4 answers lack the output format, as the source")
+    assert verdict.warnings[0].startswith("4 of 4 answers lack the output format, like the source")
     (check,) = judge(formless, thresholds_for("int8", GateSettings(min_output_conformity=0.95))).failed_checks
     assert (check.name, check.value) == ("output_format", 0)
     own = rows[0].model_copy(update={"reference_output_fault": None})
@@ -320,7 +320,7 @@ def test_answers_that_run_on_where_the_source_s_end_fail(
     ]
     verdict = judge(evaluation(rows=rows), INT8)
     assert [check.name for check in verdict.failed_checks] == ["ended_answers"] * rejected
-    assert any("came to its end" in text for text in verdict.warnings) == warned
+    assert any("ended within" in text for text in verdict.warnings) == warned
 
 
 def test_prompts_that_differ_are_noted() -> None:
