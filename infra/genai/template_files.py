@@ -2,7 +2,7 @@
 
 genai 0.18 and Foundry Local have their own Jinja. It lacks some of Python's methods and of jinja2's filters, and gives
 other results for some expressions. Every replacement here is an expression with the same value in jinja2, so
-transformers renders the corrected template as before. `tests/infra/genai/test_template_files.py` fails for a correction
+transformers renders the corrected template as before.`tests/infra/genai/test_template_files.py` fails for a correction
 that a newer runtime no longer needs.
 """
 

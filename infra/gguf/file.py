@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 from slmops.infra.errors import BadInput
 
 T = TypeVar("T")
-Value = object  # a value of the metadata: a number, a text, or a tuple of either
+Value = object  # a value a value of the metadata: a number, a text, or a tuple of either
 Entry = tuple[str, tuple[int, ...], int, int]  # of the tensor table: name, shape in torch's order, type, offset
 Parsed = dict[str, Any]  # a JSON object with values of many types, as in the files of a checkpoint
 
