@@ -34,7 +34,7 @@ QWEN2_5_0_5B: dict[str, Any] = {
 
 def measure(checkpoint: Path, precision: str, folder: Path) -> dict[str, Any]:
     """Build one variant in a child process and return its figures."""
-    config = olive_run_config(load_recipe("fp16" if precision == "fp32" else precision, "cpu"))
+    config = olive_run_config(load_recipe({"fp32": "fp16", "int4": "int4-rtn"}.get(precision, precision), "cpu"))
     config["passes"]["builder"]["precision"] = precision
     with torch_process(Settings(home=folder)) as child:
         result = child.run(
