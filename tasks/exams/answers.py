@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import Evaluate
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.records import Json
-from slmops.infra.reference.answers import Question, RowId, Share
+from slmops.infra.reference.answers import Question, SourceAnswers
 from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
@@ -26,55 +26,23 @@ from slmops.tasks.workshop import Workshop
 EVALUATION_SCHEMA = 2
 
 
-class _Result(BaseModel):
-    """A child's result, without keys that are not evidence (token ids, rendered prompts)."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class ReferenceRow(_Result):
-    """The source checkpoint's answer to one row."""
-
-    id: RowId
-    answer: str
-    exact_match: bool | None
-
-
-class Reference(_Result):
-    """The reference for variants: the source checkpoint's greedy answers and the digest of its logits."""
-
-    rows: tuple[ReferenceRow, ...]
-    exact_match: Share | None
-    positions: int
-    vocabulary_size: int
-    logits_sha256: str
-    answers_sha256: str
-    rows_sha256: str
-    dtype: str
-    versions: dict[str, str]
-    wall_s: FiniteFloat
-    peak_rss_bytes: int
-
-
 def run_reference(
     settings: Settings,
     bench: Bench,
     rows: Sequence[EvaluationRow],
     torch_child: ChildProcess | None = None,
     decoding: Decoding | None = None,
-) -> Reference:
+) -> SourceAnswers:
     """Run the source checkpoint, the bench's model, on the rows; `bench.work` keeps what `evaluate_variant` needs.
 
-    It is run within `torch_child`, if that is given; the peak memory then includes memory that earlier calls left
-    allocated.
+    It is run within `torch_child`, if that is given.
 
     Raises `BadInput` for a row that the model cannot take, `StageFailed` and its kinds as `run_in_child` does.
     """
-    used = rows[: settings.evaluation.max_rows]
-    child = bench.run(
+    return bench.run(
         AnswerAsSource(
             checkpoint_dir=bench.model,
-            rows=_questions(used),
+            rows=_questions(rows[: settings.evaluation.max_rows]),
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             batch_size=settings.evaluation.batch_size,
@@ -84,13 +52,7 @@ def run_reference(
         ),
         settings.timeout.reference_s,
         within=torch_child,
-    )
-    return Reference(
-        **child.value.model_dump(),
-        rows_sha256=digest_of(used),
-        wall_s=child.wall_s,
-        peak_rss_bytes=child.peak_rss_bytes,
-    )
+    ).value
 
 
 def evaluate_variant(

@@ -19,7 +19,6 @@ from slmops.infra.storage.manifest import digest_of as digest_of_json
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams.answers import (
     AnswersExam,
-    Reference,
     evaluate_variant,
     last_evaluation_set,
     run_reference,
@@ -295,8 +294,6 @@ def test_a_real_checkpoint_and_its_variants_from_rows_to_verdict(
     reference = run_reference(quick, Bench(checkpoint, tmp_path / "reference", lambda *step: seen.append(step)), rows)
     assert [row.id for row in reference.rows] == list(range(6))
     assert reference.exact_match == 0.0
-    assert reference.rows_sha256 == digest_of(rows[:6])
-    assert Reference.model_validate_json(reference.model_dump_json()) == reference
     assert {"reference answers", "reference distributions"} <= {what for _, _, what in seen}
 
     # Random weights also answer with bytes that are no text; the two runtimes write those differently.
