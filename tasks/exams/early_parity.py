@@ -87,7 +87,7 @@ def parity_of(
         "versions": runtime_versions(),
         "mends": MENDS,
     }
-    record = settings.cache_dir / "parity" / f"{digest_of(asked)}.json"
+    record = settings.user_cache_dir / "parity" / f"{digest_of(asked)}.json"
     if record.is_file():
         return TemplateParity.model_validate_json(record.read_bytes())
     with work_folder(settings) as work:

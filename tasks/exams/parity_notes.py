@@ -78,7 +78,7 @@ def rare_character_notes(
     shown = " ".join(rare_characters(conversations[name])[:8])
     yield (
         f"{runtimes} split rare characters into other tokens than transformers, as in {name!r} (one of {shown})"
-        f"{f' and {others} more conversations' if others else ''}. Without these characters the tokens are the same."
+        f"{f' and {others} more' if others else ''}. Without these characters the tokens are the same."
     )
 
 

@@ -11,8 +11,11 @@ from slmops.tasks.checkpoint.inspection import Inspection
 from slmops.tasks.exams.decoding import GENERATION_CONFIG, EndTokens, read_end_tokens, settle_decoding
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-# Keys of generation_config.json that do not concern the generation of answers.
-NOT_GENERATION = ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config")
+# Keys of generation_config.json that say how answers are generated.
+GENERATION = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams",
+    "max_length", "max_new_tokens",
+)  # fmt: skip
 MAX_NAMED = 6
 
 
@@ -90,7 +93,7 @@ def _tied(folder: Path, inspection: Inspection) -> Statement:
 
 
 def _generation(folder: Path, given: Mapping[str, float]) -> Statement:
-    said = {key: value for key, value in _read(folder / GENERATION_CONFIG).items() if key not in NOT_GENERATION}
+    said = {key: value for key, value in _read(folder / GENERATION_CONFIG).items() if key in GENERATION}
     settled = settle_decoding(folder, given)
     penalty = settled.decoding.repetition_penalty
     judged = "judged greedily" + (f" with repetition penalty {penalty:g}" if penalty != 1 else "")

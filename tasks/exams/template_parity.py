@@ -331,7 +331,7 @@ def cause_of(mismatches: Sequence[ParityMismatch], broken: Sequence[str], model_
         return f"{broken[0]!r} is not one token in {RUNTIME_NAMES['genai']}." if broken else ""
     first = mismatches[0]
     runtime, others = RUNTIME_NAMES[first.runtime], len({found.conversation for found in mismatches}) - 1
-    where = f"{first.conversation!r}{f' and {others} more conversations' if others else ''}"
+    where = f"{first.conversation!r}{f' and {others} more' if others else ''}"
     if not first.found_tokens:
         fault = f"{runtime} cannot render {where}: {first.found}"
     elif broken:

@@ -46,7 +46,7 @@ def test_rare_characters_reject_only_where_the_user_has_them(settings: Settings)
     both = {"row 7": asked("Take ½ of it."), "row 8": asked("Take 1/2 of it."), "calibration chat 0": asked("And ²?")}
     parity = parity_of(smollm2, both, settings)
     assert differing(parity) == ["row 7", "calibration chat 0"]
-    assert parity.cause.startswith("onnxruntime-genai gives other tokens for 'row 7' and 1 more conversations: ")
+    assert parity.cause.startswith("onnxruntime-genai gives other tokens for 'row 7' and 1 more: ")
 
 
 def test_what_no_runtime_renders_is_reported_before_a_build(checkpoint: Path, settings: Settings) -> None:
