@@ -13,7 +13,7 @@ BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 class OtherLoad:
     """The CPU that other programs use within this context.
 
-    This is the machine's CPU time without that of this process and its parents, which only show progress.
+    This is the machine's CPU time without that of this process and of its parent, which shows the progress.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class OtherLoad:
 
 def _own_cpu_s() -> float:
     process = psutil.Process()
-    own_s = 0.0
-    for member in (process, *process.parents()):
-        with contextlib.suppress(psutil.Error):  # it belongs to another user, or has ended
-            own_s += sum(member.cpu_times()[:2])
+    own_s = float(sum(process.cpu_times()[:2]))
+    with contextlib.suppress(psutil.Error):  # it belongs to another user, or has ended
+        parent = process.parent()
+        own_s += sum(parent.cpu_times()[:2]) if parent else 0.0
     return own_s
