@@ -7,7 +7,7 @@ from prefect import State, flow
 from slmops.flows.qualify import ended, qualify
 from slmops.tasks.build.build import copy_out
 from slmops.tasks.build.climbing import climb, record_climb
-from slmops.tasks.build.planning import plan_recipes
+from slmops.tasks.build.planning import fitting_recipes, plan_recipes
 from slmops.tasks.build.pools import check_pools
 from slmops.tasks.build.search import record_trials
 from slmops.tasks.build.variants import build_each
@@ -60,6 +60,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
     check_environment(request.execution_provider, shop.settings)
     recipes = plan_recipes(request)
     prepared = prepare_checkpoint(request, shop.settings)
+    recipes = fitting_recipes(recipes, request, prepared.inspection.quantized)
     settled = settle_decoding(prepared.folder, request.generation_defaults)
     evaluation = read_evaluation(
         request.evaluation_file,

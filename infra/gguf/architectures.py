@@ -141,15 +141,15 @@ def tensors_of(file: GgufFile) -> list[SourceTensor]:
 
 
 def stored_as(file: GgufFile) -> str:
-    """Return the type of written quantized weights, and of most others: `F32`, `F16` or `BF16`.
+    """Return the type of the checkpoint's config, and of what does not keep its own: `F32`, `F16` or `BF16`.
 
     F16 represents a quantized weight eight times more precisely than BF16. In a model of type F16, Gemma's activations
     would exceed the range.
     """
-    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
     if file.quantization:
         return "BF16" if file.architecture.startswith("gemma") else "F16"
-    return next(kind for kind in ("BF16", "F16", "F32") if kind in kinds or kind == "F32")
+    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return kinds.pop() if len(kinds) == 1 else "F32"
 
 
 def _hub_name(file: GgufFile, architecture: Architecture, stem: str, tensor: GgufTensor) -> str:

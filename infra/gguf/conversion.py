@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from slmops.infra.checkpoints.tensor_writer import PlannedTensor, write_tensors
 from slmops.infra.errors import BadInput
 from slmops.infra.gguf.architectures import SourceTensor, config_of, stored_as, tensors_of
 from slmops.infra.gguf.file import FLOATING_POINT, GgufFile, Parsed, read_gguf
@@ -16,17 +18,17 @@ from slmops.infra.process.call import Progress
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CONVERTER_VERSION = 1  # increased when the same file gives other bytes
+CONVERTER_VERSION = 2  # increased when the same file gives other bytes
 ORIGIN_FILE = "gguf.json"  # beside the weights: their source
 PIECE_ELEMENTS = 2**22  # size of a piece of a tensor: 16 MiB in fp32
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def convert(path: Path, folder: Path, progress: Progress) -> None:
     """Write config.json, the tokenizer and model.safetensors of a GGUF file into a new folder.
 
-    Weights in F32, F16 and BF16 keep their bits, except those to which the architecture adds one, which are written in
-    F32. Quantized weights are dequantized and rounded to F16 (BF16 for Gemma).
+    Matrices in F32, F16 and BF16 keep their bits. Quantized ones are dequantized and rounded to F16 (BF16 for Gemma).
+    Norms and biases, which llama.cpp stores in F32, get the type of the matrices: the builder loads a checkpoint in one
+    type, and would round them too.
 
     Raises `BadInput` for a file that cannot be converted or has weights that are not finite.
     """
@@ -42,9 +44,8 @@ def convert(path: Path, folder: Path, progress: Progress) -> None:
 
 def written_as(file: GgufFile, tensor: SourceTensor) -> str:
     """Return the type of a written tensor."""
-    if tensor.minus:
-        return "F32"
-    return tensor.source.kind if tensor.source.kind in FLOATING_POINT else stored_as(file)
+    is_kept = len(tensor.source.shape) > 1 and tensor.source.kind in FLOATING_POINT
+    return tensor.source.kind if is_kept else stored_as(file)
 
 
 def _generation_config(file: GgufFile, config: Parsed) -> Parsed:
@@ -56,22 +57,17 @@ def _generation_config(file: GgufFile, config: Parsed) -> Parsed:
 
 
 def _write_weights(file: GgufFile, tensors: list[SourceTensor], target: Path, progress: Progress) -> None:
-    """Write a safetensors file (https://huggingface.co/docs/safetensors). The library needs all tensors in memory."""
-    laid_out = sorted(tensors, key=lambda tensor: (-BYTES[written_as(file, tensor)], tensor.name))
-    header: Parsed = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in laid_out:
-        start, kind = end, written_as(file, tensor)
-        end += int(np.prod(tensor.source.shape)) * BYTES[kind]
-        header[tensor.name] = {"dtype": kind, "shape": list(tensor.source.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with target.open("wb") as sink, file.path.open("rb") as source:
-        sink.write(len(text).to_bytes(8, "little") + text)
-        for done, tensor in enumerate(laid_out):
-            progress(done, len(laid_out), "converting the GGUF file")
-            for piece in _pieces(source, tensor, written_as(file, tensor)):
-                sink.write(piece)
+    with file.path.open("rb") as source:
+        planned = [
+            PlannedTensor(
+                name=tensor.name,
+                dtype=written_as(file, tensor),
+                shape=tensor.source.shape,
+                pieces=partial(_pieces, source, tensor, written_as(file, tensor)),
+            )
+            for tensor in tensors
+        ]
+        write_tensors(target, planned, progress, "converting the GGUF file")
 
 
 def _pieces(source: BinaryIO, tensor: SourceTensor, kind: str) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ Acceptance here is not sufficient: a checkpoint is built only after its configur
 
 from collections.abc import Collection, Iterator
 
+from slmops.infra.checkpoints.quantized import quantization_of
 from slmops.infra.errors import BadInput
 from slmops.infra.olive.options import BITS
 from slmops.infra.records import Json
@@ -81,13 +82,7 @@ def check_architecture(config: Json) -> None:
             " ".join(filter(None, (NOT_SUPPORTED.get(architecture), supported))),
             code="architecture-not-supported",
         )
-    if config.get("quantization_config"):
-        method = _value(config["quantization_config"], "quant_method") or "of an unknown kind"
-        raise BadInput(
-            f"The checkpoint is already quantized ({method}).",
-            "Give the checkpoint in floating point; slmops makes the quantized variants from it.",
-            code="checkpoint-quantized",
-        )
+    quantization_of(config)
     _check_foreign_code(config)
     _check_hybrid(architecture, config)
     text_config = config.get("text_config")

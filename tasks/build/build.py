@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from slmops.infra.checkpoints.dequantization import packed_checkpoint
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
@@ -91,7 +92,7 @@ def build_variant(
             child = shop.torch.run(
                 Build(
                     olive_config=olive_run_config(recipe),
-                    checkpoint_dir=prepared.folder,
+                    checkpoint_dir=packed_checkpoint(prepared.folder, work / "packed"),
                     output_dir=work / "model",
                     cache_dir=work / "cache",
                     threads=settings.threads,

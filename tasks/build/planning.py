@@ -6,6 +6,10 @@ from slmops.infra.errors import BadInput
 from slmops.tasks.build.olive_config import read_olive_config
 from slmops.tasks.build.recipes import Recipe, known_recipes, load_recipe
 from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.request.parameters import PRECISIONS, Precision
+
+# The recipe of a precision whose passes do nothing to weights that are quantized already; lm_head is, in eight bits.
+ROUNDED: dict[str, str] = {"int4": "int4-int8-head"}
 
 
 def plan_recipes(request: DeployRequest) -> list[Recipe]:
@@ -64,11 +68,31 @@ def _named_recipes(request: DeployRequest) -> dict[str, Recipe]:
     return named
 
 
+def fitting_recipes(recipes: list[Recipe], request: DeployRequest, quantized: Precision | None) -> list[Recipe]:
+    """Return the recipes for a checkpoint, of which one that is `quantized` already has a single one.
+
+    Raises `BadInput` for a quantized checkpoint and any other precision or recipe; every precision together, which is
+    the default, means its own.
+    """
+    if quantized is None:
+        return recipes
+    refuse_recipes(request)
+    if request.precisions != (quantized,) and {*request.precisions} != {*PRECISIONS}:
+        others = ", ".join(precision for precision in request.precisions if precision != quantized)
+        raise BadInput(
+            f"{request.checkpoint} is quantized already, and can be built at {quantized} only, not at {others}.",
+            f"Give --precision {quantized}, or the checkpoint in floating point.",
+            code="checkpoint-quantized",
+        )
+    on_cpu = request.execution_provider == "cpu" and quantized in ROUNDED
+    return [load_recipe(ROUNDED[quantized] if on_cpu else quantized, request.execution_provider)]
+
+
 def refuse_recipes(request: DeployRequest) -> None:
     """Raise `BadInput` for recipes if there is nothing to build, because the model came as ONNX."""
     if request.recipes or request.search or request.olive_config_file:
         raise BadInput(
-            f"{request.checkpoint} is already an ONNX model.",
-            "Omit --recipe, --search and --olive-config, or deploy its checkpoint.",
+            f"{request.checkpoint} is quantized or an ONNX model already.",
+            "Omit --recipe, --search and --olive-config, or deploy the checkpoint in floating point.",
             code="checkpoint-is-built",
         )

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from slmops.infra.checkpoints.dequantization import MARK
 from slmops.infra.checkpoints.folder import (
     TOKENIZER_FILES,
     TensorHeader,
@@ -10,6 +11,7 @@ from slmops.infra.checkpoints.folder import (
     read_json,
     read_tensor_headers,
 )
+from slmops.infra.checkpoints.quantized import float_headers, quantization_of
 from slmops.infra.checkpoints.text_part import is_multimodal, text_config_of, text_headers
 from slmops.infra.checkpoints.vocabulary import tokens_without_rows
 from slmops.infra.errors import BadInput
@@ -26,6 +28,7 @@ from slmops.infra.olive.architectures import (
 )
 from slmops.infra.records import Json, Record
 from slmops.infra.storage.manifest import digest_of, digest_of_file
+from slmops.tasks.request.parameters import Precision
 
 SENTENCEPIECE = "tokenizer.model"
 BYTE_ORDER_MARK = "\ufeff"
@@ -68,6 +71,7 @@ class Inspection(Record):
     context_length: int
     tied_embeddings: bool = True
     multimodal: bool = False
+    quantized: Precision | None = None  # the one precision that it can be built at
     warnings: tuple[str, ...] = ()
 
 
@@ -103,9 +107,17 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
 
 def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
     config = read_json(folder / "config.json")
+    quantization = quantization_of(config | _mark_of_dequantization(folder))
+    config.pop("quantization_config", None)
     check_architecture(config)
     _check_tokenizer(folder, chat_template_given)
     headers, warnings = read_tensor_headers(folder), _warnings_of_conversion(folder)
+    if quantization:
+        headers = float_headers(headers, quantization)
+        warnings.append(
+            f"The checkpoint is quantized already ({quantization.method}, {quantization.bits} bits): it is built at "
+            f"{quantization.precision} as it is, and compared with the numbers that its weights stand for."
+        )
     if "auto_map" in config:
         warnings.append("The checkpoint contains its own code (auto_map); slmops never runs it.")
     if not chat_template_given and (read_chat_template(folder) or "").startswith(BYTE_ORDER_MARK):
@@ -121,7 +133,8 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
         check_architecture(config)
     embedding = _check_shapes(folder, config, headers)
     warnings += _check_vocabulary(folder, embedding.shape[0])
-    return _inspection_of(config, headers, embedding, warnings, multimodal=multimodal)
+    inspection = _inspection_of(config, headers, embedding, warnings, multimodal=multimodal)
+    return inspection.model_copy(update={"quantized": quantization.precision}) if quantization else inspection
 
 
 def _inspect_gguf(path: Path, chat_template_given: bool) -> Inspection:
@@ -163,6 +176,11 @@ def _inspection_of(
         multimodal=multimodal,
         warnings=tuple(warnings),
     )
+
+
+def _mark_of_dequantization(folder: Path) -> Json:
+    """Return the `quantization_config` that a dequantized checkpoint had, in an object; empty for any other."""
+    return {"quantization_config": read_json(folder / MARK)} if (folder / MARK).is_file() else {}
 
 
 def _warnings_of_conversion(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from slmops.infra.checkpoints.dequantization import PACKED
 from slmops.infra.checkpoints.folder import read_json, read_tensor_headers
 from slmops.infra.checkpoints.hub import fetch_from_hub
 from slmops.infra.checkpoints.s3 import FETCHED, fetch_from_s3
@@ -24,6 +25,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.transformers.adapters import read_adapter_config
 from slmops.infra.transformers.calls import MergeAdapter
 from slmops.tasks.checkpoint.from_gguf import from_gguf
+from slmops.tasks.checkpoint.from_quantized import from_quantized
 from slmops.tasks.checkpoint.inspection import (
     Inspection,
     content_digest,
@@ -114,7 +116,7 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
             fetch_input(open_registry(settings), manifest.source.origin, inputs_dir(settings))
     origin = Path(manifest.source.origin).expanduser()
     with contextlib.suppress(BadInput):  # the file has changed, or files of its conversion are missing
-        origin = from_gguf(origin, settings)
+        origin = from_quantized(from_gguf(origin, settings), settings)
     folders = [settings.cache_dir / "checkpoints", inputs_dir(settings)]
     prepared = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     prepared += (settings.cache_dir / "s3").glob(f"*/{FETCHED}")
@@ -134,8 +136,9 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
 
 
 def fetch_checkpoint(text: str, revision: str | None, settings: Settings, on_progress: OnProgress) -> Path:
-    """Return the local folder of a checkpoint; a Hub id or an `s3://` folder is fetched, a GGUF file converted."""
-    return from_gguf(_fetched(text, revision, settings, on_progress), settings, on_progress)
+    """Return the local folder of a checkpoint; fetched, converted from GGUF, or turned into numbers."""
+    folder = from_gguf(_fetched(text, revision, settings, on_progress), settings, on_progress)
+    return from_quantized(folder, settings, on_progress)
 
 
 def _fetched(text: str, revision: str | None, settings: Settings, on_progress: OnProgress) -> Path:
@@ -205,6 +208,10 @@ def _copy_with_template(folder: Path, copy: Path, template: str) -> None:
     for path in folder.iterdir():
         if path.is_file() and path.name not in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
             link_or_copy(path, copy / path.name)
+    if (folder / PACKED).is_dir():
+        (copy / PACKED).mkdir()
+        for path in (folder / PACKED).iterdir():
+            link_or_copy(path, copy / PACKED / path.name)
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     config["chat_template"] = template  # the runtimes read it here, transformers in both places
     (copy / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
