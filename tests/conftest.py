@@ -64,6 +64,8 @@ RUNTIMES = {
     "real_model",
 }
 DEMO = "demo_home"
+# The demo's training has two threads, and the two after it wait more than others.
+FIRST = ("demo", "stack", "up")
 SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}
 
 
@@ -73,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
 
     Those of a module do (`pytest -n 2 --dist loadgroup`), which share its fixtures, and those of the demo. Whole
     journeys share nothing that takes time to make, unless they say so by the mark itself. What takes longest comes
-    first, so that the short tests fill the end evenly: the demo, the groups of journeys, the other journeys.
+    first, so that the short tests fill the end evenly: what FIRST names, the groups of journeys, the other journeys.
     """
     for item in items:
         is_journey = item.path.parent.name == "e2e"
@@ -96,12 +98,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
 
 
 def _place(item: pytest.Item) -> int:
-    group = item.get_closest_marker("xdist_group")
-    if group == pytest.mark.xdist_group("demo").mark:
-        return 0
+    marker = item.get_closest_marker("xdist_group")
+    group = marker.args[0] if marker else ""
+    if group in FIRST:
+        return FIRST.index(group)
     if item.get_closest_marker("journey"):
-        return 2 if group == pytest.mark.xdist_group(item.nodeid).mark else 1
-    return 3 if item.get_closest_marker("runtime") else 4
+        return len(FIRST) + (group == item.nodeid)
+    return len(FIRST) + (2 if item.get_closest_marker("runtime") else 3)
 
 
 @pytest.hookimpl(wrapper=True)
