@@ -30,7 +30,7 @@ TOLERANCE = 3e-4
 # computed from some of them.
 NOT_OF_THE_FAMILY = {
     *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "vocab_size", "num_hidden_layers", "use_cache"),
-    *("intermediate_size", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "initializer_range"),
+    *("intermediate_size", "initializer_range", "is_llama_config", "rope_interleaved", "use_mrope"),
     *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"),
     *("id2label", "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions"),
     *("chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params", "pretraining_tp", "auto_map"),
@@ -64,9 +64,20 @@ def prove_family(call: ProveFamily, progress: Progress) -> FamilyProof:
 
 def family_key(cut_config: Untyped, dtype: str) -> str:
     """Return the digest of a cut checkpoint's config, as far as operators depend on it, and of the weights' type."""
-    family_config = {name: value for name, value in cut_config.to_dict().items() if name not in NOT_OF_THE_FAMILY}
+    family_config = {
+        name: _as_number(value)
+        for name, value in cut_config.to_dict().items()
+        if name not in NOT_OF_THE_FAMILY and not name.endswith("_token_id")
+    }
     text = json.dumps({"config": family_config, "dtype": dtype}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_number(value: object) -> object:
+    """Return a value of a config with whole numbers as integers: files write 10000 and 10000.0 alike."""
+    if isinstance(value, dict):
+        return {key: _as_number(entry) for key, entry in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def versions() -> dict[str, str]:

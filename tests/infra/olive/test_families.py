@@ -151,6 +151,17 @@ def test_a_proof_is_stored_and_made_once(tmp_path: Path, monkeypatch: pytest.Mon
         prove(checkpoint)
 
 
+def test_a_known_model_is_shipped_and_costs_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fine-tune writes what another library would: whole numbers as floats, roles of tokens, its own fields.
+
+    When this fails for its versions: `python -m tests.support.prove_families`.
+    """
+    monkeypatch.setattr(genai_builder, "make_model", None)
+    config = {**REAL[LLAMA], "vocab_size": 1021, "rope_theta": 100000.0, "unk_token_id": 0, "unsloth_version": "1"}
+    proof = prove(make_family(tmp_path / "checkpoint", config))
+    assert (proof.known, proof.first_difference) == (True, None)
+
+
 def test_a_difference_names_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(genai_builder, "MENDS", ())
     checkpoint = make_family(tmp_path / "checkpoint", small_config("mistralai/Mistral-7B-v0.1"))
