@@ -476,19 +476,19 @@ class TestBuiltRecipes:
     @pytest.mark.parametrize(
         ("name", "bits", "head_bits", "block_size", "asymmetric"),
         [
-            ("int4", {4, 8}, 8, 32, {True, False}),
-            ("int4-mixed", {4, 8}, 8, 32, {True, False}),
-            ("int4-rtn", {4}, 4, 32, {False}),
-            ("int4-block128", {4}, 4, 128, {False}),
-            ("int4-asymmetric", {4}, 4, 32, {True}),
-            ("int4-block128-asymmetric", {4}, 4, 128, {True}),
-            ("int4-pruned-head", {4}, 4, 32, {False}),
-            ("int4-fast", {4}, 4, 64, {False}),
-            ("int4-k-quant", {4}, 4, 32, {True}),
-            ("int4-k-quant-mixed", {4, 8}, 8, 32, {True}),
-            ("int4-int8-head", {4, 8}, 8, 32, {False}),
-            ("int8", {8}, 8, 32, {False}),
-            ("int8-block128", {8}, 8, 128, {False}),
+            ("int4", {4, 8}, 8, {32, 64}, {True, False}),
+            ("int4-mixed", {4, 8}, 8, {32, 64}, {True, False}),
+            ("int4-rtn", {4}, 4, {32}, {False}),
+            ("int4-block128", {4}, 4, {128}, {False}),
+            ("int4-asymmetric", {4}, 4, {32}, {True}),
+            ("int4-block128-asymmetric", {4}, 4, {128}, {True}),
+            ("int4-pruned-head", {4}, 4, {32}, {False}),
+            ("int4-fast", {4}, 4, {64}, {False}),
+            ("int4-k-quant", {4}, 4, {32}, {True}),
+            ("int4-k-quant-mixed", {4, 8}, 8, {32}, {True}),
+            ("int4-int8-head", {4, 8}, 8, {32}, {False}),
+            ("int8", {8}, 8, {32}, {False}),
+            ("int8-block128", {8}, 8, {128}, {False}),
         ],
     )
     def test_it_matches_its_name_and_runs(
@@ -497,13 +497,13 @@ class TestBuiltRecipes:
         name: str,
         bits: set[int],
         head_bits: int,
-        block_size: int,
+        block_size: set[int],
         asymmetric: set[bool],
     ) -> None:
         found, plain = built(name), built("int8")
         assert set(found.attribute("bits").values()) == bits
         assert found.attribute("bits")[HEAD] == head_bits
-        assert set(found.attribute("block_size").values()) == {block_size}
+        assert set(found.attribute("block_size").values()) == block_size
         assert found.asymmetric == asymmetric
         assert np.isfinite(found.logits).all()
         error = np.abs(found.logits[-1] - plain.logits[-1]).mean() / plain.logits.std()
