@@ -24,7 +24,7 @@ def test_the_check_of_the_example_is_small_and_works(tmp_path: Path) -> None:
     (diff,) = re.findall(r"^```diff\n(.*?)^```$", TEXT, re.M | re.S)
     assert len(re.findall(r"^\+(?!\+\+)", diff, re.M)) <= MOST_LINES
     tree, package = tmp_path / "tree", tmp_path / "package" / "slmops"
-    for folder in (*ROOMS, "tests"):
+    for folder in (*ROOMS, "tests", "docs"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     subprocess.run(["git", "apply"], input=diff, cwd=tree, text=True, check=True)
