@@ -1,4 +1,4 @@
-"""What an Olive build is asked for in tests."""
+"""Requests of Olive builds in tests."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, with the file that says it and what of it is used."""
+"""Facts from a checkpoint's files, each with its file and the used value."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a deploy is asked for is checked before anything is written."""
+"""A deploy's request is checked before anything is written."""
 
 from pathlib import Path
 from typing import Any
