@@ -18,7 +18,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from slmops.infra.olive.calls import Build
+from slmops.infra.olive.calls import ProveFamily
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
 from tests.e2e.test_prefect_server import answer_of, call, query
@@ -291,10 +291,9 @@ def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> Non
     parameters = {"checkpoint": str(tiny), "name": "cancelled", "precisions": ["fp16"], "temperature": 0.4}
     run = call("POST", f"{api}/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
 
-    def builds() -> list[psutil.Process]:
-        return [process for process in up.tree if Build.target() in command_line(process)]
-
-    (child,) = wait_for(builds)
+    wait_for(lambda: list((up.home / "cache" / "logs").glob("build-cancelled-fp16-*.log")))
+    # The process of all that needs torch has the name of its first call.
+    (child,) = [process for process in up.tree if ProveFamily.target() in command_line(process)]
     (engine,) = [process for process in up.tree if command_line(process)[1:] == ["-m", "prefect.engine"]]
     environment = engine.environ()
     # A folder of its own that is empty, which Prefect names, and none that somebody could have written.
