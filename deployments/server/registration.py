@@ -54,7 +54,7 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
             "flow": f"{what}-variant",
             "name": pool,
             "entrypoint": f"slmops.flows.on_worker.{what}_variant_on_worker",
-            "description": f"{what.capitalize()} one variant of a deploy. Started by deploys, not by hand.",
+            "description": f"{what.capitalize()} one variant of a deploy. Deploys start it.",
             "version": package_version(),
             "tags": [TAG],
             "work_pool": {"name": pool},

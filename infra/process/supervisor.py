@@ -51,8 +51,8 @@ def run_in_child(
 class ChildProcess:
     """A process for several calls, so that their common imports run only once.
 
-    It is started by the first call, and anew by the next one after a call that crashed or was stopped; it stays where a
-    call raised one of our own errors. Leave it as a context manager.
+    It is started by the first call, and again by the next one after a call that crashed or was stopped; it stays where
+    a call raised one of our own errors. Leave it as a context manager.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:

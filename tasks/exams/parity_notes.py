@@ -50,7 +50,7 @@ def _rebuilt(rebuilt: RebuiltTokenizer, folder: Path) -> str:
     )
     source = "tokenizer.json" if rebuilt.follows_file else "that class"
     return (
-        f"The class {rebuilt.class_name} in transformers 5 splits texts otherwise than tokenizer.json says "
+        f"The class {rebuilt.class_name} in transformers 5 splits texts differently from tokenizer.json "
         f"({' and '.join(rebuilt.parts)}; {len(rebuilt.conversations)} conversations differ). "
         f"The tokens of {source} are used, because {by}."
     )

@@ -275,7 +275,7 @@ def test_a_tokenizer_that_transformers_rebuilds_is_compared_with_its_file(case):
     # transformers 5's LlamaTokenizer puts a space before the first text only, the file before every one.
     parity = case(replace(FAMILIES["mistral-v0.3"], tokenizer_class="LlamaTokenizer")).check()
     assert parity.holds, parity.mismatches[0]
-    assert mentions(parity, "LlamaTokenizer in transformers 5 splits texts otherwise than tokenizer.json")
+    assert mentions(parity, "LlamaTokenizer in transformers 5 splits texts differently from tokenizer.json")
 
 
 def test_variants_with_the_same_tokenizer_are_compared_once(case, settings):
