@@ -39,7 +39,7 @@ def list_models(as_json: Json = False) -> None:
                 f"{variant['precision']} {_status(variant)} ({variant['size_bytes'] / 1e6:,.1f} MB)"
                 for variant in model["variants"]
             )
-            + (", claimed by its origin" if model["says_origin"] else ""),
+            + (", says its origin" if model["says_origin"] else ""),
         }
         for model in models
     ]
@@ -96,7 +96,7 @@ def show(reference: Reference, as_json: Json = False) -> None:
         for file in variant.files
     ]
     print_table("Files", files)
-    print_table("Variants (claimed by its origin)" if version.says_origin else "Variants", statuses)
+    print_table("Variants (says its origin)" if version.says_origin else "Variants", statuses)
 
 
 def _last_deploy(version: "Version") -> dict[str, object]:

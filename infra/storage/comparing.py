@@ -80,7 +80,7 @@ def _files(manifest: Manifest, precision: str) -> dict[str, str]:
 
 
 def _figures(version: Version) -> dict[str, str]:
-    word = " (claimed by its origin)" if version.says_origin else ""
+    word = " (says its origin)" if version.says_origin else ""
     figures = {}
     for variant in version.deployed.variants:
         figures[f"{variant.precision} status"] = f"{variant.status}{word}"

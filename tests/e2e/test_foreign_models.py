@@ -135,9 +135,9 @@ def test_copied_evidence_makes_no_champion(
         assert "slmops regate home@1" in told
         (model,) = [model for model in slmops.json("list")["models"] if model["name"] == "home"]
         assert (model["aliases"], model["says_origin"]) == ([], True)
-        assert "claimed by its origin" in slmops.run("list").stdout
+        assert "says its origin" in slmops.run("list").stdout
         assert slmops.json("show", "home@1")["says_origin"]
-        assert "claimed by its origin" in slmops.run("show", "home@1").stdout
+        assert "says its origin" in slmops.run("show", "home@1").stdout
         time.sleep(3)
         listed = httpx.get(f"{server.url}/v1/models").json()["data"]
         assert {model["id"].partition(":")[0] for model in listed} == {"own"}
