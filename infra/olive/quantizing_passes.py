@@ -7,6 +7,7 @@ format, and all its files except the weights are copies of the checkpoint's file
 
 import fnmatch
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from torch.nn import Module
 from slmops.infra.olive.gptq_rounding import Rounded, round_for_inputs, round_to_nearest
 from slmops.infra.olive.memory import release_mapped_pages
 from slmops.infra.olive.step_progress import report_step
-from slmops.infra.storage.folders import link_or_copy
 
 CALIBRATED_BITS = 4  # eight bits are rounded to nearest, because their error is far below that of four
 CONFIG_FILE = "config.json"
@@ -232,8 +232,6 @@ def _finished(
     config["quantization_config"] = written["quantization_config"]
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHTS):
-            (target / path.name).unlink(missing_ok=True)
-            link_or_copy(path, target / path.name)
-    (target / CONFIG_FILE).unlink()
+            shutil.copyfile(path, target / path.name)
     (target / CONFIG_FILE).write_text(json.dumps(config, indent=2), "utf-8")
     return result
