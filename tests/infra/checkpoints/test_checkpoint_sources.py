@@ -248,6 +248,20 @@ class TestFetchFromHub:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert fetch_from_hub("owner/name", "main", settings) == folder
 
+    def test_the_gguf_file_of_a_model_without_other_weights(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delitem(HUB_FILES, "model.safetensors")
+        monkeypatch.setitem(HUB_FILES, "model-q8_0.gguf", b"GGUF")
+        with _serving(_Hub) as endpoint:
+            monkeypatch.setenv("HF_ENDPOINT", endpoint)
+            folder = fetch_from_hub("owner/name", "main", settings)
+            assert (folder / "model-q8_0.gguf").read_bytes() == b"GGUF"
+            monkeypatch.setitem(HUB_FILES, "model-q4_k_m.gguf", b"GGUF")
+            monkeypatch.setenv("HF_HOME", str(settings.home / "another"))
+            with pytest.raises(BadInput, check=coded("gguf-several")):
+                fetch_from_hub("owner/name", "main", settings)
+
     def test_a_model_that_is_not_there(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
         with _serving(_Hub) as endpoint:
             monkeypatch.setenv("HF_ENDPOINT", endpoint)
