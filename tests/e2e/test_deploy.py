@@ -8,16 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from huggingface_hub import metadata_load
 
+from slmops.infra.olive.calls import Build
+from slmops.infra.process.call import Call, ChildResult
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.checkpoint.inspection import content_digest
 from tests.e2e.conftest import ROOT, Slmops
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.torch_process import TORCH_PROCESS
 from tests.support.versions import store_version
 
 INT8 = ("--precision", "int8")
@@ -68,9 +72,17 @@ def test_versions_aliases_and_promotion(slmops: Slmops, tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_variant_that_cannot_be_built_fails_and_the_others_go_on(slmops: Slmops, tiny: Path) -> None:
-    # A deadline that no build keeps is a fault like any other; the deploy ends without a version.
-    report = slmops.json("deploy", tiny, "--name", "home", *INT8, status=1, SLMOPS_TIMEOUT__BUILD_S="0.05")
+def test_a_variant_that_cannot_be_built_fails_and_there_is_no_version(
+    slmops: Slmops, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TORCH_PROCESS.run
+
+    def hurried(call: Call[Any], **options: Any) -> ChildResult[Any]:
+        """Give builds a deadline that none of them keeps."""
+        return run(call, **{**options, "deadline_s": 0.05} if isinstance(call, Build) else options)
+
+    monkeypatch.setattr(TORCH_PROCESS, "run", hurried)
+    report = slmops.json("deploy", tiny, "--name", "home", *INT8, status=1)
     assert (report["status"], report["version"]) == ("failed", None)
     assert "deadline" in report["variants"][0]["error"]
     assert slmops.json("list") == {"models": []}
