@@ -38,7 +38,11 @@ class Stages:
     def prepare(self, *asked: Any) -> Any:
         """Return a checkpoint that nothing opens."""
         inspection = SimpleNamespace(
-            kind="huggingface", parameters=7, warnings=("It is a test.",), architecture="Qwen2ForCausalLM"
+            kind="huggingface",
+            parameters=7,
+            warnings=("It is a test.",),
+            architecture="Qwen2ForCausalLM",
+            quantized=None,
         )
         return SimpleNamespace(folder=self.folder, digest="a" * 64, origin="here", inspection=inspection)
 
