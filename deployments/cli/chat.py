@@ -6,7 +6,7 @@ from slmops.deployments.cli.output import print_line, print_note
 from slmops.infra.errors import BadInput
 from slmops.infra.foundry.chat import FoundryChat
 from slmops.infra.foundry.model_folder import model_folder
-from slmops.infra.genai.model_screening import screen_model
+from slmops.infra.model_screening import screen_model
 from slmops.infra.settings import Settings
 from slmops.infra.storage.version import Version
 

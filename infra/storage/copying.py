@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.genai.model_screening import GENAI_CONFIG, is_screened, screen_files
+from slmops.infra.model_screening import GENAI_CONFIG, is_screened, screen_files
 from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.evidence import DEPLOY, SELECTION, SIGNATURE

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.genai.model_screening import screen_model
+from slmops.infra.model_screening import screen_model
 from slmops.infra.process.call import OnProgress
 from slmops.infra.storage.evidence import (
     DEPLOY,
@@ -311,7 +311,7 @@ class Variant:
         """Place its files under a folder that does not have them yet, for a runtime to open.
 
         Every model reaches a runtime through this method, whatever its origin. Raises `StageFailed` as
-        `ModelRegistry.materialize` does, and for a model that `slmops.infra.genai.model_screening` refuses.
+        `ModelRegistry.materialize` does, and for a model that `slmops.infra.model_screening` refuses.
         """
         self.version.registry.materialize(self.files, folder, on_progress)
         try:

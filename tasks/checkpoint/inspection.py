@@ -15,11 +15,11 @@ from slmops.infra.checkpoints.quantized import float_headers, quantization_of
 from slmops.infra.checkpoints.text_part import is_multimodal, text_config_of, text_headers
 from slmops.infra.checkpoints.vocabulary import tokens_without_rows
 from slmops.infra.errors import BadInput
-from slmops.infra.genai.model_screening import screen_model
 from slmops.infra.gguf.architectures import config_of, tensors_of
 from slmops.infra.gguf.conversion import ORIGIN_FILE, written_as
 from slmops.infra.gguf.file import gguf_of, read_gguf
 from slmops.infra.gguf.tokenizer import check_tokenizer
+from slmops.infra.model_screening import screen_model
 from slmops.infra.olive.architectures import (
     LONGROPE_ORIGINAL_LENGTH,
     architecture_of,
@@ -82,7 +82,7 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
 
     Raises `BadInput` for anything that cannot be deployed: no or broken config, an unsupported architecture,
     damaged or pickled weights, shapes that disagree with the config, no tokenizer, no chat template, and an
-    onnxruntime-genai folder that names code or files elsewhere (`slmops.infra.genai.model_screening`).
+    onnxruntime-genai folder that names code or files elsewhere (`slmops.infra.model_screening`).
     """
     if not folder.exists():
         raise BadInput(

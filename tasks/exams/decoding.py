@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.errors import BadInput
-from slmops.infra.genai.model_screening import GENAI_CONFIG
+from slmops.infra.model_screening import GENAI_CONFIG
 from slmops.infra.records import Record
 from slmops.infra.reference.decoding import Decoding
 from slmops.tasks.foundry.prompt_template import chat_template_renderer, special_tokens

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from slmops.infra.errors import BadInput
-from slmops.infra.genai.model_screening import screen_model
+from slmops.infra.model_screening import screen_model
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
 from slmops.tasks.build.olive_config import olive_run_config
