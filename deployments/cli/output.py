@@ -16,6 +16,7 @@ from slmops.infra.errors import SlmopsError
 if TYPE_CHECKING:
     from slmops.tasks.exams.statements import Statement
 
+PIPED_WIDTH = 200  # columns of a table that no terminal shows
 SIDE_BY_SIDE = 4  # an 80-column terminal has room for this many columns of figures
 
 
@@ -38,7 +39,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     """Print rows of the same columns as a table; a few rows too wide for the terminal are printed as columns."""
     if not rows:
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
     console.print(f"[bold]{escape(title)}[/bold]")
     if not _fits(rows, console.width) and len(rows) <= SIDE_BY_SIDE:
         first, *others = rows[0]

@@ -39,7 +39,9 @@ def query(server: str, path: str, **body: Any) -> list[dict[str, Any]]:
 
 
 def test_the_server_has_the_run_its_tasks_and_the_report(slmops: Slmops, tiny: Path, server: str) -> None:
-    command = Slmops(slmops.home, slmops.environment)  # whose build takes the two seconds from which progress is told
+    command = Slmops(
+        slmops.home, slmops.environment
+    )  # whose stages take the two seconds after which progress is posted
     report = command.json("deploy", tiny, "--name", "served", *INT4)
     (run,) = query(server, "flow_runs", flow_runs={"name": {"any_": ["deploy-served"]}})
     assert run["state"]["name"] == "Completed"
@@ -57,7 +59,7 @@ def test_the_server_has_the_run_its_tasks_and_the_report(slmops: Slmops, tiny: P
     assert "served-int4-generic-cpu:1" in artifacts["slmops-served-variants"]["data"]
     assert artifacts["slmops-served-version"]["data"]
     progress = query(server, "artifacts", artifacts={"type": {"any_": ["progress"]}})
-    assert any(artifact["description"] == "build int4" and artifact["data"] == 100 for artifact in progress)
+    assert any(artifact["data"] == 100 for artifact in progress)  # of whichever stage took two seconds
     assert not (slmops.home / "prefect" / "prefect.db").exists()
     logs = query(server, "logs", logs={"flow_run_id": {"any_": [run["id"]]}})
     assert any("evaluate int4" in log["message"] for log in logs)

@@ -23,7 +23,7 @@ from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
 from slmops.tasks.build.search import last_search
 from slmops.tasks.evidence import KINDS
-from slmops.tasks.exams import answers, endurance, lm_eval, measurement, template_parity, text
+from slmops.tasks.exams import answers, endurance, lm_eval, measurement, text
 from slmops.tasks.exams.exam import Exam, examine
 from slmops.tasks.foundry.proof import last_proof
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation_set
@@ -149,7 +149,7 @@ def test_its_signature_holds(settings: Settings, registry: ModelRegistry) -> Non
 
 
 # What a deploy asks of a variant: the answers on record are those of the same questions. Without the version's files in
-# the store, no question can be asked anew.
+# the store, no question can be asked anew. Template parity is not among them: more conversations are compared now.
 QUESTIONS: dict[str, tuple[int, str, Callable[[Settings], Exam[Any]]]] = {
     "measurement": (1, "int4", lambda settings: measurement.MeasurementExam()),
     "measurement of int8": (2, "int8", lambda settings: measurement.MeasurementExam()),
@@ -157,7 +157,6 @@ QUESTIONS: dict[str, tuple[int, str, Callable[[Settings], Exam[Any]]]] = {
     "evaluation without a format": (2, "int8", lambda settings: answers.AnswersExam(asked_rows(None))),
     "exercise in genai": (1, "int4", lambda settings: endurance.EnduranceExam("genai", asked_rows().rows)),
     "exercise in foundry": (1, "int4", lambda settings: endurance.EnduranceExam("foundry", asked_rows().rows)),
-    "parity": (1, "int4", lambda settings: template_parity.ParityExam(Path("checkpoint"))),
     "text": (
         1,
         "int4",

@@ -378,6 +378,7 @@ def test_a_check_is_printed_as_it_is_recorded(
 ) -> None:
     for name in ("RAM", "DISK"):
         monkeypatch.setenv(f"SLMOPS_MACHINE__{name}_BYTES", "16000000000")
+    monkeypatch.setattr("slmops.deployments.cli.output.PIPED_WIDTH", 1000)  # the folder's name may be long
     assert cli.run(["check", str(tiny_checkpoint)]) == 0
     printed = re.sub(r" {2,}", "  ", capfd.readouterr().out).replace(" \n", "\n")
     this_machine = (

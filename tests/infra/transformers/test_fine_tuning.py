@@ -89,7 +89,7 @@ def test_only_answers_are_learned(tiny_checkpoint: Path) -> None:
     from slmops.infra.transformers.answers import load_checkpoint
     from slmops.infra.transformers.fine_tuning import IGNORED_LABEL, _encode_chat
 
-    tokenizer, _ = load_checkpoint(str(tiny_checkpoint), "float32")
+    tokenizer, _ = load_checkpoint(tiny_checkpoint, "float32")
     encoded = _encode_chat(tokenizer, [*chat(1, "first"), *chat(2, "second")])
     learned = [token for token in encoded["labels"] if token != IGNORED_LABEL]
     text = tokenizer.decode(learned)

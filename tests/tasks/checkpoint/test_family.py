@@ -69,7 +69,7 @@ def test_a_multi_modal_checkpoint_is_taken_apart(
     whole = with_tokenizer(make_whole(tmp_path / "whole", model), tiny_checkpoint)
     inspection = inspect_checkpoint(whole)
     assert inspection.multimodal
-    assert any("its text part alone is built" in warning for warning in inspection.warnings)
+    assert any("only its text part is built" in warning for warning in inspection.warnings)
     text = with_text_part(whole, settings)
     found = inspect_checkpoint(text)
     assert (found.multimodal, found.architecture) == (False, inspection.architecture)

@@ -124,7 +124,7 @@ def test_results_are_evidence_and_the_same_question_is_asked_once(
     assert [result.value for result in reference] == [result.value for result in found]
     assert [record["subject"] for record in evidence(registry, manifest, "lm-eval")] == ["fp16", "checkpoint"]
     with monkeypatch.context() as patch:
-        patch.setattr(benchmarks, "run_in_child", None)
+        patch.setattr("slmops.tasks.exams.exam.run_in_child", None)
         assert on_variant() == found
         assert on_checkpoint() == reference
         (folder / "questions.jsonl").write_text((folder / "questions.jsonl").read_text() + "\n")

@@ -43,7 +43,7 @@ def test_chats_and_evaluation_rows_are_the_same_rows(tmp_path: Path, settings: S
 @pytest.mark.parametrize(
     ("rows", "refused"),
     [
-        ([], coded("bad-input", "has no rows")),
+        ([], coded("dataset-empty")),
         ([CHAT, "{", OTHER], coded("dataset-row-not-valid", "line 2: it is not JSON")),
         (
             [CHAT, {"messages": [ANSWER, USER]}],
