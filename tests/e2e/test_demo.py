@@ -80,9 +80,10 @@ def test_the_second_run_is_unchanged(demo: Demo) -> None:
     again = slmops.json("demo")
     assert (again["status"], again["version"]) == ("unchanged", 1)
     assert [variant["digest"] for variant in again["variants"]] == [variant["digest"] for variant in first["variants"]]
-    assert [variant["metrics"] for variant in again["variants"]] == [
-        variant["metrics"] for variant in first["variants"]
-    ]
+    for before, after in zip(first["variants"], again["variants"], strict=True):
+        assert after["metrics"]["kl_divergence"] == before["metrics"]["kl_divergence"]
+        if before["reliable"]:  # figures that a busy machine falsified are measured again
+            assert after["metrics"] == before["metrics"]
 
 
 def test_another_process_with_the_sdk_alone_finds_loads_and_asks_it(demo: Demo, tmp_path: Path) -> None:
