@@ -154,7 +154,7 @@ class Page:
         self.on(selector, text, lambda _: None)
 
     def wait_until_at(self, path: str) -> None:
-        WebDriverWait(self.driver, 60).until(lambda driver: driver.current_url.endswith(path))
+        WebDriverWait(self.driver, 60).until(lambda driver: path in driver.current_url)
 
     def click(self, selector: str, text: str | None = None) -> None:
         self.on(selector, text, WebElement.click)
