@@ -5,8 +5,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# A test mostly waits for a process that computes on one core.
-PYTEST_WORKERS ?= 2
+# On two cores: a third of the tests' time they wait for servers, so that a third worker has what to compute with.
+PYTEST_WORKERS ?= 3
 # In the order that tests/conftest.py gives them: the longest first.
 IN_PARALLEL := -n $(PYTEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 

@@ -326,8 +326,8 @@ def test_a_schedule_starts_a_real_retrain(slmops: Slmops, api: str, tiny: Path, 
         **{"epochs": 1, "precisions": ["int4"]},
     }
     deployment = call("GET", f"{api}/deployments/name/retrain/retrain")["id"]
-    often = {"interval": 20, "timezone": "Europe/Berlin"}
-    body = [{"schedule": often, "active": True, "parameters": parameters}]
+    each_minute = {"cron": "* * * * *", "timezone": "Europe/Berlin"}
+    body = [{"schedule": each_minute, "active": True, "parameters": parameters}]
     (made,) = call("POST", f"{api}/deployments/{deployment}/schedules", body)
 
     def runs(*states: str) -> list[dict[str, Any]]:
