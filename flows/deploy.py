@@ -14,7 +14,6 @@ from slmops.tasks.build.variants import build_each
 from slmops.tasks.checkpoint.family import prove_family
 from slmops.tasks.checkpoint.preparation import prepare_checkpoint
 from slmops.tasks.environment.checks import check_environment, check_room
-from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.decoding import settle_decoding
 from slmops.tasks.exams.early_parity import check_templates
 from slmops.tasks.exams.source import sources_in_use
@@ -89,8 +88,9 @@ def ship(request: DeployRequest) -> State[DeployReport]:
 
     check_templates(prepared, evaluation.rows, request.calibration_file, request.allow)
     prove_family(prepared, [recipe.precision for recipe in recipes])
-    with sources_in_use([AnswersExam(evaluation)], prepared.digest):  # trials' answers
-        climbed = climb(build_each(request, recipes, prepared, evaluation), recipes, request, prepared, evaluation)
+    with sources_in_use(asked.compared_exams, prepared.digest):  # trials' answers
+        built_first = build_each(request, recipes, prepared, evaluation)
+        climbed = climb(built_first, recipes, request, prepared, evaluation, asked.text)
         built = climbed.built
         if not built.variants:
             report = failed_report(request, prepared, evaluation, built.errors)

@@ -121,7 +121,8 @@ class Measure(_OnModel[Measured]):
 class AnsweredRow(Record):
     """A variant's answer to one row, and its distance from the reference there (None: no reference, or not finite).
 
-    `exact_match` is None without an expected answer; `identical_to_reference` is token for token. `ended` and
+    `near_agreement` counts near ties as agreement (`slmops.infra.reference.distributions.NEAR_TIE`). `exact_match` is
+    None without an expected answer; `identical_to_reference` is token for token. `ended` and
     `reference_ended` say whether an end token was reached within the tokens that the answer might have; None: not
     known.
     """
@@ -137,6 +138,7 @@ class AnsweredRow(Record):
     finite_positions: int
     top1_agreement: Share | None
     kl_divergence: FiniteFloat | None
+    near_agreement: Share | None = later_field(None)
     ended: bool | None = later_field(None)
     reference_ended: bool | None = later_field(None)
 
@@ -173,9 +175,10 @@ class Vocabulary(Record):
 class Evaluated(Record):
     """A variant's answers and distributions.
 
-    Over all `positions`: `finite_logits` (share; 0 without any), `top1_agreement` (share), `kl_divergence` (mean of
-    KL(reference || variant), nats per token), its 99th percentile, and the perplexities of the reference's answers.
-    Figures over positions are None when a position is not finite, or without a reference.
+    Over all `positions`: `finite_logits` (share; 0 without any), `top1_agreement` and `near_agreement` (shares; the
+    second counts near ties as agreement), `kl_divergence` (mean of KL(reference || variant), nats per token), its 99th
+    percentile, and the perplexities of the reference's answers. Figures over positions are None when a position is not
+    finite, or without a reference.
     """
 
     rows: tuple[AnsweredRow, ...]
@@ -194,6 +197,7 @@ class Evaluated(Record):
     vocabulary: Vocabulary
     threads: int
     versions: dict[str, str]
+    near_agreement: Share | None = later_field(None)
 
 
 class Evaluate(_OnModel[Evaluated]):
@@ -229,6 +233,7 @@ class ScoredWindow(Record):
     reference_log_probability: float | None
     positions: int
     agreeing: int
+    nearly_agreeing: int
     kl_divergence: float | None
 
 

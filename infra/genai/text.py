@@ -72,6 +72,7 @@ def compare_text(call: CompareText, progress: Progress) -> ComparedText:
                 reference_log_probability=reference.log_probability_of(done) if reference else None,
                 positions=len(comparisons),
                 agreeing=sum(comparison.agrees for comparison in comparisons),
+                nearly_agreeing=sum(comparison.nearly_agrees for comparison in comparisons),
                 kl_divergence=_sum([_known(comparison.kl_divergence) for comparison in comparisons]),
             )
         )

@@ -6,6 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# In nats: two tokens whose log-probabilities differ by less are a near tie, which rounding to eight bits may decide
+# otherwise. docs/evaluation.md has the measurement.
+NEAR_TIE = 0.25
+
 
 def are_comparable(variant_size: int, reference_size: int, tokenizer_size: int) -> bool:
     """Whether the additional entries of the larger vocabulary are padding that no token of the tokenizer uses."""
@@ -16,13 +20,15 @@ def are_comparable(variant_size: int, reference_size: int, tokenizer_size: int) 
 class PositionComparison:
     """A variant's distribution compared with the reference's at one position.
 
-    `kl_divergence` is KL(reference || variant) and the log-probabilities are those of the next token in the reference's
-    text, all in nats. They are None if the variant's logits are not all finite; such a position counts as a
-    disagreement.
+    `agrees` says whether both have the same first choice, `nearly_agrees` whether the variant's first choice is the
+    reference's or a near tie with it. `kl_divergence` is KL(reference || variant) and the log-probabilities are those
+    of the next token in the reference's text, all in nats. They are None if the variant's logits are not all finite;
+    such a position counts as a disagreement.
     """
 
     finite: bool
     agrees: bool
+    nearly_agrees: bool
     kl_divergence: float | None
     log_probability: float | None
     reference_log_probability: float
@@ -48,11 +54,14 @@ def compare_position(reference: NDArray[Any], variant: NDArray[Any], next_token:
     """Compare two vectors of logits over the same vocabulary; those of the reference are finite."""
     expected = log_softmax(reference)
     if not np.isfinite(variant).all():
-        return PositionComparison(False, False, None, None, float(expected[next_token]))
+        return PositionComparison(False, False, False, None, None, float(expected[next_token]))
     found = log_softmax(variant)
+    chosen = variant.argmax()
+    agrees = bool(reference.argmax() == chosen)
     return PositionComparison(
         finite=True,
-        agrees=bool(reference.argmax() == variant.argmax()),
+        agrees=agrees,
+        nearly_agrees=agrees or bool(expected.max() - expected[chosen] < NEAR_TIE),
         kl_divergence=kl_divergence(expected, found),
         log_probability=float(found[next_token]),
         reference_log_probability=float(expected[next_token]),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
 
@@ -20,7 +20,8 @@ from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import examine
-from slmops.tasks.exams.source import run_source_once
+from slmops.tasks.exams.source import ComparedExam, run_source_once
+from slmops.tasks.exams.text import TextComparison, TextExam, TextSample
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.stage import stage
@@ -74,12 +75,14 @@ def climb(
     request: DeployRequest,
     prepared: PreparedCheckpoint,
     evaluation: EvaluationSet,
+    text: TextSample | None = None,
 ) -> Climbed:
     """Try the next recipes of each precision whose variant misses the gate's checks of answers and distributions.
 
-    `built` are the variants of the recipes. The variant of the first recipe that passes is kept, or, if none passes,
-    the one closest to the checkpoint. If a recipe cannot be built, its fallback is built. A precision whose recipe
-    names no others keeps its variant without a trial.
+    The distributions are those on the evaluation rows, and on the user's text. `built` are the variants of the recipes.
+    The variant of the first recipe that passes is kept, or, if none passes, the one closest to the checkpoint. If a
+    recipe cannot be built, its fallback is built. A precision whose recipe names no others keeps its variant without a
+    trial.
     """
     if built.search or prepared.inspection.kind == "genai":
         return Climbed(built, Climb(attempts={}))
@@ -93,10 +96,11 @@ def climb(
         if not steps and (first or not recipe.fallback):
             variants += [first] if first else []
             continue
-        tried = list(_tried(_Step(recipe, first, errors.get(precision)), steps, request, prepared, evaluation))
+        exams = _Exams(AnswersExam(evaluation), TextExam(text) if text else None)
+        tried = list(_tried(_Step(recipe, first, errors.get(precision)), steps, request, prepared, exams))
         if recipe.fallback and not first:
             fallback = load_recipe(recipe.fallback, recipe.execution_provider)
-            tried.append(_built_step(fallback, request, prepared, evaluation))
+            tried.append(_built_step(fallback, request, prepared, exams))
         attempts[precision] = tuple(step.attempt(request) for step in tried)
         kept = min((step for step in tried if step.built), key=_Step.distance, default=tried[-1])
         kept = tried[-1] if attempts[precision][-1].status == "passed" else kept
@@ -121,36 +125,48 @@ def last_climb(version: Version) -> Climb:
     return version.latest(CLIMB) or Climb(attempts={})
 
 
+@dataclass(frozen=True)
+class _Exams:
+    """The exams whose checks decide on the next step."""
+
+    answers: AnswersExam
+    text: TextExam | None
+
+
 @dataclass
 class _Step:
-    """A recipe that was built, or failed with an error, and its evaluation."""
+    """A recipe that was built, or failed with an error, and its answers to the exams."""
 
     recipe: Recipe
     built: BuiltVariant | None
     error: str | None = None
     evaluated: Evaluation | None = None
+    text: TextComparison | None = None
     records: dict[str, str] = field(default_factory=dict)
 
-    def evaluate(self, prepared: PreparedCheckpoint, evaluation: EvaluationSet) -> None:
+    def evaluate(self, prepared: PreparedCheckpoint, exams: _Exams) -> None:
         """Compare the variant with its checkpoint, as a trial in the cache."""
         if self.built is None:
             return
-        shop, exam = workshop(), AnswersExam(evaluation)
+        shop = workshop()
         (variant,) = open_trials(shop).of(trial_manifest(self.recipe.name, self.built.variant, prepared)).variants
+        taken: list[ComparedExam[Any]] = [exams.answers, *([exams.text] if exams.text else [])]
         try:
-            if exam.needs_source([variant], shop.settings):
-                run_source_once(exam, prepared)
-            self.evaluated = examine(exam, variant)
+            for exam in taken:
+                if exam.needs_source([variant], shop.settings):
+                    run_source_once(exam, prepared)
+            self.evaluated = examine(exams.answers, variant)
+            self.text = examine(exams.text, variant) if exams.text else None
         except StageFailed as error:
             self.error = str(error)
             return
-        self.records = {exam.kind.name: exam.key(variant, shop.settings)}
+        self.records = {exam.kind.name: exam.key(variant, shop.settings) for exam in taken}
 
     def missed(self, request: DeployRequest) -> list[str]:
         """Return the checks of answers and distributions that the variant does not pass."""
         if self.evaluated is None:
             return []
-        verdict = judged_by_answers(self.evaluated, self.recipe.precision, request, workshop().settings)
+        verdict = judged_by_answers(self.evaluated, self.recipe.precision, request, workshop().settings, self.text)
         return [check.name for check in verdict.failed_checks]
 
     def distance(self) -> float:
@@ -168,6 +184,8 @@ class _Step:
             figures["score"] = evaluated.score.value
         if evaluated and evaluated.quality_loss:
             figures["quality_loss"] = evaluated.quality_loss.value
+        if self.text and self.text.kl_divergence:
+            figures["text_kl_divergence"] = self.text.kl_divergence.value
         if self.built:
             figures["size_bytes"] = float(self.built.variant.size_bytes)
         return Attempt(
@@ -188,23 +206,21 @@ def _tried(
     steps: Sequence[Recipe],
     request: DeployRequest,
     prepared: PreparedCheckpoint,
-    evaluation: EvaluationSet,
+    exams: _Exams,
 ) -> Iterator[_Step]:
     """Yield the steps up to the first one that misses no check."""
-    first.evaluate(prepared, evaluation)
+    first.evaluate(prepared, exams)
     yield first
     step = first
     for recipe in steps:
         if step.built and not step.missed(request):  # it passes, or it cannot be compared
             return
-        step = _built_step(recipe, request, prepared, evaluation)
+        step = _built_step(recipe, request, prepared, exams)
         yield step
 
 
-def _built_step(
-    recipe: Recipe, request: DeployRequest, prepared: PreparedCheckpoint, evaluation: EvaluationSet
-) -> _Step:
-    built = build_each(request, [recipe], prepared, evaluation)
+def _built_step(recipe: Recipe, request: DeployRequest, prepared: PreparedCheckpoint, exams: _Exams) -> _Step:
+    built = build_each(request, [recipe], prepared, exams.answers.evaluation)
     step = _Step(recipe, next(iter(built.variants), None), built.errors.get(recipe.precision))
-    step.evaluate(prepared, evaluation)
+    step.evaluate(prepared, exams)
     return step

@@ -27,6 +27,7 @@ from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.measurement import Measurement, MeasurementExam
 from slmops.tasks.exams.source import run_source_once
+from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.request.budget import Budget, parse_budget
 from slmops.tasks.request.deploy_request import DeployRequest
@@ -264,8 +265,14 @@ def _scores(found: Sequence[_Tried]) -> dict[str, tuple[float, ...]]:
     }
 
 
-def judged_by_answers(evaluated: Evaluation, precision: str, request: DeployRequest, settings: Settings) -> GateVerdict:
-    """Return the gate's verdict from a variant's answers and distributions alone."""
+def judged_by_answers(
+    evaluated: Evaluation,
+    precision: str,
+    request: DeployRequest,
+    settings: Settings,
+    text: TextComparison | None = None,
+) -> GateVerdict:
+    """Return the gate's verdict on answers and distributions alone, those of the rows and those of the user's text."""
     thresholds = thresholds_for(
         precision,
         settings.gate,
@@ -273,7 +280,7 @@ def judged_by_answers(evaluated: Evaluation, precision: str, request: DeployRequ
         max_kl_divergence=request.max_kl_divergence,
         max_quality_loss=request.max_quality_loss,
     )
-    return judge(evaluated, thresholds, allow=request.allow)
+    return judge(evaluated, thresholds, text=text, allow=request.allow)
 
 
 def choose_recipes(

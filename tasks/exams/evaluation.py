@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from slmops.infra.genai.calls import AnsweredRow, Evaluated
+from slmops.infra.records import later_field
 from slmops.infra.reference.answers import RowId, Share
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, weighted_mean
 from slmops.tasks.questions.evaluation_set import EvaluationRow
@@ -63,6 +64,7 @@ class Evaluation(Evaluated):
     output_conformity: Estimate | None = None
     reference_output_conformity: Estimate | None = None
     top1_agreement_interval: Estimate | None = None
+    near_agreement_interval: Estimate | None = later_field(None)
     kl_divergence_interval: Estimate | None = None
     worst_examples: tuple[RowId, ...] = ()
     notes: tuple[str, ...] = ()
@@ -109,6 +111,7 @@ def score_evaluation(
         places = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
         notes = [f"A pattern did not finish within {MATCH_TIMEOUT_S:g} s, so the score is 0: {places}."]
     agreements = [row.top1_agreement for row in scored if row.positions]
+    near_agreements = [row.near_agreement for row in scored if row.positions]
     divergences = [row.kl_divergence for row in scored if row.positions]
     weights = [row.positions for row in scored if row.positions]
     return evaluation.model_copy(
@@ -121,6 +124,7 @@ def score_evaluation(
             "output_conformity": _conformity(output_format, answers, faults),
             "reference_output_conformity": _conformity(output_format, references, reference_faults),
             "top1_agreement_interval": _over_rows(agreements, weights),
+            "near_agreement_interval": _over_rows(near_agreements, weights),
             "kl_divergence_interval": _over_rows(divergences, weights),
             "worst_examples": _worst_examples(scored),
             "notes": (*evaluation.notes, *notes),

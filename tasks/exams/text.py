@@ -11,7 +11,7 @@ from pydantic import Field, FiniteFloat
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import ComparedText, CompareText, ScoredWindow
 from slmops.infra.process.supervisor import ChildProcess
-from slmops.infra.records import Json, Record
+from slmops.infra.records import Json, Record, later_field
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
@@ -58,6 +58,7 @@ class TextComparison(Record):
     kl_divergence: Estimate | None
     kl_divergence_p99: FiniteFloat | None
     window_tokens: int = WINDOW_TOKENS
+    near_agreement: Estimate | None = later_field(None)
     notes: tuple[str, ...] = ()
 
 
@@ -178,6 +179,7 @@ def summarize(compared: ComparedText, origin: str) -> TextComparison:
         kl_divergence=_weighted([window.kl_divergence for window in compared_windows], positions),
         kl_divergence_p99=compared.kl_divergence_p99,
         window_tokens=compared.window_tokens,
+        near_agreement=_weighted([window.nearly_agreeing for window in compared_windows], positions),
         notes=tuple(notes),
     )
 

@@ -38,7 +38,8 @@ class GateCheck(Record):
     """One comparison with a threshold; `value` is None without a finite figure, and the check fails then.
 
     `low` and `high` are the bounds of the figure's interval, if it has one. `decided` is false if that interval
-    contains the threshold: the check neither passed nor failed, and does not prevent a variant from passing. `allowed`
+    contains the threshold, or if only near ties miss it: the check neither passed nor failed, and does not prevent a
+    variant from passing. `allowed`
     is true if the check failed and the user allowed it.
     """
 
@@ -112,6 +113,14 @@ def at_least_beyond_noise(
     if check.value is None or interval is None or not interval.low < threshold <= interval.high:
         return check
     return check.model_copy(update={"passed": True, "decided": False})
+
+
+def beside_near_ties(strict: GateCheck, near: GateCheck) -> GateCheck:
+    """Return the check of an agreement; if `near`, which counts near ties as agreement, passes, it does not fail."""
+    if strict.passed or near.value is None or not near.passed:
+        return strict
+    detail = f"{near.value:.3g} if near ties count as agreement"
+    return strict.model_copy(update={"passed": True, "decided": False, "detail": detail})
 
 
 def no_fault(name: CheckName, faults: Sequence[str]) -> GateCheck:

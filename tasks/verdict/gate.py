@@ -7,7 +7,7 @@ from slmops.infra.records import Record, later_field
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
 from slmops.tasks.exams.endurance import Endurance
-from slmops.tasks.exams.estimates import mean_score, paired_loss
+from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import LengthSweep
 from slmops.tasks.exams.template_parity import TemplateParity
@@ -19,6 +19,7 @@ from slmops.tasks.verdict.checks import (
     at_least,
     at_least_beyond_noise,
     at_most,
+    beside_near_ties,
     beyond_noise,
     no_fault,
 )
@@ -65,9 +66,10 @@ def judge(
     `kl_divergence` (at most) on the evaluation set and on the user's text, and `quality_loss`: the reference's score
     minus the variant's on the same rows (at most). A loss counts as failed only when its interval lies beyond the
     threshold, as passed when it lies within, and is not decided otherwise; so does an agreement, which is a share of
-    positions, and then the divergence decides. Where the score decides (`score_decides`), the distributions only have
-    to be those of a model that is not broken. `ended_answers`: by how much fewer answers come to their end than the
-    source's, within the tokens that they may have (at most, judged as a loss is).
+    positions, also if it lies within only when near ties count as agreement; then the divergence decides. Where the
+    score decides (`score_decides`), the distributions only have to be those of a model that is not broken.
+    `ended_answers`: by how much fewer answers come to their end than the source's, within the tokens that they may have
+    (at most, judged as a loss is).
 
     Of the variant: `finite_logits` (all), `output_format` (share of answers, at least; an answer without it is excused
     where the source's has it neither), `non_empty_answers` (all; only without a reference), `template_parity`
@@ -129,11 +131,11 @@ def _against_reference(evaluation: Evaluation, thresholds: GateThresholds) -> li
         detail = f"{vocabulary.variant} tokens, the reference {vocabulary.reference}"
         return [no_fault("vocabulary", [detail])]
     checks = [
-        at_least_beyond_noise(
+        _agreement(
             "top1_agreement",
-            evaluation.top1_agreement,
-            thresholds.min_top1_agreement,
-            evaluation.top1_agreement_interval,
+            thresholds,
+            (evaluation.top1_agreement, evaluation.top1_agreement_interval),
+            (evaluation.near_agreement, evaluation.near_agreement_interval),
         ),
         at_most(
             "kl_divergence", evaluation.kl_divergence, thresholds.max_kl_divergence, evaluation.kl_divergence_interval
@@ -146,6 +148,15 @@ def _against_reference(evaluation: Evaluation, thresholds: GateThresholds) -> li
         running_on = paired_loss(of_source, of_variant)
         checks.append(beyond_noise("ended_answers", running_on, thresholds.max_unended_answers))
     return checks
+
+
+Measured = tuple[float | None, Estimate | None]  # a figure and its interval
+
+
+def _agreement(name: CheckName, thresholds: GateThresholds, strict: Measured, near: Measured) -> GateCheck:
+    limit = thresholds.min_top1_agreement
+    first, second = (at_least_beyond_noise(name, value, limit, interval) for value, interval in (strict, near))
+    return beside_near_ties(first, second)
 
 
 def _ends(evaluation: Evaluation) -> tuple[list[bool], list[bool]]:
@@ -181,11 +192,13 @@ def _formless_as_the_source(evaluation: Evaluation) -> int:
 def _on_text(text: TextComparison, thresholds: GateThresholds) -> list[GateCheck]:
     if text.reference_perplexity is None:
         return []
-    top1, divergence = text.top1_agreement, text.kl_divergence
-    agreement, distance = (None if estimate is None else estimate.value for estimate in (top1, divergence))
+    top1, near, divergence = (
+        (estimate.value if estimate else None, estimate)
+        for estimate in (text.top1_agreement, text.near_agreement, text.kl_divergence)
+    )
     return [
-        at_least_beyond_noise("text_top1_agreement", agreement, thresholds.min_top1_agreement, top1),
-        at_most("text_kl_divergence", distance, thresholds.max_kl_divergence, divergence),
+        _agreement("text_top1_agreement", thresholds, top1, near),
+        at_most("text_kl_divergence", divergence[0], thresholds.max_kl_divergence, divergence[1]),
     ]
 
 
@@ -223,7 +236,12 @@ def _notes(evaluation: Evaluation, checks: Sequence[GateCheck]) -> Iterator[str]
         yield "The evaluation rows have no expected answers: the task score was not judged."
     yield from evaluation.notes
     for check in checks:
-        if not check.decided:
+        if not check.decided and check.detail:
+            yield (
+                f"{check.title} is not decided: {check.value:,.3g}, {check.detail}, where the threshold is "
+                f"{check.threshold:,.3g}. The divergence decides."
+            )
+        elif not check.decided:
             yield (
                 f"{check.title} is not decided: {check.value:,.5g}, between {check.low:,.5g} and "
                 f"{check.high:,.5g}, where the threshold is {check.threshold:,.5g}. More rows or requests decide it."

@@ -36,19 +36,23 @@ Fault = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a variant's distributions are from the checkpoint's: mean KL divergence in nats, and top-1 agreement."""
+    """How far a variant's distributions are from the checkpoint's: mean KL divergence in nats, and top-1 agreement.
+
+    `near_agreement` counts near ties as agreement.
+    """
 
     variant: str
     sound: bool
     precision: str
     kl_divergence: float
     top1_agreement: float
+    near_agreement: float
 
     def passes(self, *, score_decides: bool) -> bool:
         """Whether they pass the gate's default limits of the precision."""
         limits = thresholds_for(self.precision, GateSettings())
         limits = limits.where_the_score_decides if score_decides else limits
-        return self.kl_divergence <= limits.max_kl_divergence and self.top1_agreement >= limits.min_top1_agreement
+        return self.kl_divergence <= limits.max_kl_divergence and self.near_agreement >= limits.min_top1_agreement
 
 
 def faults(layers: int) -> dict[str, Fault]:
@@ -166,7 +170,8 @@ def _distance(model: Any, answers: SourceAnswers, reference: Path, name: str) ->
         compared += [compare_position(next(expected), logits[at], ids[at + 1]) for at in row.positions]
     divergences = [position.kl_divergence if position.kl_divergence is not None else math.inf for position in compared]
     agreeing = sum(position.agrees for position in compared) / len(compared)
-    return Distance(name, False, "int4", sum(divergences) / len(compared), agreeing)
+    nearly = sum(position.nearly_agrees for position in compared) / len(compared)
+    return Distance(name, False, "int4", sum(divergences) / len(compared), agreeing, nearly)
 
 
 def sound_variants(
@@ -186,7 +191,8 @@ def sound_variants(
         )
         assert found.kl_divergence is not None
         assert found.top1_agreement is not None
-        yield Distance(name, True, recipe.precision, found.kl_divergence, found.top1_agreement)
+        assert found.near_agreement is not None
+        yield Distance(name, True, recipe.precision, found.kl_divergence, found.top1_agreement, found.near_agreement)
         shutil.rmtree(folder)
 
 
@@ -220,7 +226,9 @@ def main() -> None:
             _silent,
         )
         print(
-            "| variant | KL, nats | top-1 | passes alone | passes beside a score |\n|---|---|---|---|---|", flush=True
+            "| variant | KL, nats | top-1 | with near ties | passes alone | passes beside a score |\n"
+            "|---|---|---|---|---|---|",
+            flush=True,
         )
         sound = sound_variants(checkpoint, arguments.recipes, work, questions, sizes, reference)
         broken = broken_variants(checkpoint, reference, arguments.faults)
@@ -230,7 +238,7 @@ def main() -> None:
                 verdicts = ["yes" if found.passes(score_decides=decides) else "no" for decides in (False, True)]
                 print(
                     f"| {kind}: {found.variant} | {found.kl_divergence:.4f} | {found.top1_agreement:.3f} "
-                    f"| {verdicts[0]} | {verdicts[1]} |",
+                    f"| {found.near_agreement:.3f} | {verdicts[0]} | {verdicts[1]} |",
                     flush=True,
                 )
 

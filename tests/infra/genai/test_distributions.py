@@ -50,6 +50,16 @@ def test_a_divergence_known_by_hand():
     assert not comparison.agrees
 
 
+@pytest.mark.parametrize(
+    ("chosen", "agrees", "nearly"), [(0, True, True), (1, False, True), (2, False, False)], ids=["same", "tie", "other"]
+)
+def test_another_first_choice_is_nearly_the_same_if_the_reference_hardly_prefers_its_own(chosen, agrees, nearly):
+    variant = np.zeros(3)
+    variant[chosen] = 1
+    comparison = compare_position(np.array([2.0, 2.0 - 0.24, 2.0 - 0.26]), variant, next_token=0)
+    assert (comparison.agrees, comparison.nearly_agrees) == (agrees, nearly)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_position_that_is_not_finite_is_a_disagreement_without_figures(value):
     comparison = compare_position(np.array([2.0, 1.0]), np.array([2.0, value]), next_token=0)

@@ -21,6 +21,7 @@ from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import AnswersExam
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.source import sources_in_use
+from slmops.tasks.exams.text import TextSample
 from slmops.tasks.plan import parse_request
 from slmops.tasks.questions.evaluation_set import EvaluationSet, chat_prompts
 from slmops.tasks.report.attempts import attempts_text, nearest_of, what_would_help
@@ -61,12 +62,14 @@ def request(**parameters: object) -> DeployRequest:
     return parse_request({"checkpoint": "here", "name": "home", "precisions": ["int4"], **parameters})
 
 
-def climbed(shop: Workshop, prepared: PreparedCheckpoint, asked: DeployRequest) -> Climbed:
+def climbed(
+    shop: Workshop, prepared: PreparedCheckpoint, asked: DeployRequest, text: TextSample | None = None
+) -> Climbed:
     @flow
     def run() -> Climbed:
         with working_in(shop), sources_in_use([AnswersExam(EVALUATION)], prepared.digest):
             recipes = plan_recipes(asked)
-            return climb(build_each(asked, recipes, prepared, EVALUATION), recipes, asked, prepared, EVALUATION)
+            return climb(build_each(asked, recipes, prepared, EVALUATION), recipes, asked, prepared, EVALUATION, text)
 
     return run()
 
@@ -112,6 +115,14 @@ def test_it_goes_on_to_the_next_recipe_until_one_passes(shop: Workshop, prepared
         assert recipes_of(kept) == [plan_recipes(stopped)[0].name]
 
 
+def test_it_goes_on_where_only_the_users_text_is_missed(shop: Workshop, prepared: PreparedCheckpoint) -> None:
+    text = TextSample(origin="a.txt", text="The lights in the kitchen are on. " * 4, digest="0" * 64)
+    asked = request(max_kl_divergence=0.0, min_top1_agreement=0.0, allow=["kl_divergence"])
+    first, second = climbed(shop, prepared, asked, text).climb.attempts["int4"]
+    assert first.failed_checks == second.failed_checks == ("text_kl_divergence",)
+    assert 0 < second.metrics["text_kl_divergence"] < first.metrics["text_kl_divergence"]
+
+
 def test_a_version_keeps_the_attempts_and_does_not_repeat_them(
     shop: Workshop, prepared: PreparedCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +156,7 @@ def test_where_no_calibrated_recipe_can_be_built_the_fallback_is(shop: Workshop,
     assert recipes_of(found) == ["int4-rtn"]
     assert found.built.errors == {}
     (warning,) = found.warnings
-    assert "int4-rtn was" in warning
+    assert "replaced by int4-rtn" in warning
     assert "divisible" in warning
 
 

@@ -115,6 +115,7 @@ def window(tokens=10, variant=-20.0, reference=-10.0, positions=4, agreeing=4, k
         "reference_log_probability": reference,
         "positions": positions,
         "agreeing": agreeing,
+        "nearly_agreeing": min(agreeing + 1, positions),
         "kl_divergence": kl,
     }
 
@@ -141,6 +142,7 @@ def test_figures_are_means_per_token_over_the_windows():
     assert found.positions == 6
     assert found.top1_agreement.value == pytest.approx(5 / 6)
     assert (found.top1_agreement.low, found.top1_agreement.high) == (0.5, 1.0)
+    assert found.near_agreement.value == 1
     assert found.kl_divergence.value == pytest.approx(1 / 6)
     assert found.finite_logits == 1
 

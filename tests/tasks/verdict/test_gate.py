@@ -218,6 +218,27 @@ def test_an_agreement_fails_beyond_noise_and_the_divergence_decides_within_it(
     assert (verdict.passed, check_of(verdict, "top1_agreement").decided) == (passed, decided)
 
 
+@pytest.mark.parametrize(
+    ("near", "divergence", "failed"),
+    [
+        (0.907, 0.086, []),
+        (0.89, 0.086, ["top1_agreement"]),
+        (None, 0.086, ["top1_agreement"]),
+        (0.907, 0.12, ["kl_divergence"]),
+    ],
+)
+def test_an_agreement_that_only_near_ties_miss_leaves_the_decision_to_the_divergence(
+    near: float | None, divergence: float, failed: list[str]
+) -> None:
+    """The first figures are those of a sound int4 of SmolLM2-135M."""
+    figures = {"top1_agreement": 0.867, "near_agreement": near, "kl_divergence": divergence}
+    verdict = judge(evaluation(**figures), thresholds_for("int4", GateSettings()))
+    assert [check.name for check in verdict.failed_checks] == failed
+    if "top1_agreement" not in failed:
+        assert not check_of(verdict, "top1_agreement").decided
+        assert any("0.867, 0.907 if near ties count as agreement" in note for note in verdict.notes)
+
+
 def test_a_limit_of_the_distributions_that_is_named_holds_whatever_decides() -> None:
     right = [1.0] * 200
     named = thresholds_for("int8", GateSettings(min_top1_agreement=0.97), max_kl_divergence=0.5)
@@ -374,3 +395,5 @@ def test_the_users_text_is_judged_by_the_same_thresholds() -> None:
         (check,) = judge(evaluation(), INT8, text=text(*figures)).failed_checks
         assert check.name == name
     assert len(judge(evaluation(), INT8, text=text(None, None)).failed_checks) == 2
+    near = Estimate(value=0.98, low=0.98, high=0.98)
+    assert judge(evaluation(), INT8, text=text(0.96, 0.0).model_copy(update={"near_agreement": near})).passed

@@ -8,22 +8,27 @@ from slmops.infra.settings import GateSettings
 from slmops.tasks.verdict.gate import judge
 from slmops.tasks.verdict.thresholds import thresholds_for
 from tests.counts import ROOT
-from tests.tasks.verdict.test_gate import answered
+from tests.tasks.verdict.test_gate import answered, evaluation
 
 MEASURED = re.findall(
-    r"^\| (recipe|fault): (.+?) \| ([\d.]+) \| ([\d.]+) \| (?:yes|no|within noise) \| (yes|no) \|$",
+    r"^\| (recipe|fault): (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (yes|no) \| (yes|no) \|$",
     (ROOT / "docs" / "evaluation.md").read_text("utf-8"),
     re.M,
 )
 
 
-@pytest.mark.parametrize(("kind", "name", "divergence", "agreement", "passes"), MEASURED)
-def test_beside_a_score_the_measured_distributions_pass_as_the_docs_say(
-    kind: str, name: str, divergence: str, agreement: str, passes: str
+@pytest.mark.parametrize(("kind", "name", "divergence", "agreement", "near", "alone", "beside"), MEASURED)
+def test_the_measured_distributions_pass_alone_and_beside_a_score_as_the_docs_say(
+    kind: str, name: str, divergence: str, agreement: str, near: str, alone: str, beside: str
 ) -> None:
-    """Every sound variant of the real model passes; a fault that changes them more than rounding does is rejected."""
+    """Beside a score every sound variant of the real model passes, and alone every one by a default recipe; a fault
+    that changes the distributions more than rounding does is rejected.
+    """
+    figures = {"top1_agreement": float(agreement), "near_agreement": float(near), "kl_divergence": float(divergence)}
     limits = thresholds_for(name.partition("-")[0] if kind == "recipe" else "int4", GateSettings())
     right = [1.0] * 200
-    verdict = judge(answered(right, right, top1_agreement=float(agreement), kl_divergence=float(divergence)), limits)
-    assert verdict.passed == (passes == "yes")
-    assert verdict.passed or kind == "fault"
+    assert judge(evaluation(**figures), limits).passed == (alone == "yes")
+    assert judge(answered(right, right, **figures), limits).passed == (beside == "yes")
+    if kind == "recipe":
+        assert beside == "yes"
+        assert (alone == "yes") == (name != "int4-rtn")
