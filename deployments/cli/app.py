@@ -1,6 +1,8 @@
 """The command line `slmops`: its commands, the environment that is set before they run, and the output of errors."""
 
+import errno
 import gc
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -67,6 +69,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "catalog": catalog.catalog,
     "up": up.up,
 }
+# A full, faulty or read-only disk, permissions, a name that is too long: not a fault of slmops.
+OF_THE_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+)
 # These read only the settings and the store. All others may import `tasks` and `flows`.
 LIGHT = {
     "config", "list", "show", "logs", "chat", "foundry-dir", "push", "verify", "ingest", "diff", "sign", "sbom",
@@ -104,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a command and end with its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     gc.set_threshold(10_000)  # imports allocate much and free little: collecting would add a tenth to their time
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no such character shows its escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     status = run(arguments)
     gc.freeze()  # at exit the interpreter would scan all objects of Prefect, for half a second
     sys.exit(status)
@@ -129,12 +139,24 @@ def _shown(error: BaseException) -> SlmopsError:
         return BadInput(f"{message.rstrip('.')}.", "See slmops --help.")
     if isinstance(error, typer.Abort | KeyboardInterrupt):
         return SlmopsError("Interrupted.", "Run the command again: it continues after the stages that are done.")
-    log = load_settings().cache_dir / "logs" / "unexpected-error.log"
-    write_whole(log, "".join(traceback.format_exception(error)))
-    return SlmopsError(
-        f"An unexpected error ended the run: {type(error).__name__}: {error}.",
-        f"This is a fault of slmops or of its environment; the details are in {log}.",
-    )
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return SlmopsError(
+            f"A file cannot be read or written: {where}{error.strerror}.",
+            "Free or repair the disk, correct the permissions, or set SLMOPS_HOME to another folder.",
+            code="disk-unusable",
+        )
+    return _unexpected(error)
+
+
+def _unexpected(error: BaseException) -> SlmopsError:
+    message = f"An unexpected error ended the run: {type(error).__name__}: {error}."
+    try:
+        log = load_settings().cache_dir / "logs" / "unexpected-error.log"
+        write_whole(log, "".join(traceback.format_exception(error)))
+    except (OSError, SlmopsError):  # the disk may be full
+        return SlmopsError(message, "This is a fault of slmops or of its environment; no log could be written.")
+    return SlmopsError(message, f"This is a fault of slmops or of its environment; the details are in {log}.")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from slmops.deployments.cli.output import print_line, print_note
+from slmops.deployments.cli.output import print_line, print_note, print_piece
 from slmops.infra.errors import BadInput
 from slmops.infra.foundry.chat import FoundryChat
 from slmops.infra.foundry.model_folder import model_folder
@@ -30,8 +30,7 @@ def chat_with(version: Version, settings: Settings) -> None:
             answer = ""
             for piece in chat.answer(messages, MAX_NEW_TOKENS):
                 answer += piece
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                print_piece(piece)
             print_line("")
             messages.append({"role": "assistant", "content": answer})
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from slmops.infra.errors import SlmopsError
+from slmops.infra.foreign_text import for_terminal
 
 if TYPE_CHECKING:
     from slmops.tasks.exams.statements import Statement
@@ -27,12 +28,23 @@ def print_json(document: Mapping[str, object]) -> None:
 
 def print_line(text: str) -> None:
     """Print a line of plain text on standard output."""
-    Console(highlight=False, soft_wrap=True).print(escape(text))
+    Console(highlight=False, soft_wrap=True).print(_plain(text))
 
 
 def print_note(text: str) -> None:
     """Print a line of plain text on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(_plain(text))
+
+
+def print_piece(text: str) -> None:
+    """Print a piece of a line on standard output at once, such as a part of a model's answer."""
+    sys.stdout.write(for_terminal(text))
+    sys.stdout.flush()
+
+
+def _plain(text: str) -> str:
+    # Manifests, notes, evidence and answers come from others: their escape sequences could rewrite the terminal.
+    return escape(for_terminal(text))
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
@@ -40,13 +52,13 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     if not rows:
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
-    console.print(f"[bold]{escape(title)}[/bold]")
+    console.print(f"[bold]{_plain(title)}[/bold]")
     if not _fits(rows, console.width) and len(rows) <= SIDE_BY_SIDE:
         first, *others = rows[0]
         rows = [{first: key, **{row[first]: row[key] for row in rows}} for key in others]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in rows[0]:
-        table.add_column(escape(column), overflow="fold")
+        table.add_column(_plain(column), overflow="fold")
     for row in rows:
         table.add_row(*(_styled(value) for value in row.values()))
     console.print(table)
@@ -86,7 +98,7 @@ def _styled(value: str) -> str:
     colours = {"registered": "green", "unchanged": "green", "ok": "green", "passed": "green"}
     colours |= {"rejected": "yellow", "failed": "red", "missing": "red"}
     colour = colours.get(value)
-    return f"[{colour}]{value}[/{colour}]" if colour else escape(value)
+    return f"[{colour}]{value}[/{colour}]" if colour else _plain(value)
 
 
 def print_error(error: SlmopsError, *, as_json: bool) -> None:
@@ -95,9 +107,9 @@ def print_error(error: SlmopsError, *, as_json: bool) -> None:
         print_json({"error": {"message": error.message, "what_to_do": error.what_to_do}})
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/bold red] {escape(error.message)}")
+    console.print(f"[bold red]error:[/bold red] {_plain(error.message)}")
     if error.what_to_do:
-        console.print(escape(error.what_to_do))
+        console.print(_plain(error.what_to_do))
 
 
 class StageDisplay:
@@ -115,14 +127,15 @@ class StageDisplay:
             return
         if stage not in self._lines:
             self._lines[stage] = self._progress.add_task(stage, total=1.0, what="")
-        self._progress.update(self._lines[stage], completed=share, what=escape(what))
+        self._progress.update(self._lines[stage], completed=share, what=_plain(what))
 
     def _print_progress(self, stage: str, share: float, what: str) -> None:
         # A log gets few lines: one when a stage begins, one per quarter and one when it ends.
         mark = f"{int(share * 4)}" if share < 1 else "end"
         if self._told.get(stage) != mark:
             self._told[stage] = mark
-            self._progress.console.print(f"{stage}: {share:4.0%} {what}".rstrip(), highlight=False, markup=False)
+            line = f"{stage}: {share:4.0%} {for_terminal(what)}".rstrip()
+            self._progress.console.print(line, highlight=False, markup=False)
 
 
 @contextmanager

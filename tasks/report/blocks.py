@@ -1,9 +1,10 @@
 """The parts of a report, without any markup; `markdown` and `html` render them."""
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
+
+from slmops.infra.foreign_text import spelled
 
 MAX_CHARACTERS = 400  # of an answer, a prompt or an error, so that the report stays a page
 MAX_SENTENCES = 800
@@ -114,7 +115,7 @@ def spans(text: Text) -> tuple[Span, ...]:
 def _in_one_line(span: Span) -> Span:
     if not isinstance(span, str):
         return replace(span, text=visible(span.text, len(span.text)))
-    return "".join(" " if character.isspace() else _spelled(character) for character in span)
+    return "".join(" " if character.isspace() else spelled(character) for character in span)
 
 
 def joined(parts: Sequence[Text], separator: str = ", ") -> tuple[Span, ...]:
@@ -133,18 +134,8 @@ def visible(text: str, limit: int = MAX_CHARACTERS) -> str:
     escapes, so that nothing in an answer can hide or rearrange the text around it.
     """
     beyond = len(text) - limit
-    shown = "".join(_spelled(character) for character in text[:limit])
+    shown = "".join(spelled(character) for character in text[:limit])
     return f"{shown}… ({beyond:,} more characters)" if beyond > 0 else shown
-
-
-def _spelled(character: str) -> str:
-    # Zero width joiners (Cf) make emoji and Indic letters what they are.
-    if character in "\u200c\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return character
-    names = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    if character in names:
-        return names[character]
-    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
 
 
 def quoted(text: str, limit: int = MAX_CHARACTERS) -> Code:

@@ -1,0 +1,76 @@
+"""What commands print: foreign text cannot control the terminal, and a full disk is one sentence."""
+
+import errno
+import io
+import sys
+
+import pytest
+
+from slmops.deployments.cli import app as cli
+from slmops.deployments.cli.output import print_error, print_line, print_note, print_piece, print_table, stage_display
+from slmops.infra.errors import StageFailed
+
+HOSTILE = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\r\u202ec"
+SHOWN = ("\\u001b]0;title\\u0007", "\\u001b[2Jb", "\\u009b31m", "\\r", "\\u202ec")
+
+
+def print_all(text: str) -> None:
+    print_line(text)
+    print_note(text)
+    print_piece(text)
+    print_table(text, [{"what": text, "verdict": "ok"}])
+    print_error(StageFailed(text, text), as_json=False)
+    with stage_display() as display:
+        display("build", 0.0, text)
+
+
+def test_foreign_text_never_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_all(HOSTILE)
+    captured = capsys.readouterr()
+    printed = captured.out + captured.err
+    assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & {*printed}
+    assert all(printed.count(part) == 8 for part in SHOWN)
+
+
+def test_lines_tabs_and_letters_of_all_languages_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    print_piece("eins\n\tzwei größer 日本 👩\u200d💻\n")
+    assert capsys.readouterr().out == "eins\n\tzwei größer 日本 👩\u200d💻\n"
+
+
+def test_an_output_that_is_ascii_only_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(cli, "run", lambda _: print_piece("größer"))
+    with pytest.raises(SystemExit):
+        cli.main(["list"])
+    stream.flush()
+    assert stream.buffer.getvalue() == b"gr\\xf6\\xdfer"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_disk_that_cannot_be_used_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: None, number: int
+) -> None:
+    def fail(**_: object) -> None:
+        raise OSError(number, "No luck", "/home/of/slmops")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.run(["list"]) == 1
+    error = capsys.readouterr().err
+    assert "A file cannot be read or written: /home/of/slmops: No luck." in error
+    assert "Traceback" not in error
+
+
+def test_an_unexpected_error_is_told_where_no_log_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: None
+) -> None:
+    def fail(**_: object) -> None:
+        raise KeyError("unexpected")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "write_whole", full)
+    assert cli.run(["list"]) == 1
+    assert "KeyError: 'unexpected'" in capsys.readouterr().err
