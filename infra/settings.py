@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from slmops.infra.errors import BadInput
+from slmops.infra.settings_faults import fault_of_home, near_misses
 
 ENVIRONMENT_PREFIX = "SLMOPS_"
 NESTED_DELIMITER = "__"
@@ -200,6 +201,9 @@ class WorkerSettings(_Section):
         None, min_length=1, description="Work pool on whose workers variants are measured; default: the one of `pool`."
     )
     builds: int = Field(1, ge=1, le=64, description="Concurrent builds under one home directory; others wait.")
+    lost_after_s: Seconds = Field(
+        90, ge=60, description="A run without a sign of life for this time has crashed; runs send one every 30 s."
+    )
     pending_s: Seconds = Field(
         120, description="A variant's run that a worker accepted and did not start in this time is started again."
     )
@@ -312,12 +316,12 @@ def load_settings() -> Settings:
 
     Raises `BadInput` that names each variable which is not valid, with its value unless that may be a secret.
     """
+    faults = "; ".join(near_misses(_variables(), ENVIRONMENT_PREFIX, NESTED_DELIMITER))
     try:
         settings = Settings()
-        file = next((folder for folder in (settings.home_dir, *settings.home_dir.parents) if folder.is_file()), None)
-        if file is None:
+        faults = faults or fault_of_home(settings.home)
+        if not faults:
             return settings
-        faults = f"{_variable(('home',))}: {file} is a file, found {str(settings.home)!r}"
     except ValidationError as error:
         faults = "; ".join(f"{_variable(fault['loc'])}: {fault['msg']}{_found(fault)}" for fault in error.errors())
     except SettingsError as error:
@@ -329,6 +333,11 @@ def load_settings() -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         faults = f"{_variable(('secrets_dir',))}: a file in it cannot be read: {error}"
     raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.", code="settings-not-valid")
+
+
+def _variables() -> list[str]:
+    sections = {name: getattr(field.annotation, "model_fields", {}) for name, field in Settings.model_fields.items()}
+    return [_variable((name, *key)) for name, keys in sections.items() for key in ([(key,) for key in keys] or [()])]
 
 
 def _found(fault: ErrorDetails) -> str:

@@ -6,17 +6,20 @@ import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from slmops.deployments.server.access import kept_password, make_private
 from slmops.deployments.server.current_folder import read_no_settings_here
 from slmops.deployments.server.embedded import EmbeddedServer
-from slmops.infra.errors import BadInput
+from slmops.deployments.server.up_check import server_fault
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.files import write_whole
 from slmops.infra.settings import Settings
 from slmops.infra.storage.holders import has_ended, this_process
 
 LOOPBACK = ("127.0.0.1", "localhost")
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 # Prefect's server and its SDK report usage by two channels; these two silence them.
 QUIET = {
@@ -32,6 +35,8 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
     The API is that of `PREFECT_API_URL` or of the user's active profile, else that of a running `slmops up` of this
     home directory. Without any, `prefect_api` starts one on loopback with its database under the home directory.
     """
+    _check_proxies()
+    _reach_loopback_directly()
     for variable, value in _profile().items():
         os.environ.setdefault(variable, value)
     if not os.environ.get("PREFECT_API_URL") and (url := running_server(settings)):
@@ -40,7 +45,6 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
             own = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
             if password := own or kept_password(prefect_home(settings)):
                 os.environ["PREFECT_API_AUTH_STRING"] = password
-        _reach_loopback_directly()
     # Prefect makes its home at its import, which fails if slmops's home does not exist yet; bad input must not create
     # it.
     warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
@@ -52,8 +56,19 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", (log_level or "INFO").upper())
     # Without --log-level, a run's log goes only to its API; the terminal shows the stages' progress instead.
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = (log_level or "CRITICAL").upper()
-    if not os.environ.get("PREFECT_API_URL"):
-        _reach_loopback_directly()
+
+
+def _check_proxies() -> None:
+    # httpx makes a client for every proxy of the environment at once, also for calls that go to none of them.
+    if find_spec("socksio"):
+        return
+    for variable in PROXIES:
+        if os.environ.get(variable, os.environ.get(variable.lower(), "")).lower().startswith("socks"):
+            raise SlmopsError(
+                f"{variable} names a SOCKS proxy, and the package socksio, which reaches one, is not installed.",
+                "Install it (pip install socksio), unset the variable, or name an HTTP proxy.",
+                code="socks-proxy",
+            )
 
 
 def _reach_loopback_directly() -> None:
@@ -99,8 +114,15 @@ def begin_embedded_server() -> EmbeddedServer | None:
 @contextmanager
 def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iterator[None]:
     """Provide an API for flow runs: the configured one, or an embedded one, which may have `begun` to start."""
+    url = os.environ.get("PREFECT_API_URL")
+    if url and (fault := server_fault(url)):
+        raise StageFailed(
+            f"Prefect's API at {url} cannot be used: {fault}.",
+            "Start it, correct PREFECT_API_URL or PREFECT_API_AUTH_STRING, or unset them.",
+            code="prefect-api-unusable",
+        )
     make_private(prefect_home(settings))  # the server makes its database there, but not the folder
-    if os.environ.get("PREFECT_API_URL"):
+    if url:
         yield
         return
     server = begun or EmbeddedServer()

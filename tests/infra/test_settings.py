@@ -206,3 +206,49 @@ def test_a_file_that_is_not_valid_is_named_and_not_shown(
     with pytest.raises(BadInput, check=coded("settings-not-valid", name)) as caught:
         load_settings()
     assert "short-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ("SLMOPS_STORE_URI", "SLMOPS_STORE__URI"),
+        ("SLMOPS_SERVE_TOKEN", "SLMOPS_SERVE__TOKEN"),
+        ("SLMOPS_HOMES", "HOME"),
+    ],
+)
+def test_a_near_miss_is_told_and_its_value_is_not(monkeypatch: pytest.MonkeyPatch, found: str, wanted: str) -> None:
+    monkeypatch.setenv(found, SECRET)
+    with pytest.raises(BadInput, check=coded("settings-not-valid", found, wanted)) as caught:
+        load_settings()
+    assert SECRET not in str(caught.value)
+
+
+def test_variables_of_other_programs_are_no_near_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLMOPS_SERVE_PORT", "SLMOPS_STORE_PORT", "SLMOPS_SECRETS", "SLMOPS_TESTS_USER_CACHE"):
+        monkeypatch.setenv(name, "1")
+    load_settings()
+
+
+def test_a_home_whose_name_is_too_long_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLMOPS_HOME", "/tmp/" + "h" * 300)
+    with pytest.raises(BadInput, check=coded("settings-not-valid", "SLMOPS_HOME", "too long")):
+        load_settings()
+
+
+def test_a_home_that_cannot_be_read_is_told_as_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read every folder
+    with pytest.raises(BadInput, check=coded("settings-not-valid", "SLMOPS_HOME", "Permission denied")):
+        load_settings()
+
+
+def test_a_user_without_a_home_directory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    with pytest.raises(BadInput, check=coded("settings-not-valid", "SLMOPS_HOME", "no home directory")):
+        load_settings()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from slmops.deployments.server.access import make_password, make_private
-from slmops.deployments.server.environment import announced_server, prefect_home, prepare_prefect
-from slmops.infra.errors import BadInput
+from slmops.deployments.server.environment import announced_server, prefect_api, prefect_home, prepare_prefect
+from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.settings import Settings
 from tests.support.errors import coded
 
@@ -61,7 +62,7 @@ class TestWhichApi:
         monkeypatch.setenv("PREFECT_API_URL", URL)
         prepare_prefect(settings)
         assert os.environ["PREFECT_API_URL"] == URL
-        assert "NO_PROXY" not in os.environ
+        assert os.environ["NO_PROXY"] == "127.0.0.1,localhost"  # it may be there, and a proxy may be set
 
     def test_else_the_active_profiles(self, settings: Settings, tmp_path: Path) -> None:
         write_profiles(tmp_path / "user" / ".prefect")
@@ -129,6 +130,28 @@ class TestWhichApi:
         path.write_text("active = ")
         with pytest.raises(BadInput, check=coded("prefect-profiles-unreadable", "profiles.toml")):
             prepare_prefect(settings)
+
+
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "all_proxy", "HTTPS_PROXY"])
+def test_a_socks_proxy_without_its_package_is_told(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "socks5://127.0.0.1:1080")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(SlmopsError, check=coded("socks-proxy", "SOCKS proxy", "socksio")):
+        prepare_prefect(settings)
+
+
+def test_an_api_that_is_down_is_told_before_anything_is_written(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # nothing listens at its port
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/api"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        with pytest.raises(StageFailed, check=coded("prefect-api-unusable", url)), prefect_api(settings):
+            pass
+    assert not settings.home_dir.exists()
 
 
 def prefect_settings(home: Path, *arguments: str, **variables: str) -> dict[str, object]:

@@ -1,0 +1,36 @@
+"""Faults of settings that no type can tell: a variable that is nearly named like a setting, an unusable home."""
+
+import os
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+# SLMOPS_STORE_URI is 0.97 like SLMOPS_STORE__URI; docker-compose.yml's own variables are below 0.85 like any setting.
+SIMILARITY_OF_NEAR_MISSES = 0.9
+
+
+def near_misses(known: Collection[str], prefix: str, delimiter: str) -> Iterator[str]:
+    """Yield a sentence on each variable of the environment that would be ignored for its spelling."""
+    sections = {variable.partition(delimiter)[0] for variable in known}
+    for name in sorted(os.environ):
+        # The section refuses its unknown keys itself.
+        if not name.upper().startswith(prefix) or name.upper().partition(delimiter)[0] in sections:
+            continue
+        for wanted in get_close_matches(name.upper(), known, n=1, cutoff=SIMILARITY_OF_NEAR_MISSES):
+            yield f"{name} is not a setting, {wanted} is"
+
+
+def fault_of_home(home: Path) -> str:
+    """Return why this folder, which may not exist yet, cannot be the home directory; empty if it can."""
+    try:
+        folder = home.expanduser().absolute()
+        found = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        if not found.is_dir():
+            return f"SLMOPS_HOME: {found} is a file, found {str(home)!r}"
+        if found == folder:
+            next(folder.iterdir(), None)
+    except RuntimeError:  # neither HOME nor the system's list of users says where it is
+        return "SLMOPS_HOME: this user has no home directory, so set it"
+    except OSError as error:
+        return f"SLMOPS_HOME: {error.strerror}, found {str(home)!r}"
+    return ""
