@@ -24,8 +24,6 @@ REGRESSION_NOTICE = "slmops: notice of a regression"
 # The shortest interval that Prefect accepts. It is in workers' environments, and their runs inherit it.
 HEARTBEAT_VARIABLE = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 HEARTBEAT_S = 30
-# A run that misses three heartbeats in a row is lost.
-LOST_AFTER_S = 3 * HEARTBEAT_S
 
 HEARTBEAT = "prefect.flow-run.heartbeat"
 RUNS = "prefect.flow-run.*"
@@ -33,8 +31,13 @@ FAILED = ("Failed", "Crashed", "Rejected", "TimedOut")
 ENDED = (*FAILED, "Completed", "Cancelled", "Paused", "Suspended")
 
 
-def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automation"]:
-    """Return the automations, ready to be created. Those that post notices are included only if there is a webhook."""
+def automations(
+    deploy_id: UUID, webhook_block_id: Any | None, *, lost_after_s: float, owner: str
+) -> list["Automation"]:
+    """Return the automations, ready to be created. Those that post notices are included only if there is a webhook.
+
+    `owner` names the machine and home directory whose setting is the webhook.
+    """
     from prefect.automations import Automation, CallWebhook, ChangeFlowRunState, EventTrigger, Posture, RunDeployment
     from prefect.client.schemas.objects import StateType
 
@@ -70,11 +73,11 @@ def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automati
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
                 threshold=1,
-                within=timedelta(seconds=LOST_AFTER_S),
+                within=timedelta(seconds=lost_after_s),
             ),
             actions=[
                 ChangeFlowRunState(
-                    state=StateType.CRASHED, name="Crashed", message=f"No sign of life for {LOST_AFTER_S} s."
+                    state=StateType.CRASHED, name="Crashed", message=f"No sign of life for {lost_after_s:g} s."
                 )
             ],
         ),
@@ -87,17 +90,21 @@ def automations(deploy_id: UUID, webhook_block_id: Any | None) -> list["Automati
         *found,
         Automation(
             name=FAILURE_NOTICE,
-            description="Posts to the webhook of SLMOPS_NOTICES__WEBHOOK_URL.",
+            description=_owned_by(owner),
             trigger=_at_once(_run_events(FAILED), RUNS, related=OF_OURS),
             actions=[CallWebhook(block_document_id=webhook_block_id, payload=failure)],
         ),
         Automation(
             name=REGRESSION_NOTICE,
-            description="Posts to the webhook of SLMOPS_NOTICES__WEBHOOK_URL.",
+            description=_owned_by(owner),
             trigger=_at_once({REGRESSION}, "slmops.model.*"),
             actions=[CallWebhook(block_document_id=webhook_block_id, payload=regression)],
         ),
     ]
+
+
+def _owned_by(owner: str) -> str:
+    return f"Posts to the webhook of SLMOPS_NOTICES__WEBHOOK_URL of {owner}."
 
 
 def _run_events(states: Sequence[str]) -> set[str]:
@@ -127,19 +134,22 @@ def _template(text: str) -> dict[str, str]:
     return {"__prefect_kind": "jinja", "template": text}
 
 
-def register_automations(settings: Settings) -> list[str]:
+def register_automations(settings: Settings, owner: str) -> list[str]:
     """Create the automations, or bring those of the same names up to date; returns their names.
 
-    One that was switched off stays off. Without a webhook the notices' automations are removed.
+    One that was switched off stays off. Without a webhook in the settings the notices' automations of this `owner` are
+    removed; those that another machine or home directory has set up stay.
     """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
         deploy_id = client.read_deployment_by_name("deploy/deploy").id
-        wanted = automations(deploy_id, _webhook_block(settings))
+        limit_s = settings.worker.lost_after_s
+        wanted = automations(deploy_id, _webhook_block(settings), lost_after_s=limit_s, owner=owner)
         for name in {FAILURE_NOTICE, REGRESSION_NOTICE} - {automation.name for automation in wanted}:
             for unwanted in client.read_automations_by_name(name):
-                client.delete_automation(unwanted.id)
+                if unwanted.description == _owned_by(owner):
+                    client.delete_automation(unwanted.id)
         for automation in wanted:
             known = next(iter(client.read_automations_by_name(automation.name)), None)
             if known:

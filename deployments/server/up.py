@@ -177,7 +177,7 @@ def _register(settings: Settings, pool: str, say: Report, note: Report) -> None:
         with only_holder("slmops-registration"):
             for deployment in register_deployments([*read_deployments(), *variants]):
                 say(f"Deployment {deployment.name}: {deployment.outcome}.")
-            for automation in register_automations(settings):
+            for automation in register_automations(settings, _worker_name(settings)):
                 say(f"Automation {automation!r} is set up.")
 
 
