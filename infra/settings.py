@@ -316,7 +316,7 @@ def load_settings() -> Settings:
 
     Raises `BadInput` that names each variable which is not valid, with its value unless that may be a secret.
     """
-    faults = "; ".join(near_misses(_variables(), ENVIRONMENT_PREFIX, NESTED_DELIMITER))
+    faults = "; ".join(near_misses([*_variables()], ENVIRONMENT_PREFIX, NESTED_DELIMITER))
     try:
         settings = Settings()
         faults = faults or fault_of_home(settings.home)
@@ -335,9 +335,10 @@ def load_settings() -> Settings:
     raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.", code="settings-not-valid")
 
 
-def _variables() -> list[str]:
-    sections = {name: getattr(field.annotation, "model_fields", {}) for name, field in Settings.model_fields.items()}
-    return [_variable((name, *key)) for name, keys in sections.items() for key in ([(key,) for key in keys] or [()])]
+def _variables() -> Iterator[str]:
+    for name, field in Settings.model_fields.items():
+        keys = getattr(field.annotation, "model_fields", None)
+        yield from (_variable((name, key)) for key in keys) if keys else [_variable((name,))]
 
 
 def _found(fault: ErrorDetails) -> str:
