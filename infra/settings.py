@@ -319,8 +319,7 @@ def load_settings() -> Settings:
     faults = "; ".join(near_misses([*_variables()], ENVIRONMENT_PREFIX, NESTED_DELIMITER))
     try:
         settings = Settings()
-        faults = faults or fault_of_home(settings.home)
-        if not faults:
+        if not (faults := faults or fault_of_home(settings.home)):
             return settings
     except ValidationError as error:
         faults = "; ".join(f"{_variable(fault['loc'])}: {fault['msg']}{_found(fault)}" for fault in error.errors())
