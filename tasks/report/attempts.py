@@ -4,7 +4,19 @@ from collections.abc import Iterator, Sequence
 
 from slmops.tasks.build.climbing import Attempt
 from slmops.tasks.build.search import Trial
-from slmops.tasks.report.blocks import Block, Details, Heading, Text, bullets, joined, quoted, table
+from slmops.tasks.report.blocks import (
+    Block,
+    Code,
+    Details,
+    Heading,
+    Paragraph,
+    Strong,
+    Text,
+    bullets,
+    joined,
+    quoted,
+    table,
+)
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import decimal, megabytes, percent, ratio, shown
 
@@ -41,6 +53,18 @@ def attempts_text(attempts: Sequence[Attempt]) -> str:
 def _in_brackets(attempt: Attempt) -> str:
     divergence = attempt.metrics.get("kl_divergence")
     return f" (KL divergence {ratio(divergence)})" if divergence is not None else ""
+
+
+def replacement_blocks(report: DeployReport) -> Iterator[Block]:
+    """Yield a sentence for each variant that has another recipe than the first one tried, and why."""
+    for variant in report.variants:
+        kept = (variant.recipe or "").partition("-")[2]
+        first = variant.attempts[0] if variant.attempts else None
+        if first is None or kept in ("", first.recipe):
+            continue
+        missed = ", ".join(name.replace("_", " ") for name in first.failed_checks)
+        why = f" missed {missed}." if missed else " could not be built."
+        yield Paragraph((Strong(variant.precision), " has the recipe ", Code(kept), ": ", Code(first.recipe), why))
 
 
 def recipe_blocks(report: DeployReport) -> Iterator[Block]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from slmops.tasks.exams.measurement import MetricName
-from slmops.tasks.report.attempts import recipe_blocks
+from slmops.tasks.report.attempts import recipe_blocks, replacement_blocks
 from slmops.tasks.report.blocks import (
     Block,
     Bullets,
@@ -83,6 +83,11 @@ def _verdict(report: DeployReport) -> Iterator[Block]:
     for variant in report.variants:
         if variant.allowed:
             yield Paragraph(Strong(f"{variant.precision}: {in_spite_of(variant.gate)}"))
+    yield from replacement_blocks(report)
+    disturbed = [variant.precision for variant in report.variants if variant.reliable is False]
+    if disturbed:
+        of = " and ".join(disturbed)
+        yield Paragraph(("The machine was busy: ", Strong(f"the figures of speed of {of} are not reliable.")))
     facts = [report.summary]
     if report.aliases:
         facts.append(f"This version is the {' and '.join(report.aliases)}.")

@@ -184,6 +184,20 @@ def unchosen(status: str, version: int | None) -> DeployReport:
     return report(built, status=status, version=version, reason="No variant keeps the budget.")
 
 
+def climbed() -> DeployReport:
+    """A variant of a recipe of higher fidelity, and one of a fallback, measured on a busy machine."""
+    near = {"recipe": "int4-mixed", "status": "passed", "metrics": {"kl_divergence": 0.04, "size_bytes": 123e6}}
+    far = {"recipe": "int4", "status": "rejected", "metrics": {"kl_divergence": 0.13, "size_bytes": 111e6}}
+    missed = {**far, "failed_checks": ["top1_agreement", "kl_divergence"]}
+    failed = {"recipe": "int8", "status": "failed", "error": "80 is not divisible by 32."}
+    built = {"recipe": "int8-block128", "status": "passed"}
+    return report(
+        variant("int8", recipe="cpu-int8-block128", attempts=[failed, built], reliable=True),
+        variant("int4", recipe="cpu-int4-mixed", attempts=[missed, near], reliable=False),
+        selected="int4",
+    )
+
+
 def called() -> DeployReport:
     return report(variant("int4", answer='{"a":1}'), foundry_model_id="home:2", question="On?", selected="int4")
 
@@ -199,6 +213,7 @@ REPORTS: dict[str, Callable[[], DeployReport]] = {
     "mismatches": with_mismatches,
     "without-reference": without_reference,
     "called": called,
+    "climbed": climbed,
 }
 
 
