@@ -1,8 +1,9 @@
 """Compare quantized variants with llama.cpp's of the same real checkpoint: bytes, distance, score and speed.
 
 Run as `python -m tests.benchmarks.fidelity [--model smollm2-off-grid] [--recipes int4-rtn int4 ...] [--types Q4_0 ...]
-[--without-peer] [--without-speed] [--plot FILE]`. The default checkpoint is SmolLM2-135M-Instruct with its weights
-moved off the grid of the GGUF that they come from: on that grid, llama.cpp's own formats look better than they are.
+[--without-peer] [--without-speed] [--work FOLDER] [--plot FILE] [--json FILE]`. The default checkpoint is
+SmolLM2-135M-Instruct with its weights moved off the grid of the GGUF that they come from: on that grid, llama.cpp's own
+formats look better than they are.
 
 All are compared with the checkpoint in fp32 on the same token ids: those of its own greedy answers to the built-in
 chats and to the questions of fidelity_questions.jsonl, whose expected answers give the score. slmops' variants run in
@@ -11,7 +12,9 @@ error of eight-bit activations, and are a little better than its runtime's. Size
 of four bytes per parameter. The importance matrix (`+imatrix`) is made of the very texts that slmops calibrates on.
 
 Prints a Markdown table as it grows; takes about fifteen minutes on two idle cores, and ten more the first time, in
-which llama.cpp is built (tests/benchmarks/llama_cpp.py). `--plot` writes the divergences over the bytes.
+which llama.cpp is built (tests/benchmarks/llama_cpp.py). `--plot` writes the divergences over the bytes. `--work`
+keeps what is made, answers, variants and files, so that an interrupted run goes on where it stopped. A speed with `?`
+was measured on a machine too busy to rely on.
 """
 
 import argparse
@@ -19,6 +22,8 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +34,13 @@ from slmops.infra.reference.distributions import compare_position
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
 from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
+from slmops.tasks.environment.host import builder_versions
 from slmops.tasks.exams.answers import evaluate_variant, run_reference
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import measure_variant
 from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts, read_evaluation_file
 from tests.benchmarks.llama_cpp import LlamaCpp, peer
-from tests.benchmarks.recipes import build, calibration_texts, real_checkpoint
+from tests.benchmarks.recipes import Texts, build, calibration_texts, real_checkpoint
 
 QUESTIONS_FILE = Path(__file__).with_name("fidelity_questions.jsonl")
 RECIPES = ("int4-rtn", "int4", "int4-mixed", "int8")
@@ -54,11 +60,12 @@ class Point:
     top1_agreement: float
     score: float | None = None
     tokens_per_s: float | None = None
+    is_speed_reliable: bool = True
 
     def line(self) -> str:
         """Return its line of the table."""
         score = "-" if self.score is None else f"{self.score:.2f}"
-        speed = "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.0f}"
+        speed = "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.0f}{'' if self.is_speed_reliable else '?'}"
         return (
             f"| {self.of} | `{self.variant}` | {self.size_bytes / 1e6:.1f} | {self.share:.3f} "
             f"| {self.kl_divergence:.4f} | {self.top1_agreement:.3f} | {score} | {speed} |"
@@ -85,19 +92,22 @@ class Comparison:
         return 4 * inspect_checkpoint(self.checkpoint).parameters
 
     def run_source(self) -> None:
-        """Let the checkpoint answer."""
-        run_reference(self.settings, Bench(self.checkpoint, self.reference), self.rows)
+        """Let the checkpoint answer, unless it has."""
+        if not (self.reference / ANSWERS_FILE).is_file():
+            run_reference(self.settings, Bench(self.checkpoint, self.reference), self.rows)
 
     def of_slmops(self, names: Sequence[str], *, with_speed: bool) -> Iterator[Point]:
         """Build each recipe and yield its point."""
-        texts = calibration_texts(self.checkpoint, self.work, self.settings.threads)
         for name in names:
             folder = self.work / name
-            build(load_recipe(name), self.checkpoint, folder, self.settings.threads, texts)
+            if not (folder / "built").exists():
+                build(load_recipe(name), self.checkpoint, folder, self.settings.threads, self._texts())
+                (folder / "built").touch()
             bench = Bench(folder / "model", folder / "bench")
             found = evaluate_variant(self.settings, bench, self.rows, reference_dir=self.reference)
             assert found.kl_divergence is not None
             assert found.top1_agreement is not None
+            measured = measure_variant(self.settings, bench) if with_speed else None
             size = sum(path.stat().st_size for path in (folder / "model").glob("*.onnx*"))
             yield Point(
                 of="slmops",
@@ -107,21 +117,29 @@ class Comparison:
                 kl_divergence=found.kl_divergence,
                 top1_agreement=found.top1_agreement,
                 score=found.score.value if found.score else None,
-                tokens_per_s=self._speed(bench) if with_speed else None,
+                tokens_per_s=measured.metrics["token_generation_throughput_tps"] if measured else None,
+                is_speed_reliable=measured is None or measured.reliable,
             )
 
-    def _speed(self, bench: Bench) -> float:
-        return measure_variant(self.settings, bench).metrics["token_generation_throughput_tps"]
+    def _texts(self) -> Texts:
+        """Return the texts that a deploy calibrates on, made once."""
+        file = self.work / "calibration.json"
+        if not file.exists():
+            texts = calibration_texts(self.checkpoint, self.work, self.settings.threads)
+            file.write_text(json.dumps(texts), "utf-8")
+        return tuple(tuple(row) for row in json.loads(file.read_bytes()))
 
     def of_llama_cpp(self, llama: LlamaCpp, types: Sequence[str], *, with_speed: bool) -> Iterator[Point]:
         """Convert the checkpoint, quantize it to each type, and yield its point."""
         whole = self.work / "f16.gguf"
-        llama.convert(self.checkpoint, whole)
+        if not whole.exists():
+            llama.convert(self.checkpoint, whole)
         for name in types:
             type_name, _, with_matrix = name.partition("+")
             file = self.work / f"{name}.gguf"
-            matrix = llama.importance(whole, self._calibration_file()) if with_matrix else None
-            llama.quantize(whole, file, type_name, self.settings.threads, importance=matrix)
+            if not file.exists():
+                matrix = llama.importance(whole, self._calibration_file()) if with_matrix else None
+                llama.quantize(whole, file, type_name, self.settings.threads, importance=matrix)
             divergence, agreement = self.distance_of_weights(file)
             speed = llama.bench(file, threads=self.settings.threads).generation_tps if with_speed else None
             yield Point(
@@ -139,9 +157,9 @@ class Comparison:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(self.checkpoint / "tokenizer.json"))
-        texts = calibration_texts(self.checkpoint, self.work, self.settings.threads)
+        texts = [tokenizer.decode(list(row), skip_special_tokens=False) for row in self._texts()]
         file = self.work / "calibration.txt"
-        file.write_text("\n".join(tokenizer.decode(list(row), skip_special_tokens=False) for row in texts), "utf-8")
+        file.write_text("\n".join(texts), "utf-8")
         return file
 
     def distance_of_weights(self, gguf: Path) -> tuple[float, float]:
@@ -193,30 +211,34 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=2048)
     parser.add_argument("--without-peer", action="store_true")
     parser.add_argument("--without-speed", action="store_true")
+    parser.add_argument("--work", type=Path, help="a folder that keeps what is made; default: a temporary one")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     checkpoint = real_checkpoint(arguments.model)
     with tempfile.TemporaryDirectory() as name:
+        work = (arguments.work or Path(name)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
         settings = Settings(
-            home=Path(name) / "home",
+            home=work / "home",
             machine=MachineSettings(threads=arguments.threads),
             benchmark=BenchmarkSettings(prompt_tokens=(128,), new_tokens=64),
             evaluation=EvaluationSettings(max_new_tokens=64, max_positions=arguments.positions, batch_size=16),
         )
         rows = [*chat_prompts(), *read_evaluation_file(QUESTIONS_FILE)]
-        compared = Comparison(checkpoint, rows, settings, Path(name))
+        compared = Comparison(checkpoint, rows, settings, work)
         compared.run_source()
+        llama = None if arguments.without_peer else peer()
+        peer_version = f"; {llama.version}" if llama else ""
+        print(f"{datetime.now(UTC):%Y-%m-%d}; {arguments.model}; {builder_versions()}{peer_version}\n")
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
         points = []
-        llama = None if arguments.without_peer else peer()
         with_speed = not arguments.without_speed
         ours = compared.of_slmops(arguments.recipes, with_speed=with_speed)
         theirs = compared.of_llama_cpp(llama, arguments.types, with_speed=with_speed) if llama else iter(())
-        for found in (ours, theirs):
-            for point in found:
-                points.append(point)
-                print(point.line(), flush=True)
+        for point in chain(ours, theirs):
+            points.append(point)
+            print(point.line(), flush=True)
     architecture = read_json(checkpoint / "config.json")["architectures"][0]
     if arguments.plot:
         draw(points, f"{arguments.model} ({architecture})", arguments.plot)

@@ -17,8 +17,9 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from tests.benchmarks.watching import Watched, run_watched
+from tests.support.real_models import LLAMA_CPP, RealModelMissing, real_model
 
-VERSION = "0.3.36"  # of llama-cpp-python; its source names the commit of llama.cpp
+VERSION = LLAMA_CPP.version  # of llama-cpp-python; its source names the commit of llama.cpp
 TOOLS = ("llama-quantize", "llama-bench", "llama-imatrix")
 BUILD_JOBS = 2
 # Only these tools: no server, no web page, no test, nothing that is fetched while it builds.
@@ -153,30 +154,25 @@ def peer() -> LlamaCpp | None:
     log = folder / "build.log"
     print(f"llama.cpp is built into {folder}, which takes about ten minutes once ...", flush=True)
     try:
-        _fetch_source(folder, log)
+        _fetch_source(folder)
         _build(folder, log)
-    except (OSError, ValueError, subprocess.CalledProcessError, tarfile.TarError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError, tarfile.TarError, RealModelMissing) as error:
         print(f"llama.cpp could not be built, and the rows have no peer: {error}. Its log: {log}", flush=True)
         return None
     return LlamaCpp(folder)
 
 
-def _fetch_source(folder: Path, log: Path) -> None:
+def _fetch_source(folder: Path) -> None:
     source = folder / "source"
     if source.is_dir():
         return
-    download = folder / "download"
-    options = ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(download)]
-    _run([sys.executable, "-m", "pip", "download", *options, f"llama-cpp-python=={VERSION}"], log)
-    (archive,) = download.glob("*.tar.gz")
     aside = folder / "source.aside"
     shutil.rmtree(aside, ignore_errors=True)
-    with tarfile.open(archive) as packed:
+    with tarfile.open(real_model("llama-cpp.tar.gz")) as packed:
         packed.extractall(aside, filter="data")  # refuses whatever would land outside of the folder
     (unpacked,) = aside.iterdir()
     unpacked.rename(source)
     shutil.rmtree(aside)
-    shutil.rmtree(download)
 
 
 def _build(folder: Path, log: Path) -> None:
