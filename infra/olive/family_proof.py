@@ -112,7 +112,7 @@ def _refused(what: str, error: BaseException) -> BadInput:
     reason = " ".join(str(error).split())[:300] or "without a reason"
     return BadInput(
         f"{what}: {type(error).__name__}: {reason}",
-        "Correct config.json, or use a model of README's table of families.",
+        "Correct config.json, or use a model of docs/families.md.",
         code="family-not-built",
     )
 

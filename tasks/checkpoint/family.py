@@ -52,7 +52,7 @@ def proof_of(
         raise BadInput(
             f"onnxruntime-genai builds {proof.architecture} differently from transformers: the logits differ first at "
             f"position {first['position']} {doing}, by {proof.distance:.2g} of their standard deviation.",
-            "Fine-tune a model of README's table of families, or set this one's config.json as theirs.",
+            "Fine-tune a model of docs/families.md, or set this one's config.json as theirs.",
             code="family-not-exact",
         )
     return proof
