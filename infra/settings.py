@@ -82,6 +82,15 @@ class ServeSettings(_Section):
     follow_s: float = Field(
         10, ge=0, le=86_400, description="Seconds between checks of the store for a new champion; 0: no checks."
     )
+    receive_timeout_s: Seconds = Field(30, description="Longest time for a request's header, and for its body.")
+    max_connections: int = Field(512, ge=1, le=100_000, description="Open connections; more are closed at once.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host names that requests may use besides localhost and IP addresses; default: any with a token.",
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Origins of web pages that may send requests, such as http://localhost:3000; default: none."
+    )
 
 
 class CatalogSettings(_Section):
@@ -91,6 +100,13 @@ class CatalogSettings(_Section):
         None,
         min_length=16,
         description="Token that a URL of the catalog must contain as ?token=; required for serving other machines.",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host names that requests may use besides localhost and IP addresses; default: any with a token.",
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Origins of web pages that may send requests; default: none."
     )
 
 

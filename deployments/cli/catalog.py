@@ -32,7 +32,7 @@ Upstream = Annotated[str | None, typer.Option(help="URL of a catalog whose model
 def catalog(host: Host = "127.0.0.1", port: Port = DEFAULT_PORT, upstream: Upstream = None) -> None:
     """Serve the store's registered versions as a Foundry Local catalog, until it is stopped."""
     settings = load_settings()
-    check_address(host, "SLMOPS_CATALOG__TOKEN", "in the catalog's URL", has_token=bool(settings.catalog.token))
+    check_address(host, "SLMOPS_CATALOG__TOKEN", "in the catalog's URL", settings.catalog.token)
     _check_upstream(upstream)
     with contextlib.closing(listen(host, port)) as listener:
         _serve(host, listener, upstream, settings)
@@ -62,8 +62,10 @@ def _serve(host: str, listener: socket.socket, upstream: str | None, settings: "
     log_to_terminal()
     registry = open_registry(settings)
     registry.objects.check()
-    token = settings.catalog.token.get_secret_value() if settings.catalog.token else None
-    app = catalog_app(StoreCatalog(registry).models, upstream, token)
+    access = settings.catalog
+    token = access.token.get_secret_value() if access.token else None
+    models = StoreCatalog(registry).models
+    app = catalog_app(models, upstream, token, access.allowed_hosts, access.allowed_origins)
     query = "?token=$SLMOPS_CATALOG__TOKEN" if token else ""
     print_line(f"Catalog at {shown_url(host, listener)}{CATALOG_PATH}{query}")
     asyncio.run(serve_until_stopped(app, listener, drain_s=SHUTDOWN_S))

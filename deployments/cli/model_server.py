@@ -36,9 +36,20 @@ async def serve_models(names: list[str], host: str, listener: socket.socket, set
         with _announced(settings.home_dir / "serve", shown_url(own, listener), control_token):
             for name, served in models.champions.items():
                 print_line(f"{name} is {served.model_id} ({served.precision}).")
+            if settings.serve.token:
+                print_note(
+                    "note: the models' own ports on loopback, which the runtime opens, know no token: other users of "
+                    "this machine can reach them."
+                )
             print_line(f"Serving at {shown_url(host, listener)}/v1")
             async with following.running():
-                await serve_until_stopped(app, listener, drain_s=settings.serve.drain_s + 1)
+                await serve_until_stopped(
+                    app,
+                    listener,
+                    drain_s=settings.serve.drain_s + 1,
+                    max_connections=settings.serve.max_connections,
+                    header_s=settings.serve.receive_timeout_s,
+                )
     finally:
         await models.close()
 

@@ -20,7 +20,7 @@ Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0
 def serve(names: Names = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -> None:
     """Serve each model's champion through OpenAI's API, under the model's plain name, until it is stopped."""
     settings = load_settings()
-    check_address(host, "SLMOPS_SERVE__TOKEN", "as their API key", has_token=bool(settings.serve.token))
+    check_address(host, "SLMOPS_SERVE__TOKEN", "as their API key", settings.serve.token)
     with contextlib.closing(listen(host, port)) as listener:
         import asyncio
 

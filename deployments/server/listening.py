@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -11,16 +12,26 @@ from typing import TYPE_CHECKING
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
     from starlette.applications import Starlette
 
 
-def check_address(host: str, token_variable: str, how_sent: str, *, has_token: bool) -> None:
-    """Raise `BadInput` for an address that other machines may reach without a token."""
-    if not _is_loopback(host) and not has_token:
-        raise BadInput(
-            f"Other machines can reach {host}, and no token is set.",
-            f"Set {token_variable}, which clients send {how_sent}, or listen on 127.0.0.1.",
-        )
+SHORTEST_TOKEN = 16
+MAX_CONNECTIONS = 512
+HEADER_S = 30.0
+KEEP_ALIVE_S = 5
+
+
+def check_address(host: str, token_variable: str, how_sent: str, token: "SecretStr | None") -> None:
+    """Raise `BadInput` for an address that other machines may reach without a token, or with a short one."""
+    if _is_loopback(host) or (token and len(token.get_secret_value()) >= SHORTEST_TOKEN):
+        return
+    found = f"the token has fewer than {SHORTEST_TOKEN} characters" if token else "no token is set"
+    raise BadInput(
+        f"Other machines can reach {host}, and {found}.",
+        f"Set {token_variable} to a random text, which clients send {how_sent}, or listen on 127.0.0.1.",
+        code="token-missing-or-short",
+    )
 
 
 def _is_loopback(host: str) -> bool:
@@ -58,11 +69,34 @@ def log_to_terminal() -> None:
     logging.getLogger("slmops").setLevel(logging.INFO)
 
 
-async def serve_until_stopped(app: "Starlette", listener: socket.socket, *, drain_s: float) -> None:
-    """Serve an application until SIGINT or SIGTERM; running requests then have `drain_s` seconds to end."""
+async def serve_until_stopped(
+    app: "Starlette",
+    listener: socket.socket,
+    *,
+    drain_s: float,
+    max_connections: int = MAX_CONNECTIONS,
+    header_s: float = HEADER_S,
+) -> None:
+    """Serve an application until SIGINT or SIGTERM; running requests then have `drain_s` seconds to end.
+
+    More than `max_connections` are closed at once, as is a connection whose header takes longer than `header_s`.
+    """
+    import asyncio
+
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(drain_s))
+    from slmops.infra.foundry.connections import RareReports, limited_connections
+
+    config = uvicorn.Config(
+        app,
+        http=limited_connections(max_connections, header_s),
+        log_level="error",  # at other levels it logs each request that is not HTTP
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=min(KEEP_ALIVE_S, math.ceil(header_s)),
+        timeout_graceful_shutdown=int(drain_s),
+    )
+    asyncio.get_running_loop().set_exception_handler(RareReports())
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal that ended it again at its end
         signal.signal(number, lambda *_: None)
     await uvicorn.Server(config).serve(sockets=[listener])

@@ -13,12 +13,14 @@ from pydantic import JsonValue
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler
 
 from slmops.infra.errors import BadInput, SlmopsError
+from slmops.infra.foundry.browser_access import BrowserAccess
 from slmops.infra.foundry.catalog import (
     CATALOG_PATH,
     CatalogModel,
@@ -28,12 +30,13 @@ from slmops.infra.foundry.catalog import (
     page_document,
     parse_query,
 )
-from slmops.infra.foundry.request_body import TooLarge, bounded_body
+from slmops.infra.foundry.request_body import TooLarge, TooSlow, bounded_body
 from slmops.infra.records import Json
 
 HEALTH_PATH = "/health"
 LARGEST_REQUEST_BYTES = 1 << 20
 LARGEST_UPSTREAM_BYTES = 16 << 20
+RECEIVE_TIMEOUT_S = 30.0
 UPSTREAM_TIMEOUT_S = 3.0
 UPSTREAM_REST_S = 30.0  # pause after a failure of upstream, because the runtime would wait for each of its pages
 
@@ -50,7 +53,11 @@ _logger = logging.getLogger(__name__)
 
 
 def catalog_app(
-    models: Callable[[], Sequence[CatalogModel]], upstream: str | None = None, token: str | None = None
+    models: Callable[[], Sequence[CatalogModel]],
+    upstream: str | None = None,
+    token: str | None = None,
+    hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
 ) -> Starlette:
     """Return the HTTP service: POST `CATALOG_PATH` is the catalog's request, GET `HEALTH_PATH` checks that it serves.
 
@@ -59,8 +66,11 @@ def catalog_app(
     ours are listed. With a `token`, catalog requests need `?token=` in their URL, because the runtime can send a token
     in no other way.
 
+    `hosts` and `origins` are those of `BrowserAccess`.
+
     A failure is answered as `{"error": {"message", "what_to_do"}}`: 400 for a request of another form, 401 without the
-    token, 413 for a request larger than `LARGEST_REQUEST_BYTES`, and 503 while `models` raises.
+    token, 403 for a web page of another origin, 408 for a slow request, 413 for one larger than
+    `LARGEST_REQUEST_BYTES`, 421 for another host name, and 503 while `models` raises.
     """
     other = _Upstream(upstream) if upstream else None
 
@@ -68,7 +78,7 @@ def catalog_app(
         given = request.query_params.get("token", "")
         if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
             return _failed(401, "The request has no valid token.", "Add ?token=... to the catalog's URL.")
-        query = parse_query(await bounded_body(request, LARGEST_REQUEST_BYTES))
+        query = parse_query(await bounded_body(request, LARGEST_REQUEST_BYTES, RECEIVE_TIMEOUT_S))
         return _json(await _answer(query, await run_in_threadpool(models), other))
 
     async def health(request: Request) -> Response:
@@ -77,7 +87,14 @@ def catalog_app(
 
     # The runtime does not follow redirects, so a URL with a slash at its end has its own route.
     routes = [Route(path, ask, methods=["POST"]) for path in (CATALOG_PATH, f"{CATALOG_PATH}/")]
-    app = Starlette(routes=[*routes, Route(HEALTH_PATH, health)], exception_handlers=_HANDLERS)
+    access = Middleware(
+        BrowserAccess,
+        origins=origins,
+        hosts=hosts if hosts or not token else None,
+        refuse=_failed,
+        section="CATALOG",
+    )
+    app = Starlette(routes=[*routes, Route(HEALTH_PATH, health)], middleware=[access], exception_handlers=_HANDLERS)
     app.router.redirect_slashes = False
     return app
 
@@ -88,18 +105,22 @@ async def _error_answer(request: Request, error: Exception) -> Response:
             return _failed(error.status_code, f"{error.detail}.", f"POST to {CATALOG_PATH}.")
         case TooLarge():
             return _failed(413, str(error), "Request fewer names.")
+        case TooSlow():
+            return _failed(408, str(error), "Ask again.")
         case BadInput():
             return _failed(400, error.message, error.what_to_do)
         case SlmopsError():
             _logger.warning("The models cannot be listed: %s", error)
-            return _failed(503, error.message, error.what_to_do)
+            return _failed(503, "The models cannot be listed.", "See the log of slmops catalog.")
         case _:  # starlette raises it again after this answer, and uvicorn logs it
             return _failed(
                 503, f"The models cannot be listed: {type(error).__name__}.", "See the log of slmops catalog."
             )
 
 
-_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys((HTTPException, TooLarge, SlmopsError, Exception), _error_answer)
+_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(
+    (HTTPException, TooLarge, TooSlow, SlmopsError, Exception), _error_answer
+)
 
 
 async def _answer(query: CatalogQuery, ours: Sequence[CatalogModel], other: "_Upstream | None") -> Json:

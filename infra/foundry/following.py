@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from slmops.infra.errors import SlmopsError
 from slmops.infra.foundry.model_host import ModelHost
@@ -11,13 +13,24 @@ from slmops.infra.foundry.served_model import ModelSource, ServedVersion
 
 LOG = logging.getLogger("slmops.serve")
 NAMES = "the list of names"
+LONGEST_PAUSE_S = 600.0
+
+
+@dataclass(frozen=True)
+class PutOff:
+    """A champion that could not be loaded: the reason, and when the next attempt is made by `time.monotonic`."""
+
+    champion: ServedVersion
+    error: Exception
+    pause_s: float
+    until: float
 
 
 class Following:
     """Makes a host serve each name's new champion, and new names if it serves all.
 
-    An error while reading the store is logged once and reported as `fault`. The next poll tries again, so the host
-    resumes when the cause is gone.
+    An error with a name is logged once, and the name is reported as `behind`. The next poll tries again, so the host
+    resumes when the cause is gone. A champion that cannot be loaded is tried again at growing intervals.
     """
 
     def __init__(self, host: ModelHost, source: ModelSource, interval_s: float, *, takes_new_names: bool) -> None:
@@ -27,11 +40,12 @@ class Following:
         self._takes_new_names = takes_new_names
         self._seen: dict[str, ServedVersion] = dict(host.champions)
         self._faults: dict[str, str] = {}
+        self._put_off: dict[str, PutOff] = {}
 
     @property
-    def fault(self) -> str | None:
-        """Why the host may serve other versions than the store's champions; None while it is up to date."""
-        return " ".join(f"{what}: {reason}" for what, reason in sorted(self._faults.items())) or None
+    def behind(self) -> list[str]:
+        """The names whose champion in the store may be another one; empty while the host is up to date."""
+        return sorted(self._faults)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -76,8 +90,20 @@ class Following:
         champion = await asyncio.to_thread(self._source.champion, name)
         # A promotion on this machine hands over first and writes the alias last, so only a change of the alias counts.
         if champion != self._seen.get(name):
-            await self._host.go_over(champion)
+            await self._go_over(name, champion)
         self._seen[name] = champion
+        self._put_off.pop(name, None)
+
+    async def _go_over(self, name: str, champion: ServedVersion) -> None:
+        last = self._put_off.get(name)
+        if last and last.champion == champion and time.monotonic() < last.until:
+            raise last.error
+        try:
+            await self._host.go_over(champion)
+        except Exception as error:
+            pause_s = min(LONGEST_PAUSE_S, 2 * last.pause_s) if last and last.champion == champion else self._interval_s
+            self._put_off[name] = PutOff(champion, error, pause_s, time.monotonic() + pause_s)
+            raise
 
     def _failed(self, what: str, error: Exception) -> None:
         reason = str(error) if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}."

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import shutil
 import time
 import uuid
@@ -14,7 +15,7 @@ import httpx
 
 from slmops.infra import errors
 from slmops.infra.foundry.model_process import ModelProcess
-from slmops.infra.foundry.served_model import Busy, ModelSource, NotServed, RunningModel, ServedVersion
+from slmops.infra.foundry.served_model import Busy, ModelSource, NotLoaded, NotServed, RunningModel, ServedVersion
 from slmops.infra.settings import ServeSettings
 
 LOG = logging.getLogger("slmops.serve")
@@ -51,25 +52,51 @@ class ModelHost:
         """Whether a model is loaded and the server is not stopping."""
         return bool(self.champions) and not self._is_closing and any(model.is_loaded for model in self.models)
 
+    @property
+    def failing(self) -> list[str]:
+        """The ids of champions that could not be loaded at the last attempt."""
+        return [model.served.model_id for model in self.models if model.fault and self._is_champion(model)]
+
+    def state_of(self, served: ServedVersion) -> dict[str, str]:
+        """Return whether a version is loaded, and why it cannot be loaded."""
+        running = self._models.get(served)
+        if running and running.fault:
+            return {"state": "failed", "reason": running.fault}
+        return {"state": "loaded" if running and running.is_loaded else "not loaded"}
+
     async def start(self, names: Sequence[str] = ()) -> None:
         """Read the champions of these names, and load as many as the memory allows.
 
-        Without names, it loads the champion of every name. Raises what the source raises, and `StageFailed` when none
-        can be loaded.
+        Without names, it loads the champion of every name, without those that cannot be read. A champion that cannot be
+        loaded is tried again. Raises what the source raises, and `StageFailed` when none can be loaded.
         """
-        for name in names or await asyncio.to_thread(self._source.names):
-            self.champions[name] = await asyncio.to_thread(self._source.champion, name)
-        failures = []
+        failures = await self._read_champions(names)
         for served in self.champions.values():
+            running = self._model(served)
             try:
-                await self.ensure_loaded(self._model(served))
+                await self.ensure_loaded(running)
             except Busy:
                 break
             except errors.SlmopsError as error:
-                LOG.warning("%s cannot be loaded: %s", served.model_id, error.message)
+                LOG.warning("%s cannot be loaded: %s", served.model_id, error)
                 failures.append(error)
-        if failures and len(failures) == len(self.champions):
+        if failures and not any(model.is_loaded for model in self.models):
             raise failures[0]
+        for running in self.models:
+            if running.fault:
+                self._keep(self._start_again(running))
+
+    async def _read_champions(self, names: Sequence[str]) -> list[errors.SlmopsError]:
+        failures = []
+        for name in names or await asyncio.to_thread(self._source.names):
+            try:
+                self.champions[name] = await asyncio.to_thread(self._source.champion, name)
+            except errors.SlmopsError as error:
+                if names:
+                    raise
+                LOG.warning("%s cannot be served: %s", name, error)
+                failures.append(error)
+        return failures
 
     async def close(self) -> None:
         """Wait for running requests, at most for the time in the settings; then end all processes."""
@@ -134,6 +161,8 @@ class ModelHost:
                 running.active -= 1
                 running.used_at = time.monotonic()
                 running.turns.release()
+                if self._memory_bytes() > (self._settings.max_memory_bytes or math.inf):
+                    self._keep(self._free_memory(running))
         finally:
             if not running.active and not running.waiting:
                 running.unused.set()
@@ -176,23 +205,34 @@ class ModelHost:
         return self._models[served]
 
     async def ensure_loaded(self, running: RunningModel) -> None:
-        """Load a model if needed, after a back-off if it crashed; raises `StageFailed`, or `Busy` without memory."""
+        """Load a model if needed, after a back-off if it crashed.
+
+        Raises `StageFailed`; `NotLoaded` during the back-off after a failed attempt; `Busy` without memory.
+        """
         async with running.loading:
             if running.is_loaded:
                 return
             delay_s = running.not_before - time.monotonic()
-            if delay_s > 0:
-                await asyncio.sleep(delay_s)
+            if delay_s > 0 and running.fault:
+                raise NotLoaded(running.served.model_id, delay_s)
+            await asyncio.sleep(max(0, delay_s))
             try:
                 await self._load(running)
-            except BaseException:
+            except Busy:
+                raise
+            except Exception as error:
+                running.fault = str(error)
                 self._put_off(running)
                 raise
+            running.fault = None
 
     def _put_off(self, running: RunningModel) -> None:
         running.failures += 1
-        back_off_s = min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2 ** (running.failures - 1))
+        back_off_s = min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2 ** min(running.failures - 1, 16))
         running.not_before = time.monotonic() + back_off_s
+
+    def _is_champion(self, running: RunningModel) -> bool:
+        return running.served in self.champions.values()
 
     async def _load(self, running: RunningModel) -> None:
         served = running.served
@@ -210,6 +250,8 @@ class ModelHost:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            running.reserved_bytes = 0
         LOG.info("%s is loaded (%.0f ms)", served.model_id, running.process.load_ms)
         self._keep(self._watch(running, running.process, folder))
 
@@ -231,7 +273,8 @@ class ModelHost:
 
     async def _start_again(self, running: RunningModel) -> None:
         """Load a champion whose process crashed, with a growing delay, until it is loaded or no longer a champion."""
-        while running.served in self.champions.values() and not running.is_loaded and not self._is_closing:
+        while self._is_champion(running) and not running.is_loaded and not self._is_closing:
+            await asyncio.sleep(max(0, running.not_before - time.monotonic()))
             try:
                 await self.ensure_loaded(running)
             except Busy:  # the next request loads it
@@ -249,26 +292,45 @@ class ModelHost:
                 f"{running.served.model_id} does not answer: {error}.", "See the server's log; deploy it again."
             ) from None
 
+    def _memory_bytes(self) -> int:
+        return sum(model.memory_bytes for model in self.models) if self._settings.max_memory_bytes else 0
+
     async def _make_room(self, wanted: RunningModel) -> None:
+        """Reserve memory for a model, and unload others for it; raises `Busy`, and `StageFailed` if it never fits."""
         budget_bytes = self._settings.max_memory_bytes
         if budget_bytes is None:
             return
         needed_bytes = int(wanted.placed.size_bytes * MEMORY_PER_SIZE) + MEMORY_OF_RUNTIME_BYTES
+        if needed_bytes > budget_bytes:
+            raise errors.StageFailed(
+                f"{wanted.served.model_id} needs about {needed_bytes:,} bytes of memory, and all models may use "
+                f"{budget_bytes:,}.",
+                "Raise SLMOPS_SERVE__MAX_MEMORY_BYTES.",
+            )
         async with self._room:
-            while True:
-                loaded = [model for model in self.models if model.is_loaded]
-                used_bytes = sum(model.process.rss_bytes for model in loaded if model.process)
-                if not loaded or used_bytes + needed_bytes <= budget_bytes:
-                    return
-                idle = [model for model in loaded if model.unused.is_set()]
-                if not idle:
+            while self._memory_bytes() + needed_bytes > budget_bytes:
+                if not await self._unload_least_recent():
                     raise Busy(
                         f"There is not enough memory for {wanted.served.model_id} while other models answer.",
                         "Try again later, or raise SLMOPS_SERVE__MAX_MEMORY_BYTES.",
                     )
-                least_recent = min(idle, key=lambda model: model.used_at)
-                LOG.info("%s is unloaded as the least recently used model", least_recent.served.model_id)
-                await self._unload(least_recent)
+            wanted.reserved_bytes = needed_bytes
+
+    async def _free_memory(self, used: RunningModel) -> None:
+        """Unload models that are not in use while all need too much memory, but not the one that just answered."""
+        async with self._room:
+            while self._memory_bytes() > (self._settings.max_memory_bytes or math.inf):
+                if not await self._unload_least_recent(spared=used):
+                    return
+
+    async def _unload_least_recent(self, spared: RunningModel | None = None) -> bool:
+        idle = [model for model in self.models if model.is_loaded and model.unused.is_set() and model is not spared]
+        if not idle:
+            return False
+        least_recent = min(idle, key=lambda model: model.used_at)
+        LOG.info("%s is unloaded as the least recently used model", least_recent.served.model_id)
+        await self._unload(least_recent)
+        return True
 
     def _retire(self, running: RunningModel) -> None:
         running.is_retired = True

@@ -21,6 +21,16 @@ class Busy(errors.SlmopsError):
     """Too many requests wait for the model, or there is not enough memory for it now."""
 
 
+class NotLoaded(errors.SlmopsError):
+    """The model could not be loaded at the last attempt; the next one is made after `retry_after_s`."""
+
+    def __init__(self, model_id: str, retry_after_s: float) -> None:
+        super().__init__(
+            f"{model_id} cannot be loaded at present.", f"The server tries again in {retry_after_s:.0f} s."
+        )
+        self.retry_after_s = retry_after_s
+
+
 @dataclass(frozen=True)
 class ServedVersion:
     """A version's variant that is served, by its Foundry id `NAME:VERSION`."""
@@ -73,6 +83,8 @@ class RunningModel:
         self.active = 0
         self.used_at = time.monotonic()
         self.is_retired = False
+        self.reserved_bytes = 0  # while it is being loaded
+        self.fault: str | None = None  # why the last attempt to load it failed
         self.failures = 0
         self.not_before = 0.0
         self.turns = asyncio.Semaphore(settings.max_concurrency)
@@ -90,3 +102,12 @@ class RunningModel:
         """The web service's address."""
         assert self.process
         return self.process.url
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory that it uses, or will use as soon as it is loaded."""
+        return max(self.reserved_bytes, self.process.rss_bytes if self.process else 0)
+
+    def answered(self) -> None:
+        """Note that the process works, so that a later crash is not one of a series."""
+        self.failures = 0

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,13 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, te
 
 from slmops.deployments.cli import app
 from slmops.infra.process import supervisor
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks import workshop
 from tests.conftest import unmeasured_environment
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.genai_models import build_genai_model
+from tests.support.served_models import RunningServer, serving, store_model
 from tests.support.torch_process import TORCH_PROCESS, ProcessThatStays
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,3 +133,33 @@ def slmops(tmp_path: Path, server: str) -> Slmops:
 def embedded(tmp_path: Path) -> Slmops:
     """The same without a Prefect server."""
     return Slmops(tmp_path / "home", {**OPEN_GATE, **SMALL})
+
+
+@pytest.fixture(scope="session")
+def served_model_dir(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real int4 model of 0.1 M parameters with a context of 1,024 tokens."""
+    return build_genai_model(tiny_checkpoint, tmp_path_factory.mktemp("served") / "model", "int4")
+
+
+@pytest.fixture(scope="session")
+def served_home(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with three versions of `home`, the third one damaged, and one of `other`."""
+    home = tmp_path_factory.mktemp("served-home") / "home"
+    registry = ModelRegistry(LocalObjectStore(home / "store"))
+    for number in (1, 2):
+        store_model(registry, served_model_dir, home / f"in/{number}", content=str(number))
+    broken = shutil.copytree(served_model_dir, home / "in/broken")
+    config = json.loads((broken / "genai_config.json").read_bytes())
+    config["model"]["decoder"]["inputs"]["input_ids"] = "nobody"
+    (broken / "genai_config.json").write_text(json.dumps(config), "utf-8")
+    store_model(registry, broken, home / "in/3")
+    store_model(registry, served_model_dir, home / "in/other", name="other")
+    shutil.rmtree(home / "in")
+    return home
+
+
+@pytest.fixture(scope="session")
+def server(served_home: Path) -> Iterator[RunningServer]:
+    """One server for all tests that do not change it; pages of http://localhost:3000 may use it."""
+    with serving(served_home, environment={"SLMOPS_SERVE__ALLOWED_ORIGINS": '["http://localhost:3000"]'}) as running:
+        yield running

@@ -5,6 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import TypeVar
 
 import httpx
@@ -13,53 +14,72 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from slmops.infra.foundry.model_host import ModelHost
-from slmops.infra.foundry.openai_server.errors import refusal_of, runtime_refusal
+from slmops.infra.foundry.openai_server.errors import OverContext, Refused, refusal_of, runtime_refusal
 from slmops.infra.foundry.openai_server.metrics import CountedRequest
-from slmops.infra.foundry.openai_server.requests import for_runtime, room_for_answer
 from slmops.infra.foundry.served_model import RunningModel
+from slmops.infra.records import Json
 
 DISCONNECT_POLL_S = 0.5
 CRASH_NOTICED_S = 0.2  # a connection breaks shortly before the end of its process is detected
+_DATA = b"data: "
+_ERROR_EVENT = _DATA + b'{"error"'
 _SENT_AGAIN = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 
 T = TypeVar("T")
 
 
-async def ask_runtime(host: ModelHost, running: RunningModel, body: Mapping[str, object]) -> httpx.Response:
+@dataclass(frozen=True)
+class Answer:
+    """The runtime's answer, which is not read yet; `first` is a stream's first event, `events` are the others."""
+
+    response: httpx.Response
+    first: bytes = b""
+    events: AsyncIterator[bytes] | None = None
+
+
+async def ask_runtime(host: ModelHost, running: RunningModel, sent: Json) -> Answer:
     """Send a request to the model's process; repeat it if the process died before it answered.
 
-    Returns the answer, whose body is not read yet. Raises `Refused` for a refusal of the runtime, the host's errors if
-    the model cannot be loaded, and `httpx.HTTPError`.
+    A stream is refused before its first event, as other requests are. A request without a limit of the answer gets
+    what the context leaves, if the runtime's own limit is larger.
+
+    Raises `Refused` for a refusal of the runtime, the host's errors if the model cannot be loaded, and
+    `httpx.HTTPError`.
     """
-    sent = for_runtime(body, running)
     try:
-        return await _post(host, running, body, sent)
+        return await _post(host, running, sent)
     except _SENT_AGAIN:
         await asyncio.sleep(CRASH_NOTICED_S)
-        return await _post(host, running, body, sent)
+        return await _post(host, running, sent)
 
 
-async def _post(
-    host: ModelHost, running: RunningModel, body: Mapping[str, object], sent: dict[str, object]
-) -> httpx.Response:
+async def _post(host: ModelHost, running: RunningModel, sent: Json) -> Answer:
     await host.ensure_loaded(running)
-    upstream = await _send(running, sent)
-    if upstream.status_code == 200:
-        return upstream
-    refused = runtime_refusal(upstream.status_code, await upstream.aread())
-    room = room_for_answer(refused, body)
-    if room is None:
-        raise refused
-    sent["max_tokens"] = room
-    upstream = await _send(running, sent)
-    if upstream.status_code == 200:
-        return upstream
-    raise runtime_refusal(upstream.status_code, await upstream.aread())
+    try:
+        answer = await _send(running, sent)
+    except OverContext as refused:
+        if "max_tokens" in sent or refused.room < 1:
+            raise
+        answer = await _send(running, {**sent, "max_tokens": refused.room})
+    running.answered()
+    return answer
 
 
-async def _send(running: RunningModel, body: Mapping[str, object]) -> httpx.Response:
-    request = running.client.build_request("POST", f"{running.url}/v1/chat/completions", json=body)
-    return await running.client.send(request, stream=True)
+async def _send(running: RunningModel, sent: Json) -> Answer:
+    request = running.client.build_request("POST", f"{running.url}/v1/chat/completions", json=sent)
+    response = await running.client.send(request, stream=True)
+    async with AsyncExitStack() as taken:
+        taken.push_async_callback(response.aclose)
+        if response.status_code != 200:
+            raise runtime_refusal(await response.aread())
+        answer = Answer(response)
+        if sent.get("stream"):
+            events = _events(response)
+            answer = Answer(response, await anext(events, b""), events)
+            if answer.first.startswith(_ERROR_EVENT):
+                raise runtime_refusal(answer.first.removeprefix(_DATA))
+        taken.pop_all()
+        return answer
 
 
 async def while_connected(request: Request, work: Coroutine[object, object, T]) -> T:
@@ -82,10 +102,8 @@ class Relay(StreamingResponse):
     The runtime always reports the usage; it is left out if the client did not ask for it.
     """
 
-    def __init__(
-        self, upstream: httpx.Response, taken: AsyncExitStack, counted: CountedRequest, *, keep_usage: bool
-    ) -> None:
-        events = _passed_on(upstream, counted, keep_usage=keep_usage)
+    def __init__(self, answer: Answer, taken: AsyncExitStack, counted: CountedRequest, *, keep_usage: bool) -> None:
+        events = _passed_on(answer, counted, keep_usage=keep_usage)
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._taken = taken
 
@@ -96,24 +114,34 @@ class Relay(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _passed_on(upstream: httpx.Response, counted: CountedRequest, *, keep_usage: bool) -> AsyncIterator[bytes]:
+async def _passed_on(answer: Answer, counted: CountedRequest, *, keep_usage: bool) -> AsyncIterator[bytes]:
     usage: Mapping[str, object] = {}
     is_first = True
     try:
-        async for event in _events(upstream):
+        async for event in _all_events(answer):
             found = _usage_of_event(event)
             if found:
                 usage = found
                 if not keep_usage:
                     continue
+            elif event.startswith(_ERROR_EVENT):
+                raise runtime_refusal(event.removeprefix(_DATA))
             elif is_first and _has_text(event):
                 is_first = False
                 counted.first_token()
             yield event
         counted.answered(200, usage)
-    except httpx.HTTPError as error:
-        counted.answered(502, usage)
-        yield b"data: " + json.dumps({"error": refusal_of(error).error}).encode() + b"\n\n"
+    except (httpx.HTTPError, Refused) as error:
+        refused = refusal_of(error)
+        counted.answered(refused.status, usage)
+        yield _DATA + json.dumps({"error": refused.error}).encode() + b"\n\n"
+
+
+async def _all_events(answer: Answer) -> AsyncIterator[bytes]:
+    if answer.events:
+        yield answer.first
+        async for event in answer.events:
+            yield event
 
 
 async def _events(upstream: httpx.Response) -> AsyncIterator[bytes]:
@@ -127,10 +155,10 @@ async def _events(upstream: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _usage_of_event(event: bytes) -> Mapping[str, object]:
-    if b'"usage"' not in event or not event.startswith(b"data: {"):
+    if b'"usage"' not in event or not event.startswith(_DATA + b"{"):
         return {}
     with contextlib.suppress(ValueError):
-        document = json.loads(event[len(b"data: ") :])
+        document = json.loads(event.removeprefix(_DATA))
         if not document.get("choices") and isinstance(document.get("usage"), dict):
             usage: Mapping[str, object] = document["usage"]
             return usage

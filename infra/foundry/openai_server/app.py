@@ -8,22 +8,36 @@ import time
 from contextlib import AsyncExitStack
 
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from slmops.infra import errors
+from slmops.infra.foundry.browser_access import BrowserAccess
 from slmops.infra.foundry.following import Following
 from slmops.infra.foundry.model_host import ModelHost
 from slmops.infra.foundry.openai_server.answers import Relay, ask_runtime, usage_of, while_connected
+from slmops.infra.foundry.openai_server.chat_request import ChatRequest
 from slmops.infra.foundry.openai_server.errors import HANDLERS, Refused
 from slmops.infra.foundry.openai_server.metrics import Metrics
-from slmops.infra.foundry.openai_server.requests import checked_chat, read_body
+from slmops.infra.foundry.openai_server.openapi import openapi_document
+from slmops.infra.foundry.openai_server.requests import Form, for_runtime, read_request
 from slmops.infra.foundry.openai_server.token import BearerToken
 from slmops.infra.foundry.served_model import NotServed
 from slmops.infra.settings import ServeSettings
+
+
+class NextChampion(BaseModel):
+    """The request for another champion; the precision is what the caller expects of it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    version: int = Field(ge=1)
+    precision: str | None = None
 
 
 def openai_server(
@@ -32,7 +46,8 @@ def openai_server(
     settings: ServeSettings,
     control_token: str,
 ) -> Starlette:
-    """Return the ASGI application: `/v1/models`, `/v1/chat/completions`, `/health`, `/ready`, `/metrics`.
+    """Return the ASGI application: `/v1/models`, `/v1/chat/completions`, `/health`, `/ready`, `/metrics`,
+    `/openapi.json`.
 
     `/v1` and `/metrics` require the settings' token if there is one. `/slmops/v1` requires the control token, which
     only processes of this user can read.
@@ -46,12 +61,29 @@ def openai_server(
         routes=[
             Route("/health", front.health),
             Route("/ready", front.ready),
+            Route("/openapi.json", front.openapi),
             Route("/metrics", front.metrics, middleware=clients),
             Route("/v1/models", front.list_models, middleware=clients),
             Route("/v1/models/{model:path}", front.show_model, middleware=clients),
             Route("/v1/chat/completions", front.chat, methods=["POST"], middleware=clients),
             Route("/slmops/v1/models", front.states, middleware=control),
             Route("/slmops/v1/models/{name}/champion", front.change_champion, methods=["POST"], middleware=control),
+        ],
+        middleware=[
+            Middleware(
+                BrowserAccess,
+                origins=settings.allowed_origins,
+                hosts=settings.allowed_hosts if settings.allowed_hosts or not token else None,
+                refuse=lambda status, said, remedy: Refused(status, f"{said} {remedy}").response(),
+                section="SERVE",
+            ),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.allowed_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                allow_private_network=True,
+            ),
         ],
         exception_handlers=HANDLERS,
     )
@@ -65,6 +97,7 @@ class _Front:
         self._following = following
         self._settings = settings
         self._metrics = Metrics(host)
+        self._openapi = openapi_document(has_token=settings.token is not None)
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -72,9 +105,15 @@ class _Front:
     async def ready(self, _: Request) -> Response:
         if not self._host.is_ready:
             return JSONResponse({"status": "not ready", "reason": "No model is loaded."}, 503)
-        if self._following.fault:
-            return JSONResponse({"status": "behind", "reason": self._following.fault}, 503)
+        if self._following.behind:
+            reason = f"{', '.join(self._following.behind)}: the store's champion is not served; see the server's log."
+            return JSONResponse({"status": "behind", "reason": reason}, 503)
+        if failing := self._host.failing:
+            return JSONResponse({"status": "ready", "not_loaded": failing})
         return JSONResponse({"status": "ready"})
+
+    async def openapi(self, _: Request) -> Response:
+        return JSONResponse(self._openapi)
 
     async def metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -89,24 +128,16 @@ class _Front:
         return JSONResponse(_model(model))
 
     async def states(self, _: Request) -> Response:
-        loaded = {running.served for running in self._host.models if running.is_loaded}
         models = [
-            {
-                "name": name,
-                "version": served.version,
-                "precision": served.precision,
-                "state": "loaded" if served in loaded else "not loaded",
-            }
+            {"name": name, "version": served.version, "precision": served.precision, **self._host.state_of(served)}
             for name, served in sorted(self._host.champions.items())
         ]
         return JSONResponse({"models": models})
 
     async def change_champion(self, request: Request) -> Response:
-        version = (await read_body(request, self._settings.max_request_bytes)).get("version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise Refused(400, "version must be a positive integer.", param="version")
+        asked = await self._read(request, NextChampion)
         try:
-            served, former = await self._host.hand_over(request.path_params["name"], version)
+            served, former = await self._host.hand_over(request.path_params["name"], asked.version)
         except errors.SlmopsError as error:
             fault = {"message": error.message, "what_to_do": error.what_to_do}
             return JSONResponse({"error": fault}, 404 if isinstance(error, NotServed) else 409)
@@ -114,19 +145,24 @@ class _Front:
 
     async def chat(self, request: Request) -> Response:
         began = time.perf_counter()
-        body = await read_body(request, self._settings.max_request_bytes)
-        model, wants_usage = checked_chat(body)
-        with self._metrics.counted(model if model in self._host.champions else "", began) as counted:
+        asked = await self._read(request, ChatRequest)
+        name = asked.model if asked.model in self._host.champions else ""
+        with self._metrics.counted(name, began) as counted:
             async with AsyncExitStack() as taken:
-                running = await taken.enter_async_context(self._host.turn(model))
+                running = await taken.enter_async_context(self._host.turn(asked.model))
                 counted.model = running.served.name
-                upstream = await while_connected(request, ask_runtime(self._host, running, body))
-                taken.push_async_callback(upstream.aclose)
-                if body.get("stream"):
-                    return Relay(upstream, taken.pop_all(), counted, keep_usage=wants_usage)
-                content = await while_connected(request, upstream.aread())
+                sent = for_runtime(asked, running)
+                answer = await while_connected(request, ask_runtime(self._host, running, sent))
+                taken.push_async_callback(answer.response.aclose)
+                if asked.stream:
+                    keep_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+                    return Relay(answer, taken.pop_all(), counted, keep_usage=keep_usage)
+                content = await while_connected(request, answer.response.aread())
         counted.answered(200, usage_of(content))
         return Response(content, media_type="application/json")
+
+    async def _read(self, request: Request, form: type[Form]) -> Form:
+        return await read_request(request, form, self._settings.max_request_bytes, self._settings.receive_timeout_s)
 
 
 def _model(model_id: str) -> dict[str, object]:

@@ -28,17 +28,21 @@ class Metrics:
         self._tokens = Counter("slmops_tokens", "Tokens by model and kind.", ["model", "kind"], **shared)
         self._rss = Gauge("slmops_model_rss_bytes", "Resident memory of a model's process.", labels, **shared)
         self._active = Gauge("slmops_requests_active", "Requests that a model is answering.", labels, **shared)
+        self._failures = Gauge(
+            "slmops_model_failures", "Crashes and failed attempts to load, since its last answer.", labels, **shared
+        )
         self._waiting = Gauge("slmops_requests_waiting", "Requests that wait for a model.", labels, **shared)
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
-        for gauge in (self._rss, self._active, self._waiting):
+        for gauge in (self._rss, self._active, self._waiting, self._failures):
             gauge.clear()
         for running in self._host.models:
             model_id = running.served.model_id
             self._rss.labels(model_id).set(running.process.rss_bytes if running.process else 0)
             self._active.labels(model_id).set(running.active)
             self._waiting.labels(model_id).set(running.waiting)
+            self._failures.labels(model_id).set(running.failures)
         return generate_latest(self._registry)
 
     @contextmanager

@@ -1,82 +1,132 @@
-"""Clients' requests: the body is checked and converted to the runtime's form."""
+"""Clients' requests: the body is read, checked and converted to the runtime's form."""
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
+from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
-from slmops.infra.foundry.openai_server.errors import OVER_CONTEXT, Refused
+from slmops.infra.foundry.openai_server.chat_request import (
+    AssistantMessage,
+    ChatRequest,
+    Message,
+    ResponseFormat,
+    SchemaFormat,
+    ToolMessage,
+)
+from slmops.infra.foundry.openai_server.errors import Refused
 from slmops.infra.foundry.request_body import bounded_body
 from slmops.infra.foundry.served_model import RunningModel
+from slmops.infra.records import Json
 
 BREAK = "\u200b"  # a zero-width space; inside a control token it makes the token ordinary text
+JSON_TYPE = "application/json"
+
+Form = TypeVar("Form", bound=BaseModel)
 
 
-async def read_body(request: Request, limit_bytes: int) -> dict[str, Any]:
-    """Return a request's JSON object; raises `Refused` if it is not one, and `TooLarge`."""
-    received = await bounded_body(request, limit_bytes)
+async def read_request(request: Request, form: type[Form], limit_bytes: int, deadline_s: float) -> Form:
+    """Return a request's body; raises `Refused` for another form, `TooLarge` and `TooSlow`."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != JSON_TYPE:
+        raise Refused(415, f"The content type of requests is {JSON_TYPE}, found {kind[:100]!r}.")
+    body = await bounded_body(request, limit_bytes, deadline_s)
     try:
-        body = json.loads(received.decode("utf-8"))
+        body.decode("utf-8")
+        return form.model_validate_json(body)
     except UnicodeDecodeError:
         raise Refused(400, "The request is not valid UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"The request is not valid JSON: {error}.") from None
-    if not isinstance(body, dict):
-        raise Refused(400, "The request must be a JSON object.")
-    return body
+    except ValidationError as error:
+        raise _refusal_of(error, form) from None
 
 
-def checked_chat(body: Mapping[str, object]) -> tuple[str, bool]:
-    """Return the model's name and whether the client wants usage in a stream; raises `Refused`."""
-    model, messages = body.get("model"), body.get("messages")
-    if not isinstance(model, str) or not model:
-        raise Refused(400, "you must provide a model parameter", param="model")
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise Refused(400, "messages must be a list of at least one message.", param="messages")
-    if body.get("n") not in (None, 1):
-        raise Refused(400, "One answer is made per request: n must be 1.", param="n")
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise Refused(400, "stream_options must be an object.", param="stream_options")
-    return model, bool((options or {}).get("include_usage"))
+def _refusal_of(error: ValidationError, form: type[BaseModel]) -> Refused:
+    # The deepest fault: of a message's, not that the list of messages is faulty.
+    fault = max(error.errors(include_url=False, include_input=False), key=lambda fault: len(fault["loc"]))
+    if not fault["loc"]:
+        if fault["type"] == "json_invalid":
+            return Refused(400, f"The request is not valid JSON: {fault['ctx']['error']}.")
+        return Refused(400, "The request must be a JSON object.")
+    param = _param(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        said = f"Unrecognized request argument supplied: {param}."
+        return Refused(400, said, code="unknown_parameter", param=param)
+    return Refused(400, f"{param}: {_told(fault, form)}", param=param)
 
 
-def for_runtime(body: Mapping[str, Any], running: RunningModel) -> dict[str, object]:
-    """Return a checked request for the runtime: the exact model, usage always, no control tokens in texts."""
-    control_tokens = running.placed.control_tokens
-    sent = {**body, "model": running.served.model_id}
-    sent["messages"] = [_without_control_tokens(message, control_tokens) for message in body["messages"]]
-    if body.get("stream"):
-        sent["stream_options"] = {"include_usage": True}
-    if "max_completion_tokens" in sent:
-        sent.setdefault("max_tokens", sent.pop("max_completion_tokens"))
+def _told(fault: ErrorDetails, form: type[BaseModel]) -> str:
+    if fault["type"] == "string_pattern_mismatch":
+        return "The character U+0000 is not allowed."
+    field = form.model_fields.get(str(fault["loc"][0])) if len(fault["loc"]) == 1 else None
+    said = f"{fault['msg'].rstrip('.')}."
+    if field is None or field.description is None or fault["type"] == "missing":
+        return said
+    return field.description if fault["type"] == "none_required" else f"{said} {field.description}"
+
+
+def _param(location: tuple[int | str, ...]) -> str:
+    """Return a location as OpenAI writes it (`messages[0].content`), without the kinds that pydantic adds to it."""
+    kinds = {2} if location[:1] == ("messages",) else set()  # of the role
+    kinds |= {index + 1 for index, name in enumerate(location) if name in ("content", "stop", "response_format")}
+    names = [name for index, name in enumerate(location) if index not in kinds or isinstance(name, int)]
+    return "".join(f"[{name}]" if isinstance(name, int) else f".{name[:100]}" for name in names).removeprefix(".")
+
+
+def for_runtime(asked: ChatRequest, running: RunningModel) -> Json:
+    """Return a request for the runtime: the exact model, usage always, no control tokens in texts.
+
+    Where the client says nothing about sampling, the answer is greedy, as the answers that the gate judged.
+    """
+    tokens = running.placed.control_tokens
+    sent: Json = {"model": running.served.model_id, "messages": [_message(each, tokens) for each in asked.messages]}
+    for name in ("temperature", "top_p", "top_k", "seed", "reasoning_effort"):
+        if (value := getattr(asked, name)) is not None:
+            sent[name] = value
+    if not {"temperature", "top_p", "top_k"} & sent.keys():
+        sent["temperature"] = 0
+    if limit := asked.max_completion_tokens or asked.max_tokens:
+        sent["max_tokens"] = limit
+    if asked.stop:
+        sent["stop"] = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop)
+    if asked.stream:
+        sent |= {"stream": True, "stream_options": {"include_usage": True}}
+    if asked.response_format:
+        sent["response_format"] = _format(asked.response_format)
+    if asked.chat_template_kwargs:
+        sent["chat_template_kwargs"] = asked.chat_template_kwargs.model_dump()
     return sent
 
 
-def room_for_answer(refused: Refused, body: Mapping[str, object]) -> int | None:
-    """Return the tokens left for the answer, if the prompt fits and only the runtime's default of 2,048 does not."""
-    if any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens")):
-        return None
-    found = OVER_CONTEXT.search(refused.error["message"] or "")
-    room = int(found[2]) - int(found[1]) if found else 0
-    return room if room > 0 else None
+def _format(asked: ResponseFormat) -> Json:
+    """Return a response format in the runtime's form, in which the schema is not in an object with its name."""
+    if not isinstance(asked, SchemaFormat):
+        return {"type": asked.type}
+    schema = asked.json_schema.json_schema
+    return {"type": asked.type, "json_schema": {"type": "object"} if schema is None else schema}
 
 
-def _without_control_tokens(message: Mapping[str, object], control_tokens: tuple[str, ...]) -> dict[str, object]:
-    """Break control tokens in texts, because a text must not end its turn or begin another one."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": broken(content, control_tokens)}
-    if isinstance(content, list):
-        parts = [
-            {**part, "text": broken(part["text"], control_tokens)}
-            if isinstance(part, dict) and isinstance(part.get("text"), str)
-            else part
-            for part in content
-        ]
-        return {**message, "content": parts}
-    return dict(message)
+def _message(message: Message, control_tokens: tuple[str, ...]) -> Json:
+    """Break control tokens in all texts of a message, because a text must not end its turn or begin another one."""
+    role = "system" if message.role == "developer" else message.role  # no chat template knows the newer name
+    texts: dict[str, JsonValue] = {"content": message.text}
+    if isinstance(message, ToolMessage):
+        texts["tool_call_id"] = message.tool_call_id
+    elif message.name is not None:
+        texts["name"] = message.name
+    if isinstance(message, AssistantMessage) and message.tool_calls:
+        texts["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    return {"role": role, **{name: _broken_within(value, control_tokens) for name, value in texts.items()}}
+
+
+def _broken_within(value: JsonValue, control_tokens: tuple[str, ...]) -> JsonValue:
+    if isinstance(value, str):
+        return broken(value, control_tokens)
+    if isinstance(value, list):
+        return [_broken_within(item, control_tokens) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _broken_within(item, control_tokens) for name, item in value.items()}
+    return value
 
 
 def broken(text: str, control_tokens: tuple[str, ...]) -> str:

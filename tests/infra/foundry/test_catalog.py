@@ -242,7 +242,7 @@ def serving(app):
 def ask(app, method="POST", path=CATALOG_PATH, **request):
     async def send():
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # as a server has it
-        async with httpx.AsyncClient(transport=transport, base_url="http://catalog") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **request)
 
     return asyncio.run(send())
@@ -328,13 +328,27 @@ def test_an_unreadable_store_is_reported_and_read_again():
     app = catalog_app(models)
     for answer in (post(app, {}), ask(app, "GET", "/health")):
         assert answer.status_code == 503
-        assert answer.json() == {"error": {"message": "The store is gone.", "what_to_do": "Bring it back."}}
+        told = {"message": "The models cannot be listed.", "what_to_do": "See the log of slmops catalog."}
+        assert answer.json() == {"error": told}
     answers[0] = OSError(28, "No space left on device")  # whatever it is: the next request is answered anew
     for answer in (post(app, {}), ask(app, "GET", "/health")):
         assert (answer.status_code, answer.json()["error"]["message"]) == (503, "The models cannot be listed: OSError.")
     answers.pop(0)
     assert post(app, {}).json()["totalCount"] == 4
     assert ask(app, "GET", "/health").json() == {"status": "ok"}
+
+
+def test_pages_of_browsers_are_refused():
+    app = catalog_app(lambda: HOME, hosts=["store.example"], origins=["http://own.example"])
+    for headers, status in (
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://own.example"}, 200),
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "store.example:5274"}, 200),
+        ({"Host": "127.0.0.1:5274"}, 200),
+    ):
+        assert post(app, {}, headers=headers).status_code == status
+    assert ask(app, "GET", "/health", headers={"Host": "evil.example"}).status_code == 421
 
 
 def test_a_token_is_required_if_one_is_set():
