@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import psutil
 from platformdirs import user_cache_path, user_data_path
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -19,20 +19,16 @@ from pydantic_settings import (
 )
 
 from slmops.infra.errors import BadInput
+from slmops.infra.server_settings import CatalogSettings, Seconds, Section, ServeSettings
 from slmops.infra.settings_faults import fault_of_home, near_misses
 
 ENVIRONMENT_PREFIX = "SLMOPS_"
 NESTED_DELIMITER = "__"
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StoreSettings(_Section):
+class StoreSettings(Section):
     """The store of versions."""
 
     uri: str | None = Field(
@@ -56,7 +52,7 @@ class StoreSettings(_Section):
     )
 
 
-class FoundrySettings(_Section):
+class FoundrySettings(Section):
     """Foundry Local's directories."""
 
     cache_dir: Path | None = Field(
@@ -64,53 +60,7 @@ class FoundrySettings(_Section):
     )
 
 
-class ServeSettings(_Section):
-    """The server of models, `slmops serve`."""
-
-    token: SecretStr | None = Field(
-        None, description="Token that clients send as their API key; required on addresses other than loopback."
-    )
-    max_concurrency: int = Field(2, ge=1, le=1024, description="Requests that one model answers concurrently.")
-    max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for one model; more get a 429.")
-    max_request_bytes: int = Field(16_000_000, ge=1024, description="Largest request body.")
-    max_memory_bytes: int | None = Field(
-        None, ge=1, description="Memory of all loaded models; the least recently used ones are unloaded. Default: none."
-    )
-    load_timeout_s: Seconds = Field(600, description="Longest time for loading a model.")
-    request_timeout_s: Seconds = Field(600, description="Longest wait for a model's next piece of an answer.")
-    drain_s: Seconds = Field(60, description="Longest wait for running requests at a stop or a hand-over.")
-    follow_s: float = Field(
-        10, ge=0, le=86_400, description="Seconds between checks of the store for a new champion; 0: no checks."
-    )
-    receive_timeout_s: Seconds = Field(30, description="Longest time for a request's header, and for its body.")
-    max_connections: int = Field(512, ge=1, le=100_000, description="Open connections; more are closed at once.")
-    allowed_hosts: tuple[str, ...] = Field(
-        (),
-        description="Host names that requests may use besides localhost and IP addresses; default: any with a token.",
-    )
-    allowed_origins: tuple[str, ...] = Field(
-        (), description="Origins of web pages that may send requests, such as http://localhost:3000; default: none."
-    )
-
-
-class CatalogSettings(_Section):
-    """The private catalog."""
-
-    token: SecretStr | None = Field(
-        None,
-        min_length=16,
-        description="Token that a URL of the catalog must contain as ?token=; required for serving other machines.",
-    )
-    allowed_hosts: tuple[str, ...] = Field(
-        (),
-        description="Host names that requests may use besides localhost and IP addresses; default: any with a token.",
-    )
-    allowed_origins: tuple[str, ...] = Field(
-        (), description="Origins of web pages that may send requests; default: none."
-    )
-
-
-class GateSettings(_Section):
+class GateSettings(Section):
     """Thresholds of the gate; each overrides the defaults of all precisions."""
 
     min_top1_agreement: Share | None = Field(
@@ -138,7 +88,7 @@ class GateSettings(_Section):
     )
 
 
-class EvaluationSettings(_Section):
+class EvaluationSettings(Section):
     """Size of the comparison with the reference."""
 
     max_rows: int = Field(200, ge=1, le=100_000, description="Evaluation rows that are used, starting with the first.")
@@ -152,7 +102,7 @@ class EvaluationSettings(_Section):
     )
 
 
-class CalibrationSettings(_Section):
+class CalibrationSettings(Section):
     """Size of the calibration texts of quantized variants."""
 
     max_tokens: int = Field(4096, ge=16, le=1_000_000, description="Tokens of all texts.")
@@ -161,7 +111,7 @@ class CalibrationSettings(_Section):
     )
 
 
-class BenchmarkSettings(_Section):
+class BenchmarkSettings(Section):
     """Size of the measurement of speed and memory."""
 
     prompt_tokens: tuple[Annotated[int, Field(ge=1, le=131_072)], ...] = Field(
@@ -172,7 +122,7 @@ class BenchmarkSettings(_Section):
     repetitions: int = Field(5, ge=1, le=1000, description="Measured requests per prompt length.")
 
 
-class SweepSettings(_Section):
+class SweepSettings(Section):
     """The sweep over prompt lengths: powers of two from 32 on, up to the context's limit."""
 
     max_prompt_tokens: int | None = Field(
@@ -183,14 +133,14 @@ class SweepSettings(_Section):
     budget_s: Seconds = Field(20, description="The sweep stops before a length that would exceed this time.")
 
 
-class SoakSettings(_Section):
+class SoakSettings(Section):
     """The soak: many requests to one process, in genai and in Foundry Local."""
 
     requests: int = Field(48, ge=0, le=1_000_000, description="Requests per runtime; 0: no soak.")
     new_tokens: int = Field(8, ge=1, le=8192, description="Tokens generated per request.")
 
 
-class TimeoutSettings(_Section):
+class TimeoutSettings(Section):
     """Deadlines of the child processes, in seconds."""
 
     train_s: Seconds = Field(3600, description="Training of the demo checkpoint.")
@@ -205,7 +155,7 @@ class TimeoutSettings(_Section):
     foundry_s: Seconds = Field(900, description="One session with Foundry Local's runtime.")
 
 
-class WorkerSettings(_Section):
+class WorkerSettings(Section):
     """Flow runs on the workers of a Prefect server."""
 
     pool: str | None = Field(
@@ -225,7 +175,7 @@ class WorkerSettings(_Section):
     )
 
 
-class NoticeSettings(_Section):
+class NoticeSettings(Section):
     """Notices of failed runs and of regressions."""
 
     webhook_url: SecretStr | None = Field(
@@ -233,7 +183,7 @@ class NoticeSettings(_Section):
     )
 
 
-class MachineSettings(_Section):
+class MachineSettings(Section):
     """Resources of the machine; the sizes can be set to simulate another machine."""
 
     threads: int = Field(0, ge=0, le=1024, description="Threads per child process; 0: the physical cores.")
@@ -374,7 +324,7 @@ def describe_settings(settings: Settings) -> Iterator[tuple[str, object, str, st
     files = _secret_files()
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
-        if not isinstance(value, _Section):
+        if not isinstance(value, Section):
             yield _described((name,), value, field.description, files)
             continue
         for key, nested in type(value).model_fields.items():

@@ -16,7 +16,7 @@ import httpx
 from slmops.infra import errors
 from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.foundry.served_model import Busy, ModelSource, NotLoaded, NotServed, RunningModel, ServedVersion
-from slmops.infra.settings import ServeSettings
+from slmops.infra.server_settings import ServeSettings
 
 LOG = logging.getLogger("slmops.serve")
 FIRST_BACK_OFF_S = 0.5

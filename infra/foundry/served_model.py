@@ -10,7 +10,7 @@ import httpx
 
 from slmops.infra import errors
 from slmops.infra.foundry.model_process import ModelProcess
-from slmops.infra.settings import ServeSettings
+from slmops.infra.server_settings import ServeSettings
 
 
 class NotServed(errors.SlmopsError):

@@ -28,7 +28,7 @@ from slmops.infra.foundry.openai_server.openapi import openapi_document
 from slmops.infra.foundry.openai_server.requests import Form, for_runtime, read_request
 from slmops.infra.foundry.openai_server.token import BearerToken
 from slmops.infra.foundry.served_model import NotServed
-from slmops.infra.settings import ServeSettings
+from slmops.infra.server_settings import ServeSettings
 
 
 class NextChampion(BaseModel):

@@ -1,0 +1,59 @@
+"""The settings of the servers, `slmops serve` and `slmops catalog`."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+
+
+class Section(BaseModel):
+    """A section of the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServeSettings(Section):
+    """The server of models, `slmops serve`."""
+
+    token: SecretStr | None = Field(
+        None, description="Token that clients send as their API key; required on addresses other than loopback."
+    )
+    max_concurrency: int = Field(2, ge=1, le=1024, description="Requests that one model answers concurrently.")
+    max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for one model; more get a 429.")
+    max_request_bytes: int = Field(16_000_000, ge=1024, description="Largest request body.")
+    max_memory_bytes: int | None = Field(
+        None, ge=1, description="Memory of all loaded models; the least recently used ones are unloaded. Default: none."
+    )
+    load_timeout_s: Seconds = Field(600, description="Longest time for loading a model.")
+    request_timeout_s: Seconds = Field(600, description="Longest wait for a model's next piece of an answer.")
+    drain_s: Seconds = Field(60, description="Longest wait for running requests at a stop or a hand-over.")
+    follow_s: float = Field(
+        10, ge=0, le=86_400, description="Seconds between checks of the store for a new champion; 0: no checks."
+    )
+    receive_timeout_s: Seconds = Field(30, description="Longest time for a request's header, and for its body.")
+    max_connections: int = Field(512, ge=1, le=100_000, description="Open connections; more are closed at once.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host names that requests may use besides localhost and IP addresses; default: any with a token.",
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Origins of web pages that may send requests, such as http://localhost:3000; default: none."
+    )
+
+
+class CatalogSettings(Section):
+    """The private catalog."""
+
+    token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Token that a URL of the catalog must contain as ?token=; required for serving other machines.",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host names that requests may use besides localhost and IP addresses; default: any with a token.",
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Origins of web pages that may send requests; default: none."
+    )
