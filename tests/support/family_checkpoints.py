@@ -33,6 +33,7 @@ class RealFamily:
     template: str | None = None
     bos: str | None = None
     eos: str | None = None
+    pad: str | None = None
     added: dict[int, str] = field(default_factory=dict)
     last: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +55,15 @@ _DEEPSEEK_R1_LLAMA = {
     128013: "<think>",
     128014: "</think>",
     128015: f"<{_BAR}▁pad▁{_BAR}>",
+}
+_DEEPSEEK_R1_QWEN = {
+    151643: f"<{_BAR}end▁of▁sentence{_BAR}>",
+    151644: f"<{_BAR}User{_BAR}>",
+    151645: f"<{_BAR}Assistant{_BAR}>",
+    151646: f"<{_BAR}begin▁of▁sentence{_BAR}>",
+    151647: "<|EOT|>",
+    151648: "<think>",
+    151649: "</think>",
 }
 _SMOLLM3 = {
     128002: "<think>",
@@ -92,8 +102,19 @@ REAL_FAMILIES = {
     ),
     "qwen2.5": RealFamily("qwen2", "tokenizers/qwen3", "Qwen-Qwen2.5-7B-Instruct", last=151664),
     "qwen3": RealFamily("qwen3", "tokenizers/qwen3"),
+    "deepseek-r1-distill-qwen": RealFamily(
+        "qwen2",
+        "tokenizers/qwen3",
+        "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+        bos=_DEEPSEEK_R1_QWEN[151646],
+        eos=_DEEPSEEK_R1_QWEN[151643],
+        pad=_DEEPSEEK_R1_QWEN[151643],
+        added=_DEEPSEEK_R1_QWEN,
+        last=151664,
+    ),
     "gemma-3": RealFamily("gemma3", "tokenizers/gemma3"),
     "mistral-v0.1": RealFamily("mistral", "tokenizers/llama2", "mistral-v0.1"),
+    "phi-3": RealFamily("phi3", "tokenizers/phi-3", "phi-3", bos="<s>", eos="<|end|>"),
     "phi-3.5": RealFamily("phi3", "tokenizers/phi-3", "microsoft-Phi-3.5-mini-instruct", bos="<s>", eos="<|end|>"),
     "granite-3.3": RealFamily(
         "granite",
@@ -103,6 +124,14 @@ REAL_FAMILIES = {
         eos="<|endoftext|>",
         added=_GRANITE,
     ),
+}
+
+# Which configurations of tests.support.family_configs Foundry is asked about with their real tokenizer and template.
+TOKENIZER_OF = {
+    "Qwen/Qwen3-0.6B": "qwen3",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "deepseek-r1-distill-qwen",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2",
+    "microsoft/Phi-3-mini-4k-instruct": "phi-3",
 }
 
 
@@ -136,6 +165,8 @@ def save_real_tokenizer(family: RealFamily, directory: Path) -> int:
         config["add_bos_token"] = False
     if family.eos:
         config |= {"bos_token": family.bos, "eos_token": family.eos}
+    if family.pad:
+        config["pad_token"] = family.pad
     config["chat_template"] = _template_of(family, config)
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
     (directory / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), "utf-8")

@@ -1,67 +1,94 @@
-"""Every family in Foundry Local: its runtime loads a built model of each, and answers as onnxruntime-genai does."""
+"""Every family in Foundry Local: its tiny model with the family's real tokenizer and chat template, built and corrected
+as a deploy does it, has the tokens that transformers gives, and Foundry's runtime answers as onnxruntime-genai does."""
 
+import functools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slmops.infra.foundry.runtime import answer_unchecked, open_local_catalog
 from slmops.infra.genai.runtime import GenaiModel
+from slmops.infra.genai.served_files import mend_files
 from slmops.infra.olive.genai_builder import make_model
 from slmops.infra.process.call import Call, Progress
-from slmops.infra.process.supervisor import run_in_child
+from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.records import AbsolutePath
+from slmops.infra.reference.answers import Question
+from slmops.infra.transformers.answers import render_question
+from slmops.infra.transformers.tokenizer import load_tokenizer
+from tests.support.family_checkpoints import REAL_FAMILIES, TOKENIZER_OF, save_real_tokenizer
 from tests.support.family_configs import REAL, make_family, small_config
 
-QUESTION = [{"role": "user", "content": "Turn on the lights in the kitchen, please."}]
+QUESTION = Question(id=1, messages=({"role": "user", "content": "Turn on the 2 lights in the kitchen, please."},))
 NEW_TOKENS = 8
 IN_FLOATING_POINT = ("openai/gpt-oss-20b",)
 
 
-class AnswerInFoundry(Call[dict[str, str]]):
-    """Load the folders one after another in one runtime, and return each one's answer."""
+@functools.cache
+def catalog_of_this_process(cache_dir: Path) -> Any:
+    return open_local_catalog(cache_dir)
 
-    folders: dict[str, AbsolutePath]
+
+class AnswerInFoundry(Call[str]):
+    """Load a folder in the runtime of this process, which stays, and return its answer to the question."""
+
+    folder: AbsolutePath
     cache_dir: AbsolutePath
+    number: int
 
-    def perform(self, progress: Progress) -> dict[str, str]:
-        catalog = open_local_catalog(self.cache_dir)
+    def perform(self, progress: Progress) -> str:
         from foundry_local_sdk import ModelInfoBuilder
 
-        answers = {}
-        for number, (name, folder) in enumerate(self.folders.items()):
-            with ModelInfoBuilder() as metadata:
-                metadata.set_string_property("task", "chat-completion")
-                model = catalog.register_model(str(folder), f"family{number}-int4-generic-cpu:1", metadata)
-            model.load()
-            answers[name] = answer_unchecked(model, QUESTION, NEW_TOKENS)
-            model.unload()
-        return answers
+        with ModelInfoBuilder() as metadata:
+            metadata.set_string_property("task", "chat-completion")
+            name = f"family{self.number}-int4-generic-cpu:1"
+            model = catalog_of_this_process(self.cache_dir).register_model(str(self.folder), name, metadata)
+        model.load()
+        answer = answer_unchecked(model, QUESTION.messages, NEW_TOKENS)
+        model.unload()
+        return answer
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> dict[str, Path]:
-    folders = {}
-    for number, model in enumerate(REAL):
-        work = tmp_path_factory.mktemp(f"family-{number}")
-        checkpoint = make_family(work / "checkpoint", small_config(model))
+def foundry() -> Iterator[ChildProcess]:
+    with ChildProcess() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("foundry")
+
+
+def checkpoint_of(model: str, directory: Path, tiny_checkpoint: Path) -> Path:
+    """Return a checkpoint of the family's shape with its real tokenizer, or the tests' own if TOKENIZER_OF lacks it."""
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir()
+    size = {}
+    if model in TOKENIZER_OF:
+        size["vocab_size"] = save_real_tokenizer(REAL_FAMILIES[TOKENIZER_OF[model]], tokenizer)
+    else:
         for path in (*tiny_checkpoint.glob("tokenizer*"), *tiny_checkpoint.glob("chat_template*")):
-            shutil.copy(path, checkpoint)
-        folders[model] = work / "built"
-        folders[model].mkdir()
-        make_model(checkpoint, folders[model], {"precision": "fp16" if model in IN_FLOATING_POINT else "int4"})
-    return folders
-
-
-@pytest.fixture(scope="module")
-def answers(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    work = tmp_path_factory.mktemp("foundry")
-    call = AnswerInFoundry(folders=built, cache_dir=work / "cache")
-    return run_in_child(call, deadline_s=300, log_path=work / "log", work_dir=work / "work").value
+            shutil.copy(path, tokenizer)
+    checkpoint = make_family(directory / "checkpoint", {**small_config(model), **size})
+    return Path(shutil.copytree(tokenizer, checkpoint, dirs_exist_ok=True))
 
 
 @pytest.mark.parametrize("model", REAL)
-def test_foundry_answers_as_genai_does(model: str, built: dict[str, Path], answers: dict[str, str]) -> None:
-    genai = GenaiModel(built[model], threads=1)
-    _, prompt = genai.render(QUESTION)
-    assert answers[model] == genai.decode(genai.answer(prompt, NEW_TOKENS))
+def test_foundry_answers_as_genai_does(
+    model: str, tmp_path: Path, cache_dir: Path, foundry: ChildProcess, tiny_checkpoint: Path
+) -> None:
+    checkpoint = checkpoint_of(model, tmp_path, tiny_checkpoint)
+    built = tmp_path / "built"
+    built.mkdir()
+    make_model(checkpoint, built, {"precision": "fp16" if model in IN_FLOATING_POINT else "int4"})
+    mend_files(built, checkpoint)
+    genai = GenaiModel(built, threads=1)
+    text, prompt = genai.render(QUESTION.messages)
+    assert (text, prompt) == render_question(load_tokenizer(checkpoint), QUESTION)
+    call = AnswerInFoundry(folder=built, cache_dir=cache_dir, number=list(REAL).index(model))
+    answer = foundry.run(call, deadline_s=120, log_path=tmp_path / "log", work_dir=tmp_path).value
+    assert answer == genai.decode(genai.answer(prompt, NEW_TOKENS))
