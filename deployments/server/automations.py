@@ -12,7 +12,6 @@ from slmops.infra.settings import Settings
 if TYPE_CHECKING:
     from prefect.automations import Automation, EventTrigger
 
-REGRESSION = "slmops.benchmark.regression"
 OF_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
 NOTICES_BLOCK = "slmops-notices"
 
@@ -84,6 +83,8 @@ def automations(
     ]
     if webhook_block_id is None:
         return found
+    from slmops.tasks.runs.events import REGRESSION
+
     failure = _notice("event.event", "flow_run.name", "flow_run.state.message")
     regression = _notice("event.event", "event.payload.reference", "event.payload.summary")
     return [

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from prefect.artifacts import create_markdown_artifact
-from prefect.events import emit_event
 from pydantic import Field, FiniteFloat
 
 from slmops.infra.records import Record
@@ -12,10 +11,9 @@ from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, 
 from slmops.tasks.report.document import METRIC_TITLES
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.wording import INTERVALS, decimal, estimated, factor, megabytes
+from slmops.tasks.runs.events import REGRESSION, tell
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.history import Change
-
-REGRESSION_EVENT = "slmops.benchmark.regression"
 
 
 class VariantBenchmark(Record):
@@ -162,15 +160,5 @@ def publish_benchmark(report: BenchmarkReport) -> None:
         markdown=benchmark_markdown(report), key=f"slmops-benchmark-{report.name}", description=report.summary
     )
     if report.regressed:
-        emit_event(
-            REGRESSION_EVENT,
-            resource={
-                "prefect.resource.id": f"slmops.model.{report.name}",
-                "prefect.resource.name": report.reference,
-            },
-            payload={
-                "reference": report.reference,
-                "summary": report.summary,
-                "changes": [change.model_dump(mode="json") for change in report.worse],
-            },
-        )
+        changes = [change.model_dump(mode="json") for change in report.worse]
+        tell(REGRESSION, report.name, report.reference, report.summary, changes=changes)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import Artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import MODEL_CARD
@@ -16,15 +16,21 @@ from slmops.infra.storage.version import Version
 from slmops.tasks.report.html import to_html
 from slmops.tasks.report.markdown import to_markdown, variant_rows
 from slmops.tasks.report.model_card import base_model_of, model_card
+from slmops.tasks.report.models import post_models
 from slmops.tasks.report.plot_cache import draw_once
 from slmops.tasks.report.plots import Plot
 from slmops.tasks.report.records import DeployReport
+from slmops.tasks.runs.events import VERSION_REGISTERED, VERSION_REJECTED, tell
 from slmops.tasks.runs.stage import stage
+
+EVENTS = {"registered": VERSION_REGISTERED, "rejected": VERSION_REJECTED}
 
 
 @stage("publish report", run_name="report-{report.name}")
 def publish_report(report: DeployReport, version: Version | None, settings: Settings) -> DeployReport:
-    """Post the report as Prefect artifacts, and keep it in the store and under the home directory.
+    """Post the report as Prefect artifacts and an event, and keep it in the store and under the home directory.
+
+    The artifact of type `json` is the document that `slmops deploy --json` prints.
 
     Returns the report with the paths of its Markdown and HTML files; without a version there are none.
     """
@@ -37,6 +43,7 @@ def publish_report(report: DeployReport, version: Version | None, settings: Sett
         table=_artifact_rows(report), key=f"{key}-variants", description=f"Variants of {report.reference}"
     )
     if version is None:
+        _post_document(report)
         return report
     create_link_artifact(
         link=version.uri,
@@ -52,7 +59,17 @@ def publish_report(report: DeployReport, version: Version | None, settings: Sett
     version.record(DEPLOY, Deployed.model_validate(report.model_dump(mode="json")))
     for kind, text in texts.items():
         write_whole(paths[kind], text)
+    _post_document(report)
+    post_models(version.registry)
+    if report.status in EVENTS:
+        precisions = [variant.precision for variant in report.variants if variant.status == "registered"]
+        tell(EVENTS[report.status], report.name, report.reference, report.summary, precisions=precisions)
     return report
+
+
+def _post_document(report: DeployReport) -> None:
+    document = report.model_dump(mode="json")
+    Artifact(type="json", key=f"slmops-{report.name}-document", description=report.summary, data=document).create()
 
 
 def artifact_markdown(report: DeployReport, plots: Mapping[str, Plot]) -> str:

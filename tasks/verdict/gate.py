@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
+from prefect import get_run_logger
+
 from slmops.infra.records import Record, later_field
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.version import Variant
@@ -317,4 +319,16 @@ def judge_stored_variant(
     )
     record = VariantVerdict(precision=variant.precision, thresholds=thresholds, **dict(verdict))
     variant.version.record(VERDICT, record)
+    get_run_logger().info("%s", verdict_line(variant.precision, verdict))
     return verdict
+
+
+def verdict_line(precision: str, verdict: GateVerdict) -> str:
+    """Return the run log's sentence on a verdict, with each failed check's value and threshold."""
+    if verdict.passed:
+        return f"{precision} passed the gate: {len(verdict.checks)} checks."
+    told = ", ".join(
+        f"{check.name} {'-' if check.value is None else format(check.value, '.4g')} (limit {check.threshold:.4g})"
+        for check in verdict.failed_checks
+    )
+    return f"{precision} was rejected by the gate: {told}."

@@ -32,7 +32,7 @@ from slmops.tasks.report.records import VariantReport
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.versions.change import Change, plan_deployed
-from slmops.tasks.versions.promotion import Promotion, outcome
+from slmops.tasks.versions.promotion import Promotion, outcome, tell_champion
 from slmops.tasks.versions.undo import Undo, all_or_nothing, hand_back, restore_alias
 
 
@@ -91,7 +91,9 @@ def change_champion(change: Change, settings: Settings) -> Promotion:
                 hand_over(server, change)
             undo.add("the alias", partial(restore_alias, change))
             set_champion(change)
-    return outcome(change, change.kind, proof=proof, servers=len(present.servers))
+    promotion = outcome(change, change.kind, proof=proof, servers=len(present.servers))
+    tell_champion(promotion)
+    return promotion
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from slmops.infra.storage.objects import BLOBS
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
 from slmops.tasks.foundry.registration import unregister_version
+from slmops.tasks.report.models import post_models
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
@@ -155,3 +156,4 @@ def publish_collection(collection: Collection) -> None:
         key="slmops-gc",
         description=collection.summary,
     )
+    post_models(workshop().registry)

@@ -9,8 +9,11 @@ from slmops.tasks.foundry.ids import champion_model_id
 from slmops.tasks.foundry.proof import Proof
 from slmops.tasks.report.blocks import Code, Heading, Paragraph, Text, table
 from slmops.tasks.report.markdown import blocks_to_markdown
+from slmops.tasks.report.models import post_models
+from slmops.tasks.runs.events import CHAMPION_PROMOTED, CHAMPION_ROLLED_BACK, tell
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.versions.change import Change
+from slmops.tasks.workshop import workshop
 
 PromotionStatus = Literal["promoted", "rolled back", "unchanged"]
 
@@ -80,8 +83,16 @@ def promotion_markdown(promotion: Promotion) -> str:
     return blocks_to_markdown([title, Paragraph(promotion.summary), *table(("what", "value"), rows)])
 
 
+def tell_champion(promotion: Promotion) -> None:
+    """Emit the event of a changed champion, whichever flow changed it."""
+    event = CHAMPION_ROLLED_BACK if promotion.status == "rolled back" else CHAMPION_PROMOTED
+    reason, former = promotion.reason, promotion.former
+    tell(event, promotion.name, promotion.reference, promotion.summary, reason=reason, former=former)
+
+
 @stage("publish promotion", run_name="report-{promotion.name}")
 def publish_promotion(promotion: Promotion) -> None:
-    """Post the promoted version and the reason as a Markdown artifact."""
+    """Post the promoted version and the reason as a Markdown artifact, and what changed in the table of models."""
     key = f"slmops-promotion-{promotion.name}"
     create_markdown_artifact(markdown=promotion_markdown(promotion), key=key, description=promotion.summary)
+    post_models(workshop().registry)

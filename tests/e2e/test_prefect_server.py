@@ -1,6 +1,8 @@
 """With a running Prefect server: a deploy's records in its API, and cancellation over the API."""
 
+import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +61,10 @@ def test_the_server_has_the_run_its_tasks_and_the_report(
     assert f"# served@{report['version']}: registered" in artifacts["slmops-served"]["data"]
     assert "served-int4-generic-cpu:1" in artifacts["slmops-served-variants"]["data"]
     assert artifacts["slmops-served-version"]["data"]
+    assert json.loads(artifacts["slmops-served-document"]["data"]) == report
+    (model,) = [row for row in json.loads(artifacts["slmops-models"]["data"]) if row["model"] == "served"]
+    assert (model["champion"], model["candidate"], model["precision"]) == ("served@1", "-", "int4")
+    wait_for_events(server, "served", {"slmops.champion.promoted", "slmops.version.registered"})
     posted = query(server, "artifacts", artifacts={"type": {"any_": ["progress"]}})
     assert {"build int4", "evaluate int4"} <= {
         artifact["description"] for artifact in posted if artifact["data"] == 100
@@ -66,7 +72,20 @@ def test_the_server_has_the_run_its_tasks_and_the_report(
     assert not (slmops.home / "prefect" / "prefect.db").exists()
     logs = query(server, "logs", logs={"flow_run_id": {"any_": [run["id"]]}})
     assert any("evaluate int4" in log["message"] for log in logs)
+    assert any(re.match(r"int4 passed the gate: \d+ checks\.", log["message"]) for log in logs)
     assert [log["message"] for log in logs if log["level"] >= logging.WARNING] == []
+
+
+def wait_for_events(server: str, name: str, expected: set[str]) -> None:
+    """Wait until the server has these events of slmops on a model, which are sent in the background, and no others."""
+    deadline = time.monotonic() + 120
+    body = {"filter": {"event": {"prefix": ["slmops."]}, "resource": {"id": [f"slmops.model.{name}"]}}}
+    found: set[str] = set()
+    while not expected <= found:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+        found = {event["event"] for event in call("POST", f"{server}/events/filter", body)["events"]}
+    assert found == expected
 
 
 def test_a_variant_below_the_gate_is_not_registered_and_its_run_failed_as_rejected(
@@ -85,6 +104,9 @@ def test_a_variant_below_the_gate_is_not_registered_and_its_run_failed_as_reject
     (run,) = query(server, "flow_runs", flow_runs={"name": {"any_": ["deploy-poor"]}})
     assert (run["state"]["type"], run["state"]["name"]) == ("FAILED", "Rejected")
     assert run["state"]["message"] == "poor@1 int4 rejected."
+    wait_for_events(server, "poor", {"slmops.version.rejected"})
+    logs = query(server, "logs", logs={"flow_run_id": {"any_": [run["id"]]}})
+    assert any(log["message"].startswith("int4 was rejected by the gate: kl_divergence ") for log in logs)
 
 
 def test_cancelling_a_served_run_ends_its_children(slmops: Slmops, tiny: Path, server: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.foundry.registration import registered_models
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops, SlmopsHere
 from tests.e2e.test_deploy import INT4
+from tests.e2e.test_prefect_server import wait_for_events
 from tests.e2e.test_store import other_content
 from tests.support.model_server import ModelServer
 from tests.support.served_models import serving
@@ -114,6 +115,8 @@ def test_there_and_back(slmops: Slmops, model_server: ModelServer, server: str) 
     asked = {"artifacts": {"key": {"any_": ["slmops-promotion-home"]}}, "sort": "CREATED_DESC"}
     artifacts = httpx.post(f"{server}/artifacts/filter", json=asked).raise_for_status().json()
     assert any("knows the garage" in artifact["data"] for artifact in artifacts)
+    told = ("champion.promoted", "champion.rolled-back", "version.registered")
+    wait_for_events(server, "home", {f"slmops.{event}" for event in told})
 
 
 def test_a_running_servers_clients_see_no_failure(slmops: Slmops) -> None:

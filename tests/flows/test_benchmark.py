@@ -15,7 +15,7 @@ from slmops.infra.storage.manifest import Source
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA, Measurement, measure_variant
-from slmops.tasks.report.benchmark import REGRESSION_EVENT
+from slmops.tasks.runs.events import REGRESSION
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
@@ -113,7 +113,7 @@ def query(api: str, path: str, body: dict[str, Any]) -> Any:
 
 
 def events_of(api: str, name: str) -> list[dict[str, Any]]:
-    wanted = {"event": {"name": [REGRESSION_EVENT]}, "resource": {"id": [f"slmops.model.{name}"]}}
+    wanted = {"event": {"name": [REGRESSION]}, "resource": {"id": [f"slmops.model.{name}"]}}
     found: list[dict[str, Any]] = query(api, "events/filter", {"filter": wanted})["events"]
     return found
 
