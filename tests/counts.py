@@ -79,6 +79,7 @@ def counts() -> tuple[Count, ...]:
         Count("Any per 1,000 lines", 8, round(1000 * len(anys) / lines, 1)),
         Count("calls of a child by string", 0, len(by_string), by_string),
         Count("lines of the product", 39_303, lines),
+        Count("lines of the product", 39_500, lines),
     )
 
 

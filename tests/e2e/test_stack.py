@@ -86,7 +86,9 @@ def killed(stack: Stack, slmops: Slmops, checkpoint: str) -> Iterator["subproces
     script = example("sh", "curl").replace('["int4"]', '["fp16", "int8", "int4"]')
     assert "int8" in script
     variables = slmops.variables(CHECKPOINT=checkpoint, NAME="scaled")
-    calling = subprocess.Popen(["bash", "-c", script], env=variables, stdout=subprocess.PIPE, text=True)
+    calling = subprocess.Popen(
+        ["bash", "-c", script], cwd=stack.folder, env=variables, stdout=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + DEADLINE_S
         while not all(builds_of(stack, name) for name in WORKERS):

@@ -39,9 +39,9 @@ def example(language: str, after: str) -> str:
     return found[1]
 
 
-def run_example(command: list[str], variables: dict[str, str]) -> str:
-    """Run an example and return what it prints."""
-    done = subprocess.run(command, env=variables, text=True, capture_output=True, check=False)
+def run_example(command: list[str], variables: dict[str, str], folder: Path) -> str:
+    """Run an example in a folder and return what it prints."""
+    done = subprocess.run(command, cwd=folder, env=variables, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -220,15 +220,16 @@ def test_check_reports_what_is_missing(slmops: Slmops, tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_documented_calls_deploy_once_and_fetch_the_report(up: Up, api: str, tiny: Path) -> None:
+def test_the_documented_calls_deploy_once_and_fetch_the_report(up: Up, api: str, tiny: Path, tmp_path: Path) -> None:
     variables = {**up.environment, **up.client, "CHECKPOINT": str(tiny), "NAME": "by-api"}
-    with_curl = run_example(["sh", "-c", example("sh", "curl")], variables)
+    with_curl = run_example(["sh", "-c", example("sh", "curl")], variables, tmp_path)
     assert "by-api@1 int4 registered." in with_curl
     assert "# by-api@1" in with_curl
-    with_python = run_example([sys.executable, "-c", example("python", "Python")], variables)
+    with_python = run_example([sys.executable, "-c", example("python", "Python")], variables, tmp_path)
     # The same idempotency key: the same run and its report, and no other.
     assert with_curl.splitlines()[0] == with_python.splitlines()[0]
     assert "# by-api@1" in with_python
+    assert with_curl.splitlines()[-1] == with_python.splitlines()[-1] == "selected int4"
     assert len(ended_runs(api, name="by-api")) == 1
 
 
