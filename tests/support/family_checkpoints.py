@@ -128,6 +128,8 @@ REAL_FAMILIES = {
 
 # Which configurations of tests.support.family_configs Foundry is asked about with their real tokenizer and template.
 TOKENIZER_OF = {
+    "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5",
+    "HuggingFaceTB/SmolLM3-3B": "smollm3",
     "Qwen/Qwen3-0.6B": "qwen3",
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "deepseek-r1-distill-qwen",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2",
