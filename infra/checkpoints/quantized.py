@@ -11,6 +11,10 @@ from slmops.infra.errors import BadInput
 from slmops.infra.records import Json
 
 METHODS = ("gptq", "awq", "olive")
+OTHER_METHODS = dict.fromkeys(
+    ("compressed-tensors", "modelopt"),
+    "onnxruntime-genai reads only its forms FP8 and NVFP4, and builds them for CUDA alone",
+)
 PRECISIONS = {4: "int4", 8: "int8"}
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -55,7 +59,7 @@ def quantization_of(config: Json) -> Quantization | None:
         raise _not_built("of an unknown kind", "its quantization_config is not an object")
     method, bits = str(section.get("quant_method")), section.get("bits", section.get("w_bit"))
     if method not in METHODS:
-        raise _not_built(method, f"only {', '.join(METHODS)} are read")
+        raise _not_built(method, OTHER_METHODS.get(method, f"only {', '.join(METHODS)} are read"))
     if bits not in PRECISIONS or (method == "awq" and bits != 4):
         raise _not_built(method, f"its weights have {bits} bits")
     fault = {

@@ -6,10 +6,9 @@ from slmops.infra.gguf.calls import ConvertGguf
 from slmops.infra.gguf.conversion import CONVERTER_VERSION
 from slmops.infra.gguf.file import gguf_of
 from slmops.infra.process.call import OnProgress
-from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import link_or_copy, made_once
 from slmops.infra.storage.manifest import digest_of, digest_of_file
+from slmops.tasks.checkpoint.conversion import converted_once
 from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE, inspect_checkpoint
 
 BESIDE = (EVALUATION_FILE, OUTPUT_SCHEMA_FILE)  # files for the deploy in a folder with a GGUF file
@@ -29,16 +28,11 @@ def from_gguf(path: Path, settings: Settings, on_progress: OnProgress | None = N
     beside = [path / name for name in BESIDE if (path / name).is_file()]
     content = {"gguf": digest_of_file(file), **{each.name: digest_of_file(each) for each in beside}}
     key = digest_of({**content, "converter": CONVERTER_VERSION})
-    converted = settings.cache_dir / "checkpoints" / key
-    with made_once(converted, settings, on_progress) as made:
-        if made:
-            run_in_child(
-                ConvertGguf(file=file, output_dir=made),
-                deadline_s=settings.timeout.merge_s,
-                log_path=settings.cache_dir / "logs" / f"gguf-{key[:12]}.log",
-                work_dir=made.parent,
-                on_progress=on_progress,
-            )
-            for each in beside:
-                link_or_copy(each, made / each.name)
-    return converted
+    return converted_once(
+        key,
+        lambda folder: ConvertGguf(file=file, output_dir=folder),
+        settings,
+        on_progress,
+        log_name="gguf",
+        beside=beside,
+    )

@@ -14,7 +14,6 @@ from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.checkpoints.text_part import take_text_part, text_config_of
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
-from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import link_or_copy, made_once
@@ -24,6 +23,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.transformers.adapters import read_adapter_config
 from slmops.infra.transformers.calls import MergeAdapter
+from slmops.tasks.checkpoint.conversion import converted_once
 from slmops.tasks.checkpoint.from_gguf import from_gguf
 from slmops.tasks.checkpoint.from_quantized import from_quantized
 from slmops.tasks.checkpoint.inspection import (
@@ -169,17 +169,13 @@ def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_prog
             code="adapter-base-not-whole",
         )
     key = digest_of({"adapter": content_digest(adapter), "base": content_digest(base_folder)})
-    merged = settings.cache_dir / "checkpoints" / key
-    with made_once(merged, settings, on_progress) as made:
-        if made:
-            run_in_child(
-                MergeAdapter(adapter_dir=adapter, base_dir=base_folder, output_dir=made),
-                deadline_s=settings.timeout.merge_s,
-                log_path=settings.cache_dir / "logs" / f"merge-{key[:12]}.log",
-                work_dir=made.parent,
-                on_progress=on_progress,
-            )
-    return merged
+    return converted_once(
+        key,
+        lambda folder: MergeAdapter(adapter_dir=adapter, base_dir=base_folder, output_dir=folder),
+        settings,
+        on_progress,
+        log_name="merge",
+    )
 
 
 def with_text_part(folder: Path, settings: Settings) -> Path:

@@ -79,6 +79,8 @@ def test_what_the_builder_does_not_read_or_the_cpu_not_run_is_refused_with_the_r
     with pytest.raises(BadInput, check=coded("checkpoint-quantized")) as raised:
         quantization_of({"quantization_config": section})
     assert "cannot be built as it is" in raised.value.message
+    if section != "gptq" and section["quant_method"] == "compressed-tensors":
+        assert "FP8 and NVFP4" in raised.value.message
 
 
 @pytest.mark.parametrize("changes", [{"precisions": ("fp16", "int8")}, {"precisions": ("int4",), "recipes": ("int4",)}])

@@ -8,7 +8,7 @@ import pytest
 
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
-from slmops.tasks.checkpoint import from_gguf as module
+from slmops.tasks.checkpoint import conversion
 from slmops.tasks.checkpoint.from_gguf import from_gguf
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from tests.infra.gguf.test_file import write_gguf
@@ -33,7 +33,7 @@ def test_it_is_converted_once_and_the_same_anywhere(
     first = from_gguf(file, settings)
     elsewhere = from_gguf(file, settings.model_copy(update={"home": tmp_path / "another"}))
     assert content_digest(first) == content_digest(elsewhere)
-    monkeypatch.setattr(module, "run_in_child", None)
+    monkeypatch.setattr(conversion, "run_in_child", None)
     assert from_gguf(file, settings) == first
     assert from_gguf(Path(shutil.copy(file, tmp_path / "copy.gguf")), settings) == first
 
