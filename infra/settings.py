@@ -148,6 +148,7 @@ class TimeoutSettings(Section):
     merge_s: Seconds = Field(3600, description="Merging a LoRA adapter into its base.")
     build_s: Seconds = Field(4 * 3600, description="One variant's build.")
     reference_s: Seconds = Field(4 * 3600, description="The reference's answers and distributions.")
+    render_s: Seconds = Field(900, description="The prompts of all conversations in one runtime.")
     evaluate_s: Seconds = Field(4 * 3600, description="One variant's answers and distributions.")
     measure_s: Seconds = Field(3600, description="One variant's benchmark.")
     exercise_s: Seconds = Field(3600, description="One variant's soak and edge inputs in one runtime.")
@@ -293,7 +294,11 @@ def load_settings() -> Settings:
         cause = error.__cause__
         faults = str(error)
         if isinstance(cause, json.JSONDecodeError):
-            named = [name for name, value in os.environ.items() if value == cause.doc and _is_ours(name)]
+            named = [
+                name
+                for name, value in os.environ.items()
+                if value == cause.doc and name.upper().startswith(ENVIRONMENT_PREFIX)
+            ]
             faults = f"{', '.join(named) or error}: Input should be JSON, such as [128, 512]"
     except (OSError, UnicodeDecodeError) as error:
         faults = f"{_variable(('secrets_dir',))}: a file in it cannot be read: {error}"
@@ -313,10 +318,6 @@ def _found(fault: ErrorDetails) -> str:
     is_token = fault["loc"][:1] in (("serve",), ("catalog",)) and fault["loc"][1:2] in ((), ("token",))
     of_notices = fault["loc"][:1] == ("notices",)
     return "" if of_store or is_token or of_notices else f", found {fault['input']!r}"
-
-
-def _is_ours(name: str) -> bool:
-    return name.upper().startswith(ENVIRONMENT_PREFIX)
 
 
 def describe_settings(settings: Settings) -> Iterator[tuple[str, object, str, str]]:

@@ -1,14 +1,18 @@
 """The Jinja of chat templates: the environment that transformers gives to templates, and their parsing."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from slmops.infra.errors import BadInput
+from slmops.infra.reference.answers import Message
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from jinja2 import nodes as jinja
+
+Render = Callable[[Sequence[Message], bool], str]
 
 
 def template_environment(*, trims_blocks: bool = True) -> "Environment":
@@ -52,12 +56,41 @@ def template_environment(*, trims_blocks: bool = True) -> "Environment":
     return environment
 
 
+def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str | None]) -> Render:
+    """Return a function `(messages, add_generation_prompt) -> prompt` for a tokenizer's Jinja chat template.
+
+    `special_tokens` are the template's variables (`bos_token`, `eos_token`, ...). Rendering raises jinja2's
+    `TemplateError` for a conversation that the template refuses. Raises `BadInput` for one that is not Jinja.
+
+    A template is a program of the checkpoint's author, and may loop or grow without end, already when it is compiled:
+    only `slmops.infra.checkpoints.rendering` calls this outside of tests.
+    """
+    parse_chat_template(chat_template)
+    template = template_environment().from_string(chat_template)
+    tokens = {key: token for key, token in special_tokens.items() if token is not None}
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return template.render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **tokens,
+        )
+
+    return render
+
+
 def parse_chat_template(text: str, where: str = "The chat template") -> "jinja.Template":
     """Return a chat template's syntax tree; raises `BadInput`, which names `where`, for one that is not Jinja."""
     from jinja2 import TemplateSyntaxError
 
     try:
         return template_environment().parse(text)
+    except RecursionError:
+        raise BadInput(
+            f"{where} is nested too deeply.", "Give a working one with --chat-template.", code="chat-template-not-jinja"
+        ) from None
     except TemplateSyntaxError as error:
         raise BadInput(
             f"{where} is not valid Jinja: {error.message}, line {error.lineno}.",

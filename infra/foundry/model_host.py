@@ -77,7 +77,7 @@ class ModelHost:
                 await self.ensure_loaded(running)
             except Busy:
                 break
-            except errors.SlmopsError as error:
+            except Exception as error:  # a version of others may have any fault
                 LOG.warning("%s cannot be loaded: %s", served.model_id, error)
                 failures.append(error)
         if failures and not any(model.is_loaded for model in self.models):
@@ -86,12 +86,12 @@ class ModelHost:
             if running.fault:
                 self._keep(self._start_again(running))
 
-    async def _read_champions(self, names: Sequence[str]) -> list[errors.SlmopsError]:
-        failures = []
+    async def _read_champions(self, names: Sequence[str]) -> list[Exception]:
+        failures: list[Exception] = []
         for name in names or await asyncio.to_thread(self._source.names):
             try:
                 self.champions[name] = await asyncio.to_thread(self._source.champion, name)
-            except errors.SlmopsError as error:
+            except Exception as error:
                 if names:
                     raise
                 LOG.warning("%s cannot be served: %s", name, error)

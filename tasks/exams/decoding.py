@@ -5,14 +5,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.checkpoints.rendering import rendered_in_child
 from slmops.infra.errors import BadInput
 from slmops.infra.model_screening import GENAI_CONFIG
 from slmops.infra.records import Record
 from slmops.infra.reference.decoding import Decoding
-from slmops.tasks.foundry.prompt_template import chat_template_renderer, special_tokens
+from slmops.tasks.foundry.prompt_template import special_tokens
 
 Content = Mapping[str, Any]  # of a JSON file
 TOKENIZER = "tokenizer"
@@ -125,9 +124,11 @@ def _end_in_template(folder: Path, names: Mapping[str, str | None], special: Map
         return ()
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = chat_template_renderer(template, names)(messages, False)
-    except (BadInput, TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
-        return ()  # a refusal of the template is reported at its use
+        (text,) = rendered_in_child(template, names, [(messages, False)])
+    except BadInput:
+        text = None
+    if text is None:  # a refusal of the template is reported at its use
+        return ()
     behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
     found = max((token for token in special if token and behind.startswith(token)), key=len, default=None)
     return () if found is None else (special[found],)

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slmops.infra.checkpoints.folder import read_json
+from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.checkpoints.rendering import UNBOUNDED, rendered_in_child
+from slmops.infra.errors import BadInput
 from slmops.infra.foundry.calls import CountedPrompts, CountPrompts
 from slmops.infra.genai.calls import RenderChats, RenderedChats
 from slmops.infra.genai.served_files import mend_files
@@ -15,9 +17,24 @@ from slmops.infra.reference.answers import Message
 from slmops.infra.settings import Settings
 from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
 from slmops.tasks.exams.exam import Bench
+from slmops.tasks.foundry.prompt_template import special_tokens
 from slmops.tasks.questions.chats import CONTEXT, MARKS
 
 Conversations = Mapping[str, Sequence[Message]]
+
+
+def require_an_end(folder: Path, conversations: Conversations) -> None:
+    """Raise `BadInput` for a template that loops or grows with one of the conversations.
+
+    It is tried first, because the runtimes render without bounds of memory. Other faults are found by them.
+    """
+    try:
+        if template := read_chat_template(folder):
+            tokens = special_tokens(read_json(folder / "tokenizer_config.json"))
+            rendered_in_child(template, tokens, [(messages, True) for messages in conversations.values()])
+    except BadInput as error:
+        if error.code == UNBOUNDED:
+            raise
 
 
 @dataclass
@@ -77,7 +94,7 @@ class Runtimes:
 
     def _run(self, call: Call[R], *, deadline_s: float | None = None, within: ChildProcess | None = None) -> R:
         bench = replace(self.bench, on_progress=self._follow)
-        child = bench.run(call, deadline_s or self.settings.timeout.evaluate_s, within=within)
+        child = bench.run(call, deadline_s or self.settings.timeout.render_s, within=within)
         self.done += 1
         return child.value
 

@@ -28,7 +28,7 @@ from slmops.tasks.exams.parity_notes import (
     reference_notes,
     runtime_notes,
 )
-from slmops.tasks.exams.parity_runtimes import Conversations, Runtimes
+from slmops.tasks.exams.parity_runtimes import Conversations, Runtimes, require_an_end
 from slmops.tasks.exams.source import has_source
 from slmops.tasks.questions.chats import CONVERSATIONS, NOTED_ONLY, plain_name, without_rare_characters
 from slmops.tasks.workshop import Workshop
@@ -182,6 +182,7 @@ def _compared(runtimes: Runtimes, conversations: Conversations, checkpoint_dir: 
     model_dir = runtimes.bench.model
     plain = {plain_name(name): twin for name, chat in CONVERSATIONS.items() if (twin := without_rare_characters(chat))}
     asked = {**conversations, **plain}
+    require_an_end(runtimes.reference, asked)
     expected = runtimes.transformers(asked)
     refused = {name: found.refusal for name, found in expected.conversations.items() if found.refusal is not None}
     if len(refused) == len(asked):

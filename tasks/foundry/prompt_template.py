@@ -7,15 +7,15 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from slmops.infra.checkpoints.chat_template import parse_chat_template, template_environment
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.checkpoints.rendering import rendered_in_child
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.records import Record
 from slmops.infra.reference.answers import Message
 
 CONTENT = "{Content}"  # Foundry's placeholder for a message's text
 
-Render = Callable[[Sequence[Message], bool], str]
+Rendered = Callable[[Sequence[Message], bool], str | None]
 
 # Texts that no chat template contains or changes; templates may trim a message's text.
 _SYSTEM, _USER, _ASSISTANT, _NEXT_USER = (f"slmops-{role}-7f3c" for role in ("system", "user", "assistant", "next"))
@@ -23,6 +23,12 @@ _A_SYSTEM = {"role": "system", "content": _SYSTEM}
 _A_USER = {"role": "user", "content": _USER}
 _AN_ASSISTANT = {"role": "assistant", "content": _ASSISTANT}
 _ANOTHER_USER = {"role": "user", "content": _NEXT_USER}
+_TURNS = (_A_USER, _AN_ASSISTANT, _ANOTHER_USER)
+# The conversations that are rendered, each with or without a generation prompt.
+_PROBES: tuple[tuple[tuple[Message, ...], bool], ...] = (
+    *(((_A_USER,), True), (_TURNS, True), (_TURNS, False), (_TURNS[:2], False)),
+    *(((_A_SYSTEM, _A_USER), True), ((_A_SYSTEM, *_TURNS), True)),
+)
 
 
 class PromptTemplate(Record):
@@ -60,44 +66,20 @@ class GenerationDefaults(Record):
     repetition_penalty: float = Field(1.0, gt=0, le=2)
 
 
-def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str | None]) -> Render:
-    """Return a function `(messages, add_generation_prompt) -> prompt` for a tokenizer's Jinja chat template.
-
-    `special_tokens` are the template's variables (`bos_token`, `eos_token`, ...). Rendering raises jinja2's
-    `TemplateError` for a conversation that the template refuses. Raises `BadInput` for one that is not Jinja.
-    """
-    parse_chat_template(chat_template)
-    template = template_environment().from_string(chat_template)
-    tokens = {key: token for key, token in special_tokens.items() if token is not None}
-
-    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return template.render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **tokens,
-        )
-
-    return render
-
-
-def derive_prompt_template(
-    chat_template: str, special_tokens: Mapping[str, str | None], render: Render | None = None
-) -> PromptTemplate:
+def derive_prompt_template(chat_template: str, special_tokens: Mapping[str, str | None]) -> PromptTemplate:
     """Cut the static strings of a `PromptTemplate` out of a chat template, for any model family.
 
     The template renders conversations of known texts. The text between two messages is divided into the end of the
     first and the beginning of the second. The strings are then composed for four conversations and compared with the
     template's own rendering: every difference is a note.
 
-    Raises `BadInput` when the template cannot render a single user message, or drops its text.
+    Raises `BadInput` when the template cannot render a single user message, or drops its text, or has no end.
     """
-    render = render or chat_template_renderer(chat_template, special_tokens)
+    render = _renderer(rendered_in_child(chat_template, special_tokens, _PROBES))
     bos, eos = special_tokens.get("bos_token") or "", special_tokens.get("eos_token") or ""
     notes: list[str] = []
 
-    first = _rendered(render, [_A_USER], True)
+    first = render([_A_USER], True)
     if first is None or first.count(_USER) != 1:
         raise BadInput(
             "The chat template does not render a conversation of one user message.",
@@ -123,7 +105,7 @@ def derive_prompt_template(
         assistant=assistant,
         prompt=f"{user_prefix}{CONTENT}{user_suffix}{generation}",
     )
-    plain, longer = [_A_USER], [_A_USER, _AN_ASSISTANT, _ANOTHER_USER]
+    plain, longer = [_A_USER], list(_TURNS)
     probes = [("a single message", plain), ("several turns", longer)]
     if system is not None:
         probes += [
@@ -133,7 +115,7 @@ def derive_prompt_template(
     differing = [
         what
         for what, messages in probes
-        if (_rendered(render, messages, True) or "").removeprefix(bos) != template.compose(messages)
+        if (render(messages, True) or "").removeprefix(bos) != template.compose(messages)
     ]
     if differing:
         notes.append(f"The strings differ from the template's own rendering for {', '.join(differing)}.")
@@ -186,31 +168,20 @@ def inference_model(
     }
 
 
-def _rendered(render: Render, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
-    from jinja2 import TemplateError
-
-    try:
-        return render(messages, add_generation_prompt)
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-    ):  # the template refuses it or fails
-        return None
+def _renderer(rendered: Sequence[str | None]) -> Rendered:
+    """Return a function that looks up the rendering of a probe; None is the answer where the template refuses it."""
+    known = list(zip(_PROBES, rendered, strict=True))
+    return lambda messages, generation: next(text for probe, text in known if probe == (tuple(messages), generation))
 
 
-def _turns(render: Render, head: str, tail: str, eos: str, notes: list[str]) -> tuple[str, str, str, str]:
+def _turns(render: Rendered, head: str, tail: str, eos: str, notes: list[str]) -> tuple[str, str, str, str]:
     """Return (user's prefix, user's suffix, the assistant's string, generation prompt).
 
     `head` and `tail` are the texts before and after a single user message, generation prompt included.
     """
-    conversation = [_A_USER, _AN_ASSISTANT, _ANOTHER_USER]
-    whole = _rendered(render, conversation, True)
-    open_end = _rendered(render, conversation, False)
-    answered = _rendered(render, conversation[:2], False)
+    whole = render(_TURNS, True)
+    open_end = render(_TURNS, False)
+    answered = render(_TURNS[:2], False)
     gaps = None if whole is None else re.split(f"{_USER}|{_ASSISTANT}|{_NEXT_USER}", whole)
     if gaps is None or len(gaps) != 4 or open_end is None or answered is None or _ASSISTANT not in answered:
         notes.append("The template renders no conversation of several turns.")
@@ -222,8 +193,8 @@ def _turns(render: Render, head: str, tail: str, eos: str, notes: list[str]) -> 
     return user_prefix, user_suffix, assistant, gaps[3].removeprefix(user_suffix)
 
 
-def _system(render: Render, bos: str, user_prefix: str, notes: list[str]) -> str | None:
-    text = _rendered(render, [_A_SYSTEM, _A_USER], True)
+def _system(render: Rendered, bos: str, user_prefix: str, notes: list[str]) -> str | None:
+    text = render([_A_SYSTEM, _A_USER], True)
     if text is None or _SYSTEM not in text:
         notes.append("The template has no system role; a system message's text is not part of the prompt.")
         return None
@@ -267,4 +238,5 @@ def describe_model(folder: Path) -> tuple[PromptTemplate, GenerationDefaults]:
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str | None]:
     """Return the texts of the special tokens that a chat template may name, from tokenizer_config.json."""
     tokens = {name: tokenizer_config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: text if isinstance(text, str) else None for name, text in texts.items()}

@@ -1,10 +1,12 @@
 import pytest
 from jinja2.sandbox import SecurityError
 
+from slmops.infra.checkpoints import rendering
+from slmops.infra.checkpoints.chat_template import chat_template_renderer
+from slmops.infra.checkpoints.rendering import rendered_in_child
 from slmops.infra.errors import BadInput
 from slmops.tasks.foundry.ids import champion_model_id, foundry_model_id
 from slmops.tasks.foundry.prompt_template import (
-    chat_template_renderer,
     derive_prompt_template,
     generation_defaults,
     inference_model,
@@ -174,6 +176,33 @@ def test_a_template_runs_in_a_sandbox():
         render([USER], True)
     with pytest.raises(OverflowError):
         chat_template_renderer("{% for i in range(10 ** 9) %}{% endfor %}", {})([USER], True)
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLED = "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}"
+PLAIN = "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        (ENDLESS, "2 s"),
+        ("{{ 7 ** 99999999 ** 9 }}", "2 s"),  # evaluated by Jinja's compiler
+        (f"{{% if messages|length > 1 %}}{ENDLESS}{{% endif %}}{PLAIN}", "2 s"),  # in one conversation only
+        (DOUBLED, "memory"),
+        ("{{ 'a' * 9999999 }}" + PLAIN, "characters"),
+    ],
+)
+def test_a_template_that_loops_or_grows_is_stopped(monkeypatch, template, what):
+    monkeypatch.setattr(rendering, "DEADLINE_S", 2.0 if what == "2 s" else 60.0)
+    with pytest.raises(BadInput, check=coded("chat-template-unbounded", f"more than {'' if what != '2 s' else what}")):
+        derive_prompt_template(template, {})
+
+
+def test_equal_conversations_are_rendered_once(monkeypatch):
+    expected = rendered_in_child(PLAIN, {}, [([USER], True)])
+    monkeypatch.delattr(rendering, "run_in_child")
+    assert rendered_in_child(PLAIN, {}, [([USER], True)]) == expected == (USER["content"],)
 
 
 def test_foundry_ids():
