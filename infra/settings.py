@@ -169,7 +169,7 @@ class WorkerSettings(Section):
     )
     builds: int = Field(1, ge=1, le=64, description="Concurrent builds under one home directory; others wait.")
     lost_after_s: Seconds = Field(
-        90, ge=60, description="A run without a sign of life for this time has crashed; runs send one every 30 s."
+        90, ge=60, description="Silence after which a run has crashed; signs come every 30 s."
     )
     pending_s: Seconds = Field(
         120, description="A variant's run that a worker accepted and did not start in this time is started again."
@@ -294,11 +294,8 @@ def load_settings() -> Settings:
         cause = error.__cause__
         faults = str(error)
         if isinstance(cause, json.JSONDecodeError):
-            named = [
-                name
-                for name, value in os.environ.items()
-                if value == cause.doc and name.upper().startswith(ENVIRONMENT_PREFIX)
-            ]
+            ours = ((name, value) for name, value in os.environ.items() if name.upper().startswith(ENVIRONMENT_PREFIX))
+            named = [name for name, value in ours if value == cause.doc]
             faults = f"{', '.join(named) or error}: Input should be JSON, such as [128, 512]"
     except (OSError, UnicodeDecodeError) as error:
         faults = f"{_variable(('secrets_dir',))}: a file in it cannot be read: {error}"
