@@ -54,6 +54,16 @@ def control(server: RunningServer, method: str, path: str, **options: Any) -> ht
     return httpx.request(method, f"{server.url}/slmops/v1{path}", headers=headers, timeout=60, **options)
 
 
+def alter_config(home: Path, version: int) -> None:
+    """Alter a version's genai_config.json in the store, so that it is not what its manifest says."""
+    variant = registry_of(home).version("home", version).variants[0]
+    (file,) = [file for file in variant.files if file.path == "genai_config.json"]
+    blob = home / "store/blobs/sha256" / file.sha256
+    content = blob.read_bytes()
+    blob.chmod(0o644)
+    blob.write_bytes(content[:-1] + b" ")
+
+
 def hand_over(server: RunningServer, version: int, name: str = "home") -> httpx.Response:
     return control(server, "POST", f"/models/{name}/champion", json={"version": version})
 
@@ -188,6 +198,12 @@ class TestLoad:
             for name in ("home", "other", "home", "other"):
                 assert ask(server, name).model == f"{name}:1"
                 assert len(server.runtimes()) == 1
+            # Two that are loaded at once need memory for both.
+            assert {*at_once(2, lambda index: status_of(server, ("home:2", "other:1")[index]))} <= {200, 429}
+            assert len(server.runtimes()) == 1
+        done = run_serve(home, SLMOPS_SERVE__MAX_MEMORY_BYTES="1000")
+        assert done.returncode == 1
+        assert "bytes of memory, and all models may use 1,000" in done.stderr
 
     def test_sigterm_lets_answers_end(self, home: Path) -> None:
         with serving(home, "home") as server:
@@ -228,6 +244,7 @@ class TestFaults:
                 (pid,) = server.runtimes()
                 os.kill(pid, signal.SIGKILL)
                 assert ask(server).model == "home:1"
+                assert server.metric('slmops_model_failures{model="home:1"}') == 0  # an answer ends the series
             (pid,) = server.runtimes()
             os.kill(pid, signal.SIGKILL)
             eventually(lambda: len(server.runtimes()) == 1 and server.runtimes() != [pid])  # without being asked
@@ -271,12 +288,7 @@ class TestFaults:
             assert ask(server).model == "home:1"
 
     def test_an_altered_model_is_not_served(self, home: Path) -> None:
-        registry = registry_of(home)
-        (file,) = [file for file in registry.version("home", 1).variants[0].files if file.path == "genai_config.json"]
-        blob = home / "store/blobs/sha256" / file.sha256
-        content = blob.read_bytes()
-        blob.chmod(0o644)
-        blob.write_bytes(content[:-1] + b" ")
+        alter_config(home, 1)
         done = run_serve(home, "home")
         assert done.returncode == 1
         assert "is not what the version's manifest says" in done.stderr
@@ -398,6 +410,28 @@ class TestHandOver:
             registry_of(home).set_alias("home", "champion", 2, "better")
             eventually(lambda: ask(server).model == "home:2")
 
+    def test_a_champion_that_does_not_load_is_told_and_replaced(self, home: Path) -> None:
+        alter_config(home, 3)
+        registry_of(home).set_alias("home", "champion", 3, "the altered one")
+        with serving(home, environment={"SLMOPS_SERVE__FOLLOW_S": "0.2"}) as server:
+            assert ask(server, "other").model == "other:1"
+            assert httpx.get(f"{server.url}/ready").json() == {"status": "ready", "not_loaded": ["home:3"]}
+            assert server.metric('slmops_model_failures{model="home:3"}') >= 1
+            for _ in range(3):  # while it is tried again, and between two attempts
+                with pytest.raises(openai.InternalServerError) as caught:
+                    ask(server)
+                assert (caught.value.status_code, caught.value.code) == (503, "model_not_available")
+                assert int(caught.value.response.headers["retry-after"]) >= 1
+                for local in (str(home), "manifest", "genai_config"):
+                    assert local not in caught.value.response.text
+            states = {model["name"]: model for model in control(server, "GET", "/models").json()["models"]}
+            assert (states["home"]["state"], states["other"]["state"]) == ("failed", "loaded")
+            assert states["home"]["reason"]
+            registry_of(home).set_alias("home", "champion", 1, "the former one")
+            eventually(lambda: "home is home:1 now" in server.log.read_text())
+            assert ask(server).model == "home:1"
+            assert httpx.get(f"{server.url}/ready").json() == {"status": "ready"}
+
     def test_a_look_at_the_store_that_fails_ends_no_following(self, home: Path) -> None:
         with serving(home, environment={"SLMOPS_SERVE__FOLLOW_S": "0.1"}) as server:
             kept = home / "cache/serve"
@@ -422,9 +456,9 @@ class TestHandOver:
             assert "home is followed again" in log
 
 
-def status_of(server: RunningServer, **options: Any) -> int:
+def status_of(server: RunningServer, model: str = "home", **options: Any) -> int:
     try:
-        ask(server, **options)
+        ask(server, model, **options)
     except openai.APIStatusError as error:
         return error.status_code
     return 200
