@@ -13,18 +13,20 @@ of four bytes per parameter. The importance matrix (`+imatrix`) is made of the v
 
 Prints a Markdown table as it grows; takes about fifteen minutes on two idle cores, and ten more the first time, in
 which llama.cpp is built (tests/benchmarks/llama_cpp.py). `--plot` writes the divergences over the bytes. `--work`
-keeps what is made, answers, variants and files, so that an interrupted run goes on where it stopped. A speed with `?`
-was measured on a machine too busy to rely on.
+keeps what was made and measured with the same options, so that an interrupted run goes on where it stopped. A speed
+with `?` was measured on a machine too busy to rely on.
 """
 
 import argparse
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.reference.answers import ANSWERS_FILE, LOGITS_FILE, SourceAnswers
 from slmops.infra.reference.distributions import compare_position
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
+from slmops.infra.transformers.answers import answer_greedily
 from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.environment.host import builder_versions
@@ -96,30 +99,37 @@ class Comparison:
         if not (self.reference / ANSWERS_FILE).is_file():
             run_reference(self.settings, Bench(self.checkpoint, self.reference), self.rows)
 
-    def of_slmops(self, names: Sequence[str], *, with_speed: bool) -> Iterator[Point]:
-        """Build each recipe and yield its point."""
-        for name in names:
-            folder = self.work / name
-            if not (folder / "built").exists():
-                build(load_recipe(name), self.checkpoint, folder, self.settings.threads, self._texts())
-                (folder / "built").touch()
-            bench = Bench(folder / "model", folder / "bench")
-            found = evaluate_variant(self.settings, bench, self.rows, reference_dir=self.reference)
-            assert found.kl_divergence is not None
-            assert found.top1_agreement is not None
-            measured = measure_variant(self.settings, bench) if with_speed else None
-            size = sum(path.stat().st_size for path in (folder / "model").glob("*.onnx*"))
-            yield Point(
-                of="slmops",
-                variant=name,
-                size_bytes=size,
-                share=size / self.fp32_bytes,
-                kl_divergence=found.kl_divergence,
-                top1_agreement=found.top1_agreement,
-                score=found.score.value if found.score else None,
-                tokens_per_s=measured.metrics["token_generation_throughput_tps"] if measured else None,
-                is_speed_reliable=measured is None or measured.reliable,
-            )
+    def kept(self, name: str, measured: Callable[[str], Point], *, with_speed: bool) -> Point:
+        """Return a variant's point, measured unless the folder of work has it."""
+        file = self.work / f"{name}{'' if with_speed else '-without-speed'}.point.json"
+        if not file.exists():
+            file.write_text(json.dumps(vars(measured(name))), "utf-8")
+        return Point(**json.loads(file.read_bytes()))
+
+    def of_slmops(self, name: str, *, with_speed: bool) -> Point:
+        """Build a recipe and return its point."""
+        folder = self.work / name
+        if not (folder / "built").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+            build(load_recipe(name), self.checkpoint, folder, self.settings.threads, self._texts())
+            (folder / "built").touch()
+        bench = Bench(folder / "model", folder / "bench")
+        found = evaluate_variant(self.settings, bench, self.rows, reference_dir=self.reference)
+        assert found.kl_divergence is not None
+        assert found.top1_agreement is not None
+        measured = measure_variant(self.settings, bench) if with_speed else None
+        size = sum(path.stat().st_size for path in (folder / "model").glob("*.onnx*"))
+        return Point(
+            of="slmops",
+            variant=name,
+            size_bytes=size,
+            share=size / self.fp32_bytes,
+            kl_divergence=found.kl_divergence,
+            top1_agreement=found.top1_agreement,
+            score=found.score.value if found.score else None,
+            tokens_per_s=measured.metrics["token_generation_throughput_tps"] if measured else None,
+            is_speed_reliable=measured is None or measured.reliable,
+        )
 
     def _texts(self) -> Texts:
         """Return the texts that a deploy calibrates on, made once."""
@@ -129,28 +139,25 @@ class Comparison:
             file.write_text(json.dumps(texts), "utf-8")
         return tuple(tuple(row) for row in json.loads(file.read_bytes()))
 
-    def of_llama_cpp(self, llama: LlamaCpp, types: Sequence[str], *, with_speed: bool) -> Iterator[Point]:
-        """Convert the checkpoint, quantize it to each type, and yield its point."""
-        whole = self.work / "f16.gguf"
+    def of_llama_cpp(self, llama: LlamaCpp, name: str, *, with_speed: bool) -> Point:
+        """Convert the checkpoint, quantize it to a type, and return its point."""
+        whole, file = self.work / "f16.gguf", self.work / f"{name}.gguf"
         if not whole.exists():
             llama.convert(self.checkpoint, whole)
-        for name in types:
-            type_name, _, with_matrix = name.partition("+")
-            file = self.work / f"{name}.gguf"
-            if not file.exists():
-                matrix = llama.importance(whole, self._calibration_file()) if with_matrix else None
-                llama.quantize(whole, file, type_name, self.settings.threads, importance=matrix)
-            divergence, agreement = self.distance_of_weights(file)
-            speed = llama.bench(file, threads=self.settings.threads).generation_tps if with_speed else None
-            yield Point(
-                of="llama.cpp",
-                variant=name,
-                size_bytes=file.stat().st_size,
-                share=file.stat().st_size / self.fp32_bytes,
-                kl_divergence=divergence,
-                top1_agreement=agreement,
-                tokens_per_s=speed,
-            )
+        type_name, _, with_matrix = name.partition("+")
+        matrix = llama.importance(whole, self._calibration_file()) if with_matrix else None
+        llama.quantize(whole, file, type_name, self.settings.threads, importance=matrix)
+        divergence, agreement, score = self.fidelity_of_weights(file)
+        return Point(
+            of="llama.cpp",
+            variant=name,
+            size_bytes=file.stat().st_size,
+            share=file.stat().st_size / self.fp32_bytes,
+            kl_divergence=divergence,
+            top1_agreement=agreement,
+            score=score,
+            tokens_per_s=llama.bench(file, threads=self.settings.threads).generation_tps if with_speed else None,
+        )
 
     def _calibration_file(self) -> Path:
         """Write the texts that slmops calibrates on as one text."""
@@ -162,8 +169,8 @@ class Comparison:
         file.write_text("\n".join(texts), "utf-8")
         return file
 
-    def distance_of_weights(self, gguf: Path) -> tuple[float, float]:
-        """Return the mean KL divergence and the top-1 agreement of a GGUF file's weights, computed in fp32."""
+    def fidelity_of_weights(self, gguf: Path) -> tuple[float, float, float]:
+        """Return the mean KL divergence, the top-1 agreement and the score of a GGUF file's weights, run in fp32."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -179,7 +186,27 @@ class Comparison:
                 compared = compare_position(next(expected), logits[at], ids[at + 1])
                 divergences.append(compared.kl_divergence or 0.0)
                 agreeing.append(compared.agrees)
-        return sum(divergences) / len(divergences), sum(agreeing) / len(agreeing)
+        return sum(divergences) / len(divergences), sum(agreeing) / len(agreeing), self._score(model, answers)
+
+    def _score(self, model: Any, answers: SourceAnswers) -> float:
+        """Return the mean score of a model's greedy answers to the rows that expect one."""
+        from transformers import AutoTokenizer
+
+        sizes = self.settings.evaluation
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
+        prompts = {row.id: list(row.prompt_ids) for row in answers.rows}
+        scored = [row for row in self.rows if row.expected is not None]
+        found = answer_greedily(
+            tokenizer,
+            model,
+            [("", prompts[row.id]) for row in scored],
+            [sizes.max_new_tokens] * len(scored),
+            batch_size=sizes.batch_size,
+            progress=lambda done, total, what: None,
+        )
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+        scores = [row.scorer.score(text, row.expected or "") for row, text in zip(scored, texts, strict=True)]
+        return sum(scores) / len(scores)
 
 
 def draw(points: Sequence[Point], title: str, file: Path) -> None:
@@ -234,9 +261,12 @@ def main() -> None:
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
         points = []
         with_speed = not arguments.without_speed
-        ours = compared.of_slmops(arguments.recipes, with_speed=with_speed)
-        theirs = compared.of_llama_cpp(llama, arguments.types, with_speed=with_speed) if llama else iter(())
-        for point in chain(ours, theirs):
+        measures = {name: partial(compared.of_slmops, with_speed=with_speed) for name in arguments.recipes}
+        if llama:
+            theirs = partial(compared.of_llama_cpp, llama, with_speed=with_speed)
+            measures |= dict.fromkeys(arguments.types, theirs)
+        for variant, measure in measures.items():
+            point = compared.kept(variant, measure, with_speed=with_speed)
             points.append(point)
             print(point.line(), flush=True)
     architecture = read_json(checkpoint / "config.json")["architectures"][0]
