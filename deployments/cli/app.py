@@ -23,6 +23,8 @@ from slmops.deployments.cli import (
     up,
     versions,
 )
+from slmops.deployments.cli.help_page import GroupedCommands, examples
+from slmops.deployments.cli.next_step import next_step
 from slmops.deployments.cli.output import print_error, print_line
 from slmops.deployments.cli.running import load_settings, prepared
 from slmops.infra.errors import BadInput, SlmopsError
@@ -31,43 +33,53 @@ from slmops.infra.files import write_whole
 # Typer contains its own private copy of click: this is the base class of its usage errors.
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-# In the order of `slmops --help`.
-COMMANDS: dict[str, Callable[..., None]] = {
-    "config": machine.config,
-    "check": machine.check,
-    "make-demo": demo.make_demo,
-    "demo": demo.demo,
-    "deploy": deploy.deploy,
-    "list": versions.list_models,
-    "show": versions.show,
-    "regate": deploy.regate,
-    "benchmark": benchmark.benchmark,
-    "recipes": deploy.recipes,
-    "logs": versions.logs,
-    "delete": versions.delete,
-    "unregister": versions.unregister,
-    "chat": versions.chat,
-    "foundry-dir": machine.foundry_dir,
-    "push": store.push,
-    "pull": store.pull,
-    "verify": store.verify,
-    "ingest": store.ingest,
-    "diff": versions.diff,
-    "sign": versions.sign,
-    "sbom": versions.sbom,
-    "alias": versions.alias,
-    "tag": versions.tag,
-    "note": versions.note,
-    "gc": store.gc,
-    "export": store.export_version,
-    "import": store.import_version,
-    "serve": serve.serve,
-    "promote": champion.promote,
-    "rollback": champion.rollback,
-    "history": champion.history,
-    "retrain": retrain.retrain,
-    "catalog": catalog.catalog,
-    "up": up.up,
+# By the panels of `slmops --help`, in its order.
+PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Ship": {
+        "deploy": deploy.deploy,
+        "regate": deploy.regate,
+        "promote": champion.promote,
+        "rollback": champion.rollback,
+        "retrain": retrain.retrain,
+        "recipes": deploy.recipes,
+        "demo": demo.demo,
+        "make-demo": demo.make_demo,
+    },
+    "Look": {
+        "list": versions.list_models,
+        "show": versions.show,
+        "history": champion.history,
+        "diff": versions.diff,
+        "logs": versions.logs,
+        "benchmark": benchmark.benchmark,
+        "sbom": versions.sbom,
+    },
+    "Serve": {
+        "chat": versions.chat,
+        "serve": serve.serve,
+        "catalog": catalog.catalog,
+        "foundry-dir": machine.foundry_dir,
+        "unregister": versions.unregister,
+    },
+    "Store": {
+        "push": store.push,
+        "pull": store.pull,
+        "ingest": store.ingest,
+        "export": store.export_version,
+        "import": store.import_version,
+        "verify": store.verify,
+        "sign": versions.sign,
+        "alias": versions.alias,
+        "tag": versions.tag,
+        "note": versions.note,
+        "delete": versions.delete,
+        "gc": store.gc,
+    },
+    "Machine": {
+        "check": machine.check,
+        "config": machine.config,
+        "up": up.up,
+    },
 }
 # A full, faulty or read-only disk, permissions, a name that is too long: not a fault of slmops.
 OF_THE_DISK = (
@@ -83,7 +95,8 @@ LIGHT = {
 app = typer.Typer(
     name="slmops",
     help="From a fine-tuned small language model to Foundry Local in one flow.",
-    add_completion=False,
+    cls=GroupedCommands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -101,10 +114,13 @@ def options(
         print_line(f"slmops {metadata.version('slmops')}")
     elif context.invoked_subcommand is None:
         print_line(context.get_help())
+        print_line(f"\n{next_step()}")
 
 
-for name, command in COMMANDS.items():
-    app.command(name)(command if name in LIGHT else prepared(command))
+for panel, commands in PANELS.items():
+    for name, command in commands.items():
+        registered = app.command(name, rich_help_panel=panel, epilog=examples(name))
+        registered(command if name in LIGHT else prepared(command))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run a command; returns 0 done, 1 failed, 2 bad usage or input, 3 every variant rejected."""
     try:
-        status = app(args=list(arguments), standalone_mode=False)
+        status = app(args=list(arguments), prog_name="slmops", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         shown = _shown(error)
         print_error(shown, as_json="--json" in arguments)
@@ -136,7 +152,9 @@ def _shown(error: BaseException) -> SlmopsError:
         return error
     if isinstance(error, UsageError):
         message = str(error.format_message())  # type: ignore[attr-defined]
-        return BadInput(f"{message.rstrip('.')}.", "See slmops --help.")
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "slmops"
+        return BadInput(message if message.endswith("?") else f"{message.rstrip('.')}.", f"See {where} --help.")
     if isinstance(error, typer.Abort | KeyboardInterrupt):
         return SlmopsError("Interrupted.", "Run the command again: it continues after the stages that are done.")
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from slmops.deployments.cli import completion
 from slmops.infra.errors import BadInput
 from slmops.tasks.request.declaration import Declared, declared
 
@@ -26,9 +27,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 LogLevel = Annotated[
     str | None, typer.Option(help="Show the run's log: debug, info, warning or error.", callback=known_level)
 ]
-ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")]
-Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Model, or one version (or alias) of it.")]
-VersionReference = Annotated[str, typer.Argument(metavar="NAME@VERSION", help="One version of a model.")]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.", autocompletion=completion.names)]
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME[@VERSION]",
+        help="Model, or one version (or alias) of it.",
+        autocompletion=completion.references,
+    ),
+]
+VersionReference = Annotated[
+    str,
+    typer.Argument(metavar="NAME@VERSION", help="One version of a model.", autocompletion=completion.references),
+]
 Reason = Annotated[str, typer.Option(help="Reason; kept in the history.")]
 
 Pairs = Sequence[str] | None
@@ -76,10 +87,23 @@ def _option(field: Declared) -> inspect.Parameter:
     said = field.parameter
     text = said.help or said.description
     kind, default = _type_of(field)
+    choices = () if said.switch is not None else _choices(field)
+    metavar = said.metavar or (f"[{'|'.join(choices)}]" if choices else None)
+    complete = completion.one_of(choices) if choices else completion.OF_PARAMETERS.get(field.name)
     if said.positional:
-        return _in_signature(field.name, kind, typer.Argument(metavar=said.metavar, help=text), default)
+        argument = typer.Argument(metavar=metavar, help=text, autocompletion=complete)
+        return _in_signature(field.name, kind, argument, default)
     name = said.option or f"--{field.name.replace('_', '-')}"
-    return _in_signature(field.name, kind, typer.Option(name, metavar=said.metavar, help=text), default)
+    return _in_signature(
+        field.name, kind, typer.Option(name, metavar=metavar, help=text, autocompletion=complete), default
+    )
+
+
+def _choices(field: Declared) -> tuple[str, ...]:
+    """Return the values to choose from, of a parameter or of its elements."""
+    kinds = [kind for each in (field.type, *get_args(field.type)) for kind in (each, *get_args(each))]
+    values = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+    return tuple(value for value in values if value not in field.parameter.not_offered)
 
 
 def _type_of(field: Declared) -> tuple[object, object]:
@@ -107,6 +131,8 @@ def _parameters(fields: Sequence[Declared], values: Mapping[str, Any]) -> dict[s
         value = values[field.name]
         if said.switch is not None:
             value = said.switch if value else None
+        elif isinstance(value, list) and _choices(field):
+            value = [choice.strip() for part in value for choice in part.split(",")]
         if value is not None and value != []:
             found[field.name] = value
     return found

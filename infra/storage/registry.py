@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 
 from pydantic import ValidationError
 
@@ -165,9 +166,11 @@ class ModelRegistry(ModelFiles):
                 or ", ".join(self.names())
                 or "nothing yet"
             )
+            near = get_close_matches(name, self.names(), n=1)
+            hint = f"Did you mean {near[0]}? " if near and near[0] != name else ""
             raise BadInput(
                 f"The store has no {f'{name}@{number}' if number else name}.",
-                f"It has: {known}. See slmops list.",
+                f"{hint}It has: {known}. See slmops list.",
                 code="version-missing",
             )
         return self.of(manifest)

@@ -16,7 +16,8 @@ class Parameter:
 
     `description` is shown by Prefect's form and API; `help` by the command, which has less room (default: the same).
     `option` is the option's name (default: the parameter's own); a `positional` parameter is an argument. A `key` is
-    given as KEY=VALUE to an option that it shares with other keys. `switch` is the value that a flag sets.
+    given as KEY=VALUE to an option that it shares with other keys. `switch` is the value that a flag sets. Values that
+    are `not_offered` are valid but always fail, so help and completion leave them out.
     """
 
     description: str
@@ -26,6 +27,7 @@ class Parameter:
     positional: bool = False
     key: bool = False
     switch: str | None = None
+    not_offered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

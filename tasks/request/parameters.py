@@ -89,16 +89,16 @@ class DeployParameters:
     name: Annotated[str, Parameter("Name of the model: lower-case letters, digits and hyphens.", "Name of the model.")]
     precisions: Annotated[
         tuple[Precision, ...],
-        Parameter("Precisions to build.", "fp16, int8 or int4; repeatable. Default: all.", "--precision"),
+        Parameter("Precisions to build.", "Several with commas, or repeated. Default: all.", "--precision"),
     ] = PRECISIONS
-    device: Annotated[Device, Parameter("Device that will serve the model.", "Device that will serve: cpu or gpu.")] = (
-        "cpu"
-    )
+    device: Annotated[
+        Device, Parameter("Device that will serve the model.", "Device that will serve.", not_offered=("npu",))
+    ] = "cpu"
     execution_provider: Annotated[
         ExecutionProvider,
         Parameter(
             "ONNX Runtime's execution provider on that device.",
-            "Execution provider: cpu, cuda, dml or webgpu.",
+            "Execution provider on that device.",
             "--provider",
         ),
     ] = "cpu"
@@ -181,6 +181,7 @@ class DeployParameters:
             "Recipes to use in place of a precision's default, such as int4-block128.",
             "Recipe in place of a precision's default; repeatable. See slmops recipes.",
             "--recipe",
+            metavar="RECIPE",
         ),
     ] = ()
     no_climb: Annotated[
@@ -326,7 +327,7 @@ class RetrainParameters:
     ] = None
     method: Annotated[
         Literal["lora", "full"],
-        Parameter("Train a LoRA adapter, which is merged into the base, or all weights.", "lora or full."),
+        Parameter("Train a LoRA adapter, which is merged into the base, or all weights."),
     ] = "lora"
     epochs: Annotated[int, Parameter("Passes over the dataset, at most.")] = 3
     learning_rate: Annotated[
@@ -353,7 +354,7 @@ class RetrainParameters:
     ] = None
     precisions: Annotated[
         tuple[Precision, ...] | None,
-        Parameter("Precisions to build; default: all.", "fp16, int8 or int4; repeatable.", "--precision"),
+        Parameter("Precisions to build; default: all.", "Several with commas, or repeated.", "--precision"),
     ] = None
     promotion: Annotated[
         Literal["if better", "never"],

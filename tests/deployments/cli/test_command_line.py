@@ -13,7 +13,7 @@ import typer
 from slmops.deployments.cli.app import app
 
 GROUP: Any = typer.main.get_command(app)
-CONTEXT: Any = GROUP.context_class(GROUP, info_name="slmops", terminal_width=100)
+CONTEXT: Any = GROUP.context_class(GROUP, info_name="slmops", terminal_width=100, **GROUP.context_settings)
 RECORDED = Path(__file__).parent / "golden" / "command_line.json"
 
 

@@ -1,0 +1,74 @@
+"""What the shell completes: names, versions, aliases, recipes, checks and scorers. A broken home completes nothing."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import get_args
+
+from slmops.deployments.cli.running import the_registry
+
+Completion = Callable[[str], list[str]]
+
+
+def _quietly(candidates: Callable[[str], Iterable[str]]) -> Completion:
+    """Return the candidates that begin with the typed text; none if they cannot be found."""
+
+    def complete(incomplete: str) -> list[str]:
+        try:
+            return [text for text in candidates(incomplete) if text.startswith(incomplete)]
+        except Exception:  # a message here would end up in the line that the user is typing
+            return []
+
+    return complete
+
+
+def _names(incomplete: str) -> list[str]:
+    return the_registry().names()
+
+
+def _references(incomplete: str) -> Iterator[str]:
+    registry = the_registry()
+    name, at, _ = incomplete.partition("@")
+    if not at:
+        yield from registry.names()
+    else:
+        yield from (f"{name}@{alias}" for alias in registry.aliases(name))
+        yield from (version.reference for version in registry.versions(name))
+
+
+def _recipes(incomplete: str) -> list[str]:
+    from slmops.tasks.build.olive_config import OLIVE_PROVIDERS
+    from slmops.tasks.build.recipes import known_recipes
+    from slmops.tasks.request.parameters import PRECISIONS
+
+    return sorted(
+        {name for each in OLIVE_PROVIDERS for precision in PRECISIONS for name in known_recipes(precision, each)}
+    )
+
+
+def _checks(incomplete: str) -> list[str]:
+    from slmops.tasks.verdict.checks import NEVER_ALLOWED, CheckName
+
+    return [name for name in get_args(CheckName) if name not in NEVER_ALLOWED]
+
+
+def _scorers(incomplete: str) -> Iterable[str]:
+    from slmops.tasks.questions.scoring import SCORERS
+
+    return SCORERS
+
+
+def one_of(values: Iterable[str]) -> Completion:
+    """Complete one of a few values."""
+    return _quietly(lambda incomplete: values)
+
+
+names, references, recipes = _quietly(_names), _quietly(_references), _quietly(_recipes)
+checks, scorers = _quietly(_checks), _quietly(_scorers)
+
+# Of the parameters of runs, by name.
+OF_PARAMETERS: dict[str, Completion] = {
+    "name": names,
+    "reference": references,
+    "recipes": recipes,
+    "allow": checks,
+    "scorer": scorers,
+}
