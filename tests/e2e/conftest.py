@@ -159,7 +159,7 @@ def served_home(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def server(served_home: Path) -> Iterator[RunningServer]:
+def model_server(served_home: Path) -> Iterator[RunningServer]:
     """One server for all tests that do not change it; pages of http://localhost:3000 may use it."""
     with serving(served_home, environment={"SLMOPS_SERVE__ALLOWED_ORIGINS": '["http://localhost:3000"]'}) as running:
         yield running

@@ -32,6 +32,12 @@ TOKEN = "a-token-of-some-length"
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
+@pytest.fixture(scope="module")
+def server(model_server: RunningServer) -> RunningServer:
+    """The server for all tests that do not change it."""
+    return model_server
+
+
 @pytest.fixture
 def home(served_home: Path, tmp_path: Path) -> Path:
     """A copy of that home for a test of its own."""

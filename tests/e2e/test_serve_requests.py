@@ -30,6 +30,12 @@ NATIVE = (".cc:", "fl::", "/home", "/tmp", "Traceback", "Inference failed")
 OWN_PAGE = "http://localhost:3000"
 
 
+@pytest.fixture(scope="module")
+def server(model_server: RunningServer) -> RunningServer:
+    """The server for all tests that do not change it."""
+    return model_server
+
+
 def post(server: RunningServer, body: object, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"Content-Type": "application/json", **headers}
