@@ -84,6 +84,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         len(evaluation.rows),
         shop.settings,
         whole_model=[recipe.precision for recipe in recipes if recipe.quantizes_at_once],
+        calibrated=[recipe.precision for recipe in recipes if recipe.is_calibrated],
     )
 
     check_templates(prepared, evaluation.rows, request.calibration_file, request.allow)

@@ -111,6 +111,7 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
         rows=used,
         positions=settings.evaluation.max_positions,
         whole_model=[recipe.precision for recipe in recipes if recipe.quantizes_at_once],
+        calibrated=[recipe.precision for recipe in recipes if recipe.is_calibrated],
     )
     require_resources(check_resources(stages, settings))
     return DeployPlan(

@@ -15,6 +15,7 @@ from slmops.infra.storage.manifest import digest_of
 from slmops.infra.transformers.calls import Calibrate, Chat
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.environment.estimates import MAX_FLOAT32_PARAMETERS
 from slmops.tasks.questions.evaluation_set import EvaluationRow, Message
 from slmops.tasks.questions.training_rows import TrainingRow, Turn, read_rows_file
 from slmops.tasks.request.deploy_request import DeployRequest
@@ -25,8 +26,6 @@ from slmops.tasks.workshop import workshop
 PROMPTS_FILE = Path(__file__).parent / "calibration_prompts.jsonl"
 PROMPTS_AT_ONCE = 32
 MAX_TRAINING_CHATS = 512  # of a fine-tuning, for the calibration of its result; far fewer are used
-# Up to this size, a checkpoint answers in float32, which is faster on a CPU without instructions for bfloat16.
-MAX_FLOAT32_PARAMETERS = 1_000_000_000
 
 
 class Calibration(Record):

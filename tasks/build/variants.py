@@ -134,7 +134,8 @@ def build_ordered(asked: BuildOrder) -> BuiltVariant:
     settings, recipe = workshop().settings, ordered_recipe(asked.recipe)
     prepared = fetched_from_store(asked.checkpoint, asked.digest, settings)
     whole_model = [recipe.precision] if recipe.quantizes_at_once else []
-    check_room(prepared.inspection, [recipe.precision], 0, settings, whole_model=whole_model)
+    calibrated = [recipe.precision] if recipe.is_calibrated else []
+    check_room(prepared.inspection, [recipe.precision], 0, settings, whole_model=whole_model, calibrated=calibrated)
     built = build_variant(recipe, prepared, DeployRequest.of(asked.request), asked.calibration)
     return built.model_copy(update={"host": host_facts()})
 

@@ -46,6 +46,7 @@ STACK = (
 )  # fmt: skip
 # Foundry Local loads these two packages, so the builder's format must match that of the serving runtime.
 BUNDLED_BY_FOUNDRY = {"onnxruntime": "onnxruntime", "onnxruntime-genai-core": "onnxruntime-genai"}
+CALIBRATED_BY_DEFAULT = ("int4",)  # precisions whose default recipe for CPU is calibrated
 CMAKE_MIN = Version("3.31")
 
 
@@ -230,7 +231,8 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
             Check(name="checkpoint", required="no remarks", found=warning, ok=True) for warning in inspection.warnings
         ]
         checks += check_family(Path(checkpoint).expanduser(), inspection, settings)
-        stages = estimate_stages(inspection, PRECISIONS, rows=settings.evaluation.max_rows)
+        rows = settings.evaluation.max_rows
+        stages = estimate_stages(inspection, PRECISIONS, rows=rows, calibrated=CALIBRATED_BY_DEFAULT)
         checks += check_resources(stages, settings)
     return checks
 
@@ -337,8 +339,11 @@ def check_room(
     settings: Settings,
     *,
     whole_model: Collection[str] = (),
+    calibrated: Collection[str] = (),
 ) -> None:
     """Check memory and disk against this checkpoint's need (`estimate_stages`); raises `BadInput` if too small."""
     positions = settings.evaluation.max_positions
-    stages = estimate_stages(inspection, precisions, rows=rows, positions=positions, whole_model=whole_model)
+    stages = estimate_stages(
+        inspection, precisions, rows=rows, positions=positions, whole_model=whole_model, calibrated=calibrated
+    )
     require_resources(check_resources(stages, settings))

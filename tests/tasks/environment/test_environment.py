@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.settings import MachineSettings, Settings
+from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.checkpoint.inspection import Inspection
 from slmops.tasks.environment import checks as environment
 from slmops.tasks.environment.checks import (
+    CALIBRATED_BY_DEFAULT,
     Check,
     check_execution_provider,
     check_packages,
@@ -247,6 +249,19 @@ class TestResources:
         stages = estimate_stages(inspection(), ["int8", "int4"], rows=1, whole_model=["int4"])
         needed = {stage.stage: stage.ram_bytes for stage in stages}
         assert needed["build int4"] > 2 * needed["build int8"]
+
+    def test_a_calibrated_build_takes_the_checkpoints_own_answers_and_more_time_and_memory(self) -> None:
+        smollm2, one_layer = inspection(134_515_008, 49_152, 576), inspection(151_000_000, 151_936, 896)
+        for made, peak in ((smollm2, 1.10), (one_layer, 1.85)):  # in GB, measured
+            plain, calibrated = (
+                {stage.stage: stage for stage in estimate_stages(made, ["int4"], rows=1, calibrated=precisions)}
+                for precisions in ((), ("int4",))
+            )
+            assert set(calibrated) - set(plain) == {"calibrate"}
+            assert calibrated["build int4"].ram_bytes / 1e9 == pytest.approx(peak, rel=0.15)
+            assert calibrated["build int4"].ram_bytes > plain["build int4"].ram_bytes
+            assert calibrated["build int4"].time_s > 2 * plain["build int4"].time_s
+        assert [name for name in PRECISIONS if load_recipe(name).is_calibrated] == [*CALIBRATED_BY_DEFAULT]
 
     def test_a_model_that_is_built_already_needs_no_build_and_no_reference(self) -> None:
         built = inspection(0, kind="genai", size_bytes=300_000_000)
