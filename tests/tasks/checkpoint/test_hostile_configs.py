@@ -1,0 +1,55 @@
+"""Whatever values a config.json has, the plan accepts it or refuses it in a sentence."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from slmops.infra.errors import SlmopsError
+from slmops.tasks.checkpoint.inspection import inspect_checkpoint
+from slmops.tasks.exams.decoding import settle_decoding
+from tests.support.checkpoints import make_tiny_checkpoint
+
+KEYS = (
+    *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
+    *("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "sliding_window", "text_config", "dtype"),
+    *("quantization_config", "compression_config", "auto_map", "eos_token_id", "rms_norm_eps", "hidden_act"),
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["qwen2", 1e999]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
+    max_leaves=5,
+)
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield make_tiny_checkpoint(tmp_path_factory.mktemp("hostile") / "checkpoint", "qwen2")
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(file=st.sampled_from(FILES), changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+@example(file="config.json", changes={"num_attention_heads": 10**30})
+@example(file="config.json", changes={"architectures": [["Qwen2ForCausalLM"]]})
+@example(file="config.json", changes={"model_type": []})
+@example(file="config.json", changes={"quantization_config": {"quant_method": []}})
+@example(file="tokenizer_config.json", changes={"eos_token_id": {}, "architectures": None})
+def test_a_plan_ends_in_an_answer_or_a_sentence(checkpoint: Path, file: str, changes: dict[str, object]) -> None:
+    path = checkpoint / file
+    before = path.read_bytes() if path.is_file() else b"{}"
+    try:
+        path.write_text(json.dumps(json.loads(before) | changes), "utf-8")
+        inspect_checkpoint(checkpoint)
+        settle_decoding(checkpoint, {})
+    except SlmopsError as error:
+        assert error.message.endswith(".")
+        assert "\n" not in error.message
+    finally:
+        path.write_bytes(before)
