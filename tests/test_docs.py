@@ -111,3 +111,11 @@ def test_lines_of_text_are_short(page: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(PAGES[0].read_text("utf-8").splitlines()) <= 150
+
+
+def test_the_tests_that_the_threat_model_names_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "security.md").read_text("utf-8"))
+    rows = [line for line in parts(ROOT / "docs" / "security.md")[0].splitlines() if line.startswith("|")]
+    assert len(named) == len(rows) - 2  # each line but the table's head
+    missing = [name for path, name in named if f"def {name}(" not in (ROOT / path).read_text("utf-8")]
+    assert not missing

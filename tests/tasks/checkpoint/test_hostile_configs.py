@@ -8,16 +8,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from slmops.infra.errors import SlmopsError
+from slmops.infra.errors import BadInput, SlmopsError
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.exams.decoding import settle_decoding
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 
 KEYS = (
     *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
     *("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "sliding_window", "text_config", "dtype"),
-    *("quantization_config", "compression_config", "auto_map", "eos_token_id", "rms_norm_eps", "hidden_act"),
+    *("quantization_config", "compression_config", "auto_map", "eos_token_id", "rms_norm_eps", "attn_implementation"),
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["qwen2", 1e999]),
@@ -39,6 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @example(file="config.json", changes={"num_attention_heads": 10**30})
 @example(file="config.json", changes={"architectures": [["Qwen2ForCausalLM"]]})
 @example(file="config.json", changes={"model_type": []})
+@example(file="config.json", changes={"attn_implementation": [[]]})
 @example(file="config.json", changes={"quantization_config": {"quant_method": []}})
 @example(file="tokenizer_config.json", changes={"eos_token_id": {}, "architectures": None})
 def test_a_plan_ends_in_an_answer_or_a_sentence(checkpoint: Path, file: str, changes: dict[str, object]) -> None:
@@ -51,5 +53,24 @@ def test_a_plan_ends_in_an_answer_or_a_sentence(checkpoint: Path, file: str, cha
     except SlmopsError as error:
         assert error.message.endswith(".")
         assert "\n" not in error.message
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": {"": "owner/kernel@v1:forward"}},
+        {"sub_config": {"experts_implementation": "owner/kernel"}},
+    ],
+)
+def test_a_config_that_names_code_on_the_hub_is_refused(checkpoint: Path, changes: dict[str, object]) -> None:
+    path = checkpoint / "config.json"
+    before = path.read_bytes()
+    try:
+        path.write_text(json.dumps(json.loads(before) | changes), "utf-8")
+        with pytest.raises(BadInput, check=coded("config-names-code", "owner/kernel")):
+            inspect_checkpoint(checkpoint)
     finally:
         path.write_bytes(before)
