@@ -26,7 +26,7 @@ from slmops.deployments.cli import (
 from slmops.deployments.cli.help_page import GroupedCommands, examples
 from slmops.deployments.cli.next_step import next_step
 from slmops.deployments.cli.output import print_error, print_line
-from slmops.deployments.cli.running import load_settings, prepared
+from slmops.deployments.cli.running import load_settings, prepared, tell_interruptions
 from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.files import write_whole
 
@@ -115,6 +115,8 @@ def options(
     elif context.invoked_subcommand is None:
         print_line(context.get_help())
         print_line(f"\n{next_step()}")
+    else:
+        tell_interruptions()
 
 
 for panel, commands in PANELS.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
-from slmops.deployments.cli.output import stage_display
+from slmops.deployments.cli.output import print_note, stage_display
 
 if TYPE_CHECKING:
     from slmops.deployments.server.embedded import EmbeddedServer
@@ -33,6 +33,20 @@ def the_registry() -> "ModelRegistry":
     from slmops.infra.storage.opening import open_registry
 
     return open_registry(load_settings())
+
+
+def tell_interruptions() -> None:
+    """Print a note for every change of a champion that a killed process left half done on this machine."""
+    from slmops.infra.errors import SlmopsError
+    from slmops.infra.foundry.interruption import has_marks, interruptions
+
+    try:
+        settings = load_settings()
+        found = list(interruptions(settings.home_dir, the_registry())) if has_marks(settings.home_dir) else []
+    except (SlmopsError, OSError):  # the command itself reports it, if it matters to it
+        return
+    for sentence in found:
+        print_note(f"note: {sentence}")
 
 
 def version_of(reference: str) -> "Version":

@@ -88,8 +88,9 @@ class Following:
 
     async def _look_at(self, name: str) -> None:
         champion = await asyncio.to_thread(self._source.champion, name)
-        # A promotion on this machine hands over first and writes the alias last, so only a change of the alias counts.
-        if champion != self._seen.get(name):
+        # A promotion on this machine hands over first and writes the alias last, so only a change of the alias counts,
+        # or a promotion that has ended without one, because its process was killed.
+        if champion != self._seen.get(name) or await self._was_left_by_a_promotion(name, champion):
             await self._go_over(name, champion)
         self._seen[name] = champion
         self._put_off.pop(name, None)
@@ -104,6 +105,19 @@ class Following:
             pause_s = min(LONGEST_PAUSE_S, 2 * last.pause_s) if last and last.champion == champion else self._interval_s
             self._put_off[name] = PutOff(champion, error, pause_s, time.monotonic() + pause_s)
             raise
+
+    async def _was_left_by_a_promotion(self, name: str, champion: ServedVersion) -> bool:
+        served = self._host.champions.get(name)
+        if served is None or served.version == champion.version:
+            return False
+        if await asyncio.to_thread(self._source.is_changing, name):
+            return False
+        if await asyncio.to_thread(self._source.champion, name) != champion:  # it ended meanwhile, with a new champion
+            return False
+        if name not in self._put_off:
+            served_id, champion_id = served.model_id, champion.model_id
+            LOG.warning("%s is served, but %s is the champion: a promotion was interrupted", served_id, champion_id)
+        return self._host.champions.get(name) == served
 
     def _failed(self, what: str, error: Exception) -> None:
         reason = str(error) if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}."

@@ -62,6 +62,9 @@ class ModelSource(Protocol):
     def champion(self, name: str) -> ServedVersion:
         """Return the champion of a name; raises `BadInput` when there is none, and the store's own errors."""
 
+    def is_changing(self, name: str) -> bool:
+        """Whether a promotion of this name is running; raises the store's own errors."""
+
     def version(self, name: str, version: int) -> ServedVersion:
         """Return a version's selected variant; raises `BadInput` when there is none that passed the gate."""
 

@@ -3,7 +3,8 @@
 Keys: `blobs/sha256/<64 hex>`, `models/NAME/3/manifest.json`, `models/NAME/3/evidence/<file>.json`,
 `models/NAME/3/deleted.json` (the manifest stays, because a number is never assigned twice),
 `models/NAME/aliases/<alias>`, `models/NAME/history/<number>.json` (see `slmops.infra.storage.champions`), `inputs/<64
-hex>.json` (see `slmops.infra.storage.inputs`) and `leases/` (see `slmops.infra.storage.leases`).
+hex>.json` (see `slmops.infra.storage.inputs`), `leases/` (see `slmops.infra.storage.leases`) and `promotions/` (see
+`slmops.infra.storage.champion_lease`).
 """
 
 import itertools

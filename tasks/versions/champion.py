@@ -1,7 +1,8 @@
 """Stage "promote": another version becomes the champion, in Foundry Local, on running servers and in the store.
 
 Every change (by promote, rollback, retrain, a deploy or a first version) uses this module. The alias is changed last
-and is authoritative. After a killed process, the next promotion brings everything in line with it.
+and is authoritative. After a killed process, running servers return to it, and every command names the promotion that
+brings the rest in line with it (`slmops.infra.foundry.interruption`).
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from functools import partial
 from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
+from slmops.infra.foundry.interruption import clear_mark, mark_change
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL, MODEL_CARD, model_folder
 from slmops.infra.foundry.server_client import RunningServer, running_servers
 from slmops.infra.process.slots import slot
 from slmops.infra.settings import Settings
+from slmops.infra.storage.champion_lease import champion_lease
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.answers import last_evaluation_set
@@ -32,7 +35,7 @@ from slmops.tasks.report.records import VariantReport
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.versions.change import Change, plan_deployed
-from slmops.tasks.versions.promotion import Promotion, outcome, tell_champion
+from slmops.tasks.versions.promotion import Promotion, outcome, publish_refusal, tell_champion
 from slmops.tasks.versions.undo import Undo, all_or_nothing, hand_back, restore_alias
 
 
@@ -76,19 +79,33 @@ def settle_champion(variant: Variant, settings: Settings, *, promote: bool) -> S
 def change_champion(change: Change, settings: Settings) -> Promotion:
     """Prove a version, make it serve, and make it the champion; if a step fails, undo all of them.
 
-    A machine makes one change of a name at a time. Raises `ChampionChanged` if another process was faster.
+    All machines of a store together make one change of a name at a time; another one waits. A change that is refused is
+    published as an artifact. Raises `ChampionChanged` if another process was faster.
     """
-    with slot(settings.cache_dir / "promotions" / change.name, 1):
+    try:
+        with slot(settings.cache_dir / "promotions" / change.name, 1):
+            return _change_alone(change, settings)
+    except SlmopsError as error:
+        publish_refusal(change, error)
+        raise
+
+
+def _change_alone(change: Change, settings: Settings) -> Promotion:
+    objects, what = change.version.registry.objects, f"promotion of {change.version.reference}"
+    with stage_progress(what) as on_progress, champion_lease(objects, change.name, what, on_progress) as lease:
         present = look_at_present(change, settings)
         if present.is_in_step_with(change):
+            clear_mark(settings.home_dir, change.name)
             return outcome(change, "unchanged")
-        with change.version.in_use(), all_or_nothing(change) as undo:
+        mark_change(settings.home_dir, change.name, change.version.number)
+        with change.version.in_use(), all_or_nothing(change, partial(clear_mark, settings.home_dir)) as undo:
             proof = None if change.is_proven else prove_again(change, undo, settings)
             undo.add("Foundry Local", partial(set_champion_ids, change.name, present.registered, settings))
             register_champion(change.variant, settings)
             for server, version in present.servers:
                 undo.add(server.url, partial(hand_back, server, change, version))
                 hand_over(server, change)
+            lease.check()
             undo.add("the alias", partial(restore_alias, change))
             set_champion(change)
     promotion = outcome(change, change.kind, proof=proof, servers=len(present.servers))

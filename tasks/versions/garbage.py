@@ -10,6 +10,7 @@ from prefect.artifacts import create_table_artifact
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Record
+from slmops.infra.storage.champions import champion_before
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
 from slmops.infra.storage.leases import WRITE_LEASE
 from slmops.infra.storage.local import LocalObjectStore
@@ -59,9 +60,9 @@ def collect(
 ) -> Collection:
     """Remove old versions (with `keep`) and everything that no version needs, while deploys may run.
 
-    With `keep`, that many of a name's newest versions stay, and every version with an alias; the others are
-    unregistered and deleted. Raises `BadInput` for a `keep` below 1, `StageFailed` if a manifest cannot be read;
-    nothing is removed then.
+    With `keep`, that many of a name's newest versions stay, every version with an alias, and the former champion, to
+    which a rollback returns; the others are unregistered and deleted. Raises `BadInput` for a `keep` below 1,
+    `StageFailed` if a manifest cannot be read; nothing is removed then.
     """
     if keep is not None and keep < 1:
         raise BadInput(f"--keep is {keep}.", "Keep at least one version of each name.", code="keep-not-valid")
@@ -94,8 +95,8 @@ def collect(
 
 
 def _old_versions(registry: ModelRegistry, name: str, keep: int) -> list[Version]:
-    aliased = set(registry.aliases(name).values())
-    return [version for version in registry.versions(name)[:-keep] if version.number not in aliased]
+    kept = {*registry.aliases(name).values(), champion_before(registry.champion_history(name))}
+    return [version for version in registry.versions(name)[:-keep] if version.number not in kept]
 
 
 def _blobs_of(version: Version) -> set[str]:

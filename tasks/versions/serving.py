@@ -11,6 +11,7 @@ from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL
 from slmops.infra.foundry.served_model import PlacedModel, ServedVersion
 from slmops.infra.settings import Settings
+from slmops.infra.storage.champion_lease import champion_is_changing
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
@@ -60,6 +61,10 @@ class StoredModels:
         served = self.version(name, number)
         self._keep(name, number, None, None)
         return served
+
+    def is_changing(self, name: str) -> bool:
+        """See `ModelSource.is_changing`."""
+        return champion_is_changing(self._registry.objects, name)
 
     def version(self, name: str, version: int) -> ServedVersion:
         """See `ModelSource.version`."""

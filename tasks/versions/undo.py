@@ -36,17 +36,25 @@ class Undo:
 
 
 @contextmanager
-def all_or_nothing(change: Change) -> Iterator[Undo]:
-    """Undo all changes if a step fails or the run is cancelled. The error then names the present champion."""
+def all_or_nothing(change: Change, settled: Callable[[str], object] | None = None) -> Iterator[Undo]:
+    """Undo all changes if a step fails or the run is cancelled. The error then names the present champion.
+
+    `settled` is called with the name at the end, unless something could not be restored.
+    """
     undo = Undo()
+    unrestored: Sequence[str] = ()
     try:
         yield undo
     except Exception as error:
         known = _as_slmops_error(error)
-        raise type(known)(*_refusal(change, known, undo.run()), known.code) from error
+        unrestored = undo.run()
+        raise type(known)(*_refusal(change, known, unrestored), known.code) from error
     except BaseException:  # Ctrl-C, a cancelled run
-        undo.run()
+        unrestored = undo.run()
         raise
+    finally:
+        if settled and not unrestored:
+            settled(change.name)
 
 
 def _as_slmops_error(error: Exception) -> SlmopsError:

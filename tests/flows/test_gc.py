@@ -19,17 +19,18 @@ def test_it_removes_old_versions_and_says_so(
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     registry = open_registry(settings)
-    for number in range(3):
+    for number in range(4):
         store_version(registry, tmp_path / str(number), {"model.onnx": b"graph %d" % number})
-    registry.set_alias("home", "champion", 1, "the first")
+    for number in (1, 2):  # a rollback needs home@1, the former champion
+        registry.set_alias("home", "champion", number, "better")
     with temporary_settings({PREFECT_API_URL: server}):
         planned: State = gc(keep=1, dry_run=True, return_state=True)
-        assert planned.result().versions == ("home@2",)
-        assert len(registry.versions("home")) == 3
+        assert planned.result().versions == ("home@3",)
+        assert len(registry.versions("home")) == 4
         done: State = gc(keep=1, return_state=True)
         refused: State = gc(keep=0, return_state=True)
     assert (done.name, done.message) == ("Completed", done.result().summary)
-    assert "Removed home@2, 0 files" in done.result().summary
-    assert [version.number for version in registry.versions("home")] == [1, 3]
+    assert "Removed home@3, 0 files" in done.result().summary
+    assert [version.number for version in registry.versions("home")] == [1, 2, 4]
     with pytest.raises(BadInput, check=coded("keep-not-valid", "0")):
         refused.result()

@@ -1,12 +1,17 @@
 """Promotions of synthetic versions: refusals, plans, and the undoing of changes after failures."""
 
+import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect.client.schemas import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -16,8 +21,12 @@ from slmops.flows.promote import promote
 from slmops.flows.rollback import rollback
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.foundry.calls import CatalogModel, ListModels, OnCatalog, Register, Unregister
+from slmops.infra.foundry.following import Following
+from slmops.infra.foundry.interruption import has_marks
+from slmops.infra.foundry.served_model import ServedVersion
 from slmops.infra.foundry.server_client import running_servers
 from slmops.infra.settings import Settings
+from slmops.infra.storage.champion_lease import champion_is_changing, champion_lease
 from slmops.infra.storage.garbage import delete_version
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.opening import open_registry
@@ -27,6 +36,7 @@ from slmops.tasks.foundry import registration
 from slmops.tasks.versions.champion import ChampionChanged, Standing, change_champion, set_champion, settle_champion
 from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rollback
 from slmops.tasks.versions.promotion import Promotion, promotion_markdown
+from slmops.tasks.versions.serving import StoredModels
 from slmops.tasks.versions.undo import all_or_nothing, hand_back, restore_alias
 from tests.support.errors import coded
 from tests.support.model_server import ModelServer
@@ -351,6 +361,111 @@ class TestDeploys:
             [f"home:{promotion.version}"],
             {"home": promotion.version},
         )
+
+    def test_two_machines_change_a_champion_one_after_the_other(
+        self, first: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
+    ) -> None:
+        """The second machine waits in the store, and then changes nothing: neither Foundry Local nor its servers."""
+        changes = [
+            Change(registry.of(passed(registry, tmp_path, number)).variant("int4"), 1, "better", is_proven=True)
+            for number in (2, 3)
+        ]
+        elsewhere = settings.model_copy(update={"home": tmp_path / "elsewhere"})
+
+        def promote_elsewhere() -> None:
+            with pytest.raises(ChampionChanged, check=coded("champion-changed-meanwhile", "home@2")):
+                change_champion(changes[1], elsewhere)
+
+        here, there = ModelServer({"home": 1}), ModelServer({"home": 1})
+        with here.running(settings.home_dir), there.running(elsewhere.home_dir), ThreadPoolExecutor() as pool:
+            here.waits.clear()
+            under_way = pool.submit(copy_context().run, change_champion, changes[0], settings)
+            assert here.reached.wait(60)
+            refused = coded("champion-is-changing", "Another promotion of home@2")
+            later = champion_lease(registry.objects, "home", "promotion of home@3", wait_s=0)
+            with pytest.raises(StageFailed, check=refused), later:
+                pass
+            waiting = pool.submit(copy_context().run, promote_elsewhere)
+            here.waits.set()
+            under_way.result()
+            waiting.result()
+        assert (here.models, there.models, there.asked) == ({"home": 2}, {"home": 1}, [])
+        assert registry.aliases("home") == {CHAMPION: 2}
+        assert not champion_is_changing(registry.objects, "home")
+        asked = {"artifacts": {"key": {"any_": ["slmops-promotion-home"]}}}
+        artifacts = httpx.post(f"{PREFECT_API_URL.value()}/artifacts/filter", json=asked, trust_env=False).json()
+        assert any("# home@3: refused" in artifact["data"] for artifact in artifacts)
+
+
+class TestInterrupted:
+    """A promotion whose process is killed between Foundry Local and the alias."""
+
+    @pytest.fixture
+    def interrupted(self, settings: Settings, registry: ModelRegistry, versions: list[Manifest]) -> None:
+        """A process that was killed after it had handed over home@2."""
+        left = """
+import os, signal, sys
+from slmops.infra.foundry.interruption import mark_change
+from slmops.infra.settings import load_settings
+from slmops.infra.storage.champion_lease import ChampionLease
+from slmops.infra.storage.opening import open_registry
+settings = load_settings()
+assert ChampionLease(open_registry(settings).objects, "home", "promotion of home@2").take() is None
+mark_change(settings.home_dir, "home", 2)
+sys.stdout.flush()
+os._exit(9)
+"""
+        environment = {**os.environ, "SLMOPS_HOME": str(settings.home_dir)}
+        done = subprocess.run(
+            [sys.executable, "-c", left], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 9, done.stderr
+
+    def test_every_command_names_the_one_that_puts_it_right(
+        self,
+        interrupted: None,
+        settings: Settings,
+        registry: ModelRegistry,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv("SLMOPS_HOME", str(settings.home_dir))
+        assert cli.run(["list", "--json"]) == 0
+        told = capsys.readouterr()
+        assert "The promotion of home@2 was interrupted: home@1 is the champion" in told.err
+        assert "slmops promote home@1" in told.err
+        json.loads(told.out)
+        registry.set_alias("home", CHAMPION, 2, "the killed process had come that far")
+        assert cli.run(["list"]) == 0
+        assert "interrupted" not in capsys.readouterr().err
+        assert not has_marks(settings.home_dir)
+
+    def test_its_lease_holds_nobody_up(self, interrupted: None, registry: ModelRegistry) -> None:
+        with champion_lease(registry.objects, "home", "promotion of home@3", wait_s=0) as lease:
+            lease.check()
+        assert list(registry.objects.entries("promotions")) == []
+
+    def test_a_running_server_returns_to_the_champion(
+        self, interrupted: None, settings: Settings, registry: ModelRegistry
+    ) -> None:
+        host = HandedOver()
+        following = Following(host, StoredModels(registry, settings), 0, takes_new_names=False)  # type: ignore[arg-type]
+        host.champions["home"] = ServedVersion("home", 2, "int4")
+        with champion_lease(registry.objects, "home", "promotion of home@2", wait_s=0):
+            asyncio.run(following.look())
+            assert host.champions["home"].version == 2  # a promotion that is running decides itself
+        asyncio.run(following.look())
+        assert (host.champions["home"].version, following.behind) == (1, [])
+
+
+class HandedOver:
+    """A host that serves home@1 until it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.champions = {"home": ServedVersion("home", 1, "int4")}
+
+    async def go_over(self, served: ServedVersion) -> None:
+        self.champions[served.name] = served
 
 
 class TestFlows:
