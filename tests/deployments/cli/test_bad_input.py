@@ -361,7 +361,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     out, err = capfd.readouterr()
     plan = json.loads(out)
     assert plan["name"] == "home"
-    assert [stage["stage"] for stage in plan["stages"]][:4] == ["build fp16", "build int8", "build int4", "reference"]
+    first = ["calibrate", "build fp16", "build int8", "build int4", "reference"]
+    assert [stage["stage"] for stage in plan["stages"]][:5] == first
     assert plan["time_s"] == pytest.approx(sum(stage["time_s"] for stage in plan["stages"]))
     assert err == ""
     assert cli.run(["deploy", str(tiny_checkpoint), "--name", "home", "--dry-run"]) == 0
