@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from slmops.infra.process.call import Call, Progress, R
 from slmops.infra.process.endurance import Endure
-from slmops.infra.records import AbsolutePath, Record, later_field
+from slmops.infra.records import AbsolutePath, Json, Record, later_field
 from slmops.infra.reference.answers import Message, Question, RowId, Share
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
@@ -342,11 +342,13 @@ class RenderedChats(Record):
 class RenderChats(Call[RenderedChats]):
     """Render conversations with a model folder's tokenizer; the model itself is not loaded.
 
-    `context` is the text before and after a control token, `compositions` are whole prompts by name.
+    `context` is the text before and after a control token, `compositions` are whole prompts by name, `tools` are
+    offered in the conversations of these names.
     """
 
     model_dir: AbsolutePath
     conversations: dict[str, tuple[Message, ...]]
+    tools: dict[str, tuple[Json, ...]] = Field(default_factory=dict)
     control_tokens: tuple[str, ...]
     context: tuple[str, str]
     compositions: dict[str, str]

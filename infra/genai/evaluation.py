@@ -100,7 +100,7 @@ class _Answer:
 def _answer(
     model: GenaiModel, question: Question, expected: SourceAnswer | None, vocabulary: Vocabulary, max_new_tokens: int
 ) -> _Answer:
-    prompt, prompt_ids = model.render(question.messages)
+    prompt, prompt_ids = model.render(question.messages, question.tools)
     budget = expected.max_new_tokens if expected else max_new_tokens
     if vocabulary.comparable:
         answer_ids: list[int] | None = model.answer(prompt_ids, budget)
@@ -118,7 +118,8 @@ def _row(
     finite: Sequence[bool],
 ) -> AnsweredRow:
     answer_ids = answer.answer_ids or []
-    text = model.decode(answer_ids)
+    keeps_all = answer.question.keeps_control_tokens
+    text = model.decode_all(answer_ids) if keeps_all else model.decode(answer_ids)
     return AnsweredRow(
         id=answer.question.id,
         answer=text,

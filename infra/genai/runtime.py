@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from slmops.infra.errors import StageFailed, reason_of
 from slmops.infra.genai.calls import Generate, Generated
 from slmops.infra.process.call import Progress
+from slmops.infra.records import Json, Untyped
+from slmops.infra.reference.answers import Message
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
 # Neutral values that override the search options of a folder's genai_config.json: pure greedy decoding.
@@ -28,6 +30,13 @@ GREEDY = {
 }
 
 
+def render_chat(tokenizer: Untyped, messages: Sequence[Message], tools: Sequence[Json] = ()) -> str:
+    """Return the prompt that the runtime's tokenizer renders from a chat and the tools that it offers."""
+    offered = {"tools": json.dumps(tools)} if tools else {}
+    text: str = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True, **offered)
+    return text
+
+
 class GenaiModel:
     """A model folder opened for greedy decoding; the folder is only read.
 
@@ -39,6 +48,7 @@ class GenaiModel:
         import onnxruntime_genai as og
 
         self._og = og
+        self._whole: Untyped = None
         self.model_dir = model_dir
         self._search = {**GREEDY, "repetition_penalty": repetition_penalty}
         self.config = _read_genai_config(model_dir)
@@ -59,10 +69,10 @@ class GenaiModel:
                 code="model-does-not-open",
             ) from error
 
-    def render(self, messages: Sequence[dict[str, str]]) -> tuple[str, list[int]]:
-        """Return the prompt that the runtime renders from a chat, and its token ids."""
+    def render(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[str, list[int]]:
+        """Return the prompt that the runtime renders from a chat and the tools that it offers, and its token ids."""
         try:
-            text = self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+            text = render_chat(self.tokenizer, messages, tools)
             return text, [int(token) for token in self.tokenizer.encode(text)]
         except Exception as error:
             raise StageFailed(
@@ -104,6 +114,14 @@ class GenaiModel:
     def without_end(self, token_ids: Sequence[int]) -> list[int]:
         """The tokens of an answer before its end token."""
         return list(itertools.takewhile(lambda token: token not in self.end_token_ids, token_ids))
+
+    def decode_all(self, answer_ids: Sequence[int]) -> str:
+        """Text of an answer with its control tokens, which the runtime's own decoder leaves out."""
+        from tokenizers import Tokenizer
+
+        self._whole = self._whole or Tokenizer.from_file(str(self.model_dir / "tokenizer.json"))
+        text: str = self._whole.decode(list(answer_ids), skip_special_tokens=False)
+        return text
 
     def decode(self, answer_ids: Sequence[int]) -> str:
         """Text of an answer, without control tokens, decoded as it is streamed to a client.

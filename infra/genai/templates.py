@@ -1,6 +1,5 @@
 """onnxruntime-genai's prompts of conversations, by a folder's chat template, and their tokens."""
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
@@ -8,7 +7,9 @@ from typing import Any
 
 from slmops.infra.errors import reason_of
 from slmops.infra.genai.calls import EncodedToken, RenderChats, RenderedChat, RenderedChats
+from slmops.infra.genai.runtime import render_chat
 from slmops.infra.process.call import Progress
+from slmops.infra.records import Json
 from slmops.infra.reference.answers import Message
 
 
@@ -23,7 +24,9 @@ def render(call: RenderChats, progress: Progress) -> RenderedChats:
     except Exception as error:  # the binding raises RuntimeError and, for some faults, bare exceptions
         return RenderedChats(fault=reason_of(error, 0), versions=versions)
     before, behind = call.context
-    conversations = {name: _rendering(tokenizer, messages) for name, messages in call.conversations.items()}
+    conversations = {
+        name: _rendering(tokenizer, messages, call.tools.get(name, ())) for name, messages in call.conversations.items()
+    }
     control_tokens = {
         text: EncodedToken(alone=_encode(tokenizer, text), in_context=_encode(tokenizer, before + text + behind))
         for text in call.control_tokens
@@ -37,11 +40,11 @@ def render(call: RenderChats, progress: Progress) -> RenderedChats:
     )
 
 
-def _rendering(tokenizer: Any, messages: Sequence[Message]) -> RenderedChat:
+def _rendering(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Json]) -> RenderedChat:
     started = datetime.now().isoformat()
     text, ids, reason = "", None, None
     try:
-        text = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        text = render_chat(tokenizer, messages, tools)
         ids = _encode(tokenizer, text)
     except Exception as error:  # see above
         reason = reason_of(error, 0)

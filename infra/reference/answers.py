@@ -6,22 +6,28 @@ from typing import Annotated
 
 from pydantic import Field, StrictInt, StrictStr
 
-from slmops.infra.records import Record
+from slmops.infra.records import Json, Record, Untyped, later_field
 
 ANSWERS_FILE = "reference.json"
 LOGITS_FILE = "logits.npy"
 
 RowId = StrictInt | Annotated[StrictStr, Field(min_length=1)]
-Message = dict[str, str]  # role, content
+Message = dict[str, Untyped]  # role and content as texts; with tools also calls, see OpenAI's API
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Question(Record):
-    """A chat that ends with a user's turn; `expected` is the complete correct answer, if known."""
+    """A chat that ends with a user's turn or a tool's result; `expected` is the complete correct answer, if known.
+
+    `tools` are OpenAI's, for the chat template. With `keeps_control_tokens`, the answer's text has its control tokens,
+    because calls of tools may stand between them.
+    """
 
     id: RowId
     messages: tuple[Message, ...]
     expected: str | None = None
+    tools: tuple[Json, ...] = later_field(())
+    keeps_control_tokens: bool = later_field(False)
 
 
 class SourceAnswer(Record):

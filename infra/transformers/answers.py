@@ -85,7 +85,8 @@ def _answered(
     ended: bool,
 ) -> SourceAnswer:
     text, prompt_ids = prompt
-    answer_text = tokenizer.decode(answer_ids, skip_special_tokens=True)
+    shown = answer_ids[: len(answer_ids) - ended] if question.keeps_control_tokens else answer_ids
+    answer_text = tokenizer.decode(shown, skip_special_tokens=not question.keeps_control_tokens)
     return SourceAnswer(
         id=question.id,
         prompt=text,
@@ -127,7 +128,9 @@ def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
 def render_question(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
     """Return a row's prompt and its token ids; raises `BadInput` if the chat template cannot render it."""
     try:
-        text = tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(row.messages), tools=list(row.tools) or None, tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         raise BadInput(
             f"The chat template cannot render row {row.id!r}: {reason_of(error, -1)}.",

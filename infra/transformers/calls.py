@@ -161,12 +161,14 @@ class RenderConversations(Call[RenderedConversations]):
 
     `moments` are the local times, ISO 8601, at which a template that writes the date is to be rendered, by conversation
     (none: the present); `marks` is a regular expression for texts that look like a control token, `context` the text
-    before and after one. `save_dir` gets the tokenizer's files as the model builder writes them.
+    before and after one. `tools` are offered in the conversations of these names. `save_dir` gets the tokenizer's files
+    as the model builder writes them.
     """
 
     tokenizer_dir: AbsolutePath
     save_dir: AbsolutePath | None = None
     conversations: dict[str, tuple[Message, ...]]
+    tools: dict[str, tuple[Json, ...]] = Field(default_factory=dict)
     moments: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     marks: str
     context: tuple[str, str]

@@ -9,7 +9,7 @@ from typing import Any
 
 from slmops.infra.errors import reason_of
 from slmops.infra.process.call import Progress
-from slmops.infra.reference.answers import Message
+from slmops.infra.reference.answers import Question
 from slmops.infra.transformers.calls import (
     ControlTokenIds,
     RebuiltTokenizer,
@@ -33,7 +33,12 @@ def render(call: RenderConversations, progress: Progress) -> RenderedConversatio
     rebuilt = _rebuilt(tokenizer, call)
     clock = _keep_time()
     conversations = {
-        name: _rendered(tokenizer, messages, clock, call.moments.get(name, ()))
+        name: _rendered(
+            tokenizer,
+            Question(id=name, messages=messages, tools=call.tools.get(name, ())),
+            clock,
+            call.moments.get(name, ()),
+        )
         for name, messages in call.conversations.items()
     }
     renderings = [rendering for conversation in conversations.values() for rendering in conversation.renderings]
@@ -102,21 +107,19 @@ def _rebuilt(tokenizer: Any, call: RenderConversations) -> RebuiltTokenizer | No
     )
 
 
-def _rendered(
-    tokenizer: object, messages: Sequence[Message], clock: _Clock, moments: Sequence[str]
-) -> RenderedConversation:
+def _rendered(tokenizer: object, asked: Question, clock: _Clock, moments: Sequence[str]) -> RenderedConversation:
     try:
-        return RenderedConversation(renderings=tuple(_renderings(tokenizer, messages, clock, moments)))
+        return RenderedConversation(renderings=tuple(_renderings(tokenizer, asked, clock, moments)))
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         return RenderedConversation(refusal=reason_of(error, 0))
 
 
-def _renderings(
-    tokenizer: Any, messages: Sequence[Message], clock: _Clock, moments: Sequence[str]
-) -> Iterator[Rendering]:
+def _renderings(tokenizer: Any, asked: Question, clock: _Clock, moments: Sequence[str]) -> Iterator[Rendering]:
     for moment in moments or [datetime.now().isoformat()]:
         clock.moment, clock.asked = datetime.fromisoformat(moment), False
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(asked.messages), tools=list(asked.tools) or None, tokenize=False, add_generation_prompt=True
+        )
         yield Rendering(text=text, ids=_encode(tokenizer, text), dated=clock.asked)
         if not clock.asked:
             return

@@ -16,7 +16,8 @@ from slmops.infra.transformers.calls import Calibrate, Chat
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.environment.estimates import MAX_FLOAT32_PARAMETERS
-from slmops.tasks.questions.evaluation_set import EvaluationRow, Message
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.messages import Message
 from slmops.tasks.questions.training_rows import TrainingRow, Turn, read_rows_file
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.progress import stage_progress

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.genai.calls import Evaluate
 from slmops.infra.process.supervisor import ChildProcess
@@ -20,6 +21,7 @@ from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.source import ComparedExam, has_source
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, digest_of
 from slmops.tasks.questions.output_format import OutputFormat
+from slmops.tasks.questions.tool_prompts import form_for, prompt_of
 from slmops.tasks.workshop import Workshop
 
 # Increased whenever the content of an evaluation's record changes: records with another number are not reused.
@@ -42,7 +44,7 @@ def run_reference(
     return bench.run(
         AnswerAsSource(
             checkpoint_dir=bench.model,
-            rows=_questions(rows[: settings.evaluation.max_rows]),
+            rows=_questions(rows[: settings.evaluation.max_rows], read_chat_template(bench.model)),
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             batch_size=settings.evaluation.batch_size,
@@ -71,11 +73,11 @@ def evaluate_variant(
 
     Raises `StageFailed` and its kinds for a model that cannot be opened or run.
     """
-    used = rows[: settings.evaluation.max_rows]
+    used, template = rows[: settings.evaluation.max_rows], read_chat_template(bench.model)
     child = bench.run(
         Evaluate(
             model_dir=bench.model,
-            rows=_questions(used),
+            rows=_questions(used, template),
             reference_dir=reference_dir,
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
@@ -90,19 +92,23 @@ def evaluate_variant(
         wall_s=child.wall_s,
         peak_rss_bytes=child.peak_rss_bytes,
     )
-    return score_evaluation(found, used, output_format)
+    return score_evaluation(found, used, output_format, form_for(template, used))
 
 
-def _questions(rows: Sequence[EvaluationRow]) -> tuple[Question, ...]:
+def _questions(rows: Sequence[EvaluationRow], template: str | None) -> tuple[Question, ...]:
     """The children's questions. Children know only the scorer exact_match."""
-    return tuple(
-        Question(
+    questions = []
+    for row in rows:
+        messages, tools = prompt_of(row, template)
+        question = Question(
             id=row.id,
-            messages=[message.model_dump() for message in row.messages],
+            messages=messages,
             expected=row.expected if row.scorer.name == "exact_match" else None,
+            tools=tools,
+            keeps_control_tokens=bool(row.tools),
         )
-        for row in rows
-    )
+        questions.append(question)
+    return tuple(questions)
 
 
 EVALUATION = Kind("evaluation", Evaluation, field="evaluation")

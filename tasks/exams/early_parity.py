@@ -13,7 +13,7 @@ from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.manifest import digest_of, digest_of_file
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.exam import Bench
-from slmops.tasks.exams.parity_runtimes import Conversations
+from slmops.tasks.exams.parity_runtimes import Conversations, ToolConversations
 from slmops.tasks.exams.template_parity import (
     CALIBRATION,
     DECIDING_FILES,
@@ -23,6 +23,8 @@ from slmops.tasks.exams.template_parity import (
 )
 from slmops.tasks.questions.chats import CONVERSATIONS
 from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.tool_chats import tool_chats
+from slmops.tasks.questions.tool_prompts import form_for, prompt_of
 from slmops.tasks.questions.training_rows import read_rows_file
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
@@ -43,12 +45,14 @@ def check_templates(
     An ONNX model is compared in its exams. Raises `BadInput` if they differ and `template_parity` is not allowed to
     fail.
     """
+    form_for(read_chat_template(prepared.folder), rows)
     if prepared.inspection.kind == "genai":
         return
     shop = workshop()
     with stage_progress("compare templates") as on_progress:
         conversations = users_conversations(rows, calibration_file)
-        parity = parity_of(prepared.folder, conversations, shop.settings, on_progress)
+        chats = tool_conversations(rows, read_chat_template(prepared.folder))
+        parity = parity_of(prepared.folder, conversations, shop.settings, on_progress, with_tools=chats)
     if CHECK not in allow:
         require_parity(parity)
 
@@ -63,9 +67,17 @@ def require_parity(parity: TemplateParity) -> None:
         )
 
 
+def tool_conversations(rows: Sequence[EvaluationRow], template: str | None) -> ToolConversations:
+    """Return the prompts of evaluation rows with tools, by name, and the built-in ones; none without such rows."""
+    asked = {f"row {row.id}": row for row in rows if row.tools}
+    if not asked:
+        return {}
+    return {name: prompt_of(row, template) for name, row in (tool_chats() | asked).items()}
+
+
 def users_conversations(rows: Sequence[EvaluationRow], calibration_file: str | None = None) -> Conversations:
-    """Return the prompts of evaluation rows and of the calibration file's chats, by name."""
-    found = {f"row {row.id}": tuple(message.model_dump() for message in row.messages) for row in rows}
+    """Return the prompts of evaluation rows without tools and of the calibration file's chats, by name."""
+    found = {f"row {row.id}": tuple(turn.model_dump() for turn in row.messages) for row in rows if not row.tools}
     chats = read_rows_file(Path(calibration_file).expanduser(), calibration_file) if calibration_file else []
     for number, chat in enumerate(chats, 1):
         found[f"{CALIBRATION} {number}"] = tuple(turn.model_dump() for turn in chat.messages[:-1])
@@ -77,6 +89,8 @@ def parity_of(
     conversations: Conversations,
     settings: Settings,
     on_progress: OnProgress | None = None,
+    *,
+    with_tools: ToolConversations | None = None,
 ) -> TemplateParity:
     """Return the comparison of a checkpoint's prompts; it is made once for equal files, conversations and versions."""
     deciding = [path for path in sorted(checkpoint.iterdir()) if path.name in DECIDING_FILES]
@@ -86,11 +100,12 @@ def parity_of(
         "conversations": {**CONVERSATIONS, **conversations},
         "versions": runtime_versions(),
         "mends": MENDS,
+        **({"with_tools": with_tools} if with_tools else {}),
     }
     record = settings.user_cache_dir / "parity" / f"{digest_of(asked)}.json"
     if record.is_file():
         return TemplateParity.model_validate_json(record.read_bytes())
     with work_folder(settings) as work:
-        parity = check_checkpoint(settings, Bench(checkpoint, work, on_progress), conversations)
+        parity = check_checkpoint(settings, Bench(checkpoint, work, on_progress), conversations, with_tools or {})
     write_whole(record, parity.model_dump_json())
     return parity

@@ -27,7 +27,7 @@ from slmops.infra.storage.version import Variant
 from slmops.tasks.exams.estimates import DRIFT_BLOCKS, Estimate, drift
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, EdgeInput, edge_inputs
-from slmops.tasks.questions.evaluation_set import EvaluationRow, digest_of
+from slmops.tasks.questions.evaluation_set import EvaluationRow, digest_of, without_tools
 from slmops.tasks.workshop import Workshop
 
 Runtime = Literal["genai", "foundry"]
@@ -210,7 +210,8 @@ def examine_endurance(
     course = _Course(soak.requests, edge_inputs(context_length, typed))
     if not typed:
         course.notes.append("The tokenizer names no control token, so the input with control tokens was left out.")
-    rows = conversations[: soak_conversations(soak.requests, len(conversations))]
+    plain = without_tools(conversations)
+    rows = plain[: soak_conversations(soak.requests, len(plain))]
     shared = {
         "model_dir": bench.model,
         "conversations": [[message.model_dump() for message in row.messages] for row in rows],

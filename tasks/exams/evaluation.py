@@ -8,10 +8,13 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from slmops.infra.genai.calls import AnsweredRow, Evaluated
 from slmops.infra.records import later_field
 from slmops.infra.reference.answers import RowId, Share
+from slmops.infra.tool_calls.call import Form
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, weighted_mean
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.questions.output_format import OutputFormat, output_faults
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S
+from slmops.tasks.questions.scoring import ToolCalls
+from slmops.tasks.questions.tool_calls import ComparedCalls, category_of, compare_calls
 
 MAX_WORST_EXAMPLES = 5
 
@@ -31,6 +34,8 @@ class EvaluatedRow(AnsweredRow):
     reference_score: Share | None = None
     output_fault: str | None = None
     reference_output_fault: str | None = None
+    calls: ComparedCalls | None = later_field(None)
+    reference_calls: ComparedCalls | None = later_field(None)
 
 
 class CategoryScore(BaseModel):
@@ -79,31 +84,45 @@ class Evaluation(Evaluated):
 
 
 def score_evaluation(
-    evaluation: Evaluation, rows: Sequence[EvaluationRow], output_format: OutputFormat | None
+    evaluation: Evaluation,
+    rows: Sequence[EvaluationRow],
+    output_format: OutputFormat | None,
+    form: Form | None = None,
 ) -> Evaluation:
     """Derive scores, conformity, intervals and examples from the answers and the rows' figures.
 
-    `rows` are those that were evaluated, in the same order. If a pattern's match exceeds the time limit, the answer
-    scores 0, and a note says so.
+    `rows` are those that were evaluated, in the same order; `form` is that of the calls of tools in answers. If a
+    pattern's match exceeds the time limit, the answer scores 0, and a note says so.
     """
     slow: list[str] = []
     answers = [row.answer for row in evaluation.rows]
     references = [row.reference_answer for row in evaluation.rows]
-    scores, faults = _scores(rows, answers, "variant", slow), _faults(output_format, answers)
-    reference_scores = _scores(rows, references, "reference", slow)
+    calls, reference_calls = _calls(rows, answers, form), _calls(rows, references, form)
+    scores, faults = _scores(rows, answers, calls, "variant", slow), _faults(output_format, answers)
+    reference_scores = _scores(rows, references, reference_calls, "reference", slow)
     reference_faults = _faults(output_format, references)
     scored = [
         found.model_copy(
             update={
-                "category": row.category,
+                "category": category_of(row),
                 "score": score,
                 "reference_score": reference_score,
                 "output_fault": fault,
                 "reference_output_fault": reference_fault,
+                "calls": made,
+                "reference_calls": reference_made,
             }
         )
-        for found, row, score, reference_score, fault, reference_fault in zip(
-            evaluation.rows, rows, scores, reference_scores, faults, reference_faults, strict=True
+        for found, row, score, reference_score, fault, reference_fault, made, reference_made in zip(
+            evaluation.rows,
+            rows,
+            scores,
+            reference_scores,
+            faults,
+            reference_faults,
+            calls,
+            reference_calls,
+            strict=True,
         )
     ]
     notes = []
@@ -133,12 +152,16 @@ def score_evaluation(
 
 
 def _scores(
-    rows: Sequence[EvaluationRow], answers: Sequence[str | None], side: str, slow: list[str]
+    rows: Sequence[EvaluationRow],
+    answers: Sequence[str | None],
+    calls: Sequence[ComparedCalls | None],
+    side: str,
+    slow: list[str],
 ) -> list[float | None]:
     scores: list[float | None] = []
-    for row, answer in zip(rows, answers, strict=True):
-        if row.expected is None or answer is None:
-            scores.append(None)
+    for row, answer, made in zip(rows, answers, calls, strict=True):
+        if isinstance(row.scorer, ToolCalls) or row.expected is None or answer is None:
+            scores.append(made.score if made else None)
             continue
         try:
             scores.append(row.scorer.score(answer, row.expected))
@@ -146,6 +169,19 @@ def _scores(
             scores.append(0.0)
             slow.append(f"row {row.id!r} with the {side}'s answer")
     return scores
+
+
+def _calls(
+    rows: Sequence[EvaluationRow], answers: Sequence[str | None], form: Form | None
+) -> list[ComparedCalls | None]:
+    compared: list[ComparedCalls | None] = []
+    for row, answer in zip(rows, answers, strict=True):
+        made = None
+        if form and answer is not None and row.expected_tool_calls is not None and isinstance(row.scorer, ToolCalls):
+            tools = [tool.model_dump(mode="json") for tool in row.tools]
+            made = compare_calls(row.scorer, form.parse(answer, tools), row.expected_tool_calls)
+        compared.append(made)
+    return compared
 
 
 def _faults(output_format: OutputFormat | None, answers: Sequence[str | None]) -> list[str | None]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
@@ -13,6 +13,7 @@ from slmops.infra.genai.calls import RenderChats, RenderedChats
 from slmops.infra.genai.served_files import mend_files
 from slmops.infra.process.call import Call, R
 from slmops.infra.process.supervisor import ChildProcess
+from slmops.infra.records import Json
 from slmops.infra.reference.answers import Message
 from slmops.infra.settings import Settings
 from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
@@ -21,6 +22,7 @@ from slmops.tasks.foundry.prompt_template import special_tokens
 from slmops.tasks.questions.chats import CONTEXT, MARKS
 
 Conversations = Mapping[str, Sequence[Message]]
+ToolConversations = Mapping[str, tuple[Sequence[Message], Sequence[Json]]]  # messages and tools
 
 
 def require_an_end(folder: Path, conversations: Conversations) -> None:
@@ -42,7 +44,7 @@ class Runtimes:
     """Three child processes; genai and Foundry Local open the folder `bench.model`, transformers `reference`.
 
     With `before_build`, the model's files for chats are made from the reference's, as in a build, and Foundry Local is
-    left out, because it needs the weights.
+    left out, because it needs the weights. `tools` are those of the conversations of these names.
     """
 
     settings: Settings
@@ -50,6 +52,7 @@ class Runtimes:
     reference: Path
     torch_child: ChildProcess | None
     before_build: bool = False
+    tools: Mapping[str, Sequence[Json]] = field(default_factory=dict)
     done: int = 0
 
     def transformers(
@@ -61,6 +64,7 @@ class Runtimes:
             tokenizer_dir=self.reference,
             save_dir=self.bench.model if saves else None,
             conversations=conversations,
+            tools=self.tools,
             moments=moments or {},
             marks=MARKS,
             context=CONTEXT,
@@ -78,6 +82,7 @@ class Runtimes:
             RenderChats(
                 model_dir=self.bench.model,
                 conversations=conversations,
+                tools=self.tools,
                 control_tokens=tuple(control_tokens),
                 context=CONTEXT,
                 compositions=texts,

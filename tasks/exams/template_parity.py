@@ -28,9 +28,10 @@ from slmops.tasks.exams.parity_notes import (
     reference_notes,
     runtime_notes,
 )
-from slmops.tasks.exams.parity_runtimes import Conversations, Runtimes, require_an_end
+from slmops.tasks.exams.parity_runtimes import Conversations, Runtimes, ToolConversations, require_an_end
 from slmops.tasks.exams.source import has_source
 from slmops.tasks.questions.chats import CONVERSATIONS, NOTED_ONLY, plain_name, without_rare_characters
+from slmops.tasks.questions.tool_chats import tool_chats
 from slmops.tasks.workshop import Workshop
 
 # The files that determine a conversation's tokens, including a SentencePiece model.
@@ -166,16 +167,21 @@ def check_parity(
     return _compared(runtimes, CONVERSATIONS, checkpoint_dir)
 
 
-def check_checkpoint(settings: Settings, bench: Bench, rows: Conversations) -> TemplateParity:
+def check_checkpoint(
+    settings: Settings, bench: Bench, rows: Conversations, with_tools: ToolConversations
+) -> TemplateParity:
     """Compare the prompts of a future build of `bench.model`, a checkpoint, with transformers.
 
-    The conversations are those of `check_parity` and the user's `rows`, by name; without weights Foundry Local is left
-    out. transformers has its own process without torch, because a process for builds could no longer import torch after
-    that. Raises `StageFailed` as `check_parity` does, and `BadInput` for a row that the template refuses.
+    The conversations are those of `check_parity`, the user's `rows` and those `with_tools`, by name; without weights
+    Foundry Local is left out. transformers has its own process without torch, because a process for builds could no
+    longer import torch after that. Raises `StageFailed` as `check_parity` does, and `BadInput` for a row that the
+    template refuses.
     """
     files = replace(bench, model=bench.work / "files")
-    runtimes = Runtimes(settings, files, bench.model, None, before_build=True)
-    return _compared(runtimes, {**CONVERSATIONS, **rows}, bench.model)
+    tools = {name: offered for name, (_, offered) in with_tools.items()}
+    runtimes = Runtimes(settings, files, bench.model, None, before_build=True, tools=tools)
+    chats = {name: messages for name, (messages, _) in with_tools.items()}
+    return _compared(runtimes, {**CONVERSATIONS, **rows, **chats}, bench.model)
 
 
 def _compared(runtimes: Runtimes, conversations: Conversations, checkpoint_dir: Path | None) -> TemplateParity:
@@ -193,7 +199,7 @@ def _compared(runtimes: Runtimes, conversations: Conversations, checkpoint_dir: 
             code="chat-template-does-not-render",
         )
     for name, reason in refused.items():
-        if name not in CONVERSATIONS and name not in plain:
+        if name not in CONVERSATIONS and name not in plain and name not in tool_chats():
             raise BadInput(
                 f"The chat template cannot render {name}: {reason}.",
                 "Change its messages or the chat template.",

@@ -43,8 +43,10 @@ def proof_of(precision: str) -> Kind[Proof]:
 
 
 @stage("prove variant", run_name="prove-{variant.precision}")
-def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str, settings: Settings) -> Proof:
+def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str | None, settings: Settings) -> Proof:
     """Let a registered variant answer in a fresh process, and compare with onnxruntime-genai's own answer.
+
+    `evaluated_answer` is that of the evaluation, or None if the row was not evaluated.
 
     A variant that is not found, does not load or gives another answer is unregistered again. Raises `StageFailed`. If
     the `foundry` command serves this cache, its answer is checked too. Because it renders prompts in its own way, the
@@ -117,16 +119,19 @@ def last_proof(variant: Variant, row: EvaluationRow) -> Proof | None:
     return proof if proof and proof.question == row.messages[-1].content else None
 
 
-def _expected_answer(variant: Variant, messages: Sequence[Message], evaluated_answer: str, settings: Settings) -> str:
+def _expected_answer(
+    variant: Variant, messages: Sequence[Message], evaluated_answer: str | None, settings: Settings
+) -> str:
     """Return genai's answer with the repetition penalty of the model's own configuration, as Foundry uses it.
 
-    The evaluation's answers have no penalty; they are the same if the model sets none.
+    The evaluation's answers have no penalty; they are the same if the model sets none. `evaluated_answer` is None if
+    the row was not evaluated.
     """
     with work_folder(settings) as work:
         variant.place(work / "model")
         search = read_json(work / "model" / "genai_config.json").get("search", {})
         penalty = float(search.get("repetition_penalty", 1.0))
-        if penalty == 1.0:
+        if penalty == 1.0 and evaluated_answer is not None:
             return evaluated_answer
         child = run_in_child(
             Generate(

@@ -2,44 +2,27 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
-from pydantic import Field, StrictStr, ValidationError, model_validator
+from pydantic import Field, StrictStr, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from slmops.infra.errors import BadInput
-from slmops.infra.records import Record
+from slmops.infra.records import Record, later_field
 from slmops.infra.reference.answers import RowId
 from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import digest_of as digest_of_json
 from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
+from slmops.tasks.questions.messages import ToolMessage, check_turns, turns_without_calls
 from slmops.tasks.questions.output_format import OutputFormat, parse_output_regex, read_output_schema
 from slmops.tasks.questions.scoring import ExactMatch, Scorer, ScorerField, parse_scorer_text
 from slmops.tasks.questions.strict_json import parse_json
+from slmops.tasks.questions.tools import ExpectedCall, Tool, check_calls, check_expected, check_tools
 from slmops.tasks.runs.stage import stage
 
 CHAT_PROMPTS_FILE = Path(__file__).parent / "evaluation" / "chat_prompts.jsonl"
 MAX_LINE_BYTES = 1_000_000
-
-
-class Message(Record):
-    """One turn of a chat."""
-
-    role: Literal["system", "user", "assistant"]
-    content: StrictStr
-
-
-def check_turns(messages: Sequence[Message], last: Literal["user", "assistant"]) -> None:
-    """Raise `ValueError` unless a chat's turns alternate and end with the last one of a given role."""
-    roles = [message.role for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    usual = ["user" if index % 2 == 0 else "assistant" for index in range(len(turns))]
-    if turns != usual or not turns or turns[-1] != last:
-        raise ValueError(
-            "messages must alternate between user and assistant (after an optional system message) "
-            f"and end with {'a user' if last == 'user' else 'an assistant'}'s turn, found {', '.join(roles)}"
-        )
 
 
 class EvaluationRow(Record):
@@ -47,35 +30,68 @@ class EvaluationRow(Record):
 
     A system message may come first; then user and assistant alternate, and the last message is the user's. `scorer` is
     a name or an object of a name and options (see `slmops.tasks.questions.scoring`); `expected` must fit it.
+
+    With `tools`, assistants' messages may call them, results follow in messages of the role tool, and the last message
+    may be a result. `expected_tool_calls` stands in place of `expected`; empty: no tool may be called.
     """
 
     id: RowId
-    messages: tuple[Message, ...] = Field(min_length=1)
+    messages: tuple[ToolMessage, ...] = Field(min_length=1)
     expected: StrictStr | None = None
     scorer: ScorerField = ExactMatch()
     category: StrictStr | None = None
+    tools: tuple[Tool, ...] = later_field(())
+    expected_tool_calls: tuple[ExpectedCall, ...] | None = later_field(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_have_their_scorer(cls, row: object) -> object:
+        if isinstance(row, dict) and row.get("expected_tool_calls") is not None:
+            return {"scorer": "tool_calls", **row}
+        return row
 
     @model_validator(mode="after")
     def _turns_alternate(self) -> "EvaluationRow":
-        check_turns(self.messages, last="user")
+        check_tools(self.tools)
+        check_calls(self.messages, self.tools)
+        check_turns(turns_without_calls(self.messages), last="user")
         return self
 
     @model_validator(mode="after")
     def _can_be_scored(self) -> "EvaluationRow":
-        if self.expected is not None:
+        if self.expected_tool_calls is not None:
+            if self.expected is not None:
+                raise ValueError("`expected` and `expected_tool_calls` exclude each other")
+            if self.scorer.name != "tool_calls":
+                raise ValueError(f"`expected_tool_calls` needs the scorer tool_calls, found {self.scorer.name}")
+            check_expected(self.expected_tool_calls, self.tools)
+        elif self.expected is not None:
             self.scorer.check(self.expected)
         return self
+
+
+def without_tools(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
+    """Return the rows that need no tools, to ask runtimes that are not given any.
+
+    If all rows need them, the first question of each is returned, without an expected answer.
+    """
+    plain = [row for row in rows if not row.tools]
+    return plain or [
+        EvaluationRow(id=row.id, messages=turns_without_calls(row.messages)[: 1 + (row.messages[0].role == "system")])
+        for row in rows
+    ]
 
 
 def read_evaluation_file(path: Path, scorer: Scorer | None = None) -> list[EvaluationRow]:
     """Read an evaluation file: JSON Lines in UTF-8, one row `{id, messages, expected, scorer?, category?}` per line.
 
-    `scorer` applies to rows without one; default: exact_match. Blank lines are skipped. Raises `BadInput` naming the
-    first line that cannot be used and why.
+    `scorer` applies to rows without one; default: exact_match, and tool_calls for rows with `expected_tool_calls`.
+    A line that has only `tools` gives those of the rows behind it that have none. Blank lines are skipped. Raises
+    `BadInput` naming the first line that cannot be used and why.
     """
     rows = _read_rows(path, scorer)
     for number, row in rows:
-        if row.expected is None:
+        if row.expected is None and row.expected_tool_calls is None:
             raise _bad_line(path, number, "`expected` is missing")
     return [row for _, row in rows]
 
@@ -108,10 +124,15 @@ def digest_of(rows: Sequence[EvaluationRow]) -> str:
 def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, EvaluationRow]]:
     rows: list[tuple[int, EvaluationRow]] = []
     first_line_of: dict[str, int] = {}
+    tools: object = None
     try:
         with path.open("rb") as file:
             for number, line in numbered_lines(path, file):
-                row = _parse_row(path, number, line, scorer)
+                content = _parse_line(path, number, line)
+                if content.keys() == {"tools"}:
+                    tools = _parse_tools(path, number, content["tools"])
+                    continue
+                row = _parse_row(path, number, _with_defaults(content, tools, scorer))
                 first = first_line_of.setdefault(str(row.id), number)
                 if first != number:
                     raise _bad_line(path, number, f"the id {row.id!r} was already used in line {first}")
@@ -146,15 +167,35 @@ def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def _parse_row(path: Path, number: int, line: str, scorer: Scorer | None) -> EvaluationRow:
+def _parse_line(path: Path, number: int, line: str) -> dict[str, object]:
     try:
         content = parse_json(line)
     except ValueError as error:
         raise _bad_line(path, number, str(error)) from None
     if not isinstance(content, dict):
         raise _bad_line(path, number, f"it must be an object, found {type(content).__name__}")
-    if scorer is not None:
-        content.setdefault("scorer", scorer)
+    return content
+
+
+def _with_defaults(content: dict[str, object], tools: object, scorer: Scorer | None) -> dict[str, object]:
+    defaults: dict[str, object] = {} if tools is None else {"tools": tools}
+    if scorer is not None and content.get("expected_tool_calls") is None:
+        defaults["scorer"] = scorer
+    return {**defaults, **content}
+
+
+def _parse_tools(path: Path, number: int, content: object) -> list[object]:
+    try:
+        tools = TypeAdapter(tuple[Tool, ...]).validate_python(content)
+        check_tools(tools)
+    except ValidationError as error:
+        raise _bad_line(path, number, "; ".join(_fault(fault) for fault in error.errors()[:3])) from None
+    except ValueError as error:
+        raise _bad_line(path, number, str(error)) from None
+    return [tool.model_dump() for tool in tools]
+
+
+def _parse_row(path: Path, number: int, content: dict[str, object]) -> EvaluationRow:
     try:
         row = EvaluationRow.model_validate(content)
         row.model_dump_json().encode()
@@ -172,7 +213,8 @@ def _fault(fault: ErrorDetails) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key `{where}`"
     if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
+        said = str(fault["ctx"]["error"])
+        return f"`{where}`: {said}" if "parameters" in fault["loc"] else said
     found = repr(fault["input"])
     return f"`{where}`: {fault['msg']}, found {found if len(found) <= 60 else found[:57] + '...'}"
 
@@ -199,6 +241,11 @@ class EvaluationSet(Record):
     def decoded_by(self, decoding: Decoding | None) -> "EvaluationSet":
         """Return the same rows with another decoding."""
         return self.model_copy(update={"decoding": None if decoding == PLAIN else decoding})
+
+    @property
+    def proof_row(self) -> EvaluationRow:
+        """The row that proves a registered model: the first that needs no tools (see `without_tools`)."""
+        return without_tools(self.rows)[0]
 
     @property
     def summary(self) -> str:

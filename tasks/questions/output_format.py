@@ -41,7 +41,7 @@ class OutputFormat(Record):
         if self.regex is not None:
             _check_output_regex(self.regex)
         else:
-            _check_schema(self.json_schema)
+            check_schema(self.json_schema)
         return self
 
     @property
@@ -70,7 +70,7 @@ def read_output_schema(path: Path) -> OutputFormat:
         schema = parse_json(content.decode("utf-8-sig"))
         if not isinstance(schema, dict | bool):
             raise ValueError(f"it must be an object, found {type(schema).__name__}")  # noqa: TRY004
-        _check_schema(schema)
+        check_schema(schema)
         return OutputFormat(json_schema=schema)
     except UnicodeDecodeError as error:
         fault = f"it is not UTF-8 at byte {error.start + 1}"
@@ -196,7 +196,7 @@ def _validator(schema: object) -> _Validator:
     return validator
 
 
-def _check_schema(schema: object) -> None:
+def check_schema(schema: object) -> None:
     """Raise `ValueError` naming the place in a schema that cannot be used, and why."""
     draft = _draft(schema)
     try:

@@ -11,7 +11,16 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import regex
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+)
 
 from slmops.infra.errors import BadInput
 from slmops.infra.reference.answers import matches
@@ -30,7 +39,7 @@ _FENCE = regex.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", regex.DOTALL | 
 _EXACT = Context(prec=400)
 
 
-class _Scorer(BaseModel, ABC):
+class _Scorer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
@@ -38,12 +47,14 @@ class _Scorer(BaseModel, ABC):
     def check(self, expected: str) -> None:
         """Raise `ValueError`, which says why, if this scorer cannot use an expected answer."""
 
+
+class _TextScorer(_Scorer, ABC):
     @abstractmethod
     def score(self, answer: str, expected: str) -> float:
         """Return the score; raises `TimeoutError` when a pattern takes too long."""
 
 
-class ExactMatch(_Scorer):
+class ExactMatch(_TextScorer):
     """1 for an answer that equals the expected one in every character."""
 
     name: Literal["exact_match"] = "exact_match"
@@ -53,7 +64,7 @@ class ExactMatch(_Scorer):
         return float(bool(matches(answer, expected)))
 
 
-class NormalizedMatch(_Scorer):
+class NormalizedMatch(_TextScorer):
     """1 for an answer that equals the expected one but for case, punctuation, white space and compatible characters."""
 
     name: Literal["normalized_match"] = "normalized_match"
@@ -67,7 +78,7 @@ class NormalizedMatch(_Scorer):
         return float(normalized(answer) == normalized(expected))
 
 
-class Contains(_Scorer):
+class Contains(_TextScorer):
     """1 for an answer in which the expected text occurs; with `normalized`, both as normalized_match compares them."""
 
     name: Literal["contains"] = "contains"
@@ -87,7 +98,7 @@ class Contains(_Scorer):
         return float(expected.strip() in answer)
 
 
-class Regex(_Scorer):
+class Regex(_TextScorer):
     """1 for an answer in which the expected pattern is found, or that it matches as a whole with `whole_match`."""
 
     name: Literal["regex"] = "regex"
@@ -105,7 +116,7 @@ class Regex(_Scorer):
         return float(is_found(expected, answer.strip(), whole=self.whole_match, ignore_case=self.ignore_case))
 
 
-class JsonEquality(_Scorer):
+class JsonEquality(_TextScorer):
     """1 for an answer that is the same JSON value: 1 is 1.0, and the order of keys does not count.
 
     `allow_fence` accepts an answer inside a Markdown fence (``` or ```json) that is all of it.
@@ -129,10 +140,10 @@ class JsonEquality(_Scorer):
             found = parse_json(fenced[1] if fenced else text)
         except ValueError:
             return 0.0
-        return float(_is_same_json(found, parse_json(expected)))
+        return float(is_same_json(found, parse_json(expected)))
 
 
-class RougeL(_Scorer):
+class RougeL(_TextScorer):
     """F-measure of ROUGE-L (Lin 2004): the longest common subsequence of words; case does not count.
 
     A word is a run of letters, marks and digits of any script; in scripts without spaces between words (Chinese,
@@ -154,7 +165,7 @@ class RougeL(_Scorer):
         return float(_rouge_scorer().score(expected, answer)["rougeL"].fmeasure)
 
 
-class Numeric(_Scorer):
+class Numeric(_TextScorer):
     """1 for a number within `absolute_tolerance`, or within `relative_tolerance` times the expected one.
 
     It is the first number of the answer, or with `whole_answer` the answer must be only a number. Numbers have a
@@ -182,7 +193,26 @@ class Numeric(_Scorer):
             return float(abs(found - aim) <= max(Decimal(repr(self.absolute_tolerance)), relative))
 
 
-Scorer = ExactMatch | NormalizedMatch | Contains | Regex | JsonEquality | RougeL | Numeric
+class ToolCalls(_Scorer):
+    """1 for an answer whose calls of tools are the expected ones (see `slmops.tasks.questions.tool_calls`).
+
+    `free_text` names arguments, of any tool, that are compared as normalized_match compares texts.
+    """
+
+    name: Literal["tool_calls"] = "tool_calls"
+    free_text: tuple[str, ...] = ()
+
+    @field_validator("free_text", mode="before")
+    @classmethod
+    def _of_json(cls, names: object) -> object:
+        return tuple(names) if isinstance(names, list) else names
+
+    def check(self, expected: str) -> None:
+        """Refuse every expected text."""
+        raise ValueError("the scorer tool_calls needs `expected_tool_calls` in place of `expected`")
+
+
+Scorer = ExactMatch | NormalizedMatch | Contains | Regex | JsonEquality | RougeL | Numeric | ToolCalls
 SCORERS: dict[str, type[Scorer]] = {
     "exact_match": ExactMatch,
     "normalized_match": NormalizedMatch,
@@ -191,6 +221,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "json_equality": JsonEquality,
     "rouge_l": RougeL,
     "numeric": Numeric,
+    "tool_calls": ToolCalls,
 }
 
 
@@ -261,7 +292,8 @@ def _check_normalized(expected: str) -> None:
         raise ValueError("`expected` has only punctuation and white space, which are not compared")
 
 
-def _is_same_json(first: object, second: object) -> bool:
+def is_same_json(first: object, second: object) -> bool:
+    """Whether two JSON values are equal: 1 is 1.0, true is not 1, and the order of keys does not count."""
     waiting = [(first, second)]
     while waiting:
         left, right = waiting.pop()

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Record
-from slmops.tasks.questions.evaluation_set import Message, check_turns, numbered_lines
+from slmops.tasks.questions.evaluation_set import numbered_lines
+from slmops.tasks.questions.messages import Message, check_turns
 from slmops.tasks.questions.strict_json import parse_json
 
 MAX_NAMED_FAULTS = 3
@@ -15,6 +17,8 @@ MAX_NAMED_FAULTS = 3
 
 class Turn(Message, extra="ignore"):
     """One turn of a training chat."""
+
+    role: Literal["system", "user", "assistant"]
 
 
 class TrainingRow(Record, extra="ignore"):

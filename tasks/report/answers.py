@@ -6,6 +6,7 @@ from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.evaluation import EvaluatedRow, Evaluation
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.tools import shown_calls
 from slmops.tasks.report.blocks import (
     Block,
     Comparison,
@@ -22,6 +23,7 @@ from slmops.tasks.report.blocks import (
 from slmops.tasks.report.per_variant import EXAMPLES, Variants, evaluations, of_variant, threshold_of
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import INTERVALS, NOTHING, estimated, percent, ratio, shown
+from slmops.tasks.verdict.tool_check import FAULTS, fault_shares, right_arguments, right_functions, right_silence
 
 
 def domain_answers(report: DeployReport) -> Iterator[Block]:
@@ -51,7 +53,26 @@ def domain_answers(report: DeployReport) -> Iterator[Block]:
         folded += of_variant(variant, table(("category", "rows", "score", "reference"), categories))
     if folded:
         yield Details("Scores by category", folded)
+    yield from _tool_calls(report)
     yield from _worst_examples(report)
+
+
+def _tool_calls(report: DeployReport) -> Iterator[Block]:
+    """Yield what was right of the calls of tools, and the faults that the source checkpoint does not have."""
+    rows: list[tuple[Text, ...]] = []
+    for variant, evaluated in evaluations(report.variants):
+        made = [row.calls for row in evaluated.rows if row.calls]
+        shares, faults = (right_functions(made), right_arguments(made), right_silence(made)), fault_shares(evaluated)
+        figures = [NOTHING if share is None else estimated(share, percent) for share in shares]
+        added = [estimated(faults[name], percent) if name in faults else NOTHING for name in FAULTS]
+        rows += [(Strong(variant.precision), *figures, *added)] if made else []
+    if rows:
+        yield Heading("Calls of tools", level=4)
+        yield Paragraph(
+            "Shares of rows: the right functions, their right arguments, and no call where none is due. Then how many "
+            f"more rows than with the reference lose a call, invent one, or change an argument. {INTERVALS}"
+        )
+    yield from table(("variant", "functions", "arguments", "no call", "lost", "invented", "changed"), rows)
 
 
 def _worst_examples(report: DeployReport) -> Iterator[Block]:
@@ -81,6 +102,8 @@ def _example(precision: str, row: EvaluatedRow, asked: EvaluationRow | None) -> 
         lines.append(("asked", visible(asked.messages[-1].content)))
         if asked.expected is not None:
             lines.append(("expected", visible(str(asked.expected))))
+        if asked.expected_tool_calls is not None:
+            lines.append(("expected", visible(shown_calls(asked.expected_tool_calls))))
     if row.reference_answer is not None:
         lines.append(("reference", visible(row.reference_answer) or "(empty)"))
     lines.append((precision, visible(row.answer) or "(empty)"))

@@ -168,7 +168,7 @@ def deploy_report(
         **reference_scores(explained),
         foundry_model_id=champion_id,
         foundry_dir=str(settings.foundry_dir),
-        question=evaluation.rows[0].messages[-1].content,
+        question=evaluation.proof_row.messages[-1].content,
         description=description,
         warnings=tuple(warnings),
         provenance=provenance_of(version.manifest),

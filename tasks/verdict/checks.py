@@ -28,6 +28,9 @@ CheckName = Literal[
     "edge_input_foundry",
     "text_top1_agreement",
     "text_kl_divergence",
+    "tool_calls_lost",
+    "tool_calls_invented",
+    "tool_arguments_changed",
 ]
 # A model that fails one of these gives no meaningful answers.
 NEVER_ALLOWED: tuple[CheckName, ...] = ("vocabulary", "finite_logits")

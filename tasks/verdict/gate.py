@@ -26,6 +26,7 @@ from slmops.tasks.verdict.checks import (
     no_fault,
 )
 from slmops.tasks.verdict.thresholds import GateThresholds
+from slmops.tasks.verdict.tool_check import of_tools
 
 
 class GateVerdict(Record):
@@ -71,7 +72,8 @@ def judge(
     positions, also if it lies within only when near ties count as agreement; then the divergence decides. Where the
     score decides (`score_decides`), the distributions only have to be those of a model that is not broken.
     `ended_answers`: by how much fewer answers come to their end than the source's, within the tokens that they may have
-    (at most, judged as a loss is).
+    (at most, judged as a loss is). `tool_calls_lost`, `tool_calls_invented` and `tool_arguments_changed`: by how many
+    more rows have such a fault than with the source (at most the allowed loss, judged as that is).
 
     Of the variant: `finite_logits` (all), `output_format` (share of answers, at least; an answer without it is excused
     where the source's has it neither), `non_empty_answers` (all; only without a reference), `template_parity`
@@ -146,6 +148,7 @@ def _against_reference(evaluation: Evaluation, thresholds: GateThresholds) -> li
     if evaluation.quality_loss is not None:
         checks.append(beyond_noise("quality_loss", evaluation.quality_loss, thresholds.max_quality_loss))
     of_source, of_variant = _ends(evaluation)
+    checks += of_tools(evaluation, thresholds.max_quality_loss)
     if of_source:
         running_on = paired_loss(of_source, of_variant)
         checks.append(beyond_noise("ended_answers", running_on, thresholds.max_unended_answers))

@@ -206,7 +206,7 @@ def recall_proof(change: Change, settings: Settings) -> RecordedProof | None:
     """Return the stored facts on a variant; None if there is no proof that can be repeated."""
     version = change.version
     evaluation = last_evaluation_set(version)
-    row = evaluation.rows[0] if evaluation else None
+    row = evaluation.proof_row if evaluation else None
     proof = last_proof(change.variant, row) if row else None
     return RecordedProof(row, proof, *_card_of(change, settings)) if row and proof else None
 

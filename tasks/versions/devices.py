@@ -88,10 +88,10 @@ def _taken_back(version: Version, model_id: str, before: list[str], there: Setti
 
 def _answered(variant: Variant, model_id: str, there: Settings, on_progress: OnProgress) -> str:
     evaluation = last_evaluation_set(variant.version)
-    proof = last_proof(variant, evaluation.rows[0]) if evaluation else None
+    proof = last_proof(variant, evaluation.proof_row) if evaluation else None
     messages = FALLBACK_MESSAGES
     if evaluation and proof:
-        messages = [message.model_dump() for message in evaluation.rows[0].messages]
+        messages = [message.model_dump() for message in evaluation.proof_row.messages]
     tokens = proof.completion_tokens if proof else FALLBACK_TOKENS
     call = Prove(cache_dir=there.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=tokens)
     answer = ask_foundry(call, there, on_progress).answer

@@ -187,7 +187,8 @@ def _registered(asked: Qualification, variant: Variant, report: VariantReport, e
         base_model=base_model_of(manifest.source.origin),
     )
     registration = register_variant(variant, asked.description, card, settings)
-    row, answer = asked.evaluation.rows[0], evaluation.rows[0].answer
+    row = asked.evaluation.proof_row
+    answer = evaluation.rows[rows.index(row)].answer if row in (rows := asked.evaluation.rows) else None
     known = None if registration.changed else last_proof(variant, row)
     proof = known or prove_variant(variant, row, answer, settings)
     noted = report.gate.notes if report.gate else ()

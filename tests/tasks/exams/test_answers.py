@@ -396,3 +396,32 @@ def test_a_truncated_vocabulary_is_a_figure_and_is_rejected_by_its_own_check(
     verdict = judge(found, thresholds_for("int4", quick.gate))
     assert not verdict.passed
     assert "vocabulary" in {check.name for check in verdict.checks if not check.passed}
+
+
+@pytest.mark.usefixtures("torch_stays")
+def test_rows_with_tools_are_asked_with_them_in_both_runtimes(
+    quick: Settings, checkpoint: Path, fp32: Path, tmp_path: Path
+) -> None:
+    template = (
+        "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for message in messages %}<|im_start|>"
+        "{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    for folder in (checkpoint, fp32):
+        shutil.copytree(folder, tmp_path / folder.name)
+        (tmp_path / folder.name / "chat_template.jinja").write_text(template, "utf-8")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    calls: tuple[list[Any], ...] = ([{"name": "f", "arguments": {}}], [])
+    rows = [row(number, tools=[tool], expected_tool_calls=due) for number, due in enumerate(calls)]
+    bench = Bench(tmp_path / "checkpoint", tmp_path / "reference", None)
+    reference = run_reference(quick, bench, rows)
+    assert '"name": "f"' in reference.rows[0].prompt
+    bench = Bench(tmp_path / "fp32", tmp_path / "work", None)
+    found = evaluate_variant(quick, bench, rows, reference_dir=tmp_path / "reference")
+    assert found.template_mismatches.count == 0
+    assert [(one.score, one.reference_score, one.category) for one in found.rows] == [
+        (0.0, 0.0, "simple"),
+        (1.0, 1.0, "irrelevance"),
+    ]
+    assert {"tool_calls_lost", "tool_calls_invented"} <= {
+        check.name for check in judge(found, thresholds_for("fp16", quick.gate)).checks
+    }

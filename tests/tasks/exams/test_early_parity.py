@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
-from slmops.tasks.exams.early_parity import check_templates, parity_of, users_conversations
+from slmops.tasks.exams.early_parity import check_templates, parity_of, tool_conversations, users_conversations
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.tool_chats import tool_chats
+from slmops.tasks.questions.tool_prompts import form_for
 from slmops.tasks.workshop import Workshop, working_in
 from tests.support.errors import coded
 from tests.support.family_tokenizers import FAMILIES, save_tokenizer
@@ -73,6 +76,37 @@ def test_a_difference_can_be_allowed_and_a_row_that_is_refused_cannot(checkpoint
         check_templates.fn(prepared, (), None, ("template_parity",))
         with pytest.raises(BadInput, check=coded("row-does-not-render", "row 1", "no!")):
             check_templates.fn(prepared, rows)
+
+
+def with_tools(folder: Path, settings: Settings) -> TemplateParity:
+    """Compare the built-in conversations with tools, as a deploy with rows with tools does."""
+    template = read_chat_template(folder)
+    rows = tuple(tool_chats().values())[:1]
+    assert form_for(template, rows)
+    asked = tool_conversations(rows, template)
+    assert {"parallel calls", "row tools on offer"} <= set(asked)
+    return parity_of(folder, {}, settings, with_tools=asked)
+
+
+def test_prompts_with_tools_have_the_same_tokens(tmp_path: Path, settings: Settings) -> None:
+    folder = tmp_path / "qwen3"
+    shutil.copytree(real_model("tokenizers/qwen3"), folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3"}), "utf-8")
+    parity = with_tools(folder, settings)
+    assert parity.holds, parity.cause
+    template = (read_chat_template(folder) or "").replace("tool | tojson", "tool.function.name|upper")
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    assert "row tools on offer" in differing(with_tools(folder, settings))
+
+
+def test_rows_with_tools_are_refused_before_a_build(checkpoint: Path, settings: Settings) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    prepared: Any = SimpleNamespace(folder=checkpoint, inspection=SimpleNamespace(kind="genai"))
+    with (
+        working_in(Workshop(settings, open_registry(settings))),
+        pytest.raises(BadInput, check=coded("template-without-tools", "tools on offer")),
+    ):
+        check_templates.fn(prepared, tuple(tool_chats().values()))
 
 
 def test_calibration_chats_are_compared_up_to_their_answers(tmp_path: Path) -> None:

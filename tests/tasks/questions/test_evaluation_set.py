@@ -23,7 +23,7 @@ from slmops.tasks.questions.evaluation_set import (
     read_rows,
 )
 from slmops.tasks.questions.output_format import read_output_schema
-from slmops.tasks.questions.scoring import SCORERS, parse_scorer
+from slmops.tasks.questions.scoring import SCORERS, ToolCalls, parse_scorer
 from tests.support.errors import coded
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "evaluation.md"
@@ -141,7 +141,8 @@ def chat(*roles):
         (json.dumps({**ROW, "messages": []}).encode(), "`messages`"),
         (json.dumps({**ROW, "messages": "hi"}).encode(), "`messages`"),
         (json.dumps({**ROW, "messages": [{"role": "user"}]}).encode(), "`messages.0.content` is missing"),
-        (json.dumps(chat("tool")).encode(), "`messages.0.role`"),
+        (json.dumps(chat("critic")).encode(), "`messages.0.role`"),
+        (json.dumps(chat("tool")).encode(), "the role tool has no call before it"),
         (json.dumps(chat("system")).encode(), "end with a user's turn, found system"),
         (json.dumps(chat("user", "assistant")).encode(), "found user, assistant"),
         (json.dumps(chat("user", "user")).encode(), "must alternate"),
@@ -279,6 +280,7 @@ def test_the_examples_of_the_documentation_are_read_and_score_1(tmp_path: Path) 
         else:
             rows += read_evaluation_file(path)
     answered = [row for row in rows if ": " in str(row.id)]
-    assert {row.scorer.name for row in answered} == set(SCORERS) - {"exact_match"}
+    assert {row.scorer.name for row in answered} == set(SCORERS) - {"exact_match", "tool_calls"}
     for row in answered:
+        assert not isinstance(row.scorer, ToolCalls)
         assert row.scorer.score(str(row.id).partition(": ")[2], row.expected or "") == 1
