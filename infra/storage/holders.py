@@ -1,15 +1,18 @@
-"""Names of processes that hold something in a store, and whether such a process has ended."""
+"""Names of processes that hold something in a store, and whether such a process has ended.
+
+A process is told by what no clock moves: on Linux by the id of the machine's boot and the clock ticks from the boot to
+the start of the process, elsewhere by the time of its start, which the operating system records once.
+"""
 
 import hashlib
 import os
 import socket
+import sys
 import uuid
 from functools import cache
+from pathlib import Path
 
 import psutil
-
-# Start times of processes are exact to about a second, because they are computed from the machine's boot time.
-START_TOLERANCE_S = 2
 
 
 def this_process() -> str:
@@ -21,21 +24,32 @@ def has_ended(holder: str) -> bool:
     """Whether a process named by `this_process` has certainly ended: it ran on this machine and no longer exists."""
     machine, _, process = holder.partition("~")
     pid, _, started = process.partition("~")
-    if machine != _machine() or not pid.isdecimal() or not started.isdecimal():
+    if machine != _machine() or not pid.isdecimal() or not started:
         return False
     try:
-        found = psutil.Process(int(pid))
-        ended = found.status() == psutil.STATUS_ZOMBIE
-        return ended or abs(found.create_time() - int(started)) > START_TOLERANCE_S
-    except psutil.NoSuchProcess:
+        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE or _start(int(pid)) != started
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return False
 
 
 @cache  # temporary files are named by it; a forked process has another number
 def _process(pid: int) -> str:
-    return f"{_machine()}~{pid}~{int(psutil.Process(pid).create_time())}"
+    return f"{_machine()}~{pid}~{_start(pid)}"
+
+
+def _start(pid: int) -> str:
+    """Return what is different for each process that ever had this number on this machine."""
+    if sys.platform == "linux":
+        fields = Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()
+        return f"{_boot()}{int(fields[19]):x}"  # field 22 of proc_pid_stat(5): the start in ticks since the boot
+    return f"{int(psutil.Process(pid).create_time() * 1000):x}"
+
+
+@cache
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").replace("-", "").strip()[:16]
 
 
 @cache

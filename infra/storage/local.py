@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import IO
 
 from slmops.infra.errors import StageFailed
@@ -192,7 +191,8 @@ class LocalObjectStore:
     @contextmanager
     def _aside(self) -> Iterator[IO[bytes]]:
         self.aside.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=self.aside, prefix=aside_prefix(), delete=False) as aside:
+        # Not a `NamedTemporaryFile`, which its user alone may read: a team's store follows the umask and the folders.
+        with (self.aside / f"{aside_prefix()}{uuid.uuid4().hex}").open("xb") as aside:
             try:
                 yield aside
             finally:

@@ -1,6 +1,8 @@
 """Garbage and leases: what is removed, and what running work keeps."""
 
+import os
 import re
+import stat
 import subprocess
 import sys
 import threading
@@ -8,6 +10,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
@@ -16,6 +19,7 @@ from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_
 from slmops.infra.storage.holders import has_ended, this_process
 from slmops.infra.storage.inputs import delete_input, fetch_input, ingest, read_input
 from slmops.infra.storage.leases import Collector, WriteLease, collecting
+from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import verify_version
@@ -113,6 +117,33 @@ def test_a_writer_waits_for_a_collector(
     writer.join(30)
     assert steps == ["collected", "written"]
     assert claimed_blobs(registry) == {blob.sha256}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Windows and macOS record the time of a process's start")
+def test_a_clock_that_steps_ends_no_living_writer(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = WriteLease(registry.objects)
+    lease.claim([Blob("e" * 64, 1)])
+    started = psutil.Process().create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _process: started + 3600)  # the boot's time moved
+    assert claimed_blobs(registry) == {"e" * 64}
+    assert not has_ended(this_process())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_the_files_of_a_teams_store_follow_the_umask_and_the_folders_group(tmp_path: Path) -> None:
+    for umask, mode in ((0o002, 0o664), (0o077, 0o600)):
+        root = tmp_path / f"{umask:o}"
+        root.mkdir()
+        before = os.umask(umask)
+        try:
+            registry = ModelRegistry(LocalObjectStore(root))
+            store_version(registry, tmp_path / f"files-{umask:o}")
+            registry.set_alias("home", "champion", 1, "the first")
+        finally:
+            os.umask(before)
+        written = [path for path in root.rglob("*") if path.is_file() and "blobs" not in path.parts]
+        assert written
+        assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {mode}
 
 
 def test_leases_of_processes_that_ended_hold_nobody_up(
