@@ -15,6 +15,7 @@ from slmops.infra.reference.answers import Message
 
 # Real templates render a conversation in milliseconds; most of the time is the start of the process on a busy machine.
 DEADLINE_S = 30.0
+MAX_CPU_S = 60
 # Of the process's address space, Python's own quarter included.
 MAX_MEMORY_BYTES = 1_500_000_000
 # The built-in conversations render to some thousand characters, and a context of 128k tokens is half a million.
@@ -32,8 +33,8 @@ class RenderTemplate(Call[tuple[str | None, ...]]):
     conversations: tuple[Conversation, ...]
 
     def perform(self, progress: Progress) -> tuple[str | None, ...]:
-        """Render them in this process, whose memory stays limited; raises `BadInput`."""
-        _limit_memory()
+        """Render them in this process, whose resources stay limited; raises `BadInput`."""
+        _limit_resources()
         try:
             render = chat_template_renderer(self.chat_template, self.special_tokens)
             found = tuple(_rendered(render, *conversation) for conversation in self.conversations)
@@ -87,11 +88,13 @@ def _rendered(render: Render, messages: Sequence[Message], generation: bool) -> 
         return None
 
 
-def _limit_memory() -> None:
+def _limit_resources() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS does not apply it
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+        # A long step of C code, such as a power, keeps the process from noticing that its supervisor was killed.
+        resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
 
 
 def _unbounded(what: str) -> BadInput:
