@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import FailFast, Field, StringConstraints, field_validator
@@ -54,6 +54,13 @@ class StoredVariant(Record):
     def _are_different_files(cls, files: tuple[StoredFile, ...]) -> tuple[StoredFile, ...]:
         if len({file.path for file in files}) != len(files):
             raise ValueError("a file is named twice")
+        # As Windows and macOS compare names: one file would replace the other there.
+        paths = {file.path.casefold() for file in files}
+        if len(paths) != len(files):
+            raise ValueError("the names of two files differ by case only")
+        folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents}
+        if both := sorted(folders & paths):
+            raise ValueError(f"{both[0]} is a file and a folder")
         return files
 
     @property

@@ -714,6 +714,8 @@ MANIFESTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "path with a dot": (first_file(path="a/./b"), "is not valid"),
     "path that is another's folder": (first_file(path="model.onnx/x"), "'model.onnx' that cannot be placed"),
     "path that is another's": (first_file(path="model.onnx"), "a file is named twice"),
+    "path that is another's in capitals": (first_file(path="Model.ONNX"), "differ by case only"),
+    "path below a file": (first_file(path="model.onnx/part"), "model.onnx is a file and a folder"),
     "digest in capitals": (first_file(sha256="A" * 64), "is not valid"),
     "digest that leads out": (first_file(sha256="../" * 21 + "x"), "is not valid"),
     "a text altered": (lambda data: data.replace(b"/checkpoints/home", b"/checkpoints/homf"), "is on another manifest"),
