@@ -43,6 +43,8 @@ class TensorHeader:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; raises `BadInput` when the file is missing, damaged or not an object."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe or a device would not end
+        raise BadInput(f"{path} is not a regular file.", "Save the checkpoint again.", code="file-not-regular")
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
