@@ -73,7 +73,7 @@ SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """Mark whole journeys and the tests of real runtimes, and assign groups of tests to workers.
 
-    Those of a module do (`pytest -n 2 --dist loadgroup`), which share its fixtures, and those of the demo. Whole
+    Those of a module do (`pytest --dist loadgroup`), which share its fixtures, and those of the demo. Whole
     journeys share nothing that takes time to make, unless they say so by the mark itself. What takes longest comes
     first, so that the short tests fill the end evenly: what FIRST names, the groups of journeys, the other journeys.
     """

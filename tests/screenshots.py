@@ -30,8 +30,7 @@ def take(page: str, picture: Path, *, height: int = HEIGHT) -> None:
             size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             driver.get(page if "://" in page else Path(page).resolve().as_uri())
-            complete = "return document.readyState === 'complete' && [...document.images].every(one => one.complete)"
-            WebDriverWait(driver, 60).until(lambda _: driver.execute_script(complete))
+            WebDriverWait(driver, 60).until(lambda _: driver.execute_script(COMPLETE))
             driver.save_screenshot(str(picture))
         finally:
             driver.quit()
