@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
 
 import yaml
 
@@ -70,6 +71,7 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
     `BadInput` for a schedule that Prefect refuses.
     """
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentUpdate
     from prefect.exceptions import ObjectNotFound
 
     done = []
@@ -85,9 +87,27 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
             if known and found == wanted and not known.job_variables:
                 done.append(Registered(name, "unchanged"))
                 continue
-            deployment_of(entry, with_schedules=known is None).apply()
+            made = cast(UUID, deployment_of(entry, with_schedules=known is None).apply())
+            form = with_plain_fields(client.read_deployment(made).parameter_openapi_schema or {})
+            client.update_deployment(made, DeploymentUpdate(parameter_openapi_schema=form))
             done.append(Registered(name, "updated" if known else "created"))
     return done
+
+
+def with_plain_fields(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a flow's parameters with one plain type for each that may be null.
+
+    Prefect's form shows a field for a plain type, and only "Property is type None" for a type or null. The API takes
+    null for such a field all the same, as long as the schema has no default for it.
+    """
+    return {**schema, "properties": {name: _plain(field) for name, field in schema.get("properties", {}).items()}}
+
+
+def _plain(field: dict[str, Any]) -> dict[str, Any]:
+    types: list[dict[str, Any]] = [option for option in field.get("anyOf", ()) if option != {"type": "null"}]
+    if field.get("default", ...) is not None or len(types) != 1 or "enum" in types[0] or "$ref" in types[0]:
+        return field
+    return {key: value for key, value in field.items() if key not in ("anyOf", "default")} | types[0]
 
 
 def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> "RunnerDeployment":

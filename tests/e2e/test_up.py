@@ -239,6 +239,13 @@ def test_a_parameter_of_the_wrong_type_is_refused_by_name(api: str) -> None:
     answer = answer_of("POST", f"{api}/deployments/{deployment}/create_flow_run", body)
     assert answer.status_code == 409
     assert "field 'name'" in answer.json()["detail"]
+    fields = call("GET", f"{api}/deployments/{deployment}")["parameter_openapi_schema"]["properties"]
+    assert {**fields["evaluation_file"], "description": ""} == {
+        "title": "evaluation_file",
+        "type": "string",
+        "position": 5,
+        "description": "",
+    }
 
 
 def test_an_event_deploys_its_checkpoint(up: Up, api: str, tiny: Path) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import ValidationError, validate
+
+from slmops.deployments.server.registration import with_plain_fields
 
 RECORDED = Path(__file__).parent / "golden" / "parameter_schema.json"
 FLOWS = ("benchmark", "deploy", "gc", "promote", "regate", "retrain", "rollback")
@@ -32,6 +35,20 @@ def test_a_flow_has_the_recorded_form(name: str) -> None:
     found = form(name)
     assert found["parameters"] == recorded["parameters"]
     assert sorted(found["flow"].split()) == sorted(recorded["flow"].split())  # the order of the parameters may differ
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_prefects_form_has_a_plain_field_for_each_parameter_and_its_api_takes_null(name: str) -> None:
+    flow = getattr(import_module(f"slmops.flows.{name}"), name)
+    schema = parameter_schema(flow).model_dump_for_openapi()
+    plain = with_plain_fields(schema)
+    assert "null" not in json.dumps([field.get("anyOf", ()) for field in plain["properties"].values()])
+    required = dict.fromkeys(schema.get("required", ()), "text")
+    nullable = {field: None for field, shown in schema["properties"].items() if shown.get("default", ...) is None}
+    validate({**required, **nullable}, plain, raise_on_error=True)
+    for field in nullable:
+        with pytest.raises(ValidationError):
+            validate({**required, field: {"no": "such type"}}, plain, raise_on_error=True)
 
 
 if __name__ == "__main__":
