@@ -4,7 +4,8 @@ import hashlib
 import json
 import re
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import FailFast, Field, StringConstraints, field_validator
@@ -58,9 +59,10 @@ class StoredVariant(Record):
         paths = {file.path.casefold() for file in files}
         if len(paths) != len(files):
             raise ValueError("the names of two files differ by case only")
-        folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents}
-        if both := sorted(folders & paths):
-            raise ValueError(f"{both[0]} is a file and a folder")
+        # By their parts: a file comes right before what lies in a folder of its name.
+        for path, following in pairwise(sorted(path.split("/") for path in paths)):
+            if following[: len(path)] == path:
+                raise ValueError(f"{'/'.join(path)} is a file and a folder")
         return files
 
     @property
