@@ -157,7 +157,8 @@ def peer() -> LlamaCpp | None:
         _fetch_source(folder)
         _build(folder, log)
     except (OSError, ValueError, subprocess.CalledProcessError, tarfile.TarError, RealModelMissing) as error:
-        print(f"llama.cpp could not be built, and the rows have no peer: {error}. Its log: {log}", flush=True)
+        told = f" Its log: {log}" if log.is_file() else ""
+        print(f"llama.cpp could not be built, and the rows have no peer: {error}{told}", flush=True)
         return None
     return LlamaCpp(folder)
 
