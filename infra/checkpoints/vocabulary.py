@@ -8,6 +8,17 @@ from slmops.infra.records import Json, Untyped
 SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Return the added tokens of a folder's tokenizer.json and their ids; none without that file."""
+    path = folder / "tokenizer.json"
+    added = read_json(path).get("added_tokens") if path.is_file() else None
+    return {
+        entry["content"]: entry["id"]
+        for entry in added or []
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and isinstance(entry.get("id"), int)
+    }
+
+
 def tokens_without_rows(folder: Path, rows: int) -> tuple[list[str], list[str]]:
     """Return the tokens without a row in the embedding: those that prompts may have, and those that no prompt needs.
 
