@@ -85,6 +85,7 @@ def _print_result(report: "DeployReport", *, as_json: bool) -> None:
 def _show_report(report: "DeployReport") -> None:
     from slmops.tasks.report.attempts import attempts_text
     from slmops.tasks.report.markdown import variant_rows
+    from slmops.tasks.report.rejections import advice_lines
     from slmops.tasks.report.terminal import terminal_plots
     from slmops.tasks.report.wording import check_threshold, check_value, estimated, percent
 
@@ -105,9 +106,10 @@ def _show_report(report: "DeployReport") -> None:
                 for check in variant.gate.failed_checks
             )
             print_line(f"{variant.precision} rejected: {faults}")
-            print_line(f"  {variant.nearest} is closest to the checkpoint. {variant.what_to_do or ''}".rstrip())
         if len(variant.attempts) > 1:
             print_line(f"{variant.precision} attempts: {attempts_text(variant.attempts)}")
+    for line in advice_lines(report):
+        print_line(line)
     for text in [*report.warnings, *(text for variant in report.variants for text in variant.warnings)]:
         print_line(f"warning: {text}")
     answered = next((variant for variant in reversed(report.variants) if variant.answer), None)  # the smallest

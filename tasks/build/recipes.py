@@ -103,6 +103,14 @@ def load_recipe(name: str, execution_provider: str = "cpu") -> Recipe:
     return Recipe.model_validate({**read_json(path), "id": path.stem})
 
 
+def ladder_of(precision: str, execution_provider: str = "cpu") -> tuple[Recipe, ...]:
+    """Return a precision's default recipe and those that a deploy tries after it; empty for one without recipes."""
+    if not known_recipes(precision, execution_provider):
+        return ()
+    default = load_recipe(precision, execution_provider)
+    return (default, *(load_recipe(name, execution_provider) for name in default.climbs_to))
+
+
 def known_recipes(precision: str, execution_provider: str = "cpu") -> tuple[str, ...]:
     """Return the names of a precision's recipes for a provider, the default first."""
     return tuple(sorted(_recipe_files().get((execution_provider, precision), ())))

@@ -1,5 +1,6 @@
 """Template parity before the build. Rendering needs no weights, so a faulty template is found before a build."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,15 +55,19 @@ def check_templates(
         chats = tool_conversations(rows, read_chat_template(prepared.folder))
         parity = parity_of(prepared.folder, conversations, shop.settings, on_progress, with_tools=chats)
     if CHECK not in allow:
-        require_parity(parity)
+        require_parity(parity, prepared.origin)
 
 
-def require_parity(parity: TemplateParity) -> None:
+def require_parity(parity: TemplateParity, checkpoint: str) -> None:
     """Raise `BadInput` with the first difference and its cause, if the runtimes render other prompts."""
     if not parity.holds:
         raise BadInput(
             f"The runtimes do not render the prompts that the model was trained with. {parity.cause}",
-            f"Give a template that they render alike with --chat-template, or allow it with --allow {CHECK}.",
+            "In use the model would see prompts that it was not trained with. Change chat_template.jinja there (or "
+            "`chat_template` of tokenizer_config.json), and compare in seconds: "
+            f"{shlex.join(('slmops', 'check', checkpoint))}\n"
+            "Or deploy with --chat-template FILE, a template that all render alike; or allow the difference with "
+            f"--allow {CHECK}.",
             code="template-parity",
         )
 

@@ -22,6 +22,7 @@ from slmops.tasks.questions.tools import ExpectedCall, Tool, check_calls, check_
 from slmops.tasks.runs.stage import stage
 
 CHAT_PROMPTS_FILE = Path(__file__).parent / "evaluation" / "chat_prompts.jsonl"
+BUILT_IN = "slmops' own chats"  # the origin of the built-in prompts
 MAX_LINE_BYTES = 1_000_000
 
 
@@ -276,7 +277,7 @@ def read_evaluation_set(
         if output_format is None and (folder / OUTPUT_SCHEMA_FILE).is_file():
             output_format = read_output_schema(folder / OUTPUT_SCHEMA_FILE)
     else:
-        rows, origin = chat_prompts(), "slmops' own chats"
+        rows, origin = chat_prompts(), BUILT_IN
     return EvaluationSet(rows=tuple(rows), origin=origin, output_format=output_format)
 
 

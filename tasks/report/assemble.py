@@ -12,6 +12,7 @@ from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.statements import Statement
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport
+from slmops.tasks.report.rejections import with_advice
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Judged
@@ -151,7 +152,7 @@ def deploy_report(
     `champion_id` is its Foundry id as the champion, or None.
     """
     settings = workshop().settings
-    explained = with_reasons(in_order_of_size(variants), choice)
+    explained = with_advice(with_reasons(in_order_of_size(variants), choice), version, evaluation)
     return DeployReport(
         name=version.name,
         version=version.number,

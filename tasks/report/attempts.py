@@ -1,4 +1,4 @@
-"""The recipes that were tried, and advice for a rejected variant."""
+"""The recipes that were tried."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,29 +20,11 @@ from slmops.tasks.report.blocks import (
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import decimal, megabytes, percent, ratio, shown
 
-QUALITY_CHECKS = frozenset(
-    {"top1_agreement", "kl_divergence", "quality_loss", "text_top1_agreement", "text_kl_divergence"}
-)
-
 
 def nearest_of(attempts: Sequence[Attempt], recipe: str) -> str:
     """Return the name of the attempted recipe that is closest to the checkpoint; `recipe` if none was compared."""
     compared = [attempt for attempt in attempts if "kl_divergence" in attempt.metrics]
     return min(compared, key=lambda attempt: attempt.metrics["kl_divergence"]).recipe if compared else recipe
-
-
-def what_would_help(failed_checks: Sequence[str], *, precision: str, quantized: bool) -> str:
-    """Return advice for a variant that failed these checks."""
-    if not QUALITY_CHECKS.intersection(failed_checks):
-        return "The report has the findings of each failed check."
-    wider = {"int4": "int8", "int8": "fp16"}.get(precision)
-    steps = [
-        *(["calibrate it on chats like those in use (--calibration FILE)"] if quantized else []),
-        *([f"serve {wider}"] if wider else []),
-        "allow it to differ more (--max-kl-divergence, --min-top1-agreement)",
-    ]
-    text = ", or ".join(steps)
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def attempts_text(attempts: Sequence[Attempt]) -> str:

@@ -27,6 +27,7 @@ from slmops.tasks.report.blocks import (
 )
 from slmops.tasks.report.quality import quality_blocks
 from slmops.tasks.report.records import DeployReport, VariantReport
+from slmops.tasks.report.rejections import advice_blocks
 from slmops.tasks.report.wording import (
     INTERVALS,
     NOTHING,
@@ -66,6 +67,7 @@ def document(report: DeployReport) -> list[Block]:
         *_verdict(report),
         *_choice(report),
         *_others(report),
+        *advice_blocks(report),
         *_variants(report),
         *_speed(report),
         *quality_blocks(report),

@@ -15,6 +15,7 @@ from slmops.tasks.exams.statements import Statement
 from slmops.tasks.exams.template_parity import TemplateParity
 from slmops.tasks.exams.text import TextComparison
 from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.verdict.advice import Advice
 from slmops.tasks.verdict.gate import GateVerdict
 from slmops.tasks.verdict.history import History
 
@@ -39,7 +40,8 @@ class VariantReport(BaseModel):
     """One variant of a deploy. `intervals` are those of the metrics of the same name; `reason` says why it was chosen
     or not; `allowed` names the checks that failed and were allowed to fail; `reliable` says whether the machine was
     idle enough for its figures of speed (None: not measured). `attempts` are the recipes that were tried for it. For a
-    rejected variant, `nearest` is the recipe closest to the checkpoint, and `what_to_do` is advice.
+    rejected variant, `nearest` is the recipe closest to the checkpoint, `advice` says for each failed check what it
+    means and which steps would help, and `what_to_do` is the first step.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,6 +56,7 @@ class VariantReport(BaseModel):
     attempts: tuple[Attempt, ...] = ()
     nearest: str | None = None
     what_to_do: str | None = None
+    advice: tuple[Advice, ...] = ()
     metrics: dict[str, float] = {}
     intervals: dict[str, Estimate] = {}
     gate: GateVerdict | None = None

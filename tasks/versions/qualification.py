@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.olive.options import BITS
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.climbing import last_climb
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -26,7 +25,6 @@ from slmops.tasks.foundry.proof import last_proof, prove_variant
 from slmops.tasks.foundry.registration import register_variant, unregister_variant
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.assemble import variant_intervals, variant_metrics
-from slmops.tasks.report.attempts import nearest_of, what_would_help
 from slmops.tasks.report.model_card import base_model_of, model_card
 from slmops.tasks.report.records import VariantDetails, VariantReport
 from slmops.tasks.verdict.gate import GateVerdict, judge_stored_variant
@@ -114,19 +112,9 @@ def qualify_variant(
         if verdict.passed:
             return _registered(asked, variant, report, evaluation)
         removed = unregister_variant(variant, workshop().settings)
-        return Qualified(report.model_copy(update={"status": "rejected", **_help(report)}), changed=bool(removed))
+        return Qualified(report.model_copy(update={"status": "rejected"}), changed=bool(removed))
     except StageFailed as error:
         return Qualified(report.model_copy(update={"error": str(error), "foundry_model_id": None}), changed=True)
-
-
-def _help(report: VariantReport) -> dict[str, str]:
-    """Return the fields of a rejected variant's report that say what would help."""
-    failed = [check.name for check in report.gate.failed_checks] if report.gate else []
-    recipe = (report.recipe or "").partition("-")[2] or report.precision
-    return {
-        "nearest": nearest_of(report.attempts, recipe),
-        "what_to_do": what_would_help(failed, precision=report.precision, quantized=report.precision in BITS),
-    }
 
 
 def _examined(

@@ -101,7 +101,13 @@ def test_a_variant_below_the_gate_is_rejected_and_taken_away(registry: ModelRegi
     ended = state.result(raise_on_failure=False)
     assert isinstance(ended, DeployEnded)
     assert (state.name, ended.exit_code, ended.report.selected) == ("Rejected", 3, None)
-    assert ended.report.variants[0].reason == "rejected by the gate: kl divergence"
+    (variant,) = ended.report.variants
+    assert variant.reason == "rejected by the gate: kl divergence"
+    ((advice,), steps) = (variant.advice, [step.command for step in variant.advice[0].steps])
+    assert (advice.check, steps[-1]) == ("kl_divergence", "slmops regate home@1 --allow kl_divergence")
+    assert variant.what_to_do.endswith(steps[0])
+    assert ended.report.to_contract()["variants"][0]["advice"][0]["meaning"] == advice.meaning
+    assert steps[0] in to_markdown(ended.report)
     assert registry.find("home@1").serving is None
 
 

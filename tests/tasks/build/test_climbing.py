@@ -24,7 +24,7 @@ from slmops.tasks.exams.source import sources_in_use
 from slmops.tasks.exams.text import TextSample
 from slmops.tasks.plan import parse_request
 from slmops.tasks.questions.evaluation_set import EvaluationSet, chat_prompts
-from slmops.tasks.report.attempts import attempts_text, nearest_of, what_would_help
+from slmops.tasks.report.attempts import attempts_text, nearest_of
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.versions.commit import commit_version
 from slmops.tasks.workshop import Workshop, torch_process, working_in
@@ -172,11 +172,3 @@ def test_a_checkpoint_that_cannot_be_calibrated_is_rounded_to_nearest(
     assert (first.status, first.error) == ("failed", "It answers nothing.")
     assert (second.recipe, second.status) == ("int4-rtn", "passed")
     assert recipes_of(found) == ["int4-rtn"]
-
-
-def test_what_would_help_follows_what_failed() -> None:
-    helped = what_would_help(["kl_divergence"], precision="int4", quantized=True)
-    assert "--calibration" in helped
-    assert "int8" in helped
-    assert "--calibration" not in what_would_help(["kl_divergence"], precision="fp16", quantized=False)
-    assert "--calibration" not in what_would_help(["template_parity"], precision="int4", quantized=True)

@@ -55,9 +55,9 @@ def test_rare_characters_reject_only_where_the_user_has_them(settings: Settings)
 def test_what_no_runtime_renders_is_reported_before_a_build(checkpoint: Path, settings: Settings) -> None:
     template = "{% for message in messages %}<|im_start|>{{ message.content|upper }}<|im_end|>{% endfor %}"
     (checkpoint / "chat_template.jinja").write_text(template, "utf-8")
-    prepared: Any = SimpleNamespace(folder=checkpoint, inspection=SimpleNamespace(kind="checkpoint"))
+    prepared: Any = SimpleNamespace(folder=checkpoint, origin="./home", inspection=SimpleNamespace(kind="checkpoint"))
     with working_in(Workshop(settings, open_registry(settings))):
-        with pytest.raises(BadInput, check=coded("template-parity", "there is no filter upper")):
+        with pytest.raises(BadInput, check=coded("template-parity", "there is no filter upper", "slmops check ./home")):
             check_templates.fn(prepared, ())
         shutil.rmtree(checkpoint)  # it was compared before
         checkpoint.mkdir()
@@ -70,7 +70,7 @@ def test_a_difference_can_be_allowed_and_a_row_that_is_refused_cannot(checkpoint
         "{% for message in messages %}{{ raise_exception('no!') if '!' in message.content }}a{% endfor %}{{ 3 / 2 }}"
     )
     (checkpoint / "chat_template.jinja").write_text(template, "utf-8")
-    prepared: Any = SimpleNamespace(folder=checkpoint, inspection=SimpleNamespace(kind="checkpoint"))
+    prepared: Any = SimpleNamespace(folder=checkpoint, origin="./home", inspection=SimpleNamespace(kind="checkpoint"))
     rows = [EvaluationRow.model_validate({"id": 1, "messages": asked("Stop!")})]
     with working_in(Workshop(settings, open_registry(settings))):
         check_templates.fn(prepared, (), None, ("template_parity",))
@@ -101,7 +101,7 @@ def test_prompts_with_tools_have_the_same_tokens(tmp_path: Path, settings: Setti
 
 def test_rows_with_tools_are_refused_before_a_build(checkpoint: Path, settings: Settings) -> None:
     (checkpoint / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    prepared: Any = SimpleNamespace(folder=checkpoint, inspection=SimpleNamespace(kind="genai"))
+    prepared: Any = SimpleNamespace(folder=checkpoint, origin="./home", inspection=SimpleNamespace(kind="genai"))
     with (
         working_in(Workshop(settings, open_registry(settings))),
         pytest.raises(BadInput, check=coded("template-without-tools", "tools on offer")),

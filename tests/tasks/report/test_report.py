@@ -18,6 +18,7 @@ from slmops.tasks.report.assemble import in_order_of_size, overall_status
 from slmops.tasks.report.blocks import visible
 from slmops.tasks.report.markdown import code_span, escaped, fenced, to_markdown, variant_rows
 from slmops.tasks.report.records import DeployReport, VariantDetails, VariantReport
+from slmops.tasks.verdict.advice import Advice, Step
 from slmops.tasks.verdict.checks import GateCheck
 from slmops.tasks.verdict.gate import GateVerdict
 from tests.support.reports import FIGURES, endurance, evaluation, full_report, full_variant, length_sweep, parity
@@ -173,7 +174,11 @@ def without_reference() -> DeployReport:
 def with_others() -> DeployReport:
     """Of three variants one failed, one was rejected, and one was chosen."""
     failed = check("kl_divergence", 0.25, 0.02, passed=False)
-    rejected = full_variant("int8", status="rejected", gate=GateVerdict(passed=False, checks=(failed,)))
+    step = Step(text="Build it by the recipe int8-block128:", command="slmops deploy 'my home' --recipe int8-block128")
+    accept = Step(text="Or serve it in spite of this:", command="slmops regate home@3 --allow kl_divergence")
+    advice = Advice(check="kl_divergence", meaning="It is far from its checkpoint.", steps=(step, accept))
+    gate = GateVerdict(passed=False, checks=(failed,))
+    rejected = full_variant("int8", status="rejected", gate=gate, advice=(advice,))
     return full_report(
         variant("fp16", "failed", error="Olive could not build the model."), rejected, full_variant("int4")
     )
