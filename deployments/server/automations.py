@@ -17,8 +17,12 @@ NOTICES_BLOCK = "slmops-notices"
 
 DEPLOY_ON_EVENT = "slmops: deploy a checkpoint that is ready"
 LOST_RUNS = "slmops: a run without a sign of life has crashed"
+LATE_SIGNS = "slmops: a late sign of life withdraws that a run has crashed"
 FAILURE_NOTICE = "slmops: notice of a failed run"
 REGRESSION_NOTICE = "slmops: notice of a regression"
+
+# A process that hung for longer than this has lost its work in any case.
+LATE_UNTIL = timedelta(days=1)
 
 # The shortest interval that Prefect accepts. It is in workers' environments, and their runs inherit it.
 HEARTBEAT_VARIABLE = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
@@ -27,6 +31,7 @@ HEARTBEAT_S = 30
 HEARTBEAT = "prefect.flow-run.heartbeat"
 RUNS = "prefect.flow-run.*"
 FAILED = ("Failed", "Crashed", "Rejected", "TimedOut")
+CRASHED = "prefect.flow-run.Crashed"
 ENDED = (*FAILED, "Completed", "Cancelled", "Paused", "Suspended")
 
 
@@ -78,6 +83,23 @@ def automations(
                 ChangeFlowRunState(
                     state=StateType.CRASHED, name="Crashed", message=f"No sign of life for {lost_after_s:g} s."
                 )
+            ],
+        ),
+        Automation(
+            name=LATE_SIGNS,
+            description="A worker was under load, or without network for a time: its run goes on.",
+            trigger=EventTrigger(
+                match={"prefect.resource.id": RUNS},
+                match_related=OF_OURS,
+                after={CRASHED},
+                expect={HEARTBEAT},
+                for_each={"prefect.resource.id"},
+                posture=Posture.Reactive,
+                threshold=1,
+                within=LATE_UNTIL,
+            ),
+            actions=[
+                ChangeFlowRunState(state=StateType.RUNNING, name="Running", message="It gave a late sign of life.")
             ],
         ),
     ]

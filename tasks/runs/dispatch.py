@@ -2,15 +2,15 @@
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import UUID
 
 import httpx
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, Crashed
@@ -41,9 +41,11 @@ class Outcome:
 
 
 @dataclass
-class _Attempt:
-    run_id: UUID
-    number: int
+class _Attempts:
+    """The runs of a job that may still end it, oldest first: a lost one is kept, since it may be only late."""
+
+    run_ids: list[UUID] = field(default_factory=list)
+    started: int = 0
 
 
 def check_pool(pool: str, flow_names: Sequence[str]) -> None:
@@ -73,7 +75,8 @@ def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Se
     """Run a job per key on a pool's workers, all in parallel, and wait for their ends.
 
     A run that crashed (its process or its machine died) or that no worker starts is started again, at most three times.
-    When an exception leaves this call (a cancelled flow run), the runs are cancelled.
+    If a run that was declared crashed is heard of again, it goes on, and the run that replaced it is cancelled. When an
+    exception leaves this call (a cancelled flow run), the runs are cancelled.
 
     Raises `StageFailed` when the pool has no worker for `settings.worker.pending_s`.
     """
@@ -81,35 +84,62 @@ def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Se
     watch = _Watch(pool, settings)
     with get_client(sync_client=True) as client, _cancelled_with_the_caller(client) as under_way:
         for key, job in jobs.items():
-            under_way[key] = _Attempt(_start(flow_name, pool, job), 1)
+            under_way[key] = _Attempts()
+            _start(under_way[key], flow_name, pool, job)
         while under_way:
             time.sleep(POLL_INTERVAL_S)
-            runs = watch.read(client, under_way)
-            for key, run in runs.items():
-                attempt = under_way[key]
-                lost = _lost(run, settings)
-                if lost and attempt.number < ATTEMPTS:
+            found = watch.read(client, under_way)
+            for key, runs in found.items():
+                attempts = under_way[key]
+                outcome = _outcome(runs, attempts, settings)
+                if outcome:
+                    _end(client, runs, settings)
+                    del under_way[key]
+                    done[key] = outcome
+                elif living := [run for run in runs if not _lost(run, settings)]:
+                    _keep_the_furthest(client, attempts, living, jobs[key].name, settings)
+                else:
+                    lost = _lost(runs[-1], settings)
                     get_run_logger().warning("%s: %s It is started again.", jobs[key].name, lost)
-                    _give_up(client, run)
-                    under_way[key] = _Attempt(_start(flow_name, pool, jobs[key]), attempt.number + 1)
-                elif run.state and run.state.is_final():
-                    del under_way[key]
-                    error = None if run.state.is_completed() else run.state.message or run.state.name
-                    done[key] = Outcome(str(run.id), error)
-                elif lost:
-                    _give_up(client, run)
-                    del under_way[key]
-                    done[key] = Outcome(str(run.id), lost)
-            watch.look_at_workers(client, runs.values())
+                    _end(client, runs[-1:], settings)
+                    _start(attempts, flow_name, pool, jobs[key])
+            watch.look_at_workers(client, [run for runs in found.values() for run in runs])
     return done
 
 
-def _start(flow_name: str, pool: str, job: Job) -> UUID:
+def _start(attempts: _Attempts, flow_name: str, pool: str, job: Job) -> None:
     run = run_deployment(
         f"{flow_name}/{pool}", parameters=dict(job.parameters), flow_run_name=job.name, timeout=0, as_subflow=True
     )
     assert isinstance(run, FlowRun)
-    return run.id
+    attempts.run_ids.append(run.id)
+    attempts.started += 1
+
+
+def _outcome(runs: Sequence[FlowRun], attempts: _Attempts, settings: Settings) -> Outcome | None:
+    """Return the end of a job by its runs: the first that completed, else one that failed or was cancelled.
+
+    Lost runs end it only if all are lost and no other may be started.
+    """
+    ended = [run for run in runs if run.state and run.state.is_final() and not run.state.is_crashed()]
+    for run in sorted(ended, key=lambda run: run.state_type != StateType.COMPLETED):
+        assert run.state
+        return Outcome(str(run.id), None if run.state.is_completed() else run.state.message or run.state.name)
+    lost = [_lost(run, settings) for run in runs]
+    return Outcome(str(runs[-1].id), lost[-1]) if all(lost) and attempts.started >= ATTEMPTS else None
+
+
+def _keep_the_furthest(
+    client: SyncPrefectClient, attempts: _Attempts, living: Sequence[FlowRun], name: str, settings: Settings
+) -> None:
+    """Of several living runs of a job keep the one that has run for the longest time, and cancel the others."""
+    furthest = max(living, key=lambda run: run.estimated_run_time)  # Prefect gives one that never ran a start time too
+    others = [run for run in living if run is not furthest]
+    if others:
+        get_run_logger().warning("%s: %s gave a late sign of life and goes on.", name, furthest.id)
+    for run in others:
+        attempts.run_ids.remove(run.id)
+    _end(client, others, settings)
 
 
 def _lost(run: FlowRun, settings: Settings) -> str | None:
@@ -125,20 +155,23 @@ def _lost(run: FlowRun, settings: Settings) -> str | None:
     return None
 
 
-def _give_up(client: SyncPrefectClient, run: FlowRun) -> None:
-    if run.state and not run.state.is_final():
-        client.set_flow_run_state(run.id, Crashed(message="Replaced by another run."), force=True)
+def _end(client: SyncPrefectClient, runs: Iterable[FlowRun], settings: Settings) -> None:
+    """End runs that another run replaces: a lost one at once, another by its worker."""
+    for run in runs:
+        if run.state and not run.state.is_final():
+            state = Crashed if _lost(run, settings) else Cancelling
+            client.set_flow_run_state(run.id, state(message="Replaced by another run."), force=state is Crashed)
 
 
 @contextlib.contextmanager
-def _cancelled_with_the_caller(client: SyncPrefectClient) -> Iterator[dict[str, _Attempt]]:
-    under_way: dict[str, _Attempt] = {}
+def _cancelled_with_the_caller(client: SyncPrefectClient) -> Iterator[dict[str, _Attempts]]:
+    under_way: dict[str, _Attempts] = {}
     try:
         yield under_way
     except BaseException:
-        for attempt in under_way.values():
+        for run_id in [run_id for attempts in under_way.values() for run_id in attempts.run_ids]:
             with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
-                client.set_flow_run_state(attempt.run_id, Cancelling(message="The run that started it has ended."))
+                client.set_flow_run_state(run_id, Cancelling(message="The run that started it has ended."))
         raise
 
 
@@ -152,9 +185,12 @@ class _Watch:
         self._staffed_at = time.monotonic()
         self._looked_at = 0.0
 
-    def read(self, client: SyncPrefectClient, under_way: Mapping[str, _Attempt]) -> dict[str, FlowRun]:
+    def read(self, client: SyncPrefectClient, under_way: Mapping[str, _Attempts]) -> dict[str, list[FlowRun]]:
         try:
-            runs = {key: client.read_flow_run(attempt.run_id) for key, attempt in under_way.items()}
+            runs = {
+                key: [client.read_flow_run(run_id) for run_id in attempts.run_ids]
+                for key, attempts in under_way.items()
+            }
         except httpx.HTTPError as error:
             if time.monotonic() - self._heard_at > WITHOUT_API_S:
                 raise StageFailed(f"Prefect's API does not answer: {error}.", "Start the server again.") from error
@@ -162,7 +198,7 @@ class _Watch:
         self._heard_at = time.monotonic()
         return runs
 
-    def look_at_workers(self, client: SyncPrefectClient, runs: Collection[FlowRun]) -> None:
+    def look_at_workers(self, client: SyncPrefectClient, runs: Sequence[FlowRun]) -> None:
         now = time.monotonic()
         if now - self._looked_at < TELL_INTERVAL_S:
             return

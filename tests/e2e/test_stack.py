@@ -185,7 +185,7 @@ def test_the_api_refuses_who_does_not_say_the_password(stack: Stack, slmops: Slm
 
 def test_machines_that_start_at_once_register_each_automation_once(stack: Stack) -> None:
     names = [automation["name"] for automation in query(stack, "automations")]
-    assert len(names) == len(set(names)) == 2
+    assert len(names) == len(set(names)) == 3
 
 
 def test_the_check_of_the_services_reports_when_they_have_ended(stack: Stack) -> None:

@@ -1,0 +1,47 @@
+"""A run that was declared crashed and then gives a sign of life, on a real Prefect server with slmops' automation."""
+
+import time
+from datetime import UTC, datetime
+from uuid import uuid4
+
+import httpx
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed, Running
+
+from slmops.deployments.server import automations
+from slmops.deployments.server.work_pool import TAG
+
+DEADLINE_S = 60
+
+
+@flow
+def deploying() -> None:
+    """A flow whose run is only a record: the test is its process."""
+
+
+def test_a_late_sign_of_life_withdraws_the_verdict(server: str) -> None:
+    wanted = automations.automations(uuid4(), None, lost_after_s=90, owner="a test")
+    (withdrawing,) = [automation for automation in wanted if automation.name == automations.LATE_SIGNS]
+    with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
+        withdrawing = withdrawing.create()
+        try:
+            run = client.create_flow_run(deploying, tags=[TAG], state=Running())
+            client.set_flow_run_state(run.id, Crashed(message="No sign of life for 90 s."))
+            deadline = time.monotonic() + DEADLINE_S
+            while (state := client.read_flow_run(run.id).state) and state.type != StateType.RUNNING:
+                assert time.monotonic() < deadline, state
+                sign = {
+                    "id": str(uuid4()),
+                    "event": automations.HEARTBEAT,
+                    "occurred": datetime.now(UTC).isoformat(),
+                    "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}"},
+                    "related": [automations.OF_OURS],
+                }
+                httpx.post(f"{server}/events", json=[sign]).raise_for_status()
+                time.sleep(0.2)
+            assert state and state.message == "It gave a late sign of life."
+        finally:
+            withdrawing.delete()
