@@ -158,6 +158,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prefect server on loopback; yields its API's URL."""
     with prefect_server(tmp_path_factory.mktemp("prefect"), unmeasured_environment()) as url:
         yield url
+        from prefect.logging.handlers import APILogHandler
+
+        APILogHandler().flush()  # while it answers: at its end the process would try for more than a minute
 
 
 @pytest.fixture(scope="session")
