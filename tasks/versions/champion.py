@@ -35,7 +35,8 @@ from slmops.tasks.report.records import VariantReport
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.versions.change import Change, plan_deployed
-from slmops.tasks.versions.promotion import Promotion, outcome, publish_refusal, tell_champion
+from slmops.tasks.versions.promotion import Promotion, outcome, tell_champion
+from slmops.tasks.versions.refusal import Request, refusal_published
 from slmops.tasks.versions.undo import Undo, all_or_nothing, hand_back, restore_alias
 
 
@@ -82,12 +83,9 @@ def change_champion(change: Change, settings: Settings) -> Promotion:
     All machines of a store together make one change of a name at a time; another one waits. A change that is refused is
     published as an artifact. Raises `ChampionChanged` if another process was faster.
     """
-    try:
-        with slot(settings.cache_dir / "promotions" / change.name, 1):
-            return _change_alone(change, settings)
-    except SlmopsError as error:
-        publish_refusal(change, error)
-        raise
+    request = Request(change.name, change.version.reference, change.reason, change.former)
+    with refusal_published(request), slot(settings.cache_dir / "promotions" / change.name, 1):
+        return _change_alone(change, settings)
 
 
 def _change_alone(change: Change, settings: Settings) -> Promotion:

@@ -1,14 +1,16 @@
 """A requested change of a champion: the new version, the former one, and the reason."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from slmops.infra.errors import BadInput
+from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.storage.champions import champion_before
 from slmops.infra.storage.manifest import check_name
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.runs.stage import stage
+from slmops.tasks.versions.refusal import Request, refusal_published
 from slmops.tasks.workshop import workshop
 
 PROMOTED = "promoted by hand"
@@ -93,15 +95,34 @@ def plan_rollback(name: str, to: int | None, reason: str, registry: ModelRegistr
     )
 
 
-@stage("plan promotion", run_name="plan-{reference}")
 def promotion_to(reference: str, reason: str) -> Change:
-    """See `plan_promotion`."""
+    """See `plan_promotion`; a refusal is published as an artifact."""
+    with refusal_published(_request(reference.partition("@")[0], reference, reason)):
+        return _promotion_to(reference, reason)
+
+
+def rollback_of(name: str, to: int | None, reason: str) -> Change:
+    """See `plan_rollback`; a refusal is published as an artifact."""
+    what = f"rollback of {name}" if to is None else f"{name}@{to}"
+    with refusal_published(_request(name, what, reason)):
+        return _rollback_of(name, to, reason)
+
+
+def _request(name: str, what: str, reason: str) -> Request:
+    """Return a request of a run; raises `BadInput` for a name that is not valid, of which no artifact can be posted."""
+    former = None
+    with suppress(SlmopsError):  # the plan reports a store that cannot be read
+        former = workshop().registry.alias(check_name(name), CHAMPION)
+    return Request(check_name(name), what, reason, former)
+
+
+@stage("plan promotion", run_name="plan-{reference}")
+def _promotion_to(reference: str, reason: str) -> Change:
     return plan_promotion(reference, reason, workshop().registry)
 
 
 @stage("plan rollback", run_name="plan-rollback-{name}")
-def rollback_of(name: str, to: int | None, reason: str) -> Change:
-    """See `plan_rollback`."""
+def _rollback_of(name: str, to: int | None, reason: str) -> Change:
     return plan_rollback(name, to, reason, workshop().registry)
 
 

@@ -4,7 +4,6 @@ from typing import Literal
 
 from prefect.artifacts import create_markdown_artifact
 
-from slmops.infra.errors import SlmopsError
 from slmops.infra.records import Record
 from slmops.tasks.foundry.ids import champion_model_id
 from slmops.tasks.foundry.proof import Proof
@@ -97,19 +96,3 @@ def publish_promotion(promotion: Promotion) -> None:
     key = f"slmops-promotion-{promotion.name}"
     create_markdown_artifact(markdown=promotion_markdown(promotion), key=key, description=promotion.summary)
     post_models(workshop().registry)
-
-
-@stage("publish refusal", run_name="refused-{change.name}")
-def publish_refusal(change: Change, error: SlmopsError) -> None:
-    """Post why a version did not become the champion as a Markdown artifact."""
-    rows: list[tuple[Text, Text]] = [
-        ("requested", change.version.reference),
-        ("champion before", f"{change.name}@{change.former}" if change.former else "-"),
-        ("reason of the request", Code(change.reason)),
-        ("refused because", error.message),
-        ("what to do", error.what_to_do or "-"),
-        ("code", Code(error.code)),
-    ]
-    title = Heading(f"{change.version.reference}: refused", 1)
-    markdown = blocks_to_markdown([title, *table(("what", "value"), rows)])
-    create_markdown_artifact(markdown=markdown, key=f"slmops-promotion-{change.name}", description=error.message)

@@ -33,6 +33,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Variant
 from slmops.tasks.foundry import registration
+from slmops.tasks.versions import refusal
 from slmops.tasks.versions.champion import ChampionChanged, Standing, change_champion, set_champion, settle_champion
 from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rollback
 from slmops.tasks.versions.promotion import Promotion, promotion_markdown
@@ -392,9 +393,15 @@ class TestDeploys:
         assert (here.models, there.models, there.asked) == ({"home": 2}, {"home": 1}, [])
         assert registry.aliases("home") == {CHAMPION: 2}
         assert not champion_is_changing(registry.objects, "home")
-        asked = {"artifacts": {"key": {"any_": ["slmops-promotion-home"]}}}
-        artifacts = httpx.post(f"{PREFECT_API_URL.value()}/artifacts/filter", json=asked, trust_env=False).json()
-        assert any("# home@3: refused" in artifact["data"] for artifact in artifacts)
+        assert "# home@3: refused" in last_artifact()
+
+
+def last_artifact() -> str:
+    """The newest artifact on home's champion."""
+    asked = {"artifacts": {"key": {"any_": ["slmops-promotion-home"]}}, "sort": "CREATED_DESC", "limit": 1}
+    answer = httpx.post(f"{PREFECT_API_URL.value()}/artifacts/filter", json=asked, trust_env=False)
+    (artifact,) = answer.raise_for_status().json()
+    return str(artifact["data"])
 
 
 class TestInterrupted:
@@ -496,6 +503,32 @@ class TestFlows:
         with pytest.raises(BadInput, check=coded("version-not-proven", "home@1 int4")):
             rollback("home")
         assert registry.alias("home", CHAMPION) == 3
+
+    def test_a_refusal_of_the_plan_leaves_an_artifact_too(
+        self, api: None, registry: ModelRegistry, versions: list[Manifest]
+    ) -> None:
+        with pytest.raises(BadInput, check=coded("version-missing", "home@9")):
+            promote("home@9", "the best")
+        told = last_artifact()
+        assert "# home@9: refused" in told and "the best" in told and "| champion | home@1 |" in told
+        with pytest.raises(BadInput, check=coded("no-former-champion")):
+            rollback("home")
+        assert "# rollback of home: refused" in last_artifact()
+        with pytest.raises(BadInput, check=coded("name-not-valid")):
+            promote("Home@1")  # no artifact can have this name
+
+    def test_a_refusal_that_cannot_be_posted_is_still_the_refusal(
+        self, api: None, versions: list[Manifest], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def unreachable(**_: object) -> None:
+            raise httpx.ConnectError("All connection attempts failed")
+
+        monkeypatch.setattr(refusal, "create_markdown_artifact", unreachable)
+        for reference, code in (("home@9", "version-missing"), ("home@2", "version-not-proven")):
+            with pytest.raises(BadInput, check=coded(code)):
+                promote(reference)
+            assert "could not be posted as an artifact: All connection attempts failed" in caplog.text
+            caplog.clear()
 
 
 class TestCommands:
