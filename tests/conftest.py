@@ -21,6 +21,8 @@ from tests.support.stores import KINDS, StoreCase, empty_store
 from tests.support.torch_process import ProcessThatStays
 
 FORBID_SKIPS = "SLMOPS_TESTS_FORBID_SKIPS"
+# `all`: also the real tokenizers that take too long for every run (tests/support/family_checkpoints.py).
+REAL_TOKENIZERS = "SLMOPS_TESTS_REAL_TOKENIZERS"
 # The user's cache: one for all workers of a session, made by the process that starts them, and never the user's own.
 USER_CACHE = "SLMOPS_TESTS_USER_CACHE"
 # A test that skips because of the operating system says so with this word at the start of its reason.
@@ -35,7 +37,8 @@ _MADE_HERE = [_PREFECT_HOME]
 if USER_CACHE not in os.environ:
     os.environ[USER_CACHE] = tempfile.mkdtemp(prefix="slmops-tests-cache-")
     _MADE_HERE.append(os.environ[USER_CACHE])
-for _name in {name for name in os.environ if name.startswith(("SLMOPS_", "PREFECT_"))} - {FORBID_SKIPS, USER_CACHE}:
+_KEPT = {FORBID_SKIPS, REAL_TOKENIZERS, USER_CACHE}
+for _name in {name for name in os.environ if name.startswith(("SLMOPS_", "PREFECT_"))} - _KEPT:
     del os.environ[_name]
 os.environ["SLMOPS_USER_CACHE"] = os.environ[USER_CACHE]
 if "PYTEST_XDIST_WORKER" in os.environ:  # two models that compute with all cores' threads slow each other down by far

@@ -58,15 +58,15 @@ def _mend_tokenizer(model_dir: Path, checkpoint: Path) -> MendedFile | None:
     path, source = model_dir / TOKENIZER, checkpoint / TOKENIZER
     if not path.is_file():
         return None
-    own = read_json(source) if source.is_file() else None
-    mended, mends = mend_tokenizer(read_json(path), own if trained_by_file(checkpoint) else None)
+    own = read_json(source) if source.is_file() and trained_by_file(checkpoint) else None
+    mended, mends = mend_tokenizer(read_json(path), own)
     if not mends:
         return None
     built = path.read_bytes()
     _write(path, json.dumps(mended, indent=2, ensure_ascii=False))
     return MendedFile(
         file=TOKENIZER,
-        source_sha256=_sha256(source.read_bytes() if own is not None else built),
+        source_sha256=_sha256(source.read_bytes() if source.is_file() else built),
         variant_sha256=_sha256(path.read_bytes()),
         mends=mends,
     )

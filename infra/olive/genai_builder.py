@@ -1,10 +1,11 @@
 """onnxruntime-genai's builder with corrections of its faults: it builds a model folder from a checkpoint."""
 
 import contextlib
+import functools
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from slmops.infra.olive.embedding import lm_head_bits, replace_embedding
@@ -18,6 +19,7 @@ from slmops.infra.olive.mends import (
     text_models,
     whole_weights,
 )
+from slmops.infra.olive.mends.patching import replaced
 from slmops.infra.olive.options import BITS, BUILDER_QUANTIZATION_OPTIONS
 from slmops.infra.olive.streamed_quantization import streamed_quantization
 from slmops.infra.records import Untyped
@@ -66,7 +68,6 @@ def make_model(checkpoint: Path, folder: Path, options: dict[str, Untyped]) -> N
     # The builder removes its cache if it is empty, and fails if it does not exist.
     cache = folder / "builder-cache"
     arguments = (None, str(checkpoint), str(folder), precision, target, str(cache))
-    builder.check_extra_options(*arguments, extra_options)
 
     def finish(model: Untyped) -> None:
         if options.get("quantize_embedding", True):
@@ -75,6 +76,8 @@ def make_model(checkpoint: Path, folder: Path, options: dict[str, Untyped]) -> N
             replace_embedding(model, bits=bits, block_size=block_size, tied=tied)
 
     with ExitStack() as stack:
+        stack.enter_context(_tokenizer_read_once())
+        builder.check_extra_options(*arguments, extra_options)
         for mended in MENDS:
             stack.enter_context(mended(builder, extra_options["hf_details"]["hf_config"]))
         stack.enter_context(streamed_quantization(builder, finish))
@@ -83,6 +86,15 @@ def make_model(checkpoint: Path, folder: Path, options: dict[str, Untyped]) -> N
         shutil.rmtree(cache)
     _finish_genai_config(folder / "genai_config.json", options)
     _leave_code_out(folder)
+
+
+@contextmanager
+def _tokenizer_read_once() -> Iterator[None]:
+    """Give the builder the tokenizer that it has read already: it reads it three times, of 200,000 tokens for 1.5 s."""
+    from transformers import AutoTokenizer
+
+    with replaced(AutoTokenizer, "from_pretrained", functools.cache(AutoTokenizer.from_pretrained)):
+        yield
 
 
 def _builder_can_share(options: dict[str, Untyped]) -> bool:

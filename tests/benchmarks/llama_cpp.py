@@ -17,7 +17,8 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from tests.benchmarks.watching import Watched, run_watched
-from tests.support.real_models import LLAMA_CPP, RealModelMissing, real_model
+from tests.support.packages import RealModelMissing
+from tests.support.real_models import LLAMA_CPP, real_model
 
 VERSION = LLAMA_CPP.version  # of llama-cpp-python; its source names the commit of llama.cpp
 TOOLS = ("llama-quantize", "llama-bench", "llama-imatrix")

@@ -6,6 +6,41 @@ from typing import Any
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+# Factors of longrope, one per frequency, short and long.
+_PHI_3_5 = (
+    (
+        1.0, 1.0199999809265137, 1.0299999713897705, 1.0299999713897705, 1.0499999523162842, 1.0499999523162842,
+        1.0499999523162842, 1.0499999523162842, 1.0499999523162842, 1.0699999332427979, 1.0999999046325684,
+        1.1099998950958252, 1.1599998474121094, 1.1599998474121094, 1.1699998378753662, 1.2899998426437378,
+        1.339999794960022, 1.679999828338623, 1.7899998426437378, 1.8199998140335083, 1.8499997854232788,
+        1.8799997568130493, 1.9099997282028198, 1.9399996995925903, 1.9899996519088745, *[2.0199997425079346] * 6,
+        *[2.0299997329711914] * 9, 2.0799996852874756, 2.0899996757507324, 2.189999580383301, 2.2199995517730713,
+        2.5899994373321533, 2.729999542236328, 2.749999523162842, 2.8399994373321533,
+    ),
+    (
+        1.0800000429153442, 1.1100000143051147, 1.1399999856948853, 1.340000033378601, 1.5899999141693115,
+        1.600000023841858, 1.6200000047683716, 2.620000123977661, 3.2300000190734863, 3.2300000190734863,
+        4.789999961853027, 7.400000095367432, 7.700000286102295, 9.09000015258789, 12.199999809265137,
+        17.670000076293945, 24.46000099182129, 28.57000160217285, 30.420001983642578, 30.840002059936523,
+        32.590003967285156, 32.93000411987305, 42.320003509521484, 44.96000289916992, 50.340003967285156,
+        50.45000457763672, 57.55000305175781, 57.93000411987305, 58.21000289916992, 60.1400032043457,
+        62.61000442504883, 62.62000274658203, 62.71000289916992, 63.1400032043457, 63.1400032043457,
+        63.77000427246094, 63.93000411987305, 63.96000289916992, 63.970001220703125, 64.02999877929688,
+        64.06999969482422, 64.08000183105469, 64.12000274658203, 64.41000366210938, 64.4800033569336,
+        64.51000213623047, 64.52999877929688, 64.83999633789062,
+    ),
+)  # fmt: skip
+_PHI_4_MINI = (
+    (1.0,) * 48,
+    (
+        1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+        2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+        6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252,
+        16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6,
+        32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+    ),
+)  # fmt: skip
+
 # By the model that people fine-tune. Sizes that the proof's key leaves out (layers, vocabulary, width of the MLP) are
 # small from the start; lists of layers name one of each kind, in the order of their first occurrence.
 REAL: dict[str, dict[str, Any]] = {
@@ -75,22 +110,25 @@ REAL: dict[str, dict[str, Any]] = {
     },
     "microsoft/Phi-3-mini-4k-instruct": {
         "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_act": "silu", "hidden_size": 3072,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "attention_bias": False, "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_scaling": None,
         "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
     },
     "microsoft/Phi-3.5-mini-instruct": {
         "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_act": "silu", "hidden_size": 3072,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 131072,
-        "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
-        "rope_scaling": {"type": "longrope", "long_factor": 48, "short_factor": 48},
+        "num_attention_heads": 32, "num_key_value_heads": 32, "attention_bias": False,
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "longrope", "short_factor": _PHI_3_5[0], "long_factor": _PHI_3_5[1]},
         "sliding_window": 262144, "tie_word_embeddings": False,
     },
     "microsoft/Phi-4-mini-instruct": {
         "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_act": "silu", "hidden_size": 3072,
         "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072,
         "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0, "rope_scaling": {"type": "longrope", "long_factor": 48, "short_factor": 48},
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "longrope", "short_factor": _PHI_4_MINI[0], "long_factor": _PHI_4_MINI[1]},
+        "attention_bias": False, "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False,
         "sliding_window": 262144, "tie_word_embeddings": True,
     },
     "google/gemma-2-2b-it": {
@@ -215,13 +253,12 @@ def small_config(model: str) -> dict[str, Any]:
 
 
 def with_factors(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config whose longrope has as many factors as its rotary embedding has frequencies."""
+    """Return a config whose longrope has the first of its factors, as many as its rotary embedding has frequencies."""
     rope = config.get("rope_scaling")
     if not isinstance(rope, dict) or "long_factor" not in rope:
         return config
     rotated = int(config["hidden_size"] // config["num_attention_heads"] * config.get("partial_rotary_factor", 1)) // 2
-    factors = {"short_factor": [1.0 + index / 50 for index in range(rotated)]}
-    factors["long_factor"] = [1.0 + index for index in range(rotated)]
+    factors = {name: list(rope[name][:rotated]) for name in ("short_factor", "long_factor")}
     return {**config, "rope_scaling": {**rope, **factors}}
 
 

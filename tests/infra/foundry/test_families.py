@@ -2,6 +2,7 @@
 as a deploy does it, has the tokens that transformers gives, and Foundry's runtime answers as onnxruntime-genai does."""
 
 import functools
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,19 @@ from slmops.infra.records import AbsolutePath
 from slmops.infra.reference.answers import Question
 from slmops.infra.transformers.answers import render_question
 from slmops.infra.transformers.tokenizer import load_tokenizer
-from tests.support.family_checkpoints import REAL_FAMILIES, TOKENIZER_OF, save_real_tokenizer
+from tests.support.family_checkpoints import REAL_FAMILIES, TOKENIZER_OF, is_left_out, save_real_tokenizer
 from tests.support.family_configs import REAL, make_family, small_config
 
 QUESTION = Question(id=1, messages=({"role": "user", "content": "Turn on the 2 lights in the kitchen, please."},))
 NEW_TOKENS = 8
 IN_FLOATING_POINT = ("openai/gpt-oss-20b",)
+ANOTHER = ("meta-llama/Llama-3.1-8B-Instruct", "deepseek-r1-distill-llama")  # the same configuration
+# Configurations, each with the family whose real tokenizer it gets; None is the tests' own tokenizer.
+CASES = [
+    *((model, None if is_left_out(TOKENIZER_OF.get(model, "")) else TOKENIZER_OF.get(model)) for model in REAL),
+    *(() if is_left_out(ANOTHER[1]) else (ANOTHER,)),
+]
+NUMBERS = itertools.count(1)
 
 
 @functools.cache
@@ -63,13 +71,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("foundry")
 
 
-def checkpoint_of(model: str, directory: Path, tiny_checkpoint: Path) -> Path:
-    """Return a checkpoint of the family's shape with its real tokenizer, or the tests' own if TOKENIZER_OF lacks it."""
+def checkpoint_of(model: str, family: str | None, directory: Path, tiny_checkpoint: Path) -> Path:
+    """Return a checkpoint of the model's shape with a family's real tokenizer, or, without a family, the tests' own."""
     tokenizer = directory / "tokenizer"
     tokenizer.mkdir()
     size = {}
-    if model in TOKENIZER_OF:
-        size["vocab_size"] = save_real_tokenizer(REAL_FAMILIES[TOKENIZER_OF[model]], tokenizer)
+    if family:
+        size["vocab_size"] = save_real_tokenizer(REAL_FAMILIES[family], tokenizer)
     else:
         for path in (*tiny_checkpoint.glob("tokenizer*"), *tiny_checkpoint.glob("chat_template*")):
             shutil.copy(path, tokenizer)
@@ -77,11 +85,11 @@ def checkpoint_of(model: str, directory: Path, tiny_checkpoint: Path) -> Path:
     return Path(shutil.copytree(tokenizer, checkpoint, dirs_exist_ok=True))
 
 
-@pytest.mark.parametrize("model", REAL)
+@pytest.mark.parametrize(("model", "family"), CASES)
 def test_foundry_answers_as_genai_does(
-    model: str, tmp_path: Path, cache_dir: Path, foundry: ChildProcess, tiny_checkpoint: Path
+    model: str, family: str | None, tmp_path: Path, cache_dir: Path, foundry: ChildProcess, tiny_checkpoint: Path
 ) -> None:
-    checkpoint = checkpoint_of(model, tmp_path, tiny_checkpoint)
+    checkpoint = checkpoint_of(model, family, tmp_path, tiny_checkpoint)
     built = tmp_path / "built"
     built.mkdir()
     make_model(checkpoint, built, {"precision": "fp16" if model in IN_FLOATING_POINT else "int4"})
@@ -89,6 +97,6 @@ def test_foundry_answers_as_genai_does(
     genai = GenaiModel(built, threads=1)
     text, prompt = genai.render(QUESTION.messages)
     assert (text, prompt) == render_question(load_tokenizer(checkpoint), QUESTION)
-    call = AnswerInFoundry(folder=built, cache_dir=cache_dir, number=list(REAL).index(model))
+    call = AnswerInFoundry(folder=built, cache_dir=cache_dir, number=next(NUMBERS))
     answer = foundry.run(call, deadline_s=120, log_path=tmp_path / "log", work_dir=tmp_path).value
     assert answer == genai.decode(genai.answer(prompt, NEW_TOKENS))

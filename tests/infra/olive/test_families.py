@@ -29,6 +29,7 @@ from slmops.infra.olive.mends import (
 )
 from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from tests.support.errors import coded
+from tests.support.family_checkpoints import LARGE, TOKENIZER_OF
 from tests.support.family_configs import REAL, make_family, small_config
 from tests.support.real_models import real_model
 
@@ -69,14 +70,15 @@ def test_it_is_exact_at_every_position(model: str, tmp_path: Path) -> None:
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
-def test_each_row_of_the_table_names_a_configuration_that_is_proven_here() -> None:
+def test_each_row_of_the_table_tells_how_its_configurations_are_proven() -> None:
     lines = (DOCS / "families.md").read_text("utf-8").splitlines()
-    rows = [line.split("|")[1:3] for line in lines if line.startswith("|")]
-    start = next(index for index, row in enumerate(rows) if row[0].strip() == "family")
-    ends = next(index for index, row in enumerate(rows) if row[0].strip() == "gpt-oss")
-    named = {row[0].strip(): re.findall(r"`([^`]+)`", row[1]) for row in rows[start + 2 : ends + 1]}
-    assert all(named.values())
-    assert {model for models in named.values() for model in models} == set(REAL)
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines if line.startswith("| ")]
+    told = {model: tokenizer for _, models, tokenizer in rows[1:] for model in re.findall(r"`([^`]+)`", models)}
+    assert all(models.startswith("`") for _, models, _ in rows[1:])
+    assert {*told} == {*REAL}
+    families = {model: TOKENIZER_OF.get(model, "") for model in REAL}
+    assert {model for model in told if told[model].startswith("real")} == {*TOKENIZER_OF}
+    assert {model for model in told if "[c]" in told[model]} == {model for model in REAL if families[model] in LARGE}
 
 
 def changed(model: str, **changes: Any) -> dict[str, Any]:
