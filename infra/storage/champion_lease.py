@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 
 from slmops.infra.errors import PassingFault, StageFailed
 from slmops.infra.process.call import OnProgress
-from slmops.infra.storage.holders import has_ended, this_process
+from slmops.infra.storage.holders import is_lost, this_process
 from slmops.infra.storage.objects import Entry, ObjectStore
 
 FOLDER = "promotions"
@@ -120,7 +120,7 @@ def champion_is_changing(objects: ObjectStore, name: str) -> bool:
 
 
 def _is_live(entry: Entry, now: datetime) -> bool:
-    return now - entry.modified_at <= TERM and not has_ended(entry.key.rpartition("/")[2].rpartition("-")[0])
+    return not is_lost(entry.key.rpartition("/")[2].rpartition("-")[0], now - entry.modified_at, TERM)
 
 
 def _what(objects: ObjectStore, key: str) -> str:

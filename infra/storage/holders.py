@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import uuid
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
@@ -22,16 +23,31 @@ def this_process() -> str:
 
 def has_ended(holder: str) -> bool:
     """Whether a process named by `this_process` has certainly ended: it ran on this machine and no longer exists."""
+    return _runs(holder) is False
+
+
+def is_lost(holder: str, age: timedelta, term: timedelta) -> bool:
+    """Whether nobody needs to wait for a process: it has ended, or it gave no sign for longer than `term`.
+
+    A process that runs on this machine is never lost: a clock that was set, by years on a machine without a battery,
+    ages what it holds.
+    """
+    runs = _runs(holder)
+    return runs is False or (runs is None and age > term)
+
+
+def _runs(holder: str) -> bool | None:
+    """Whether a process of this machine runs; None for another machine's, and for what cannot be known."""
     machine, _, process = holder.partition("~")
     pid, _, started = process.partition("~")
     if machine != _machine() or not pid.isdecimal() or not started:
-        return False
+        return None
     try:
-        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE or _start(int(pid)) != started
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE and _start(int(pid)) == started
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-        return True
-    except (psutil.Error, OSError):
         return False
+    except (psutil.Error, OSError):
+        return None
 
 
 @cache  # temporary files are named by it; a forked process has another number

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from slmops.infra.errors import PassingFault
-from slmops.infra.storage.holders import has_ended, this_process
+from slmops.infra.storage.holders import is_lost, this_process
 from slmops.infra.storage.objects import Blob, ObjectStore
 
 FOLDER = "leases"
@@ -141,7 +141,7 @@ def _leases(objects: ObjectStore, own: str) -> _Leases:
         kind, _, rest = entry.key.removeprefix(f"{FOLDER}/").partition("-")
         if entry.key == own:
             continue
-        if now - entry.modified_at > TERMS.get(kind, WRITE_LEASE) or has_ended(rest.rpartition("-")[0]):
+        if is_lost(rest.rpartition("-")[0], now - entry.modified_at, TERMS.get(kind, WRITE_LEASE)):
             stale.append(entry.key)
         else:
             live.append((kind, entry.key))

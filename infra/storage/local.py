@@ -7,13 +7,13 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.folders import link_or_copy
-from slmops.infra.storage.holders import has_ended, this_process
+from slmops.infra.storage.holders import is_lost, this_process
 from slmops.infra.storage.objects import Blob, Entry, OnBytes, no_report
 
 ASIDE = "aside"  # unfinished objects; on the store's own file system, so that a rename is atomic
@@ -165,7 +165,9 @@ class LocalObjectStore:
     def leftovers(self, older_than: datetime) -> list[Entry]:
         """See `ObjectStore.leftovers`: temporary files whose process has ended, or that are old."""
         entries = self.entries(ASIDE)
-        return [entry for entry in entries if entry.modified_at < older_than or has_ended(holder_of(entry.key))]
+        return [
+            entry for entry in entries if is_lost(holder_of(entry.key), older_than - entry.modified_at, timedelta())
+        ]
 
     def remove_leftovers(self, found: Iterable[Entry]) -> None:
         """See `ObjectStore.remove_leftovers`."""
