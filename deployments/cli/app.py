@@ -19,6 +19,7 @@ from slmops.deployments.cli import (
     machine,
     retrain,
     serve,
+    status,
     store,
     up,
     versions,
@@ -46,6 +47,9 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "make-demo": demo.make_demo,
     },
     "Look": {
+        "status": status.status,
+        "open": status.open_report,
+        "runs": status.runs,
         "list": versions.list_models,
         "show": versions.show,
         "history": champion.history,
@@ -88,7 +92,7 @@ OF_THE_DISK = (
 )
 # These read only the settings and the store. All others may import `tasks` and `flows`.
 LIGHT = {
-    "config", "list", "show", "logs", "chat", "foundry-dir", "push", "verify", "ingest", "diff", "sign", "sbom",
+    "config", "list", "open", "show", "logs", "chat", "foundry-dir", "push", "verify", "ingest", "diff", "sign", "sbom",
     "alias", "tag", "note", "export", "import", "history",
 }  # fmt: skip
 

@@ -1,9 +1,11 @@
 """The commands for versions: list, show, compare, annotate, sign and delete them."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slmops.deployments.cli import completion
 from slmops.deployments.cli.options import Json, Reference, VersionReference
 from slmops.deployments.cli.output import print_error, print_json, print_line, print_table
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
@@ -12,15 +14,22 @@ from slmops.infra.errors import BadInput
 if TYPE_CHECKING:
     from slmops.infra.storage.version import Version
 
+SomeModel = Annotated[
+    str | None,
+    typer.Argument(metavar="[NAME]", help="Name of a model; default: all.", autocompletion=completion.names),
+]
 
-def list_models(as_json: Json = False) -> None:
-    """List the versions in the store."""
+
+def list_models(name: SomeModel = None, as_json: Json = False) -> None:
+    """List the versions in the store, or those of one model."""
     from slmops.infra.storage.evidence import DamagedEvidence
 
     registry = the_registry()
+    if name is not None:
+        registry.version(name)  # refuses a name without a version
     models: list[dict[str, Any]] = []
     damaged: list[DamagedEvidence] = []
-    for version in registry.all_versions():
+    for version in registry.all_versions() if name is None else registry.versions(name):
         try:
             models.append(_listed(version))
         except DamagedEvidence as error:  # it concerns one version: the others are listed
@@ -65,7 +74,7 @@ def _listed(version: "Version") -> dict[str, Any]:
 
 
 def show(reference: Reference, as_json: Json = False) -> None:
-    """Show a version: its source, files and evidence."""
+    """Show a version: its source, files, evidence, figures and verdicts."""
     from slmops.infra.storage.signatures import is_signed
 
     version = version_of(reference)
@@ -76,7 +85,6 @@ def show(reference: Reference, as_json: Json = False) -> None:
         stored = {"signed": signed, "digest": manifest.digest, "uri": version.uri}
         print_json({**manifest.model_dump(), **kept, "says_origin": version.says_origin, "notes": notes, **stored})
         return
-    statuses = [{"variant": variant["precision"], "status": _status(variant)} for variant in _variants(version)]
     source = manifest.source
     print_line(f"{version.reference}  {manifest.created_at}  aliases: {', '.join(version.aliases) or '-'}")
     print_line(f"source: {source.origin} ({source.architecture}, {source.parameters:,} parameters)")
@@ -96,7 +104,45 @@ def show(reference: Reference, as_json: Json = False) -> None:
         for file in variant.files
     ]
     print_table("Files", files)
-    print_table("Variants (says its origin)" if version.says_origin else "Variants", statuses)
+    print_table("Variants (says its origin)" if version.says_origin else "Variants", list(_judged(version)))
+    for line in _rejections(version):
+        print_line(line)
+    if version.report("report.html"):
+        print_line(f"report: slmops open {version.reference}")
+
+
+FIGURES = {
+    "ttft_ms": ("TTFT ms", "{:,.0f}"),
+    "token_generation_throughput_tps": ("new tok/s", "{:,.1f}"),
+    "peak_rss_bytes": ("peak MB", "{:,.0f}"),
+    "kl_divergence": ("KL", "{:.3g}"),
+    "score": ("score", "{:.1%}"),
+}
+
+
+def _judged(version: "Version") -> Iterator[dict[str, str]]:
+    """Yield each variant's status, size and figures."""
+    deployed = version.deployed
+    for variant in _variants(version):
+        judged = deployed.variant(variant["precision"])
+        row = {"variant": variant["precision"], "status": _status(variant)}
+        row["size MB"] = f"{variant['size_bytes'] / 1e6:,.1f}"
+        for metric, (title, form) in FIGURES.items():
+            value = judged.metrics.get(metric) if judged else None
+            scaled = value / 1e6 if value is not None and metric.endswith("_bytes") else value
+            row[title] = "-" if scaled is None else form.format(scaled)
+        yield row
+
+
+def _rejections(version: "Version") -> Iterator[str]:
+    """Yield the reason for each rejected or failed variant, and what would help, as the last deploy recorded it."""
+    for variant in version.deployed.variants:
+        said = variant.model_extra or {}
+        reason = said.get("error") or said.get("reason")
+        if variant.status != "registered" and reason:
+            yield f"{variant.precision}: {reason}"
+            if said.get("what_to_do"):
+                yield f"  {said['what_to_do']}"
 
 
 def _last_deploy(version: "Version") -> dict[str, object]:

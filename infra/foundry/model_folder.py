@@ -26,6 +26,15 @@ def model_folder(foundry_dir: Path, name: str, precision: str, version: int) -> 
     return foundry_dir / "models" / "custom" / f"{name}-{precision}" / f"v{version}"
 
 
+def registered_ids(foundry_dir: Path) -> list[str]:
+    """Return the Foundry ids of the variants in the cache that slmops put there, as their folders name them."""
+    found = []
+    for path in sorted((foundry_dir / "models" / "custom").glob(f"*/v*/{INFERENCE_MODEL}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a folder that another command changes
+            found.append(str(json.loads(path.read_bytes())["Name"]))
+    return found
+
+
 def write_model_folder(
     foundry_dir: Path,
     name: str,

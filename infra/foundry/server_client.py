@@ -27,8 +27,12 @@ class RunningServer:
 
     def serves(self, name: str) -> int | None:
         """Return the version that it serves under a name, or None if it does not serve that name."""
-        models = self._ask("GET", "/slmops/v1/models", ASK_TIMEOUT_S).get("models", [])
-        return next((int(model["version"]) for model in models if model["name"] == name), None)
+        return self.models().get(name)
+
+    def models(self, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, int]:
+        """Return the version that it serves under each name."""
+        models = self._ask("GET", "/slmops/v1/models", timeout_s).get("models", [])
+        return {str(model["name"]): int(model["version"]) for model in models}
 
     def hand_over(self, name: str, version: int, precision: str) -> int | None:
         """Make it serve a version under a name; returns the version that it served before."""

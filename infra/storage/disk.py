@@ -1,9 +1,10 @@
 """Free disk space, and errors of the disk."""
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slmops.infra.errors import StageFailed
@@ -23,6 +24,22 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
                 "Free disk space, or name a folder on another disk.",
                 code="disk-full",
             )
+
+
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which may not exist yet."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.is_dir())).free
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of a folder's files; files with several names (hard links) count once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for root, _, files in os.walk(folder):
+        for file in files:
+            with suppress(OSError):  # it was removed in the meantime
+                found = os.stat(os.path.join(root, file), follow_symlinks=False)  # noqa: PTH116, PTH118  (many files)
+                sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 @contextmanager

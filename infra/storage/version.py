@@ -219,6 +219,13 @@ class Version:
         self.registry.objects.put_bytes(self.evidence_key(file), text.encode())
         return self.registry.objects.uri(self.evidence_key(file))
 
+    def report(self, file: str) -> str | None:
+        """Return the text of a stored report, or None if there is none."""
+        key = self.evidence_key(file)
+        if all(entry.key != key for entry in self.evidence_entries()):
+            return None
+        return self.registry.objects.read_bytes(key).decode(errors="replace")
+
     # Evidence, aliases, tags and notes
 
     @property

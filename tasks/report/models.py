@@ -2,11 +2,9 @@
 
 from prefect.artifacts import create_table_artifact
 
-from slmops.infra.errors import SlmopsError
-from slmops.infra.storage.evidence import DEPLOY
-from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
-from slmops.infra.storage.version import Version
-from slmops.tasks.report.wording import decimal, megabytes, percent
+from slmops.infra.storage.model_summary import ModelSummary, summarize_models
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.report.wording import decimal, megabytes, percent, shown
 
 KEY = "slmops-models"
 
@@ -21,30 +19,20 @@ def model_rows(registry: ModelRegistry) -> list[dict[str, object]]:
 
     A model that cannot be read has a row with the reason: it must not end the run of another one.
     """
-    rows: list[dict[str, object]] = []
-    for name in registry.names():
-        try:
-            rows += [dict(_row(registry, name, version)) for version in registry.versions(name)[-1:]]
-        except SlmopsError as error:
-            rows.append({"model": name, "champion": error.message})
-    return rows
+    return [dict(_row(model)) for model in summarize_models(registry)]
 
 
-def _row(registry: ModelRegistry, name: str, newest: Version) -> dict[str, str]:
-    aliases = registry.aliases(name)
-    version = registry.version(name, aliases[CHAMPION]) if CHAMPION in aliases else newest
-    serving, deploys = version.serving, version.records(DEPLOY)
-    judged = deploys[-1].value.variant(serving.precision) if serving and deploys else None
-    metrics = judged.metrics if judged else {}
-    ttft_ms, score = metrics.get("ttft_ms"), metrics.get("score", metrics.get("exact_match"))
+def _row(model: ModelSummary) -> dict[str, str]:
+    if model.fault:
+        return {"model": model.name, "champion": model.fault}
     return {
-        "model": name,
-        "champion": f"{name}@{aliases[CHAMPION]}" if CHAMPION in aliases else "-",
-        "candidate": f"{name}@{aliases[CANDIDATE]}" if CANDIDATE in aliases else "-",
-        "newest": newest.reference,
-        "precision": serving.precision if serving else "-",
-        "size": megabytes(serving.size_bytes) if serving else "-",
-        "TTFT (ms)": "-" if ttft_ms is None else decimal(ttft_ms),
-        "score": "-" if score is None else percent(score),
-        "last deploy": deploys[-1].at if deploys else "-",
+        "model": model.name,
+        "champion": f"{model.name}@{model.champion}" if model.champion else "-",
+        "candidate": f"{model.name}@{model.candidate}" if model.candidate else "-",
+        "newest": f"{model.name}@{model.newest}",
+        "precision": model.precision or "-",
+        "size": shown(model.size_bytes, megabytes),
+        "TTFT (ms)": shown(model.ttft_ms, decimal),
+        "score": shown(model.score, percent),
+        "last deploy": model.deployed_at or "-",
     }

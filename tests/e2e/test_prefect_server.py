@@ -64,6 +64,16 @@ def test_the_server_has_the_run_its_tasks_and_the_report(
     assert json.loads(artifacts["slmops-served-document"]["data"]) == report
     (model,) = [row for row in json.loads(artifacts["slmops-models"]["data"]) if row["model"] == "served"]
     assert (model["champion"], model["candidate"], model["precision"]) == ("served@1", "-", "int4")
+    told = slmops.json("status")
+    assert [(model["name"], model["champion"], model["precision"]) for model in told["models"]] == [
+        ("served", 1, "int4")
+    ]
+    assert "served-int4-generic-cpu:1" in told["registered"]
+    assert told["prefect"]["api_url"] == server
+    (listed,) = [found for found in slmops.json("runs", "--limit", "200")["runs"] if found["model"] == "served"]
+    assert (listed["id"], listed["flow"], listed["state"]) == (run["id"], "deploy", "Completed")
+    assert listed["address"] == f"{server.removesuffix('/api')}/runs/flow-run/{run['id']}"
+    assert listed["took_s"] > 0
     wait_for_events(server, "served", {"slmops.champion.promoted", "slmops.version.registered"})
     posted = query(server, "artifacts", artifacts={"type": {"any_": ["progress"]}})
     assert {"build int4", "evaluate int4"} <= {
@@ -86,6 +96,26 @@ def wait_for_events(server: str, name: str, expected: set[str]) -> None:
         time.sleep(0.2)
         found = {event["event"] for event in call("POST", f"{server}/events/filter", body)["events"]}
     assert found == expected
+
+
+def test_the_status_has_runs_under_way_and_the_next_of_each_schedule(slmops: Slmops, server: str) -> None:
+    flow = call("POST", f"{server}/flows/", {"name": "gc"})["id"]
+    nightly = call("POST", f"{server}/deployments/", {"name": "nightly", "flow_id": flow})["id"]
+    for year in (2098, 2099):
+        state = {"type": "SCHEDULED", "state_details": {"scheduled_time": f"{year}-01-01T03:00:00Z"}}
+        call("POST", f"{server}/deployments/{nightly}/create_flow_run", {"state": state})
+    begun = call("POST", f"{server}/flow_runs/", {"flow_id": flow, "name": "under-way", "state": {"type": "RUNNING"}})
+    told = slmops.json("status")["prefect"]
+    assert [(run["name"], run["state"]) for run in told["runs"] if run["id"] == begun["id"]] == [
+        ("under-way", "Running")
+    ]
+    (due,) = [run for run in told["due"] if run["deployment"] == "nightly"]
+    assert due["due_at"].startswith("2098-01-01T03:00:00")
+    shown = slmops.run("status").stdout
+    assert begun["id"] in shown
+    assert "nightly" in shown
+    call("DELETE", f"{server}/deployments/{nightly}")
+    call("DELETE", f"{server}/flow_runs/{begun['id']}")
 
 
 def test_a_variant_below_the_gate_is_not_registered_and_its_run_failed_as_rejected(
