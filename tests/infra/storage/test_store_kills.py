@@ -1,174 +1,60 @@
-"""SIGKILL at random points of push, pull and gc: nothing is lost or half visible, and the next run completes."""
+"""Work on stores that is killed, finds its disk full or its clock set: nothing is lost or half visible."""
 
-import contextlib
-import multiprocessing
 import os
 import random
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from slmops.infra.settings import load_settings
-from slmops.infra.storage.copying import copy_version
-from slmops.infra.storage.garbage import collect_garbage, needed_blobs
-from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest
-from slmops.infra.storage.opening import open_registry
-from slmops.infra.storage.registry import ModelRegistry
-from slmops.infra.storage.s3 import bucket
 from slmops.infra.storage.verification import verify_version
-from tests.support.stores import StoreCase
-from tests.support.versions import content_of, latest_evidence, store_version
+from tests.support import kills
+from tests.support.invariants import check_store
+from tests.support.kills import STORE_SCENARIOS, KillBench
+from tests.support.stores import StoreCase, empty_store
+from tests.support.versions import store_version
 
 pytestmark = [pytest.mark.runtime, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[3]
 SEED = 20261126
-PART_BYTES = 5 << 20  # so that a file of some MB is sent in parts
 KILLS = {"file": 4, "rclone": 12, "moto": 2, "seaweedfs": 3}  # of each of the three: 63 in all
-
-# A process starts as a copy of one that has done the imports.
-PROCESSES = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-if os.name == "posix":
-    PROCESSES.set_forkserver_preload([__name__])
-
-
-def work(doing: str, reference: str, folder: Path, environment: dict[str, str], parent: Connection) -> None:
-    """What is killed: it says when it is ready, begins when it is told to, and says when it is done."""
-    os.environ.update(environment)
-    bucket.PART_BYTES = PART_BYTES
-    here, team = ModelRegistry(LocalObjectStore(folder)), open_registry(load_settings())
-    list(team.objects.entries("leases"))  # what is opened at the first use is opened now
-    parent.send("ready")
-    parent.recv()
-    if doing == "push":
-        copy_version(here.find(reference), team)
-    elif doing == "pull":
-        copy_version(team.find(reference), here)
-    else:
-        collect_garbage(team)
-    parent.send("done")
-
-
-@dataclass
-class Bench:
-    """One store, the machine that pushes to it, and the process that is killed."""
-
-    store: StoreCase
-    folder: Path
-    chance: random.Random
-
-    @property
-    def here(self) -> ModelRegistry:
-        return ModelRegistry(LocalObjectStore(self.folder / "here"))
-
-    def team(self) -> ModelRegistry:
-        """The store as another process opens it, with nothing cached."""
-        return self.store.registry(self.folder / f"home-{self.chance.getrandbits(64):x}")
-
-    def version(self, name: str, registry: ModelRegistry) -> tuple[Manifest, dict[str, bytes]]:
-        files = {"weights": self.chance.randbytes(PART_BYTES + 2_000_000), "graph": self.chance.randbytes(300_000)}
-        files |= {f"small/{number}": self.chance.randbytes(2000) for number in range(6)}
-        return store_version(registry, self.folder / "built" / name, files, name), files
-
-    def run(self, doing: str, reference: str, folder: Path, kill_after_s: float | None = None) -> float | None:
-        """Do it in a process of its own, killed after a time; returns its duration in s, None if it was killed."""
-        environment = {"SLMOPS_HOME": str(self.folder / "killed home"), **self.store.environment()}
-        child, parent = PROCESSES.Pipe()
-        process = PROCESSES.Process(target=work, args=(doing, reference, folder, environment, parent))
-        process.start()
-        parent.close()
-        assert child.recv() == "ready"
-        began = time.monotonic()
-        child.send("begin")
-        process.join(kill_after_s)
-        process.kill()
-        process.join()
-        took = time.monotonic() - began
-        # A process that is killed before it has read "begin" resets the connection.
-        with contextlib.suppress(EOFError, ConnectionResetError):
-            return took if child.recv() == "done" else None
-        assert kill_after_s is not None
-        return None
-
-    def check(self, registry: ModelRegistry) -> None:
-        """Every visible version is whole, and every alias points to one."""
-        for name in registry.names():
-            versions = registry.versions(name)
-            for version in versions:
-                found = verify_version(version)
-                assert found.ok, found.damage
-            assert set(registry.aliases(name).values()) <= {version.number for version in versions}
 
 
 @pytest.fixture
-def bench(store: StoreCase, tmp_path: Path) -> Bench:
+def bench(store: StoreCase, tmp_path: Path) -> KillBench:
     print(f"seed {SEED}")
-    return Bench(store, tmp_path, random.Random(SEED))
+    return KillBench(store, tmp_path, random.Random(SEED))
 
 
-def test_push(bench: Bench) -> None:
-    whole, _ = bench.version("undisturbed", bench.here)
-    duration = bench.run("push", whole.reference, bench.folder / "here")
-    assert duration
-    for number in range(KILLS[bench.store.kind]):
-        manifest, _ = bench.version(f"home-{number}", bench.here)
-        bench.run("push", manifest.reference, bench.folder / "here", bench.chance.uniform(0, duration))
-        team = bench.team()
-        for found in team.versions(manifest.name):
-            assert verify_version(found).ok
-        assert copy_version(bench.here.of(manifest), team).version.manifest == manifest
-        assert latest_evidence(team, manifest, "deploy") == latest_evidence(bench.here, manifest, "deploy")
-    assert len(bench.team().names()) == KILLS[bench.store.kind] + 1
-    bench.check(bench.team())
-    bench.check(bench.here)
+@pytest.fixture
+def on_disk(tmp_path: Path) -> KillBench:
+    print(f"seed {SEED}")
+    return KillBench(empty_store(tmp_path / "store", None), tmp_path, random.Random(SEED))
 
 
-def test_pull(bench: Bench) -> None:
-    team = bench.team()
-    manifest, files = bench.version("home", team)
-    duration = bench.run("pull", "home@1", bench.folder / "undisturbed")
-    assert duration
-    for number in range(KILLS[bench.store.kind]):
-        folder = bench.folder / f"there-{number}"
-        bench.run("pull", "home@1", folder, bench.chance.uniform(0, duration))
-        there = ModelRegistry(LocalObjectStore(folder))
-        bench.check(there)
-        copy_version(bench.team().of(manifest), there)
-        assert content_of(there, manifest, bench.folder / f"out-{number}") == files
-        collect_garbage(there)
-        assert list(there.objects.entries("aside")) == []
-    bench.check(bench.team())
+@pytest.mark.parametrize("doing", ["push", "pull", "gc"])
+def test_what_is_killed_leaves_nothing_half_done(bench: KillBench, doing: str) -> None:
+    STORE_SCENARIOS[doing](bench, KILLS[bench.store.kind])
 
 
-def test_gc(bench: Bench) -> None:
-    team = bench.team()
-    bench.version("kept", team)
+@pytest.mark.parametrize("doing", ["export", "import"])
+def test_an_archive_that_is_killed_under_way_is_whole_or_not_there(on_disk: KillBench, doing: str) -> None:
+    STORE_SCENARIOS[doing](on_disk, 4)
 
-    def litter(number: int) -> None:
-        gone, _ = bench.version(f"gone-{number}", team)
-        team.mark_deleted(gone)
-        for _ in range(10):
-            team.objects.put_bytes(f"blobs/sha256/{bench.chance.randbytes(32).hex()}", b"an orphan")
 
-    litter(-1)
-    duration = bench.run("gc", "-", bench.folder / "here")
-    assert duration
-    for number in range(KILLS[bench.store.kind]):
-        litter(number)
-        bench.run("gc", "-", bench.folder / "here", bench.chance.uniform(0, duration))
-        bench.check(bench.team())
-        collect_garbage(bench.team())
-        keys = {entry.key for entry in team.objects.entries("blobs/sha256")}
-        assert keys == {blob.key for blob in needed_blobs(team)}
-    bench.check(bench.team())
-    assert team.names() == ["kept"]
-    assert list(team.objects.entries("leases")) == []
+def test_a_disk_that_fills_at_any_write_loses_nothing(on_disk: KillBench) -> None:
+    kills.disk_filled(on_disk, 6)
+    assert on_disk.cut_short
+
+
+def test_a_clock_that_is_set_loses_nothing(on_disk: KillBench) -> None:
+    kills.clock_set(on_disk, len(kills.STEPS))
+
+
+def test_two_machines_at_once_lose_nothing(on_disk: KillBench) -> None:
+    kills.two_machines(on_disk, 4)
 
 
 COLLECTING = """
@@ -190,7 +76,7 @@ print(rounds, flush=True)
 """
 
 
-def test_a_collector_with_a_concurrent_writer_never_removes_what_a_version_needs(bench: Bench) -> None:
+def test_a_collector_with_a_concurrent_writer_never_removes_what_a_version_needs(bench: KillBench) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLMOPS_HOME": str(bench.folder / "collector home")}
     with subprocess.Popen(
         [sys.executable, "-c", COLLECTING],
@@ -213,5 +99,5 @@ def test_a_collector_with_a_concurrent_writer_never_removes_what_a_version_needs
         collector.stdin.write("\n")
         collector.stdin.flush()
         assert int(collector.stdout.readline()) > 0
-    bench.check(team)
+    check_store(team)
     assert len(team.versions("home")) == 3
