@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import read_regular
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -208,7 +209,7 @@ class _GenaiConfig(_Section):
 def _genai_config(path: Path) -> _GenaiConfig:
     try:
         # Of duplicate keys, the runtime uses both and Python's parser only the last one.
-        config = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repetition)
+        config = json.loads(read_regular(path).decode(), object_pairs_hook=_without_repetition)
         return _GenaiConfig.model_validate(config)
     except ValidationError as error:
         raise _refusal(f"{GENAI_CONFIG} {_first_fault(error)}") from None
@@ -285,7 +286,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 def _check_tokenizer_config(name: str, path: Path) -> None:
     """Refuse entries from which transformers would load classes or files."""
     try:
-        todo: list[object] = [json.loads(path.read_text("utf-8"))]
+        todo: list[object] = [json.loads(read_regular(path))]
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(f"{name} is not valid JSON: {str(error).rstrip('.')}") from None
     while todo:

@@ -5,6 +5,7 @@ from pathlib import Path
 from slmops.infra.settings import Settings
 from slmops.tasks.checkpoint.from_gguf import from_gguf
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
+from slmops.tasks.checkpoint.rewriting import without_marks
 from slmops.tasks.environment.checks import Check
 from slmops.tasks.exams.early_parity import parity_of
 from slmops.tasks.exams.statements import Statement, statements_of
@@ -17,7 +18,7 @@ def check_files(settings: Settings, checkpoint: str | None) -> tuple[list[Check]
     """
     if checkpoint is None:
         return [], ()
-    folder = from_gguf(Path(checkpoint).expanduser(), settings)
+    folder = from_gguf(without_marks(Path(checkpoint).expanduser(), settings), settings)
     inspection = inspect_checkpoint(folder)
     if inspection.kind != "checkpoint":
         return [], ()

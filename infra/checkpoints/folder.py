@@ -1,6 +1,5 @@
 """A checkpoint folder on disk. Its code is not run and its weights are not read, only their headers."""
 
-import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import NotRegularFile, read_text
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -43,10 +43,8 @@ class TensorHeader:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; raises `BadInput` when the file is missing, damaged or not an object."""
-    if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe or a device would not end
-        raise BadInput(f"{path} is not a regular file.", "Save the checkpoint again.", code="file-not-regular")
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise BadInput(
             f"{path.parent} has no {path.name}.",
@@ -54,15 +52,11 @@ def read_json(path: Path) -> dict[str, Any]:
             code="file-missing",
         ) from None
     except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read: {error.strerror}.", "Save the checkpoint again.", code="file-unreadable"
-        ) from None
+        code = "file-not-regular" if isinstance(error, NotRegularFile) else "file-unreadable"
+        raise BadInput(f"{path} cannot be read: {error.strerror}.", "Save the checkpoint again.", code=code) from None
     except (ValueError, RecursionError) as error:  # damaged, not UTF-8, nested too deep
-        marked = path.read_bytes().startswith(codecs.BOM_UTF8)
         raise BadInput(
-            f"{path} begins with a byte order mark." if marked else f"{path} is not valid JSON: {error}.",
-            "Save it without one: transformers cannot read it." if marked else "Save the checkpoint again.",
-            code="file-not-json",
+            f"{path} is not valid JSON: {error}.", "Save the checkpoint again.", code="file-not-json"
         ) from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} is not a JSON object.", "Save the checkpoint again.", code="file-not-object")

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from slmops.infra.checkpoints.folder import WEIGHTS_INDEX, TensorHeader, weights_names
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular
 from slmops.infra.records import Json
 from slmops.infra.storage.folders import link_or_copy
 
@@ -52,7 +53,12 @@ def text_config_of(config: Json, headers: Mapping[str, TensorHeader]) -> Json:
 
 def text_headers(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
     """Return the headers of the text part's tensors, by their names in a text model."""
-    return {text: header for name, header in headers.items() if (text := _text_name(name))}
+    return {text: headers[name] for text, name in text_names(headers).items()}
+
+
+def text_names(headers: Mapping[str, TensorHeader]) -> dict[str, str]:
+    """Return the names of the text part's tensors: the name in a text model -> the name in the files."""
+    return {text: name for name in headers if (text := _text_name(name))}
 
 
 def _text_name(name: str) -> str | None:
@@ -78,7 +84,7 @@ def take_text_part(folder: Path, target: Path, config: Json) -> None:
 
 def _copy_text_tensors(source: Path, target: Path) -> list[str]:
     """Copy the text part's tensors of one safetensors file, under their new names; no file if there are none."""
-    with source.open("rb") as stream:
+    with open_regular(source) as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
         header = json.loads(stream.read(length))
         chosen = {text: entry for name, entry in header.items() if (text := _text_name(name))}

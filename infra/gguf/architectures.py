@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular
 from slmops.infra.gguf.file import FLOATING_POINT, GgufFile, GgufTensor, Parsed
 from slmops.infra.gguf.tokenizer import token_id
 
@@ -280,7 +281,7 @@ def _numbers(file: GgufFile, name: str) -> list[float]:
     tensor = file.tensors[name]
     if tensor.kind != "F32" or tensor.size_bytes > 2**16:
         raise _unfit(file, f"its tensor {name!r} is of the type {tensor.kind} and has {tensor.size_bytes:,} bytes")
-    with file.path.open("rb") as stream:
+    with open_regular(file.path) as stream:
         stream.seek(tensor.start)
         values = np.frombuffer(stream.read(tensor.size_bytes), "<f4")
     return [_shortest(value) for value in values]

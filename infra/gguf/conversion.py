@@ -10,6 +10,7 @@ import numpy as np
 
 from slmops.infra.checkpoints.tensor_writer import PlannedTensor, write_tensors
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular
 from slmops.infra.gguf.architectures import SourceTensor, config_of, stored_as, tensors_of
 from slmops.infra.gguf.file import FLOATING_POINT, GgufFile, Parsed, read_gguf
 from slmops.infra.gguf.tokenizer import save_tokenizer, token_id
@@ -57,7 +58,7 @@ def _generation_config(file: GgufFile, config: Parsed) -> Parsed:
 
 
 def _write_weights(file: GgufFile, tensors: list[SourceTensor], target: Path, progress: Progress) -> None:
-    with file.path.open("rb") as source:
+    with open_regular(file.path) as source:
         planned = [
             PlannedTensor(
                 name=tensor.name,

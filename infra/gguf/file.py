@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular
 
 T = TypeVar("T")
 Value = object  # a value a value of the metadata: a number, a text, or a tuple of either
@@ -114,7 +115,7 @@ def gguf_of(path: Path) -> Path | None:
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file; raises `BadInput` for one that is damaged, truncated or a part of several."""
     size = path.stat().st_size
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         reader = _Reader(path, stream, size)
         if reader.read(4) != MAGIC:
             raise _not_valid(path, "it does not begin with GGUF")

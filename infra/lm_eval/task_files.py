@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular, read_text
 
 # Formats that contain only data. For example, "pandas" unpickles its files, which can run code.
 DATA_FORMATS = {"json", "csv", "parquet", "arrow", "text"}
@@ -83,7 +84,7 @@ def digest_of_task_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in files if path.is_file()):
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 content_digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise BadInput(
@@ -98,7 +99,7 @@ def digest_of_task_folder(folder: Path) -> str:
 
 def _read(path: Path, *, allow_code: bool) -> object:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path)
         for event in [] if allow_code else yaml.parse(text, _DataLoader):
             tag = getattr(event, "tag", None)
             if tag and tag != "!" and tag not in PLAIN_TAGS:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foreign_files import open_regular
 from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.copying import CopiedVersion, copy_version
@@ -264,7 +265,7 @@ def _verified(path: Path, blob: Blob, what: str, on_bytes: OnBytes) -> Iterator[
     found = hashlib.sha256()
     size_bytes = 0
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 found.update(chunk)
                 size_bytes += len(chunk)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from filelock import ReadWriteLock, Timeout
 
+from slmops.infra.foreign_files import check_regular
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
 
@@ -75,8 +76,9 @@ def link_or_copy(source: Path, target: Path, *, symbolic: bool = True) -> None:
     """Make `target` a hard link to `source`, a symbolic link if allowed, or a copy: the first that is possible.
 
     On file systems with that feature (btrfs, XFS), the copy shares its blocks. Raises `FileNotFoundError` and
-    `FileExistsError` as `os.link` does.
+    `FileExistsError` as `os.link` does, `NotRegularFile` for a pipe or a device, which no reader of `target` expects.
     """
+    check_regular(source)
     make: Callable[[Path, Path], None]
     for make in (os.link, os.symlink) if symbolic else (os.link,):
         try:

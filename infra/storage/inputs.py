@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foreign_files import check_files
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
 from slmops.infra.records import Record
@@ -65,6 +66,7 @@ def ingest(registry: ModelRegistry, path: Path, on_progress: OnProgress | None =
     elif path.is_dir():
         root = path.resolve()
         paths = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+        check_files(sorted(path.rglob("*")))
         outside = next((name for name, file in paths.items() if not file.resolve().is_relative_to(root)), None)
         if outside or not paths:
             fault = f"has a link to a file outside of it: {outside}" if outside else "has no file"

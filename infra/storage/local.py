@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from slmops.infra.errors import StageFailed
+from slmops.infra.foreign_files import NotRegularFile, open_regular
 from slmops.infra.storage.folders import link_or_copy
 from slmops.infra.storage.holders import is_lost, this_process
 from slmops.infra.storage.objects import Blob, Entry, OnBytes, no_report
@@ -65,7 +66,7 @@ class LocalObjectStore:
     def _put_blob(self, blob: Blob, source: Path, on_bytes: OnBytes) -> None:
         with self._reported(blob.key), self._aside() as target:
             found = hashlib.sha256()
-            with source.open("rb") as stream:
+            with open_regular(source) as stream:
                 while chunk := stream.read(CHUNK_BYTES):
                     found.update(chunk)
                     target.write(chunk)
@@ -110,7 +111,7 @@ class LocalObjectStore:
             found = hashlib.sha256()
             size_bytes = 0
             try:
-                with self._reported(blob.key), self._path(blob.key).open("rb") as stream:
+                with self._reported(blob.key), open_regular(self._path(blob.key)) as stream:
                     while chunk := stream.read(CHUNK_BYTES):
                         found.update(chunk)
                         size_bytes += len(chunk)
@@ -133,13 +134,14 @@ class LocalObjectStore:
             try:
                 os.link(aside, path)  # unlike a rename, a link never replaces an existing file
             except FileExistsError:
-                return path.read_bytes() == data
+                with open_regular(path) as stream:
+                    return stream.read() == data
         return True
 
     def read_bytes(self, key: str) -> bytes:
         """See `ObjectStore.read_bytes`."""
-        with self._reported(key):
-            return self._path(key).read_bytes()
+        with self._reported(key), open_regular(self._path(key)) as stream:
+            return stream.read()
 
     def entries(self, folder: str) -> Iterator[Entry]:
         """See `ObjectStore.entries`."""
@@ -223,7 +225,9 @@ class LocalObjectStore:
         except OSError as error:
             raise StageFailed(
                 f"The store {self._root} cannot be used: {error.strerror or error} ({key}).",
-                "Check its free space and permissions, or name another with SLMOPS_STORE__URI.",
+                "Remove it from the store."
+                if isinstance(error, NotRegularFile)
+                else "Check its free space and permissions, or name another with SLMOPS_STORE__URI.",
                 code="disk-failed",
             ) from error
 

@@ -12,6 +12,7 @@ from pydantic import FailFast, Field, StringConstraints, field_validator
 from pydantic_core import from_json
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular
 from slmops.infra.records import Record
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
@@ -161,7 +162,7 @@ def digest_of(value: object) -> str:
 
 def digest_of_file(path: Path) -> str:
     """Return the SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

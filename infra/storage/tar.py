@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular
 from slmops.infra.storage.local import CHUNK_BYTES
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -179,7 +180,7 @@ def opened_tar(file: Path) -> Iterator[TarReader]:
     if not file.is_file():
         raise BadInput(f"There is no file {file}.", "Name a file that slmops export wrote.")
     try:
-        stream = file.open("rb")
+        stream = open_regular(file)
     except OSError as error:
         raise BadInput(f"{file} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
     with stream:

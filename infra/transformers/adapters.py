@@ -1,9 +1,9 @@
 """Merge a LoRA adapter into its base with peft."""
 
-import json
 import shutil
 from pathlib import Path
 
+from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import Progress
 from slmops.infra.records import Untyped
@@ -26,18 +26,7 @@ def read_adapter_config(adapter_dir: Path) -> str | None:
     Raises `BadInput` if adapter_config.json is missing, is not a JSON object or is not of a LoRA adapter.
     """
     path = adapter_dir / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BadInput(
-            f"{adapter_dir} has no {ADAPTER_CONFIG}.", "Give the folder that peft saved.", code="file-missing"
-        ) from None
-    except ValueError as error:
-        raise BadInput(
-            f"{path} is not valid JSON: {error}.", "Save the adapter again with peft.", code="file-not-json"
-        ) from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{path} is not a JSON object.", "Save the adapter again with peft.", code="file-not-object")
+    config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise BadInput(
             f"{path} has peft_type {config.get('peft_type')!r}.",
@@ -139,7 +128,7 @@ def _changes_one_of_two(adapter_dir: Path, shapes: dict[str, list[int]]) -> bool
 
     Complete embeddings that were saved because of new tokens serve both.
     """
-    config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text("utf-8"))
+    config = read_json(adapter_dir / ADAPTER_CONFIG)
     saved_whole = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or []}
     by_lora = {name for name in shapes if "lora_" in name and any(f".{layer}." in name for layer in VOCABULARY_LAYERS)}
     return bool(by_lora or saved_whole & set(VOCABULARY_LAYERS))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
+from slmops.infra.foreign_files import read_text
 from slmops.infra.process.slots import only_maker
 from slmops.infra.records import Record
 from slmops.infra.reference.answers import Question
@@ -76,7 +77,7 @@ def check_lengths(rows: Sequence[TrainingRow], folder: Path, context: int, max_t
         return
     from tokenizers import Tokenizer
 
-    tokenizer, total = Tokenizer.from_file(str(folder / "tokenizer.json")), 0
+    tokenizer, total = Tokenizer.from_str(read_text(folder / "tokenizer.json")), 0
     for number, row in enumerate(rows, 1):
         tokens = sum(len(tokenizer.encode(turn.content, add_special_tokens=False).ids) for turn in row.messages)
         if tokens > context:

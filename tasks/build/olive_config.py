@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import read_text
 from slmops.infra.olive.options import (
     BUILDER_OPTIONS,
     BUILDER_QUANTIZATION_OPTIONS,
@@ -97,7 +98,7 @@ def read_olive_config(path: Path) -> Recipe:
     or not supported.
     """
     try:
-        config = json.loads(path.read_text("utf-8-sig"))
+        config = json.loads(read_text(path))
     except OSError as error:
         raise BadInput(
             f"The Olive configuration {path} cannot be read: {error.strerror}.", code="olive-config-unreadable"

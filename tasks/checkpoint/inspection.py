@@ -1,5 +1,6 @@
 """The inspection of a checkpoint, an adapter or a given model by its files, before anything runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +13,11 @@ from slmops.infra.checkpoints.folder import (
     read_tensor_headers,
 )
 from slmops.infra.checkpoints.quantized import float_headers, quantization_of
-from slmops.infra.checkpoints.text_part import is_multimodal, text_config_of, text_headers
+from slmops.infra.checkpoints.text_part import is_multimodal, text_config_of, text_headers, text_names
+from slmops.infra.checkpoints.tying import EMBEDDING, LM_HEAD, are_equal, headers_as_tied, says_tied
 from slmops.infra.checkpoints.vocabulary import tokens_without_rows
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import check_files
 from slmops.infra.gguf.architectures import config_of, tensors_of
 from slmops.infra.gguf.conversion import ORIGIN_FILE, written_as
 from slmops.infra.gguf.file import gguf_of, read_gguf
@@ -28,6 +31,7 @@ from slmops.infra.olive.architectures import (
 )
 from slmops.infra.records import Json, Record
 from slmops.infra.storage.manifest import digest_of, digest_of_file
+from slmops.tasks.checkpoint.shapes import check_shapes, size_of
 from slmops.tasks.request.parameters import Precision
 
 SENTENCEPIECE = "tokenizer.model"
@@ -44,19 +48,6 @@ NOT_CONTENT = (
 )
 
 
-# Far above any model's size; a damaged config must not make the count take hours.
-LARGEST_SIZE = 100_000_000
-LARGEST_LAYERS = 10_000
-
-
-EMBEDDING = "model.embed_tokens.weight"
-# Their layers have Llama's tensors (Phi-3's fused), and their configs on the Hub write every size.
-LAYERS_AS_LLAMA = (
-    *("GemmaForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"),
-    *("Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"),
-)
-
-
 class Inspection(Record):
     """The facts about a checkpoint in its files' headers."""
 
@@ -70,6 +61,7 @@ class Inspection(Record):
     hidden_size: int
     context_length: int
     tied_embeddings: bool = True
+    own_lm_head: bool = False  # though config.json says that it is the embedding's
     multimodal: bool = False
     quantized: Precision | None = None  # the one precision that it can be built at
     warnings: tuple[str, ...] = ()
@@ -98,6 +90,7 @@ def inspect_checkpoint(folder: Path, *, chat_template_given: bool = False) -> In
             "Give the folder that holds config.json, or a GGUF file.",
             code="checkpoint-is-file",
         )
+    check_files(sorted(folder.iterdir()))
     if (folder / "genai_config.json").is_file():
         return _inspect_genai(folder, chat_template_given)
     if (folder / "adapter_config.json").is_file():
@@ -111,7 +104,8 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
     config.pop("quantization_config", None)
     check_architecture(config)
     _check_tokenizer(folder, chat_template_given)
-    headers, warnings = read_tensor_headers(folder), _warnings_of_conversion(folder)
+    stored, warnings = read_tensor_headers(folder), _warnings_of_conversion(folder)
+    headers = stored
     if quantization:
         headers = float_headers(headers, quantization)
         warnings.append(
@@ -131,10 +125,24 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
         )
         config, headers = text_config_of(config, headers), text_headers(headers)
         check_architecture(config)
-    embedding = _check_shapes(folder, config, headers)
+    names = text_names(stored) if multimodal else {name: name for name in stored}
+    if own_lm_head := says_tied(config) and {EMBEDDING, LM_HEAD} <= headers.keys() and not _is_shared(folder, names):
+        config = config | {"tie_word_embeddings": False}
+        warnings.append(
+            "config.json says that embedding and lm_head are one matrix (tie_word_embeddings), and the weights have an "
+            "lm_head that differs: it is built as it is in the weights, as transformers loads it."
+        )
+    elif says_tied(config):
+        headers = headers_as_tied(headers)
+    embedding = check_shapes(folder, config, headers)
     warnings += _check_vocabulary(folder, embedding.shape[0])
-    inspection = _inspection_of(config, headers, embedding, warnings, multimodal=multimodal)
+    inspection = _inspection_of(config, headers, embedding, warnings, multimodal=multimodal, own_lm_head=own_lm_head)
     return inspection.model_copy(update={"quantized": quantization.precision}) if quantization else inspection
+
+
+def _is_shared(folder: Path, names: Mapping[str, str]) -> bool:
+    """Whether lm_head is the embedding's matrix, saved twice; packed weights are not compared."""
+    return {EMBEDDING, LM_HEAD} <= names.keys() and are_equal(folder, names[EMBEDDING], names[LM_HEAD])
 
 
 def _inspect_gguf(path: Path, chat_template_given: bool) -> Inspection:
@@ -142,7 +150,7 @@ def _inspect_gguf(path: Path, chat_template_given: bool) -> Inspection:
     config = config_of(file)
     check_architecture(config)
     headers = {tensor.name: TensorHeader(tensor.source.shape, written_as(file, tensor)) for tensor in tensors_of(file)}
-    embedding = _check_shapes(path, config, headers)
+    embedding = check_shapes(path, config, headers)
     check_tokenizer(file)
     if not chat_template_given and not isinstance(file.metadata.get("tokenizer.chat_template"), str):
         raise _no_chat_template(path)
@@ -156,6 +164,7 @@ def _inspection_of(
     warnings: list[str],
     *,
     multimodal: bool = False,
+    own_lm_head: bool = False,
 ) -> Inspection:
     if passes_original_length(config):
         warnings.append(
@@ -169,10 +178,11 @@ def _inspection_of(
         dtype=max((header.dtype for header in headers.values()), key=[h.dtype for h in headers.values()].count),
         size_bytes=sum(header.size_bytes for header in headers.values()),
         largest_tensor_elements=max(header.elements for header in headers.values()),
-        vocabulary_size=_size(config, "vocab_size", default=embedding.shape[0]),
-        hidden_size=_size(config, "hidden_size", default=embedding.shape[1]),
-        context_length=_size(config, "max_position_embeddings", default=0),
-        tied_embeddings="lm_head.weight" not in headers,
+        vocabulary_size=size_of(config, "vocab_size", default=embedding.shape[0]),
+        hidden_size=size_of(config, "hidden_size", default=embedding.shape[1]),
+        context_length=size_of(config, "max_position_embeddings", default=0),
+        tied_embeddings=LM_HEAD not in headers,
+        own_lm_head=own_lm_head,
         multimodal=multimodal,
         warnings=tuple(warnings),
     )
@@ -220,29 +230,15 @@ def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
         dtype="onnx",
         size_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         largest_tensor_elements=0,
-        vocabulary_size=_size(model, "vocab_size", default=0),
-        hidden_size=_size(decoder, "hidden_size", default=0),
-        context_length=_size(model, "context_length", default=0),
+        vocabulary_size=size_of(model, "vocab_size", default=0),
+        hidden_size=size_of(decoder, "hidden_size", default=0),
+        context_length=size_of(model, "context_length", default=0),
     )
 
 
 def _section(config: Json, key: str) -> Json:
     value = config.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def _size(config: Json, key: str, *, default: int | None = None) -> int:
-    """Return a size that a config states; raises `BadInput` if it is missing without a default, or not a size."""
-    value = config.get(key)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
-        raise BadInput(
-            f"The config has {key}: {value!r}, which is not a size.",
-            "Save the checkpoint again.",
-            code="size-not-valid",
-        )
-    return value
 
 
 def _inspect_adapter(folder: Path) -> Inspection:
@@ -312,64 +308,10 @@ def _check_vocabulary(folder: Path, rows: int) -> list[str]:
     return [f"The token {spare[0]!r} has no row in the embedding: no prompt may contain it."] if spare else []
 
 
-def _check_shapes(folder: Path, config: Json, headers: dict[str, TensorHeader]) -> TensorHeader:
-    """Compare the weights with the shapes in config.json, and return the embedding's header."""
-    expected = expected_shapes(config)
-    for name, shape in expected.items():
-        found = headers.get(name)
-        if found is None:
-            raise BadInput(
-                f"{folder} has no tensor {name}, which config.json requires.",
-                "The weights and config.json are not of the same model: save both again.",
-                code="tensor-missing",
-            )
-        if found.shape != shape:
-            raise BadInput(
-                f"The tensor {name} in {folder} has shape {list(found.shape)}, config.json says {list(shape)}.",
-                "The weights and config.json are not of the same model: save both again.",
-                code="tensor-shape",
-            )
-    embedding = headers.get(EMBEDDING)
-    if embedding is None or len(embedding.shape) != 2:
-        raise BadInput(f"{folder} has no matrix {EMBEDDING}.", "Save the checkpoint again.", code="tensor-missing")
-    return embedding
-
-
-def expected_shapes(config: Json) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of the tensors that config.json requires, without biases and norms.
-
-    For architectures with other layers than Llama's, or with default sizes, these are only tensors whose sizes are in
-    config.json. The proof of a family loads a layer of each kind.
-    """
-    if architecture_of(config) not in LAYERS_AS_LLAMA:
-        sizes = {name: config[name] for name in ("vocab_size", "hidden_size") if name in config}
-        return {EMBEDDING: (_size(config, "vocab_size"), _size(config, "hidden_size"))} if len(sizes) == 2 else {}
-    hidden, vocabulary = _size(config, "hidden_size"), _size(config, "vocab_size")
-    intermediate, heads = _size(config, "intermediate_size"), _size(config, "num_attention_heads")
-    layers = _size(config, "num_hidden_layers")
-    if layers > LARGEST_LAYERS:
-        raise BadInput(
-            f"config.json has num_hidden_layers: {layers}.", "Save the checkpoint again.", code="layers-not-valid"
-        )
-    kv_heads = _size(config, "num_key_value_heads", default=heads)
-    head_dim = _size(config, "head_dim", default=hidden // heads)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        if config.get("model_type") == "phi3":
-            shapes[f"{prefix}.self_attn.qkv_proj.weight"] = ((heads + 2 * kv_heads) * head_dim, hidden)
-            shapes[f"{prefix}.mlp.gate_up_proj.weight"] = (2 * intermediate, hidden)
-        else:
-            shapes[f"{prefix}.self_attn.q_proj.weight"] = (heads * head_dim, hidden)
-            shapes[f"{prefix}.self_attn.k_proj.weight"] = (kv_heads * head_dim, hidden)
-            shapes[f"{prefix}.self_attn.v_proj.weight"] = (kv_heads * head_dim, hidden)
-            shapes[f"{prefix}.mlp.gate_proj.weight"] = (intermediate, hidden)
-            shapes[f"{prefix}.mlp.up_proj.weight"] = (intermediate, hidden)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, heads * head_dim)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, intermediate)
-    if config.get("tie_word_embeddings") is False:
-        shapes["lm_head.weight"] = (vocabulary, hidden)
-    return shapes
+def digest_with_rows(folder: Path) -> str:
+    """Return the SHA-256 (hex) over a checkpoint's content, and the files for its deploy that lie beside it."""
+    beside = (folder / name for name in (EVALUATION_FILE, OUTPUT_SCHEMA_FILE) if (folder / name).is_file())
+    return digest_of({"content": content_digest(folder), **{path.name: digest_of_file(path) for path in beside}})
 
 
 def content_digest(folder: Path) -> str:

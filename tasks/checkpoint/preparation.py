@@ -1,12 +1,10 @@
 """Preparation: a checkpoint from any source is fetched, merged, and gets its chat template."""
 
 import contextlib
-import json
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from slmops.infra.checkpoints.dequantization import PACKED
 from slmops.infra.checkpoints.folder import read_json, read_tensor_headers
 from slmops.infra.checkpoints.hub import fetch_from_hub
 from slmops.infra.checkpoints.s3 import FETCHED, fetch_from_s3
@@ -16,7 +14,7 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
-from slmops.infra.storage.folders import link_or_copy, made_once
+from slmops.infra.storage.folders import made_once
 from slmops.infra.storage.inputs import fetch_input, ingest, is_input_address
 from slmops.infra.storage.manifest import Manifest, digest_of
 from slmops.infra.storage.opening import open_registry
@@ -29,8 +27,10 @@ from slmops.tasks.checkpoint.from_quantized import from_quantized
 from slmops.tasks.checkpoint.inspection import (
     Inspection,
     content_digest,
+    digest_with_rows,
     inspect_checkpoint,
 )
+from slmops.tasks.checkpoint.rewriting import with_chat_template, with_own_lm_head, without_marks
 from slmops.tasks.request.deploy_request import DeployRequest, read_chat_template_file
 from slmops.tasks.request.inputs import inputs_dir
 from slmops.tasks.runs.progress import stage_progress
@@ -69,8 +69,7 @@ def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCh
         if inspection.kind == "adapter":
             folder = merge_into_base(folder, request.base, settings, on_progress)
             inspection = inspect_checkpoint(folder, chat_template_given=template is not None)
-        if inspection.multimodal:
-            folder = with_text_part(folder, settings)
+        folder = as_loaded(folder, inspection, settings)
         if template is not None:
             folder = with_chat_template(folder, template, settings)
         on_progress(0.5, 1, "reading the weights for their digest")
@@ -137,7 +136,8 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
 
 def fetch_checkpoint(text: str, revision: str | None, settings: Settings, on_progress: OnProgress) -> Path:
     """Return the local folder of a checkpoint; fetched, converted from GGUF, or turned into numbers."""
-    folder = from_gguf(_fetched(text, revision, settings, on_progress), settings, on_progress)
+    folder = without_marks(_fetched(text, revision, settings, on_progress), settings)
+    folder = from_gguf(folder, settings, on_progress)
     return from_quantized(folder, settings, on_progress)
 
 
@@ -168,7 +168,7 @@ def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_prog
             "Name the model that was fine-tuned.",
             code="adapter-base-not-whole",
         )
-    key = digest_of({"adapter": content_digest(adapter), "base": content_digest(base_folder)})
+    key = digest_of({"adapter": digest_with_rows(adapter), "base": content_digest(base_folder)})
     return converted_once(
         key,
         lambda folder: MergeAdapter(adapter_dir=adapter, base_dir=base_folder, output_dir=folder),
@@ -178,36 +178,19 @@ def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_prog
     )
 
 
+def as_loaded(folder: Path, inspection: Inspection, settings: Settings) -> Path:
+    """Return the model that transformers loads of a checkpoint: its text part, and its own lm_head where it has one."""
+    if inspection.multimodal:
+        folder = with_text_part(folder, settings)
+    return with_own_lm_head(folder, settings) if inspection.own_lm_head else folder
+
+
 def with_text_part(folder: Path, settings: Settings) -> Path:
     """Return a folder with the text part of a multi-modal checkpoint, as a checkpoint of its own."""
     config = text_config_of(read_json(folder / "config.json"), read_tensor_headers(folder))
-    key = digest_of({"checkpoint": content_digest(folder), "text part": config})
+    key = digest_of({"checkpoint": digest_with_rows(folder), "text part": config})
     target = settings.cache_dir / "checkpoints" / key
     with made_once(target, settings) as made:
         if made:
             take_text_part(folder, made, config)
     return target
-
-
-def with_chat_template(folder: Path, template: str, settings: Settings) -> Path:
-    """Return a folder with a checkpoint's files and another chat template; the weights are linked, not copied."""
-    key = digest_of({"checkpoint": content_digest(folder), "chat_template": template})
-    target = settings.cache_dir / "checkpoints" / key
-    with made_once(target, settings) as made:
-        if made:
-            _copy_with_template(folder, made, template)
-    return target
-
-
-def _copy_with_template(folder: Path, copy: Path, template: str) -> None:
-    copy.mkdir()
-    for path in folder.iterdir():
-        if path.is_file() and path.name not in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
-            link_or_copy(path, copy / path.name)
-    if (folder / PACKED).is_dir():
-        (copy / PACKED).mkdir()
-        for path in (folder / PACKED).iterdir():
-            link_or_copy(path, copy / PACKED / path.name)
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    config["chat_template"] = template  # the runtimes read it here, transformers in both places
-    (copy / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")

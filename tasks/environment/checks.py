@@ -25,7 +25,8 @@ from slmops.infra.storage.opening import open_object_store
 from slmops.tasks.checkpoint.family import proof_of
 from slmops.tasks.checkpoint.from_gguf import from_gguf
 from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
-from slmops.tasks.checkpoint.preparation import with_text_part
+from slmops.tasks.checkpoint.preparation import as_loaded
+from slmops.tasks.checkpoint.rewriting import without_marks
 from slmops.tasks.environment.estimates import (
     GB,
     StageEstimate,
@@ -244,9 +245,7 @@ def check_family(folder: Path, inspection: Inspection, settings: Settings) -> li
     """
     if inspection.kind != "checkpoint":
         return []
-    folder = from_gguf(folder, settings)
-    if inspection.multimodal:
-        folder = with_text_part(folder, settings)
+    folder = as_loaded(from_gguf(without_marks(folder, settings), settings), inspection, settings)
     with torch_process(settings) as child:
         proof = proof_of(folder, settings, child, lambda done, total, what: None, log="check-family")
     prompts = ", ".join(str(length) for length in proof.lengths)

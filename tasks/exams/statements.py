@@ -89,6 +89,8 @@ def _tied(folder: Path, inspection: Inspection) -> Statement:
     said = _read(folder / "config.json").get("tie_word_embeddings")
     used = "one matrix for both" if inspection.tied_embeddings else "separate matrices"
     value = "not stated" if said is None else f"tie_word_embeddings: {str(said).lower()}"
+    if inspection.own_lm_head:
+        value, used = "tie_word_embeddings: true", f"{used}: the weights have an lm_head that differs"
     return Statement(name="embedding and lm_head", value=value, read_from="config.json", used=used)
 
 

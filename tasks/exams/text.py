@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field, FiniteFloat
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular
 from slmops.infra.genai.calls import ComparedText, CompareText, ScoredWindow
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.records import Json, Record, later_field
@@ -69,9 +70,7 @@ def read_text_file(path: Path, max_tokens: int) -> TextSample:
     """
     limit = min(max_tokens * BYTES_PER_TOKEN, MAX_TEXT_BYTES)
     try:
-        if path.exists() and not path.is_file():
-            raise BadInput(f"{path} is no text file.", "Name a file of plain text in UTF-8.", code="text-file-not-file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(limit)
             whole = not file.read(1)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name

@@ -8,6 +8,7 @@ from pydantic import Field, StrictStr, TypeAdapter, ValidationError, model_valid
 from pydantic_core import ErrorDetails
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular, text_of
 from slmops.infra.records import Record, later_field
 from slmops.infra.reference.answers import RowId
 from slmops.infra.reference.decoding import PLAIN, Decoding
@@ -127,7 +128,7 @@ def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, Eval
     first_line_of: dict[str, int] = {}
     tools: object = None
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number, line in numbered_lines(path, file):
                 content = _parse_line(path, number, line)
                 if content.keys() == {"tools"}:
@@ -161,9 +162,9 @@ def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
         if len(line) > MAX_LINE_BYTES:
             raise _bad_line(path, number, f"it is longer than {MAX_LINE_BYTES:,} bytes")
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise _bad_line(path, number, f"it is not UTF-8 at byte {error.start + 1}") from None
+            text = text_of(line).strip()
+        except ValueError as error:
+            raise _bad_line(path, number, str(error)) from None
         if text:
             yield number, text
 

@@ -14,6 +14,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import EMPTY_REGISTRY, specification_with
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import read_beginning, text_of
 from slmops.infra.records import Record
 from slmops.tasks.questions.patterns import MATCH_TIMEOUT_S, compile_pattern, is_found
 from slmops.tasks.questions.strict_json import parse_json, shorten
@@ -56,8 +57,7 @@ def read_output_schema(path: Path) -> OutputFormat:
     Raises `BadInput` naming the file, the place in it and the fault.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_SCHEMA_BYTES + 1)
+        content = read_beginning(path, MAX_SCHEMA_BYTES + 1)
     except OSError as error:
         raise BadInput(
             f"The output schema {path} cannot be read: {error.strerror or error}.",
@@ -67,18 +67,15 @@ def read_output_schema(path: Path) -> OutputFormat:
     try:
         if len(content) > MAX_SCHEMA_BYTES:
             raise ValueError(f"it is longer than {MAX_SCHEMA_BYTES:,} bytes")
-        schema = parse_json(content.decode("utf-8-sig"))
+        schema = parse_json(text_of(content))
         if not isinstance(schema, dict | bool):
             raise ValueError(f"it must be an object, found {type(schema).__name__}")  # noqa: TRY004
         check_schema(schema)
         return OutputFormat(json_schema=schema)
-    except UnicodeDecodeError as error:
-        fault = f"it is not UTF-8 at byte {error.start + 1}"
     except ValueError as error:
-        fault = str(error)
-    raise BadInput(
-        f"The output schema {path} cannot be used: {fault}.", "Correct the file.", code="output-schema-not-valid"
-    )
+        raise BadInput(
+            f"The output schema {path} cannot be used: {error}.", "Correct the file.", code="output-schema-not-valid"
+        ) from None
 
 
 def parse_output_regex(pattern: str) -> OutputFormat:

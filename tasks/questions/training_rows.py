@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import open_regular
 from slmops.infra.records import Record
 from slmops.tasks.questions.evaluation_set import numbered_lines
 from slmops.tasks.questions.messages import Message, check_turns
@@ -46,7 +47,7 @@ class TrainingRow(Record, extra="ignore"):
 def read_rows_file(path: Path, text: str) -> list[TrainingRow]:
     """Read a JSON Lines file, which messages call `text`; raises `BadInput` as `parse_rows` does."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return parse_rows(text, "line", list(numbered_lines(path, file)))
     except OSError as error:
         raise BadInput(

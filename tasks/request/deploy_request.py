@@ -10,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from slmops.infra.checkpoints.chat_template import parse_chat_template
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import read_text
 from slmops.infra.storage.manifest import LONGEST_TRAINING_RUN, check_name
 from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, Device, Precision
@@ -126,16 +127,16 @@ def check_precisions(names: Sequence[str]) -> tuple[Precision, ...]:
 def read_chat_template_file(path: Path) -> str:
     """Return a chat template's text; raises `BadInput` if the file is missing or not valid Jinja."""
     try:
-        text = path.expanduser().read_text("utf-8-sig")  # Windows editors put a byte order mark before a text
+        text = read_text(path.expanduser())
     except OSError as error:
         raise BadInput(
             f"The chat template {path} cannot be read: {error.strerror}.",
             "Name a Jinja file.",
             code="chat-template-unreadable",
         ) from None
-    except UnicodeDecodeError:
+    except ValueError as error:
         raise BadInput(
-            f"The chat template {path} is not UTF-8 text.", "Name a Jinja file.", code="chat-template-not-utf8"
+            f"The chat template {path} cannot be read: {error}.", "Name a Jinja file.", code="chat-template-not-utf8"
         ) from None
     if not text.strip():
         raise BadInput(f"The chat template {path} is empty.", "Name a Jinja file.", code="chat-template-empty")

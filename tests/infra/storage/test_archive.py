@@ -343,14 +343,11 @@ class TestExportRefuses:
         assert_only_old_files(exported)
 
     def test_content_that_cannot_be_read(self, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-        opened = Path.open
+        def refuse(path: Path) -> Any:
+            assert path.parent.name == "sha256"
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
-            if path.parent.name == "sha256":
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return opened(path, *arguments, **options)
-
-        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr(archive, "open_regular", refuse)
         with pytest.raises(StageFailed, check=coded("content-unreadable", "Input/output error")):
             export_version(exported.source, exported.manifest, exported.folder / "x.tar")
         assert_only_old_files(exported)
@@ -820,11 +817,11 @@ class TestNoArchive:
             kept.assert_refused("There is no file", tmp_path / "pipe")
 
     def test_a_file_that_cannot_be_read(self, kept: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: Any, **__: Any) -> Any:
+        def refuse(_path: Path) -> Any:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
         (tmp_path / "home.tar").write_bytes(b"")
-        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr(tar_file, "open_regular", refuse)
         kept.assert_refused("cannot be read: Permission denied", tmp_path / "home.tar")
 
 

@@ -18,7 +18,8 @@ from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
-from slmops.tasks.checkpoint.preparation import folder_of, merge_into_base, with_chat_template
+from slmops.tasks.checkpoint.preparation import folder_of, merge_into_base
+from slmops.tasks.checkpoint.rewriting import with_chat_template
 from tests.support.checkpoints import make_tiny_checkpoint, read_config
 from tests.support.errors import coded
 from tests.support.genai_models import EMPTY_GRAPH
@@ -117,7 +118,7 @@ def write(name: str, content: bytes) -> Callable[[Path], int]:
 BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), coded("file-missing", "config.json")),
     "broken config": (write("config.json", b'{"a": '), coded("file-not-json", "config.json")),
-    "config of a Windows editor": (write("config.json", b"\xef\xbb\xbf{}"), coded("file-not-json", "byte order mark")),
+    "config in UTF-16": (write("config.json", "{}".encode("utf-16")), coded("file-not-json", "UTF-16")),
     "config is a list": (write("config.json", b"[]"), coded("file-not-object")),
     "no architecture": (config(architectures=...), coded("architecture-not-named")),
     "olmo2": (config(architectures=["Olmo2ForCausalLM"]), coded("architecture-not-supported", "Olmo2ForCausalLM")),

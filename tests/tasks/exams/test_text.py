@@ -85,7 +85,7 @@ def test_what_is_no_text_is_refused(tmp_path, content, refused):
 def test_missing_files_folders_and_odd_names_are_refused(tmp_path):
     with pytest.raises(BadInput, check=coded("text-file-unreadable", "No such file")):
         read_text_file(tmp_path / "none.txt", 10)
-    with pytest.raises(BadInput, check=coded("text-file-not-file")):
+    with pytest.raises(BadInput, check=coded("text-file-unreadable")):
         read_text_file(tmp_path, 10)
     with pytest.raises(BadInput, check=coded("text-file-unreadable")):
         read_text_file(Path("null\0.txt"), 10)
@@ -94,7 +94,7 @@ def test_missing_files_folders_and_odd_names_are_refused(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX has named pipes")
 def test_a_pipe_that_nobody_writes_to_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(BadInput, check=coded("text-file-not-file")):
+    with pytest.raises(BadInput, check=coded("text-file-unreadable")):
         read_text_file(tmp_path / "pipe", 10)
 
 

@@ -117,7 +117,7 @@ def chat(*roles):
         (b"[]", "it must be an object, found list"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"id": ' + b"1" * 5000 + b"}", "it cannot be read"),
-        (b"\xff\xfe", "it is not UTF-8 at byte 1"),
+        (b"\xff\xfe", "it is UTF-16 and not UTF-8; save it as UTF-8"),
         (json.dumps({"id": 1, "messages": [USER]}).encode(), "`expected` is missing"),
         (json.dumps({**ROW, "expected": None}).encode(), "`expected` is missing"),
         (json.dumps({"id": 1, "expected": ""}).encode(), "`messages` is missing"),

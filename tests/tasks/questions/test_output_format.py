@@ -127,7 +127,7 @@ def test_a_recursive_schema_is_followed(draft: str) -> None:
     [
         (b"", "it is not JSON: Expecting value at column 1"),
         (b'{\n"type": }', "it is not JSON: Expecting value at line 2 column 9"),
-        (b"\xff\xfe{}", "it is not UTF-8 at byte 1"),
+        (b"\xff\xfe{}", "it is UTF-16 and not UTF-8; save it as UTF-8"),
         (b"[" * 100_000, "its JSON is nested too deep"),
         (b'{"type": "object", "type": "array"}', "the key 'type' occurs twice"),
         (b" " * 1_000_001, "it is longer than 1,000,000 bytes"),
