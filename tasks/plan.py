@@ -5,17 +5,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.checkpoints.hub import fetch_from_hub
+from slmops.infra.checkpoints.quantized import quantization_of
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
-from slmops.infra.errors import BadInput
 from slmops.infra.olive.architectures import check_family_precisions
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.signatures import verification_key
-from slmops.infra.transformers.adapters import read_adapter_config
 from slmops.tasks.build.calibration import check_lengths, read_calibration_file
 from slmops.tasks.build.planning import plan_recipes, plan_search, refuse_recipes
+from slmops.tasks.checkpoint.adapter_base import base_of, usable_base
 from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
 from slmops.tasks.environment.checks import (
     check_packages,
@@ -102,7 +103,7 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
         check_lengths(chats, folder, inspection.context_length, settings.calibration.max_tokens)
     statements = statements_of(folder, inspection, request.generation_defaults)
     if inspection.kind == "adapter":
-        inspection = _inspect_base(folder, request)
+        inspection = _inspect_base(folder, request, settings)
     check_family_precisions(inspection.architecture, [recipe.precision for recipe in recipes])
     used = min(len(rows), settings.evaluation.max_rows)
     stages = estimate_stages(
@@ -139,17 +140,19 @@ def _rows(request: DeployRequest, folder: Path | None, settings: Settings) -> li
 
 
 def _check_on_hub(repo_id: str, revision: str | None, settings: Settings) -> None:
-    """Fetch only the config, so that a missing model or network is reported before the flow begins."""
+    """Fetch only the config, so that a missing model or network and a foreign quantization are told before the flow."""
     with TemporaryDirectory() as aside:  # a refused deploy leaves nothing under the home directory
         elsewhere = settings.model_copy(update={"home": Path(aside)})
-        fetch_from_hub(repo_id, revision, elsewhere, files=("config.json", "adapter_config.json"))
+        folder = fetch_from_hub(repo_id, revision, elsewhere, files=("config.json", "adapter_config.json"))
+        quantization_of(read_json(folder / "config.json") if (folder / "config.json").is_file() else {})
 
 
-def _inspect_base(adapter: Path, request: DeployRequest) -> Inspection:
-    base = request.base or read_adapter_config(adapter)
-    if not base:
-        raise BadInput(f"{adapter} does not say which base it belongs to.", "Name it with --base.")
-    source = parse_checkpoint(base)
-    if source.kind is not SourceKind.LOCAL:
-        return inspect_checkpoint(adapter)
-    return inspect_checkpoint(Path(source.location), chat_template_given=True)
+def _inspect_base(adapter: Path, request: DeployRequest, settings: Settings) -> Inspection:
+    base = base_of(adapter, request.base)
+    with usable_base(base):
+        source = parse_checkpoint(base)
+        if source.kind is SourceKind.HUB:
+            _check_on_hub(source.location, source.revision, settings)
+        if source.kind is not SourceKind.LOCAL:
+            return inspect_checkpoint(adapter)
+        return inspect_checkpoint(Path(source.location), chat_template_given=True)

@@ -19,8 +19,8 @@ from slmops.infra.storage.inputs import fetch_input, ingest, is_input_address
 from slmops.infra.storage.manifest import Manifest, digest_of
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
-from slmops.infra.transformers.adapters import read_adapter_config
 from slmops.infra.transformers.calls import MergeAdapter
+from slmops.tasks.checkpoint.adapter_base import base_of, usable_base
 from slmops.tasks.checkpoint.conversion import converted_once
 from slmops.tasks.checkpoint.from_gguf import from_gguf
 from slmops.tasks.checkpoint.from_quantized import from_quantized
@@ -156,18 +156,11 @@ def _fetched(text: str, revision: str | None, settings: Settings, on_progress: O
 
 def merge_into_base(adapter: Path, base: str | None, settings: Settings, on_progress: OnProgress) -> Path:
     """Return the folder of an adapter merged into its base; equal contents are merged only once."""
-    declared = base or read_adapter_config(adapter)
-    if not declared:
-        raise BadInput(
-            f"{adapter} does not say which base it belongs to.", "Name it with --base.", code="adapter-base-unknown"
-        )
-    base_folder = fetch_checkpoint(declared, None, settings, on_progress)
-    if inspect_checkpoint(base_folder, chat_template_given=True).kind != "checkpoint":
-        raise BadInput(
-            f"The base {declared} is not a whole checkpoint.",
-            "Name the model that was fine-tuned.",
-            code="adapter-base-not-whole",
-        )
+    declared = base_of(adapter, base)
+    with usable_base(declared):
+        base_folder = fetch_checkpoint(declared, None, settings, on_progress)
+        if inspect_checkpoint(base_folder, chat_template_given=True).kind != "checkpoint":
+            raise BadInput("It is not a whole checkpoint.", code="adapter-base-not-whole")
     key = digest_of({"adapter": digest_with_rows(adapter), "base": content_digest(base_folder)})
     return converted_once(
         key,
