@@ -200,7 +200,9 @@ def s3_errors(what: str) -> Iterator[None]:
             "Set AWS_CA_BUNDLE to its authority's certificates, or correct SLMOPS_STORE__ENDPOINT_URL.",
         ) from None
     except broken_off:
-        raise PassingFault(f"{what}: the connection was interrupted repeatedly.", "Try again.") from None
+        raise PassingFault(
+            f"{what}: the connection was interrupted repeatedly.", "Try again.", "s3-interrupted"
+        ) from None
     except (ConnectionError, HTTPClientError) as error:
         raise PassingFault(
             f"{what}: the server cannot be reached ({type(error).__name__}).",

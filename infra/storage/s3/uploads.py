@@ -77,7 +77,9 @@ def _send(
                         vanished.append((blob, path))
         except ClientError as error:
             if with_checksums and error_code(error) in BAD_CHECKSUM:
-                raise PassingFault(f"{bucket.uri}: a file was altered in transit.", "Try again.") from None
+                raise PassingFault(
+                    f"{bucket.uri}: a file was altered in transit.", "Try again.", "s3-altered"
+                ) from None
             raise
         except FileNotFoundError as error:
             raise StageFailed(f"{error.filename} is missing.", "It was removed during the upload: try again.") from None

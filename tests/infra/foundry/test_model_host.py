@@ -11,6 +11,7 @@ from slmops.infra.foundry.model_host import ModelHost
 from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.foundry.served_model import PlacedModel, ServedVersion
 from slmops.infra.settings import ServeSettings
+from tests.support.errors import coded
 
 
 class Source:
@@ -24,7 +25,7 @@ class Source:
 
     def champion(self, name: str) -> ServedVersion:
         if name == "unreadable":
-            raise StageFailed("The manifest of unreadable is damaged.", "")
+            raise StageFailed("The manifest of unreadable is damaged.", "", "manifest-damaged")
         return self.version(name, 1)
 
     def version(self, name: str, version: int) -> ServedVersion:
@@ -66,10 +67,10 @@ def test_the_others_are_served(tmp_path: Path) -> None:
 
 
 def test_a_store_of_which_nothing_can_be_served_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match="damaged"):
+    with pytest.raises(StageFailed, check=coded("manifest-damaged")):
         served_of(tmp_path, "unreadable", "endless")
 
 
 def test_a_given_name_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match="damaged"):
+    with pytest.raises(StageFailed, check=coded("manifest-damaged")):
         served_of(tmp_path, "unreadable", "good", given=("unreadable", "good"))
