@@ -68,7 +68,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         scorer=request.scorer,
         output_schema_file=request.output_schema_file,
         output_regex=request.output_regex,
-    ).decoded_by(settled.decoding)
+    ).decoded_by(settled.answering(request.max_thought_tokens))
     asked = Qualification(
         evaluation=evaluation,
         text=read_text(request.text_file) if request.text_file else None,

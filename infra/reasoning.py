@@ -1,16 +1,12 @@
-"""Reasoning: the marks between which a model writes its thoughts, the switch of its chat template, and split answers.
+"""Reasoning: the marks between which a model writes its thoughts, and the split of its answers.
 
 The forms are those of the chat templates of the Hub. A template shows its form by the end mark, which it needs to take
 old thoughts out of a prompt; the start mark may be missing, where the model writes it or the prompt ends with it.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pydantic import JsonValue
-
-from slmops.infra.checkpoints.chat_template import parse_chat_template
 from slmops.infra.records import Record, later_field
 
 
@@ -130,42 +126,3 @@ def thought_marks(template: str | None, added_tokens: Collection[str] = ()) -> T
 def _distinct(marks: ThoughtMarks) -> str:
     """The mark that only templates of this form have: Phi-3's have `<|end|>` too."""
     return marks.start if marks.end == "<|end|>" else marks.end
-
-
-@dataclass(frozen=True)
-class ThinkingSwitch:
-    """A chat template's variable that turns thoughts on and off, and its values."""
-
-    variable: str
-    on: JsonValue
-    off: JsonValue
-
-    def value(self, *, thinks: bool) -> JsonValue:
-        """Return the variable's value for a mode."""
-        return self.on if thinks else self.off
-
-
-# In this order: DeepSeek V3.1 sets `thinking` by `enable_thinking`.
-_SWITCHES = (
-    ThinkingSwitch("enable_thinking", on=True, off=False),
-    ThinkingSwitch("thinking", on=True, off=False),  # Granite 3, DeepSeek V3.1
-    ThinkingSwitch("thinking_mode", on="enabled", off="disabled"),  # MiniMax M3
-    ThinkingSwitch("thinking_budget", on=-1, off=0),  # Seed-OSS, in tokens
-)
-
-
-def thinking_switch(template: str | None) -> ThinkingSwitch | None:
-    """Return the switch of a chat template, or None if it has none; raises `BadInput` for one that is not Jinja."""
-    from jinja2 import nodes
-
-    if not template:
-        return None
-    read = {name.name for name in parse_chat_template(template).find_all(nodes.Name)}
-    return next((switch for switch in _SWITCHES if switch.variable in read), None)
-
-
-def with_thinking(template: str, switch: ThinkingSwitch, *, thinks: bool) -> str:
-    """Return a chat template in one mode of its switch, for runtimes that give templates no variables."""
-    value = switch.value(thinks=thinks)
-    literal = f'"{value}"' if isinstance(value, str) else str(value).lower()
-    return f"{{%- set {switch.variable} = {literal} -%}}{template}"

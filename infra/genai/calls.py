@@ -8,7 +8,8 @@ from pydantic import Field, FiniteFloat
 from slmops.infra.process.call import Call, Progress, R
 from slmops.infra.process.endurance import Endure
 from slmops.infra.records import AbsolutePath, Json, Record, later_field
-from slmops.infra.reference.answers import Message, Question, RowId, Share
+from slmops.infra.reference.answers import Message, Question, RowId, Share, Thoughts
+from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
 
@@ -122,9 +123,10 @@ class AnsweredRow(Record):
     """A variant's answer to one row, and its distance from the reference there (None: no reference, or not finite).
 
     `near_agreement` counts near ties as agreement (`slmops.infra.reference.distributions.NEAR_TIE`). `exact_match` is
-    None without an expected answer; `identical_to_reference` is token for token. `ended` and
+    None without an expected answer; `identical_to_reference` is token for token, thoughts included. `ended` and
     `reference_ended` say whether an end token was reached within the tokens that the answer might have; None: not
-    known.
+    known. `repeats` and `reference_repeats` say whether an answer without an end is in a loop
+    (`slmops.infra.reference.repetition`).
     """
 
     id: RowId
@@ -141,6 +143,10 @@ class AnsweredRow(Record):
     near_agreement: Share | None = later_field(None)
     ended: bool | None = later_field(None)
     reference_ended: bool | None = later_field(None)
+    thoughts: Thoughts | None = later_field(None)
+    reference_thoughts: Thoughts | None = later_field(None)
+    repeats: bool = later_field(False)
+    reference_repeats: bool = later_field(False)
 
 
 class TemplateMismatch(Record):
@@ -204,7 +210,8 @@ class Evaluate(_OnModel[Evaluated]):
     """Answer questions greedily and compare the next-token distributions with the reference's.
 
     `reference_dir` was written by `slmops.infra.transformers.calls.AnswerAsSource` for the same questions, or is None;
-    `max_positions` is used without one.
+    `max_positions` is used without one. `max_new_tokens` is the limit of answers without their thoughts. Of `decoding`
+    the end tokens are not used: the folder has its own.
     """
 
     rows: tuple[Question, ...]
@@ -212,7 +219,7 @@ class Evaluate(_OnModel[Evaluated]):
     max_new_tokens: int
     max_positions: int
     chunk_bytes: int = LOGITS_CHUNK_BYTES
-    repetition_penalty: float = 1.0
+    decoding: Decoding = PLAIN
 
     def perform(self, progress: Progress) -> Evaluated:
         """See `slmops.infra.genai.evaluation.evaluate`."""

@@ -22,6 +22,8 @@ from slmops.infra.reference.answers import (
     share_of,
 )
 from slmops.infra.reference.distributions import PositionComparison, are_comparable, compare_position
+from slmops.infra.reference.repetition import ends_in_repetition
+from slmops.infra.reference.thinking import Thinking, TokenCounter, split_tokens
 
 
 def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
@@ -38,14 +40,14 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
     Raises `StageFailed` for a model that cannot be run, or a reference of other rows.
     """
     progress(0, len(call.rows), "loading the model")
-    model = GenaiModel(call.model_dir, threads=call.threads, repetition_penalty=call.repetition_penalty)
+    model = GenaiModel(call.model_dir, threads=call.threads, repetition_penalty=call.decoding.repetition_penalty)
     reference = _Reference(call.reference_dir, call.rows) if call.reference_dir else None
     vocabulary = _vocabulary(model, reference)
     answers: list[_Answer] = []
     for done, question in enumerate(call.rows):
         progress(done, 2 * len(call.rows), "answers")
         expected = reference.rows[done] if reference else None
-        answers.append(_answer(model, question, expected, vocabulary, call.max_new_tokens))
+        answers.append(_answer(model, question, expected, vocabulary, call))
     found: list[PositionComparison] = []
     finite: list[bool] = []
     rows: list[AnsweredRow] = []
@@ -60,7 +62,9 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
             flags = _finite_flags(model, answer.token_ids, chosen[done], call.chunk_bytes)
         found += comparisons
         finite += flags
-        rows.append(_row(answer, reference.rows[done] if reference else None, model, comparisons, flags))
+        rows.append(
+            _row(answer, reference.rows[done] if reference else None, model, call.decoding.thinking, comparisons, flags)
+        )
     return Evaluated(
         rows=tuple(rows),
         template_mismatches=_template_mismatches(answers, reference),
@@ -98,28 +102,38 @@ class _Answer:
 
 
 def _answer(
-    model: GenaiModel, question: Question, expected: SourceAnswer | None, vocabulary: Vocabulary, max_new_tokens: int
+    model: GenaiModel, question: Question, expected: SourceAnswer | None, vocabulary: Vocabulary, call: Evaluate
 ) -> _Answer:
-    prompt, prompt_ids = model.render(question.messages, question.tools)
-    budget = expected.max_new_tokens if expected else max_new_tokens
+    prompt, prompt_ids = model.render(question.messages, question.tools, question.template_prefix)
+    thinking = call.decoding.thinking
+    budget = expected.max_new_tokens if expected else call.max_new_tokens + (thinking.max_tokens if thinking else 0)
+    counter = None
+    if thinking:
+        opened = thinking.marks.is_opened_by(prompt)
+        counter = TokenCounter(thinking, call.max_new_tokens, model.decode_all, opened=opened)
     if vocabulary.comparable:
-        answer_ids: list[int] | None = model.answer(prompt_ids, budget)
-    else:
-        answer_ids = _answer_if_possible(model, vocabulary.variant, prompt_ids, budget)
-    ended = None if answer_ids is None else len(answer_ids) < model.room_after(prompt_ids, budget)
-    return _Answer(question, prompt, prompt_ids, answer_ids, ended)
+        answer_ids, ended = model.answer_and_end(prompt_ids, budget, counter)
+        return _Answer(question, prompt, prompt_ids, answer_ids, ended)
+    return _Answer(
+        question, prompt, prompt_ids, *_answer_if_possible(model, vocabulary.variant, prompt_ids, budget, counter)
+    )
 
 
 def _row(
     answer: _Answer,
     expected: SourceAnswer | None,
     model: GenaiModel,
+    thinking: Thinking | None,
     comparisons: Sequence[PositionComparison],
     finite: Sequence[bool],
 ) -> AnsweredRow:
     answer_ids = answer.answer_ids or []
-    keeps_all = answer.question.keeps_control_tokens
-    text = model.decode_all(answer_ids) if keeps_all else model.decode(answer_ids)
+    shown = model.decode_all if answer.question.keeps_control_tokens else model.decode
+    text, thoughts = shown(answer_ids), None
+    if thinking:
+        opened = thinking.marks.is_opened_by(answer.prompt)
+        parts = split_tokens(thinking.marks, answer_ids, opened=opened, whole=model.decode_all, shown=shown)
+        text, thoughts = parts.text, parts.record
     return AnsweredRow(
         id=answer.question.id,
         answer=text,
@@ -135,6 +149,10 @@ def _row(
         kl_divergence=_mean([comparison.kl_divergence for comparison in comparisons]),
         ended=answer.ended,
         reference_ended=expected.ended if expected else None,
+        thoughts=thoughts,
+        reference_thoughts=expected.thoughts if expected else None,
+        repeats=not answer.ended and ends_in_repetition(answer_ids),
+        reference_repeats=expected.repeats if expected else False,
     )
 
 
@@ -204,15 +222,19 @@ def _vocabulary(model: GenaiModel, reference: _Reference | None) -> Vocabulary:
 
 
 def _answer_if_possible(
-    model: GenaiModel, vocabulary_size: int, prompt_ids: list[int], max_new_tokens: int
-) -> list[int] | None:
-    """Token ids of the answer of a model with another vocabulary; None if it cannot process the prompt."""
+    model: GenaiModel,
+    vocabulary_size: int,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    counter: TokenCounter | None,
+) -> tuple[list[int] | None, bool | None]:
+    """Return the answer of a model with another vocabulary as it does; None if it cannot process the prompt."""
     if max(prompt_ids, default=0) >= vocabulary_size:
-        return None
+        return None, None
     try:
-        return model.answer(prompt_ids, max_new_tokens)
+        return model.answer_and_end(prompt_ids, max_new_tokens, counter)
     except StageFailed:
-        return None
+        return None, None
 
 
 def _finite_flags(

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import StageFailed, reason_of
 from slmops.infra.genai.calls import Generate, Generated
 from slmops.infra.process.call import Progress
 from slmops.infra.records import Json, Untyped
 from slmops.infra.reference.answers import Message
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
+from slmops.infra.reference.thinking import TokenCounter
 
 # Neutral values that override the search options of a folder's genai_config.json: pure greedy decoding.
 GREEDY = {
@@ -30,10 +32,16 @@ GREEDY = {
 }
 
 
-def render_chat(tokenizer: Untyped, messages: Sequence[Message], tools: Sequence[Json] = ()) -> str:
-    """Return the prompt that the runtime's tokenizer renders from a chat and the tools that it offers."""
-    offered = {"tools": json.dumps(tools)} if tools else {}
-    text: str = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True, **offered)
+def render_chat(
+    tokenizer: Untyped, messages: Sequence[Message], tools: Sequence[Json] = (), template: str | None = None
+) -> str:
+    """Return the prompt that the runtime's tokenizer renders from a chat and the tools that it offers.
+
+    It renders its own chat template, or the given one.
+    """
+    given = {"tools": json.dumps(tools)} if tools else {}
+    given |= {"template_str": template} if template else {}
+    text: str = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True, **given)
     return text
 
 
@@ -69,10 +77,16 @@ class GenaiModel:
                 code="model-does-not-open",
             ) from error
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[str, list[int]]:
-        """Return the prompt that the runtime renders from a chat and the tools that it offers, and its token ids."""
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Json] = (), template_prefix: str = ""
+    ) -> tuple[str, list[int]]:
+        """Return the prompt that the runtime renders from a chat and the tools that it offers, and its token ids.
+
+        `template_prefix` is Jinja that stands before the model's template.
+        """
         try:
-            text = render_chat(self.tokenizer, messages, tools)
+            template = f"{template_prefix}{read_chat_template(self.model_dir)}" if template_prefix else None
+            text = render_chat(self.tokenizer, messages, tools, template)
             return text, [int(token) for token in self.tokenizer.encode(text)]
         except Exception as error:
             raise StageFailed(
@@ -99,13 +113,26 @@ class GenaiModel:
         return room
 
     def answer(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Token ids of the greedy answer, without an end token: fewer than allowed means that one was reached."""
+        """Token ids of the greedy answer, without an end token."""
+        return self.answer_and_end(prompt_ids, max_new_tokens)[0]
+
+    def answer_and_end(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, counter: TokenCounter | None = None
+    ) -> tuple[list[int], bool]:
+        """Token ids of the greedy answer, without an end token, and whether one was reached.
+
+        `counter` may end it earlier than `max_new_tokens` do.
+        """
+        room, full = self.room_after(prompt_ids, max_new_tokens), False
         try:
-            generator = self.start(len(prompt_ids) + self.room_after(prompt_ids, max_new_tokens))
+            generator = self.start(len(prompt_ids) + room)
             generator.append_tokens(np.asarray(prompt_ids, np.int32))
-            while not generator.is_done():
+            while not (full or generator.is_done()):
                 generator.generate_next_token()
-            return self.without_end([int(token) for token in generator.get_sequence(0)[len(prompt_ids) :]])
+                token = int(generator.get_next_tokens()[0])
+                full = counter is not None and token not in self.end_token_ids and counter.add(token)
+            answer = self.without_end([int(token) for token in generator.get_sequence(0)[len(prompt_ids) :]])
+            return answer, not full and len(answer) < room
         except StageFailed:
             raise
         except Exception as error:
@@ -239,13 +266,13 @@ def generate(call: Generate, progress: Progress) -> Generated:
             "Its weights have NaN or infinity, or overflow in their precision: choose another precision.",
             code="logits-not-finite",
         )
-    answer_ids = model.answer(prompt_ids, call.max_new_tokens)
+    answer_ids, ended = model.answer_and_end(prompt_ids, call.max_new_tokens)
     return Generated(
         answer=model.decode(answer_ids),
         prompt=prompt,
         prompt_tokens=len(prompt_ids),
         new_tokens=len(answer_ids),
-        finish="stop" if len(answer_ids) < model.room_after(prompt_ids, call.max_new_tokens) else "length",
+        finish="stop" if ended else "length",
     )
 
 

@@ -19,7 +19,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Question(Record):
     """A chat that ends with a user's turn or a tool's result; `expected` is the complete correct answer, if known.
 
-    `tools` are OpenAI's, for the chat template. With `keeps_control_tokens`, the answer's text has its control tokens,
+    `tools` are OpenAI's, for the chat template, and `template_prefix` is Jinja that stands before the template, such as
+    a mode of its reasoning. With `keeps_control_tokens`, the answer's text has its control tokens,
     because calls of tools may stand between them.
     """
 
@@ -28,14 +29,23 @@ class Question(Record):
     expected: str | None = None
     tools: tuple[Json, ...] = later_field(())
     keeps_control_tokens: bool = later_field(False)
+    template_prefix: str = later_field("")
+
+
+class Thoughts(Record):
+    """What a model wrote before its answer; `tokens` with their marks. `ended` is false without an end mark."""
+
+    text: str
+    tokens: int
+    ended: bool
 
 
 class SourceAnswer(Record):
-    """The greedy answer to one question.
+    """The greedy answer to one question; `answer` has no thoughts, `answer_ids` and `max_new_tokens` include them.
 
     `positions` are indices into `prompt_ids + answer_ids`, each of the token before the predicted one;
     `exact_match` is None without an expected answer. `ended` says whether an end token was reached, which is then the
-    last of `answer_ids`.
+    last of `answer_ids`; `repeats`, whether it was not and the answer ends in a loop (`ends_in_repetition`).
     """
 
     id: RowId
@@ -47,6 +57,8 @@ class SourceAnswer(Record):
     positions: tuple[int, ...]
     exact_match: bool | None
     ended: bool | None = None
+    thoughts: Thoughts | None = later_field(None)
+    repeats: bool = later_field(False)
 
 
 class SourceAnswers(Record):

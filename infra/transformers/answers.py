@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from slmops.infra.reference.answers import (
     share_of,
 )
 from slmops.infra.reference.decoding import PLAIN, Decoding
+from slmops.infra.reference.repetition import ends_in_repetition
+from slmops.infra.reference.thinking import Decode, Thinking, TokenCounter, split_tokens
 from slmops.infra.transformers.calls import AnswerAsSource
 from slmops.infra.transformers.tokenizer import load_tokenizer
 
@@ -27,9 +29,10 @@ from slmops.infra.transformers.tokenizer import load_tokenizer
 def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     """Answer the rows greedily and write the logits at the compared positions.
 
-    Decoding is greedy, by the call's `decoding`: nothing else of the checkpoint's generation config applies. The
-    compared positions are those of the prompt and of the reference's own answer, teacher-forced over both, each the
-    distribution of the token that follows; the last one predicts the answer's end.
+    Decoding is greedy, by the call's `decoding`: nothing else of the checkpoint's generation config applies. Thoughts
+    are kept apart by the call's `thinking`. The compared positions are those of the prompt and of the reference's own
+    answer, teacher-forced over both, each the distribution of the token that follows; the last one predicts the
+    answer's end.
 
     Raises `BadInput` for a row that the chat template or the model's context cannot take, and `StageFailed` for a
     checkpoint that cannot be loaded or whose logits are not finite.
@@ -41,7 +44,7 @@ def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     progress(0, 1, "loading the source checkpoint")
     tokenizer, model = load_checkpoint(call.checkpoint_dir, call.dtype)
     prompts = [render_question(tokenizer, row) for row in call.rows]
-    budgets = token_budgets(call.rows, prompts, model, call.max_new_tokens)
+    budgets = token_budgets(call.rows, prompts, model, call.max_new_tokens + _max_thought_tokens(call))
     ends = end_token_ids(tokenizer, model, call.decoding)
     answer_ids = answer_greedily(
         tokenizer,
@@ -51,11 +54,12 @@ def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
         batch_size=call.batch_size,
         progress=progress,
         decoding=call.decoding,
+        counter=_counter_for(call, tokenizer),
     )
     lengths = [len(prompt_ids) + len(ids) - 1 for (_, prompt_ids), ids in zip(prompts, answer_ids, strict=True)]
     chosen = choose_positions(lengths, call.max_positions)
     rows = tuple(
-        _answered(tokenizer, row, prompt, ids, budget, indices, ended=bool(ends & {*ids[-1:]}))
+        _answered(tokenizer, row, prompt, ids, budget, indices, call.decoding.thinking, ended=bool(ends & {*ids[-1:]}))
         for row, prompt, ids, budget, indices in zip(call.rows, prompts, answer_ids, budgets, chosen, strict=True)
     )
     positions, vocabulary_size = _write_logits(model, rows, call.output_dir / LOGITS_FILE, progress)
@@ -81,12 +85,21 @@ def _answered(
     answer_ids: list[int],
     max_new_tokens: int,
     positions: list[int],
+    thinking: Thinking | None,
     *,
     ended: bool,
 ) -> SourceAnswer:
     text, prompt_ids = prompt
-    shown = answer_ids[: len(answer_ids) - ended] if question.keeps_control_tokens else answer_ids
-    answer_text = tokenizer.decode(shown, skip_special_tokens=not question.keeps_control_tokens)
+    spoken = answer_ids[: len(answer_ids) - ended]
+
+    def shown(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=not question.keeps_control_tokens))
+
+    answer_text, thoughts = shown(spoken), None
+    if thinking:
+        opened = thinking.marks.is_opened_by(text)
+        parts = split_tokens(thinking.marks, spoken, opened=opened, whole=_whole(tokenizer), shown=shown)
+        answer_text, thoughts = parts.text, parts.record
     return SourceAnswer(
         id=question.id,
         prompt=text,
@@ -97,6 +110,25 @@ def _answered(
         positions=tuple(positions),
         exact_match=matches(answer_text, question.expected),
         ended=ended,
+        thoughts=thoughts,
+        repeats=not ended and ends_in_repetition(answer_ids),
+    )
+
+
+def _max_thought_tokens(call: AnswerAsSource) -> int:
+    return call.decoding.thinking.max_tokens if call.decoding.thinking else 0
+
+
+def _whole(tokenizer: Any) -> Decode:
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _counter_for(call: AnswerAsSource, tokenizer: Any) -> Callable[[str], TokenCounter] | None:
+    thinking = call.decoding.thinking
+    if thinking is None:
+        return None
+    return lambda prompt: TokenCounter(
+        thinking, call.max_new_tokens, _whole(tokenizer), opened=thinking.marks.is_opened_by(prompt)
     )
 
 
@@ -129,7 +161,11 @@ def render_question(tokenizer: Any, row: Question) -> tuple[str, list[int]]:
     """Return a row's prompt and its token ids; raises `BadInput` if the chat template cannot render it."""
     try:
         text = tokenizer.apply_chat_template(
-            list(row.messages), tools=list(row.tools) or None, tokenize=False, add_generation_prompt=True
+            list(row.messages),
+            tools=list(row.tools) or None,
+            chat_template=f"{row.template_prefix}{tokenizer.chat_template}" if row.template_prefix else None,
+            tokenize=False,
+            add_generation_prompt=True,
         )
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         raise BadInput(
@@ -168,8 +204,12 @@ def answer_greedily(
     batch_size: int,
     progress: Progress,
     decoding: Decoding = PLAIN,
+    counter: Callable[[str], TokenCounter] | None = None,
 ) -> list[list[int]]:
-    """Greedy answers, cut after the first end token; prompts of similar length are batched, for little padding."""
+    """Greedy answers, cut after the first end token; prompts of similar length are batched, for little padding.
+
+    `counter` makes the counter of a prompt's answer, whose limits apply within the budgets.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -193,13 +233,33 @@ def answer_greedily(
             prompt = prompts[index][1]
             ids[line, width - len(prompt) :] = torch.tensor(prompt)
             mask[line, width - len(prompt) :] = 1
+        counters = [counter(prompts[index][0]) for index in batch] if counter else []
         with torch.inference_mode():
             output = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max(budgets[index] for index in batch)
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max(budgets[index] for index in batch),
+                stopping_criteria=_limits(counters) if counters else None,
             )
         for line, index in enumerate(batch):
-            answers[index] = _until_end(output[line, width:].tolist()[: budgets[index]], ends)
+            room = min(budgets[index], counters[line].tokens) if counters else budgets[index]
+            answers[index] = _until_end(output[line, width:].tolist()[:room], ends)
     return answers
+
+
+def _limits(counters: Sequence[TokenCounter]) -> Any:
+    """Return the criteria that end each answer of a batch at its counter's limits."""
+    import torch
+    from transformers import StoppingCriteriaList
+
+    full = [False] * len(counters)
+
+    def are_full(input_ids: Any, scores: Any, **_: Any) -> Any:
+        for line, token in enumerate(input_ids[:, -1].tolist()):
+            full[line] = full[line] or counters[line].add(token)
+        return torch.tensor(full, device=input_ids.device)
+
+    return StoppingCriteriaList([are_full])
 
 
 def end_token_ids(tokenizer: Any, model: Any, decoding: Decoding) -> set[int]:

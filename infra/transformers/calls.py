@@ -14,8 +14,8 @@ from slmops.infra.reference.text import LOGITS_CHUNK_BYTES, SourceText
 class AnswerAsSource(Call[SourceAnswers]):
     """Answer questions greedily with a source checkpoint and write its logits at the compared positions.
 
-    `dtype` is that of the loaded weights. `output_dir` gets `logits.npy` and `reference.json`, a copy of the
-    answer (see `slmops.infra.reference.answers`).
+    `max_new_tokens` is the limit of answers without their thoughts. `dtype` is that of the loaded weights. `output_dir`
+    gets `logits.npy` and `reference.json`, a copy of the answer (see `slmops.infra.reference.answers`).
     """
 
     checkpoint_dir: AbsolutePath

@@ -21,7 +21,7 @@ from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.source import ComparedExam, has_source
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, digest_of
 from slmops.tasks.questions.output_format import OutputFormat
-from slmops.tasks.questions.tool_prompts import form_for, prompt_of
+from slmops.tasks.questions.tool_prompts import form_for, prompt_of, template_prefix_of
 from slmops.tasks.workshop import Workshop
 
 # Increased whenever the content of an evaluation's record changes: records with another number are not reused.
@@ -82,7 +82,7 @@ def evaluate_variant(
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             threads=settings.threads,
-            repetition_penalty=(decoding or PLAIN).repetition_penalty,
+            decoding=decoding or PLAIN,
         ),
         settings.timeout.evaluate_s,
     )
@@ -106,6 +106,7 @@ def _questions(rows: Sequence[EvaluationRow], template: str | None) -> tuple[Que
             expected=row.expected if row.scorer.name == "exact_match" else None,
             tools=tools,
             keeps_control_tokens=bool(row.tools),
+            template_prefix=template_prefix_of(row, template),
         )
         questions.append(question)
     return tuple(questions)

@@ -7,10 +7,13 @@ from typing import Any
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.checkpoints.rendering import rendered_in_child
+from slmops.infra.checkpoints.vocabulary import added_tokens
 from slmops.infra.errors import BadInput
 from slmops.infra.model_screening import GENAI_CONFIG
+from slmops.infra.reasoning import ThoughtMarks, thought_marks
 from slmops.infra.records import Record
 from slmops.infra.reference.decoding import Decoding
+from slmops.infra.reference.thinking import Thinking
 from slmops.tasks.foundry.prompt_template import special_tokens
 
 Content = Mapping[str, Any]  # of a JSON file
@@ -137,12 +140,19 @@ def _end_in_template(folder: Path, names: Mapping[str, str | None], special: Map
 class Settled(Record):
     """The decoding of a checkpoint's answers, and warnings for the user.
 
-    `end_token_ids` are all of its end tokens, `decoding` has the differences from transformers' default.
+    `end_token_ids` are all of its end tokens, `decoding` has the differences from transformers' default. `marks` are
+    those of the model's thoughts (None: it has none).
     """
 
     end_token_ids: tuple[int, ...]
     decoding: Decoding
+    marks: ThoughtMarks | None
     warnings: tuple[str, ...]
+
+    def answering(self, max_thought_tokens: int) -> Decoding:
+        """Return the decoding of evaluated answers, whose thoughts may have so many tokens."""
+        thinking = Thinking(marks=self.marks, max_tokens=max_thought_tokens) if self.marks else None
+        return self.decoding.model_copy(update={"thinking": thinking})
 
 
 def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
@@ -152,10 +162,12 @@ def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
     the same end tokens; the file's sampling parameters are kept for serving, and reported. An onnxruntime-genai folder
     has no source; its own penalty applies.
     """
+    marks = thought_marks(read_chat_template(folder), added_tokens(folder))
     if (folder / GENAI_CONFIG).is_file():
         search = read_json(folder / GENAI_CONFIG).get("search")
         penalty = _penalty(search if isinstance(search, dict) else {}, given)
-        return Settled(end_token_ids=(), decoding=Decoding(repetition_penalty=penalty or 1.0), warnings=())
+        decoding = Decoding(repetition_penalty=penalty or 1.0)
+        return Settled(end_token_ids=(), decoding=decoding, marks=marks, warnings=())
     ends, generation = read_end_tokens(folder), _json_or_nothing(folder / GENERATION_CONFIG)
     penalty, warnings = _penalty(generation, given), [ends.warning] if ends.warning else []
     if penalty is None:
@@ -167,7 +179,7 @@ def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
     decoding = Decoding(
         end_token_ids=ends.ids if ends.ids != ends.in_transformers else None, repetition_penalty=penalty or 1.0
     )
-    return Settled(end_token_ids=ends.ids, decoding=decoding, warnings=tuple(warnings))
+    return Settled(end_token_ids=ends.ids, decoding=decoding, marks=marks, warnings=tuple(warnings))
 
 
 def _penalty(generation: Content, given: Mapping[str, float]) -> float | None:

@@ -25,7 +25,7 @@ from slmops.tasks.exams.template_parity import (
 from slmops.tasks.questions.chats import CONVERSATIONS
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.questions.tool_chats import tool_chats
-from slmops.tasks.questions.tool_prompts import form_for, prompt_of
+from slmops.tasks.questions.tool_prompts import check_switch, form_for, prompt_of
 from slmops.tasks.questions.training_rows import read_rows_file
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
@@ -46,13 +46,15 @@ def check_templates(
     An ONNX model is compared in its exams. Raises `BadInput` if they differ and `template_parity` is not allowed to
     fail.
     """
-    form_for(read_chat_template(prepared.folder), rows)
+    template = read_chat_template(prepared.folder)
+    form_for(template, rows)
+    check_switch(template, rows)
     if prepared.inspection.kind == "genai":
         return
     shop = workshop()
     with stage_progress("compare templates") as on_progress:
         conversations = users_conversations(rows, calibration_file)
-        chats = tool_conversations(rows, read_chat_template(prepared.folder))
+        chats = tool_conversations(rows, template)
         parity = parity_of(prepared.folder, conversations, shop.settings, on_progress, with_tools=chats)
     if CHECK not in allow:
         require_parity(parity, prepared.origin)

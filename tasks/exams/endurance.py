@@ -27,7 +27,7 @@ from slmops.infra.storage.version import Variant
 from slmops.tasks.exams.estimates import DRIFT_BLOCKS, Estimate, drift
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, EdgeInput, edge_inputs
-from slmops.tasks.questions.evaluation_set import EvaluationRow, digest_of, without_tools
+from slmops.tasks.questions.evaluation_set import EvaluationRow, digest_of, plain_rows
 from slmops.tasks.workshop import Workshop
 
 Runtime = Literal["genai", "foundry"]
@@ -210,7 +210,7 @@ def examine_endurance(
     course = _Course(soak.requests, edge_inputs(context_length, typed))
     if not typed:
         course.notes.append("The tokenizer names no control token, so the input with control tokens was left out.")
-    plain = without_tools(conversations)
+    plain = plain_rows(conversations)
     rows = plain[: soak_conversations(soak.requests, len(plain))]
     shared = {
         "model_dir": bench.model,

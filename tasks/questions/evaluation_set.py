@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from pydantic import Field, StrictStr, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, StrictBool, StrictStr, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from slmops.infra.errors import BadInput
@@ -35,6 +35,8 @@ class EvaluationRow(Record):
 
     With `tools`, assistants' messages may call them, results follow in messages of the role tool, and the last message
     may be a result. `expected_tool_calls` stands in place of `expected`; empty: no tool may be called.
+
+    `enable_thinking` sets the switch of the chat template; None: the template's default.
     """
 
     id: RowId
@@ -44,6 +46,7 @@ class EvaluationRow(Record):
     category: StrictStr | None = None
     tools: tuple[Tool, ...] = later_field(())
     expected_tool_calls: tuple[ExpectedCall, ...] | None = later_field(None)
+    enable_thinking: StrictBool | None = later_field(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -72,12 +75,12 @@ class EvaluationRow(Record):
         return self
 
 
-def without_tools(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
-    """Return the rows that need no tools, to ask runtimes that are not given any.
+def plain_rows(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
+    """Return the rows without tools and without a switched template, to ask runtimes that are given neither.
 
-    If all rows need them, the first question of each is returned, without an expected answer.
+    If there are none, the first question of each row is returned, without an expected answer.
     """
-    plain = [row for row in rows if not row.tools]
+    plain = [row for row in rows if not row.tools and row.enable_thinking is None]
     return plain or [
         EvaluationRow(id=row.id, messages=turns_without_calls(row.messages)[: 1 + (row.messages[0].role == "system")])
         for row in rows
@@ -88,8 +91,8 @@ def read_evaluation_file(path: Path, scorer: Scorer | None = None) -> list[Evalu
     """Read an evaluation file: JSON Lines in UTF-8, one row `{id, messages, expected, scorer?, category?}` per line.
 
     `scorer` applies to rows without one; default: exact_match, and tool_calls for rows with `expected_tool_calls`.
-    A line that has only `tools` gives those of the rows behind it that have none. Blank lines are skipped. Raises
-    `BadInput` naming the first line that cannot be used and why.
+    A line that has only `tools`, `enable_thinking` or both gives those of the rows behind it that have none. Blank
+    lines are skipped. Raises `BadInput` naming the first line that cannot be used and why.
     """
     rows = _read_rows(path, scorer)
     for number, row in rows:
@@ -126,15 +129,15 @@ def digest_of(rows: Sequence[EvaluationRow]) -> str:
 def _read_rows(path: Path, scorer: Scorer | None = None) -> list[tuple[int, EvaluationRow]]:
     rows: list[tuple[int, EvaluationRow]] = []
     first_line_of: dict[str, int] = {}
-    tools: object = None
+    defaults: dict[str, object] = {}
     try:
         with open_regular(path) as file:
             for number, line in numbered_lines(path, file):
                 content = _parse_line(path, number, line)
-                if content.keys() == {"tools"}:
-                    tools = _parse_tools(path, number, content["tools"])
+                if content and content.keys() <= {"tools", "enable_thinking"}:
+                    defaults |= _parse_defaults(path, number, content)
                     continue
-                row = _parse_row(path, number, _with_defaults(content, tools, scorer))
+                row = _parse_row(path, number, _with_defaults(content, defaults, scorer))
                 first = first_line_of.setdefault(str(row.id), number)
                 if first != number:
                     raise _bad_line(path, number, f"the id {row.id!r} was already used in line {first}")
@@ -179,11 +182,17 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, object]:
     return content
 
 
-def _with_defaults(content: dict[str, object], tools: object, scorer: Scorer | None) -> dict[str, object]:
-    defaults: dict[str, object] = {} if tools is None else {"tools": tools}
+def _with_defaults(content: dict[str, object], defaults: dict[str, object], scorer: Scorer | None) -> dict[str, object]:
     if scorer is not None and content.get("expected_tool_calls") is None:
-        defaults["scorer"] = scorer
+        defaults = {**defaults, "scorer": scorer}
     return {**defaults, **content}
+
+
+def _parse_defaults(path: Path, number: int, content: dict[str, object]) -> dict[str, object]:
+    switched = content.get("enable_thinking")
+    if not isinstance(switched, bool | None):
+        raise _bad_line(path, number, f"`enable_thinking` must be true or false, found {switched!r}")
+    return content | ({"tools": _parse_tools(path, number, content["tools"])} if "tools" in content else {})
 
 
 def _parse_tools(path: Path, number: int, content: object) -> list[object]:
@@ -240,14 +249,21 @@ class EvaluationSet(Record):
     output_format: OutputFormat | None = None
     decoding: Decoding | None = None
 
+    def with_thoughts(self, max_tokens: int | None) -> "EvaluationSet":
+        """Return the same rows with another limit of thoughts, where the model has any."""
+        if max_tokens is None or self.decoding is None or self.decoding.thinking is None:
+            return self
+        thinking = self.decoding.thinking.model_copy(update={"max_tokens": max_tokens})
+        return self.decoded_by(self.decoding.model_copy(update={"thinking": thinking}))
+
     def decoded_by(self, decoding: Decoding | None) -> "EvaluationSet":
         """Return the same rows with another decoding."""
         return self.model_copy(update={"decoding": None if decoding == PLAIN else decoding})
 
     @property
     def proof_row(self) -> EvaluationRow:
-        """The row that proves a registered model: the first that needs no tools (see `without_tools`)."""
-        return without_tools(self.rows)[0]
+        """The row that proves a registered model (see `plain_rows`)."""
+        return plain_rows(self.rows)[0]
 
     @property
     def summary(self) -> str:

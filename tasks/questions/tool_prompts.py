@@ -1,8 +1,9 @@
-"""What a model's chat template makes of rows with tools: their prompts, and the form of the calls in its answers."""
+"""What a model's chat template makes of rows: tools, the mode of its thoughts, and the form of calls in its answers."""
 
 import json
 from collections.abc import Sequence
 
+from slmops.infra.checkpoints.thinking_switch import thinking_switch
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Json
 from slmops.infra.reference.answers import Message
@@ -41,6 +42,23 @@ def form_for(template: str | None, rows: Sequence[EvaluationRow]) -> Form | None
             code="tool-calls-of-unknown-form",
         )
     return form
+
+
+def check_switch(template: str | None, rows: Sequence[EvaluationRow]) -> None:
+    """Raise `BadInput` for a row that turns thoughts on or off, if the chat template has no switch."""
+    first = next((row for row in rows if row.enable_thinking is not None), None)
+    if first is not None and thinking_switch(template) is None:
+        raise BadInput(
+            f"Row {first.id!r} has `enable_thinking`, and the model's chat template has no such switch.",
+            "Leave it out, or give the template that the model was trained with (--chat-template).",
+            code="template-without-switch",
+        )
+
+
+def template_prefix_of(row: EvaluationRow, template: str | None) -> str:
+    """Return Jinja that, before the chat template, turns thoughts on or off as the row asks."""
+    switch = None if row.enable_thinking is None else thinking_switch(template)
+    return switch.prefix(thinks=bool(row.enable_thinking)) if switch else ""
 
 
 def prompt_of(row: EvaluationRow, template: str | None) -> tuple[tuple[Message, ...], tuple[Json, ...]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from slmops.infra.reference.answers import Thoughts
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.evaluation import EvaluatedRow, Evaluation
 from slmops.tasks.exams.text import TextComparison
@@ -23,6 +24,7 @@ from slmops.tasks.report.blocks import (
 from slmops.tasks.report.per_variant import EXAMPLES, Variants, evaluations, of_variant, threshold_of
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import INTERVALS, NOTHING, estimated, percent, ratio, shown
+from slmops.tasks.verdict.endless_check import ThoughtFigures, thought_figures
 from slmops.tasks.verdict.tool_check import FAULTS, fault_shares, right_arguments, right_functions, right_silence
 
 
@@ -53,8 +55,34 @@ def domain_answers(report: DeployReport) -> Iterator[Block]:
         folded += of_variant(variant, table(("category", "rows", "score", "reference"), categories))
     if folded:
         yield Details("Scores by category", folded)
+    yield from _thoughts(report)
     yield from _tool_calls(report)
     yield from _worst_examples(report)
+
+
+def _thoughts(report: DeployReport) -> Iterator[Block]:
+    """Yield how many answers think, how many of these end their thoughts, and how long thoughts are."""
+    rows: list[tuple[Text, ...]] = []
+    for variant, evaluated in evaluations(report.variants):
+        found = thought_figures(evaluated, of_source=False)
+        beside = thought_figures(evaluated, of_source=True)
+        if not rows and beside:
+            rows.append(("reference", *_thought_cells(beside)))
+        if found or beside:
+            rows.append((Strong(variant.precision), *_thought_cells(found)))
+    if rows:
+        yield Heading("Thoughts", level=4)
+        yield Paragraph(
+            "Answers are scored without their thoughts. Shares of the answers that think, and of these whose thoughts "
+            f"end within their limit; mean length of thoughts, in tokens. {INTERVALS}"
+        )
+    yield from table(("variant", "think", "end", "tokens"), rows)
+
+
+def _thought_cells(figures: ThoughtFigures | None) -> tuple[str, str, str]:
+    if figures is None:
+        return (NOTHING, NOTHING, NOTHING)
+    return (estimated(figures.thinking, percent), estimated(figures.ended, percent), f"{figures.tokens:,.0f}")
 
 
 def _tool_calls(report: DeployReport) -> Iterator[Block]:
@@ -105,10 +133,14 @@ def _example(precision: str, row: EvaluatedRow, asked: EvaluationRow | None) -> 
         if asked.expected_tool_calls is not None:
             lines.append(("expected", visible(shown_calls(asked.expected_tool_calls))))
     if row.reference_answer is not None:
-        lines.append(("reference", visible(row.reference_answer) or "(empty)"))
-    lines.append((precision, visible(row.answer) or "(empty)"))
+        lines.append(("reference", _answer(row.reference_answer, row.reference_thoughts)))
+    lines.append((precision, _answer(row.answer, row.thoughts)))
     of_category: Text = (", ", quoted(row.category, 60)) if row.category else ""
     return Comparison(joined([("Row ", quoted(str(row.id), 60)), of_category], ""), lines)
+
+
+def _answer(answer: str, thoughts: Thoughts | None) -> str:
+    return visible(answer) or ("(its thoughts do not end)" if thoughts and not thoughts.ended else "(empty)")
 
 
 def output_format(report: DeployReport) -> Iterator[Block]:

@@ -13,7 +13,7 @@ from slmops.tasks.verdict.checks import GateCheck
 
 # The five checks of Microsoft's tutorial, each with the gate's checks for it.
 QUALITY_LIST = {
-    "Domain answers": ("quality_loss", "non_empty_answers", "ended_answers"),
+    "Domain answers": ("quality_loss", "non_empty_answers", "ended_answers", "ended_thoughts", "repetition"),
     "Output format": ("output_format",),
     "Memory in long use": ("memory_growth_genai", "memory_growth_foundry"),
     "Speed over prompt lengths": ("valid_lengths", "steadiness"),

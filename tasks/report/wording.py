@@ -67,6 +67,8 @@ _WORDING: dict[str, Callable[[float], str]] = {
     "output_format": percent,
     "non_empty_answers": percent,
     "ended_answers": percent,
+    "ended_thoughts": percent,
+    "repetition": percent,
     "memory_growth_genai": bytes_per_request,
     "memory_growth_foundry": bytes_per_request,
     "steadiness": factor,

@@ -70,6 +70,7 @@ class DeployRequest(DeployParameters):
         _check_range("temperature", self.temperature, 0, 2)
         _check_range("top_p", self.top_p, 0.001, 1)
         _check_range("repetition_penalty", self.repetition_penalty, 0.1, 2)
+        _check_range("max_thought_tokens", self.max_thought_tokens, 1, 131_072)
         parse_budget(self.budget)
         if self.olive_config_file and (self.recipes or self.search):
             raise BadInput(

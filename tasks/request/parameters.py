@@ -124,6 +124,14 @@ class DeployParameters:
     ] = None
     output_regex: Annotated[str | None, _regex("Regular expression that every answer must match as a whole.")] = None
     text_file: TextFile = None
+    max_thought_tokens: Annotated[
+        int,
+        Parameter(
+            "Longest thoughts before an evaluated answer of a reasoning model, in tokens; behind them begins the limit "
+            "of the answer itself.",
+            "Longest thoughts of a reasoning model, in tokens.",
+        ),
+    ] = 1024
     base: Annotated[
         str | None,
         Parameter(
@@ -237,6 +245,14 @@ class RegateParameters:
         str | None, _regex("Regular expression that every answer must match as a whole; with `evaluation_file`.")
     ] = None
     text_file: TextFile = None
+    max_thought_tokens: Annotated[
+        int | None,
+        Parameter(
+            "Longest thoughts before an evaluated answer of a reasoning model, in tokens; default: as in the last "
+            "evaluation.",
+            "Longest thoughts of a reasoning model, in tokens.",
+        ),
+    ] = None
     budget: Annotated[
         tuple[str, ...] | None,
         _budget("Limits of the chosen variant, each KEY=VALUE; default: those of the last choice."),

@@ -316,6 +316,12 @@ GUIDANCE: dict[CheckName, Guidance] = {
     "ended_answers": Guidance(
         "Its answers run on to the limit of tokens where those of its checkpoint come to an end.", _closer
     ),
+    "ended_thoughts": Guidance(
+        "Its thoughts run on to their limit of tokens where those of its checkpoint come to an end.", _closer
+    ),
+    "repetition": Guidance(
+        "Its answers fall into an endless loop where those of its checkpoint do not, as models of few bits do.", _closer
+    ),
     "output_format": Guidance("Too many of its answers do not have the format that you asked for.", _output_format),
     "non_empty_answers": Guidance("Some of its answers are empty.", _empty_answers),
     "template_parity": Guidance(

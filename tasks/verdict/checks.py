@@ -28,6 +28,8 @@ CheckName = Literal[
     "edge_input_foundry",
     "text_top1_agreement",
     "text_kl_divergence",
+    "ended_thoughts",
+    "repetition",
     "tool_calls_lost",
     "tool_calls_invented",
     "tool_arguments_changed",

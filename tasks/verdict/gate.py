@@ -25,6 +25,7 @@ from slmops.tasks.verdict.checks import (
     beyond_noise,
     no_fault,
 )
+from slmops.tasks.verdict.endless_check import ended_answers, notes_on_endless, of_endless
 from slmops.tasks.verdict.thresholds import GateThresholds
 from slmops.tasks.verdict.tool_check import of_tools
 
@@ -72,8 +73,9 @@ def judge(
     positions, also if it lies within only when near ties count as agreement; then the divergence decides. Where the
     score decides (`score_decides`), the distributions only have to be those of a model that is not broken.
     `ended_answers`: by how much fewer answers come to their end than the source's, within the tokens that they may have
-    (at most, judged as a loss is). `tool_calls_lost`, `tool_calls_invented` and `tool_arguments_changed`: by how many
-    more rows have such a fault than with the source (at most the allowed loss, judged as that is).
+    (at most, judged as a loss is); `ended_thoughts` and `repetition` are the same for thoughts that come to their end,
+    and for answers without a loop at their end. `tool_calls_lost`, `tool_calls_invented` and `tool_arguments_changed`:
+    by how many more rows have such a fault than with the source (at most the allowed loss, judged as that is).
 
     Of the variant: `finite_logits` (all), `output_format` (share of answers, at least; an answer without it is excused
     where the source's has it neither), `non_empty_answers` (all; only without a reference), `template_parity`
@@ -147,11 +149,8 @@ def _against_reference(evaluation: Evaluation, thresholds: GateThresholds) -> li
     ]
     if evaluation.quality_loss is not None:
         checks.append(beyond_noise("quality_loss", evaluation.quality_loss, thresholds.max_quality_loss))
-    of_source, of_variant = _ends(evaluation)
     checks += of_tools(evaluation, thresholds.max_quality_loss)
-    if of_source:
-        running_on = paired_loss(of_source, of_variant)
-        checks.append(beyond_noise("ended_answers", running_on, thresholds.max_unended_answers))
+    checks += of_endless(evaluation, thresholds.max_unended_answers)
     return checks
 
 
@@ -162,16 +161,6 @@ def _agreement(name: CheckName, thresholds: GateThresholds, strict: Measured, ne
     limit = thresholds.min_top1_agreement
     first, second = (at_least_beyond_noise(name, value, limit, interval) for value, interval in (strict, near))
     return beside_near_ties(first, second)
-
-
-def _ends(evaluation: Evaluation) -> tuple[list[bool], list[bool]]:
-    """Return whether the source's and the variant's answers ended, for the rows where both are known."""
-    known = [
-        (row.reference_ended, row.ended)
-        for row in evaluation.rows
-        if row.ended is not None and row.reference_ended is not None
-    ]
-    return [of_source for of_source, _ in known], [of_variant for _, of_variant in known]
 
 
 def _of_answers(evaluation: Evaluation, thresholds: GateThresholds) -> list[GateCheck]:
@@ -240,6 +229,7 @@ def _notes(evaluation: Evaluation, checks: Sequence[GateCheck]) -> Iterator[str]
     elif evaluation.quality_loss is None:
         yield "The evaluation rows have no expected answers: the task score was not judged."
     yield from evaluation.notes
+    yield from notes_on_endless(evaluation)
     for check in checks:
         if not check.decided and check.detail:
             yield (
@@ -274,7 +264,7 @@ def _warnings(evaluation: Evaluation, checks: Sequence[GateCheck], thresholds: G
         if check.allowed:
             found = "not finite" if check.value is None else f"{check.value:,.3g}"
             yield f"{check.title} failed and was allowed: {found}, {check.bound} {check.threshold:,.3g} is required."
-    of_source, of_variant = _ends(evaluation)
+    of_source, of_variant = ended_answers(evaluation)
     if of_source and not any((*of_source, *of_variant)):
         yield (
             f"None of {len(of_source)} answers ended within its limit of tokens, and neither did the source "

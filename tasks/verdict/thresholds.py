@@ -15,7 +15,8 @@ Divergence = Annotated[FiniteFloat, Field(ge=0)]
 class GateThresholds(Record):
     """Thresholds for a variant: shares, nats per token, bytes per request, and a factor.
 
-    `max_unended_answers` is the share of answers that may continue without an end if those of the source end.
+    `max_unended_answers` is the share of answers that may continue without an end if those of the source end; it also
+    limits endless thoughts, and answers in a loop.
 
     The `broken_*` limits replace those of the distributions if the task score decides; None: they do not.
     With `source_excuses_output`, an answer without the output format is no fault if the source's answer to the same row

@@ -40,9 +40,9 @@ def _evaluation(parameters: RegateParameters, version: Version) -> EvaluationSet
         raise BadInput("A scorer or an output format is named without an evaluation file.", "Add --eval FILE.")
     last = last_evaluation_set(version) if evaluation_file is None else None
     if last is not None:
-        return last
+        return last.with_thoughts(parameters.max_thought_tokens)
     read = read_evaluation(evaluation_file, None, workshop().settings, **form)
-    return read.decoded_by(decoding_of(version))
+    return read.decoded_by(decoding_of(version)).with_thoughts(parameters.max_thought_tokens)
 
 
 def _local(text: str | None) -> str | None:

@@ -8,8 +8,9 @@ import pytest
 
 from slmops.infra.checkpoints.chat_template import template_environment
 from slmops.infra.checkpoints.folder import read_chat_template
+from slmops.infra.checkpoints.thinking_switch import thinking_switch
 from slmops.infra.checkpoints.vocabulary import added_tokens
-from slmops.infra.reasoning import FORMS, SplitAnswer, ThoughtMarks, thinking_switch, thought_marks, with_thinking
+from slmops.infra.reasoning import FORMS, SplitAnswer, ThoughtMarks, thought_marks
 from tests.support.real_models import real_model
 
 CASES = json.loads(Path(__file__).with_name("reasoning_cases.json").read_text("utf-8"))
@@ -34,7 +35,7 @@ def test_the_template_shows_the_marks_and_the_switch(case: dict[str, Any]) -> No
     assert (marks.end, marks.shown_by, switch and switch.variable) == (case["end"], "template", case["switch"])
     assert marks.is_opened_by(prompt_of(template)) == case["opened"]
     if switch:
-        on, off = (prompt_of(with_thinking(template, switch, thinks=thinks)) for thinks in (True, False))
+        on, off = (prompt_of(switch.prefix(thinks=thinks) + template) for thinks in (True, False))
         assert on != off
         assert (marks.is_opened_by(on), marks.is_opened_by(off)) == (case["opened_on"], False)
 

@@ -41,7 +41,7 @@ def ignore_progress(done, total, what):
 def run_reference(checkpoint, directory, rows=ROWS, **changes):
     request = {"checkpoint_dir": str(checkpoint), "output_dir": str(directory), "rows": rows, **changes}
     sizes = {"max_new_tokens": NEW_TOKENS, "max_positions": 60, "batch_size": 2, "threads": 2, "dtype": "float32"}
-    return answer(AnswerAsSource(**request | sizes), ignore_progress).model_dump(mode="json")
+    return answer(AnswerAsSource(**sizes | request), ignore_progress).model_dump(mode="json")
 
 
 def run_evaluate(model_dir, reference_dir, **changes):
@@ -163,11 +163,44 @@ def test_a_repetition_penalty_gives_the_answers_of_transformers_and_leaves_the_d
     work, checkpoint, fp32, reference_dir
 ):
     run_reference(checkpoint, work / "penalized", decoding={"repetition_penalty": 1.3})
-    result = run_evaluate(fp32, work / "penalized", repetition_penalty=1.3)
+    result = run_evaluate(fp32, work / "penalized", decoding={"repetition_penalty": 1.3})
     assert result["identical_answers"] == 1.0
     assert result["kl_divergence"] < 1e-6
     plain = run_evaluate(fp32, reference_dir)
     assert [row["answer"] for row in result["rows"]] != [row["answer"] for row in plain["rows"]]
+
+
+def test_thoughts_are_kept_apart_by_both_runtimes_and_have_tokens_of_their_own(work, checkpoint, fp32, reference_dir):
+    plain = run_evaluate(fp32, reference_dir)["rows"]
+    end = plain[0]["answer"][8:10]
+    marks = {"start": "<|im_start|>assistant\n", "end": end}
+    decoding = {"thinking": {"marks": marks, "max_tokens": 16}}
+    limits = {"max_new_tokens": 4, "decoding": decoding}
+    reference = run_reference(checkpoint, work / "thinking", **limits)["rows"]
+    found = run_evaluate(fp32, work / "thinking", **limits)["rows"]
+    assert {row["identical_to_reference"] for row in found} == {True}
+    for figure in ("tokens", "ended"):
+        assert [row["reference_thoughts"][figure] for row in found] == [row["thoughts"][figure] for row in found]
+    assert found[0]["reference_answer"].replace("\ufffd", "") == found[0]["answer"]
+    thoughtful = found[0]["thoughts"]
+    assert thoughtful["ended"]
+    assert len(reference[0]["answer_ids"]) == thoughtful["tokens"] + 4
+    assert plain[0]["answer"].startswith(plain[0]["answer"][:8].strip() + end + found[0]["answer"])
+    endless = [row for row in found if not row["thoughts"]["ended"]]
+    assert endless
+    assert {(row["answer"], row["thoughts"]["tokens"], row["ended"]) for row in endless} == {("", 16, False)}
+
+
+def test_a_mode_of_the_template_is_set_before_it_in_both_runtimes(work, checkpoint, fp32, tmp_path):
+    for folder in (checkpoint, fp32):
+        shutil.copytree(folder, tmp_path / folder.name)
+        template = tmp_path / folder.name / "chat_template.jinja"
+        template.write_text(f"{{% if short %}}Be brief.{{% endif %}}{template.read_text('utf-8')}", "utf-8")
+    rows = [ROWS[0], {**ROWS[1], "template_prefix": "{%- set short = true -%}"}]
+    reference = run_reference(tmp_path / checkpoint.name, work / "switched", rows)["rows"]
+    found = run_evaluate(tmp_path / fp32.name, work / "switched", rows=rows)["rows"]
+    assert [row["prompt"].startswith("Be brief.") for row in reference] == [False, True]
+    assert [row["template_matches"] for row in found] == [True, True]
 
 
 def test_a_variant_that_does_not_end_by_its_source_s_tokens_is_rejected_for_running_on(

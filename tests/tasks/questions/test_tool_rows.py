@@ -8,7 +8,7 @@ import pytest
 
 from slmops.infra.errors import BadInput
 from slmops.infra.tool_calls.call import AnsweredCalls, ToolCall
-from slmops.tasks.questions.evaluation_set import EvaluationRow, read_evaluation_file, without_tools
+from slmops.tasks.questions.evaluation_set import EvaluationRow, plain_rows, read_evaluation_file
 from slmops.tasks.questions.scoring import parse_scorer
 from slmops.tasks.questions.tool_calls import category_of, compare_calls
 from slmops.tasks.questions.tool_chats import tool_chats
@@ -39,8 +39,8 @@ def test_tools_of_a_file_are_those_of_rows_without_any(tmp_path: Path) -> None:
     rows = read(tmp_path / "eval.jsonl", {"tools": [CLOCK]}, row, {**ROW, "id": 2}, plain)
     assert [[tool.function.name for tool in row.tools] for row in rows] == [["get_time"], ["set_light"], []]
     assert [row.scorer.name for row in rows] == ["tool_calls", "tool_calls", "exact_match"]
-    assert [row.id for row in without_tools(rows)] == [3]
-    assert without_tools(rows[:2])[0].model_dump(exclude_defaults=True) == {"id": 1, "messages": (USER,)}
+    assert [row.id for row in plain_rows(rows)] == [3]
+    assert plain_rows(rows[:2])[0].model_dump(exclude_defaults=True) == {"id": 1, "messages": (USER,)}
     assert EvaluationRow.model_validate(rows[0].model_dump(mode="json")) == rows[0]
 
 
