@@ -28,7 +28,7 @@ class CatalogModel:
     """One version of one model as the runtime lists it: `name` with its `version` is the id, `alias` groups names.
 
     `device` is cpu, gpu or npu; `execution_provider` is named as in onnxruntime; `created_at` is ISO 8601 in UTC;
-    `context_length` is in tokens, None where it is not known.
+    `context_length` is in tokens, None where it is not known. `reasoning` are the marks before and after thoughts.
     """
 
     name: str
@@ -41,6 +41,7 @@ class CatalogModel:
     created_at: str
     context_length: int | None = None
     publisher: str = "slmops"
+    reasoning: tuple[str, str] | None = None
 
     @property
     def model_id(self) -> str:
@@ -60,7 +61,7 @@ class CatalogModel:
             described["textContextWindow"] = self.context_length
         return {
             "assetId": f"slmops:{self.model_id}",  # the runtime skips an entry without one
-            "annotations": {"tags": {"alias": self.alias}, "systemCatalogData": described},
+            "annotations": {"tags": {"alias": self.alias, **self._reasoning_tags()}, "systemCatalogData": described},
             "properties": {
                 "id": self.model_id,
                 "name": self.name,
@@ -77,6 +78,12 @@ class CatalogModel:
                 },
             },
         }
+
+    def _reasoning_tags(self) -> dict[str, str]:
+        if self.reasoning is None:
+            return {}
+        start, end = self.reasoning
+        return {"supportsReasoning": "true", "reasoningStart": start, "reasoningEnd": end}
 
 
 @dataclass(frozen=True)

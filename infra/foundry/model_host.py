@@ -244,6 +244,7 @@ class ModelHost:
                 folder,
                 served.model_id,
                 running.placed.size_bytes,
+                marks=running.placed.abilities.simple_marks,
                 deadline_s=self._settings.load_timeout_s,
                 log_path=self._log_dir / f"serve-{served.name}.log",
             )

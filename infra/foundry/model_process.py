@@ -29,6 +29,7 @@ from slmops.infra.process.channel import (
     message_of,
     speak,
 )
+from slmops.infra.reasoning import ThoughtMarks
 from slmops.infra.records import Json
 
 LOOPBACK = "127.0.0.1"
@@ -46,9 +47,18 @@ class ModelProcess:
 
     @classmethod
     async def start(
-        cls, cache_dir: Path, model_id: str, size_bytes: int, *, deadline_s: float, log_path: Path
+        cls,
+        cache_dir: Path,
+        model_id: str,
+        size_bytes: int,
+        *,
+        marks: ThoughtMarks | None = None,
+        deadline_s: float,
+        log_path: Path,
     ) -> "ModelProcess":
         """Start the model in the folder under `cache_dir`, and wait until it is loaded.
+
+        The runtime takes thoughts between `marks` out of answers' content.
 
         Raises `DeadlineExceeded`; `StageFailed` with the runtime's reason, or the end of the log.
         """
@@ -56,7 +66,9 @@ class ModelProcess:
             Channel, "slmops.infra.foundry.model_process", log_path=log_path, environment=child_environment()
         )
         try:
-            channel.send({"cache_dir": str(cache_dir.absolute()), "model_id": model_id, "size_bytes": size_bytes})
+            shown = marks.model_dump(mode="json") if marks else None
+            place = {"cache_dir": str(cache_dir.absolute()), "model_id": model_id, "size_bytes": size_bytes}
+            channel.send({**place, "marks": shown})
             message = await asyncio.to_thread(channel.receive, deadline_s)
             if message is None:
                 raise errors.StageFailed(f"The process of {model_id} ended.", end_of_log(log_path))
@@ -104,7 +116,7 @@ class ModelProcess:
 # The child's side
 
 
-def _catalog_answer(model_id: str, size_bytes: int) -> Json:
+def _catalog_answer(model_id: str, size_bytes: int, marks: ThoughtMarks | None) -> Json:
     name, _, version = model_id.rpartition(":")
     model = CatalogModel(
         name=name,
@@ -115,6 +127,7 @@ def _catalog_answer(model_id: str, size_bytes: int) -> Json:
         size_bytes=size_bytes,
         display_name=name,
         created_at=datetime.now(UTC).isoformat(),
+        reasoning=(marks.start, marks.end) if marks else None,
     )
     return page_document([model.entry()], None, 1)
 
@@ -145,7 +158,8 @@ def main() -> int:
     from slmops.infra.foundry import runtime
 
     request = next(listen(lambda: os._exit(0)))  # native runtimes may hang in their static destructors
-    catalog_url = _serve_catalog(_catalog_answer(request["model_id"], request["size_bytes"]))
+    marks = ThoughtMarks.model_validate(request["marks"]) if request["marks"] else None
+    catalog_url = _serve_catalog(_catalog_answer(request["model_id"], request["size_bytes"], marks))
     try:
         url, load_ms = runtime.start_web_service(Path(request["cache_dir"]), catalog_url, request["model_id"])
     except errors.SlmopsError as error:

@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import httpx
 
 from slmops.infra import errors
+from slmops.infra.foundry.abilities import Abilities
 from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.server_settings import ServeSettings
 
@@ -47,10 +48,11 @@ class ServedVersion:
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model folder that is ready to be loaded: its size in bytes, and the texts of its control tokens."""
+    """A model folder that is ready to be loaded: its size in bytes, its control tokens' texts, and its abilities."""
 
     size_bytes: int
     control_tokens: tuple[str, ...]
+    abilities: Abilities = field(default_factory=Abilities)
 
 
 class ModelSource(Protocol):

@@ -30,12 +30,36 @@ MALFORMED = AnsweredCalls(malformed=1)
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What a form writes around the JSON of its calls.
+
+    `before` and `after` enclose each call, or the list of all calls where `is_list`; `between` separates calls.
+    `opening` and `closing` are the outermost marks, which may be control tokens. `arguments` is the key of a call's
+    arguments.
+    """
+
+    opening: str = ""
+    before: str = ""
+    after: str = ""
+    closing: str = ""
+    between: str = "\n"
+    is_list: bool = False
+    arguments: str = "arguments"
+
+
+@dataclass(frozen=True)
 class Form:
-    """How a family of models writes its calls: `marks` are texts of which its chat templates hold one."""
+    """How a family of models writes its calls: `marks` are texts of which its chat templates hold one.
+
+    A part of an answer that may be a call begins with one of the `openings`; without any, the whole answer may be one,
+    if it begins with a brace. `frame` is None for a form whose calls are no JSON.
+    """
 
     name: str
     marks: tuple[str, ...]
     parse: Callable[[str, Tools], AnsweredCalls]
+    openings: tuple[str, ...]
+    frame: Frame | None = None
 
 
 def calls_of_json(value: object) -> AnsweredCalls:

@@ -95,4 +95,4 @@ def _bare(word: str) -> JsonValue:
     return word
 
 
-FORM = Form("gemma", (_START,), parse)
+FORM = Form("gemma", (_START,), parse, openings=(_START,))

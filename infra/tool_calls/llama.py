@@ -5,7 +5,16 @@
 import ast
 import re
 
-from slmops.infra.tool_calls.call import MALFORMED, AnsweredCalls, Form, ToolCall, Tools, calls_of_json, read_json_at
+from slmops.infra.tool_calls.call import (
+    MALFORMED,
+    AnsweredCalls,
+    Form,
+    Frame,
+    ToolCall,
+    Tools,
+    calls_of_json,
+    read_json_at,
+)
 
 _TAG = "<|python_tag|>"
 _BUILT_IN = re.compile(r"([\w-]+)\.call(\(.*\))", re.DOTALL)
@@ -42,4 +51,10 @@ def _built_in(name: str, arguments: str) -> AnsweredCalls:
         return MALFORMED
 
 
-FORM = Form("llama", ('"parameters": dictionary of argument name', _TAG), parse)
+FORM = Form(
+    "llama",
+    ('"parameters": dictionary of argument name', _TAG),
+    parse,
+    openings=(_TAG, "{"),
+    frame=Frame(arguments="parameters", between="; "),
+)

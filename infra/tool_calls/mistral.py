@@ -6,6 +6,7 @@ from slmops.infra.tool_calls.call import (
     MALFORMED,
     AnsweredCalls,
     Form,
+    Frame,
     Tools,
     calls_behind,
     calls_of_json,
@@ -33,4 +34,4 @@ def parse(answer: str, tools: Tools) -> AnsweredCalls:
     return found
 
 
-FORM = Form("mistral", (_MARK,), parse)
+FORM = Form("mistral", (_MARK,), parse, openings=(_MARK,), frame=Frame(opening=_MARK, is_list=True, between=", "))

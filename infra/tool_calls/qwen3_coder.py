@@ -49,4 +49,4 @@ def _value(text: str, types: list[object]) -> JsonValue:
     return value
 
 
-FORM = Form("qwen3_coder", ("<function=",), parse)
+FORM = Form("qwen3_coder", ("<function=",), parse, openings=("<tool_call>", "<function="))

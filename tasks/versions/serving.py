@@ -8,6 +8,7 @@ from typing import Any
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.files import write_whole
+from slmops.infra.foundry.abilities import abilities_of
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL
 from slmops.infra.foundry.served_model import PlacedModel, ServedVersion
 from slmops.infra.settings import Settings
@@ -96,7 +97,8 @@ class StoredModels:
         write_whole(folder / INFERENCE_MODEL, json.dumps(described, ensure_ascii=False))
         added = read_json(folder / "tokenizer.json").get("added_tokens", [])
         tokens = tuple(str(token["content"]) for token in added if token.get("special"))
-        return PlacedModel(sum(file.size_bytes for file in variant.files), tokens)
+        abilities = abilities_of(folder, template.prompt)
+        return PlacedModel(sum(file.size_bytes for file in variant.files), tokens, abilities)
 
     def _manifest(self, served: ServedVersion) -> Manifest:
         try:

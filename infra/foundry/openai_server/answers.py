@@ -21,8 +21,8 @@ from slmops.infra.records import Json
 
 DISCONNECT_POLL_S = 0.5
 CRASH_NOTICED_S = 0.2  # a connection breaks shortly before the end of its process is detected
-_DATA = b"data: "
-_ERROR_EVENT = _DATA + b'{"error"'
+DATA = b"data: "
+_ERROR_EVENT = DATA + b'{"error"'
 _SENT_AGAIN = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 
 T = TypeVar("T")
@@ -66,18 +66,19 @@ async def _post(host: ModelHost, running: RunningModel, sent: Json) -> Answer:
 
 
 async def _send(running: RunningModel, sent: Json) -> Answer:
+    schema_of = "tools" if "tools" in sent else "response_format"
     request = running.client.build_request("POST", f"{running.url}/v1/chat/completions", json=sent)
     response = await running.client.send(request, stream=True)
     async with AsyncExitStack() as taken:
         taken.push_async_callback(response.aclose)
         if response.status_code != 200:
-            raise runtime_refusal(await response.aread())
+            raise runtime_refusal(await response.aread(), schema_of=schema_of)
         answer = Answer(response)
         if sent.get("stream"):
             events = _events(response)
             answer = Answer(response, await anext(events, b""), events)
             if answer.first.startswith(_ERROR_EVENT):
-                raise runtime_refusal(answer.first.removeprefix(_DATA))
+                raise runtime_refusal(answer.first.removeprefix(DATA), schema_of=schema_of)
         taken.pop_all()
         return answer
 
@@ -118,14 +119,14 @@ async def _passed_on(answer: Answer, counted: CountedRequest, *, keep_usage: boo
     usage: Mapping[str, object] = {}
     is_first = True
     try:
-        async for event in _all_events(answer):
+        async for event in all_events(answer):
             found = _usage_of_event(event)
             if found:
                 usage = found
                 if not keep_usage:
                     continue
             elif event.startswith(_ERROR_EVENT):
-                raise runtime_refusal(event.removeprefix(_DATA))
+                raise runtime_refusal(event.removeprefix(DATA))
             elif is_first and _has_text(event):
                 is_first = False
                 counted.first_token()
@@ -134,12 +135,14 @@ async def _passed_on(answer: Answer, counted: CountedRequest, *, keep_usage: boo
     except (httpx.HTTPError, Refused) as error:
         refused = refusal_of(error)
         counted.answered(refused.status, usage)
-        yield _DATA + json.dumps({"error": refused.error}).encode() + b"\n\n"
+        yield DATA + json.dumps({"error": refused.error}).encode() + b"\n\n"
 
 
-async def _all_events(answer: Answer) -> AsyncIterator[bytes]:
-    if answer.events:
+async def all_events(answer: Answer) -> AsyncIterator[bytes]:
+    """Yield a stream's events."""
+    if answer.first:
         yield answer.first
+    if answer.events:
         async for event in answer.events:
             yield event
 
@@ -155,10 +158,10 @@ async def _events(upstream: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _usage_of_event(event: bytes) -> Mapping[str, object]:
-    if b'"usage"' not in event or not event.startswith(_DATA + b"{"):
+    if b'"usage"' not in event or not event.startswith(DATA + b"{"):
         return {}
     with contextlib.suppress(ValueError):
-        document = json.loads(event.removeprefix(_DATA))
+        document = json.loads(event.removeprefix(DATA))
         if not document.get("choices") and isinstance(document.get("usage"), dict):
             usage: Mapping[str, object] = document["usage"]
             return usage

@@ -27,6 +27,8 @@ from slmops.infra.foundry.openai_server.metrics import Metrics
 from slmops.infra.foundry.openai_server.openapi import openapi_document
 from slmops.infra.foundry.openai_server.requests import Form, for_runtime, read_request
 from slmops.infra.foundry.openai_server.token import BearerToken
+from slmops.infra.foundry.openai_server.tool_answers import answered_calls, streamed_calls
+from slmops.infra.foundry.openai_server.tool_use import tool_use
 from slmops.infra.foundry.served_model import NotServed
 from slmops.infra.server_settings import ServeSettings
 
@@ -151,13 +153,16 @@ class _Front:
             async with AsyncExitStack() as taken:
                 running = await taken.enter_async_context(self._host.turn(asked.model))
                 counted.model = running.served.name
-                sent = for_runtime(asked, running)
+                use = tool_use(asked, running.placed)
+                sent = for_runtime(asked, running, use)
                 answer = await while_connected(request, ask_runtime(self._host, running, sent))
                 taken.push_async_callback(answer.response.aclose)
                 if asked.stream:
                     keep_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+                    answer = streamed_calls(answer, use) if use else answer
                     return Relay(answer, taken.pop_all(), counted, keep_usage=keep_usage)
                 content = await while_connected(request, answer.response.aread())
+                content = answered_calls(content, use) if use else content
         counted.answered(200, usage_of(content))
         return Response(content, media_type="application/json")
 

@@ -75,6 +75,55 @@ Stops = Annotated[tuple[StopText, ...], Field(min_length=1, max_length=4)]
 Stop = Annotated[Annotated[StopText, Tag("text")] | Annotated[Stops, Tag("parts")], Discriminator(_kind_of)]
 
 
+def _tool_schema(schema: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+
+    if schema.get("type", "object") != "object":
+        raise PydanticCustomError("schema", "The type of a tool's parameters must be object")
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise PydanticCustomError("schema", "It is no JSON Schema: {fault}", {"fault": error.message[:200]}) from None
+    return schema
+
+
+class Function(_Form):
+    """A function that the model may call. With `strict`, the arguments always follow the schema."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: Text | None = None
+    parameters: Annotated[Schema, AfterValidator(_tool_schema)] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Form):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Form):
+    """The name of an offered function."""
+
+    name: str
+
+
+class NamedTool(_Form):
+    """The tool that the model must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+Tools = Annotated[tuple[Tool, ...], Field(min_length=1, max_length=128)]
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("text")] | Annotated[NamedTool, Tag("parts")],
+    Discriminator(_kind_of),
+]
+
+
 class _Message(_Form):
     content: Content | None = None
 
@@ -132,7 +181,9 @@ class AssistantMessage(_Message):
     audio: None = Field(None, description="Models are given text only.")
     function_call: None = Field(None, description="Use tool_calls, its successor.")
     annotations: tuple[()] | None = None
-    reasoning_content: None = Field(None, description="The chat template is not given earlier reasoning.")
+    reasoning_content: Text | None = Field(
+        None, description="The answer's reasoning; the chat template decides whether a later prompt has it."
+    )
 
 
 class ToolMessage(_Message):
@@ -224,8 +275,38 @@ class ChatRequest(_Form):
     )
     presence_penalty: Zero | None = Field(None, description="The runtime has no presence penalty.")
     frequency_penalty: Zero | None = Field(None, description="The runtime has no frequency penalty.")
-    tools: None = Field(None, description="The form of this model's tool calls is not known to the server.")
-    tool_choice: Literal["none"] | None = Field(None, description="Without tools it can only be none.")
-    parallel_tool_calls: None = Field(None, description="It is allowed with tools only, which are not available.")
-    functions: None = Field(None, description="The form of this model's function calls is not known to the server.")
-    function_call: Literal["none"] | None = Field(None, description="Without functions it can only be none.")
+    tools: Tools | None = Field(None, description="They need a chat template that reads them.")
+    tool_choice: ToolChoice | None = Field(None, description="Default: auto with tools, else none.")
+    parallel_tool_calls: bool | None = None
+    functions: None = Field(None, description="Use tools, their successor.")
+    function_call: None = Field(None, description="Use tool_choice, its successor.")
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> "ChatRequest":
+        names = [tool.function.name for tool in self.tools or ()]
+        for name in names:
+            if names.count(name) > 1:
+                raise PydanticCustomError("tools", "Two tools have the name {name}", {"name": repr(name)})
+        if not names and (self.tool_choice not in (None, "none") or self.parallel_tool_calls is not None):
+            raise PydanticCustomError("tool_choice", "It is allowed with tools only")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise PydanticCustomError("tool_choice", "The function that must be called is none of the tools")
+        _check_results(self.messages)
+        return self
+
+
+def _check_results(messages: tuple[Message, ...]) -> None:
+    waiting: list[str] = []
+    for message in messages:
+        if isinstance(message, ToolMessage):
+            if message.tool_call_id not in waiting:
+                said = "A tool's result has a tool_call_id that no call before it waits for"
+                raise PydanticCustomError("messages", said)
+            waiting.remove(message.tool_call_id)
+            continue
+        if waiting:
+            said = "A tool call has no result: messages of the role tool must follow it"
+            raise PydanticCustomError("messages", said)
+        waiting = [call.id for call in getattr(message, "tool_calls", None) or ()]
+    if waiting:
+        raise PydanticCustomError("messages", "The last tool call has no result")

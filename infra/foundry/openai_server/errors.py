@@ -90,8 +90,11 @@ def refusal_of(error: Exception) -> Refused:
     return Refused(*next(refusals[kind] for kind in type(error).__mro__ if kind in refusals), retry_after_s)
 
 
-def runtime_refusal(content: bytes) -> Refused:
-    """Return the refusal for an error that the runtime reported; its own words are for the log only."""
+def runtime_refusal(content: bytes, schema_of: str = "response_format") -> Refused:
+    """Return the refusal for an error that the runtime reported; its own words are for the log only.
+
+    `schema_of` is the parameter whose schemas the answer must follow.
+    """
     try:
         error = json.loads(content)["error"]
         said, is_about_request = str(error["message"]), error.get("type") == "invalid_request_error"
@@ -101,7 +104,7 @@ def runtime_refusal(content: bytes) -> Refused:
         return OverContext(*map(int, found.groups()))
     if found := _BAD_SCHEMA.search(said):
         reason = f"The schema is not supported: {_shown(found[1])}"
-        return Refused(400, reason, param="response_format")
+        return Refused(400, reason, param=schema_of)
     if found := _BAD_CONVERSATION.match(said):
         reason = f"The model's chat template refuses the conversation: {_shown(found[1])}"
         return Refused(400, reason, param="messages")

@@ -7,6 +7,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
+from slmops.infra.foundry.abilities import Abilities
 from slmops.infra.foundry.openai_server.chat_request import (
     AssistantMessage,
     ChatRequest,
@@ -16,12 +17,14 @@ from slmops.infra.foundry.openai_server.chat_request import (
     ToolMessage,
 )
 from slmops.infra.foundry.openai_server.errors import Refused
+from slmops.infra.foundry.openai_server.tool_use import ToolUse
 from slmops.infra.foundry.request_body import bounded_body
 from slmops.infra.foundry.served_model import RunningModel
 from slmops.infra.records import Json
 
 BREAK = "\u200b"  # a zero-width space; inside a control token it makes the token ordinary text
 JSON_TYPE = "application/json"
+UNIONS = ("content", "stop", "response_format", "tool_choice")
 
 Form = TypeVar("Form", bound=BaseModel)
 
@@ -45,6 +48,8 @@ def _refusal_of(error: ValidationError, form: type[BaseModel]) -> Refused:
     # The deepest fault: of a message's, not that the list of messages is faulty.
     fault = max(error.errors(include_url=False, include_input=False), key=lambda fault: len(fault["loc"]))
     if not fault["loc"]:
+        if fault["type"] in ChatRequest.model_fields:
+            return Refused(400, f"{fault['msg']}.", param=fault["type"])
         if fault["type"] == "json_invalid":
             return Refused(400, f"The request is not valid JSON: {fault['ctx']['error']}.")
         return Refused(400, "The request must be a JSON object.")
@@ -68,16 +73,19 @@ def _told(fault: ErrorDetails, form: type[BaseModel]) -> str:
 def _param(location: tuple[int | str, ...]) -> str:
     """Return a location as OpenAI writes it (`messages[0].content`), without the kinds that pydantic adds to it."""
     kinds = {2} if location[:1] == ("messages",) else set()  # of the role
-    kinds |= {index + 1 for index, name in enumerate(location) if name in ("content", "stop", "response_format")}
+    kinds |= {index + 1 for index, name in enumerate(location) if name in UNIONS}
     names = [name for index, name in enumerate(location) if index not in kinds or isinstance(name, int)]
     return "".join(f"[{name}]" if isinstance(name, int) else f".{name[:100]}" for name in names).removeprefix(".")
 
 
-def for_runtime(asked: ChatRequest, running: RunningModel) -> Json:
+def for_runtime(asked: ChatRequest, running: RunningModel, use: ToolUse | None) -> Json:
     """Return a request for the runtime: the exact model, usage always, no control tokens in texts.
+
+    Raises `Refused` for thoughts that cannot be switched off.
 
     Where the client says nothing about sampling, the answer is greedy, as the answers that the gate judged.
     """
+    _check_switch(asked, running.placed.abilities)
     tokens = running.placed.control_tokens
     sent: Json = {"model": running.served.model_id, "messages": [_message(each, tokens) for each in asked.messages]}
     for name in ("temperature", "top_p", "top_k", "seed", "reasoning_effort"):
@@ -95,7 +103,18 @@ def for_runtime(asked: ChatRequest, running: RunningModel) -> Json:
         sent["response_format"] = _format(asked.response_format)
     if asked.chat_template_kwargs:
         sent["chat_template_kwargs"] = asked.chat_template_kwargs.model_dump()
+    if use:
+        sent |= _broken_object(use.sent, tokens)
     return sent
+
+
+def _check_switch(asked: ChatRequest, abilities: Abilities) -> None:
+    """Raise `Refused` if a model would think although the request says that it must not."""
+    wanted = asked.chat_template_kwargs and asked.chat_template_kwargs.enable_thinking
+    for param, is_off in (("reasoning_effort", asked.reasoning_effort), ("chat_template_kwargs", wanted is False)):
+        if is_off and abilities.marks and not abilities.has_switch:
+            said = "This model's chat template has no enable_thinking: its reasoning cannot be switched off."
+            raise Refused(400, said, param=param)
 
 
 def _format(asked: ResponseFormat) -> Json:
@@ -114,9 +133,16 @@ def _message(message: Message, control_tokens: tuple[str, ...]) -> Json:
         texts["tool_call_id"] = message.tool_call_id
     elif message.name is not None:
         texts["name"] = message.name
-    if isinstance(message, AssistantMessage) and message.tool_calls:
-        texts["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-    return {"role": role, **{name: _broken_within(value, control_tokens) for name, value in texts.items()}}
+    if isinstance(message, AssistantMessage):
+        if message.tool_calls:
+            texts["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        if message.reasoning_content:
+            texts["reasoning_content"] = message.reasoning_content
+    return {"role": role, **_broken_object(texts, control_tokens)}
+
+
+def _broken_object(texts: Json, control_tokens: tuple[str, ...]) -> Json:
+    return {name: _broken_within(value, control_tokens) for name, value in texts.items()}
 
 
 def _broken_within(value: JsonValue, control_tokens: tuple[str, ...]) -> JsonValue:
@@ -127,6 +153,13 @@ def _broken_within(value: JsonValue, control_tokens: tuple[str, ...]) -> JsonVal
     if isinstance(value, Mapping):
         return {name: _broken_within(item, control_tokens) for name, item in value.items()}
     return value
+
+
+def whole(text: str, control_tokens: tuple[str, ...]) -> str:
+    """Return a text in which `broken` control tokens are whole again, such as code that an answer repeats."""
+    for token in control_tokens:
+        text = text.replace(f"{token[:1]}{BREAK}{token[1:]}", token)
+    return text
 
 
 def broken(text: str, control_tokens: tuple[str, ...]) -> str:
