@@ -8,7 +8,7 @@ from slmops.tasks.checkpoint.preparation import prepare_source
 from slmops.tasks.exams.lm_eval import LmEvalTasks, check_lm_eval, run_lm_eval_on_checkpoint
 from slmops.tasks.report.benchmark import BenchmarkReport, publish_benchmark
 from slmops.tasks.request.declaration import takes
-from slmops.tasks.request.parameters import BenchmarkParameters
+from slmops.tasks.request.upkeep_parameters import BenchmarkParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.lookup import find_version
 from slmops.tasks.versions.remeasurement import measure_again

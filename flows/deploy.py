@@ -13,6 +13,7 @@ from slmops.tasks.build.search import record_trials
 from slmops.tasks.build.variants import build_each
 from slmops.tasks.checkpoint.family import prove_family
 from slmops.tasks.checkpoint.preparation import prepare_checkpoint
+from slmops.tasks.choices import CHOICES
 from slmops.tasks.environment.checks import check_environment, check_room
 from slmops.tasks.exams.decoding import settle_decoding
 from slmops.tasks.exams.early_parity import check_templates
@@ -38,7 +39,7 @@ from slmops.tasks.workshop import in_workshop, workshop
 @flow(name="deploy", flow_run_name="deploy-{name}")
 @ends_by_its_errors
 @in_workshop
-@takes(DeployParameters)
+@takes(DeployParameters, CHOICES)
 def deploy(parameters: DeployParameters) -> State[DeployReport]:
     """Build, store, measure, judge, register and prove a fine-tuned small language model.
 

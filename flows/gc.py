@@ -3,6 +3,8 @@
 from prefect import State, flow
 from prefect.states import Completed
 
+from slmops.tasks.request.declaration import takes
+from slmops.tasks.request.upkeep_parameters import GcParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection
 from slmops.tasks.versions.lookup import check_store
@@ -12,19 +14,16 @@ from slmops.tasks.workshop import in_workshop
 @flow(name="gc", flow_run_name="gc")
 @ends_by_its_errors
 @in_workshop
-def gc(keep: int | None = None, dry_run: bool = False) -> State[Collection]:
+@takes(GcParameters)
+def gc(parameters: GcParameters) -> State[Collection]:
     """Remove what nothing needs: content of deleted versions, interrupted work, and with `keep` also old versions.
 
     Deploys may run at the same time: what they use stays.
-
-    Args:
-        keep: Newest versions of each name that stay; versions with an alias stay too. Default: all versions stay.
-        dry_run: Only report what would be removed.
 
     Returns:
         What was removed, in a completed state.
     """
     check_store()
-    collection = collect_in_store(keep=keep, dry_run=dry_run)
+    collection = collect_in_store(keep=parameters.keep, dry_run=parameters.dry_run)
     publish_collection(collection)
     return Completed(message=collection.summary, data=collection)

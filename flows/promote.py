@@ -3,6 +3,8 @@
 from prefect import State, flow
 from prefect.states import Completed
 
+from slmops.tasks.request.declaration import takes
+from slmops.tasks.request.upkeep_parameters import PromoteParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import change_champion
 from slmops.tasks.versions.change import promotion_to
@@ -14,19 +16,16 @@ from slmops.tasks.workshop import in_workshop, workshop
 @flow(name="promote", flow_run_name="promote-{reference}")
 @ends_by_its_errors
 @in_workshop
-def promote(reference: str, reason: str = "") -> State[Promotion]:
+@takes(PromoteParameters)
+def promote(parameters: PromoteParameters) -> State[Promotion]:
     """Make a version the champion in Foundry Local, on the running servers and in the store: in all or in none.
-
-    Args:
-        reference: The version, NAME@VERSION, or NAME@ALIAS such as home@candidate.
-        reason: Kept in the history of the name's champions.
 
     Returns:
         What was done, in a completed state; a failed one when the version is not proven or a step fails, and then the
         former champion still serves everywhere.
     """
     check_store()
-    return promoted(change_champion(promotion_to(reference, reason), workshop().settings))
+    return promoted(change_champion(promotion_to(parameters.reference, parameters.reason), workshop().settings))
 
 
 def promoted(promotion: Promotion) -> State[Promotion]:

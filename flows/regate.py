@@ -4,6 +4,7 @@ from prefect import State, flow
 
 from slmops.flows.qualify import ended, qualify
 from slmops.tasks.checkpoint.preparation import prepare_source
+from slmops.tasks.choices import CHOICES
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import RegateParameters
@@ -17,7 +18,7 @@ from slmops.tasks.workshop import in_workshop, workshop
 @flow(name="regate", flow_run_name="regate-{reference}")
 @ends_by_its_errors
 @in_workshop
-@takes(RegateParameters)
+@takes(RegateParameters, CHOICES)
 def regate(parameters: RegateParameters) -> State[DeployReport]:
     """Judge a stored version by other thresholds or rows, and register or unregister its variants accordingly.
 

@@ -14,7 +14,7 @@ from slmops.tasks.build.calibration import write_calibration_file
 from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.inputs import local_file
-from slmops.tasks.request.parameters import RetrainParameters
+from slmops.tasks.request.upkeep_parameters import RetrainParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.training.comparison import (
     RetrainReport,

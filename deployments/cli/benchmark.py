@@ -5,7 +5,7 @@ from typing import Any
 from slmops.deployments.cli.options import Json, LogLevel, asks_for
 from slmops.deployments.cli.output import print_json, print_line, print_table
 from slmops.deployments.cli.running import run_flow, version_of
-from slmops.tasks.request.parameters import BenchmarkParameters
+from slmops.tasks.request.upkeep_parameters import BenchmarkParameters
 
 
 @asks_for(BenchmarkParameters)

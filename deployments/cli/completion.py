@@ -1,7 +1,6 @@
 """What the shell completes: names, versions, aliases, recipes, checks and scorers. A broken home completes nothing."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import get_args
 
 from slmops.deployments.cli.running import the_registry
 
@@ -34,26 +33,13 @@ def _references(incomplete: str) -> Iterator[str]:
         yield from (version.reference for version in registry.versions(name))
 
 
-def _recipes(incomplete: str) -> list[str]:
-    from slmops.tasks.build.olive_config import OLIVE_PROVIDERS
-    from slmops.tasks.build.recipes import known_recipes
-    from slmops.tasks.request.parameters import PRECISIONS
+def _of_stages(parameter: str) -> Completion:
+    def choices(incomplete: str) -> Iterable[str]:
+        from slmops.tasks.choices import CHOICES
 
-    return sorted(
-        {name for each in OLIVE_PROVIDERS for precision in PRECISIONS for name in known_recipes(precision, each)}
-    )
+        return CHOICES[parameter]
 
-
-def _checks(incomplete: str) -> list[str]:
-    from slmops.tasks.verdict.checks import NEVER_ALLOWED, CheckName
-
-    return [name for name in get_args(CheckName) if name not in NEVER_ALLOWED]
-
-
-def _scorers(incomplete: str) -> Iterable[str]:
-    from slmops.tasks.questions.scoring import SCORERS
-
-    return SCORERS
+    return _quietly(choices)
 
 
 def one_of(values: Iterable[str]) -> Completion:
@@ -61,14 +47,13 @@ def one_of(values: Iterable[str]) -> Completion:
     return _quietly(lambda incomplete: values)
 
 
-names, references, recipes = _quietly(_names), _quietly(_references), _quietly(_recipes)
-checks, scorers = _quietly(_checks), _quietly(_scorers)
+names, references = _quietly(_names), _quietly(_references)
 
 # Of the parameters of runs, by name.
 OF_PARAMETERS: dict[str, Completion] = {
     "name": names,
     "reference": references,
-    "recipes": recipes,
-    "allow": checks,
-    "scorer": scorers,
+    "recipes": _of_stages("recipes"),
+    "allow": _of_stages("allow"),
+    "scorer": _of_stages("scorer"),
 }

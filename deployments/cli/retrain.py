@@ -7,7 +7,7 @@ import typer
 from slmops.deployments.cli.options import Json, asks_for, known_level
 from slmops.deployments.cli.output import print_json, print_line
 from slmops.deployments.cli.running import end_with, load_settings, run_flow
-from slmops.tasks.request.parameters import RetrainParameters
+from slmops.tasks.request.upkeep_parameters import RetrainParameters
 
 
 @asks_for(RetrainParameters)

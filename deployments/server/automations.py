@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 OF_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
 NOTICES_BLOCK = "slmops-notices"
 
+NOT_IN_EVENT = "(the event names no checkpoint or no model)"
 DEPLOY_ON_EVENT = "slmops: deploy a checkpoint that is ready"
 LOST_RUNS = "slmops: a run without a sign of life has crashed"
 LATE_SIGNS = "slmops: a late sign of life withdraws that a run has crashed"
@@ -55,9 +56,13 @@ def automations(
                     source="selected",
                     deployment_id=deploy_id,
                     parameters={
-                        # A missing value becomes an empty string, which the flow refuses by name.
-                        "checkpoint": _template("{{ event.payload.checkpoint }}"),
-                        "name": _template("{{ event.payload.name }}"),
+                        # Prefect's API makes no run with an empty value, and only the event feed would show that.
+                        # With these the run fails, which its page and the notices say.
+                        "checkpoint": _template(
+                            "{{ event.payload.checkpoint if event.payload.checkpoint and event.payload.name"
+                            f" else '{NOT_IN_EVENT}' }}}}"
+                        ),
+                        "name": _template("{{ event.payload.name or 'unnamed' }}"),
                         "training_run": {
                             "__prefect_kind": "json",
                             "value": _template("{{ event.payload.get('training_run') | tojson }}"),

@@ -95,19 +95,23 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
 
 
 def with_plain_fields(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a flow's parameters with one plain type for each that may be null.
+    """Return the schema of a flow's parameters with one plain type for each that may be null, and no other parameters.
 
     Prefect's form shows a field for a plain type, and only "Property is type None" for a type or null. The API takes
-    null for such a field all the same, as long as the schema has no default for it.
+    null for such a field all the same, as long as the schema has no default for it. It refuses a misspelt parameter;
+    in a form of `prefect deploy`, which cannot say so, the run fails.
     """
-    return {**schema, "properties": {name: _plain(field) for name, field in schema.get("properties", {}).items()}}
+    plain = {name: _plain(field) for name, field in schema.get("properties", {}).items()}
+    return {**schema, "properties": plain, "additionalProperties": False}
 
 
 def _plain(field: dict[str, Any]) -> dict[str, Any]:
     types: list[dict[str, Any]] = [option for option in field.get("anyOf", ()) if option != {"type": "null"}]
-    if field.get("default", ...) is not None or len(types) != 1 or "enum" in types[0] or "$ref" in types[0]:
+    if field.get("default", ...) is not None or not types or "$ref" in types[0]:
         return field
-    return {key: value for key, value in field.items() if key not in ("anyOf", "default")} | types[0]
+    kept = {key: value for key, value in field.items() if key not in ("anyOf", "default")}
+    is_plain = len(types) == 1 and "enum" not in types[0]  # a list of choices would refuse null
+    return kept | (types[0] if is_plain else {"anyOf": field["anyOf"]})
 
 
 def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> "RunnerDeployment":

@@ -14,10 +14,8 @@ from pydantic_core import from_json
 from slmops.infra.errors import BadInput
 from slmops.infra.foreign_files import open_regular
 from slmops.infra.records import Record
+from slmops.infra.storage.names import LONGEST_TRAINING_RUN, NAME_PATTERN
 
-NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
-
-LONGEST_TRAINING_RUN = 2000
 MOST_KEYS = 200  # limit for one object in a foreign manifest
 
 # Such a text becomes a part of a folder's name and of a model's id.

@@ -1,10 +1,12 @@
 """The declaration of parameters in a record, and their use by a flow: each parameter is declared once."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
-from typing import TypeVar, get_args, get_type_hints
+from typing import Annotated, TypeVar, get_args, get_type_hints
+
+from slmops.tasks.request.values import ANY_VALUE, FormField, Values
 
 Record = TypeVar("Record")
 Result = TypeVar("Result")
@@ -17,7 +19,8 @@ class Parameter:
     `description` is shown by Prefect's form and API; `help` by the command, which has less room (default: the same).
     `option` is the option's name (default: the parameter's own); a `positional` parameter is an argument. A `key` is
     given as KEY=VALUE to an option that it shares with other keys. `switch` is the value that a flag sets. Values that
-    are `not_offered` are valid but always fail, so help and completion leave them out.
+    are `not_offered` are of the right type but always fail, so help, completion and form leave them out. `values` are
+    the bounds of the others.
     """
 
     description: str
@@ -28,6 +31,7 @@ class Parameter:
     key: bool = False
     switch: str | None = None
     not_offered: tuple[str, ...] = ()
+    values: Values = ANY_VALUE
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,13 @@ def declared(record: type) -> Iterator[Declared]:
         yield Declared(field.name, bare, field.default, parameter)
 
 
-def takes(record: type[Record]) -> Callable[[Callable[[Record], Result]], Callable[..., Result]]:
+def takes(
+    record: type[Record], choices: Mapping[str, Sequence[str]] | None = None
+) -> Callable[[Callable[[Record], Result]], Callable[..., Result]]:
     """Give a function of one record a parameter for each of the record's fields.
 
     Prefect builds a flow's form from its signature and the section `Args` of its docstring; both come from the record.
+    `choices` lists, by a parameter's name, the values to choose from, which are known only to later stages.
     """
     parameters = list(declared(record))
 
@@ -60,7 +67,9 @@ def takes(record: type[Record]) -> Callable[[Callable[[Record], Result]], Callab
         def flat(*args: object, **kwargs: object) -> Result:
             return function(record(**signature.bind(*args, **kwargs).arguments))
 
-        signature = inspect.signature(function).replace(parameters=[_in_signature(field) for field in parameters])
+        signature = inspect.signature(function).replace(
+            parameters=[_in_signature(field, choices or {}) for field in parameters]
+        )
         flat.__signature__ = signature  # type: ignore[attr-defined]
         flat.__annotations__ = {field.name: field.type for field in parameters}
         flat.__doc__ = _with_arguments(inspect.getdoc(function) or "", parameters)
@@ -69,10 +78,11 @@ def takes(record: type[Record]) -> Callable[[Callable[[Record], Result]], Callab
     return decorate
 
 
-def _in_signature(field: Declared) -> inspect.Parameter:
+def _in_signature(field: Declared, choices: Mapping[str, Sequence[str]]) -> inspect.Parameter:
     default = inspect.Parameter.empty if field.default is MISSING else field.default
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(field.name, kind, default=default, annotation=field.type)
+    kind, said = inspect.Parameter.POSITIONAL_OR_KEYWORD, field.parameter
+    shown = FormField(said.values, tuple(choices.get(field.name, ())), said.not_offered)
+    return inspect.Parameter(field.name, kind, default=default, annotation=Annotated[field.type, shown])
 
 
 def _with_arguments(text: str, parameters: list[Declared]) -> str:

@@ -11,9 +11,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from slmops.infra.checkpoints.chat_template import parse_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.foreign_files import read_text
-from slmops.infra.storage.manifest import LONGEST_TRAINING_RUN, check_name
+from slmops.infra.storage.manifest import check_name
+from slmops.infra.storage.names import LONGEST_TRAINING_RUN
 from slmops.tasks.request.budget import parse_budget
+from slmops.tasks.request.declaration import declared
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, Device, Precision
+from slmops.tasks.request.values import Values
 
 DEVICE_OF_PROVIDER: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu", "dml": "gpu", "webgpu": "gpu"}
 
@@ -63,14 +66,8 @@ class DeployRequest(DeployParameters):
             )
         if self.device == "npu":
             raise BadInput("There is no recipe for NPUs yet.", "Use --device cpu or gpu.", code="no-recipe-for-npu")
-        _check_range("min_top1_agreement", self.min_top1_agreement, 0, 1)
-        _check_range("max_kl_divergence", self.max_kl_divergence, 0, sys.float_info.max)
-        _check_range("max_quality_loss", self.max_quality_loss, 0, 1)
-        _check_range("max_length", self.max_length, 1, 10_000_000)
-        _check_range("temperature", self.temperature, 0, 2)
-        _check_range("top_p", self.top_p, 0.001, 1)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.1, 2)
-        _check_range("max_thought_tokens", self.max_thought_tokens, 1, 131_072)
+        for field in declared(DeployParameters):
+            _check_range(field.name, getattr(self, field.name), field.parameter.values)
         parse_budget(self.budget)
         if self.olive_config_file and (self.recipes or self.search):
             raise BadInput(
@@ -158,8 +155,11 @@ def check_output(path: Path) -> None:
         )
 
 
-def _check_range(name: str, value: float | None, lowest: float, highest: float) -> None:
-    if value is not None and not lowest <= value <= highest:
+def _check_range(name: str, value: float | None, values: Values) -> None:
+    if value is None or values.minimum is None:
+        return
+    lowest, highest = values.minimum, sys.float_info.max if values.maximum is None else values.maximum
+    if not lowest <= value <= highest:
         raise BadInput(
             f"{name} is {value}.", f"It must be between {lowest} and {highest}.", code="parameter-out-of-range"
         )

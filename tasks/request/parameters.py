@@ -8,21 +8,29 @@ A record's fields are the parameters of its flow (`declaration.takes`) and the o
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from slmops.infra.storage.names import LONGEST_TRAINING_RUN, NAME_PATTERN
 from slmops.tasks.request.declaration import Parameter
+from slmops.tasks.request.values import NOT_BLANK, Values
 
 Precision = Literal["fp16", "int8", "int4"]
 Device = Literal["cpu", "gpu", "npu"]
 ExecutionProvider = Literal["cpu", "cuda", "dml", "webgpu"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+MODEL = Values(pattern=f"^{NAME_PATTERN}$")
+VERSION = Values(pattern=f"^{NAME_PATTERN}@{NAME_PATTERN}$")
+MODEL_OR_VERSION = Values(pattern=f"^{NAME_PATTERN}(@{NAME_PATTERN})?$")
+SHARE = Values(0, 1)
+THOUGHTS = Values(1, 131_072)  # tokens
 
 
-def _rows(description: str, help_: str = "JSONL rows {id, messages, expected}.") -> Parameter:
+def evaluation_rows(description: str, help_: str = "JSONL rows {id, messages, expected}.") -> Parameter:
     return Parameter(description, help_, "--eval")
 
 
 def _scorer(description: str) -> Parameter:
     names = "exact_match (default), normalized_match, contains, regex, json_equality, rouge_l or numeric"
-    return Parameter(description, names + '; or JSON {"name": ..., options}.')
+    help_ = names + '; or JSON {"name": ..., options}.'
+    return Parameter(description, help_, values=Values(pattern=r"^\s*\{"))
 
 
 def _schema(description: str) -> Parameter:
@@ -35,11 +43,12 @@ def _regex(description: str) -> Parameter:
 
 def _budget(description: str) -> Parameter:
     limits = "max-size=300MB, max-rss=1GB, max-ttft=200ms, min-tps=20, max-quality-loss=0.02"
-    return Parameter(description, f"{limits}; repeatable.", metavar="KEY=VALUE")
+    known = Values(pattern=r"^\s*(max[-_](size|rss|ttft|quality[-_]loss)|min[-_]tps)\s*=.*[0-9]")
+    return Parameter(description, f"{limits}; repeatable.", metavar="KEY=VALUE", values=known)
 
 
-def _generation(description: str) -> Parameter:
-    return Parameter(description, option="--model-config", key=True)
+def _generation(description: str, lowest: float, highest: float) -> Parameter:
+    return Parameter(description, option="--model-config", key=True, values=Values(lowest, highest))
 
 
 TextFile = Annotated[
@@ -52,15 +61,23 @@ TextFile = Annotated[
 ]
 MinTop1Agreement = Annotated[
     float | None,
-    Parameter("Gate: smallest share of positions with the reference's most likely token (0 to 1).", "Gate, 0 to 1."),
+    Parameter(
+        "Gate: smallest share of positions with the reference's most likely token (0 to 1).",
+        "Gate, 0 to 1.",
+        values=SHARE,
+    ),
 ]
 MaxKlDivergence = Annotated[
     float | None,
-    Parameter("Gate: largest mean KL divergence from the reference, in nats per token.", "Gate, nats per token."),
+    Parameter(
+        "Gate: largest mean KL divergence from the reference, in nats per token.",
+        "Gate, nats per token.",
+        values=Values(minimum=0),
+    ),
 ]
 MaxQualityLoss = Annotated[
     float | None,
-    Parameter("Gate: largest drop of the task score below the reference's (0 to 1).", "Gate, 0 to 1."),
+    Parameter("Gate: largest drop of the task score below the reference's (0 to 1).", "Gate, 0 to 1.", values=SHARE),
 ]
 Allow = Annotated[
     tuple[str, ...],
@@ -84,13 +101,29 @@ class DeployParameters:
             "merged into its base first; a folder that already is an onnxruntime-genai model is not built again.",
             "Folder, Hub id (owner/name), s3:// folder or store:// address.",
             positional=True,
+            values=Values(pattern=NOT_BLANK),
         ),
     ]
-    name: Annotated[str, Parameter("Name of the model: lower-case letters, digits and hyphens.", "Name of the model.")]
+    name: Annotated[
+        str,
+        Parameter("Name of the model: lower-case letters, digits and hyphens.", "Name of the model.", values=MODEL),
+    ]
     precisions: Annotated[
         tuple[Precision, ...],
-        Parameter("Precisions to build.", "Several with commas, or repeated. Default: all.", "--precision"),
+        Parameter(
+            "Precisions to build.",
+            "Several with commas, or repeated. Default: all.",
+            "--precision",
+            values=Values(elements=1),
+        ),
     ] = PRECISIONS
+    evaluation_file: Annotated[
+        str | None,
+        evaluation_rows(
+            "JSONL rows {id, messages, expected}; default: eval.jsonl in the checkpoint's folder, else a built-in set "
+            "of prompts, of which only the distributions are compared."
+        ),
+    ] = None
     device: Annotated[
         Device, Parameter("Device that will serve the model.", "Device that will serve.", not_offered=("npu",))
     ] = "cpu"
@@ -102,13 +135,6 @@ class DeployParameters:
             "--provider",
         ),
     ] = "cpu"
-    evaluation_file: Annotated[
-        str | None,
-        _rows(
-            "JSONL rows {id, messages, expected}; default: eval.jsonl in the checkpoint's folder, else a built-in set "
-            "of prompts, of which only the distributions are compared."
-        ),
-    ] = None
     scorer: Annotated[
         str | None,
         _scorer(
@@ -130,6 +156,7 @@ class DeployParameters:
             "Longest thoughts before an evaluated answer of a reasoning model, in tokens; behind them begins the limit "
             "of the answer itself.",
             "Longest thoughts of a reasoning model, in tokens.",
+            values=THOUGHTS,
         ),
     ] = 1024
     base: Annotated[
@@ -151,11 +178,15 @@ class DeployParameters:
             "--chat-template",
         ),
     ] = None
-    max_length: Annotated[int | None, _generation("Longest prompt plus answer, in tokens.")] = None
-    temperature: Annotated[float | None, _generation("Sampling temperature that the model is registered with.")] = None
-    top_p: Annotated[float | None, _generation("Nucleus sampling threshold that the model is registered with.")] = None
+    max_length: Annotated[int | None, _generation("Longest prompt plus answer, in tokens.", 1, 10_000_000)] = None
+    temperature: Annotated[
+        float | None, _generation("Sampling temperature that the model is registered with.", 0, 2)
+    ] = None
+    top_p: Annotated[
+        float | None, _generation("Nucleus sampling threshold that the model is registered with.", 0.001, 1)
+    ] = None
     repetition_penalty: Annotated[
-        float | None, _generation("Repetition penalty that the model is registered with.")
+        float | None, _generation("Repetition penalty that the model is registered with.", 0.1, 2)
     ] = None
     description: Annotated[str, Parameter("Purpose of the model; shown by Foundry Local.", "Purpose of the model.")] = (
         ""
@@ -223,6 +254,7 @@ class DeployParameters:
         Parameter(
             "Training run that made the checkpoint (an id or a URL), for the version's manifest.",
             "Training run that made the checkpoint: id or URL.",
+            values=Values(pattern=NOT_BLANK, longest=LONGEST_TRAINING_RUN),
         ),
     ] = None
 
@@ -232,10 +264,17 @@ class RegateParameters:
     """The parameters of judging a version again."""
 
     reference: Annotated[
-        str, Parameter("The version, NAME@VERSION.", "One version of a model.", metavar="NAME@VERSION", positional=True)
+        str,
+        Parameter(
+            "The version, NAME@VERSION.",
+            "One version of a model.",
+            metavar="NAME@VERSION",
+            positional=True,
+            values=MODEL_OR_VERSION,
+        ),
     ]
     evaluation_file: Annotated[
-        str | None, _rows("JSONL rows {id, messages, expected}; default: the rows of the last evaluation.")
+        str | None, evaluation_rows("JSONL rows {id, messages, expected}; default: the rows of the last evaluation.")
     ] = None
     scorer: Annotated[str | None, _scorer("Scorer of the rows in `evaluation_file` that name none.")] = None
     output_schema_file: Annotated[
@@ -251,6 +290,7 @@ class RegateParameters:
             "Longest thoughts before an evaluated answer of a reasoning model, in tokens; default: as in the last "
             "evaluation.",
             "Longest thoughts of a reasoning model, in tokens.",
+            values=THOUGHTS,
         ),
     ] = None
     budget: Annotated[
@@ -261,126 +301,3 @@ class RegateParameters:
     max_kl_divergence: MaxKlDivergence = None
     max_quality_loss: MaxQualityLoss = None
     allow: Allow = ()
-
-
-@dataclass(frozen=True)
-class BenchmarkParameters:
-    """The parameters of measuring a version again."""
-
-    reference: Annotated[
-        str,
-        Parameter(
-            "The version, NAME@VERSION; NAME alone is its champion, or the newest version without one.",
-            "Model, or one version (or alias) of it.",
-            metavar="NAME[@VERSION]",
-            positional=True,
-        ),
-    ]
-    lm_eval_tasks: Annotated[
-        tuple[str, ...],
-        Parameter(
-            "Tasks, groups or tags of lm-eval to run on every variant; recorded results are reused.",
-            "Task of lm-eval, or of --lm-eval-include; repeatable.",
-            "--lm-eval-task",
-        ),
-    ] = ()
-    lm_eval_include: Annotated[str | None, Parameter("Folder with lm-eval tasks of your own.")] = None
-    lm_eval_limit: Annotated[
-        int | None, Parameter("Documents of each lm-eval task; default: all.", option="--limit")
-    ] = None
-    lm_eval_chat_template: Annotated[
-        bool,
-        Parameter("Render lm-eval's questions with the model's chat template.", "Use the model's chat template."),
-    ] = False
-    lm_eval_allow_network: Annotated[
-        bool,
-        Parameter("Let lm-eval fetch its tasks' data from the Hugging Face Hub.", "Let lm-eval fetch its data."),
-    ] = False
-    lm_eval_allow_code: Annotated[
-        bool,
-        Parameter(
-            "Let the task files of `lm_eval_include` run Python code, with your own rights.",
-            "Let the folder's tasks run Python code.",
-        ),
-    ] = False
-    lm_eval_on_checkpoint: Annotated[
-        bool,
-        Parameter(
-            "Run lm-eval's tasks on the source checkpoint too, for comparison with its variants.",
-            "Run the tasks on the source checkpoint too.",
-        ),
-    ] = False
-
-
-@dataclass(frozen=True)
-class RetrainParameters:
-    """The parameters of a retrain."""
-
-    dataset: Annotated[
-        str,
-        Parameter(
-            "Chats to learn from: JSONL file, s3:// object, or Hugging Face dataset (Hub id or folder). A row is "
-            "{messages} with the answer as its last turn, or {messages, expected}.",
-            "Chats: JSONL file, s3:// object, or Hugging Face dataset.",
-            positional=True,
-        ),
-    ]
-    base: Annotated[
-        str,
-        Parameter(
-            "Checkpoint to fine-tune: folder, Hub id (owner/name), s3:// folder, or store:// address.",
-            "Checkpoint to fine-tune: folder, Hub id, s3:// folder or store://.",
-        ),
-    ]
-    name: Annotated[str, Parameter("Name of the model.")]
-    evaluation_file: Annotated[
-        str | None,
-        _rows(
-            "JSONL rows {id, messages, expected} that champion and candidate are compared on; default: eval.jsonl in "
-            "the base's folder.",
-            "Rows that both versions answer.",
-        ),
-    ] = None
-    method: Annotated[
-        Literal["lora", "full"],
-        Parameter("Train a LoRA adapter, which is merged into the base, or all weights."),
-    ] = "lora"
-    epochs: Annotated[int, Parameter("Passes over the dataset, at most.")] = 3
-    learning_rate: Annotated[
-        float,
-        Parameter("Highest learning rate; full fine-tuning needs a smaller one than LoRA.", "Highest learning rate."),
-    ] = 2e-4
-    batch_size: Annotated[int, Parameter("Chats per step.")] = 8
-    lora_rank: Annotated[int, Parameter("Rank of the adapter's matrices.")] = 16
-    early_stopping_patience: Annotated[
-        int,
-        Parameter(
-            "Epochs without improvement on held-out chats after which training stops.",
-            "Epochs without improvement before training stops.",
-            "--patience",
-        ),
-    ] = 2
-    max_length: Annotated[
-        int | None, Parameter("Longest chat, in tokens; default: the base's context.", "Longest chat, in tokens.")
-    ] = None
-    seed: Annotated[int, Parameter("Seed of all random choices.")] = 0
-    revision: Annotated[
-        str | None,
-        Parameter("Revision of a base from the Hub: branch, tag or commit.", "Revision of a base from the Hub."),
-    ] = None
-    precisions: Annotated[
-        tuple[Precision, ...] | None,
-        Parameter("Precisions to build; default: all.", "Several with commas, or repeated.", "--precision"),
-    ] = None
-    promotion: Annotated[
-        Literal["if better", "never"],
-        Parameter(
-            "Promote a candidate that is better than the champion, or never.",
-            "Never promote; only compare.",
-            "--no-promotion",
-            switch="never",
-        ),
-    ] = "if better"
-    force: Annotated[
-        bool, Parameter("Train and deploy even if nothing has changed.", "Train even if nothing has changed.")
-    ] = False

@@ -18,6 +18,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from slmops.deployments.server.automations import NOT_IN_EVENT
 from slmops.infra.olive.calls import ProveFamily
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
@@ -270,16 +271,14 @@ def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
     subprocess.run(["sh", "-c", without], env=variables, check=True)
     (run,) = wait_for(lambda: ended_runs(api, name="by-event"))
     assert run["state"]["type"] == "FAILED"
-    assert "No checkpoint is named." in run["state"]["message"]
-    refusals = wait_for(
-        lambda: [message for message in messages_of(api, run) if "No checkpoint is named." in message]
-    )  # sent later
+    assert NOT_IN_EVENT in run["state"]["message"]
+    refusals = wait_for(lambda: [message for message in messages_of(api, run) if NOT_IN_EVENT in message])  # sent later
     assert len(refusals) == 1
     assert [message for message in messages_of(api, run) if "Traceback" in message] == []
     assert {model["name"] for model in slmops.json("list")["models"]} <= {"by-api"}
     (notice,) = wait_for(lambda: [notice for notice in webhook.notices if notice["subject"] == "deploy-by-event"])
     assert notice["event"] == "prefect.flow-run.Failed"
-    assert "No checkpoint is named." in notice["message"]
+    assert NOT_IN_EVENT in notice["message"]
     written = [up.log, *(up.home / "cache" / "logs").glob("prefect-*.log")]
     assert len(written) == 3
     for log in written:
