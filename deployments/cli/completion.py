@@ -48,12 +48,13 @@ def one_of(values: Iterable[str]) -> Completion:
 
 
 names, references = _quietly(_names), _quietly(_references)
+recipes, checks, scorers = _of_stages("recipes"), _of_stages("allow"), _of_stages("scorer")
 
 # Of the parameters of runs, by name.
 OF_PARAMETERS: dict[str, Completion] = {
     "name": names,
     "reference": references,
-    "recipes": _of_stages("recipes"),
-    "allow": _of_stages("allow"),
-    "scorer": _of_stages("scorer"),
+    "recipes": recipes,
+    "allow": checks,
+    "scorer": scorers,
 }
