@@ -17,6 +17,8 @@ from slmops.infra import errors
 from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.foundry.served_model import Busy, ModelSource, NotLoaded, NotServed, RunningModel, ServedVersion
 from slmops.infra.server_settings import ServeSettings
+from slmops.infra.storage.holders import name_prefix
+from slmops.infra.storage.leftovers import leftovers_in, remove
 
 LOG = logging.getLogger("slmops.serve")
 FIRST_BACK_OFF_S = 0.5
@@ -70,6 +72,7 @@ class ModelHost:
         Without names, it loads the champion of every name, without those that cannot be read. A champion that cannot be
         loaded is tried again. Raises what the source raises, and `StageFailed` when none can be loaded.
         """
+        remove(leftovers_in(self._work_dir))  # of servers that were killed
         failures = await self._read_champions(names)
         for served in self.champions.values():
             running = self._model(served)
@@ -236,7 +239,7 @@ class ModelHost:
 
     async def _load(self, running: RunningModel) -> None:
         served = running.served
-        folder = self._work_dir / f"{served.name}-{served.version}-{uuid.uuid4().hex[:8]}"
+        folder = self._work_dir / f"{name_prefix()}{served.name}-{served.version}-{uuid.uuid4().hex[:8]}"
         try:
             running.placed = await asyncio.to_thread(self._source.place, served, folder / "model")
             await self._make_room(running)

@@ -68,7 +68,7 @@ class RunningServer:
 
 
 def running_servers(home: Path, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S) -> list[RunningServer]:
-    """Return the serving processes of a home directory that have not ended.
+    """Return the serving processes of a home directory that have not ended; files of killed ones are removed.
 
     Raises `StageFailed` for a server's file that cannot be read: that server would continue with the old version.
     """
@@ -85,6 +85,8 @@ def running_servers(home: Path, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S
                 "Remove the file if no slmops serve of this home is running.",
                 code="server-file-not-valid",
             ) from None
-        if not has_ended(process):
+        if has_ended(process):  # it was killed
+            path.unlink(missing_ok=True)
+        else:
             servers.append(RunningServer(url.rstrip("/"), token, hand_over_timeout_s))
     return servers

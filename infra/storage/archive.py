@@ -28,6 +28,8 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import StoreSettings
 from slmops.infra.storage.copying import CopiedVersion, copy_version
 from slmops.infra.storage.disk import check_room, disk_errors
+from slmops.infra.storage.holders import name_prefix
+from slmops.infra.storage.leftovers import leftovers_in, remove
 from slmops.infra.storage.local import CHUNK_BYTES, LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile, parse_foreign_manifest
 from slmops.infra.storage.model_files import blob_of
@@ -43,6 +45,7 @@ LONGEST_PATH_PART_BYTES = 255
 MOST_EVIDENCE_BYTES = 64 << 20  # of one file
 MOST_EVIDENCE_FILES = 10_000
 
+EXPORT_ENDING = ".export"  # of what is written beside an archive that is not finished
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _EVIDENCE = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][A-Za-z0-9._-]*\.(?:json|md|html)")
 _RECORD_FIELDS = {"kind": str, "manifest": str, "recorded_at": str, "content": dict}
@@ -194,7 +197,8 @@ def _check_target(file: Path) -> None:
 
 @contextmanager
 def _written_aside(file: Path) -> Iterator[TarWriter]:
-    aside = file.parent / f".{uuid.uuid4().hex}.export"
+    remove(leftovers_in(file.parent, EXPORT_ENDING))  # of exports that were killed
+    aside = file.parent / f".{name_prefix()}{uuid.uuid4().hex}{EXPORT_ENDING}"
     try:
         stream = aside.open("xb")
     except OSError as error:
@@ -255,7 +259,9 @@ def _on_this_machine(registry: ModelRegistry, file: StoredFile, parent: Path) ->
     if here:
         yield here
         return
-    with TemporaryDirectory(dir=parent, prefix=".export-", ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(
+        dir=parent, prefix=f".{name_prefix()}", suffix=EXPORT_ENDING, ignore_cleanup_errors=True
+    ) as folder:
         registry.materialize([file], Path(folder) / "files")
         yield Path(folder) / "files" / file.path
 
@@ -290,7 +296,7 @@ def _verified(path: Path, blob: Blob, what: str, on_bytes: OnBytes) -> Iterator[
 def _new_folder(staging: Path) -> Iterator[Path]:
     with disk_errors(f"{staging} cannot be written to"):
         staging.mkdir(parents=True, exist_ok=True)
-        folder = TemporaryDirectory(dir=staging, prefix="import-", ignore_cleanup_errors=True)
+        folder = TemporaryDirectory(dir=staging, prefix=name_prefix(), ignore_cleanup_errors=True)
     with folder as name:
         yield Path(name)
 

@@ -14,6 +14,7 @@ from filelock import ReadWriteLock, Timeout
 from slmops.infra.foreign_files import check_regular
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
+from slmops.infra.storage.holders import name_prefix
 
 if TYPE_CHECKING:  # child processes move folders too, without any settings
     from slmops.infra.settings import Settings
@@ -24,7 +25,7 @@ def work_folder(settings: "Settings") -> Iterator[Path]:
     """Yield an empty folder under the cache; it is removed at the end, also after an error."""
     root = settings.cache_dir / "work"
     root.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(dir=root, prefix=name_prefix(), ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 

@@ -21,6 +21,16 @@ def this_process() -> str:
     return _process(os.getpid())
 
 
+def name_prefix() -> str:
+    """Return the beginning of this process's temporary names, which shows other processes whether it has ended."""
+    return f"{this_process()}-"
+
+
+def holder_of(name: str) -> str:
+    """Return the process whose `name_prefix` a temporary name, or a key's last part, begins with."""
+    return name.rpartition("/")[2].lstrip(".").partition("-")[0]
+
+
 def has_ended(holder: str) -> bool:
     """Whether a process named by `this_process` has certainly ended: it ran on this machine and no longer exists."""
     return _runs(holder) is False

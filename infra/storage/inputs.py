@@ -19,6 +19,7 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
 from slmops.infra.records import Record
 from slmops.infra.storage.folders import place
+from slmops.infra.storage.holders import name_prefix
 from slmops.infra.storage.manifest import Sha256, StoredFile, digest_of
 from slmops.infra.storage.registry import ModelRegistry
 
@@ -114,7 +115,7 @@ def fetch_input(registry: ModelRegistry, address: str, directory: Path, on_progr
     target = directory / found.digest
     with only_maker(target, on_progress):
         if not target.is_dir():
-            aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+            aside = target.with_name(f".{name_prefix()}{uuid.uuid4().hex}")
             try:
                 registry.materialize(found.files, aside, on_progress)
                 place(aside, target)

@@ -100,7 +100,7 @@ class Collector:
                 code="collector-delayed",
             )
         if self._renewed_at is None or held_up_s > RENEW_AFTER_S:
-            self._objects.put_bytes(self._key, b"{}")
+            self._objects.put_bytes(self._key, b"")  # a full disk, which a collection is to help, takes an empty file
             self._renewed_at = now
 
     def end(self) -> None:

@@ -14,7 +14,7 @@ from typing import IO
 from slmops.infra.errors import StageFailed
 from slmops.infra.foreign_files import NotRegularFile, open_regular
 from slmops.infra.storage.folders import link_or_copy
-from slmops.infra.storage.holders import is_lost, this_process
+from slmops.infra.storage.holders import holder_of, is_lost, name_prefix
 from slmops.infra.storage.objects import Blob, Entry, OnBytes, no_report
 
 ASIDE = "aside"  # unfinished objects; on the store's own file system, so that a rename is atomic
@@ -97,7 +97,7 @@ class LocalObjectStore:
             with self._reported(blob.key):
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 aside.mkdir(parents=True, exist_ok=True)
-                under_way = aside / f"{aside_prefix()}{uuid.uuid4().hex}"
+                under_way = aside / f"{name_prefix()}{uuid.uuid4().hex}"
                 try:
                     link_or_copy(self._path(blob.key), under_way, symbolic=False)
                     under_way.replace(destination)
@@ -196,15 +196,15 @@ class LocalObjectStore:
     def _aside(self) -> Iterator[IO[bytes]]:
         self.aside.mkdir(parents=True, exist_ok=True)
         # Not a `NamedTemporaryFile`, which its user alone may read: a team's store follows the umask and the folders.
-        with (self.aside / f"{aside_prefix()}{uuid.uuid4().hex}").open("xb") as aside:
-            try:
+        path = self.aside / f"{name_prefix()}{uuid.uuid4().hex}"
+        try:
+            with path.open("xb") as aside:
                 yield aside
-            finally:
-                aside.close()
-                with contextlib.suppress(FileNotFoundError):
-                    if os.name == "nt":
-                        Path(aside.name).chmod(stat.S_IWRITE)
-                    Path(aside.name).unlink()
+        finally:  # also if a full disk does not take the rest at the end
+            with contextlib.suppress(FileNotFoundError):
+                if os.name == "nt":
+                    path.chmod(stat.S_IWRITE)
+                path.unlink()
 
     @contextmanager
     def _written_aside(self, path: Path, data: bytes) -> Iterator[Path]:
@@ -230,16 +230,6 @@ class LocalObjectStore:
                 else "Check its free space and permissions, or name another with SLMOPS_STORE__URI.",
                 code="disk-failed",
             ) from error
-
-
-def aside_prefix() -> str:
-    """Return the prefix of this process's temporary files, which shows other processes whether it has ended."""
-    return f"{this_process()}-"
-
-
-def holder_of(key: str) -> str:
-    """Return the process (see `slmops.infra.storage.holders`) whose `aside_prefix` a key's last part begins with."""
-    return key.rpartition("/")[2].rpartition("-")[0]
 
 
 def flush_to_disk(stream: IO[bytes]) -> None:

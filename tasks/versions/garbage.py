@@ -1,18 +1,21 @@
 """Stage "collect": remove garbage from the store and from this machine."""
 
-import shutil
-import time
+import contextlib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect.artifacts import create_table_artifact
 
-from slmops.infra.errors import BadInput
+from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.server_client import running_servers
 from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Record
+from slmops.infra.settings import Settings
 from slmops.infra.storage.champions import champion_before
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
 from slmops.infra.storage.leases import WRITE_LEASE
+from slmops.infra.storage.leftovers import leftovers_in, old_leftovers_in, remove, size_of
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.objects import BLOBS
 from slmops.infra.storage.registry import ModelRegistry
@@ -67,6 +70,8 @@ def collect(
     if keep is not None and keep < 1:
         raise BadInput(f"--keep is {keep}.", "Keep at least one version of each name.", code="keep-not-valid")
     registry, cache_dir = shop.registry, shop.settings.cache_dir
+    # First, because it writes nothing: the leases of the collection itself need a little room on a full disk.
+    interrupted_bytes = _clean_interrupted(shop.settings, dry_run=dry_run)
     needed = {blob.sha256 for blob in needed_blobs(registry)}  # every manifest must be readable, or nothing is removed
     claimed = claimed_blobs(registry)
     old = (
@@ -90,7 +95,7 @@ def collect(
         leftovers=len(found.leftovers) + len(found.evidence),
         freed_bytes=freed_bytes + found.size_bytes,
         spared_blobs=found.spared_blobs,
-        cached_bytes=_clean_cache(registry.cache, needed | claimed, cache_dir, dry_run=dry_run),
+        cached_bytes=interrupted_bytes + _clean_cache(registry.cache, needed | claimed, cache_dir, dry_run=dry_run),
     )
 
 
@@ -104,7 +109,7 @@ def _blobs_of(version: Version) -> set[str]:
 
 
 def _clean_cache(cache: LocalObjectStore | None, needed: set[str], cache_dir: Path, *, dry_run: bool) -> int:
-    """Remove cached files that no version needs, trials of recipes that were not chosen, and interrupted work."""
+    """Remove cached files that no version needs, and trials of recipes that were not chosen."""
     freed = 0
     if cache:
         unneeded = [entry for entry in cache.entries(BLOBS) if entry.key.rpartition("/")[2] not in needed]
@@ -112,17 +117,26 @@ def _clean_cache(cache: LocalObjectStore | None, needed: set[str], cache_dir: Pa
         freed += sum(entry.size_bytes for entry in unneeded)
         if not dry_run:
             cache.delete(entry.key for entry in unneeded)
-    for folder in (*_abandoned_work(cache_dir), *_trials(cache_dir)):
-        freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if not dry_run:
-            shutil.rmtree(folder, ignore_errors=True)
-    return freed
+    return freed + _remove(_trials(cache_dir), dry_run=dry_run)
 
 
-def _abandoned_work(cache_dir: Path) -> list[Path]:
-    root = cache_dir / "work"
-    oldest = time.time() - WRITE_LEASE.total_seconds()
-    return [path for path in root.iterdir() if path.stat().st_mtime < oldest] if root.is_dir() else []
+def _clean_interrupted(settings: Settings, *, dry_run: bool) -> int:
+    """Remove what killed runs, imports and servers left on this machine; returns the bytes."""
+    cache_dir = settings.cache_dir
+    found = old_leftovers_in(cache_dir / "work", WRITE_LEASE)
+    for folder in (cache_dir / "serving", cache_dir / "inputs"):
+        found += leftovers_in(folder)
+    if not dry_run:
+        with contextlib.suppress(StageFailed):  # a file that is not a server's; the commands that need it tell
+            running_servers(settings.home_dir)
+    return _remove(found, dry_run=dry_run)
+
+
+def _remove(paths: Sequence[Path], *, dry_run: bool) -> int:
+    size_bytes = sum(map(size_of, paths))
+    if not dry_run:
+        remove(paths)
+    return size_bytes
 
 
 def _trials(cache_dir: Path) -> list[Path]:

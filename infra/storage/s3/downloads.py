@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.storage.local import aside_prefix, flush_to_disk
+from slmops.infra.storage.holders import name_prefix
+from slmops.infra.storage.local import flush_to_disk
 from slmops.infra.storage.objects import Blob, OnBytes
 from slmops.infra.storage.s3.bucket import MIB, TRANSFERS, Bucket, workers
 from slmops.infra.storage.s3.client import NOT_FOUND, error_code, s3_errors
@@ -33,7 +34,7 @@ def download(
     ):
         under_way = {}
         for blob, path in files:
-            part = aside / f"{aside_prefix()}{uuid.uuid4().hex}"
+            part = aside / f"{name_prefix()}{uuid.uuid4().hex}"
             if blob.size_bytes <= SMALL_BYTES:
                 fetched = pool.submit(_fetch_small, bucket, part, blob, path, on_bytes)
             else:

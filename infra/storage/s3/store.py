@@ -13,8 +13,7 @@ from pathlib import Path
 
 from slmops.infra.errors import PassingFault, StageFailed
 from slmops.infra.settings import StoreSettings
-from slmops.infra.storage.holders import has_ended
-from slmops.infra.storage.local import aside_prefix, holder_of
+from slmops.infra.storage.holders import has_ended, holder_of, name_prefix
 from slmops.infra.storage.objects import BLOBS, Blob, Entry, OnBytes, no_report
 from slmops.infra.storage.s3.bucket import TRANSFERS, Bucket, base64_sha256, workers
 from slmops.infra.storage.s3.client import BAD_CHECKSUM, CONNECTIONS, NO_UPLOAD, NOT_FOUND, error_code, s3_errors
@@ -87,7 +86,7 @@ class S3ObjectStore:
             return self._capabilities
 
     def _probe(self) -> Capabilities:
-        key = f"{PROBES}/{aside_prefix()}{uuid.uuid4().hex}"
+        key = f"{PROBES}/{name_prefix()}{uuid.uuid4().hex}"
         self._bucket.put(key, b"probe")
         try:
             return Capabilities(
@@ -207,7 +206,7 @@ class S3ObjectStore:
         at most one of them writes. A claim of a killed process keeps the key taken until it expires.
         """
         folder = f"{CLAIMS}/{key}"
-        claim = f"{folder}/{aside_prefix()}{uuid.uuid4().hex}"
+        claim = f"{folder}/{name_prefix()}{uuid.uuid4().hex}"
         for attempt in range(CLAIM_ATTEMPTS):
             deadline = time.monotonic() + CLAIM_TERM.total_seconds() / 2
             try:

@@ -17,10 +17,10 @@ from slmops.infra.errors import BadInput, PassingFault, StageFailed
 from slmops.infra.storage import leases
 from slmops.infra.storage.champion_lease import champion_is_changing, champion_lease
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
-from slmops.infra.storage.holders import has_ended, this_process
+from slmops.infra.storage.holders import has_ended, name_prefix, this_process
 from slmops.infra.storage.inputs import delete_input, fetch_input, ingest, read_input
 from slmops.infra.storage.leases import Collector, WriteLease, collecting
-from slmops.infra.storage.local import LocalObjectStore, aside_prefix
+from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.verification import verify_version
@@ -134,7 +134,7 @@ def test_a_clock_that_is_set_by_years_ends_no_living_writer(tmp_path: Path) -> N
     """A machine without a battery starts in 1970, and gets the time from the network while it works."""
     registry = ModelRegistry(LocalObjectStore(tmp_path / "store"))
     WriteLease(registry.objects).claim([Blob("e" * 64, 1)])
-    aside = tmp_path / "store" / "aside" / f"{aside_prefix()}{'1' * 32}"
+    aside = tmp_path / "store" / "aside" / f"{name_prefix()}{'1' * 32}"
     aside.parent.mkdir(exist_ok=True)
     aside.write_bytes(b"half a blob")
     with champion_lease(registry.objects, "home", "promotion of home@2"):
