@@ -126,6 +126,8 @@ def _soak(
 ) -> None:
     process = psutil.Process()
     rss_bytes = array("q", [0] * len(turns))  # its own memory is allocated before the first request
+    gc.collect()
+    gc.freeze()  # what the imports made: looking at it after each request would take longer than a short answer
     for index, messages in enumerate(turns):
         on_request(index)
         with journal.step(LONG_USE, index + 1):
