@@ -20,6 +20,7 @@ from slmops.infra.storage.holders import has_ended, this_process
 
 LOOPBACK = ("127.0.0.1", "localhost")
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")  # those of httpx
 
 # Prefect's server and its SDK report usage by two channels; these two silence them.
 QUIET = {
@@ -60,10 +61,16 @@ def prepare_prefect(settings: Settings, *, log_level: str | None = None) -> None
 
 def _check_proxies() -> None:
     # httpx makes a client for every proxy of the environment at once, also for calls that go to none of them.
-    if find_spec("socksio"):
-        return
     for variable in PROXIES:
-        if os.environ.get(variable, os.environ.get(variable.lower(), "")).lower().startswith("socks"):
+        proxy = os.environ.get(variable, os.environ.get(variable.lower(), ""))
+        scheme = proxy.partition("://")[0].lower() if "://" in proxy else "http"
+        if scheme not in PROXY_SCHEMES:
+            raise SlmopsError(
+                f"{variable} names a proxy of the kind {scheme}.",
+                f"Unset the variable, or name one of {', '.join(PROXY_SCHEMES)}.",
+                code="proxy-kind",
+            )
+        if scheme.startswith("socks") and not find_spec("socksio"):
             raise SlmopsError(
                 f"{variable} names a SOCKS proxy, and the package socksio, which reaches one, is not installed.",
                 "Install it (pip install socksio), unset the variable, or name an HTTP proxy.",

@@ -142,6 +142,12 @@ def test_a_socks_proxy_without_its_package_is_told(
         prepare_prefect(settings)
 
 
+def test_a_proxy_of_an_unknown_kind_is_told(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks4://127.0.0.1:1080")
+    with pytest.raises(SlmopsError, check=coded("proxy-kind", "ALL_PROXY", "socks4")):
+        prepare_prefect(settings)
+
+
 def test_an_api_that_is_down_is_told_before_anything_is_written(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Where checkpoints come from: the user's string, an S3 server on loopback, a Hub on loopback or none."""
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import boto3
@@ -248,6 +250,14 @@ class TestFetchFromHub:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert fetch_from_hub("owner/name", "main", settings) == folder
 
+    def test_a_socks_proxy_is_used(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("socksio")  # a dependency, which an environment of before does not have
+        with _serving(_Hub) as endpoint, _socks_proxy(int(endpoint.rpartition(":")[2])) as proxy:
+            monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")  # a name that only the proxy knows
+            monkeypatch.setenv("ALL_PROXY", proxy.url)
+            assert fetch_from_hub("owner/name", "main", settings).name == COMMIT
+        assert set(proxy.asked) == {"hub.invalid"}
+
     def test_the_gguf_file_of_a_model_without_other_weights(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -286,6 +296,48 @@ class TestFetchFromHub:
         with pytest.raises(BadInput, check=coded("hub-id-not-valid")):
             fetch_from_hub(repo_id, None, settings)
         assert not settings.cache_dir.exists()
+
+
+class _SocksProxy(ThreadingTCPServer):
+    """A SOCKS5 proxy (RFC 1928) without authentication, which leads every connection to one port of loopback."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _SocksConnection)
+        self.url, self.port, self.asked = f"socks5h://127.0.0.1:{self.server_address[1]}", port, list[str]()
+
+
+class _SocksConnection(StreamRequestHandler):
+    server: _SocksProxy
+
+    def handle(self) -> None:
+        _, methods = self.rfile.read(2)
+        self.rfile.read(methods)
+        self.wfile.write(b"\x05\x00")  # no authentication
+        _, _, _, kind, length = self.rfile.read(5)
+        assert kind == 3
+        self.server.asked.append(self.rfile.read(length).decode())
+        self.rfile.read(2)
+        with socket.create_connection(("127.0.0.1", self.server.port)) as target:
+            self.wfile.write(b"\x05\x00\x00\x01" + bytes(6))
+            threading.Thread(target=_pump, args=(target, self.connection), daemon=True).start()
+            _pump(self.connection, target)
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def _socks_proxy(port: int) -> Iterator[_SocksProxy]:
+    with _SocksProxy(port) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield proxy
+        proxy.shutdown()
 
 
 class _serving:
