@@ -25,7 +25,7 @@ STAYING = {
     "slmops.infra.transformers.calls": TORCH_PROCESS,
     "slmops.infra.genai.calls": LastingProcess(),
 }
-WITHOUT_TORCH = (RenderConversations,)  # its process can import torch no more
+RENDERING = LastingProcess()  # its process can import torch no more
 
 
 class ProcessThatStays(ChildProcess):
@@ -36,5 +36,5 @@ class ProcessThatStays(ChildProcess):
 
     def run(self, call: Call[Any], **options: Any) -> ChildResult[Any]:
         """Perform a call."""
-        staying = None if isinstance(call, WITHOUT_TORCH) else STAYING.get(type(call).__module__)
+        staying = RENDERING if isinstance(call, RenderConversations) else STAYING.get(type(call).__module__)
         return staying.run(call, **options) if staying else super().run(call, **options)
