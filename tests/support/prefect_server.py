@@ -19,12 +19,13 @@ START_DEADLINE_S = 120
 
 
 @contextmanager
-def prefect_server(home: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """Run a server whose files lie in `home`, a folder that is there; yields its API's URL."""
+def prefect_server(home: Path, environment: Mapping[str, str], port: int | None = None) -> Iterator[str]:
+    """Run a server whose files lie in `home`, a folder that is there; yields its API's URL.
+
+    With the `port` of one that has ended, it goes on with what that one left in `home`.
+    """
     _make_database(home / "prefect.db")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = port or free_port()
     quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     # The page asks the API at this address; its default is port 4200.
     interface = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
@@ -45,11 +46,19 @@ def prefect_server(home: Path, environment: Mapping[str, str]) -> Iterator[str]:
         process.wait()
 
 
+def free_port() -> int:
+    """Return a port of loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _make_database(path: Path) -> None:
     """As embedded servers have theirs: migrated once for all tests, in a process that may import Prefect's server."""
     program = (
         "import sys; from pathlib import Path; from slmops.deployments.server.embedded_database import make_database\n"
-        "assert make_database(*map(Path, sys.argv[1:]))"
+        "path, templates = map(Path, sys.argv[1:])\n"
+        "assert make_database(path, templates) or path.exists()"
     )
     templates = Settings().user_cache_dir
     templates.mkdir(parents=True, exist_ok=True)
