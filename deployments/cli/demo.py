@@ -7,8 +7,9 @@ import typer
 
 from slmops.deployments.cli.deploy import deploy_checkpoint
 from slmops.deployments.cli.options import Json, LogLevel
-from slmops.deployments.cli.output import print_json, print_line, stage_display
+from slmops.deployments.cli.output import print_json, print_line
 from slmops.deployments.cli.running import load_settings
+from slmops.deployments.cli.stages import stage_display
 
 if TYPE_CHECKING:
     from slmops.tasks.training.demo import DemoCheckpoint
@@ -40,9 +41,10 @@ def demo(seed: Seed = DEMO_SEED, log_level: LogLevel = None, as_json: Json = Fal
 
 
 def _make(directory: Path, seed: int, *, replace: bool = False) -> "DemoCheckpoint":
-    from slmops.tasks.training.demo import make_demo_checkpoint
-
     with stage_display() as display:
+        display("train", 0.0, "making the rows")
+        from slmops.tasks.training.demo import make_demo_checkpoint
+
         return make_demo_checkpoint(
             load_settings(),
             directory,

@@ -60,18 +60,13 @@ def recipes(as_json: Json = False) -> None:
 
 def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
     """Run the flow `deploy`, print its report, and end with its exit status."""
-    from slmops.deployments.server.environment import begin_embedded_server
 
-    server = begin_embedded_server()  # the server's start takes as long as the imports of the plan
-    try:
+    def check() -> None:
         from slmops.tasks.plan import plan_deploy
 
-        plan_deploy(load_settings(), parameters)  # refuses bad input before anything is written
-    except BaseException:
-        if server:
-            server.end()
-        raise
-    _print_result(run_flow("deploy", parameters, server), as_json=as_json)
+        plan_deploy(load_settings(), parameters)
+
+    _print_result(run_flow("deploy", parameters, check), as_json=as_json)
 
 
 def _print_result(report: "DeployReport", *, as_json: bool) -> None:

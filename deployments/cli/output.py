@@ -2,13 +2,11 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from slmops.infra.errors import SlmopsError
@@ -110,42 +108,3 @@ def print_error(error: SlmopsError, *, as_json: bool) -> None:
     console.print(f"[bold red]error:[/bold red] {_plain(error.message)}")
     if error.what_to_do:
         console.print(_plain(error.what_to_do))
-
-
-class StageDisplay:
-    """One progress line per stage on standard error; plain lines if it is not a terminal."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._lines: dict[str, TaskID] = {}
-        self._told: dict[str, str] = {}
-
-    def __call__(self, stage: str, share: float, what: str) -> None:
-        """Show that a stage is at `share` (0 to 1), doing `what`."""
-        if not self._progress.console.is_terminal:
-            self._print_progress(stage, share, what)
-            return
-        if stage not in self._lines:
-            self._lines[stage] = self._progress.add_task(stage, total=1.0, what="")
-        self._progress.update(self._lines[stage], completed=share, what=_plain(what))
-
-    def _print_progress(self, stage: str, share: float, what: str) -> None:
-        # A log gets few lines: one when a stage begins, one per quarter and one when it ends.
-        mark = f"{int(share * 4)}" if share < 1 else "end"
-        if self._told.get(stage) != mark:
-            self._told[stage] = mark
-            line = f"{stage}: {share:4.0%} {for_terminal(what)}".rstrip()
-            self._progress.console.print(line, highlight=False, markup=False)
-
-
-@contextmanager
-def stage_display() -> Iterator[StageDisplay]:
-    """Yield the display of the stages' progress."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield StageDisplay(progress)

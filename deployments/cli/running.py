@@ -6,17 +6,21 @@ Imports are inside the functions that need them, which halves the time of `slmop
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 import typer
 
-from slmops.deployments.cli.output import print_note, stage_display
+from slmops.deployments.cli.output import print_note
+from slmops.deployments.cli.stages import StageDisplay, stage_display
+from slmops.infra.errors import SlmopsError
 
 if TYPE_CHECKING:
-    from slmops.deployments.server.embedded import EmbeddedServer
+    from prefect import State
+
     from slmops.infra.settings import Settings
     from slmops.infra.storage.registry import ModelRegistry
     from slmops.infra.storage.version import Version
+    from slmops.tasks.runs.progress import StageListener
 
 P = ParamSpec("P")
 
@@ -37,7 +41,6 @@ def the_registry() -> "ModelRegistry":
 
 def tell_interruptions() -> None:
     """Print a note for every change of a champion that a killed process left half done on this machine."""
-    from slmops.infra.errors import SlmopsError
     from slmops.infra.foundry.interruption import has_marks, interruptions
 
     try:
@@ -68,26 +71,66 @@ def prepared(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def run_flow(name: str, parameters: Mapping[str, object], server: "EmbeddedServer | None" = None) -> Any:
+def run_flow(name: str, parameters: Mapping[str, object], check: Callable[[], object] = lambda: None) -> Any:
     """Run a flow in this process, show its stages, and return its report, also if the run ended as failed.
 
-    `server` is an embedded server whose start has already begun. Raises the error that ended the run.
+    `check` refuses bad input before anything is written. Raises the error that ended the run.
     """
+    with stage_display() as display:
+        try:
+            state = _run_in_process(name, parameters, check, display)
+        except KeyboardInterrupt:
+            kept = f"Done and kept: {', '.join(display.done[1:])}. " if display.done[1:] else ""
+            advice = f"{kept}Run the command again: it continues after what is done."
+            raise SlmopsError("Interrupted.", advice, code="interrupted") from None
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        from slmops.flows.endings import RunEnded
+
+        if isinstance(result, RunEnded):
+            return result.report
+        raise result
+    return result
+
+
+def _run_in_process(
+    name: str, parameters: Mapping[str, object], check: Callable[[], object], display: StageDisplay
+) -> "State[Any]":
     from slmops.deployments.server.environment import begin_embedded_server, prefect_api
 
-    server = server or begin_embedded_server()
-    from slmops.flows.endings import RunEnded
+    display("start", 0.0, "checking the request, starting Prefect")
+    server = begin_embedded_server()  # its start takes as long as the imports and the check
+    try:
+        check()
+    except BaseException:
+        if server:
+            server.end()
+        raise
     from slmops.tasks.runs.progress import listening
 
     flow = getattr(import_module(f"slmops.flows.{name}"), name)
-    with stage_display() as display, listening(display), prefect_api(load_settings(), server):
-        state = flow(**parameters, return_state=True)
-    result = state.result(raise_on_failure=False)
-    if isinstance(result, RunEnded):
-        return result.report
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    with prefect_api(load_settings(), server), listening(_following(display)):
+        display("start", 1.0, "")
+        return cast("State[Any]", flow(**parameters, return_state=True))
+
+
+def _following(display: StageDisplay) -> "StageListener":
+    """Return a listener that shows stages and, before the first one, the run's address where there is a UI."""
+    from slmops.deployments.server.flow_runs import configured_reader
+
+    reader, said = configured_reader(), False
+
+    def show(stage: str, share: float, what: str) -> None:
+        nonlocal said
+        if not said and reader:
+            from prefect.runtime import flow_run
+
+            if run_id := flow_run.get_id():
+                display.say(f"Run: {reader.address_of(run_id)}")
+                said = True
+        display(stage, share, what)
+
+    return show
 
 
 def end_with(status: str) -> None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slmops.deployments.cli.options import Json, Reference, VersionReference
-from slmops.deployments.cli.output import StageDisplay, print_json, print_line, print_note, print_table, stage_display
+from slmops.deployments.cli.output import print_json, print_line, print_note, print_table
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
+from slmops.deployments.cli.stages import StageDisplay, stage_display
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:

@@ -57,6 +57,10 @@ class RunReader:
         """The address of Prefect's UI, where there is one."""
         return os.environ.get("PREFECT_UI_URL", self.url.removesuffix("/api")) if self.has_ui else None
 
+    def address_of(self, run_id: str) -> str | None:
+        """Return the address of a run's page, where there is a UI."""
+        return f"{self.ui}/runs/flow-run/{run_id}" if self.ui else None
+
     def recent(self, limit: int) -> list[Run]:
         """Return the last runs, the newest first."""
         return self._runs({"sort": "START_TIME_DESC", "limit": limit}, ("SCHEDULED",), excluded=True)
@@ -94,7 +98,7 @@ class RunReader:
             state=run.get("state_name") or run.get("state_type") or "unknown",
             started_at=run.get("start_time"),
             took_s=_took_s(run),
-            address=f"{self.ui}/runs/flow-run/{run['id']}" if self.ui else None,
+            address=self.address_of(run["id"]),
         )
 
     def _ask(self, path: str, query: Mapping[str, object]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, Crashed
 
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.process.call import OnProgress
 from slmops.infra.settings import Settings
 
 ATTEMPTS = 3
@@ -71,8 +72,14 @@ def _online(client: SyncPrefectClient, pool: str) -> list[str]:
     return [worker.name for worker in client.read_workers_for_work_pool(pool) if worker.status == "ONLINE"]
 
 
-def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Settings) -> dict[str, Outcome]:
-    """Run a job per key on a pool's workers, all in parallel, and wait for their ends.
+def run_on_pool(
+    flow_name: str,
+    pool: str,
+    jobs: Mapping[str, Job],
+    settings: Settings,
+    on_progress: OnProgress = lambda done, total, what: None,
+) -> dict[str, Outcome]:
+    """Run a job per key on a pool's workers, all in parallel, and wait for their ends; progress counts ended jobs.
 
     A run that crashed (its process or its machine died) or that no worker starts is started again, at most three times.
     If a run that was declared crashed is heard of again, it goes on, and the run that replaced it is cancelled. When an
@@ -103,8 +110,16 @@ def run_on_pool(flow_name: str, pool: str, jobs: Mapping[str, Job], settings: Se
                     get_run_logger().warning("%s: %s It is started again.", jobs[key].name, lost)
                     _end(client, runs[-1:], settings)
                     _start(attempts, flow_name, pool, jobs[key])
+            on_progress(len(done), len(jobs), _states(jobs, found))
             watch.look_at_workers(client, [run for runs in found.values() for run in runs])
     return done
+
+
+def _states(jobs: Mapping[str, Job], found: Mapping[str, Sequence[FlowRun]]) -> str:
+    """Return the newest state of each job under way, in words."""
+    newest = {key: runs[-1].state for key, runs in found.items() if runs}
+    named = {key: str(state.name).lower() for key, state in newest.items() if state}
+    return ", ".join(f"{key} {named[key]}" for key in jobs if key in named)
 
 
 def _start(attempts: _Attempts, flow_name: str, pool: str, job: Job) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from slmops.infra.records import Json, Record
 from slmops.infra.storage.orders import forget_order, give_order, hand_back, read_order, take_back
 from slmops.tasks.runs.dispatch import Job, run_on_pool
+from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import workshop
 
@@ -52,7 +53,9 @@ def order_on_pool(flow_name: str, pool: str, orders: Mapping[str, Order]) -> Han
     handed_back = HandedBack()
     with _in_store(orders) as ids:
         jobs = {key: Job(order.run_name, {**order.parameters, "order": ids[key]}) for key, order in orders.items()}
-        for key, outcome in run_on_pool(flow_name, pool, jobs, shop.settings).items():
+        with stage_progress(f"{flow_name} on {pool}") as on_progress:
+            outcomes = run_on_pool(flow_name, pool, jobs, shop.settings, on_progress)
+        for key, outcome in outcomes.items():
             result = take_back(shop.registry, ids[key], outcome.run_id) if outcome.error is None else None
             if result is None:
                 handed_back.errors[key] = outcome.error or f"The run {outcome.run_id} returned no result."

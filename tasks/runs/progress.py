@@ -12,6 +12,7 @@ from prefect.context import TaskRunContext
 from slmops.infra.process.call import OnProgress
 
 ARTIFACT_INTERVAL_S = 2.0
+BEFORE_THE_END = 0.999  # the share of a stage whose last step is done
 
 StageListener = Callable[[str, float, str], None]
 _listeners: list[StageListener] = []
@@ -19,7 +20,10 @@ _listeners: list[StageListener] = []
 
 @contextmanager
 def listening(listener: StageListener) -> Iterator[None]:
-    """Call `listener(stage, share from 0 to 1, current activity)` at every step of every stage."""
+    """Call `listener(stage, share from 0 to 1, current activity)` at every step of every stage.
+
+    The share is 1 only when the stage ends; the activity is `done` or `failed` then.
+    """
     _listeners.append(listener)
     try:
         yield
@@ -41,7 +45,7 @@ def stage_progress(stage: str) -> Iterator[OnProgress]:
         nonlocal artifact, posted_at, doing
         share = min(max(done / total, 0.0), 1.0) if total else 0.0
         for listener in _listeners:
-            listener(stage, share, what)
+            listener(stage, min(share, BEFORE_THE_END), what)
         step = what.partition(":")[0]  # the next column is its progress
         if step != doing and TaskRunContext.get():
             get_run_logger().info("%s: %s", stage, what)
@@ -52,7 +56,12 @@ def stage_progress(stage: str) -> Iterator[OnProgress]:
 
     for listener in _listeners:
         listener(stage, 0.0, "")
-    yield report
+    try:
+        yield report
+    except Exception:
+        for listener in _listeners:
+            listener(stage, 1.0, "failed")
+        raise
     for listener in _listeners:
         listener(stage, 1.0, "done")
     if artifact:

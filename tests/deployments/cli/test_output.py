@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from slmops.deployments.cli import app as cli
-from slmops.deployments.cli.output import print_error, print_line, print_note, print_piece, print_table, stage_display
+from slmops.deployments.cli.output import print_error, print_line, print_note, print_piece, print_table
+from slmops.deployments.cli.stages import stage_display
 from slmops.infra.errors import StageFailed
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\r\u202ec"
@@ -21,7 +22,8 @@ def print_all(text: str) -> None:
     print_table(text, [{"what": text, "verdict": "ok"}])
     print_error(StageFailed(text, text), as_json=False)
     with stage_display() as display:
-        display("build", 0.0, text)
+        display(text, 0.0, text)
+        display(text, 1.0, text)
 
 
 def test_foreign_text_never_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

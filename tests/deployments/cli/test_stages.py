@@ -1,0 +1,96 @@
+"""The display of a run's stages: lines with times in a log, a live table on a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from slmops.deployments.cli import running, stages
+from slmops.deployments.cli.stages import StageDisplay, clock
+from slmops.infra.errors import SlmopsError
+
+
+class Time:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(stages.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def moment(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)
+
+
+def displayed(*, terminal: bool) -> tuple[StageDisplay, io.StringIO]:
+    stream = io.StringIO()
+    return StageDisplay(Console(file=stream, force_terminal=terminal, width=80, color_system=None)), stream
+
+
+def test_a_log_has_a_line_with_its_time_for_each_stage_and_a_sign_of_a_long_one(moment: Time) -> None:
+    display, log = displayed(terminal=False)
+    display("inspect", 0.0, "")
+    moment.now += 0.4
+    display("inspect", 1.0, "done")
+    display("build int4", 0.0, "")
+    for second in range(1, 96):
+        moment.now += 1
+        display("build int4", second / 100, "quantizing")
+    display("build int4", 1.0, "failed")
+    assert log.getvalue().splitlines() == [
+        "inspect: 0.4 s",
+        "build int4: 60% after 1:00, quantizing",
+        "build int4: failed after 1:35",
+    ]
+    assert display.done == ["inspect"]
+
+
+def test_a_terminal_has_a_table_of_what_is_under_way_with_the_time_that_is_left(moment: Time) -> None:
+    display, stream = displayed(terminal=True)
+    display("inspect", 0.0, "")
+    display("inspect", 1.0, "done")
+    display("measure int4", 0.0, "")
+    display("evaluate int8", 0.0, "")
+    moment.now += 10
+    display("measure int4", 0.25, "long\x1b[2J " + "x" * 100)
+    display._console.print(display.table())
+    shown = stream.getvalue()
+    assert "inspect: 0.0 s" in shown
+    (row,) = [line for line in shown.splitlines() if line.startswith("measure int4")]
+    assert "0:10" in row
+    assert "0:30 left" in row
+    assert "\\u001b[2J" in row
+    assert "1 stage done" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_time_that_is_left_is_that_of_the_present_step(moment: Time) -> None:
+    display, stream = displayed(terminal=True)
+    display("reference", 0.9, "answers")
+    moment.now += 100
+    display("reference", 0.1, "distributions")
+    moment.now += 10
+    display("reference", 0.5, "distributions")
+    display._console.print(display.table())
+    assert "1:50" in stream.getvalue()
+    assert "0:10 left" in stream.getvalue()
+
+
+def test_long_times_have_hours() -> None:
+    assert [clock(seconds) for seconds in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_an_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(name: str, parameters: object, check: object, display: StageDisplay) -> None:
+        for stage in ("start", "inspect", "build int8"):
+            display(stage, 0.0, "")
+            display(stage, 1.0, "done")
+        display("build int4", 0.5, "")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "_run_in_process", interrupted)
+    with pytest.raises(SlmopsError) as caught:
+        running.run_flow("deploy", {})
+    assert caught.value.message == "Interrupted."
+    assert "Done and kept: inspect, build int8." in caught.value.what_to_do
