@@ -2,9 +2,11 @@
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022,
 arXiv:2210.17323. Columns are processed by the size of their inputs, largest first ("act order"). The scale of each
-group is that of the given weights ("static groups"): the groups of the result are neighbouring columns.
+group is found before ("static groups"): the groups of the result are neighbouring columns. It is searched for, because
+the smallest and the largest weight of a group seldom give the best grid.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +15,11 @@ if TYPE_CHECKING:
     from olive.common.quant.utils import WeightQuantizer
     from torch import Tensor
 
+ROUNDING = 2  # increased when the same weights and texts are rounded otherwise; part of a build's key
 VALUES_AT_ONCE = 2**22  # that are rounded to nearest
+# Grids that are tried for a group: its range, and its zero point, relative to those of its extreme weights.
+RATIOS = (1.0, 1.03, 0.96, 0.92, 0.88, 0.84)
+SHIFTS = (0, -1, 1)
 COLUMNS_AT_ONCE = 128  # columns whose errors are passed to the others together, by one matrix product
 
 
@@ -58,7 +64,7 @@ def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQua
     import torch
 
     columns = weight.shape[1]
-    scales, zero_points = quantizer.find_qparams(weight)
+    scales, zero_points = find_grids(weight, products.diagonal(), quantizer)
     group_of = torch.arange(columns) // (quantizer.group_size if quantizer.group_size > 0 else columns)
     diagonal = products.diagonal()
     diagonal[diagonal == 0] = 1  # an input that never occurred: its column is rounded to nearest
@@ -79,6 +85,30 @@ def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQua
             left[column + 1 : end].addr_(spread[column, column + 1 : end], error, alpha=-1)
         left[end:].addmm_(spread[start:end, end:].T, errors, alpha=-1)
     return Rounded(values.T.contiguous().to(torch.uint8), scales, zero_points)
+
+
+def find_grids(weight: "Tensor", importance: "Tensor", quantizer: "WeightQuantizer") -> "tuple[Tensor, Tensor]":
+    """Return the scales and zero points, [rows, groups], of those tried whose rounding has the smallest error.
+
+    Errors are squared and weighted by `importance` [columns], the sum of an input's squares.
+    """
+    import torch
+
+    parts = []
+    for rows in weight.split(max(1, VALUES_AT_ONCE // weight.shape[1])):
+        scales, zero_points = (part.reshape(len(rows), -1) for part in quantizer.find_qparams(rows))
+        groups, weights = rows.reshape(*scales.shape, -1), importance.reshape(scales.shape[1], -1)
+        best, least = (scales, zero_points), torch.full_like(scales, torch.inf)
+        for ratio, shift in itertools.product(RATIOS, (0,) if quantizer.symmetric else SHIFTS):
+            tried = (scales * ratio, (zero_points + shift).clamp(quantizer.minq, quantizer.maxq))
+            scale, zero = tried[0][..., None], tried[1][..., None]
+            values = (groups / scale).add_(zero).round_().clamp_(quantizer.minq, quantizer.maxq)
+            errors = (values.sub_(zero).mul_(scale).sub_(groups).square_() * weights).sum(-1)
+            better = errors < least
+            least = torch.where(better, errors, least)
+            best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
+        parts.append(best)
+    return torch.cat([scales for scales, _ in parts]), torch.cat([zero_points for _, zero_points in parts])
 
 
 def _upper_factor_of_inverse(products: "Tensor", damping: float) -> "Tensor":

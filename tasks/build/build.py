@@ -14,6 +14,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
 from slmops.infra.genai.served_files import MENDS, MendedFile, mend_files
 from slmops.infra.olive.calls import Build
+from slmops.infra.olive.gptq_rounding import ROUNDING
 from slmops.infra.process.slots import only_maker, slot
 from slmops.infra.records import Json, Record
 from slmops.infra.reference.decoding import PLAIN
@@ -73,7 +74,7 @@ def build_variant(
             "builder": builder_versions(),
             "generation": request.generation_defaults,
             "device": request.device,
-            **({"calibration": calibration.digest} if calibration else {}),
+            **({"calibration": calibration.digest, "rounding": ROUNDING} if calibration else {}),
             **decoding,
             "mends": MENDS,
         }
