@@ -1,4 +1,4 @@
-"""The settings of the servers, `slmops serve` and `slmops catalog`."""
+"""The settings of the servers, `slmops serve` and `slmops catalog`, and of a Prefect server's workers and notices."""
 
 from typing import Annotated
 
@@ -56,4 +56,32 @@ class CatalogSettings(Section):
     )
     allowed_origins: tuple[str, ...] = Field(
         (), description="Origins of web pages that may send requests; default: none."
+    )
+
+
+class WorkerSettings(Section):
+    """Flow runs on the workers of a Prefect server."""
+
+    pool: str | None = Field(
+        None,
+        min_length=1,
+        description="Work pool on whose workers deploys build variants; default: in their own process.",
+    )
+    measure_pool: str | None = Field(
+        None, min_length=1, description="Work pool on whose workers variants are measured; default: the one of `pool`."
+    )
+    builds: int = Field(1, ge=1, le=64, description="Concurrent builds under one home directory; others wait.")
+    lost_after_s: Seconds = Field(
+        90, ge=60, description="Silence after which a run has crashed; signs come every 30 s."
+    )
+    pending_s: Seconds = Field(
+        120, description="A variant's run that a worker accepted and did not start in this time is started again."
+    )
+
+
+class NoticeSettings(Section):
+    """Notices of failed runs and of regressions."""
+
+    webhook_url: SecretStr | None = Field(
+        None, description="URL to which Prefect posts notices as JSON, set up by `slmops up`; default: no notices."
     )

@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import psutil
 from platformdirs import user_cache_path, user_data_path
@@ -12,6 +13,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NestedSecretsSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -19,8 +21,16 @@ from pydantic_settings import (
 )
 
 from slmops.infra.errors import BadInput
-from slmops.infra.server_settings import CatalogSettings, Seconds, Section, ServeSettings
+from slmops.infra.server_settings import (
+    CatalogSettings,
+    NoticeSettings,
+    Seconds,
+    Section,
+    ServeSettings,
+    WorkerSettings,
+)
 from slmops.infra.settings_faults import fault_of_home, near_misses
+from slmops.infra.settings_file import SETTINGS_FILE, read_settings_file
 
 ENVIRONMENT_PREFIX = "SLMOPS_"
 NESTED_DELIMITER = "__"
@@ -156,34 +166,6 @@ class TimeoutSettings(Section):
     foundry_s: Seconds = Field(900, description="One session with Foundry Local's runtime.")
 
 
-class WorkerSettings(Section):
-    """Flow runs on the workers of a Prefect server."""
-
-    pool: str | None = Field(
-        None,
-        min_length=1,
-        description="Work pool on whose workers deploys build variants; default: in their own process.",
-    )
-    measure_pool: str | None = Field(
-        None, min_length=1, description="Work pool on whose workers variants are measured; default: the one of `pool`."
-    )
-    builds: int = Field(1, ge=1, le=64, description="Concurrent builds under one home directory; others wait.")
-    lost_after_s: Seconds = Field(
-        90, ge=60, description="Silence after which a run has crashed; signs come every 30 s."
-    )
-    pending_s: Seconds = Field(
-        120, description="A variant's run that a worker accepted and did not start in this time is started again."
-    )
-
-
-class NoticeSettings(Section):
-    """Notices of failed runs and of regressions."""
-
-    webhook_url: SecretStr | None = Field(
-        None, description="URL to which Prefect posts notices as JSON, set up by `slmops up`; default: no notices."
-    )
-
-
 class MachineSettings(Section):
     """Resources of the machine; the sizes can be set to simulate another machine."""
 
@@ -216,6 +198,9 @@ class Settings(BaseSettings):
         None,
         description="Folder of files named like these variables, with their values; a variable has priority.",
     )
+    settings_file: Path | None = Field(
+        None, description="TOML file with further settings, which variables replace; default: slmops.toml under home."
+    )
     store: StoreSettings = StoreSettings()
     foundry: FoundrySettings = FoundrySettings()
     serve: ServeSettings = ServeSettings()
@@ -240,12 +225,15 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment, then the files of `secrets_dir`, and nothing else: no `.env`."""
-        folder = _secrets_dir()
-        if folder is None:
-            return init_settings, env_settings
-        files = NestedSecretsSettingsSource(file_secret_settings, secrets_dir=folder, secrets_dir_missing="error")
-        return init_settings, env_settings, files
+        """Read the environment, the files of `secrets_dir`, the settings file, in that order, and no `.env`."""
+        sources = [init_settings, env_settings]
+        if folder := _secrets_dir():
+            sources.append(
+                NestedSecretsSettingsSource(file_secret_settings, secrets_dir=folder, secrets_dir_missing="error")
+            )
+        if content := _settings_of_file():
+            sources.append(InitSettingsSource(settings_cls, content))
+        return tuple(sources)
 
     @property
     def home_dir(self) -> Path:
@@ -279,7 +267,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the settings from the environment; an empty variable counts as unset.
+    """Read the settings from the environment and the settings file; an empty variable counts as unset.
 
     Raises `BadInput` that names each variable which is not valid, with its value unless that may be a secret.
     """
@@ -289,7 +277,7 @@ def load_settings() -> Settings:
         if not (faults := faults or fault_of_home(settings.home)):
             return settings
     except ValidationError as error:
-        faults = "; ".join(f"{_variable(fault['loc'])}: {fault['msg']}{_found(fault)}" for fault in error.errors())
+        faults = "; ".join(f"{_named(fault['loc'])}: {fault['msg']}{_found(fault)}" for fault in error.errors())
     except SettingsError as error:
         cause = error.__cause__
         faults = str(error)
@@ -300,6 +288,24 @@ def load_settings() -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         faults = f"{_variable(('secrets_dir',))}: a file in it cannot be read: {error}"
     raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.", code="settings-not-valid")
+
+
+def _named(location: tuple[int | str, ...]) -> str:
+    """Return a setting's variable, or its name in the settings file if that is where its value comes from."""
+    variable = _variable(location)
+    in_file = _in_settings_file(location) and not any(
+        _sets(name, value, variable) for name, value in os.environ.items()
+    )
+    return f"{'.'.join(map(str, location))} of {_settings_file()}" if in_file else variable
+
+
+def _in_settings_file(location: tuple[int | str, ...]) -> bool:
+    found: object = _settings_of_file()
+    for part in location:
+        if not isinstance(found, dict) or part not in found:
+            return False
+        found = found[part]
+    return True
 
 
 def _variables() -> Iterator[str]:
@@ -339,13 +345,35 @@ def _described(
         source = "environment"
     elif any(_sets(name, found, variable) for name, found in files.items()):
         source = "file"
+    elif _in_settings_file(location):
+        source = SETTINGS_FILE
     return variable, shown, source, description or ""
 
 
 def _secrets_dir() -> Path | None:
-    variable = _variable(("secrets_dir",))
+    return _path_of_environment("secrets_dir")
+
+
+def _path_of_environment(setting: str) -> Path | None:
+    variable = _variable((setting,))
     found = next((value for name, value in os.environ.items() if name.upper() == variable), "")
     return Path(found).expanduser() if found else None
+
+
+def _settings_file() -> Path | None:
+    """Return the settings file: the named one, or that of the home directory if there is one."""
+    if named := _path_of_environment("settings_file"):
+        return named
+    with suppress(OSError, RuntimeError):  # a home that cannot be used: `fault_of_home` says why
+        home = _path_of_environment("home") or user_data_path("slmops", appauthor=False)
+        return path if (path := home / SETTINGS_FILE).is_file() else None
+    return None
+
+
+def _settings_of_file() -> dict[str, Any]:
+    path = _settings_file()
+    known = {name: getattr(field.annotation, "model_fields", ()) for name, field in Settings.model_fields.items()}
+    return read_settings_file(path, known) if path else {}
 
 
 def _secret_files() -> dict[str, str]:

@@ -79,7 +79,8 @@ def test_each_setting_is_shown_with_its_source_and_description(monkeypatch: pyte
 
 def test_every_shown_variable_is_one_that_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # A path for texts; then numbers, of which one lies within every setting's bounds and is not its default.
-    samples = (str(tmp_path), "[7]", '["a"]', "7", "64", "2000000", "0.25", "false", "true", "virtual")
+    (file := tmp_path / "settings.toml").touch()
+    samples = (str(tmp_path), str(file), "[7]", '["a"]', "7", "64", "2000000", "0.25", "false", "true", "virtual")
 
     def changes(variable: str, text: str, default: Any) -> bool:
         monkeypatch.setenv(variable, text)
@@ -252,3 +253,57 @@ def test_a_user_without_a_home_directory_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "expanduser", nowhere)
     with pytest.raises(BadInput, check=coded("settings-not-valid", "SLMOPS_HOME", "no home directory")):
         load_settings()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_settings_file_is_read_and_variables_replace_what_it_says(
+    named: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / ("team.toml" if named else "slmops.toml")
+    file.write_text("[gate]\nmax_kl_divergence = 0.3\nmax_quality_loss = 0.1\n[benchmark]\nprompt_tokens = [64]\n")
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path))
+    if named:
+        monkeypatch.setenv("SLMOPS_SETTINGS_FILE", str(file))
+    monkeypatch.setenv("SLMOPS_GATE__MAX_QUALITY_LOSS", "0.2")
+    shown = described()
+    assert shown["SLMOPS_GATE__MAX_KL_DIVERGENCE"] == (0.3, "slmops.toml")
+    assert shown["SLMOPS_GATE__MAX_QUALITY_LOSS"] == (0.2, "environment")
+    assert shown["SLMOPS_BENCHMARK__PROMPT_TOKENS"][1] == "slmops.toml"
+    assert load_settings().benchmark.prompt_tokens == (64,)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[gate]\nmax_kl_divergenc = 1", "gate.max_kl_divergenc is not a setting, gate.max_kl_divergence is"),
+        ("[gates]\nmax_quality_loss = 1", "gates.max_quality_loss is not a setting, gate.max_quality_loss is"),
+        ("max_quality_loss = 1", "max_quality_loss is not a setting, gate.max_quality_loss is"),
+        ('home = "/elsewhere"', "home can only be set in the environment"),
+        ("gate = 7", "gate is not a setting"),
+        ("[gate]\nmax_quality_loss = 7", "gate.max_quality_loss of "),
+        ("[gate", "cannot be read: "),
+        ("\udcff", "cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_a_fault_of_the_settings_file_is_told_with_the_nearest_setting(
+    text: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path))
+    (tmp_path / "slmops.toml").write_text(text, "utf-8", errors="surrogateescape")
+    with pytest.raises(BadInput) as caught:
+        load_settings()
+    assert told in caught.value.message
+    assert str(tmp_path / "slmops.toml") in caught.value.message
+
+
+def test_a_named_settings_file_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLMOPS_SETTINGS_FILE", str(tmp_path / "none.toml"))
+    with pytest.raises(BadInput, match=r"none\.toml cannot be read: No such file"):
+        load_settings()
+
+
+def test_a_settings_file_of_the_current_directory_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "slmops.toml").write_text("[gate]\nmax_kl_divergence = 9")
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert load_settings().gate.max_kl_divergence is None

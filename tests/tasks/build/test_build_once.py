@@ -66,4 +66,4 @@ def test_a_maker_waits_for_another_one_and_finds_what_it_made(tmp_path: Path) ->
     with only_maker(target, lambda done, total, what: told.append(what)):
         assert target.read_text() == "once"
     maker.join()
-    assert set(told) == {"waiting for another run that makes the same"}
+    assert set(told) == {"waiting for another run that makes the same file"}
