@@ -16,6 +16,7 @@ from slmops.infra.errors import BadInput
 
 # Files of text and JSON; the largest tokenizer.json in use has some 35 MB.
 MAX_TEXT_BYTES = 1 << 28
+BYTE_ORDER_MARK = "\ufeff"
 # Windows has none of them, nor pipes among the files of a folder.
 _OPENED_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 _KINDS = {
@@ -78,7 +79,12 @@ def read_text(path: Path) -> str:
 def marked_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """Return the files of a folder with these endings that begin with UTF-8's byte order mark."""
     files = (path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.is_file())
-    return [path for path in files if read_beginning(path, len(BOM_UTF8)) == BOM_UTF8]
+    return [path for path in files if begins_with_mark(path)]
+
+
+def begins_with_mark(path: Path) -> bool:
+    """Whether a file begins with UTF-8's byte order mark; raises `OSError` as `open_regular` does."""
+    return read_beginning(path, len(BOM_UTF8)) == BOM_UTF8
 
 
 def text_of(data: bytes) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from slmops.infra.errors import BadInput
-from slmops.infra.foreign_files import NotRegularFile, read_text
+from slmops.infra.foreign_files import BYTE_ORDER_MARK, NotRegularFile, begins_with_mark, read_text
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -138,9 +138,12 @@ def read_chat_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_text("utf-8") or None
-        except UnicodeDecodeError:
-            raise BadInput(f"{path} is not UTF-8 text.", "Save the tokenizer again.", code="file-not-utf8") from None
+            mark = BYTE_ORDER_MARK if begins_with_mark(path) else ""  # transformers reads it as a part of the prompts
+            return mark + read_text(path) or None
+        except ValueError as error:
+            raise BadInput(
+                f"{path} cannot be read: {error}.", "Save the tokenizer again.", code="file-not-utf8"
+            ) from None
     for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
         template = read_json(path).get("chat_template") if path.is_file() else None
         if isinstance(template, list):  # several named templates

@@ -15,7 +15,8 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
 from slmops.infra.checkpoints.chat_template import parse_chat_template, template_environment
-from slmops.infra.genai.template_source import BYTE_ORDER_MARK, Node, NotWritable, is_part_of_result, template_source
+from slmops.infra.foreign_files import BYTE_ORDER_MARK
+from slmops.infra.genai.template_source import Node, NotWritable, is_part_of_result, template_source
 
 # The new node, and the correction in words; None if no correction is needed.
 Rewritten = tuple[str, Node] | None

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from jinja2 import nodes
 
+from slmops.infra.foreign_files import BYTE_ORDER_MARK
+
 Node = Any  # one of jinja2's nodes, whose fields depend on its class
 OPERATORS = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in"}
 BINARY: dict[type[nodes.Node], str] = {
@@ -21,7 +23,6 @@ ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r", "'": "\\'"}
 # Expressions in parentheses, which are only needed inside other expressions.
 WRAPPED = (nodes.BinExpr, nodes.UnaryExpr, nodes.Compare, nodes.Test, nodes.CondExpr, nodes.Concat, nodes.Filter)
 TAG_BEGINS = ("{{", "{%", "{#")
-BYTE_ORDER_MARK = "\ufeff"
 
 
 class NotWritable(Exception):

@@ -17,7 +17,7 @@ from slmops.infra.checkpoints.text_part import is_multimodal, text_config_of, te
 from slmops.infra.checkpoints.tying import EMBEDDING, LM_HEAD, are_equal, headers_as_tied, says_tied
 from slmops.infra.checkpoints.vocabulary import tokens_without_rows
 from slmops.infra.errors import BadInput
-from slmops.infra.foreign_files import check_files
+from slmops.infra.foreign_files import BYTE_ORDER_MARK, check_files
 from slmops.infra.gguf.architectures import config_of, tensors_of
 from slmops.infra.gguf.conversion import ORIGIN_FILE, written_as
 from slmops.infra.gguf.file import gguf_of, read_gguf
@@ -35,7 +35,6 @@ from slmops.tasks.checkpoint.shapes import check_shapes, size_of
 from slmops.tasks.request.parameters import Precision
 
 SENTENCEPIECE = "tokenizer.model"
-BYTE_ORDER_MARK = "\ufeff"
 EVALUATION_FILE = "eval.jsonl"
 OUTPUT_SCHEMA_FILE = "output_schema.json"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from slmops.infra.checkpoints.dequantization import PACKED
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
@@ -16,6 +17,7 @@ from slmops.tasks.exams.statements import statements_of
 from tests.infra.checkpoints.test_text_part import make_whole
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
+from tests.support.quantized_checkpoints import quantized_as
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -115,6 +117,24 @@ def test_the_text_part_of_a_multi_modal_checkpoint_keeps_its_own_lm_head(
     assert (found.own_lm_head, found.multimodal) == (True, True)
     embedding, lm_head = matrices(as_loaded(whole, found, settings))
     assert bool((lm_head == 1).all()) and not embedding.equal(lm_head)
+
+
+def test_a_quantized_checkpoint_keeps_its_own_lm_head(untied: Path, settings: Settings, tmp_path: Path) -> None:
+    folder = copy_of(quantized_as("gptq", untied, tmp_path / "quantized"), tmp_path / "both", tie_word_embeddings=True)
+    assert inspect_checkpoint(folder).own_lm_head
+    numbers = fetched(folder, settings)
+    built = as_loaded(numbers, inspect_checkpoint(numbers), settings)
+    assert matrices(built)[1].equal(matrices(numbers)[1])
+    for config in ("config.json", f"{PACKED}/config.json"):  # the packed weights are what is built
+        assert read_json(built / config)["tie_word_embeddings"] is False
+    assert "quantization_config" in read_json(built / PACKED / "config.json")
+
+
+def test_a_template_in_another_encoding_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_checkpoint, tmp_path / "checkpoint")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", "utf-16-le")
+    with pytest.raises(BadInput, check=coded("file-not-utf8", "chat_template.jinja", "UTF-16")):
+        inspect_checkpoint(folder)
 
 
 def test_json_of_windows_editors_is_read_as_what_it_says(
