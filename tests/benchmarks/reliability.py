@@ -95,10 +95,10 @@ def main() -> int:
         with journeys.stack:
             for key in asked.only or ROWS:
                 rows.append(ROWS[key](journeys))
+                if asked.json:
+                    write_json(asked.json, asked.seed, rows)
                 console.print(f"{rows[-1].what}: {rows[-1].times}, {rows[-1].outcome}, {rows[-1].seconds:.0f} s")
     console.print(table_of(rows))
-    if asked.json:
-        write_json(asked.json, asked.seed, rows)
     return 0
 
 
