@@ -253,6 +253,8 @@ def test_after_a_killed_promotion_the_next_one_ends_right(slmops: Slmops, model_
     before = slmops.json("history", "home")["history"]
     end_in_a_hand_over(slmops, model_server, signal.SIGKILL)
     assert holds(slmops) == {"alias": 1, "foundry": ["home:2"]}  # the alias, written last, decides
+    told = " ".join(slmops.run("list").stderr.split())
+    assert "The promotion of home@2 was interrupted" in told and "slmops promote home@1" in told
     done = slmops.json("promote", f"home@{then}")
     assert (done["status"], done["version"], done["former"]) == ("promoted", then, 1)
     assert holds(slmops) == {"alias": then, "foundry": [f"home:{then}"]}
