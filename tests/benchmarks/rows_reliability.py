@@ -23,7 +23,7 @@ from tests.e2e.up_process import Up
 from tests.support import kills
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.invariants import check_machine, check_no_orphan, check_store
-from tests.support.kills import KillBench
+from tests.support.kills import KillBench, small_disk
 from tests.support.prefect_server import free_port, prefect_server
 from tests.support.served_models import RunningServer, serving
 from tests.support.stores import empty_store
@@ -139,6 +139,16 @@ def on_the_store(what: str, outcome: str, scenario: Callable[[KillBench, int], N
         return Row(scenario.__name__, what, bench.tried, bench.cut_short, outcome, seconds)
 
     return row
+
+
+def disk(journeys: Journeys) -> Row:
+    """Pushes to disks that become full: real ones of a random size, or else writes that find no room."""
+    try:
+        with small_disk(journeys.folder / "a disk", 1 << 20):
+            scenario, what = kills.small_disk_filled, "a push to a disk that is too small by a random number of bytes"
+    except OSError:  # not root, or not Linux
+        scenario, what = kills.disk_filled, "a disk full at a random write of a push"
+    return on_the_store(what, "one sentence, gc works, nothing lost; completed once there was room", scenario)(journeys)
 
 
 # Rows of whole commands
@@ -302,14 +312,13 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-SENTENCE = "one sentence, nothing lost; completed once there was room"
 ROWS: dict[str, Callable[[Journeys], Row]] = {
     "push": on_the_store("SIGKILL of a push", "the next push completed", kills.push_killed),
     "pull": on_the_store("SIGKILL of a pull", "the next pull completed, gc removed the rest", kills.pull_killed),
     "gc": on_the_store("SIGKILL of a collection", "the next one removed the rest", kills.gc_killed),
     "export": on_the_store("SIGKILL of an export", "a whole archive or none", kills.export_killed),
     "import": on_the_store("SIGKILL of an import", "the next import completed", kills.import_killed),
-    "disk": on_the_store("a disk full at a random write of a push", SENTENCE, kills.disk_filled),
+    "disk": disk,
     "clock": on_the_store("a clock set by 5 s to 30 years during a push and a gc", "nothing lost", kills.clock_set),
     "machines": on_the_store(
         "pushes, promotions of the alias and gc of two machines at once", "every version there", kills.two_machines

@@ -5,8 +5,9 @@ import errno
 import multiprocessing
 import os
 import random
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -270,6 +271,43 @@ def disk_filled(bench: KillBench, times: int) -> None:
         collect_garbage(bench.team())
         copy_version(bench.here.of(manifest), bench.team())
     check_store(bench.team(), [f"home-{number}@1" for number in range(times)])
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Mount a disk of that size; yields what gives it another size. Raises `OSError` where that is not allowed."""
+    folder.mkdir(parents=True)
+
+    def mount(options: str) -> None:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode:
+            raise OSError(done.returncode, done.stderr.decode(errors="replace"))
+
+    mount(f"size={size_bytes}")
+    try:
+        yield lambda size_bytes: mount(f"remount,size={size_bytes}")
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def small_disk_filled(bench: KillBench, times: int) -> None:
+    """The same on a disk of a random size, for a user who may mount one; gc runs while it is full."""
+    for number in range(times):
+        manifest, _ = bench.version(f"home-{number}", bench.here)
+        root = bench.folder / "disks" / str(number)
+        on_disk = KillBench(StoreCase(root.as_uri(), None), bench.folder, bench.chance)
+        with small_disk(root, bench.chance.randrange(1 << 16, 9_000_000)) as resize:
+            said = on_disk.run(Order("push", manifest.reference, bench.folder / "here"))
+            assert said in ("done", "disk-failed"), said
+            check_store(on_disk.team())
+            assert on_disk.run(Order("gc", "-", bench.folder / "here")) == "done"
+            resize(64 << 20)
+            copy_version(bench.here.of(manifest), on_disk.team())
+            check_store(on_disk.team(), [manifest.reference])
+        bench.tried += 1
+        bench.cut_short += said != "done"
 
 
 STEPS = tuple(timedelta(seconds=step) for step in (-1e9, -86400 * 2, -7200, -5, 5, 7200, 86400 * 2, 1e9))
