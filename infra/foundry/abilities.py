@@ -31,14 +31,24 @@ class Abilities:
     tokens: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The words of Foundry's catalog for these abilities."""
+        calls_tools, thinks = self.takes_tools and self.form is not None, self.marks is not None
+        return tuple(word for word, has in (("tool-calling", calls_tools), ("reasoning", thinks)) if has)
+
+    @property
     def simple_marks(self) -> ThoughtMarks | None:
         """The marks, if the runtime can find thoughts by them: it knows one start and one end."""
         return self.marks if self.marks and not self.marks.continued else None
 
 
-def abilities_of(folder: Path, prompt: str) -> Abilities:
+def abilities_of(folder: Path, prompt: str = "") -> Abilities:
     """Return a model folder's abilities; `prompt` is a rendered prompt. Raises `BadInput` for no Jinja."""
-    template = read_chat_template(folder) or ""
+    return abilities_of_template(read_chat_template(folder) or "", added_tokens(folder), prompt)
+
+
+def abilities_of_template(template: str, tokens: Mapping[str, int], prompt: str = "") -> Abilities:
+    """Return the abilities that a chat template shows; raises `BadInput` for one that is not Jinja."""
     marks = thought_marks(template)
     switch = thinking_switch(template)
     return Abilities(
@@ -47,5 +57,5 @@ def abilities_of(folder: Path, prompt: str) -> Abilities:
         marks=marks,
         opened=bool(marks and marks.is_opened_by(prompt)),
         has_switch=bool(switch and switch.variable == RUNTIME_SWITCH),
-        tokens=added_tokens(folder),
+        tokens=tokens,
     )

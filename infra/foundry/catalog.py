@@ -28,7 +28,8 @@ class CatalogModel:
     """One version of one model as the runtime lists it: `name` with its `version` is the id, `alias` groups names.
 
     `device` is cpu, gpu or npu; `execution_provider` is named as in onnxruntime; `created_at` is ISO 8601 in UTC;
-    `context_length` is in tokens, None where it is not known. `reasoning` are the marks before and after thoughts.
+    `context_length` is in tokens, None where it is not known. `capabilities` are words such as tool-calling;
+    `reasoning` and `tool_call` are the marks before and after thoughts and calls.
     """
 
     name: str
@@ -41,7 +42,9 @@ class CatalogModel:
     created_at: str
     context_length: int | None = None
     publisher: str = "slmops"
+    capabilities: tuple[str, ...] = ()
     reasoning: tuple[str, str] | None = None
+    tool_call: tuple[str, str] | None = None
 
     @property
     def model_id(self) -> str:
@@ -58,10 +61,12 @@ class CatalogModel:
             "outputModalities": ["text"],
         }
         if self.context_length is not None:
-            described["textContextWindow"] = self.context_length
+            described |= {"textContextWindow": self.context_length, "maxOutputTokens": self.context_length}
+        if self.capabilities:
+            described["modelCapabilities"] = list(self.capabilities)
         return {
             "assetId": f"slmops:{self.model_id}",  # the runtime skips an entry without one
-            "annotations": {"tags": {"alias": self.alias, **self._reasoning_tags()}, "systemCatalogData": described},
+            "annotations": {"tags": {"alias": self.alias, **self._marks()}, "systemCatalogData": described},
             "properties": {
                 "id": self.model_id,
                 "name": self.name,
@@ -79,11 +84,12 @@ class CatalogModel:
             },
         }
 
-    def _reasoning_tags(self) -> dict[str, str]:
-        if self.reasoning is None:
-            return {}
-        start, end = self.reasoning
-        return {"supportsReasoning": "true", "reasoningStart": start, "reasoningEnd": end}
+    def _marks(self) -> dict[str, str]:
+        tags = {"supportsReasoning": "true"} if self.reasoning else {}
+        for name, marks in (("reasoning", self.reasoning), ("toolCall", self.tool_call)):
+            if marks:
+                tags |= {f"{name}Start": marks[0], f"{name}End": marks[1]}
+        return tags
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Registration: variants and champions in Foundry Local, and their removal."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from slmops.infra.foundry.abilities import abilities_of
 from slmops.infra.foundry.calls import CatalogModel, ListModels, OnCatalog, Register, Unregister
 from slmops.infra.foundry.model_folder import (
     remove_model_folder,
@@ -54,7 +56,7 @@ def register_variant(variant: Variant, description: str, card: str, settings: Se
             cache_dir=settings.foundry_dir,
             folder=folder,
             model_id=model_id,
-            metadata=_metadata(variant, description),
+            metadata=_metadata(variant, description, folder),
         )
         changed = ask_foundry(call, settings, on_progress).changed
         on_progress(1, 1, "registered" if changed else "registered before")
@@ -77,7 +79,7 @@ def set_champion_ids(name: str, champions: Sequence[Variant], settings: Settings
         model_id = champion_model_id(name, variant.version.number)
         if folders.get(model_id) == str(folder.absolute()):
             continue
-        metadata = _metadata(variant, "")
+        metadata = _metadata(variant, "", folder)
         call = Register(cache_dir=settings.foundry_dir, folder=folder, model_id=model_id, metadata=metadata)
         ask_foundry(call, settings)
     kept = {champion_model_id(name, variant.version.number) for variant in champions}
@@ -86,9 +88,16 @@ def set_champion_ids(name: str, champions: Sequence[Variant], settings: Settings
             ask_foundry(Unregister(cache_dir=settings.foundry_dir, model_id=model.model_id), settings)
 
 
-def _metadata(variant: Variant, description: str) -> dict[str, str]:
-    shown = {"display_name": f"{variant.version.name} {variant.precision}", "description": description}
-    return {key: text for key, text in shown.items() if text}
+def _metadata(variant: Variant, description: str, folder: Path) -> dict[str, str | int]:
+    """Return what Foundry shows of a registered model; it reads the context's length from the folder itself."""
+    capabilities = abilities_of(folder).capabilities
+    shown: dict[str, str | int] = {
+        "display_name": f"{variant.version.name} {variant.precision}",
+        "description": description,
+        "capabilities": ",".join(capabilities),
+        "supports_tool_calling": int("tool-calling" in capabilities),
+    }
+    return {key: value for key, value in shown.items() if value}
 
 
 def unregister_variant(variant: Variant, settings: Settings) -> list[str]:

@@ -5,9 +5,11 @@ import logging
 import threading
 import time
 
-from slmops.infra.errors import PassingFault
+from slmops.infra.errors import BadInput, PassingFault
+from slmops.infra.foundry.abilities import Abilities, abilities_of_template
 from slmops.infra.foundry.catalog import CatalogModel
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
+from slmops.infra.genai.served_files import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import Entry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
@@ -84,16 +86,19 @@ def version_models(version: Version) -> list[CatalogModel]:
     for variant in version.variants:
         if status.get(variant.precision) != "registered":
             continue
-        context_length = _context_length(variant)
+        context_length, abilities = _context_length(variant), _abilities(variant)
         model_id = foundry_model_id(version.name, variant.precision, variant.device, version.number)
-        models.append(_model(model_id, f"{version.name}-{variant.precision}", variant, context_length))
+        models.append(_model(model_id, f"{version.name}-{variant.precision}", variant, context_length, abilities))
         if variant == serving:
             plain_id = champion_model_id(version.name, version.number)
-            models.append(_model(plain_id, version.name, variant, context_length))
+            models.append(_model(plain_id, version.name, variant, context_length, abilities))
     return models
 
 
-def _model(model_id: str, alias: str, variant: Variant, context_length: int | None) -> CatalogModel:
+def _model(
+    model_id: str, alias: str, variant: Variant, context_length: int | None, abilities: Abilities
+) -> CatalogModel:
+    marks, frame = abilities.simple_marks, abilities.form.frame if abilities.form else None
     return CatalogModel(
         name=model_id.rpartition(":")[0],
         version=variant.version.number,
@@ -104,6 +109,9 @@ def _model(model_id: str, alias: str, variant: Variant, context_length: int | No
         display_name=f"{variant.version.name} {variant.precision}",
         created_at=variant.version.manifest.created_at,
         context_length=context_length,
+        capabilities=abilities.capabilities,
+        reasoning=(marks.start, marks.end) if marks else None,
+        tool_call=(frame.opening, frame.closing) if frame and frame.opening and frame.closing else None,
     )
 
 
@@ -119,11 +127,27 @@ def _context_length(variant: Variant) -> int | None:
     return length if isinstance(length, int) and not isinstance(length, bool) and length > 0 else None
 
 
-def _stored_json(variant: Variant, path: str) -> object:
-    file = next((file for file in variant.files if file.path == path), None)
-    if file is None:
-        return None
+def _abilities(variant: Variant) -> Abilities:
+    """Return what the chat template shows; nothing if it cannot be read."""
+    written = _stored_text(variant, CHAT_TEMPLATE)
+    settings = _stored_json(variant, TOKENIZER_CONFIG) if written is None else None
+    template = written or (settings.get("chat_template") if isinstance(settings, dict) else None)
     try:
-        return json.loads(variant.version.registry.objects.read_bytes(blob_of(file).key))
+        return abilities_of_template(template if isinstance(template, str) else "", {})
+    except BadInput:
+        return Abilities()
+
+
+def _stored_json(variant: Variant, path: str) -> object:
+    try:
+        return json.loads(_stored_text(variant, path) or "null")
+    except ValueError:
+        return None
+
+
+def _stored_text(variant: Variant, path: str) -> str | None:
+    file = next((file for file in variant.files if file.path == path), None)
+    try:
+        return variant.version.registry.objects.read_bytes(blob_of(file).key).decode() if file else None
     except (KeyError, ValueError):
         return None

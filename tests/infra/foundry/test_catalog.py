@@ -69,6 +69,7 @@ def model(name, version=1, alias=None, **fields):
 HOME = [model("home", version) for version in (1, 2, 3, 10)]
 INT4 = [model("home-int4-generic-cpu", version, "home-int4") for version in (1, 2)]
 GPU = [model("garden", 1), model("garden", 2, device="gpu", execution_provider="CUDAExecutionProvider")]
+CALLER = model("caller", capabilities=("tool-calling", "reasoning"), reasoning=("<think>", "</think>"))
 MANY = [model(f"model-{number:03}") for number in range(120)]
 
 
@@ -281,6 +282,7 @@ def test_the_answers_form(path):
                         "inputModalities": ["text"],
                         "outputModalities": ["text"],
                         "textContextWindow": 1024,
+                        "maxOutputTokens": 1024,
                     },
                 },
                 "properties": {
@@ -505,7 +507,7 @@ def test_the_runtime_sees_120_models_over_several_pages(tmp_path):
 def test_the_runtime_finds_models_versions_and_what_is_cached(tmp_path):
     old, new = (cache_model(tmp_path, f"home-int4-generic-cpu:{version}") for version in (1, 2))
     older = cache_model(tmp_path, "home:2")
-    with serving(catalog_app(lambda: [*MANY, *HOME, *INT4, *GPU])) as address:
+    with serving(catalog_app(lambda: [*MANY, *HOME, *INT4, *GPU, CALLER])) as address:
         answers = ask_runtime(
             f"{address}{CATALOG_PATH}",
             tmp_path,
@@ -513,10 +515,10 @@ def test_the_runtime_finds_models_versions_and_what_is_cached(tmp_path):
             versions=[["home"], ["home", "home", 2], ["home-int4"], ["absent"]],
             variants=["home:10", "home:3", "home:99", "home-int4-generic-cpu:1", "garden:1"],
             latest=["home:1", "home:10", "home-int4-generic-cpu:1"],
-            info=["home:10"],
+            info=["home:10", "caller:1"],
         )
     listed = dict(answers["listed"])
-    assert len(listed) == 123
+    assert len(listed) == 124
     assert sorted(answers["cached"]) == ["home-int4-generic-cpu:1", "home-int4-generic-cpu:2", "home:2"]
     # An alias stands for the newest version of it on this machine, or else for the newest.
     assert answers["models"] == {
@@ -544,7 +546,11 @@ def test_the_runtime_finds_models_versions_and_what_is_cached(tmp_path):
         "home:10": "home:10",
         "home-int4-generic-cpu:1": "home-int4-generic-cpu:2",
     }
+    info = answers["info"]["caller:1"]
+    told = (info["capabilities"], info["supports_tool_calling"], info["max_output_tokens"])
+    assert told == ("tool-calling,reasoning", True, 1024)
     info = answers["info"]["home:10"]
+    assert (info["capabilities"], info["supports_tool_calling"]) == (None, None)
     seen = ("alias", "name", "version", "display_name", "publisher", "task", "file_size_mb", "context_length")
     assert [info[key] for key in seen] == ["home", "home", 10, "home shown", "slmops", "chat-completion", 300, 1024]
     assert (info["created_at_unix"], info["runtime"]["execution_provider"]) == (1795341600, "CPUExecutionProvider")

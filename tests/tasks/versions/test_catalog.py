@@ -42,6 +42,7 @@ def commit(registry: ModelRegistry, tmp_path: Path, name: str, content: str, con
         (folder / "model.onnx").write_bytes(EMPTY_GRAPH)
         (folder / "NOTICE").write_text(f"{content} {precision}")
         (folder / "genai_config.json").write_bytes(config)
+        (folder / "chat_template.jinja").write_text("{{ tools }}<tool_call>{% set a = content.split('</think>') %}")
         variants.append(
             StoredVariant(
                 precision=precision,
@@ -98,6 +99,9 @@ def test_registered_variants_are_listed_and_the_selected_one_under_the_plain_nam
         display_name="home fp16",
         created_at=one.created_at,
         context_length=2048,
+        capabilities=("tool-calling", "reasoning"),
+        reasoning=("<think>", "</think>"),
+        tool_call=("<tool_call>", "</tool_call>"),
     )
     int4 = by_id["home-int4-generic-cpu:1"]
     assert (int4.alias, int4.device, int4.execution_provider) == ("home-int4", "cpu", "CPUExecutionProvider")
