@@ -6,6 +6,7 @@ from prefect.states import Completed
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.upkeep_parameters import PromoteParameters
 from slmops.tasks.runs.stage import ends_by_its_errors
+from slmops.tasks.versions.approval import approved
 from slmops.tasks.versions.champion import change_champion
 from slmops.tasks.versions.change import promotion_to
 from slmops.tasks.versions.lookup import check_store
@@ -21,11 +22,14 @@ def promote(parameters: PromoteParameters) -> State[Promotion]:
     """Make a version the champion in Foundry Local, on the running servers and in the store: in all or in none.
 
     Returns:
-        What was done, in a completed state; a failed one when the version is not proven or a step fails, and then the
-        former champion still serves everywhere.
+        What was done, in a completed state; a failed one when the version is not proven or a step fails, and one named
+        `Rejected` when nobody approved it. The former champion then still serves everywhere.
     """
     check_store()
-    return promoted(change_champion(promotion_to(parameters.reference, parameters.reason), workshop().settings))
+    change = promotion_to(parameters.reference, parameters.reason)
+    if parameters.approval:
+        change = approved(change)
+    return promoted(change_champion(change, workshop().settings))
 
 
 def promoted(promotion: Promotion) -> State[Promotion]:

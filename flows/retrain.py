@@ -23,6 +23,7 @@ from slmops.tasks.training.comparison import (
     compare,
     last_retrain,
     publish_retrain,
+    with_approval,
 )
 from slmops.tasks.training.dataset import read_dataset_once
 from slmops.tasks.training.fine_tune import (
@@ -37,12 +38,12 @@ from slmops.tasks.workshop import in_workshop, workshop
 
 
 class RetrainEnded(RunEnded):
-    """A retrain whose candidate was rejected or could not be built; `report` has the details."""
+    """A retrain whose candidate was rejected, not approved or could not be built; `report` has the details."""
 
     def __init__(self, report: RetrainReport) -> None:
         super().__init__(report.summary, "The candidate's own report names its figures and failures.")
         self.report = report
-        self.exit_code = 3 if report.status == "rejected" else 1
+        self.exit_code = 1 if report.status == "failed" else 3
 
 
 @flow(name="retrain", flow_run_name="retrain-{name}")
@@ -56,7 +57,7 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
 
     Returns:
         The report, as a completed state (promoted, kept, skipped); a failed one named `Rejected` when the gate rejected
-        every variant, and a failed one when none could be built.
+        every variant or nobody approved a better one, and a failed one when none could be built.
     """
     shop = workshop()
     settings, registry = shop.settings, shop.registry
@@ -93,13 +94,15 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
             raise result
         deployed = result.report if isinstance(result, DeployEnded) else result
         report = compare(deployed, tuned, champion, evaluation, may_promote=parameters.promotion != "never")
+        if parameters.approval:
+            report = with_approval(report)
         if report.challenge and report.status == "promoted":
             promote(report.challenge.challenger, report.summary)
         return _ended(publish_retrain(report, registry))
 
 
 def _ended(report: RetrainReport) -> State[RetrainReport]:
-    if report.status in ("rejected", "failed"):
-        name = "Rejected" if report.status == "rejected" else "Failed"
+    if report.status in ("rejected", "unapproved", "failed"):
+        name = "Failed" if report.status == "failed" else "Rejected"
         return Failed(name=name, message=report.summary, data=RetrainEnded(report))
     return Completed(message=report.summary, data=report)

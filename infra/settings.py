@@ -151,7 +151,7 @@ class SoakSettings(Section):
 
 
 class TimeoutSettings(Section):
-    """Deadlines of the child processes, in seconds."""
+    """Deadlines of the child processes and of people, in seconds."""
 
     train_s: Seconds = Field(3600, description="Training of the demo checkpoint.")
     fine_tune_s: Seconds = Field(24 * 3600, description="A fine-tuning, and the download of its dataset.")
@@ -164,6 +164,7 @@ class TimeoutSettings(Section):
     exercise_s: Seconds = Field(3600, description="One variant's soak and edge inputs in one runtime.")
     lm_eval_s: Seconds = Field(24 * 3600, description="One variant's lm-eval tasks.")
     foundry_s: Seconds = Field(900, description="One session with Foundry Local's runtime.")
+    approval_s: Seconds = Field(24 * 3600, description="A person's approval of a new champion, which then stays.")
 
 
 class MachineSettings(Section):

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from slmops.deployments.cli.approving import require_approver
 from slmops.deployments.cli.options import Json, LogLevel, ModelName, Reason, VersionReference
 from slmops.deployments.cli.output import print_json, print_line, print_table
 from slmops.deployments.cli.running import run_flow, the_registry
@@ -14,13 +15,21 @@ if TYPE_CHECKING:
 
 
 def promote(
-    reference: VersionReference, reason: Reason = "", log_level: LogLevel = None, as_json: Json = False
+    reference: VersionReference,
+    reason: Reason = "",
+    approval: Annotated[
+        bool, typer.Option("--approval", help="Ask a person first: in Prefect's UI, or here if no server is set.")
+    ] = False,
+    log_level: LogLevel = None,
+    as_json: Json = False,
 ) -> None:
     """Make a version the champion in the store, Foundry Local and running servers: in all of them or in none."""
     from slmops.tasks.versions.change import plan_promotion
 
     plan_promotion(reference, reason, the_registry())  # refuses bad input before anything is written
-    _show(run_flow("promote", {"reference": reference, "reason": reason}), as_json=as_json)
+    require_approver(approval=approval)
+    parameters = {"reference": reference, "reason": reason, "approval": approval}
+    _show(run_flow("promote", parameters), as_json=as_json)
 
 
 def rollback(

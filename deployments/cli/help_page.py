@@ -13,7 +13,10 @@ EXAMPLES = {
         "slmops deploy ./my-model --name helpdesk --budget max-size=400MB",
     ),
     "regate": ("slmops regate helpdesk@3 --max-quality-loss 0.03", "slmops regate helpdesk@3 --eval rows.jsonl"),
-    "promote": ('slmops promote helpdesk@candidate --reason "knows the garage"',),
+    "promote": (
+        'slmops promote helpdesk@candidate --reason "knows the garage"',
+        "slmops promote helpdesk@candidate --approval",
+    ),
     "rollback": ("slmops rollback helpdesk", "slmops rollback helpdesk --to 1"),
     "retrain": (
         "slmops retrain chats.jsonl --base ./my-model --name helpdesk",

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slmops.deployments.cli.approving import require_approver
 from slmops.deployments.cli.options import Json, asks_for, known_level
 from slmops.deployments.cli.output import print_json, print_line
 from slmops.deployments.cli.running import end_with, load_settings, run_flow
@@ -20,6 +21,7 @@ def retrain(
     from slmops.tasks.training.fine_tune import check_retrain
 
     check_retrain(parameters, load_settings())  # refuses bad input before anything is written
+    require_approver(approval=bool(parameters.get("approval")))
     report = run_flow("retrain", parameters)
     if as_json:
         print_json(report.model_dump(mode="json"))

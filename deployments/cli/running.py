@@ -4,12 +4,14 @@ Imports are inside the functions that need them, which halves the time of `slmop
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 import typer
 
+from slmops.deployments.cli.approving import answers_to
 from slmops.deployments.cli.output import print_note
 from slmops.deployments.cli.stages import StageDisplay, stage_display
 from slmops.infra.errors import SlmopsError
@@ -111,7 +113,8 @@ def _run_in_process(
     flow = getattr(import_module(f"slmops.flows.{name}"), name)
     with prefect_api(load_settings(), server), listening(_following(display)):
         display("start", 1.0, "")
-        return cast("State[Any]", flow(**parameters, return_state=True))
+        with answers_to(display) if parameters.get("approval") else nullcontext():
+            return cast("State[Any]", flow(**parameters, return_state=True))
 
 
 def _following(display: StageDisplay) -> "StageListener":
@@ -134,6 +137,6 @@ def _following(display: StageDisplay) -> "StageListener":
 
 
 def end_with(status: str) -> None:
-    """End a command with the exit status of its run: 3 if every variant was rejected, 1 if something failed."""
-    if status in ("rejected", "failed"):
-        raise typer.Exit(3 if status == "rejected" else 1)
+    """End a command with the exit status of its run: 3 if nothing was approved of, 1 if something failed."""
+    if status in ("rejected", "unapproved", "failed"):
+        raise typer.Exit(1 if status == "failed" else 3)

@@ -59,6 +59,7 @@ class StageDisplay:
         self._under_way: dict[str, _Stage] = {}
         self._lock = RLock()
         self.done: list[str] = []
+        self.live: Live | None = None
 
     def __call__(self, stage: str, share: float, what: str) -> None:
         """Show that a stage is at `share`, doing `what`; it has ended at 1.0, and has failed if `what` says so."""
@@ -79,6 +80,17 @@ class StageDisplay:
         """Print a line above the table."""
         with self._lock:
             self._print(line)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the table away, for a question to the user."""
+        if self.live:
+            self.live.stop()
+        try:
+            yield
+        finally:
+            if self.live:
+                self.live.start()
 
     def table(self) -> Table:
         """Return the stages under way, with the time that each has taken and is likely to take."""
@@ -120,5 +132,5 @@ def stage_display() -> Iterator[StageDisplay]:
     if not console.is_terminal:
         yield display
         return
-    with Live(get_renderable=display.table, console=console, refresh_per_second=4, transient=True):
+    with Live(get_renderable=display.table, console=console, refresh_per_second=4, transient=True) as display.live:
         yield display

@@ -21,6 +21,8 @@ LOST_RUNS = "slmops: a run without a sign of life has crashed"
 LATE_SIGNS = "slmops: a late sign of life withdraws that a run has crashed"
 FAILURE_NOTICE = "slmops: notice of a failed run"
 REGRESSION_NOTICE = "slmops: notice of a regression"
+APPROVAL_NOTICE = "slmops: notice of a run that waits for approval"
+NOTICES = (FAILURE_NOTICE, REGRESSION_NOTICE, APPROVAL_NOTICE)
 
 # A process that hung for longer than this has lost its work in any case.
 LATE_UNTIL = timedelta(days=1)
@@ -112,7 +114,7 @@ def automations(
         return found
     from slmops.tasks.runs.events import REGRESSION
 
-    failure = _notice("event.event", "flow_run.name", "flow_run.state.message")
+    of_run = _notice("event.event", "flow_run.name", "flow_run.state.message")
     regression = _notice("event.event", "event.payload.reference", "event.payload.summary")
     return [
         *found,
@@ -120,7 +122,13 @@ def automations(
             name=FAILURE_NOTICE,
             description=_owned_by(owner),
             trigger=_at_once(_run_events(FAILED), RUNS, related=OF_OURS),
-            actions=[CallWebhook(block_document_id=webhook_block_id, payload=failure)],
+            actions=[CallWebhook(block_document_id=webhook_block_id, payload=of_run)],
+        ),
+        Automation(
+            name=APPROVAL_NOTICE,
+            description=_owned_by(owner),
+            trigger=_at_once(_run_events(("Paused",)), RUNS, related=OF_OURS),
+            actions=[CallWebhook(block_document_id=webhook_block_id, payload=of_run)],
         ),
         Automation(
             name=REGRESSION_NOTICE,
@@ -174,7 +182,7 @@ def register_automations(settings: Settings, owner: str) -> list[str]:
         deploy_id = client.read_deployment_by_name("deploy/deploy").id
         limit_s = settings.worker.lost_after_s
         wanted = automations(deploy_id, _webhook_block(settings), lost_after_s=limit_s, owner=owner)
-        for name in {FAILURE_NOTICE, REGRESSION_NOTICE} - {automation.name for automation in wanted}:
+        for name in {*NOTICES} - {automation.name for automation in wanted}:
             for unwanted in client.read_automations_by_name(name):
                 if unwanted.description == _owned_by(owner):
                     client.delete_automation(unwanted.id)

@@ -1,10 +1,11 @@
 """A model in a few facts: its champion, candidate and newest version, and what serves with which figures."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from slmops.infra.errors import SlmopsError
 from slmops.infra.storage.evidence import DEPLOY
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
+from slmops.infra.storage.version import Version
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class ModelSummary:
     fault: str = ""
 
 
+@dataclass(frozen=True)
+class Figures:
+    """A version's serving variant and its figures, as its last deploy or regate recorded them."""
+
+    precision: str | None = None
+    size_bytes: int | None = None
+    ttft_ms: float | None = None
+    score: float | None = None
+    deployed_at: str | None = None
+
+
 def summarize_models(registry: ModelRegistry) -> list[ModelSummary]:
     """Return the facts on every model that has a version; one that cannot be read does not hide the others."""
     found = []
@@ -41,14 +53,21 @@ def summarize(registry: ModelRegistry, name: str) -> ModelSummary:
     """Return the facts on a model with at least one version; raises what reading the store does."""
     aliases, versions = registry.aliases(name), registry.versions(name)
     version = registry.version(name, aliases[CHAMPION]) if CHAMPION in aliases else versions[-1]
-    serving, deploys = version.serving, version.records(DEPLOY)
-    judged = deploys[-1].value.variant(serving.precision) if serving and deploys else None
-    metrics = judged.metrics if judged else {}
     return ModelSummary(
         name,
         champion=aliases.get(CHAMPION),
         candidate=aliases.get(CANDIDATE),
         newest=versions[-1].number,
+        **asdict(figures_of(version)),
+    )
+
+
+def figures_of(version: Version) -> Figures:
+    """Return a version's figures; raises what reading the store does."""
+    serving, deploys = version.serving, version.records(DEPLOY)
+    judged = deploys[-1].value.variant(serving.precision) if serving and deploys else None
+    metrics = judged.metrics if judged else {}
+    return Figures(
         precision=serving.precision if serving else None,
         size_bytes=serving.size_bytes if serving else None,
         ttft_ms=metrics.get("ttft_ms"),

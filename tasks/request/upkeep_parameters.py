@@ -11,6 +11,14 @@ from slmops.tasks.request.parameters import MODEL, MODEL_OR_VERSION, VERSION, Pr
 from slmops.tasks.request.values import NOT_BLANK, Values
 
 Reason = Annotated[str, Parameter("Kept in the history of the name's champions.", "Reason; kept in the history.")]
+Approval = Annotated[
+    bool,
+    Parameter(
+        "Wait until a person approves the new champion in Prefect's UI, at most SLMOPS_TIMEOUT__APPROVAL_S (a day); "
+        "without an answer the champion stays.",
+        "Ask a person first: in Prefect's UI, or here if no server is set.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,7 @@ class RetrainParameters:
             switch="never",
         ),
     ] = "if better"
+    approval: Approval = False
     force: Annotated[
         bool, Parameter("Train and deploy even if nothing has changed.", "Train even if nothing has changed.")
     ] = False
@@ -164,6 +173,7 @@ class PromoteParameters:
         Parameter("The version, NAME@VERSION, or NAME@ALIAS such as home@candidate.", positional=True, values=VERSION),
     ]
     reason: Reason = ""
+    approval: Approval = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from slmops.infra.errors import PassingFault, SlmopsError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+REJECTED = 3  # the exit status of a model, or of its promotion, that did not pass
 RETRY_DELAYS_S = [5.0, 30.0]
 
 
@@ -57,7 +58,8 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
         try:
             return flow_function(*args, **kwargs)
         except SlmopsError as error:
-            return cast(R, Failed(message=str(error), data=error))
+            name = "Rejected" if error.exit_code == REJECTED else "Failed"
+            return cast(R, Failed(name=name, message=str(error), data=error))
 
     return ending
 

@@ -22,9 +22,10 @@ from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.fine_tune import FineTuning
+from slmops.tasks.versions.approval import Approval, ask_approval
 from slmops.tasks.workshop import workshop
 
-RetrainStatus = Literal["promoted", "kept", "rejected", "failed", "skipped"]
+RetrainStatus = Literal["promoted", "kept", "rejected", "unapproved", "failed", "skipped"]
 
 
 class Challenge(Record):
@@ -57,7 +58,10 @@ class Challenge(Record):
 
 
 class RetrainReport(Record):
-    """The result of a retrain and the reason; `version` is None if none was made."""
+    """The result of a retrain and the reason; `version` is None if none was made.
+
+    `kept` is also the status of a better candidate that a person declined; it is `unapproved` if nobody answered.
+    """
 
     name: str
     status: RetrainStatus
@@ -65,6 +69,7 @@ class RetrainReport(Record):
     version: int | None = None
     fine_tuning: FineTuning | None = None
     challenge: Challenge | None = None
+    approval: Approval | None = None
 
     def skipped(self) -> "RetrainReport":
         """Return the report of a repeated, skipped request."""
@@ -79,7 +84,8 @@ RETRAIN = Kind("retrain", RetrainReport)
 def last_retrain(name: str, key: str, registry: ModelRegistry) -> RetrainReport | None:
     """Return the report of a name's newest retrain, if its question was the same and its candidate was compared.
 
-    A retrain whose candidate was rejected or could not be built is repeated, because the cause may be gone.
+    A retrain whose candidate was rejected or could not be built is repeated, because the cause may be gone. One that
+    nobody approved asks again.
     """
     if name not in registry.names():
         return None
@@ -134,6 +140,19 @@ def compare(
         return report.model_copy(update={"challenge": challenge, "summary": challenge.verdict, "status": "promoted"})
     summary = f"{challenge.verdict} {champion.reference} stays the champion."
     return report.model_copy(update={"challenge": challenge, "summary": summary})
+
+
+def with_approval(report: RetrainReport) -> RetrainReport:
+    """Return the report after a person was asked whether its better candidate becomes the champion; see `compare`."""
+    if report.challenge is None or report.status != "promoted":
+        return report
+    approval = ask_approval(workshop().registry.find(report.challenge.challenger), report.summary)
+    decided = f"{report.summary} {'It was' if approval.answered else 'But'} {approval.sentence}."
+    if approval.given:
+        return report.model_copy(update={"approval": approval, "summary": decided})
+    status = "kept" if approval.answered else "unapproved"
+    summary = f"{decided} {report.challenge.champion} stays the champion."
+    return report.model_copy(update={"approval": approval, "summary": summary, "status": status})
 
 
 @stage("challenge champion", run_name="challenge-{challenger.name}")

@@ -10,7 +10,7 @@ from prefect.client import orchestration
 from slmops.deployments.server import automations
 from slmops.infra.settings import NoticeSettings, Settings, WorkerSettings
 
-NOTICES = {automations.FAILURE_NOTICE, automations.REGRESSION_NOTICE}
+NOTICES = {*automations.NOTICES}
 
 
 class Server:

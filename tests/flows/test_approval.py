@@ -1,0 +1,179 @@
+"""Promotions that wait for a person: paused on a real Prefect server, answered over its API, or at the terminal."""
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.client.schemas import State
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from slmops.deployments.cli import app as cli
+from slmops.deployments.cli.approving import ask_here
+from slmops.flows import promote as promote_flow
+from slmops.infra.settings import Settings
+from slmops.infra.storage.opening import open_registry
+from slmops.infra.storage.registry import CHAMPION, ModelRegistry
+from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.foundry import registration
+from slmops.tasks.training.comparison import Challenge, RetrainReport, with_approval
+from slmops.tasks.versions import approval, change
+from slmops.tasks.versions.approval import Approval, answered_by
+from slmops.tasks.workshop import Workshop, working_in
+from tests.flows.test_promotion import Foundry, last_artifact, passed
+from tests.support.errors import coded
+
+DEADLINE_S = 60
+Run = Callable[[], State[Any]]
+
+
+@pytest.fixture
+def registry(settings: Settings, tmp_path: Path) -> ModelRegistry:
+    """home@1, the champion, and home@2, whose proof the run need not repeat."""
+    registry = open_registry(settings)
+    for number in (1, 2):
+        passed(registry, tmp_path, number)
+    registry.set_alias("home", CHAMPION, 1, "the first")
+    return registry
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, server: str) -> Iterator[None]:
+    monkeypatch.setattr(approval, "POLL_S", 0.1)
+    planned = change.plan_promotion
+    monkeypatch.setattr(change, "plan_promotion", lambda *asked: replace(planned(*asked), is_proven=True))
+    monkeypatch.setattr(registration, "ask_foundry", Foundry().ask)
+    with temporary_settings({PREFECT_API_URL: server}):
+        yield
+
+
+def promoting() -> State[Any]:
+    return promote_flow.promote("home@2", "better", approval=True, return_state=True)
+
+
+@contextmanager
+def paused(run: Run, server: str) -> Iterator[tuple[str, Future[State[Any]]]]:
+    """Start a run, and yield its id when it waits, and its outcome."""
+    with ThreadPoolExecutor() as pool:
+        outcome = pool.submit(copy_context().run, run)
+        query = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
+        deadline = time.monotonic() + DEADLINE_S
+        while not (found := httpx.post(f"{server}/flow_runs/filter", json=query).json()):
+            assert not outcome.done(), outcome.result()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield found[0]["id"], outcome
+
+
+def answer(server: str, run: str, **given: str) -> dict[str, Any]:
+    """Answer as the UI does: a run that has only just paused may not have its form yet."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        result: dict[str, Any] = httpx.post(f"{server}/flow_runs/{run}/resume", json={"run_input": given}).json()
+        if result["status"] == "ACCEPT" or time.monotonic() > deadline:
+            return result
+        time.sleep(0.05)
+
+
+def test_the_run_waits_with_the_figures_until_a_person_approves(server: str, registry: ModelRegistry) -> None:
+    with paused(promoting, server) as (run, outcome):
+        asked = answer(server, run, decision="promote", by="Ada", note="knows the garage")
+        shown = httpx.get(f"{server}/flow_runs/{run}/input/paused-1-description")
+        state = outcome.result(DEADLINE_S)
+    assert asked["status"] == "ACCEPT"
+    assert "Promote home@2 in place of home@1?" in shown.text
+    assert state.is_completed(), state.message
+    assert registry.alias("home", CHAMPION) == 2
+    (newest, _) = registry.champion_history("home")
+    assert newest.reason == "better; approved by Ada: knows the garage"
+
+
+def test_a_declined_one_leaves_the_champion_and_says_who_declined(server: str, registry: ModelRegistry) -> None:
+    with paused(promoting, server) as (run, outcome):
+        answer(server, run, decision="keep the champion", by="Ada")
+        state = outcome.result(DEADLINE_S)
+    assert (state.is_failed(), state.name) == (True, "Rejected")
+    assert registry.alias("home", CHAMPION) == 1
+    assert "home@2 was not promoted: declined by Ada. home@1 stays the champion." in last_artifact()
+
+
+def test_nobody_answers_in_time(
+    server: str, registry: ModelRegistry, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLMOPS_TIMEOUT__APPROVAL_S", "1")
+    state = promoting()
+    assert (state.is_failed(), state.name) == (True, "Rejected")
+    error = state.result(raise_on_failure=False)
+    assert coded("not-approved", "nobody approved it within")(error)
+    assert error.exit_code == 3
+    assert registry.alias("home", CHAMPION) == 1
+    assert "nobody approved it within" in last_artifact()
+    runs = httpx.post(f"{server}/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 1}).json()
+    assert runs[0]["state"]["name"] == "Rejected"
+
+
+def test_a_version_that_is_the_champion_asks_nobody(registry: ModelRegistry) -> None:
+    registry.set_alias("home", CHAMPION, 2, "promoted meanwhile")
+    assert promoting().is_completed()
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "sentence"),
+    [
+        (Approval(given=True, by="Ada"), "promoted", "It was approved by Ada."),
+        (Approval(note="too slow"), "kept", "It was declined: too slow. home@1 stays the champion."),
+        (Approval(answered=False), "unapproved", "But nobody approved it within 24 h. home@1 stays the champion."),
+    ],
+)
+def test_a_retrain_asks_about_a_better_candidate_only(
+    settings: Settings, registry: ModelRegistry, said: Approval, status: str, sentence: str
+) -> None:
+    challenge = Challenge(
+        champion="home@1",
+        challenger="home@2",
+        rows=9,
+        champion_score=Estimate(value=0.5, low=0.5, high=0.5),
+        challenger_score=Estimate(value=0.9, low=0.9, high=0.9),
+        gain=Estimate(value=0.4, low=0.4, high=0.4),
+    )
+    better = RetrainReport(name="home", status="promoted", summary="home@2 is better.", version=2, challenge=challenge)
+    asked: list[str] = []
+
+    def person(question: str) -> Approval:
+        asked.append(question)
+        return said
+
+    with working_in(Workshop(settings, registry)), answered_by(person):
+        report = with_approval(better)
+        kept = better.model_copy(update={"status": "kept"})
+        assert with_approval(kept) == kept
+    assert (report.status, report.summary) == (status, f"home@2 is better. {sentence}")
+    assert report.approval == said
+    (question,) = asked
+    assert "home@2 is better." in question
+
+
+@pytest.mark.parametrize(("typed", "given"), [("y\n", True), ("\n", False), ("n\n", False)])
+def test_at_a_terminal_only_a_yes_promotes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str, given: bool
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert ask_here("home@2 or home@1?").given == given
+    captured = capsys.readouterr()
+    assert "home@2 or home@1?" in captured.err
+    assert captured.out == ""  # --json has it for its document
+
+
+def test_a_command_without_terminal_and_server_is_refused(
+    environment: None, home: Path, registry: ModelRegistry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["promote", "home@2", "--approval"]) == 2
+    assert "Nobody can approve" in capsys.readouterr().err
+    assert registry.alias("home", CHAMPION) == 1
