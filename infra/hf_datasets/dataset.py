@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from slmops.infra.errors import BadInput
+from slmops.infra.foreign_files import check_files
 from slmops.infra.process.call import Call, Progress
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import AbsolutePath
@@ -17,6 +18,8 @@ ONLINE = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
 def read_hf_dataset(name: str, settings: Settings) -> list[dict[str, object]]:
     """Return the rows of a dataset's split `train` unchanged; raises `BadInput` if there is no such dataset."""
     local = Path(name).expanduser().is_dir()
+    if local:
+        check_files(sorted(Path(name).expanduser().rglob("*")))
     with work_folder(settings) as work:
         run_in_child(
             ExportRows(name=str(Path(name).expanduser().absolute()) if local else name, output=work / "rows.jsonl"),

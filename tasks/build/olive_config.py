@@ -103,8 +103,12 @@ def read_olive_config(path: Path) -> Recipe:
         raise BadInput(
             f"The Olive configuration {path} cannot be read: {error.strerror}.", code="olive-config-unreadable"
         ) from error
-    except ValueError as error:
-        raise BadInput(f"The Olive configuration {path} is not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(
+            f"The Olive configuration {path} is not valid JSON: {error}.",
+            "Correct the file.",
+            code="olive-config-not-json",
+        ) from error
     reader = _Reader()
     recipe = reader.recipe(config)
     if reader.faults or recipe is None:

@@ -44,8 +44,8 @@ def read_dataset(text: str, settings: Settings) -> Dataset:
     """
     if text.startswith(S3):
         rows = read_rows_file(fetch_file_from_s3(text, settings, settings.cache_dir / "s3"), text)
-    elif Path(text).expanduser().is_file():
-        rows = read_rows_file(Path(text).expanduser(), text)
+    elif (path := Path(text).expanduser()).exists() and not path.is_dir():
+        rows = read_rows_file(path, text)
     else:
         rows = parse_rows(text, "row", enumerate(read_hf_dataset(text, settings), 1))
     if len({row.model_dump_json() for row in rows}) < 2:

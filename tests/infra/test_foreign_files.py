@@ -12,6 +12,7 @@ import pytest
 from slmops.infra.errors import SlmopsError
 from slmops.infra.foreign_files import NotRegularFile, check_regular, open_regular, read_regular, read_text
 from slmops.infra.model_screening import screen_model
+from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import link_or_copy
 from slmops.infra.storage.inputs import ingest
 from slmops.infra.storage.local import LocalObjectStore
@@ -25,6 +26,7 @@ from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.questions.evaluation_set import read_rows
 from slmops.tasks.questions.output_format import read_output_schema
 from slmops.tasks.request.deploy_request import read_chat_template_file
+from slmops.tasks.training.dataset import read_dataset
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes in folders")
 ENOUGH_S = 60  # a reader that blocks never ends
@@ -68,6 +70,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "output schema": read_output_schema,
     "chat template": read_chat_template_file,
     "Olive configuration": read_olive_config,
+    "dataset": lambda path: read_dataset(str(path), Settings(home=path.parent / "home")),
+    "dataset's folder": lambda path: read_dataset(str(path.parent), Settings(home=path.parent / "home")),
     "adapter": lambda path: read_adapter_config(path.parent),
     "archive": lambda path: opened_tar(path).__enter__(),
     "genai folder": lambda path: screen_model(path.parent),
