@@ -1,16 +1,16 @@
 """Proof: a registered variant answers in a fresh process, as it did when it was evaluated."""
 
-from collections.abc import Sequence
-
 from pydantic import BaseModel, ConfigDict
 
 from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.calls import Prove, ProvenAnswer
 from slmops.infra.foundry.command import seen_by_command
-from slmops.infra.genai.calls import Generate
+from slmops.infra.genai.calls import AnsweredRow, Generate
 from slmops.infra.process.supervisor import run_in_child
-from slmops.infra.reference.answers import Message
+from slmops.infra.reasoning import ThoughtMarks
+from slmops.infra.records import later_field
+from slmops.infra.reference.thinking import Thinking
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.folders import work_folder
@@ -23,7 +23,10 @@ from slmops.tasks.runs.stage import stage
 
 
 class Proof(BaseModel):
-    """A registered variant's answer in a separate process; times in ms."""
+    """A registered variant's answer in a separate process; times in ms.
+
+    `marks` are those of the thoughts that the runtime may give as a part of the answer.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,6 +38,7 @@ class Proof(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     notes: tuple[str, ...] = ()
+    marks: ThoughtMarks | None = later_field(None)
 
 
 def proof_of(precision: str) -> Kind[Proof]:
@@ -43,27 +47,30 @@ def proof_of(precision: str) -> Kind[Proof]:
 
 
 @stage("prove variant", run_name="prove-{variant.precision}")
-def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str | None, settings: Settings) -> Proof:
+def prove_variant(
+    variant: Variant, row: EvaluationRow, evaluated: AnsweredRow | None, thinking: Thinking | None, settings: Settings
+) -> Proof:
     """Let a registered variant answer in a fresh process, and compare with onnxruntime-genai's own answer.
 
-    `evaluated_answer` is that of the evaluation, or None if the row was not evaluated.
+    `evaluated` is the answer of the evaluation, or None if the row was not evaluated; `thinking` is the model's. The
+    answers are compared without their thoughts.
 
     A variant that is not found, does not load or gives another answer is unregistered again. Raises `StageFailed`. If
     the `foundry` command serves this cache, its answer is checked too. Because it renders prompts in its own way, the
     result is only a note.
     """
-    model_id = model_id_of(variant)
+    model_id, marks = model_id_of(variant), thinking.marks if thinking else None
     messages = [message.model_dump() for message in row.messages]
-    max_new_tokens = settings.evaluation.max_new_tokens
+    max_new_tokens = _max_new_tokens(evaluated, thinking, settings)
     call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
     with stage_progress(f"prove {variant.precision}") as on_progress:
         try:
-            expected = _expected_answer(variant, call.messages, evaluated_answer, settings)
+            expected = _expected_texts(variant, call, evaluated, marks, settings)
             proven = ask_foundry(call, settings, on_progress)
-            if proven.answer.strip() != expected.strip():
+            if expected.isdisjoint(_texts(proven.answer, marks)):
                 raise StageFailed(
                     f"Through Foundry Local {model_id} answers {proven.answer!r}, "
-                    f"onnxruntime-genai with the same model {expected!r}.",
+                    f"onnxruntime-genai with the same model {' or '.join(map(repr, sorted(expected)))}.",
                     "Check whether both render its chat template alike (the evaluation's template mismatches).",
                 )
         except StageFailed as error:
@@ -73,7 +80,7 @@ def prove_variant(variant: Variant, row: EvaluationRow, evaluated_answer: str | 
         question = row.messages[-1].content
         note = seen_by_command(settings.foundry_dir, model_id, question, settings.timeout.foundry_s)
         notes = (note,) if note else ()
-        proof = _proof(proven, question, notes)
+        proof = _proof(proven, question, marks, notes)
         variant.version.record(proof_of(variant.precision), proof)
     return proof
 
@@ -91,16 +98,18 @@ def repeat_proof(variant: Variant, row: EvaluationRow, recorded: Proof, settings
     call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
     with stage_progress(f"prove {variant.precision}") as on_progress:
         proven = ask_foundry(call, settings, on_progress)
-    if proven.answer.strip() != recorded.answer.strip():
+    if _texts(proven.answer, recorded.marks).isdisjoint(_texts(recorded.answer, recorded.marks)):
         raise StageFailed(
             f"Through Foundry Local {model_id} answers {proven.answer!r}, "
             f"and when it was proven it answered {recorded.answer!r}.",
             "slmops verify checks its files; slmops regate judges and proves the version again.",
         )
-    return _proof(proven, recorded.question)
+    return _proof(proven, recorded.question, recorded.marks)
 
 
-def _proof(proven: ProvenAnswer, question: str, notes: tuple[str, ...] = ()) -> Proof:
+def _proof(
+    proven: ProvenAnswer, question: str, marks: ThoughtMarks | None = None, notes: tuple[str, ...] = ()
+) -> Proof:
     return Proof(
         model_id=proven.model_id,
         question=question,
@@ -110,6 +119,7 @@ def _proof(proven: ProvenAnswer, question: str, notes: tuple[str, ...] = ()) -> 
         prompt_tokens=proven.prompt_tokens,
         completion_tokens=proven.completion_tokens,
         notes=notes,
+        marks=marks,
     )
 
 
@@ -119,25 +129,41 @@ def last_proof(variant: Variant, row: EvaluationRow) -> Proof | None:
     return proof if proof and proof.question == row.messages[-1].content else None
 
 
-def _expected_answer(
-    variant: Variant, messages: Sequence[Message], evaluated_answer: str | None, settings: Settings
-) -> str:
+def _max_new_tokens(evaluated: AnsweredRow | None, thinking: Thinking | None, settings: Settings) -> int:
+    """Return how many tokens Foundry's answer may have, so that it ends where the evaluated one does."""
+    most = settings.evaluation.max_new_tokens
+    if evaluated is None or evaluated.thoughts is None:
+        return most + (thinking.max_tokens if thinking and evaluated is None else 0)
+    return evaluated.thoughts.tokens + (most if evaluated.thoughts.ended else 0)
+
+
+def _texts(answer: str, marks: ThoughtMarks | None) -> set[str]:
+    """Return an answer's text without thoughts; another one if its prompt may have the start mark of the thoughts."""
+    if marks is None:
+        return {answer.strip()}
+    return {marks.split(answer, opened=opened).text for opened in {False, marks.end in answer}}
+
+
+def _expected_texts(
+    variant: Variant, asked: Prove, evaluated: AnsweredRow | None, marks: ThoughtMarks | None, settings: Settings
+) -> set[str]:
     """Return genai's answer with the repetition penalty of the model's own configuration, as Foundry uses it.
 
-    The evaluation's answers have no penalty; they are the same if the model sets none. `evaluated_answer` is None if
-    the row was not evaluated.
+    The evaluation's answers have no penalty; they are the same if the model sets none. Thoughts without an end, whose
+    start mark is in the prompt, may be all that Foundry gives as the answer.
     """
     with work_folder(settings) as work:
         variant.place(work / "model")
         search = read_json(work / "model" / "genai_config.json").get("search", {})
         penalty = float(search.get("repetition_penalty", 1.0))
-        if penalty == 1.0 and evaluated_answer is not None:
-            return evaluated_answer
+        if penalty == 1.0 and evaluated is not None:
+            endless = evaluated.thoughts if evaluated.thoughts and not evaluated.thoughts.ended else None
+            return {evaluated.answer.strip(), *([endless.text] if endless else [])}
         child = run_in_child(
             Generate(
                 model_dir=work / "model",
-                messages=messages,
-                max_new_tokens=settings.evaluation.max_new_tokens,
+                messages=asked.messages,
+                max_new_tokens=asked.max_new_tokens,
                 threads=settings.threads,
                 repetition_penalty=penalty,
             ),
@@ -145,4 +171,4 @@ def _expected_answer(
             log_path=settings.cache_dir / "logs" / "generate.log",
             work_dir=work,
         )
-    return child.value.answer
+    return _texts(child.value.answer, marks)

@@ -176,9 +176,10 @@ def _registered(asked: Qualification, variant: Variant, report: VariantReport, e
     )
     registration = register_variant(variant, asked.description, card, settings)
     row = asked.evaluation.proof_row
-    answer = evaluation.rows[rows.index(row)].answer if row in (rows := asked.evaluation.rows) else None
+    evaluated = evaluation.rows[rows.index(row)] if row in (rows := asked.evaluation.rows) else None
+    thinking = asked.evaluation.decoding.thinking if asked.evaluation.decoding else None
     known = None if registration.changed else last_proof(variant, row)
-    proof = known or prove_variant(variant, row, answer, settings)
+    proof = known or prove_variant(variant, row, evaluated, thinking, settings)
     noted = report.gate.notes if report.gate else ()
     update = {
         "status": "registered",
