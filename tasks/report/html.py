@@ -1,14 +1,20 @@
-"""The report as one self-contained HTML file: without scripts, fonts or requests."""
+"""The report as HTML: one self-contained file, without scripts, fonts or requests, and blocks for Prefect's page."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from slmops.tasks.report.blocks import spans
+from slmops.tasks.report.blocks import Block, spans
 from slmops.tasks.report.document import document
 from slmops.tasks.report.plots import Plot
 from slmops.tasks.report.records import DeployReport
 
 TEMPLATES = Path(__file__).parent / "templates"
+# Prefect's page breaks no word, so a longer one would not fit a phone's screen (358 pixels without margins).
+LONGEST_WORD = 30
+LONGEST_CELL_WORD = 14
 
 
 def to_html(report: DeployReport, plots: Mapping[str, Plot]) -> str:
@@ -17,6 +23,36 @@ def to_html(report: DeployReport, plots: Mapping[str, Plot]) -> str:
     Everything in the report is escaped; only the plots, which slmops draws, are not. If escaping fails, a content
     security policy keeps the browser from running or fetching anything.
     """
+    page = (
+        _environment(breaks=False)
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            blocks=document(report),
+            plots=plots,
+            style=(TEMPLATES / "report.css").read_text("utf-8"),
+        )
+    )
+    return str(page).rstrip() + "\n"
+
+
+def blocks_to_html(blocks: Sequence[Block]) -> str:
+    """Return blocks without plots as HTML in one line, in which Markdown finds nothing to interpret.
+
+    Long words may break: `<wbr>` leaves no character in what one copies. A line end in program text is a reference.
+    """
+    show = _environment(breaks=True).get_template("blocks.html.j2").module.show
+    text = re.sub(r"<pre>.*?</pre>", lambda found: found[0].replace("\n", "&#10;"), str(show(blocks)), flags=re.S)
+    return "".join(line.strip() for line in text.splitlines())
+
+
+def longest_word(narrow: bool) -> int:
+    """Return the characters of the longest word that fits Prefect's page on a phone, or a table's cell there."""
+    return LONGEST_CELL_WORD if narrow else LONGEST_WORD
+
+
+@cache
+def _environment(*, breaks: bool) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -27,10 +63,17 @@ def to_html(report: DeployReport, plots: Mapping[str, Plot]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["spans"] = spans
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        blocks=document(report),
-        plots=plots,
-        style=(TEMPLATES / "report.css").read_text("utf-8"),
-    )
-    return page.rstrip() + "\n"
+    environment.filters["breaking"] = _breaking if breaks else _unchanged
+    environment.globals["plots"] = {}
+    return environment
+
+
+def _unchanged(text: str, narrow: bool = False) -> str:
+    return text
+
+
+def _breaking(text: str, narrow: bool = False) -> Any:
+    from markupsafe import Markup, escape
+
+    pieces = re.sub(rf"\S{{{longest_word(narrow)}}}(?=\S)", lambda found: f"{found[0]}\0", text).split("\0")
+    return Markup("<wbr>").join(escape(piece) for piece in pieces)

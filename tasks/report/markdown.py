@@ -1,6 +1,5 @@
 """The report as Markdown: with plots for Prefect's page, and as a file that is readable as plain text."""
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +19,7 @@ from slmops.tasks.report.blocks import (
     spans,
 )
 from slmops.tasks.report.document import PROMISED_SHARE_OF_FP32, document, size_share
+from slmops.tasks.report.html import blocks_to_html, longest_word
 from slmops.tasks.report.records import DeployReport, VariantReport
 from slmops.tasks.report.wording import decimal, estimated, megabytes, percent
 
@@ -32,9 +32,6 @@ SHOWN_METRICS = {
 }
 # Characters that are markup in Markdown or HTML anywhere in a line, and those that are markup only at its beginning.
 _MARKUP = re.compile(r"([\\`*\[\]<>|~]|&(?=[#\w])|(?<!\w)_|_(?!\w)|!(?=\[))")
-# Prefect's page does not break a long word, so it would not fit a phone's screen (358 pixels without margins).
-LONGEST_WORD = 30
-LONGEST_CELL_WORD = 14
 _BLOCK_START = re.compile(r"^([#+=-]|\d{1,9}[.)])")
 
 
@@ -66,9 +63,9 @@ def _variant_row(variant: VariantReport, parameters: int) -> dict[str, str]:
 def to_markdown(report: DeployReport, images: Mapping[str, str] | None = None) -> str:
     """Return the report as Markdown.
 
-    With `images` (a plot's name -> the address of its image), it has plots and folded sections, as Prefect's page shows
-    them, and long words may break. Without `images` it is plain text: without plots, and with sections instead of
-    folded details.
+    With `images` (a plot's name -> the address of its image), it has plots and folded sections, as both of Prefect's
+    UIs show them, and long words may break. Without `images` it is plain text: without plots, and with sections instead
+    of folded details.
     """
     return "\n\n".join(_rendered(document(report), images)) + "\n"
 
@@ -84,6 +81,8 @@ def _rendered(blocks: Sequence[Block], images: Mapping[str, str] | None) -> list
 
 def _block(block: Block, images: Mapping[str, str] | None) -> str:
     breaks = images is not None
+    if breaks and _has_long_code(block):
+        return blocks_to_html([block])
     match block:
         case Heading():
             text = f"{'#' * block.level} {escaped(block.text)}"
@@ -112,46 +111,61 @@ def _figure(block: Figure, images: Mapping[str, str]) -> str:
 
 
 def _details(block: Details, images: Mapping[str, str] | None) -> str:
-    content = _rendered(block.blocks, images)
     if images is None:
-        return "\n\n".join([f"#### {escaped(block.summary)}", *content])
-    # Blank lines around it make the content Markdown again.
-    summary = f"<details>\n<summary>{html.escape(block.summary)}</summary>"
-    return "\n\n".join([summary, *content, "</details>"])
+        return "\n\n".join([f"#### {escaped(block.summary)}", *_rendered(block.blocks, images)])
+    return blocks_to_html([block])  # Prefect's older UI puts Markdown behind a fold, not into it
+
+
+def _has_long_code(block: Block) -> bool:
+    """Whether a code span has a word that no browser breaks and that is too long for Prefect's page.
+
+    Markdown cannot say where such a word may break, HTML can.
+    """
+    match block:
+        case Paragraph():
+            texts, narrow = [block.text], False
+        case Bullets():
+            texts, narrow = list(block.items), False
+        case Table():
+            texts, narrow = [cell for row in block.rows for cell in row], True
+        case _:
+            return False
+    codes = [span.text for text in texts for span in spans(text) if isinstance(span, Code)]
+    return any(len(word) > longest_word(narrow) for code in codes for word in re.split(r"[\s-]", code))
 
 
 def _table(block: Table, breaks: bool) -> str:
     lines = ["| " + " | ".join(escaped(title) for title in block.columns) + " |", "| --- " * len(block.columns) + "|"]
-    widest = LONGEST_CELL_WORD if breaks else None
+    widest = longest_word(True) if breaks else None
     lines += ["| " + " | ".join(_inline(cell, widest, in_table=True) for cell in row) + " |" for row in block.rows]
     return "\n".join(lines)
 
 
 def _line(text: Text, breaks: bool) -> str:
     """Return text that begins a line."""
-    line = _inline(text, LONGEST_WORD if breaks else None)
+    line = _inline(text, longest_word(False) if breaks else None)
     return _BLOCK_START.sub(lambda found: f"{found[0][:-1]}\\{found[0][-1]}", line)
 
 
 def _inline(text: Text, widest: int | None, *, in_table: bool = False) -> str:
     parts = []
     for span in spans(text):
-        shown = _breakable(span if isinstance(span, str) else span.text, widest)
         match span:
             case Code():
-                parts.append(_code_in_table(shown) if in_table else code_span(shown))
+                parts.append(_code_in_table(span.text) if in_table else code_span(span.text))
             case Strong():
-                parts.append(f"**{escaped(shown)}**")
+                parts.append(f"**{_breakable(span.text, widest)}**")
             case str():
-                parts.append(escaped(shown))
+                parts.append(_breakable(span, widest))
     return "".join(parts).strip()
 
 
 def _breakable(text: str, widest: int | None) -> str:
-    """Return text whose words are at most `widest` characters long: longer words get zero width spaces."""
+    """Return escaped text that may break within words longer than `widest`, at places that leave nothing in a copy."""
     if widest is None:
-        return text
-    return re.sub(rf"\S{{{widest}}}(?=\S)", lambda found: f"{found[0]}\u200b", text)
+        return escaped(text)
+    marked = re.sub(rf"\S{{{widest}}}(?=\S)", lambda found: f"{found[0]}\u200b", text.replace("\u200b", ""))
+    return escaped(marked).replace("\u200b", "<wbr>")
 
 
 def escaped(text: str) -> str:

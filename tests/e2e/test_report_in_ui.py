@@ -146,9 +146,9 @@ def published(report: DeployReport, settings: Settings, server: str, tmp_path: P
     return report, page
 
 
-def opened(driver: webdriver.Chrome, page: str) -> None:
+def opened(driver: webdriver.Chrome, page: str, root: str = ".prose") -> None:
     driver.get(page)
-    shown = "return document.querySelector('.prose h1')?.innerText"
+    shown = f"return document.querySelector('{root} h1')?.innerText"
     WebDriverWait(driver, 60).until(lambda _: driver.execute_script(shown) == "home@3: registered")
     complete = "return [...document.images].every(one => one.complete)"
     WebDriverWait(driver, 60).until(lambda _: driver.execute_script(complete))
@@ -170,6 +170,29 @@ def test_prefects_page_shows_the_plots_and_every_table(
             assert picture["width"] > 0.85 * min(width - 32, 584)
         assert driver.execute_script(CUT, ".prose") == []
         screenshot(driver, tmp_path / f"prefect-{width}-unfolded.png")
+
+
+FOLDED = """
+const named = one => one.innerText === "All figures of speed";
+const fold = [...document.querySelectorAll("summary")].find(named).parentElement;
+const shown = () => fold.querySelector("table").checkVisibility();
+const before = shown();
+fold.querySelector("summary").click();
+return [before, shown(), [...document.querySelectorAll("details")].every(one => one.children.length > 1)];
+"""
+
+
+def test_folds_open_with_a_click_in_both_of_prefects_interfaces(
+    browser: Browser, settings: Settings, server: str, tmp_path: Path
+) -> None:
+    _, page = published(full_report(), settings, server, tmp_path)
+    for root, address in ((".prose", page), (".markdown-renderer", page.replace("/v2/", "/"))):
+        driver = browser(390, "light")
+        opened(driver, address, root)
+        shown_before, shown, are_full = driver.execute_script(FOLDED)
+        screenshot(driver, tmp_path / f"fold{root}.png")
+        assert (shown_before, shown, are_full) == (False, True, True)
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 391
 
 
 def test_what_others_wrote_does_nothing_on_prefects_page(
