@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slmops.infra.checkpoints.folder import read_tensor_headers
-from slmops.infra.errors import SlmopsError
+from slmops.infra.errors import LONGEST_MESSAGE, SlmopsError
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import parse_foreign_manifest
 from slmops.infra.storage.registry import ModelRegistry
@@ -81,7 +81,7 @@ def ends_in_an_answer_or_a_sentence(path: Path, content: bytes, read: Callable[[
     except SlmopsError as error:
         assert error.message.strip().endswith((".", "…"))
         assert "\n" not in error.message
-        assert len(error.message) < 2000
+        assert len(error.message) <= LONGEST_MESSAGE
     finally:
         if before is None:
             path.unlink()
@@ -90,6 +90,7 @@ def ends_in_an_answer_or_a_sentence(path: Path, content: bytes, read: Callable[[
 
 
 @QUICK
+@example(file="config.json", content=b'{"architectures":' * 500 + b"1" + b"}" * 500, merged=False)
 @given(file=st.sampled_from(JSON_FILES), content=JSON_BYTES, merged=st.booleans())
 def test_a_json_file_of_a_checkpoint(checkpoint: Path, file: str, content: bytes, merged: bool) -> None:
     """A whole file, or an object whose fields replace those of the file."""
