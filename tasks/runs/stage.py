@@ -11,6 +11,7 @@ from prefect.client.schemas import State, TaskRun
 from prefect.states import Failed
 
 from slmops.infra.errors import PassingFault, SlmopsError
+from slmops.tasks.runs.tags import tag_by_parameters
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,13 +49,14 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
 
     Prefect logs a traceback for an exception that leaves a flow, which does not help if the input is at fault. The
     state's data is the error, so it is raised for a caller who requests the flow's result. Prefect's engine on a worker
-    requests the result too, and would log the error as unexpected.
+    requests the result too, and would log the error as unexpected. The run is tagged with its model and precisions.
     """
 
     @functools.wraps(flow_function)
     def ending(*args: P.args, **kwargs: P.kwargs) -> R:
         for logger in ("prefect.flow_runs", "prefect.engine"):
             logging.getLogger(logger).addFilter(_is_unexpected)
+        tag_by_parameters()
         try:
             return flow_function(*args, **kwargs)
         except SlmopsError as error:

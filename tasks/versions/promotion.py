@@ -12,6 +12,7 @@ from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.models import post_models
 from slmops.tasks.runs.events import CHAMPION_PROMOTED, CHAMPION_ROLLED_BACK, tell
 from slmops.tasks.runs.stage import stage
+from slmops.tasks.runs.tags import CHAMPION, tag_run
 from slmops.tasks.versions.change import Change
 from slmops.tasks.workshop import workshop
 
@@ -84,9 +85,10 @@ def promotion_markdown(promotion: Promotion) -> str:
 
 
 def tell_champion(promotion: Promotion) -> None:
-    """Emit the event of a changed champion, whichever flow changed it."""
+    """Emit the event of a changed champion, and tag the run, whichever flow changed it."""
     event = CHAMPION_ROLLED_BACK if promotion.status == "rolled back" else CHAMPION_PROMOTED
     reason, former = promotion.reason, promotion.former
+    tag_run(CHAMPION)
     tell(event, promotion.name, promotion.reference, promotion.summary, reason=reason, former=former)
 
 

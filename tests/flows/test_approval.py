@@ -93,6 +93,8 @@ def test_the_run_waits_with_the_figures_until_a_person_approves(server: str, reg
     assert registry.alias("home", CHAMPION) == 2
     (newest, _) = registry.champion_history("home")
     assert newest.reason == "better; approved by Ada: knows the garage"
+    tags = httpx.get(f"{server}/flow_runs/{run}").json()["tags"]
+    assert sorted(tags) == ["champion", "model:home", "slmops"]
 
 
 def test_a_declined_one_leaves_the_champion_and_says_who_declined(server: str, registry: ModelRegistry) -> None:
