@@ -1,6 +1,7 @@
 """The environment of all tests: no telemetry, no settings of the user, and no silent skips in CI."""
 
 import dataclasses
+import gc
 import os
 import shutil
 import sys
@@ -28,6 +29,7 @@ USER_CACHE = "SLMOPS_TESTS_USER_CACHE"
 # A test that skips because of the operating system says so with this word at the start of its reason.
 PLATFORM_REASONS = ("Windows", "POSIX", "process groups are POSIX's")
 
+gc.set_threshold(10_000)  # as the commands: with the tests' objects, collecting would take a tenth of the time
 # Hundreds of processes import the same modules: each is compiled once, even where the environment forbids to keep that.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
