@@ -1,5 +1,7 @@
 """Calls of child processes that use Olive, and their answers."""
 
+from importlib.metadata import version
+
 from slmops.infra.process.call import Call, Progress
 from slmops.infra.records import AbsolutePath, Json, Record
 
@@ -46,6 +48,11 @@ class FamilyProof(Record):
     lengths: tuple[int, ...]
     first_difference: Json | None = None
     known: bool = False
+
+
+def proof_versions() -> dict[str, str]:
+    """Return the versions of the packages that a proof holds for."""
+    return {package: version(package) for package in ("onnxruntime", "onnxruntime-genai", "transformers")}
 
 
 class ProveFamily(Call[FamilyProof]):

@@ -8,19 +8,17 @@ cached, and `proven_families.json` has the results of known models.
 import hashlib
 import json
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
-from slmops.infra.olive.calls import FamilyProof, ProveFamily
+from slmops.infra.olive.calls import FamilyProof, ProveFamily, proof_versions
 from slmops.infra.olive.cut_checkpoint import CutCheckpoint, cut_checkpoint
 from slmops.infra.olive.logit_comparison import differences, reference_trials
 from slmops.infra.process.call import Progress
 from slmops.infra.records import Untyped
 
-PACKAGES = ("onnxruntime", "onnxruntime-genai", "transformers")
 SHIPPED = Path(__file__).with_name("proven_families.json")
 
 # Largest distance of two logits over the standard deviation of the reference's. Sound builds of random weights stay
@@ -80,18 +78,13 @@ def _as_number(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a proof holds for."""
-    return {package: version(package) for package in PACKAGES}
-
-
 def _with_versions(key: str) -> str:
-    return hashlib.sha256(json.dumps([key, versions()]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([key, proof_versions()]).encode()).hexdigest()
 
 
 def _shipped(key: str) -> FamilyProof | None:
     known = json.loads(SHIPPED.read_text("utf-8"))
-    found = known["proven"].get(key) if known["versions"] == versions() else None
+    found = known["proven"].get(key) if known["versions"] == proof_versions() else None
     return (
         FamilyProof(key=key, **{name: found[name] for name in ("architecture", "distance", "lengths")})
         if found

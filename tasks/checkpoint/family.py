@@ -4,12 +4,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from slmops.infra.errors import BadInput
+from slmops.infra.files import write_whole
 from slmops.infra.olive.architectures import check_family_precisions
-from slmops.infra.olive.calls import FamilyProof, ProveFamily
+from slmops.infra.olive.calls import FamilyProof, ProveFamily, proof_versions
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
+from slmops.infra.storage.manifest import digest_of
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
@@ -27,7 +29,15 @@ def prove_family(prepared: PreparedCheckpoint, precisions: Collection[str]) -> N
     check_family_precisions(prepared.inspection.architecture, precisions)
     shop = workshop()
     with stage_progress("prove family") as on_progress:
-        proof_of(prepared.folder, shop.settings, shop.torch, on_progress, log=f"prove-{prepared.digest[:12]}")
+        # The child would import torch for seconds, only to find that it has proven this checkpoint before.
+        key = digest_of({"checkpoint": prepared.digest, "versions": proof_versions()})
+        proven = shop.settings.user_cache_dir / "families" / f"checkpoint-{key}.json"
+        if proven.is_file():
+            on_progress(1, 1, "proven before")
+            return
+        log = f"prove-{prepared.digest[:12]}"
+        proof = proof_of(prepared.folder, shop.settings, shop.torch, on_progress, log=log)
+        write_whole(proven, proof.model_dump_json(indent=2))
 
 
 def proof_of(

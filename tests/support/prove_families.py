@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from slmops.infra.olive.calls import ProveFamily
+from slmops.infra.olive.calls import ProveFamily, proof_versions
 from slmops.infra.olive.cut_checkpoint import KEPT_TOKENS
-from slmops.infra.olive.family_proof import SHIPPED, versions
+from slmops.infra.olive.family_proof import SHIPPED
 from tests.support.family_configs import REAL, make_family
 
 # Further sizes of the same families: what differs from the configuration of another size. Mistral 7B v0.2 has the
@@ -62,7 +62,7 @@ def main() -> None:
     configs = {name: config for name, config in REAL.items() if name not in NOT_SHIPPED}
     configs |= {name: {**REAL[base], **changes} for name, (base, changes) in SIZES.items()}
     shipped = json.loads(SHIPPED.read_text("utf-8"))
-    proven: dict[str, dict[str, Any]] = shipped["proven"] if shipped["versions"] == versions() else {}
+    proven: dict[str, dict[str, Any]] = shipped["proven"] if shipped["versions"] == proof_versions() else {}
     known = {found["model"] for found in proven.values()}
     for name in (name for name in configs if name not in known):
         with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def main() -> None:
             raise SystemExit(f"{name} is not exact: {proof.first_difference}")
         found = {"architecture": proof.architecture, "distance": float(f"{proof.distance:.1e}")}
         proven[proof.key] = {"model": name, **found, "lengths": list(proof.lengths)}
-        SHIPPED.write_text(json.dumps({"versions": versions(), "proven": proven}, indent=1) + "\n", "utf-8")
+        SHIPPED.write_text(json.dumps({"versions": proof_versions(), "proven": proven}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_a_proof_is_stored_and_made_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(genai_builder, "make_model", None)
     again = prove(checkpoint)
     assert (again.known, again.first_difference) == (True, None)
-    monkeypatch.setattr(family_proof, "versions", lambda: {"onnxruntime-genai": "0.19"})
+    monkeypatch.setattr(family_proof, "proof_versions", lambda: {"onnxruntime-genai": "0.19"})
     with pytest.raises(BadInput, check=coded("family-not-built")):
         prove(checkpoint)
 

@@ -9,10 +9,14 @@ import pytest
 
 from slmops.deployments.cli import app as cli
 from slmops.infra.errors import BadInput
+from slmops.infra.process.call import Call, ChildResult
+from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import Settings
-from slmops.tasks.checkpoint.family import proof_of
-from slmops.tasks.checkpoint.inspection import inspect_checkpoint
-from slmops.tasks.checkpoint.preparation import with_text_part
+from slmops.infra.storage.opening import open_registry
+from slmops.tasks.checkpoint.family import proof_of, prove_family
+from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
+from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, with_text_part
+from slmops.tasks.workshop import Workshop, working_in
 from tests.infra.checkpoints.test_text_part import WHOLE, make_whole
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
@@ -60,6 +64,28 @@ def test_what_is_known_costs_no_build(settings: Settings, tmp_path: Path) -> Non
     further = make_tiny_checkpoint(tmp_path / "further", "qwen2", seed=2, num_hidden_layers=4)
     prove(first, settings)
     assert prove(further, settings).known
+
+
+def test_a_deploy_proves_a_checkpoint_again_only_after_it_changed(settings: Settings, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "checkpoint", "qwen2", seed=1)
+
+    def prove_within(child: ChildProcess) -> None:
+        inspection, digest = inspect_checkpoint(folder), content_digest(folder)
+        prepared = PreparedCheckpoint(uri=folder.as_uri(), origin=str(folder), digest=digest, inspection=inspection)
+        with working_in(Workshop(settings, open_registry(settings), child)):
+            prove_family.fn(prepared, ["int8"])
+
+    prove_within(TORCH_PROCESS)
+    prove_within(NeverStarted())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | SILENTLY_WRONG), "utf-8")
+    with pytest.raises(AssertionError, match="started"):
+        prove_within(NeverStarted())
+
+
+class NeverStarted(ChildProcess):
+    def run(self, call: Call[Any], **options: Any) -> ChildResult[Any]:
+        raise AssertionError("it was started")
 
 
 @pytest.mark.parametrize("model", WHOLE)
