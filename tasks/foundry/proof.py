@@ -40,6 +40,11 @@ class Proof(BaseModel):
     notes: tuple[str, ...] = ()
     marks: ThoughtMarks | None = later_field(None)
 
+    @property
+    def text(self) -> str:
+        """The answer without thoughts that it begins with."""
+        return self.marks.split(self.answer, opened=False).text if self.marks else self.answer
+
 
 def proof_of(precision: str) -> Kind[Proof]:
     """Return the kind of evidence for the proofs of a precision."""

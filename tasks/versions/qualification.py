@@ -183,7 +183,7 @@ def _registered(asked: Qualification, variant: Variant, report: VariantReport, e
     noted = report.gate.notes if report.gate else ()
     update = {
         "status": "registered",
-        "answer": proof.answer,
+        "answer": proof.text,
         "notes": (*noted, *registration.notes, *proof.notes),
     }
     return Qualified(report.model_copy(update=update), changed=known is None)

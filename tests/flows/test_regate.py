@@ -60,7 +60,7 @@ def exams(monkeypatch: pytest.MonkeyPatch) -> AtOnce:
         monkeypatch.setattr(module, "examine", at_once.examine)
     found = {
         "register_variant": SimpleNamespace(changed=True, notes=("registered",), model_id="home-int4-generic-cpu:1"),
-        "prove_variant": SimpleNamespace(answer="It is on.", notes=()),
+        "prove_variant": SimpleNamespace(text="It is on.", notes=()),
         "unregister_variant": ["home-int4-generic-cpu:1"],
     }
     for name, result in found.items():

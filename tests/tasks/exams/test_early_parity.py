@@ -109,6 +109,16 @@ def test_rows_with_tools_are_refused_before_a_build(checkpoint: Path, settings: 
         check_templates.fn(prepared, tuple(tool_chats().values()))
 
 
+def test_a_row_that_switches_thoughts_needs_a_template_with_a_switch(checkpoint: Path, settings: Settings) -> None:
+    row = EvaluationRow.model_validate({"id": "at once", "messages": asked("Hello?"), "enable_thinking": False})
+    prepared: Any = SimpleNamespace(folder=checkpoint, origin="./home", inspection=SimpleNamespace(kind="genai"))
+    with working_in(Workshop(settings, open_registry(settings))):
+        check_templates.fn(prepared, (row,))  # Qwen3's template has one
+        (checkpoint / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn.content }}{% endfor %}")
+        with pytest.raises(BadInput, check=coded("template-without-switch", "at once")):
+            check_templates.fn(prepared, (row,))
+
+
 def test_calibration_chats_are_compared_up_to_their_answers(tmp_path: Path) -> None:
     chat = {"messages": [*asked("Hello?"), {"role": "assistant", "content": "Hello."}]}
     (tmp_path / "calibration.jsonl").write_text(json.dumps(chat) + "\n", "utf-8")
