@@ -1,0 +1,182 @@
+"""Calls of tools and thoughts through `slmops serve`, by a tiny model that has learned Qwen3's form of calls."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from slmops.infra.genai.served_files import mend_files
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.registry import ModelRegistry
+from tests.conftest import unmeasured_environment
+from tests.support.genai_models import build_genai_model
+from tests.support.real_models import real_model
+from tests.support.served_models import RunningServer, serving, store_model
+from tests.support.tool_caller import HEAT, TOOLS
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("caller")]
+
+ASKED: dict[str, Any] = {"model": "caller", "tools": TOOLS, "max_tokens": 64}
+LIGHT: list[Any] = [{"role": "user", "content": "Turn on the light in the garage."}]
+LIGHT_CALL = ("set_light", {"room": "garage", "on": True})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained checkpoint, with Qwen3's own chat template."""
+    folder = tmp_path_factory.mktemp("caller")
+    settings = json.loads((real_model("tokenizers/qwen3") / "tokenizer_config.json").read_text("utf-8"))
+    (folder / "template.jinja").write_text(settings["chat_template"], "utf-8")
+    command = [sys.executable, "-m", "tests.support.tool_caller", folder / "checkpoint", folder / "template.jinja"]
+    subprocess.run(command, env=unmeasured_environment(), check=True, cwd=Path(__file__).parents[2])
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server of that model."""
+    model = build_genai_model(checkpoint, tmp_path_factory.mktemp("caller-model") / "model")
+    mend_files(model, checkpoint)
+    home = tmp_path_factory.mktemp("caller-home") / "home"
+    store_model(ModelRegistry(LocalObjectStore(home / "store")), model, home / "in", name="caller")
+    with serving(home) as running:
+        yield running
+
+
+def called(message: Any) -> list[tuple[str, Any]]:
+    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or ()]
+
+
+def test_a_call_is_answered_and_the_final_text_comes(server: RunningServer) -> None:
+    create = server.client().chat.completions.create
+    (choice,) = create(messages=LIGHT, **ASKED).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert called(choice.message) == [LIGHT_CALL]
+    assert choice.message.tool_calls
+    result: Any = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "set"}
+    (final,) = create(messages=[*LIGHT, choice.message, result], **ASKED).choices
+    assert (final.finish_reason, final.message.content, final.message.tool_calls) == ("stop", "Done.", None)
+
+
+def test_a_streamed_call_and_a_streamed_text(server: RunningServer) -> None:
+    with server.client().chat.completions.stream(messages=LIGHT, **ASKED) as stream:
+        (choice,) = stream.get_final_completion().choices
+    assert (choice.finish_reason, called(choice.message)) == ("tool_calls", [LIGHT_CALL])
+    (call,) = choice.message.tool_calls or ()
+    sent = {"id": call.id, "type": "function", "function": call.function.model_dump(include={"name", "arguments"})}
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "set"}
+    history: Any = [*LIGHT, {"role": "assistant", "tool_calls": [sent]}, result]
+    chunks = list(server.client().chat.completions.create(messages=history, stream=True, **ASKED))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Done."
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_three_turns_with_two_tools_come_to_their_end(server: RunningServer) -> None:
+    """The loop of an agent: tools are called until the model answers with text."""
+    asked_heat, lights = list[str](), dict[str, bool]()
+
+    def run(name: str, room: str, on: bool = False) -> str:
+        if name == "get_heat":
+            asked_heat.append(room)
+            return str(HEAT)
+        lights[room] = on
+        return "set"
+
+    create = server.client().chat.completions.create
+    answers, messages = [], list[Any]()
+    for question in ("What is the heat in the kitchen?", str(LIGHT[0]["content"]), "What is the heat in the garage?"):
+        messages.append({"role": "user", "content": question})
+        while (message := create(messages=messages, **ASKED).choices[0].message).tool_calls:
+            messages.append(message)
+            for call in message.tool_calls:
+                assert call.type == "function"
+                said = run(call.function.name, **json.loads(call.function.arguments))
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": said})
+        messages.append(message)
+        answers.append(message.content)
+    assert answers == [f"It is {HEAT}.", "Done.", f"It is {HEAT}."]
+    assert (asked_heat, lights) == (["kitchen", "garage"], {"garage": True})
+
+
+def test_a_required_call_is_made_by_the_schema(server: RunningServer) -> None:
+    create = server.client().chat.completions.create
+    parameters = {"properties": {"a": {"const": 7}}, "required": ["a"], "additionalProperties": False}
+    other: Any = {"type": "function", "function": {"name": "stop", "parameters": parameters}}
+    asked = {**ASKED, "tools": [*TOOLS, other], "parallel_tool_calls": False}
+    forced = create(messages=LIGHT, tool_choice={"type": "function", "function": {"name": "stop"}}, **asked).choices[0]
+    assert (forced.finish_reason, called(forced.message)) == ("tool_calls", [("stop", {"a": 7})])
+    (required,) = create(messages=LIGHT, tool_choice="required", **{**ASKED, "parallel_tool_calls": False}).choices
+    assert called(required.message) == [LIGHT_CALL]
+    (without,) = create(messages=LIGHT, tool_choice="none", **ASKED).choices
+    assert without.message.tool_calls is None
+
+
+def test_prompts_with_tools_have_the_templates_tokens(server: RunningServer, checkpoint: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    function = {"name": "set_light", "arguments": {"room": "garage", "on": True}}
+    calls = [{"id": f"call0000{n}", "type": "function", "function": function} for n in (1, 2)]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "if a < b: # é"} for call in calls]
+    thinking = {"role": "assistant", "content": "Done.", "reasoning_content": "The user wants light."}
+    histories = {
+        "tools": LIGHT,
+        "results of parallel calls": [*LIGHT, {"role": "assistant", "content": "", "tool_calls": calls}, *results],
+        "old thoughts": [*LIGHT, thinking, *LIGHT],
+    }
+    for told, messages in histories.items():
+        expected = tokenizer.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=True, return_dict=False)
+        sent: Any = [
+            {**message, "tool_calls": [_as_openai(call) for call in message["tool_calls"]]}
+            if "tool_calls" in message
+            else message
+            for message in messages
+        ]
+        usage = server.client().chat.completions.create(messages=sent, **{**ASKED, "max_tokens": 1}).usage
+        assert usage
+        assert (told, usage.prompt_tokens) == (told, len(expected))
+    assert "wants light" not in tokenizer.apply_chat_template(histories["old thoughts"], tokenize=False)
+
+
+def _as_openai(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"])}}
+
+
+def test_thoughts_are_turned_off_for_one_request(server: RunningServer, checkpoint: Path) -> None:
+    create = server.client().chat.completions.create
+    counts = [
+        create(model="caller", messages=LIGHT, max_tokens=1, extra_body=more).usage.prompt_tokens  # type: ignore[union-attr]
+        for more in ({}, {"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"})
+    ]
+    assert counts[1] == counts[2] > counts[0]  # an empty block of thoughts
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [*LIGHT, {"role": "tool", "tool_call_id": "call00001", "content": "set"}]}, "messages"),
+    ],
+)
+def test_bad_input_is_refused(server: RunningServer, more: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.client().chat.completions.create(**{**ASKED, "messages": LIGHT, **more})
+    assert refused.value.param == param
+
+
+def test_a_schema_that_no_grammar_expresses_is_refused(server: RunningServer) -> None:
+    parameters = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(openai.BadRequestError, match="schema is not supported") as refused:
+        server.client().chat.completions.create(
+            **{**ASKED, "messages": LIGHT, "tools": [tool], "tool_choice": "required"}
+        )
+    assert refused.value.param == "tools"
