@@ -4,7 +4,7 @@ The forms are those of the chat templates of the Hub. A template shows its form 
 old thoughts out of a prompt; the start mark may be missing, where the model writes it or the prompt ends with it.
 """
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from slmops.infra.records import Record, later_field
@@ -109,7 +109,7 @@ FORMS = (
 _TOKENS = {"<|end|>": ("<|channel|>", "<|message|>", "<|end|>"), "<channel|>": ("<|channel>", "<channel|>")}
 
 
-def thought_marks(template: str | None, added_tokens: Collection[str] = ()) -> ThoughtMarks | None:
+def thought_marks(template: str | None, added_tokens: Iterable[str] = ()) -> ThoughtMarks | None:
     """Return the marks of a model's thoughts, or None if neither its chat template nor its vocabulary shows any.
 
     `added_tokens` are the texts of the tokenizer's added tokens (`slmops.infra.checkpoints.vocabulary.added_tokens`).
@@ -117,8 +117,9 @@ def thought_marks(template: str | None, added_tokens: Collection[str] = ()) -> T
     for marks in FORMS:
         if template and _distinct(marks) in template:
             return marks
+    vocabulary = set(added_tokens)
     for marks in FORMS:
-        if all(token in added_tokens for token in _TOKENS.get(marks.end, (marks.start, marks.end))):
+        if all(token in vocabulary for token in _TOKENS.get(marks.end, (marks.start, marks.end))):
             return marks.model_copy(update={"shown_by": "vocabulary"})
     return None
 

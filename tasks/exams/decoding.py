@@ -162,11 +162,11 @@ def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
     the same end tokens; the file's sampling parameters are kept for serving, and reported. An onnxruntime-genai folder
     has no source; its own penalty applies.
     """
-    marks = thought_marks(read_chat_template(folder), added_tokens(folder))
+    template = read_chat_template(folder)
     if (folder / GENAI_CONFIG).is_file():
         search = read_json(folder / GENAI_CONFIG).get("search")
         penalty = _penalty(search if isinstance(search, dict) else {}, given)
-        decoding = Decoding(repetition_penalty=penalty or 1.0)
+        decoding, marks = Decoding(repetition_penalty=penalty or 1.0), thought_marks(template, added_tokens(folder))
         return Settled(end_token_ids=(), decoding=decoding, marks=marks, warnings=())
     ends, generation = read_end_tokens(folder), _json_or_nothing(folder / GENERATION_CONFIG)
     penalty, warnings = _penalty(generation, given), [ends.warning] if ends.warning else []
@@ -179,6 +179,7 @@ def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
     decoding = Decoding(
         end_token_ids=ends.ids if ends.ids != ends.in_transformers else None, repetition_penalty=penalty or 1.0
     )
+    marks = thought_marks(template, ends.texts.values())
     return Settled(end_token_ids=ends.ids, decoding=decoding, marks=marks, warnings=tuple(warnings))
 
 

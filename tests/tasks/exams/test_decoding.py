@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from slmops.infra.reference.decoding import PLAIN
+from slmops.infra.reference.thinking import Thinking
 from slmops.tasks.exams.decoding import read_end_tokens, settle_decoding
+from tests.support.real_models import real_model
 
 TURN, TEXT = "<|im_end|>", "<|endoftext|>"
 
@@ -102,3 +104,21 @@ def test_a_built_model_has_its_own_penalty_and_end_tokens(tmp_path: Path) -> Non
     (tmp_path / "genai_config.json").write_text(json.dumps(config), "utf-8")
     settled = settle_decoding(tmp_path, {})
     assert (settled.end_token_ids, settled.decoding.repetition_penalty) == ((), 1.2)
+
+
+@pytest.mark.parametrize("is_onnx", [False, True])
+def test_thoughts_are_found_by_the_template_or_the_vocabulary(tmp_path: Path, is_onnx: bool) -> None:
+    qwen3 = real_model("tokenizers/qwen3")
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(qwen3, checkpoint)
+    if is_onnx:
+        (checkpoint / "genai_config.json").write_text("{}", "utf-8")
+    settled = settle_decoding(checkpoint, {})
+    assert settled.marks
+    assert (settled.marks.end, settled.marks.shown_by) == ("</think>", "template")
+    assert settled.decoding.thinking is None  # the key of a build does not depend on it
+    assert settled.answering(99).thinking == Thinking(marks=settled.marks, max_tokens=99)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}", "utf-8")
+    untold = settle_decoding(checkpoint, {}).marks
+    assert untold
+    assert (untold.end, untold.shown_by) == ("</think>", "vocabulary")
