@@ -18,6 +18,7 @@ from slmops.deployments.cli import (
     deploy,
     machine,
     retrain,
+    schedule,
     serve,
     status,
     store,
@@ -83,6 +84,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "check": machine.check,
         "config": machine.config,
         "up": up.up,
+        "schedule": schedule.schedule,
     },
 }
 # A full, faulty or read-only disk, permissions, a name that is too long: not a fault of slmops.

@@ -54,6 +54,11 @@ EXAMPLES = {
     "gc": ("slmops gc --keep 5 --dry-run",),
     "check": ("slmops check", "slmops check ./my-model"),
     "config": ("slmops config",),
+    "schedule": (
+        'slmops schedule home --cron "0 2 * * *" --dataset chats.jsonl --base DIR',
+        'slmops schedule helpdesk --cron "0 3 * * 0" --benchmark',
+        "slmops schedule helpdesk --remove",
+    ),
     "up": ("slmops up", "slmops up --check"),
 }
 

@@ -1,14 +1,15 @@
-"""The checks of `slmops up --check`: server, work pool, workers, deployments, schedules."""
+"""The checks of `slmops up --check`: server, work pool, workers, deployments, schedules, automations."""
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from typing import TYPE_CHECKING
 
 import httpx
 
 from slmops.deployments.server.access import authorization
+from slmops.deployments.server.automations import DEPLOY_ON_EVENT, LOST_RUNS
 from slmops.deployments.server.registration import full_name
+from slmops.deployments.server.schedules import Planned, planned_of
 from slmops.infra.records import Record
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def check_running(url: str | None, pool: str, entries: Sequence[Mapping[str, obj
         checks += [
             *_check_pool(client, pool),
             *(check for entry in entries for check in _check_deployment(client, entry)),
+            *(_check_automation(client, name) for name in (DEPLOY_ON_EVENT, LOST_RUNS)),
         ]
     return Running(ok=all(check.ok for check in checks), api_url=url, checks=tuple(checks))
 
@@ -118,38 +120,31 @@ def _check_deployment(client: "SyncPrefectClient", entry: Mapping[str, object]) 
     except ObjectNotFound:
         return [Check(what=f"deployment {name}", ok=False, found="none", what_to_do="slmops up registers it.")]
     checks = [Check(what=f"deployment {name}", ok=True, found=f"version {found.version}")]
-    for schedule in found.schedules:
-        if not schedule.active or found.paused:
-            checks.append(
-                Check(what=f"schedule of {name}", ok=True, found=f"{_shown(schedule.schedule)}, switched off")
-            )
-            continue
-        due = _next_run(client, found.id)
-        checks.append(
-            Check(
-                what=f"schedule of {name}",
-                ok=due is not None,
-                found=f"{_shown(schedule.schedule)}, next run {due or 'never'}",
-                what_to_do="" if due else "It has no time in the future: change it.",
-            )
-        )
+    required = (found.parameter_openapi_schema or {}).get("required", ())
+    checks += [_check_schedule(name, planned, required) for planned in planned_of(found)]
     return checks
 
 
-def _shown(schedule: Any) -> str:
-    rule = getattr(schedule, "cron", None) or getattr(schedule, "rrule", None) or f"every {schedule.interval}"
-    return f"{rule} ({schedule.timezone or 'UTC'})"
-
-
-def _next_run(client: "SyncPrefectClient", deployment_id: UUID) -> str | None:
-    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
-    from prefect.client.schemas.sorting import FlowRunSort
-
-    runs = client.read_flow_runs(
-        deployment_filter=DeploymentFilter.model_validate({"id": {"any_": [deployment_id]}}),
-        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}}),
-        sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-        limit=1,
+def _check_schedule(name: str, planned: Planned, required: Sequence[str]) -> Check:
+    what = f"schedule of {name}"
+    if not planned.active:
+        return Check(what=what, ok=True, found=f"{planned.rule}, switched off")
+    if missing := [parameter for parameter in required if parameter not in planned.parameters]:
+        advice = "Set them in the UI, or by slmops schedule; its runs fail without them."
+        return Check(what=what, ok=False, found=f"{planned.rule}, without {', '.join(missing)}", what_to_do=advice)
+    return Check(
+        what=what,
+        ok=planned.next_at is not None,
+        found=f"{planned.rule}, next run {planned.next_at or 'never'}",
+        what_to_do="" if planned.next_at else "It has no time in the future: change it.",
     )
-    due = runs[0].expected_start_time if runs else None
-    return due.isoformat(timespec="seconds") if due else None
+
+
+def _check_automation(client: "SyncPrefectClient", name: str) -> Check:
+    found = client.read_automations_by_name(name)
+    return Check(
+        what=f"automation {name!r}",
+        ok=bool(found),
+        found="none" if not found else "switched on" if found[0].enabled else "switched off",
+        what_to_do="" if found else "slmops up sets it up.",
+    )

@@ -1,0 +1,109 @@
+"""Schedules of a model on a real server: set, replaced, checked, removed; none without its parameters."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from slmops.deployments.cli import app as cli
+from slmops.deployments.server.registration import read_deployments, register_deployments
+from slmops.deployments.server.up_check import check_running
+from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
+
+RETRAIN = [entry for entry in read_deployments() if entry["name"] in ("retrain", "benchmark")]
+NIGHTLY = ("--cron", "0 2 * * *", "--timezone", "Europe/Berlin")
+
+
+@pytest.fixture
+def api(server: str, environment: None, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server with the deployments that can have schedules."""
+    with temporary_settings({PREFECT_API_URL: server}):
+        ensure_pool(DEFAULT_POOL)
+        register_deployments(RETRAIN)
+        monkeypatch.setenv("PREFECT_API_URL", server)
+        yield server
+
+
+@pytest.fixture
+def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset in the current folder."""
+    rows = [{"messages": [{"role": "user", "content": word}], "expected": word} for word in ("on", "off")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def schedules(api: str, deployment: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = httpx.get(f"{api}/deployments/name/{deployment}/{deployment}").json()["schedules"]
+    return [schedule for schedule in found if schedule["active"]]
+
+
+def test_a_schedule_has_its_parameters_and_the_second_one_replaces_the_first(
+    api: str, chats: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrain = ("--dataset", "chats.jsonl", "--base", str(tiny_checkpoint))
+    for cron in ("0 1 * * *", "0 2 * * *"):
+        timed = ("--cron", cron, "--timezone", "Europe/Berlin")
+        assert cli.run(["schedule", "home", *timed, *retrain, "--approval", "--json"]) == 0, capsys.readouterr()
+        planned = json.loads(capsys.readouterr().out)
+    (nightly,) = schedules(api, "retrain")
+    assert nightly["schedule"]["cron"] == "0 2 * * *"
+    expected = {"name": "home", "dataset": str(chats), "base": str(tiny_checkpoint), "approval": True}
+    assert nightly["parameters"] == expected
+    assert planned["next_at"].endswith(("T02:00:00+01:00", "T02:00:00+02:00"))
+
+    assert cli.run(["schedule", "home", "--cron", "0 3 * * 0", "--benchmark"]) == 0
+    assert "benchmark of home: 0 3 * * 0 (UTC), next at " in capsys.readouterr().out
+    checks = check_running(api, DEFAULT_POOL, RETRAIN).checks
+    found = [check.found for check in checks if check.what == "schedule of benchmark/benchmark"]
+    assert sum("next run" in text for text in found) == 1
+
+    assert cli.run(["schedule", "home", "--remove"]) == 0
+    assert "Removed: retrain, benchmark of home." in capsys.readouterr().out
+    assert schedules(api, "retrain") == schedules(api, "benchmark") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--cron", "99 * * * *", "--benchmark"), "'99 * * * *'"),
+        (("--cron", "every day", "--benchmark"), "'every day'"),
+        (("--cron", "0 2 30 2 *", "--benchmark"), "has no time in the future"),
+        (("--cron", "0 2 * * *", "--timezone", "Mars/Base", "--benchmark"), "Mars/Base"),
+        (NIGHTLY, "needs --dataset and --base"),
+        ((*NIGHTLY, "--dataset", "chats.jsonl"), "needs --base"),
+        ((*NIGHTLY, "--dataset", "chats.jsonl", "--base", "./nowhere"), "nowhere"),
+        ((), "No cron is given"),
+    ],
+)
+def test_what_would_never_run_is_refused_in_one_sentence(
+    api: str, chats: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    assert cli.run(["schedule", "home", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert schedules(api, "retrain") == schedules(api, "benchmark") == []
+
+
+def test_a_schedule_that_was_switched_on_without_parameters_is_reported(api: str) -> None:
+    deployment = httpx.get(f"{api}/deployments/name/retrain/retrain").json()
+    (nightly,) = [schedule for schedule in deployment["schedules"] if schedule["slug"] == "nightly"]
+    address = f"{api}/deployments/{deployment['id']}/schedules/{nightly['id']}"
+    httpx.patch(address, json={"active": True}).raise_for_status()
+    try:
+        checked = {check.what: check for check in check_running(api, DEFAULT_POOL, RETRAIN).checks}
+        found = checked["schedule of retrain/retrain"]
+        assert (found.ok, found.found) == (False, "0 2 * * * (UTC), without dataset, base, name")
+    finally:
+        httpx.patch(address, json={"active": False}).raise_for_status()
+
+
+def test_without_a_server_nothing_is_scheduled(
+    environment: None, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["schedule", "home", "--cron", "0 2 * * *", "--benchmark"]) == 2
+    assert "No Prefect server is set" in capsys.readouterr().err
