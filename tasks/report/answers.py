@@ -21,7 +21,7 @@ from slmops.tasks.report.blocks import (
     table,
     visible,
 )
-from slmops.tasks.report.per_variant import EXAMPLES, Variants, evaluations, of_variant, threshold_of
+from slmops.tasks.report.per_variant import EXAMPLES, Variants, evaluations, side_by_side, threshold_of
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import INTERVALS, NOTHING, estimated, percent, ratio, shown
 from slmops.tasks.verdict.endless_check import ThoughtFigures, thought_figures
@@ -46,15 +46,8 @@ def domain_answers(report: DeployReport) -> Iterator[Block]:
         for variant, evaluated in scored
     ]
     yield from table(("variant", "score", "loss", "asked"), rows)
-    folded: list[Block] = []
-    for variant, evaluated in evaluations(report.variants):
-        categories = [
-            (quoted(part.category, 60), f"{part.rows:,}", estimated(part.score, percent), _reference_score(part))
-            for part in evaluated.categories
-        ]
-        folded += of_variant(variant, table(("category", "rows", "score", "reference"), categories))
-    if folded:
-        yield Details("Scores by category", folded)
+    if by_category := list(side_by_side("category", _category_scores(report))):
+        yield Details("Scores by category", by_category)
     yield from _thoughts(report)
     yield from _tool_calls(report)
     yield from _worst_examples(report)
@@ -119,9 +112,15 @@ def _worst_examples(report: DeployReport) -> Iterator[Block]:
         yield Details("Where the reference is right and another variant is wrong", folded)
 
 
-def _reference_score(part: object) -> str:
-    score: Estimate | None = getattr(part, "reference_score", None)
-    return NOTHING if score is None else percent(score.value)
+def _category_scores(report: DeployReport) -> dict[str, dict[Text, Text]]:
+    """Return the scores by variant and category, which is named with its rows and the source checkpoint's score."""
+    found: dict[str, dict[Text, Text]] = {}
+    for variant, evaluated in evaluations(report.variants):
+        for part in evaluated.categories:
+            reference = f"; reference {percent(part.reference_score.value)}" if part.reference_score else ""
+            name = (quoted(part.category, 60), f" ({part.rows:,} rows{reference})")
+            found.setdefault(variant.precision, {})[name] = estimated(part.score, percent)
+    return found
 
 
 def _example(precision: str, row: EvaluatedRow, asked: EvaluationRow | None) -> Comparison:

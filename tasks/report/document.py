@@ -16,7 +16,6 @@ from slmops.tasks.report.blocks import (
     Listing,
     Paragraph,
     Strong,
-    Table,
     Text,
     bullets,
     joined,
@@ -25,6 +24,7 @@ from slmops.tasks.report.blocks import (
     table,
     visible,
 )
+from slmops.tasks.report.per_variant import side_by_side
 from slmops.tasks.report.quality import quality_blocks
 from slmops.tasks.report.records import DeployReport, VariantReport
 from slmops.tasks.report.rejections import advice_blocks
@@ -68,6 +68,7 @@ def document(report: DeployReport) -> list[Block]:
         *_choice(report),
         *_others(report),
         *advice_blocks(report),
+        *_attention(report),
         *_variants(report),
         *_speed(report),
         *quality_blocks(report),
@@ -258,8 +259,7 @@ def _speed(report: DeployReport) -> Iterator[Block]:
         (Strong(variant.precision), *(_metric(variant, name) for name in columns.values())) for variant in measured
     ]
     yield from table(("variant", *columns), rows)
-    statistics = [block for variant in measured for block in _statistics(variant)]
-    if statistics:
+    if statistics := list(_statistics(measured)):
         yield Details("All figures of speed", statistics)
     yield Figure("latency", "Time to the first token over the length of the prompt; dashed: proportional growth.")
     yield Figure("memory", "Growth of the resident memory since the first request.")
@@ -272,27 +272,28 @@ def _metric(variant: VariantReport, name: str) -> str:
     return f"{value / 1e6:,.0f}" if name.endswith("_bytes") else decimal(value)
 
 
-def _statistics(variant: VariantReport) -> Iterator[Block]:
-    measured = variant.details.measurement
-    if measured is None:
-        return
-    blocks: list[Block] = []
-    for length in measured.by_prompt_length:
-        rows = [
-            (METRIC_TITLES[name], decimal(statistic.p50), decimal(statistic.p95), shown(statistic.stdev, decimal))
-            for name, statistic in length.statistics.items()
+def _statistics(variants: Sequence[VariantReport]) -> Iterator[Block]:
+    measured = {variant.precision: variant.details.measurement for variant in variants if variant.details.measurement}
+    lengths: dict[str, dict[str, dict[Text, Text]]] = {}
+    for precision, measurement in measured.items():
+        for length in measurement.by_prompt_length:
+            tokens = f"{length.prompt_tokens:,} prompt and {length.new_tokens:,} new tokens"
+            lengths.setdefault(tokens, {})[precision] = {
+                METRIC_TITLES[name]: f"{decimal(found.p50)} ({decimal(found.p95)}, {shown(found.stdev, decimal)})"
+                for name, found in length.statistics.items()
+            }
+    for tokens, figures in lengths.items():
+        yield Paragraph(f"{tokens}: the median; in brackets what 95 % are below, and the deviation.")
+        yield from side_by_side("figure", figures)
+    for precision, measurement in measured.items():
+        process = [
+            f"{METRIC_TITLES[name]}: {megabytes(value) if name.endswith('_bytes') else decimal(value)}"
+            for name, value in measurement.metrics.items()
+            if name in ("load_ms", "peak_rss_bytes", "cpu_percent")
         ]
-        tokens = f"{length.prompt_tokens:,} prompt and {length.new_tokens:,} new tokens"
-        blocks.append(Paragraph((Strong(variant.precision), f", {tokens}:")))
-        blocks.append(Table(("figure", "median", "95 % below", "deviation"), rows))
-    process = [
-        f"{METRIC_TITLES[name]}: {megabytes(value) if name.endswith('_bytes') else decimal(value)}"
-        for name, value in measured.metrics.items()
-        if name in ("load_ms", "peak_rss_bytes", "cpu_percent")
-    ]
-    blocks.append(Paragraph(f"Of the whole process: {'; '.join(process)}; {measured.threads} threads."))
-    blocks += bullets([sentences(note) for note in measured.notes])
-    yield from blocks
+        whole = f", the whole process: {'; '.join(process)}; {measurement.threads} threads."
+        yield Paragraph((Strong(precision), whole))
+        yield from bullets([sentences(note) for note in measurement.notes])
 
 
 def _history(report: DeployReport) -> Iterator[Block]:
@@ -331,7 +332,8 @@ def _change(change: Change) -> Sequence[Text]:
     )
 
 
-def _remarks(report: DeployReport) -> Iterator[Block]:
+def _attention(report: DeployReport) -> Iterator[Block]:
+    """Yield what a reader should know before the figures."""
     failures = [
         joined([Strong(variant.precision), quoted(variant.error, 2000)], ": ")
         for variant in report.variants
@@ -341,13 +343,19 @@ def _remarks(report: DeployReport) -> Iterator[Block]:
         *map(sentences, report.warnings),
         *(f"{variant.precision}: {sentences(text)}" for variant in report.variants for text in variant.warnings),
     ]
-    notes: list[Text] = [
-        f"{variant.precision}: {sentences(text)}" for variant in report.variants for text in variant.notes
-    ]
-    for title, items in (("Failures", failures), ("Warnings", warnings), ("Notes", notes)):
+    for title, items in (("Failures", failures), ("Warnings", warnings)):
         if items:
             yield Heading(title)
             yield from bullets(items)
+
+
+def _remarks(report: DeployReport) -> Iterator[Block]:
+    notes: list[Text] = [
+        f"{variant.precision}: {sentences(text)}" for variant in report.variants for text in variant.notes
+    ]
+    if notes:
+        yield Heading("Notes")
+        yield from bullets(notes)
 
 
 def _statements(report: DeployReport) -> Iterator[Block]:

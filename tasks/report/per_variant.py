@@ -1,9 +1,9 @@
 """Shared code of the report's parts on quality: figures and checks by variant."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from slmops.tasks.exams.evaluation import Evaluation
-from slmops.tasks.report.blocks import Block, Paragraph, Strong, bullets, sentences
+from slmops.tasks.report.blocks import Block, Paragraph, Strong, Text, bullets, sentences, table
 from slmops.tasks.report.records import VariantReport
 from slmops.tasks.report.wording import NOTHING, check_threshold
 from slmops.tasks.verdict.checks import GateCheck
@@ -20,6 +20,13 @@ def of_variant(variant: VariantReport, blocks: Iterator[Block]) -> Iterator[Bloc
         if index == 0:
             yield Paragraph((Strong(variant.precision), ":"))
         yield block
+
+
+def side_by_side(title: str, figures: Mapping[str, Mapping[Text, Text]]) -> Iterator[Block]:
+    """Yield a table of one kind of figures with a column per variant; `figures` are by variant, then by row."""
+    names = list(dict.fromkeys(name for of_variant in figures.values() for name in of_variant))
+    rows = [(name, *(of_variant.get(name, NOTHING) for of_variant in figures.values())) for name in names]
+    yield from table((title, *figures), rows)
 
 
 def checks_of(variant: VariantReport) -> Sequence[GateCheck]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from slmops.tasks.report.answers import distributions, domain_answers, output_format
 from slmops.tasks.report.blocks import Block, Details, Heading, Paragraph, Strong, Text, table
 from slmops.tasks.report.parity import template_parity
-from slmops.tasks.report.per_variant import checks_of, of_variant
+from slmops.tasks.report.per_variant import checks_of, side_by_side
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.robustness import edge_input, length_sweep, memory
 from slmops.tasks.report.wording import NOTHING, check_threshold, check_value, check_verdict, percent
@@ -63,20 +63,17 @@ def _summary(report: DeployReport) -> Iterator[Block]:
             if any(verdict != NOTHING for verdict in verdicts):
                 rows.append((title, *verdicts))
         yield from table(("check", *(variant.precision for variant in group)), rows)
-    folded: list[Block] = []
-    for variant in judged:
-        checks = [
-            (
-                check.name.replace("_", " "),
-                _loud(check, check_value(check)),
-                check_threshold(check),
-                _loud(check, check_verdict(check)),
-            )
-            for check in checks_of(variant)
-        ]
-        folded += of_variant(variant, table(("check", "found", "asked", "verdict"), checks))
-    if folded:
+    found: dict[str, dict[Text, Text]]
+    found = {variant.precision: {check.title: _found(check) for check in checks_of(variant)} for variant in judged}
+    if folded := list(side_by_side("check", found)):
         yield Details("Every check with its threshold", folded)
+
+
+def _found(check: GateCheck) -> Text:
+    """Return a check's figure and threshold, and its verdict unless it passed."""
+    verdict = check_verdict(check)
+    shown = f"{check_value(check)}, {check_threshold(check)}{'' if verdict == 'passed' else f': {verdict}'}"
+    return _loud(check, shown)
 
 
 def _verdict(checks: Sequence[GateCheck]) -> Text:

@@ -1,10 +1,11 @@
 """The report's parts on robustness: memory in long use, speed over prompt lengths, and edge inputs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from slmops.tasks.exams.endurance import EdgeInputOutcome, Endurance
+from slmops.tasks.exams.length_sweep import LengthFigures, LengthSweep
 from slmops.tasks.report.blocks import Block, Details, Paragraph, Strong, Text, bullets, joined, quoted, table
-from slmops.tasks.report.per_variant import RUNTIMES, Variants, notes_of, of_variant, threshold_of
+from slmops.tasks.report.per_variant import RUNTIMES, Variants, notes_of, side_by_side, threshold_of
 from slmops.tasks.report.records import VariantReport
 from slmops.tasks.report.wording import INTERVALS, NOTHING, bytes_per_request, decimal, estimated, factor, shown
 
@@ -50,21 +51,30 @@ def length_sweep(variants: Variants) -> Iterator[Block]:
             f"throughput from one length to the next, and the prompt tokens where it is{asked}."
         )
     yield from table(("variant", "exponent", "drop", "valid"), rows)
-    folded: list[Block] = []
-    for variant, sweep in swept:
-        figures = [
-            (
-                f"{length.prompt_tokens:,}",
-                decimal(length.ttft_ms),
-                decimal(length.token_generation_throughput_tps),
-                "yes" if length.valid else Strong("no"),
-            )
-            for length in sweep.lengths
-        ]
-        folded += of_variant(variant, table(("prompt tokens", "TTFT, ms", "new tok/s", "valid"), figures))
+    folded = [
+        *side_by_side("TTFT, ms, at tokens", _at_lengths(swept, lambda length: length.ttft_ms)),
+        *side_by_side(
+            "new tok/s, at tokens", _at_lengths(swept, lambda length: length.token_generation_throughput_tps)
+        ),
+    ]
     if folded:
         yield Details("Every prompt length", folded)
     yield from notes_of([(variant.precision, note) for variant, sweep in swept for note in sweep.notes])
+
+
+def _at_lengths(
+    swept: Sequence[tuple[VariantReport, LengthSweep]], figure: Callable[[LengthFigures], float]
+) -> dict[str, dict[Text, Text]]:
+    """Return a figure by variant and prompt length; at a length without a valid answer it says so."""
+    return {
+        variant.precision: {
+            f"{length.prompt_tokens:,}": decimal(figure(length))
+            if length.valid
+            else Strong(f"{decimal(figure(length))}, not valid")
+            for length in sweep.lengths
+        }
+        for variant, sweep in swept
+    }
 
 
 def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:

@@ -367,7 +367,7 @@ def test_a_table_cell_cannot_break_the_table() -> None:
     evaluated = evaluation("int4").model_copy(update={"categories": categories})
     text = to_markdown(report(variant("int4", details=VariantDetails(evaluation=evaluated))))
     html = PARSER.render(text)
-    assert "<td><code>a|b \\| c</code></td>\n<td>30</td>" in html
+    assert "<td><code>a|b \\| c</code> (30 rows; reference 100.0%)</td>\n<td>" in html
 
 
 def test_it_stays_one_page_with_many_findings() -> None:
@@ -378,7 +378,11 @@ def test_it_stays_one_page_with_many_findings() -> None:
         long = [row.model_copy(update={"answer": "a" * 50_000, "output_fault": "f" * 50_000}) for row in evaluated.rows]
         many = {
             "rows": long,
-            "categories": evaluated.categories * 500,
+            "categories": [
+                part.model_copy(update={"category": f"{part.category} {number}"})
+                for part in evaluated.categories
+                for number in range(500)
+            ],
             "worst_examples": [row.id for row in evaluated.rows],
         }
         details = whole.details.model_copy(update={"evaluation": evaluated.model_copy(update=many)})
