@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
+from slmops.infra.checkpoints.thinking_switch import thinking_switch
 from slmops.infra.checkpoints.tokenizer import TOKENIZER, saved_by, trained_by_file
 from slmops.infra.genai.template_files import mend_template
 from slmops.infra.records import Json, Record
@@ -40,6 +41,7 @@ def statements_of(
     return (
         *_end_tokens(read_end_tokens(folder)),
         *_template(folder),
+        *_thoughts(folder),
         *_tokenizer(folder),
         _tied(folder, inspection),
         _generation(folder, given or {}),
@@ -65,6 +67,16 @@ def _template(folder: Path) -> Iterator[Statement]:
     used = "rewritten for the runtimes: " + "; ".join(mended.mends) if mended.mends else "as it is"
     value = f"{len(template):,} characters"
     yield Statement(name="chat template", value=value, read_from=found[0] if found else "-", used=used)
+
+
+def _thoughts(folder: Path) -> Iterator[Statement]:
+    marks, switch = settle_decoding(folder, {}).marks, thinking_switch(read_chat_template(folder))
+    if marks is None:
+        return
+    place = "chat template" if marks.shown_by == "template" else TOKENIZER
+    turned = f"; a row turns them on or off ({switch.variable})" if switch else ""
+    value = f"{marks.start} ... {marks.end}".replace("\n", "\\n")
+    yield Statement(name="thoughts", value=value, read_from=place, used=f"answers are scored without them{turned}")
 
 
 def _has_template(path: Path) -> bool:

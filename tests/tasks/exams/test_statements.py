@@ -9,6 +9,7 @@ from slmops.infra.settings import Settings
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.checkup import check_files
 from slmops.tasks.exams.statements import statements_of
+from tests.tasks.chat_templates import TEMPLATES
 
 
 def change(path: Path, **values: Any) -> None:
@@ -37,6 +38,15 @@ def test_files_that_disagree_are_shown_side_by_side(tiny_checkpoint: Path, tmp_p
     assert (
         said["generation defaults"].used == "judged greedily with repetition penalty 1.1; served with temperature 0.5"
     )
+
+
+def test_thoughts_and_their_switch_are_shown(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    assert "thoughts" not in {said.name for said in statements_of(folder, inspect_checkpoint(folder))}
+    shutil.copy2(TEMPLATES / "qwen3.jinja", folder / "chat_template.jinja")
+    (said,) = [said for said in statements_of(folder, inspect_checkpoint(folder)) if said.name == "thoughts"]
+    assert (said.value, said.read_from) == ("<think> ... </think>", "chat template")
+    assert said.used == "answers are scored without them; a row turns them on or off (enable_thinking)"
 
 
 def test_check_compares_the_prompts(tiny_checkpoint: Path, tmp_path: Path, settings: Settings) -> None:
