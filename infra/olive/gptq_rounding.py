@@ -8,6 +8,7 @@ the smallest and the largest weight of a group seldom give the best grid.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,15 +77,29 @@ def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQua
     for start in range(0, columns, COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, columns)
         errors = torch.empty_like(left[start:end])
-        for column in range(start, end):
-            scale, zero = scale_of[column], zero_of[column]
-            rounded = (left[column] / scale).add_(zero).round_().clamp_(quantizer.minq, quantizer.maxq)
-            values[order[column]] = rounded
-            error = left[column].sub(rounded.sub_(zero).mul_(scale)).div_(spread[column, column])
-            errors[column - start] = error
-            left[column + 1 : end].addr_(spread[column, column + 1 : end], error, alpha=-1)
+        with _one_thread():
+            for column in range(start, end):
+                scale, zero = scale_of[column], zero_of[column]
+                rounded = (left[column] / scale).add_(zero).round_().clamp_(quantizer.minq, quantizer.maxq)
+                values[order[column]] = rounded
+                error = left[column].sub(rounded.sub_(zero).mul_(scale)).div_(spread[column, column])
+                errors[column - start] = error
+                left[column + 1 : end].addr_(spread[column, column + 1 : end], error, alpha=-1)
         left[end:].addmm_(spread[start:end, end:].T, errors, alpha=-1)
     return Rounded(values.T.contiguous().to(torch.uint8), scales, zero_points)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: a column is too little for two, which would wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def find_grids(weight: "Tensor", importance: "Tensor", quantizer: "WeightQuantizer") -> "tuple[Tensor, Tensor]":

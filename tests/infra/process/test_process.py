@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from slmops.infra.errors import BadInput, DeadlineExceeded, PassingFault, StageFailed
 from slmops.infra.process.call import Call, ChildResult, perform
+from slmops.infra.process.channel import child_environment
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from tests.infra.child_functions import (
     AnswerOtherwise,
@@ -250,3 +251,10 @@ def test_children_of_several_threads_do_not_disturb_each_other(tmp_path: Path) -
     for thread in threads:
         thread.join()
     assert values == {0: 0, 1: 2, 2: 4, 3: 6}
+
+
+def test_torchs_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert child_environment()["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert child_environment()["OMP_WAIT_POLICY"] == "active"
