@@ -142,21 +142,14 @@ def question_of(challenger: Version, verdict: str = "") -> str:
     number = registry.alias(name, CHAMPION)
     champion = None if number is None else registry.version(name, number)
     title = f"Promote {challenger.reference}{f' in place of {champion.reference}' if champion else ''}?"
-    rows = [_row(version, role) for version, role in ((champion, "champion"), (challenger, "new")) if version]
-    blocks: list[Block] = [
-        Paragraph(Strong(title)),
-        *table(("version", "", "variant", "size", "TTFT (ms)", "score"), rows),
+    versions = [version for version in (champion, challenger) if version]
+    figures = [figures_of(version) for version in versions]
+    rows: list[tuple[Text, ...]] = [  # a column for each version: the UI's window has room for few
+        ("variant", *(each.precision or "-" for each in figures)),
+        ("size", *(shown(each.size_bytes, megabytes) for each in figures)),
+        ("TTFT (ms)", *(shown(each.ttft_ms, decimal) for each in figures)),
+        ("score", *(shown(each.score, percent) for each in figures)),
     ]
+    columns = ("", *(f"{version.reference}{' (champion)' * (version is champion)}" for version in versions))
+    blocks: list[Block] = [Paragraph(Strong(title)), *table(columns, rows)]
     return blocks_to_markdown([*blocks, Paragraph(verdict)] if verdict else blocks)
-
-
-def _row(version: Version, role: str) -> tuple[Text, ...]:
-    figures = figures_of(version)
-    return (
-        version.reference,
-        role,
-        figures.precision or "-",
-        shown(figures.size_bytes, megabytes),
-        shown(figures.ttft_ms, decimal),
-        shown(figures.score, percent),
-    )

@@ -24,6 +24,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks import workshop
 from tests.conftest import unmeasured_environment
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.chromium import CHROMIUM, DRIVER, Browser, chromium
 from tests.support.genai_models import build_genai_model
 from tests.support.served_models import RunningServer, serving, store_model
 from tests.support.torch_process import TORCH_PROCESS, ProcessThatStays
@@ -163,3 +164,12 @@ def model_server(served_home: Path) -> Iterator[RunningServer]:
     """One server for all tests that do not change it; pages of http://localhost:3000 may use it."""
     with serving(served_home, environment={"SLMOPS_SERVE__ALLOWED_ORIGINS": '["http://localhost:3000"]'}) as running:
         yield running
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """Headless Chromium."""
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("Chromium and its driver are not installed: make apt")
+    with chromium(tmp_path) as open_browser:
+        yield open_browser

@@ -4,8 +4,6 @@ The screenshots stay in the tests' temporary folder.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
 from slmops.infra.settings import Settings
@@ -22,17 +19,14 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
+from tests.support.chromium import Browser, screenshot
 from tests.support.reports import full_report
 from tests.support.versions import stored_variant
 from tests.tasks.report.test_report import HOSTILE, hostile_report
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
-DRIVER = shutil.which("chromedriver") or ""
 WIDTHS = (1280, 390)
-HEIGHT = 900
-Browser = Callable[[int, str], webdriver.Chrome]
 
 # Elements that lie beyond the window's right edge or their own frame, and blocks that lie on one another.
 CUT = """
@@ -71,47 +65,6 @@ return [...document.querySelector(arguments[0]).querySelectorAll(arguments[1])].
             visible: one === met || one.contains(met)};
 });
 """
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    """Open a page of a width in the light or the dark scheme; its requests are in the performance log."""
-    if not CHROMIUM or not DRIVER:
-        pytest.skip("Chromium and its driver are not installed: make apt")
-    opened: list[webdriver.Chrome] = []
-
-    def open_browser(width: int, scheme: str = "light") -> webdriver.Chrome:
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        quiet = ("disable-background-networking", "disable-component-update", "no-first-run", "disable-sync")
-        # Containers have no sandbox of Chromium's kind, and little shared memory.
-        usual = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars")
-        for argument in (*quiet, *usual, f"user-data-dir={tmp_path / f'profile-{len(opened)}'}"):
-            options.add_argument(f"--{argument}")
-        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        opened.append(driver)
-        size = {"width": width, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": width < 600}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        preferred = [{"name": "prefers-color-scheme", "value": scheme}]
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": preferred})
-        return driver
-
-    yield open_browser
-    for driver in opened:
-        driver.quit()
-
-
-def screenshot(driver: webdriver.Chrome, path: Path) -> None:
-    """Save the whole page; a page that scrolls inside itself is given a window as tall as its content."""
-    width = driver.execute_script("return innerWidth")
-    tall = driver.execute_script(
-        "return Math.max(...[document.documentElement, ...document.querySelectorAll('*')].map(one => one.scrollHeight))"
-    )
-    size = {"width": width, "height": min(tall, 16_000), "deviceScaleFactor": 1, "mobile": width < 600}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    driver.save_screenshot(str(path))
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "height": HEIGHT})
 
 
 @pytest.fixture
