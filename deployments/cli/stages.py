@@ -19,6 +19,7 @@ from slmops.infra.foreign_text import for_terminal
 SIGN_OF_LIFE_S = 60.0  # between the lines of one stage in a log
 SHORTEST_BASIS_S = 2.0  # of a stage's time that a remaining time is estimated from
 SMALLEST_SHARE = 0.05  # of a stage that a remaining time is estimated from
+LAST_STEP = 0.99  # above this share, what a stage says is its outcome, such as `built before`
 BAR_WIDTH = 16
 
 
@@ -118,7 +119,8 @@ class StageDisplay:
             self.done.append(stage)
         took = now - shown.began
         spent = clock(took) if took >= 10 else f"{took:.1f} s"
-        self._print(f"{stage}: {'failed after ' if failed else ''}{spent}")
+        outcome = f", {shown.what}" if shown.share > LAST_STEP and shown.what and not failed else ""
+        self._print(f"{stage}: {'failed after ' if failed else ''}{spent}{outcome}")
 
     def _print(self, line: str) -> None:
         self._console.print(escape(for_terminal(line)), highlight=False, soft_wrap=not self._console.is_terminal)

@@ -33,6 +33,9 @@ def test_a_log_has_a_line_with_its_time_for_each_stage_and_a_sign_of_a_long_one(
     display("inspect", 0.0, "")
     moment.now += 0.4
     display("inspect", 1.0, "done")
+    display("build int8", 0.0, "")
+    display("build int8", 0.999, "built before")
+    display("build int8", 1.0, "done")
     display("build int4", 0.0, "")
     for second in range(1, 96):
         moment.now += 1
@@ -40,10 +43,11 @@ def test_a_log_has_a_line_with_its_time_for_each_stage_and_a_sign_of_a_long_one(
     display("build int4", 1.0, "failed")
     assert log.getvalue().splitlines() == [
         "inspect: 0.4 s",
+        "build int8: 0.0 s, built before",
         "build int4: 60% after 1:00, quantizing",
         "build int4: failed after 1:35",
     ]
-    assert display.done == ["inspect"]
+    assert display.done == ["inspect", "build int8"]
 
 
 def test_a_terminal_has_a_table_of_what_is_under_way_with_the_time_that_is_left(moment: Time) -> None:
