@@ -31,6 +31,7 @@ from tests.support.stores import empty_store
 INT8 = ("--precision", "int8")  # the quickest build
 FOLLOWS = {"SLMOPS_SERVE__FOLLOW_S": "0.5"}
 DEADLINE_S = 600
+CHILD = "slmops.infra.process.child"  # of a deploy's heavy work
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def server_restart(journeys: Journeys) -> Row:
         with prefect_server(home, os.environ, port):
             words = journeys.deploying("home", 1)
             process = stack.enter_context(running(slmops, words))
-            wait_for_a_build(lambda: descendants(process.pid), process)
+            wait_for_child(CHILD, lambda: descendants(process.pid), process)
         with prefect_server(home, os.environ, port):
             status = process.wait(DEADLINE_S)
             check_no_orphan(slmops.home)
@@ -274,7 +275,7 @@ def worker_death(journeys: Journeys) -> Row:
             worker.wait_until_ready()
         shipped = slmops.run("ingest", journeys.checkpoint).stdout.split()[-1]
         with running(slmops, ("deploy", shipped, "--name", "home", *INT8)) as process:
-            builder = wait_for_a_build(lambda: [p for worker in workers for p in worker.tree], process)
+            builder = wait_for_child(Build.target(), lambda: [p for up in workers for p in up.tree], process)
             killed = next(worker for worker in workers if builder in worker.tree)
             killed.kill()
             assert process.wait(DEADLINE_S) == 0
@@ -287,15 +288,15 @@ def worker_death(journeys: Journeys) -> Row:
     return Row("worker", "SIGKILL of a worker during its build", 1, 1, outcome, time.monotonic() - began)
 
 
-def wait_for_a_build(
-    processes: Callable[[], list[psutil.Process]], command: "subprocess.Popen[bytes]"
+def wait_for_child(
+    word: str, processes: Callable[[], list[psutil.Process]], command: "subprocess.Popen[bytes]"
 ) -> psutil.Process:
-    """Return a process that builds, once there is one."""
+    """Return a process with a word in its command line, once there is one, while a command is at work."""
     deadline = time.monotonic() + DEADLINE_S
     while True:
         for process in processes():
             try:
-                if Build.target() in process.cmdline():
+                if word in process.cmdline():
                     return process
             except psutil.Error:
                 continue
