@@ -98,7 +98,7 @@ def run_flow(name: str, parameters: Mapping[str, object], check: Callable[[], ob
 def _run_in_process(
     name: str, parameters: Mapping[str, object], check: Callable[[], object], display: StageDisplay
 ) -> "State[Any]":
-    from slmops.deployments.server.environment import begin_embedded_server, prefect_api
+    from slmops.deployments.server.environment import begin_embedded_server, lost_api_told, prefect_api
 
     display("start", 0.0, "checking the request, starting Prefect")
     server = begin_embedded_server()  # its start takes as long as the imports and the check
@@ -111,7 +111,7 @@ def _run_in_process(
     from slmops.tasks.runs.progress import listening
 
     flow = getattr(import_module(f"slmops.flows.{name}"), name)
-    with prefect_api(load_settings(), server), listening(_following(display)):
+    with prefect_api(load_settings(), server), listening(_following(display)), lost_api_told():
         display("start", 1.0, "")
         with answers_to(display) if parameters.get("approval") else nullcontext():
             return cast("State[Any]", flow(**parameters, return_state=True))

@@ -119,6 +119,24 @@ def begin_embedded_server() -> EmbeddedServer | None:
 
 
 @contextmanager
+def lost_api_told() -> Iterator[None]:
+    """Raise `StageFailed` if Prefect's API stops to answer while a run is at work.
+
+    Faults of the run's own connections are in its final state; an `httpx` error that leaves the flow is the engine's.
+    """
+    import httpx
+
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise StageFailed(
+            f"Prefect's API stopped to answer during the run: {error}. The end of the run is not recorded there.",
+            "Start the server again. What was complete is in the store: the same command goes on from it.",
+            code="prefect-api-lost",
+        ) from error
+
+
+@contextmanager
 def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iterator[None]:
     """Provide an API for flow runs: the configured one, or an embedded one, which may have `begun` to start."""
     url = os.environ.get("PREFECT_API_URL")

@@ -553,6 +553,26 @@ class TestCommands:
         assert said in json.loads(capsys.readouterr().out)["error"]["message"]
         assert not home.exists()
 
+    def test_a_prefect_server_that_ends_in_mid_run_is_told(
+        self,
+        environment: None,
+        server: str,
+        versions: list[Manifest],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def without_server(**_: object) -> None:
+            raise httpx.ConnectError("[Errno 111] Connection refused")
+
+        monkeypatch.setenv("PREFECT_API_URL", server)
+        monkeypatch.setattr("slmops.flows.promote.promote", without_server)
+        assert cli.run(["promote", "home@2", "--json"]) == 1
+        told = json.loads(capsys.readouterr().out)["error"]
+        assert told["message"].startswith(
+            "Prefect's API stopped to answer during the run: [Errno 111] Connection refused."
+        )
+        assert "the same command goes on" in told["what_to_do"]
+
     def test_the_history_is_printed(
         self, environment: None, registry: ModelRegistry, versions: list[Manifest], capsys: pytest.CaptureFixture[str]
     ) -> None:
