@@ -6,10 +6,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -31,7 +32,8 @@ from tests.support.stores import empty_store
 INT8 = ("--precision", "int8")  # the quickest build
 FOLLOWS = {"SLMOPS_SERVE__FOLLOW_S": "0.5"}
 DEADLINE_S = 600
-CHILD = "slmops.infra.process.child"  # of a deploy's heavy work
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class Journeys:
 
 @contextmanager
 def running(slmops: Slmops, arguments: tuple[str | Path, ...], **variables: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A command at work; its output is in `command.log` beside its home."""
-    with (slmops.home.with_name("command.log")).open("ab") as log:
+    """A command at work; its output is in a log beside its home."""
+    with slmops.home.with_name(f"{slmops.home.name}.log").open("ab") as log:
         process = subprocess.Popen(
             slmops.command(*arguments), cwd=ROOT, env=slmops.variables(**variables), stdout=log, stderr=log
         )
@@ -251,7 +253,8 @@ def server_restart(journeys: Journeys) -> Row:
         with prefect_server(home, os.environ, port):
             words = journeys.deploying("home", 1)
             process = stack.enter_context(running(slmops, words))
-            wait_for_child(CHILD, lambda: descendants(process.pid), process)
+            log = slmops.home.with_name("through-a-restart.log")
+            wait_until(lambda: "build int8" in log.read_text("utf-8", "replace"), process)
         with prefect_server(home, os.environ, port):
             status = process.wait(DEADLINE_S)
             check_no_orphan(slmops.home)
@@ -268,19 +271,18 @@ def worker_death(journeys: Journeys) -> Row:
     shared = {"SLMOPS_STORE__URI": (journeys.folder / "team").as_uri(), "SLMOPS_WORKER__LOST_AFTER_S": "60"}
     workers = [Up(journeys.folder / name, journeys.machine(name, **shared).variables()) for name in ("left", "right")]
     slmops = journeys.machine("client", **shared, SLMOPS_WORKER__POOL="builders")
-    slmops_home = slmops.home
     try:
         for worker in workers:
             worker.start("--pool", "builders")
             worker.wait_until_ready()
         shipped = slmops.run("ingest", journeys.checkpoint).stdout.split()[-1]
         with running(slmops, ("deploy", shipped, "--name", "home", *INT8)) as process:
-            builder = wait_for_child(Build.target(), lambda: [p for up in workers for p in up.tree], process)
+            builder = wait_until(lambda: builder_of(workers), process)
             killed = next(worker for worker in workers if builder in worker.tree)
             killed.kill()
             assert process.wait(DEADLINE_S) == 0
         check_no_orphan(killed.home)
-        check_store(open_registry(Settings(home=slmops_home, store={"uri": shared["SLMOPS_STORE__URI"]})), ["home@1"])
+        check_store(open_registry(Settings(home=slmops.home, store={"uri": shared["SLMOPS_STORE__URI"]})), ["home@1"])
     finally:
         for worker in workers:
             worker.end()
@@ -288,29 +290,23 @@ def worker_death(journeys: Journeys) -> Row:
     return Row("worker", "SIGKILL of a worker during its build", 1, 1, outcome, time.monotonic() - began)
 
 
-def wait_for_child(
-    word: str, processes: Callable[[], list[psutil.Process]], command: "subprocess.Popen[bytes]"
-) -> psutil.Process:
-    """Return a process with a word in its command line, once there is one, while a command is at work."""
+def wait_until(reached: Callable[[], T | None], command: "subprocess.Popen[bytes]") -> T:
+    """Return what is reached, once it is, while a command is at work."""
     deadline = time.monotonic() + DEADLINE_S
-    while True:
-        for process in processes():
-            try:
-                if word in process.cmdline():
-                    return process
-            except psutil.Error:
-                continue
+    while not (found := reached()):
         assert command.poll() is None, command.args
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return found
 
 
-def descendants(pid: int) -> list[psutil.Process]:
-    """All that a process started."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
+def builder_of(workers: list[Up]) -> psutil.Process | None:
+    """A process of a worker that builds."""
+    for process in (process for worker in workers for process in worker.tree):
+        with suppress(psutil.Error):
+            if Build.target() in process.cmdline():
+                return process
+    return None
 
 
 ROWS: dict[str, Callable[[Journeys], Row]] = {
