@@ -40,10 +40,10 @@ def up(
 
         run_up(settings, pool, port, limit, say=print_line, note=print_note)
         return
-    from slmops.deployments.server.registration import read_deployments, variant_entries
+    from slmops.deployments.server.registration import read_deployments
     from slmops.deployments.server.up_check import check_running
 
-    checked = check_running(os.environ.get("PREFECT_API_URL"), pool, [*read_deployments(), *variant_entries(pool)])
+    checked = check_running(os.environ.get("PREFECT_API_URL"), pool, read_deployments())
     if as_json:
         print_json(checked.model_dump(mode="json"))
     else:

@@ -244,7 +244,7 @@ def test_a_parameter_of_the_wrong_type_is_refused_by_name(api: str) -> None:
     assert {**fields["evaluation_file"], "description": ""} == {
         "title": "evaluation_file",
         "type": "string",
-        "position": 5,
+        "position": 3,
         "description": "",
     }
 
