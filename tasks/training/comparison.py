@@ -5,7 +5,7 @@ from typing import Literal
 from prefect.artifacts import create_markdown_artifact
 
 from slmops.infra.errors import BadInput
-from slmops.infra.records import Record
+from slmops.infra.records import Record, later_field
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Version
@@ -69,7 +69,7 @@ class RetrainReport(Record):
     version: int | None = None
     fine_tuning: FineTuning | None = None
     challenge: Challenge | None = None
-    approval: Approval | None = None
+    approval: Approval | None = later_field(None)
 
     def skipped(self) -> "RetrainReport":
         """Return the report of a repeated, skipped request."""
