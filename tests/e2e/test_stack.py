@@ -27,8 +27,8 @@ from slmops.infra.olive.calls import Build
 from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from slmops.tasks.runs.dispatch import check_pool
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
-from tests.e2e.test_report_in_ui import Browser, browser, screenshot  # noqa: F401
 from tests.e2e.test_up import ENDED, example, wait_for
+from tests.support.chromium import Browser, screenshot
 from tests.support.errors import coded
 from tests.support.stack import IS_INSTALLED, MISSING, Stack, running_stack
 
@@ -205,7 +205,7 @@ def test_an_unknown_pool_is_refused(stack: Stack) -> None:
 
 
 def test_the_form_of_the_ui_starts_a_deploy(
-    browser: Browser,  # noqa: F811
+    browser: Browser,
     stack: Stack,
     killed: "subprocess.Popen[str]",
     checkpoint: str,
