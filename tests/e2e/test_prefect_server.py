@@ -22,9 +22,12 @@ pytestmark = pytest.mark.slow
 
 
 def answer_of(method: str, url: str, body: Any = None) -> httpx.Response:
-    """Call the API; it answers 503 while its SQLite database is locked, and Prefect's own client tries again too."""
-    deadline = time.monotonic() + 120
-    while (answer := httpx.request(method, url, json=body, timeout=60)).status_code == 503:
+    """Call the API; it answers 503 while its SQLite database is locked, and Prefect's own client tries again too.
+
+    A writer that waits for the lock gives up after 60 s, and then the answer comes.
+    """
+    deadline = time.monotonic() + 240
+    while (answer := httpx.request(method, url, json=body, timeout=120)).status_code == 503:
         assert time.monotonic() < deadline, answer.text
         time.sleep(0.5)
     return answer
