@@ -227,7 +227,9 @@ def draw(points: Sequence[Point], title: str, file: Path) -> None:
             axes.plot([point.share for point in found], [point.kl_divergence for point in found], marker, label=of)
             for point in found:
                 place = (point.share, point.kl_divergence)
-                axes.annotate(point.variant, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+                # Names of one kind are below their points and those of the other to the left above: many lie close.
+                offset, side = ((5, -11), "left") if of == "slmops" else ((-4, 5), "right")
+                axes.annotate(point.variant, place, xytext=offset, ha=side, textcoords="offset points", fontsize=8)
     axes.set(xlabel="bytes, as a share of fp32", ylabel="mean KL divergence, nats", yscale="log", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
