@@ -118,6 +118,15 @@ def begin_embedded_server() -> EmbeddedServer | None:
     return None if os.environ.get("PREFECT_API_URL") else EmbeddedServer()
 
 
+def unusable_api(url: str, fault: str) -> StageFailed:
+    """Return the error of a configured API that does not answer as Prefect's does."""
+    return StageFailed(
+        f"Prefect's API at {url} cannot be used: {fault}.",
+        "Start it, correct PREFECT_API_URL or PREFECT_API_AUTH_STRING, or unset them.",
+        code="prefect-api-unusable",
+    )
+
+
 @contextmanager
 def lost_api_told() -> Iterator[None]:
     """Raise `StageFailed` if Prefect's API stops to answer while a run is at work.
@@ -141,11 +150,7 @@ def prefect_api(settings: Settings, begun: EmbeddedServer | None = None) -> Iter
     """Provide an API for flow runs: the configured one, or an embedded one, which may have `begun` to start."""
     url = os.environ.get("PREFECT_API_URL")
     if url and (fault := server_fault(url)):
-        raise StageFailed(
-            f"Prefect's API at {url} cannot be used: {fault}.",
-            "Start it, correct PREFECT_API_URL or PREFECT_API_AUTH_STRING, or unset them.",
-            code="prefect-api-unusable",
-        )
+        raise unusable_api(url, fault)
     make_private(prefect_home(settings))  # the server makes its database there, but not the folder
     if url:
         yield

@@ -11,8 +11,7 @@ import httpx
 
 from slmops.deployments.server.access import authorization, make_private
 from slmops.deployments.server.embedded import EmbeddedServer
-from slmops.deployments.server.environment import prefect_home
-from slmops.infra.errors import StageFailed
+from slmops.deployments.server.environment import prefect_home, unusable_api
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 
@@ -107,11 +106,7 @@ class RunReader:
             answer.raise_for_status()
             found: list[dict[str, Any]] = answer.json()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise StageFailed(
-                f"Prefect's API at {self.url} cannot be used: {error or type(error).__name__}.",
-                "Start it, correct PREFECT_API_URL or PREFECT_API_AUTH_STRING, or unset them.",
-                code="prefect-api-unusable",
-            ) from None
+            raise unusable_api(self.url, str(error) or type(error).__name__) from None
         return found
 
 
