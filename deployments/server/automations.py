@@ -10,7 +10,7 @@ from slmops.events import CHECKPOINT_READY
 from slmops.infra.settings import Settings
 
 if TYPE_CHECKING:
-    from prefect.automations import Automation, EventTrigger
+    from prefect.automations import Automation, EventTrigger, Posture
 
 OF_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
 NOTICES_BLOCK = "slmops-notices"
@@ -45,7 +45,7 @@ def automations(
 
     `owner` names the machine and home directory whose setting is the webhook.
     """
-    from prefect.automations import Automation, CallWebhook, ChangeFlowRunState, EventTrigger, Posture, RunDeployment
+    from prefect.automations import Automation, CallWebhook, ChangeFlowRunState, Posture, RunDeployment
     from prefect.client.schemas.objects import StateType
 
     found = [
@@ -76,15 +76,8 @@ def automations(
         Automation(
             name=LOST_RUNS,
             description="A worker was killed or lost its network: its run is marked as crashed.",
-            trigger=EventTrigger(
-                match={"prefect.resource.id": RUNS},
-                match_related=OF_OURS,
-                after={HEARTBEAT},
-                expect={HEARTBEAT, *_run_events(ENDED)},
-                for_each={"prefect.resource.id"},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=timedelta(seconds=lost_after_s),
+            trigger=_of_each_run(
+                Posture.Proactive, HEARTBEAT, {HEARTBEAT, *_run_events(ENDED)}, timedelta(seconds=lost_after_s)
             ),
             actions=[
                 ChangeFlowRunState(
@@ -95,16 +88,7 @@ def automations(
         Automation(
             name=LATE_SIGNS,
             description="A worker was under load, or without network for a time: its run goes on.",
-            trigger=EventTrigger(
-                match={"prefect.resource.id": RUNS},
-                match_related=OF_OURS,
-                after={CRASHED},
-                expect={HEARTBEAT},
-                for_each={"prefect.resource.id"},
-                posture=Posture.Reactive,
-                threshold=1,
-                within=LATE_UNTIL,
-            ),
+            trigger=_of_each_run(Posture.Reactive, CRASHED, {HEARTBEAT}, LATE_UNTIL),
             actions=[
                 ChangeFlowRunState(state=StateType.RUNNING, name="Running", message="It gave a late sign of life.")
             ],
@@ -145,6 +129,22 @@ def _owned_by(owner: str) -> str:
 
 def _run_events(states: Sequence[str]) -> set[str]:
     return {f"prefect.flow-run.{state}" for state in states}
+
+
+def _of_each_run(posture: "Posture", after: str, events: set[str], within: timedelta) -> "EventTrigger":
+    """A trigger for each run: one of `events` comes `within` a time `after` another, or (proactive) none does."""
+    from prefect.automations import EventTrigger
+
+    return EventTrigger(
+        match={"prefect.resource.id": RUNS},
+        match_related=OF_OURS,
+        after={after},
+        expect=events,
+        for_each={"prefect.resource.id"},
+        posture=posture,
+        threshold=1,
+        within=within,
+    )
 
 
 def _at_once(events: set[str], resource: str, related: dict[str, str] | None = None) -> "EventTrigger":
