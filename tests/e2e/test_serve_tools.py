@@ -87,31 +87,34 @@ def test_a_streamed_call_and_a_streamed_text(server: RunningServer) -> None:
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_three_turns_with_two_tools_come_to_their_end(server: RunningServer) -> None:
-    """The loop of an agent: tools are called until the model answers with text."""
-    asked_heat, lights = list[str](), dict[str, bool]()
+def test_an_agent_of_pydantic_ai_calls_two_tools_in_three_turns(server: RunningServer) -> None:
+    """An agent library's own loop: it calls tools until the model answers with text, and keeps the history."""
+    from pydantic_ai import Agent, Tool
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
 
-    def run(name: str, room: str, on: bool = False) -> str:
-        if name == "get_heat":
-            asked_heat.append(room)
-            return str(HEAT)
-        lights[room] = on
+    done = list[tuple[str, dict[str, Any]]]()
+
+    def set_light(**arguments: Any) -> str:
+        done.append(("set_light", arguments))
         return "set"
 
-    create = server.client().chat.completions.create
-    answers, messages = [], list[Any]()
+    def get_heat(**arguments: Any) -> str:
+        done.append(("get_heat", arguments))
+        return str(HEAT)
+
+    functions = {"set_light": set_light, "get_heat": get_heat}
+    described = [tool["function"] for tool in TOOLS]
+    tools = [Tool.from_schema(functions[d["name"]], d["name"], d["description"], d["parameters"]) for d in described]
+    provider = OpenAIProvider(base_url=f"{server.url}/v1", api_key="none")
+    agent = Agent(OpenAIChatModel("caller", provider=provider), tools=tools)
+    answers, history = list[str](), list[Any]()
     for question in ("What is the heat in the kitchen?", str(LIGHT[0]["content"]), "What is the heat in the garage?"):
-        messages.append({"role": "user", "content": question})
-        while (message := create(messages=messages, **ASKED).choices[0].message).tool_calls:
-            messages.append(message)
-            for call in message.tool_calls:
-                assert call.type == "function"
-                said = run(call.function.name, **json.loads(call.function.arguments))
-                messages.append({"role": "tool", "tool_call_id": call.id, "content": said})
-        messages.append(message)
-        answers.append(message.content)
+        turn = agent.run_sync(question, message_history=history)
+        answers.append(turn.output)
+        history = turn.all_messages()
     assert answers == [f"It is {HEAT}.", "Done.", f"It is {HEAT}."]
-    assert (asked_heat, lights) == (["kitchen", "garage"], {"garage": True})
+    assert done == [("get_heat", {"room": "kitchen"}), LIGHT_CALL, ("get_heat", {"room": "garage"})]
 
 
 def test_a_required_call_is_made_by_the_schema(server: RunningServer) -> None:
