@@ -40,6 +40,14 @@ def print_piece(text: str) -> None:
     sys.stdout.flush()
 
 
+def sized(size_bytes: float) -> str:
+    """Return a size in the largest unit of which there is at least one, such as `812 B`, `4.1 kB` or `2.6 MB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:,.1f} {name}"
+    return f"{size_bytes:.0f} B"
+
+
 def _plain(text: str) -> str:
     # Manifests, notes, evidence and answers come from others: their escape sequences could rewrite the terminal.
     return escape(for_terminal(text))

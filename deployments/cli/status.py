@@ -10,7 +10,7 @@ import typer
 
 from slmops.deployments.cli.next_step import next_step
 from slmops.deployments.cli.options import Json, Reference
-from slmops.deployments.cli.output import print_json, print_line, print_table
+from slmops.deployments.cli.output import print_json, print_line, print_table, sized
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput, SlmopsError
 
@@ -55,7 +55,7 @@ def status(as_json: Json = False) -> None:
         )
         return
     print_line(f"Home: {settings.home_dir}")
-    print_line(f"      {disk['home_bytes'] / 1e9:,.1f} GB, {disk['free_bytes'] / 1e9:,.1f} GB free on its disk")
+    print_line(f"      {sized(disk['home_bytes'])}, {sized(disk['free_bytes'])} free on its disk")
     if settings.store.uri:
         print_line(f"Store: {settings.store_uri}")
     _show_models(models)
@@ -103,7 +103,7 @@ def _show_models(models: Sequence["ModelSummary"]) -> None:
             "candidate": f"@{model.candidate}" if model.candidate else "-",
             "newest": f"@{model.newest}",
             "serves": model.precision or "-",
-            "size": "-" if model.size_bytes is None else f"{model.size_bytes / 1e6:,.1f} MB",
+            "size": "-" if model.size_bytes is None else sized(model.size_bytes),
             "TTFT ms": "-" if model.ttft_ms is None else f"{model.ttft_ms:,.0f}",
             "score": "-" if model.score is None else f"{model.score:.1%}",
             "deployed": when(model.deployed_at)[:10],

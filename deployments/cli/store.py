@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slmops.deployments.cli.options import Json, Reference, VersionReference
-from slmops.deployments.cli.output import print_json, print_line, print_note, print_table
+from slmops.deployments.cli.output import print_json, print_line, print_note, print_table, sized
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.deployments.cli.stages import StageDisplay, stage_display
 from slmops.infra.errors import BadInput
@@ -113,7 +113,7 @@ def _show_copied(copied: "CopiedVersion", *, as_json: bool) -> None:
     state = "stored" if copied.is_new else "there already"
     print_line(
         f"{version.reference} {state}: {version.uri} "
-        f"({copied.moved_bytes / 1e6:,.1f} MB moved, {copied.skipped_bytes / 1e6:,.1f} MB were there)"
+        f"({sized(copied.moved_bytes)} moved, {sized(copied.skipped_bytes)} were there)"
     )
     if version.says_origin and "champion" not in version.aliases:
         name = version.reference
@@ -150,7 +150,7 @@ def verify(
         )
         state = "whole" if found.ok else "damaged"
         print_line(
-            f"{version.reference} is {state}: {found.files} files, {found.size_bytes / 1e6:,.1f} MB read, "
+            f"{version.reference} is {state}: {found.files} files, {sized(found.size_bytes)} read, "
             f"{len(found.damage)} damaged; signature: {signature}."
         )
     if not ok:
@@ -228,7 +228,7 @@ def export_version(
         document = {"reference": version.reference, "file": str(packed.file), "size_bytes": packed.size_bytes}
         print_json({**document, "sha256": packed.sha256})
         return
-    print_line(f"{version.reference} -> {packed.file} ({packed.size_bytes / 1e6:,.1f} MB, sha256 {packed.sha256})")
+    print_line(f"{version.reference} -> {packed.file} ({sized(packed.size_bytes)}, sha256 {packed.sha256})")
 
 
 def import_version(

@@ -7,7 +7,7 @@ import typer
 
 from slmops.deployments.cli import completion
 from slmops.deployments.cli.options import Json, Reference, VersionReference
-from slmops.deployments.cli.output import print_error, print_json, print_line, print_table
+from slmops.deployments.cli.output import print_error, print_json, print_line, print_table, sized
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput
 
@@ -45,7 +45,7 @@ def list_models(name: SomeModel = None, as_json: Json = False) -> None:
             "aliases": ", ".join(model["aliases"]) or "-",
             "tags": ", ".join(f"{tag}={value}" for tag, value in model["tags"].items()) or "-",
             "variants": ", ".join(
-                f"{variant['precision']} {_status(variant)} ({variant['size_bytes'] / 1e6:,.1f} MB)"
+                f"{variant['precision']} {_status(variant)} ({sized(variant['size_bytes'])})"
                 for variant in model["variants"]
             )
             + (", says its origin" if model["says_origin"] else ""),
@@ -182,7 +182,7 @@ def logs(reference: Reference) -> None:
     from slmops.infra.storage.evidence import BUILD
 
     for build in version_of(reference).all(BUILD):
-        print_line(f"== {build.precision}: built in {build.wall_s:.1f} s, peak {build.peak_rss_bytes / 1e9:.2f} GB")
+        print_line(f"== {build.precision}: built in {build.wall_s:.1f} s, peak {sized(build.peak_rss_bytes)}")
         print_line(build.log.rstrip() or "(no output)")
 
 
@@ -201,13 +201,13 @@ def delete(
     version = version_of(reference)
     if "@" not in reference:
         raise BadInput(f"{reference!r} names no version.", f"Write, for example, {version.reference}.")
-    if not yes and not typer.confirm(f"Delete {version.reference} and unregister it?", err=True):
-        raise typer.Exit(1)
+    if not yes:
+        _confirm(f"Delete {version.reference} and unregister it?")
     from slmops.tasks.foundry.registration import unregister_version
 
     unregister_version(version, settings)
     freed = delete_version(version)
-    print_line(f"Deleted {version.reference}; {(freed or 0) / 1e6:,.1f} MB freed.")
+    print_line(f"Deleted {version.reference}; {sized(freed or 0)} freed.")
 
 
 def _delete_input(address: str, *, yes: bool) -> None:
@@ -215,10 +215,23 @@ def _delete_input(address: str, *, yes: bool) -> None:
 
     registry = the_registry()
     found = read_input(registry, address)
-    if not yes and not typer.confirm(f"Delete {address} ({found.name}) from the store?", err=True):
-        raise typer.Exit(1)
+    if not yes:
+        _confirm(f"Delete {address} ({found.name}) from the store?")
     delete_input(registry, address)
     print_line(f"Deleted {address} ({found.name}); slmops gc frees its bytes.")
+
+
+def _confirm(question: str) -> None:
+    """Ask, and end the command unless the answer is yes; raises `BadInput` where there is no answer."""
+    try:
+        if not typer.confirm(question, err=True):
+            raise typer.Exit(1)
+    except typer.Abort:
+        raise BadInput(
+            "Nothing was deleted: the question was not answered.",
+            "Answer y or n, or give --yes where nobody can answer.",
+            code="not-confirmed",
+        ) from None
 
 
 def unregister(reference: Reference) -> None:

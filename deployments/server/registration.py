@@ -65,10 +65,10 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
 
 
 def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
-    """Register deployments; one that the server already has in this version is not changed.
+    """Register deployments; one that the server already has in this version, with this form, is not changed.
 
-    A deployment of another version is updated, and keeps its schedules, because users may change them. Raises
-    `BadInput` for a schedule that Prefect refuses.
+    Any other is updated, and keeps its schedules, because users may change them. Raises `BadInput` for a schedule that
+    Prefect refuses.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
@@ -82,16 +82,25 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
                 known = client.read_deployment_by_name(name)
             except ObjectNotFound:
                 known = None
-            wanted = (entry["version"], entry["entrypoint"], PULL_STEPS)
-            found = known and (known.version, known.entrypoint, known.pull_steps)
+            form = form_of(entry["entrypoint"])
+            wanted = (entry["version"], entry["entrypoint"], PULL_STEPS, form)
+            found = known and (known.version, known.entrypoint, known.pull_steps, known.parameter_openapi_schema)
             if known and found == wanted and not known.job_variables:
                 done.append(Registered(name, "unchanged"))
                 continue
             made = cast(UUID, deployment_of(entry, with_schedules=known is None).apply())
-            form = with_plain_fields(client.read_deployment(made).parameter_openapi_schema or {})
             client.update_deployment(made, DeploymentUpdate(parameter_openapi_schema=form))
             done.append(Registered(name, "updated" if known else "created"))
     return done
+
+
+def form_of(entrypoint: str) -> dict[str, Any]:
+    """Return the JSON schema of a flow's parameters: Prefect makes its form of it, and checks each run by it."""
+    from prefect.flows import load_flow_from_entrypoint
+    from prefect.utilities.callables import parameter_schema
+
+    schema = parameter_schema(load_flow_from_entrypoint(entrypoint)).model_dump(mode="json", exclude_unset=True)
+    return with_plain_fields(schema)
 
 
 def with_plain_fields(schema: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from slmops.deployments.server.registration import read_deployments, register_de
 from slmops.deployments.server.supervised import Children, Report, Supervised
 from slmops.deployments.server.up_check import is_open, server_fault
 from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
-from slmops.infra.errors import StageFailed
+from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.channel import SHADOWING
 from slmops.infra.settings import Settings
 
@@ -56,8 +56,10 @@ def run_up(settings: Settings, pool: str, port: int, limit: int | None, *, say: 
     stopping = threading.Event()
     with _stopped_by_signals(stopping), Children(stopping, note) as children:
         url = os.environ.get("PREFECT_API_URL")
+        port = port if url else _free(port)  # refuses one that is taken before anything is written
+        make_private(prefect_home(settings))
+        children.enter(_only_one(settings, pool))
         if url:
-            make_private(prefect_home(settings))
             say(f"API: {url}")
             _wait_until_healthy(url, children, stopping, note)
             if is_open(url):
@@ -87,13 +89,36 @@ def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _only_one(settings: Settings, pool: str) -> Iterator[None]:
+    """Be this home's only `slmops up` of a work pool; raises `BadInput` if there is one."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(prefect_home(settings) / f"up-{hashlib.sha256(pool.encode()).hexdigest()[:6]}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BadInput(
+            f"Another slmops up of {settings.home_dir} takes runs from the work pool {pool!r} already.",
+            "See it with slmops up --check. To start another one, stop it, or name another home or --pool.",
+            code="up-already",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _free(port: int) -> int:
+    """Return the port, which is free, or a free one for 0."""
+    with listen(LOOPBACK, port) as free:
+        return int(free.getsockname()[1])
+
+
 def _start_server(
     settings: Settings, port: int, children: Children, stopping: threading.Event, *, say: Report, note: Report
 ) -> str:
-    with listen(LOOPBACK, port) as free:  # refuses a port that is taken before anything is written
-        port = free.getsockname()[1]
     home = prefect_home(settings)
-    make_private(home)
     password, where = _password(home)
     url = f"http://{LOOPBACK}:{port}/api"
     os.environ["PREFECT_API_AUTH_STRING"] = password

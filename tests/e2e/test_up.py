@@ -125,6 +125,10 @@ def test_check_finds_what_up_started_without_an_address(up: Up, slmops: Slmops, 
     assert {"server", "workers", "work pool slmops", *(f"deployment {name}/{name}" for name in names)} <= whats
 
 
+def test_a_second_up_of_the_same_home_says_that_there_is_one(up: Up, slmops: Slmops) -> None:
+    assert f"Another slmops up of {up.home} takes runs" in slmops.run("up", status=2).stderr
+
+
 def workers_online(api: str) -> bool:
     found = call("POST", f"{api}/work_pools/slmops/workers/filter", {})
     return any(worker["status"] == "ONLINE" for worker in found)

@@ -1,5 +1,6 @@
 """What `slmops status`, `runs`, `open`, `list NAME` and `show` say of a home."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_it_shows_models_registrations_and_disk_at_80_columns(
     fill(home, tmp_path)
     text = printed(capsys, "status")
     (row,) = [line.split() for line in text.splitlines() if line.startswith("home  ")]
-    assert row[:9] == ["home", "@1", "-", "@2", "int4", "0.0", "MB", "98", "90.0%"]
+    assert row[:9] == ["home", "@1", "-", "@2", "int4", "7.0", "kB", "98", "90.0%"]
     assert "home-int4-generic-cpu:1" in text
     assert [line for line in text.splitlines() if len(line) > 80 and str(home) not in line] == []
 
@@ -91,6 +92,18 @@ def test_it_shows_models_registrations_and_disk_at_80_columns(
     assert document["registered"] == ["home-int4-generic-cpu:1"]
     assert document["disk"]["home_bytes"] > 0
     assert document["prefect"] == {"api_url": None, "ui_url": None, "runs": [], "due": []}
+
+
+def test_nothing_is_deleted_where_nobody_answers(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(home, tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    text = printed(capsys, "delete", "home@2", ends=2)
+    assert "Nothing was deleted: the question was not answered." in text
+    assert "--yes" in text
+    assert len(json.loads(printed(capsys, "list", "home", "--json"))["models"]) == 2
+    assert "home@2; 5 B freed" in printed(capsys, "delete", "home@2", "--yes")
 
 
 def test_a_server_that_does_not_answer_hides_nothing_else(

@@ -43,6 +43,16 @@ def schedules(api: str, deployment: str) -> list[dict[str, Any]]:
     return [schedule for schedule in found if schedule["active"]]
 
 
+def test_a_deployment_is_registered_again_only_if_its_form_changed(api: str) -> None:
+    assert {found.outcome for found in register_deployments(RETRAIN)} == {"unchanged"}
+    address = f"{api}/deployments/{httpx.get(f'{api}/deployments/name/benchmark/benchmark').json()['id']}"
+    earlier = {"type": "object", "properties": {"model": {"type": "string"}}, "additionalProperties": False}
+    httpx.patch(address, json={"parameter_openapi_schema": earlier}).raise_for_status()
+    outcomes = {found.name: found.outcome for found in register_deployments(RETRAIN)}
+    assert outcomes == {"retrain/retrain": "unchanged", "benchmark/benchmark": "updated"}
+    assert "reference" in httpx.get(address).json()["parameter_openapi_schema"]["properties"]
+
+
 def test_a_schedule_has_its_parameters_and_the_second_one_replaces_the_first(
     api: str, chats: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
