@@ -15,7 +15,7 @@ from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.inputs import local_file
 from slmops.tasks.request.upkeep_parameters import RetrainParameters
-from slmops.tasks.runs.stage import ends_by_its_errors
+from slmops.tasks.runs.stage import ends_by_its_errors, final_state
 from slmops.tasks.training.comparison import (
     RetrainReport,
     champion_of,
@@ -89,7 +89,7 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
         if parameters.precisions:
             candidate["precisions"] = parameters.precisions
         champion = champion_of(parameters.name, registry)
-        result: Any = deploy(**candidate, return_state=True).result(raise_on_failure=False)
+        result: Any = final_state(deploy, **candidate).result(raise_on_failure=False)
         if isinstance(result, BaseException) and not isinstance(result, DeployEnded):
             raise result
         deployed = result.report if isinstance(result, DeployEnded) else result
@@ -97,7 +97,7 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
         if parameters.approval:
             report = with_approval(report)
         if report.challenge and report.status == "promoted":
-            promote(report.challenge.challenger, report.summary)
+            final_state(promote, report.challenge.challenger, report.summary).result()
         return _ended(publish_retrain(report, registry))
 
 

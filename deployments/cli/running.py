@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
@@ -17,8 +17,6 @@ from slmops.deployments.cli.stages import StageDisplay, stage_display
 from slmops.infra.errors import SlmopsError
 
 if TYPE_CHECKING:
-    from prefect import State
-
     from slmops.infra.settings import Settings
     from slmops.infra.storage.registry import ModelRegistry
     from slmops.infra.storage.version import Version
@@ -80,12 +78,11 @@ def run_flow(name: str, parameters: Mapping[str, object], check: Callable[[], ob
     """
     with stage_display() as display:
         try:
-            state = _run_in_process(name, parameters, check, display)
+            result = _run_in_process(name, parameters, check, display)
         except KeyboardInterrupt:
             kept = f"Done and kept: {', '.join(display.done[1:])}. " if display.done[1:] else ""
             advice = f"{kept}Run the command again: it continues after what is done."
             raise SlmopsError("Interrupted.", advice, code="interrupted") from None
-    result = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         from slmops.flows.endings import RunEnded
 
@@ -97,7 +94,7 @@ def run_flow(name: str, parameters: Mapping[str, object], check: Callable[[], ob
 
 def _run_in_process(
     name: str, parameters: Mapping[str, object], check: Callable[[], object], display: StageDisplay
-) -> "State[Any]":
+) -> Any:
     from slmops.deployments.server.environment import begin_embedded_server, lost_api_told, prefect_api
 
     display("start", 0.0, "checking the request, starting Prefect")
@@ -109,12 +106,13 @@ def _run_in_process(
             server.end()
         raise
     from slmops.tasks.runs.progress import listening
+    from slmops.tasks.runs.stage import final_state
 
     flow = getattr(import_module(f"slmops.flows.{name}"), name)
     with prefect_api(load_settings(), server), listening(_following(display)), lost_api_told():
         display("start", 1.0, "")
         with answers_to(display) if parameters.get("approval") else nullcontext():
-            return cast("State[Any]", flow(**parameters, return_state=True))
+            return final_state(flow, **parameters).result(raise_on_failure=False)
 
 
 def _following(display: StageDisplay) -> "StageListener":

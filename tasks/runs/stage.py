@@ -1,9 +1,13 @@
-"""`stage` makes a step of a flow a Prefect task; `ends_by_its_errors` ends a flow after bad input or a failed stage."""
+"""`stage` makes a step of a flow a Prefect task; `ends_by_its_errors` ends a flow after bad input or a failed stage.
+
+`final_state` runs such a flow in this process.
+"""
 
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar, cast
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -18,6 +22,8 @@ R = TypeVar("R")
 
 REJECTED = 3  # the exit status of a model, or of its promotion, that did not pass
 RETRY_DELAYS_S = [5.0, 30.0]
+
+_outcomes: ContextVar[list[object] | None] = ContextVar("_outcomes", default=None)
 
 
 def may_pass(task: Task[..., object], run: TaskRun, state: State[object]) -> bool:
@@ -57,13 +63,38 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
         for logger in ("prefect.flow_runs", "prefect.engine"):
             logging.getLogger(logger).addFilter(_is_unexpected)
         tag_by_parameters()
+        outcomes = _outcomes.get()
+        own_outcomes = _outcomes.set(None)  # a flow within this one has an outcome of its own
         try:
-            return flow_function(*args, **kwargs)
+            result = flow_function(*args, **kwargs)
         except SlmopsError as error:
             name = "Rejected" if error.exit_code == REJECTED else "Failed"
-            return cast(R, Failed(name=name, message=str(error), data=error))
+            result = cast(R, Failed(name=name, message=str(error), data=error))
+        finally:
+            _outcomes.reset(own_outcomes)
+        if outcomes is not None:
+            outcomes.append(result.data if isinstance(result, State) else result)
+        return result
 
     return ending
+
+
+def final_state(flow: Callable[..., object], *args: object, **kwargs: object) -> State[Any]:
+    """Run a flow that `ends_by_its_errors` in this process, and return its last state, which has its result or error.
+
+    Where the server's answer to a run's last state is lost, Prefect's client sends that state again, and the server
+    answers with the state that it has, without the data. `State.result` would then raise `MissingResult` for a run that
+    has completed, and have `FailedRun` in place of the run's own error.
+    """
+    outcomes: list[object] = []
+    token = _outcomes.set(outcomes)
+    try:
+        state = cast("State[Any]", flow(*args, **kwargs, return_state=True))
+    finally:
+        _outcomes.reset(token)
+    if state.data is None and outcomes and (state.is_completed() or state.is_failed()):
+        state.data = outcomes[-1]
+    return state
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:

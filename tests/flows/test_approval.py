@@ -23,6 +23,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.foundry import registration
+from slmops.tasks.runs.stage import final_state
 from slmops.tasks.training.comparison import Challenge, RetrainReport, with_approval
 from slmops.tasks.versions import approval, change
 from slmops.tasks.versions.approval import Approval, answered_by
@@ -55,7 +56,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, server: str) -> Iterator[None]:
 
 
 def promoting() -> State[Any]:
-    return promote_flow.promote("home@2", "better", approval=True, return_state=True)
+    return final_state(promote_flow.promote, "home@2", "better", approval=True)
 
 
 @contextmanager

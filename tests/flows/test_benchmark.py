@@ -16,6 +16,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import MEASUREMENT_SCHEMA, Measurement, measure_variant
 from slmops.tasks.runs.events import REGRESSION
+from slmops.tasks.runs.stage import final_state
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
@@ -102,7 +103,7 @@ def put(registry, manifest, measurement):
 
 
 def run(reference: str) -> State[Any]:
-    return benchmark(reference, return_state=True)
+    return final_state(benchmark, reference)
 
 
 def query(api: str, path: str, body: dict[str, Any]) -> Any:

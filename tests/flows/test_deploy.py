@@ -20,6 +20,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
 from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.build.variants import Built
+from slmops.tasks.runs.stage import final_state
 from tests.support import reports
 from tests.support.versions import FILES, store_version
 
@@ -80,7 +81,7 @@ def stages(settings: Settings, server: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def run(stages: Stages, **options: Any) -> State[Any]:
-    return deploy(str(stages.folder), "home", ["int8", "int4"], **options, return_state=True)
+    return final_state(deploy, str(stages.folder), "home", ["int8", "int4"], **options)
 
 
 def test_what_was_built_is_a_version_with_its_provenance_before_it_is_judged(stages: Stages) -> None:

@@ -6,13 +6,15 @@ import time
 
 import httpx
 import pytest
-from prefect import flow
+from prefect import State, flow
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.states import Completed
 
 from slmops.flows.promote import promote
 from slmops.infra.errors import BadInput, PassingFault
-from slmops.tasks.runs.stage import ends_by_its_errors, stage
+from slmops.tasks.runs.stage import ends_by_its_errors, final_state, stage
+from tests.support.s3_proxy import DropAnswer, Fault, FaultProxy
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,27 @@ def test_bad_input_is_one_line_in_the_log(server, refused, arguments, sentence):
     assert [sentence in log["message"] for log in logs if log["name"] == "prefect.flow_runs"].count(True) == 1
     with pytest.raises(BadInput, check=lambda error: sentence in str(error)):
         refused(*arguments)
+
+
+@flow(name="counted")
+@ends_by_its_errors
+def counted() -> State[int]:
+    refused_by_a_stage(return_state=True)
+    return Completed(message="It is three.", data=3)
+
+
+@pytest.mark.filterwarnings("ignore:Logger 'prefect.flow_runs' attempted to send logs")
+@pytest.mark.parametrize(("run", "outcome"), [(counted, 3), (refused_by_a_stage, BadInput("The sky"))])
+def test_a_run_has_its_outcome_though_the_answer_to_its_last_state_is_lost(server, run, outcome):
+    with (
+        FaultProxy(server.removesuffix("/api")) as proxy,
+        temporary_settings({PREFECT_API_URL: f"{proxy.endpoint_url}/api"}),
+    ):
+        # Each state is sent at least once again, the last one too.
+        proxy.add(Fault("POST", "/set_state$", DropAnswer(), every=2))
+        found = final_state(run).result(raise_on_failure=False)
+    assert type(found) is type(outcome)
+    assert str(found).startswith(str(outcome))
 
 
 @pytest.mark.filterwarnings("ignore:Logger 'prefect.flow_runs' attempted to send logs")

@@ -21,6 +21,7 @@ from slmops.tasks.exams.measurement import MeasurementExam
 from slmops.tasks.exams.on_workers import Examined, ExamOrder, answered, examine_on_workers, exams_of_a_device
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.runs.orders import HandedBack, Order
+from slmops.tasks.runs.stage import final_state
 from slmops.tasks.workshop import Workshop, working_in
 from tests.support.errors import coded
 from tests.support.measurements import make_measurement
@@ -49,7 +50,7 @@ def registry(settings: Settings, server: str, monkeypatch: pytest.MonkeyPatch, t
 def test_a_worker_takes_exams_by_name_and_hands_their_answers_back(registry: ModelRegistry) -> None:
     asked = ExamOrder(exams=("measure", "exercise-foundry"), rows=ROWS)
     order = give_order(registry, asked.model_dump(mode="json"))
-    state: State[Any] = measure_variant_on_worker("home@1", "int4", order, return_state=True)
+    state: State[Any] = final_state(measure_variant_on_worker, "home@1", "int4", order)
     assert state.is_completed()
     result = take_back(registry, order, str(state.state_details.flow_run_id))
     assert result is not None

@@ -33,6 +33,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Variant
 from slmops.tasks.foundry import registration
+from slmops.tasks.runs.stage import final_state
 from slmops.tasks.versions import refusal
 from slmops.tasks.versions.champion import ChampionChanged, Standing, change_champion, set_champion, settle_champion
 from slmops.tasks.versions.change import FIRST, Change, plan_promotion, plan_rollback
@@ -486,7 +487,7 @@ class TestFlows:
         add_evidence(registry, versions[1], "proof-int4", {**proof, **counts})
         before = registry.champion_history("home")
         with ModelServer({"home": 1}).running(settings.home_dir) as model_server:
-            state: State[Any] = promote("home@2", "better", return_state=True)
+            state: State[Any] = final_state(promote, "home@2", "better")
         assert state.is_failed()
         with pytest.raises(StageFailed, check=lambda error: "home@2 was not promoted" in str(error)) as caught:
             state.result()

@@ -22,6 +22,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.exams import on_workers
 from slmops.tasks.exams.source_lengths import SOURCE_LENGTHS, SourceLengths, SourceLengthsExam
 from slmops.tasks.report.markdown import to_markdown
+from slmops.tasks.runs.stage import final_state
 from slmops.tasks.versions import qualification
 from slmops.tasks.versions.champion import Standing
 from tests.support import reports
@@ -84,7 +85,7 @@ OPEN = {"min_top1_agreement": 0.0, "max_kl_divergence": 1000.0, "max_quality_los
 
 
 def test_a_variant_that_passes_is_registered_proven_and_selected(registry: ModelRegistry, exams: AtOnce) -> None:
-    state: State[Any] = regate("home@1", **OPEN, return_state=True)
+    state: State[Any] = final_state(regate, "home@1", **OPEN)
     report = state.result()
     assert (state.name, report.status, report.selected) == ("Completed", "registered", "int4")
     (variant,) = report.variants
@@ -97,7 +98,7 @@ def test_a_variant_that_passes_is_registered_proven_and_selected(registry: Model
 
 
 def test_a_variant_below_the_gate_is_rejected_and_taken_away(registry: ModelRegistry, exams: AtOnce) -> None:
-    state: State[Any] = regate("home@1", **{**OPEN, "max_kl_divergence": 0.0}, return_state=True)
+    state: State[Any] = final_state(regate, "home@1", **{**OPEN, "max_kl_divergence": 0.0})
     ended = state.result(raise_on_failure=False)
     assert isinstance(ended, DeployEnded)
     assert (state.name, ended.exit_code, ended.report.selected) == ("Rejected", 3, None)
@@ -122,7 +123,7 @@ def test_a_variant_is_registered_in_spite_of_an_allowed_check_and_everything_rep
 
     monkeypatch.setattr(qualification, "register_variant", register)
     strict = {**OPEN, "max_kl_divergence": 0.0}
-    report: Any = regate("home@1", **strict, allow=["kl_divergence"], return_state=True).result()
+    report: Any = final_state(regate, "home@1", **strict, allow=["kl_divergence"]).result()
     (variant,) = report.variants
     assert (report.status, variant.status, variant.allowed) == ("registered", "registered", ("kl_divergence",))
     assert "where kl divergence was allowed to fail" in report.reason
@@ -152,7 +153,7 @@ def test_a_length_without_an_answer_is_no_fault_where_the_source_has_none_either
     silent = SweptRequest.model_validate(swept_row(64, 4.0, answered=False))
     measured = reports.measurement("int4").model_copy(update={"sweep": (silent,)})
     exams.answers["measure"] = measured
-    state: State[Any] = regate("home@1", **OPEN, return_state=True)
+    state: State[Any] = final_state(regate, "home@1", **OPEN)
     (variant,) = state.result(raise_on_failure=False).report.variants
     assert variant.reason == "rejected by the gate: valid lengths"
 
@@ -161,29 +162,29 @@ def test_a_length_without_an_answer_is_no_fault_where_the_source_has_none_either
     answer = SourceLengths(prompt_tokens=(64,), answered=(False,))
     stored.version.record(SOURCE_LENGTHS, answer, asked.key(stored, settings), beside=asked.record(stored, settings))
     exams.answers["source lengths"] = answer
-    report: Any = regate("home@1", **OPEN, return_state=True).result()
+    report: Any = final_state(regate, "home@1", **OPEN).result()
     assert report.status == "registered"
     assert "like the source checkpoint" in to_markdown(report)
 
 
 def test_figures_of_a_busy_machine_are_flagged_and_decide_no_budget(registry: ModelRegistry, exams: AtOnce) -> None:
     exams.answers["measure"] = reports.measurement("int4").model_copy(update={"others_cpu_share": 0.6, "rounds": 3})
-    report: Any = regate("home@1", **OPEN, return_state=True).result()
+    report: Any = final_state(regate, "home@1", **OPEN).result()
     (variant,) = report.to_contract()["variants"]
     assert variant["reliable"] is False
     assert "other programs used 60%" in variant["warnings"][0]
     assert "other programs used 60%" in to_markdown(report)
-    state: State[Any] = regate("home@1", **OPEN, budget=["min-tps=100000"], return_state=True)
+    state: State[Any] = final_state(regate, "home@1", **OPEN, budget=["min-tps=100000"])
     ended = state.result(raise_on_failure=False)
     assert isinstance(ended, DeployEnded)
     assert (ended.exit_code, "undecided whether int4" in ended.report.reason) == (3, True)
-    kept: Any = regate("home@1", **OPEN, budget=["max-size=1GB", "min-tps=1"], return_state=True).result()
+    kept: Any = final_state(regate, "home@1", **OPEN, budget=["max-size=1GB", "min-tps=1"]).result()
     assert kept.selected == "int4"
 
 
 def test_an_exam_that_fails_is_reported_for_its_variant(registry: ModelRegistry, exams: AtOnce) -> None:
     exams.answers["measure"] = StageFailed("The model does not load.")
-    state: State[Any] = regate("home@1", **OPEN, return_state=True)
+    state: State[Any] = final_state(regate, "home@1", **OPEN)
     ended = state.result(raise_on_failure=False)
     assert isinstance(ended, DeployEnded)
     assert (state.name, ended.exit_code) == ("Failed", 1)

@@ -19,6 +19,7 @@ from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.questions.evaluation_set import EvaluationSet
+from slmops.tasks.runs.stage import final_state
 from slmops.tasks.training import comparison
 from slmops.tasks.training.comparison import Challenge, RetrainReport
 from slmops.tasks.training.fine_tune import FineTuning, Hyperparameters
@@ -70,6 +71,11 @@ class Stages:
         }
         return "checkpoint", FineTuning(**fields)
 
+    def promote(self, reference: str, reason: str, *, return_state: bool) -> State[Any]:
+        """Note what was promoted."""
+        self.promoted.append(reference)
+        return Completed(message=reason, data=reference)
+
     def challenge(self, challenger: Any, champion: Any, evaluation: EvaluationSet) -> Challenge:
         """Return the configured gain."""
         score = Estimate(value=0.5, low=0.4, high=0.6)
@@ -96,14 +102,14 @@ def stages(settings: Settings, server: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(flow, "read_evaluation", lambda *asked: EvaluationSet(rows=stages.rows, origin="eval.jsonl"))
     monkeypatch.setattr(flow, "fine_tune_once", stages.fine_tune)
     monkeypatch.setattr(flow, "deploy", stages.deploy)
-    monkeypatch.setattr(flow, "promote", lambda reference, reason: stages.promoted.append(reference))
+    monkeypatch.setattr(flow, "promote", stages.promote)
     monkeypatch.setattr(comparison, "challenge_champion", stages.challenge)
     with temporary_settings({PREFECT_API_URL: server}):
         yield stages
 
 
 def run(stages: Stages, **options: Any) -> RetrainReport:
-    state: State[Any] = retrain(str(stages.folder / "chats.jsonl"), "base", "home", **options, return_state=True)
+    state: State[Any] = final_state(retrain, str(stages.folder / "chats.jsonl"), "base", "home", **options)
     result = state.result(raise_on_failure=False)
     if isinstance(result, RetrainEnded):
         return result.report  # type: ignore[no-any-return]
