@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
 from slmops.infra.settings import StoreSettings
@@ -91,7 +92,7 @@ def make_client(settings: StoreSettings) -> "S3Client":
     """Return a client for the settings' endpoint, region, profile and keys; each defaults to the usual AWS chain.
 
     A custom server is addressed path-style unless the settings say otherwise. Raises `BadInput` for settings from which
-    no client can be made.
+    no client can be made, and for a SOCKS proxy on the way.
     """
     import boto3
     import botocore.session
@@ -119,7 +120,7 @@ def make_client(settings: StoreSettings) -> "S3Client":
         session = boto3.session.Session(
             botocore_session=core, profile_name=settings.profile, region_name=settings.region
         )
-        return session.client(
+        client = session.client(
             "s3",
             endpoint_url=endpoint_url,
             aws_access_key_id=settings.access_key_id,
@@ -128,6 +129,8 @@ def make_client(settings: StoreSettings) -> "S3Client":
             region_name=session.region_name or ("us-east-1" if endpoint_url else None),
             config=config,
         )
+    _check_proxy(client.meta.endpoint_url)
+    return client
 
 
 @functools.cache
@@ -146,6 +149,23 @@ def _check_endpoint(url: str) -> None:
             f"The endpoint {url.partition('?')[0][:200]!r} is not valid.",
             "Write SLMOPS_STORE__ENDPOINT_URL=https://HOST, or https://HOST:PORT.",
         )
+
+
+def _check_proxy(address: str) -> None:
+    from botocore.utils import get_environ_proxies
+
+    scheme = urlsplit(address).scheme
+    if _is_socks(get_environ_proxies(address).get(scheme, "")):
+        variable = f"{scheme.upper()}_PROXY"
+        raise BadInput(
+            f"{variable} names a SOCKS proxy, and an S3 store is reached directly or through an HTTP proxy only.",
+            f"Name an HTTP proxy in {variable}, or add {urlsplit(address).hostname} to NO_PROXY.",
+            code="s3-socks-proxy",
+        )
+
+
+def _is_socks(proxy: str) -> bool:
+    return proxy.lower().startswith("socks")
 
 
 def _is_endpoint(url: str) -> bool:
@@ -204,9 +224,11 @@ def s3_errors(what: str) -> Iterator[None]:
             f"{what}: the connection was interrupted repeatedly.", "Try again.", "s3-interrupted"
         ) from None
     except (ConnectionError, HTTPClientError) as error:
+        # botocore does not read this variable: it has tried to reach the server directly.
+        ignored = " ALL_PROXY names a SOCKS proxy, which is not used for S3: name an HTTP proxy in HTTPS_PROXY."
         raise PassingFault(
             f"{what}: the server cannot be reached ({type(error).__name__}).",
-            "Check SLMOPS_STORE__ENDPOINT_URL and the network.",
+            f"Check SLMOPS_STORE__ENDPOINT_URL and the network.{ignored if _is_socks(getproxies().get('all', '')) else ''}",
             code="s3-unreachable",
         ) from None
     except (BotoCoreError, Boto3Error, ValueError) as error:
