@@ -9,9 +9,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from slmops.infra.errors import BadInput
+from slmops.infra.storage.leftovers import made_aside
 
 AUTH_FILE = "auth-string"
 OTHERS_MAY_NOTHING = 0o077  # as a umask
@@ -57,16 +57,14 @@ def make_password(folder: Path) -> str:
     if found := kept_password(folder):
         return found
     path = folder / AUTH_FILE
-    with _ours(folder):
-        with NamedTemporaryFile("w", dir=folder, prefix=f"{AUTH_FILE}.", delete=False) as aside:  # 0600
-            aside.write(new_password() + "\n")
+    with _ours(folder), made_aside(path) as aside:
+        aside.touch(0o600, exist_ok=False)
+        aside.write_text(new_password() + "\n", "utf-8")
         try:
-            os.link(aside.name, path)  # unlike a rename, a link never replaces what another command has written
+            os.link(aside, path)  # unlike a rename, a link never replaces what another command has written
         except OSError:  # another command was first, the file system has no links, or the file is empty
             if not kept_password(folder):
-                Path(aside.name).replace(path)
-        finally:
-            Path(aside.name).unlink(missing_ok=True)
+                aside.replace(path)
         return path.read_text("utf-8").strip()
 
 

@@ -9,13 +9,13 @@ import contextlib
 import os
 import sqlite3
 import sys
-import uuid
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from slmops.infra.files import write_whole
+from slmops.infra.storage.leftovers import made_aside
 
 _FOR_THE_USER_ALONE = 0o600  # it will hold secrets
 
@@ -72,13 +72,10 @@ async def _migrate(path: Path) -> None:
 
 
 def _copy(template: Path, path: Path) -> bool:
-    aside = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
+    with made_aside(path) as aside:
         aside.touch(_FOR_THE_USER_ALONE)
         aside.write_bytes(template.read_bytes())
         with contextlib.suppress(OSError):  # another command was first, or links are impossible
             os.link(aside, path)
             return True
         return False
-    finally:
-        aside.unlink(missing_ok=True)

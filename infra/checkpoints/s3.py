@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
 from slmops.infra.settings import Settings
+from slmops.infra.storage.leftovers import made_aside
 from slmops.infra.storage.objects import OnBytes
 from slmops.infra.storage.progress import byte_progress
 from slmops.infra.storage.s3.client import make_client, s3_errors
@@ -79,15 +78,12 @@ def _fetch(
             with only_maker(target, on_progress):
                 if (target / COMPLETE).exists():
                     return target
-                aside = directory / f".{target.name}-{uuid.uuid4().hex}"
-                try:
+                with made_aside(target) as aside:
                     on_bytes = byte_progress(on_progress, objects, "fetching")
                     for each in objects:
                         _download(client, bucket, each, aside / FETCHED, on_bytes)
                     (aside / COMPLETE).write_text(listing, "utf-8")
                     aside.rename(target)
-                finally:
-                    shutil.rmtree(aside, ignore_errors=True)
     except KeyError:
         raise StageFailed(
             f"{uri} changed during the download.", "Fetch it again.", code="s3-changed-meanwhile"

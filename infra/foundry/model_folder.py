@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.folders import link_or_copy
+from slmops.infra.storage.holders import name_prefix
+from slmops.infra.storage.leftovers import leftovers_in, remove
 
 GENAI_CONFIG = "genai_config.json"
 INFERENCE_MODEL = "inference_model.json"
@@ -65,7 +67,9 @@ def write_model_folder(
         )
     description = (json.dumps(dict(inference_model), ensure_ascii=False, indent=2) + "\n").encode()
     folder = model_folder(foundry_dir, name, precision, version)
-    staged = foundry_dir / _STAGING / uuid.uuid4().hex
+    staging = foundry_dir / _STAGING
+    remove(leftovers_in(staging))  # of registrations that were killed
+    staged = staging / f"{name_prefix()}{uuid.uuid4().hex}"
     try:
         staged.mkdir(parents=True)
         (staged / MODEL_CARD).write_bytes(model_card.encode())
@@ -90,7 +94,7 @@ def write_model_folder(
         ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        _remove_empty(staged.parent)
+        _remove_empty(staging)
     return folder
 
 

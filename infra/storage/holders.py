@@ -13,8 +13,6 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
-import psutil
-
 
 def this_process() -> str:
     """Return a name for this process, of hex digits and tildes: `MACHINE~PID~START`."""
@@ -24,6 +22,11 @@ def this_process() -> str:
 def name_prefix() -> str:
     """Return the beginning of this process's temporary names, which shows other processes whether it has ended."""
     return f"{this_process()}-"
+
+
+def temporary_name(ending: str = "") -> str:
+    """Return a new hidden name for a temporary file or folder of this process, beside what it becomes."""
+    return f".{name_prefix()}{uuid.uuid4().hex}{ending}"
 
 
 def holder_of(name: str) -> str:
@@ -52,6 +55,8 @@ def _runs(holder: str) -> bool | None:
     pid, _, started = process.partition("~")
     if machine != _machine() or not pid.isdecimal() or not started:
         return None
+    import psutil  # here, because every command names temporary files, and few look for those of others
+
     try:
         return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE and _start(int(pid)) == started
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
@@ -70,6 +75,8 @@ def _start(pid: int) -> str:
     if sys.platform == "linux":
         fields = Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()
         return f"{_boot()}{int(fields[19]):x}"  # field 22 of proc_pid_stat(5): the start in ticks since the boot
+    import psutil
+
     return f"{int(psutil.Process(pid).create_time() * 1000):x}"
 
 

@@ -5,8 +5,6 @@ digest of their names and contents.
 """
 
 import re
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -19,7 +17,7 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
 from slmops.infra.records import Record
 from slmops.infra.storage.folders import place
-from slmops.infra.storage.holders import name_prefix
+from slmops.infra.storage.leftovers import made_aside
 from slmops.infra.storage.manifest import Sha256, StoredFile, digest_of
 from slmops.infra.storage.registry import ModelRegistry
 
@@ -115,12 +113,9 @@ def fetch_input(registry: ModelRegistry, address: str, directory: Path, on_progr
     target = directory / found.digest
     with only_maker(target, on_progress):
         if not target.is_dir():
-            aside = target.with_name(f".{name_prefix()}{uuid.uuid4().hex}")
-            try:
+            with made_aside(target) as aside:
                 registry.materialize(found.files, aside, on_progress)
                 place(aside, target)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
     return target / found.files[0].path if found.kind == "file" else target
 
 

@@ -2,14 +2,15 @@
 
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.call import OnProgress
+from slmops.infra.storage.holders import temporary_name
 from slmops.infra.storage.leases import WriteLease
+from slmops.infra.storage.leftovers import ASIDE_ENDING
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest, StoredFile, digest_of_file
 from slmops.infra.storage.objects import Blob, ObjectStore
@@ -92,7 +93,7 @@ class ModelFiles:
         file whose content the store has lost.
         """
         wanted = list(files)
-        aside = folder.with_name(f".{uuid.uuid4().hex}.aside")
+        aside = folder.with_name(temporary_name(ASIDE_ENDING))
         try:
             source = self._on_this_machine(wanted, on_progress)
             source.fetch_blobs([(blob_of(file), folder / file.path) for file in wanted], aside)

@@ -1,8 +1,6 @@
 """Builds: one variant by its recipe, in a child process, and only once if several runs request the same."""
 
 import json
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from slmops.infra.process.slots import only_maker, slot
 from slmops.infra.records import Json, Record
 from slmops.infra.reference.decoding import PLAIN
 from slmops.infra.storage.folders import place, work_folder
+from slmops.infra.storage.leftovers import made_aside
 from slmops.infra.storage.manifest import StoredVariant, digest_of
 from slmops.tasks.build.calibration import Calibration
 from slmops.tasks.build.olive_config import olive_run_config
@@ -171,12 +170,9 @@ def copy_out(variants: Sequence[StoredVariant], output: str) -> None:
     target = Path(output).expanduser().absolute()
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    try:
+    with made_aside(target) as aside:
         for variant in variants:
             workshop().registry.copy_files(variant.files, aside / variant.precision)
         if target.is_dir():
             target.rmdir()
         place(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

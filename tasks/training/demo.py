@@ -9,7 +9,6 @@ import itertools
 import json
 import random
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
+from slmops.infra.storage.leftovers import made_aside
 from slmops.infra.transformers.calls import TrainChatModel
 from slmops.tasks.checkpoint.inspection import OUTPUT_SCHEMA_FILE
 
@@ -268,24 +268,20 @@ def make_demo_checkpoint(
         if not _is_whole(cached, recipe.key):
             shutil.rmtree(cached, ignore_errors=True)
             training_s = _train(recipe, cached, settings, on_progress)
-    aside = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
-    try:
+    with made_aside(directory) as aside:
         shutil.copytree(cached, aside)
         if not _is_whole(aside, recipe.key):
             raise StageFailed(f"The copy of the demo checkpoint in {aside.parent} differs from the trained one.")
         if directory.exists():
             shutil.rmtree(directory)  # empty, or the demo checkpoint that is replaced
         aside.rename(directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return _described(directory, training_s)
 
 
 def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnProgress | None) -> float:
     """Train into `target`, which is written atomically, and return the duration in seconds."""
-    work_dir = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    work_dir.mkdir(parents=True)
-    try:
+    with made_aside(target) as work_dir:
+        work_dir.mkdir(parents=True)
         for name, rows in (("train.jsonl", recipe.train_rows), ("eval.jsonl", recipe.held_out_rows)):
             (work_dir / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
         result = run_in_child(
@@ -305,8 +301,6 @@ def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnPro
         (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8")
         _write_record(work_dir / "checkpoint", recipe, result.model_dump(include=set(_RESULTS)))
         (work_dir / "checkpoint").rename(target)
-    finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
     return result.seconds
 
 

@@ -15,7 +15,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.champions import champion_before
 from slmops.infra.storage.garbage import claimed_blobs, collect_garbage, delete_version, needed_blobs
 from slmops.infra.storage.leases import WRITE_LEASE
-from slmops.infra.storage.leftovers import leftovers_in, old_leftovers_in, remove, size_of
+from slmops.infra.storage.leftovers import leftovers_in, old_leftovers_in, remove, size_of, unfinished_in
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.objects import BLOBS
 from slmops.infra.storage.registry import ModelRegistry
@@ -126,6 +126,7 @@ def _clean_interrupted(settings: Settings, *, dry_run: bool) -> int:
     found = old_leftovers_in(cache_dir / "work", WRITE_LEASE)
     for folder in (cache_dir / "serving", cache_dir / "inputs"):
         found += leftovers_in(folder)
+    found += unfinished_in(settings.home_dir, WRITE_LEASE, without=settings.home_dir / "store")
     if not dry_run:
         with contextlib.suppress(StageFailed):  # a file that is not a server's; the commands that need it tell
             running_servers(settings.home_dir)

@@ -225,10 +225,11 @@ def s3_errors(what: str) -> Iterator[None]:
         ) from None
     except (ConnectionError, HTTPClientError) as error:
         # botocore does not read this variable: it has tried to reach the server directly.
-        ignored = " ALL_PROXY names a SOCKS proxy, which is not used for S3: name an HTTP proxy in HTTPS_PROXY."
+        ignored = _is_socks(getproxies().get("all", ""))
+        socks = " ALL_PROXY names a SOCKS proxy, which is not used for S3: name an HTTP proxy in HTTPS_PROXY."
         raise PassingFault(
             f"{what}: the server cannot be reached ({type(error).__name__}).",
-            f"Check SLMOPS_STORE__ENDPOINT_URL and the network.{ignored if _is_socks(getproxies().get('all', '')) else ''}",
+            f"Check SLMOPS_STORE__ENDPOINT_URL and the network.{socks if ignored else ''}",
             code="s3-unreachable",
         ) from None
     except (BotoCoreError, Boto3Error, ValueError) as error:

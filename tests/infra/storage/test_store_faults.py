@@ -262,7 +262,9 @@ CASES = {
     "password in the address": Case("a user or a password", 2, store(uri=f"s3://me:{SECRET}@models/x")),
     "a server that is down": Case("cannot be reached", 1, store(endpoint_url="http://127.0.0.1:1")),
     "a SOCKS proxy before the server": Case(
-        "HTTP_PROXY names a SOCKS proxy", 2, store(endpoint_url="http://s3.example") | {"HTTP_PROXY": "socks5h://p:1080"}
+        "HTTP_PROXY names a SOCKS proxy",
+        2,
+        store(endpoint_url="http://s3.example") | {"HTTP_PROXY": "socks5h://p:1080"},
     ),
     "a server that is down, and a SOCKS proxy for all": Case(
         "ALL_PROXY names a SOCKS proxy", 1, store(endpoint_url="http://127.0.0.1:1") | {"ALL_PROXY": "socks5://p:1080"}

@@ -87,6 +87,39 @@ def test_what_killed_processes_left_goes(ended: str, settings: Settings) -> None
     assert [path.name for path in serve.iterdir()] == ["2.json"]
 
 
+KILLED_AS_IT_WRITES = """
+import os, signal, sys
+from pathlib import Path
+from slmops.infra.files import write_whole
+
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+write_whole(Path(sys.argv[1]), "12345")
+"""
+
+
+def test_what_killed_writers_left_anywhere_in_the_home_goes(ended: str, settings: Settings) -> None:
+    home, unique, elsewhere = settings.home_dir, "1" * 32, "0123456789abcdef~1~1-"
+    subprocess.run([sys.executable, "-P", "-c", KILLED_AS_IT_WRITES, home / "reports" / "a.html"], check=False)
+    (killed,) = (home / "reports").iterdir()
+    assert killed.read_bytes() == b"12345"
+    gone = [home / "prefect" / f".{ended}{unique}.part", settings.cache_dir / f".{unique}.part"]
+    gone.append(home / "serve" / f".{elsewhere}{unique}.part")
+    kept = [home / name for name in (f".{name_prefix()}{unique}.part", f".{elsewhere}{unique}.part", ".mine.part")]
+    kept.append(home / f".{unique}.part")
+    for path in (*gone, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"12345")
+    for path in (*gone[1:], kept[0], kept[2]):  # of nobody, of another machine, of this process, and of the user
+        os.utime(path, (0, 0))
+    half_fetched = settings.cache_dir / "s3" / f".{ended}{unique}.aside"
+    (half_fetched / "files").mkdir(parents=True)
+    shop = Workshop(settings, open_registry(settings))
+    assert collect(shop, keep=None, dry_run=True).cached_bytes == 20
+    assert collect(shop, keep=None, dry_run=False).cached_bytes == 20
+    assert not any(path.exists() for path in (killed, half_fetched, *gone))
+    assert all(path.exists() for path in kept)
+
+
 def test_the_next_command_removes_the_file_of_a_killed_server(ended: str, tmp_path: Path) -> None:
     path = tmp_path / "serve" / "1.json"
     path.parent.mkdir()
