@@ -16,6 +16,7 @@ from slmops.deployments.cli import (
     champion,
     demo,
     deploy,
+    following,
     machine,
     retrain,
     schedule,
@@ -55,7 +56,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "show": versions.show,
         "history": champion.history,
         "diff": versions.diff,
-        "logs": versions.logs,
+        "logs": following.logs,
         "benchmark": benchmark.benchmark,
         "sbom": versions.sbom,
     },
@@ -94,7 +95,7 @@ OF_THE_DISK = (
 )
 # These read only the settings and the store. All others may import `tasks` and `flows`.
 LIGHT = {
-    "config", "list", "open", "show", "logs", "chat", "foundry-dir", "push", "verify", "ingest", "diff", "sign", "sbom",
+    "config", "list", "open", "show", "chat", "foundry-dir", "push", "verify", "ingest", "diff", "sign", "sbom",
     "alias", "tag", "note", "export", "import", "history",
 }  # fmt: skip
 

@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slmops.deployments.cli.following import run_remotely
 from slmops.deployments.cli.options import Json, LogLevel, asks_for
 from slmops.deployments.cli.output import print_json, print_line, print_plots, print_statements, print_table
 from slmops.deployments.cli.running import end_with, load_settings, run_flow, version_of
+from slmops.infra.errors import BadInput
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, RegateParameters
 
 if TYPE_CHECKING:
@@ -18,10 +20,18 @@ if TYPE_CHECKING:
 def deploy(
     parameters: dict[str, object],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and exit.")] = False,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Run it on a worker of the Prefect server, and follow it here.")
+    ] = False,
     log_level: LogLevel = None,
     as_json: Json = False,
 ) -> None:
     """Build, store, measure, judge, register and prove a checkpoint."""
+    if remote and dry_run:
+        raise BadInput("--remote starts a run, and --dry-run does not.", "Leave one of them out.")
+    if remote:
+        _deploy_remotely(parameters, log_level, as_json=as_json)
+        return
     if not dry_run:
         deploy_checkpoint(parameters, as_json=as_json)
         return
@@ -67,6 +77,14 @@ def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
         plan_deploy(load_settings(), parameters)
 
     _print_result(run_flow("deploy", parameters, check), as_json=as_json)
+
+
+def _deploy_remotely(parameters: dict[str, object], log_level: str | None, *, as_json: bool) -> None:
+    from slmops.tasks.report.records import DeployReport
+    from slmops.tasks.request.inputs import FILE_PARAMETERS
+
+    document = run_remotely("deploy", parameters, ("checkpoint", *FILE_PARAMETERS), log_level)
+    _print_result(DeployReport.model_validate(document), as_json=as_json)
 
 
 def _print_result(report: "DeployReport", *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ EXAMPLES = {
         "slmops deploy ./my-model --name helpdesk --eval rows.jsonl",
         "slmops deploy ./my-model --name helpdesk --precision int4,int8",
         "slmops deploy ./my-model --name helpdesk --budget max-size=400MB",
+        "slmops deploy ./my-model --name helpdesk --remote",
     ),
     "regate": ("slmops regate helpdesk@3 --max-quality-loss 0.03", "slmops regate helpdesk@3 --eval rows.jsonl"),
     "promote": (
@@ -32,7 +33,7 @@ EXAMPLES = {
     "show": ("slmops show helpdesk", "slmops show helpdesk@3", "slmops show helpdesk@staging --json"),
     "history": ("slmops history helpdesk",),
     "diff": ("slmops diff helpdesk@3 helpdesk@4",),
-    "logs": ("slmops logs helpdesk@3",),
+    "logs": ("slmops logs helpdesk@3", "slmops logs -f", "slmops logs -f helpdesk"),
     "benchmark": ("slmops benchmark helpdesk", "slmops benchmark helpdesk@3 --lm-eval-task arc_easy --limit 100"),
     "sbom": ("slmops sbom helpdesk@3 > helpdesk.cdx.json",),
     "serve": ("slmops serve", "slmops serve helpdesk --port 8080"),

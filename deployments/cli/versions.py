@@ -177,15 +177,6 @@ def _status(variant: dict[str, Any]) -> str:
     return f"{variant['status'] or 'not judged'}{in_spite}"
 
 
-def logs(reference: Reference) -> None:
-    """Print the build logs of a version."""
-    from slmops.infra.storage.evidence import BUILD
-
-    for build in version_of(reference).all(BUILD):
-        print_line(f"== {build.precision}: built in {build.wall_s:.1f} s, peak {sized(build.peak_rss_bytes)}")
-        print_line(build.log.rstrip() or "(no output)")
-
-
 def delete(
     reference: VersionReference,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,

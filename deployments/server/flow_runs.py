@@ -1,6 +1,7 @@
 """The flow runs on Prefect's API, read without importing Prefect, which takes longer than the answer."""
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +13,14 @@ import httpx
 from slmops.deployments.server.access import authorization, make_private
 from slmops.deployments.server.embedded import EmbeddedServer
 from slmops.deployments.server.environment import prefect_home, unusable_api
+from slmops.infra.errors import BadInput
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 
 TIMEOUT_S = 10.0
+# While its SQLite database is locked, which may take a minute, the API answers 503.
+BUSY_S = 60.0
+BUSY_POLL_S = 0.5
 FLOWS = ("deploy", "regate", "retrain", "benchmark", "promote", "rollback", "gc")
 UNDER_WAY = ("RUNNING", "PENDING", "PAUSED", "CANCELLING")
 
@@ -70,20 +75,33 @@ class RunReader:
 
     def due(self) -> list[DueRun]:
         """Return the next scheduled run of each deployment, the nearest first."""
-        runs = self._ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_ASC", "limit": 200, **_of(("SCHEDULED",))})
+        runs = self.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_ASC", "limit": 200, **_of(("SCHEDULED",))})
         first: dict[str, str] = {}
         for run in runs:
             if run.get("deployment_id") and run.get("expected_start_time"):
                 first.setdefault(run["deployment_id"], run["expected_start_time"])
         named = {"deployments": {"id": {"any_": list(first)}}}
-        deployments = self._ask("deployments/filter", named) if first else []
+        deployments = self.ask("deployments/filter", named) if first else []
         names = {deployment["id"]: deployment["name"] for deployment in deployments}
         return [DueRun(deployment=names[key], due_at=at) for key, at in first.items() if key in names]
 
+    def _post(self, path: str, query: Mapping[str, object]) -> httpx.Response:
+        return httpx.post(f"{self.url}/{path}", json=dict(query), headers=dict(self.headers), timeout=TIMEOUT_S)
+
+    def find(self, named: str | None) -> Run:
+        """Return the run of an id, a run's name or a model's name, by default of any: one under way, else the last.
+
+        Raises `BadInput` when there is none.
+        """
+        for run in [*self.under_way(), *self.recent(200)]:
+            if not named or named in (run.id, run.name, run.model):
+                return run
+        raise BadInput(f"There is no run {named}." if named else "There are no runs yet.", "slmops runs lists them.")
+
     def _runs(self, query: Mapping[str, object], states: Sequence[str], *, excluded: bool = False) -> list[Run]:
-        flows = self._ask("flows/filter", {"flows": {"name": {"any_": list(FLOWS)}}})
+        flows = self.ask("flows/filter", {"flows": {"name": {"any_": list(FLOWS)}}})
         names = {flow["id"]: flow["name"] for flow in flows}
-        runs = self._ask("flow_runs/filter", {**query, **_of(states, excluded=excluded)})
+        runs = self.ask("flow_runs/filter", {**query, **_of(states, excluded=excluded)})
         return [self._run(run, names.get(run["flow_id"], "")) for run in runs]
 
     def _run(self, run: Mapping[str, Any], flow: str) -> Run:
@@ -100,14 +118,23 @@ class RunReader:
             address=self.address_of(run["id"]),
         )
 
-    def _ask(self, path: str, query: Mapping[str, object]) -> list[dict[str, Any]]:
+    def ask(self, path: str, query: Mapping[str, object]) -> Any:
+        """Post a query, and return the answer; raises `BadInput` for parameters that a deployment does not take.
+
+        It is posted again while the API's database is busy.
+        """
+        deadline = time.monotonic() + BUSY_S
         try:
-            answer = httpx.post(f"{self.url}/{path}", json=dict(query), headers=dict(self.headers), timeout=TIMEOUT_S)
-            answer.raise_for_status()
-            found: list[dict[str, Any]] = answer.json()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            while (answer := self._post(path, query)).status_code == httpx.codes.SERVICE_UNAVAILABLE:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(BUSY_POLL_S)
+            if answer.status_code == httpx.codes.CONFLICT:
+                reason = str(answer.json()["detail"]).removeprefix("Error creating flow run: ")
+                raise BadInput(f"Prefect's API refused the run: {reason}.", "Correct it.", code="parameter-refused")
+            return answer.raise_for_status().json()
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
             raise unusable_api(self.url, str(error) or type(error).__name__) from None
-        return found
 
 
 def _of(states: Sequence[str], *, excluded: bool = False) -> dict[str, object]:

@@ -264,6 +264,26 @@ def test_an_event_deploys_its_checkpoint(up: Up, api: str, tiny: Path) -> None:
     assert {run["created_by"]["type"] for run in runs} == {"AUTOMATION"}
 
 
+def test_a_command_runs_on_the_server_and_follows(up: Up, slmops: Slmops, api: str, tiny: Path, tmp_path: Path) -> None:
+    remotely = ("deploy", os.path.relpath(tiny, ROOT), "--name", "by-api", "--precision", "int4", "--remote")
+    done = slmops.run(*remotely, "--json")
+    report = json.loads(done.stdout)
+    assert (report["name"], report["version"], report["selected"]) == ("by-api", 1, "int4")
+    run_id = re.findall(r"^Run: \S+/flow-run/(\S+)$", done.stderr, re.MULTILINE)[0]
+    run = call("GET", f"{api}/flow_runs/{run_id}")
+    given = Path(run["parameters"]["checkpoint"])
+    assert given.is_absolute() and given.samefile(tiny)
+    followed = slmops.run("logs", "-f", run_id).stdout.splitlines()
+    assert followed[-1].startswith("Completed: by-api@1 ")
+    assert any("int4 passed the gate" in line for line in followed)
+
+    refused = slmops.run("deploy", tiny, "--name", "Other", "--remote", status=2)
+    assert "Validation failed for field 'name'" in refused.stderr
+    missing = slmops.run("deploy", tmp_path / "nowhere", "--name", "other", "--remote", status=1)
+    assert f"There is no such folder: {tmp_path / 'nowhere'}" in missing.stderr
+    assert {found["name"] for found in slmops.json("list")["models"]} == {"by-api"}
+
+
 def test_an_event_without_a_checkpoint_is_refused_and_a_notice_goes_out(
     up: Up, api: str, slmops: Slmops, webhook: Webhook
 ) -> None:
@@ -296,7 +316,7 @@ def messages_of(api: str, run: dict[str, Any]) -> list[str]:
     return [log["message"] for log in logs if log["name"] == "prefect.flow_runs"]
 
 
-def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> None:
+def test_cancelling_a_run_ends_its_children(up: Up, slmops: Slmops, api: str, tiny: Path) -> None:
     deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
     # With a temperature of its own it is another build than those before.
     parameters = {"checkpoint": str(tiny), "name": "cancelled", "precisions": ["fp16"], "temperature": 0.4}
@@ -313,7 +333,8 @@ def test_cancelling_a_run_ends_its_children(up: Up, api: str, tiny: Path) -> Non
     assert list(Path(engine.cwd()).iterdir()) == []
     assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
     call("POST", f"{api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-    wait_for(lambda: call("GET", f"{api}/flow_runs/{run}")["state"]["type"] == "CANCELLED")
+    assert slmops.run("logs", "-f", run, status=1).stdout.splitlines()[-1].startswith("Cancelled")
+    assert call("GET", f"{api}/flow_runs/{run}")["state"]["type"] == "CANCELLED"
     assert not any(child.is_running() for child in children)
     assert list((up.home / "cache" / "work").glob("*")) == []
 

@@ -106,6 +106,14 @@ def test_nothing_is_deleted_where_nobody_answers(
     assert "home@2; 5 B freed" in printed(capsys, "delete", "home@2", "--yes")
 
 
+def test_a_run_elsewhere_needs_a_server(home: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    remotely = ("deploy", str(tiny_checkpoint), "--name", "home", "--remote")
+    assert "No Prefect server is set" in printed(capsys, *remotely, ends=2)
+    assert "--dry-run does not" in printed(capsys, *remotely, "--dry-run", ends=2)
+    assert "There are no runs yet." in printed(capsys, "logs", "--follow", ends=2)
+    assert not home.exists()
+
+
 def test_a_server_that_does_not_answer_hides_nothing_else(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
