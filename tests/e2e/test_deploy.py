@@ -28,23 +28,17 @@ INT8 = ("--precision", "int8")
 INT4 = ("--precision", "int4")
 
 
+# Every family's build is proven in tests/infra/olive/test_families.py, its answers in Foundry Local in
+# tests/infra/foundry/test_families.py. These two differ most from the Qwen2 of the other journeys.
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"])
-def test_each_supported_family_deploys(slmops: Slmops, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["granite", "phi3"])
+def test_another_family_deploys(slmops: Slmops, tmp_path: Path, family: str) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", family)
     report = slmops.json("deploy", checkpoint, "--name", family, *INT8)
     assert report["status"] == "registered"
     (variant,) = report["variants"]
     assert variant["foundry_model_id"] == f"{family}-int8-generic-cpu:1"
     assert report["foundry_model_id"] == f"{family}:1"
-
-
-@pytest.mark.parametrize("family", ["olmo2", "gpt2"])
-def test_an_unsupported_family_is_refused(slmops: Slmops, tmp_path: Path, family: str) -> None:
-    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", family)
-    document = slmops.json("deploy", checkpoint, "--name", family, status=2)
-    assert "is not supported" in document["error"]["message"]
-    assert not slmops.home.exists()
 
 
 @pytest.mark.slow
