@@ -16,6 +16,8 @@ from filelock import FileLock
 from slmops.infra.settings import Settings
 
 START_DEADLINE_S = 120
+# Loops over the database, of which the tests' runs need none; `slmops up`, which has them, has tests of its own.
+IDLE_LOOPS = ("FOREMAN", "LATE_RUNS", "PAUSE_EXPIRATIONS", "REPOSSESSOR", "CLEANUP_RECONCILER")
 
 
 @contextmanager
@@ -29,7 +31,8 @@ def prefect_server(home: Path, environment: Mapping[str, str], port: int | None 
     quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     # The page asks the API at this address; its default is port 4200.
     interface = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
-    variables = {**environment, **quiet, **interface, "PREFECT_HOME": str(home)}
+    loops = {f"PREFECT_SERVER_SERVICES_{loop}_ENABLED": "false" for loop in IDLE_LOOPS}
+    variables = {**environment, **quiet, **interface, **loops, "PREFECT_HOME": str(home)}
     variables.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "log").open("w") as log:

@@ -214,7 +214,7 @@ def test_leftovers_are_found_and_removed(registry: ModelRegistry, store: StoreCa
         registry.objects.put_bytes("aside/of-a-write", b"x")
         expected = 1
     recent = registry.objects.leftovers(now - timedelta(hours=1))
-    assert recent == [] or store.kind == "moto"  # it says of every upload that it began in 2010
+    assert recent == []
     found = registry.objects.leftovers(now + timedelta(hours=1))
     assert len(found) == expected
     registry.objects.remove_leftovers(found)
