@@ -69,6 +69,7 @@ RUNTIMES = {
     "real_model",
 }
 DEMO = "demo_home"
+DEMO_TIMEOUT_S = 1800  # the first of its tests trains the demo, in six minutes on two cores
 # The demo's training has two threads, and the two after it wait more than others.
 FIRST = ("demo", "stack", "up")
 SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}
@@ -96,6 +97,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
             item.add_marker(pytest.mark.runtime)
         if DEMO in fixtures:
             item.add_marker(pytest.mark.xdist_group("demo"))
+            item.add_marker(pytest.mark.timeout(DEMO_TIMEOUT_S))
         elif not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid if is_journey else str(item.path)))
     items.sort(key=_place)

@@ -354,7 +354,7 @@ class TestTheStoreServer:
             key, start = f"models/race-{size_bytes}/{turn}/manifest.json", threading.Barrier(8)
 
             def write(writer: int, key: str = key, start: threading.Barrier = start) -> str:
-                start.wait()
+                start.wait(60)
                 return answer(s3.put_object, Key=key, Body=bytes([writer]) * size_bytes, IfNoneMatch="*")
 
             with ThreadPoolExecutor(8) as writers:

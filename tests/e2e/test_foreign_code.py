@@ -17,8 +17,8 @@ import pytest
 
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, SMALL
-from tests.e2e.test_prefect_server import call, query
 from tests.support.installed import ROOMS, Installed, build_wheel, environment_of, installed
+from tests.support.prefect_api import call, query
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("foreign code")]
 

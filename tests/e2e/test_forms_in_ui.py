@@ -4,11 +4,8 @@ The screenshots stay in the tests' temporary folder.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from pathlib import Path
 
-import httpx
 import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -25,6 +22,8 @@ from slmops.tasks.versions.approval import Approval
 from slmops.tasks.workshop import Workshop, working_in
 from tests.flows.test_promotion import passed
 from tests.support.chromium import Browser, screenshot
+from tests.support.paused_runs import paused
+from tests.support.prefect_api import call
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tests/e2e/test_forms_in_ui.py")]
 
@@ -58,7 +57,7 @@ def wait_for_text(driver: webdriver.Chrome, text: str) -> str:
 def test_the_form_of_a_deploy_has_fields_and_lists_only(browser: Browser, api: str, tmp_path: Path) -> None:
     ensure_pool(DEFAULT_POOL)
     register_deployments([entry for entry in read_deployments() if entry["name"] == "deploy"])
-    deployment = httpx.get(f"{api}/deployments/name/deploy/deploy").json()["id"]
+    deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
     driver = browser(1280, "light")
     driver.get(f"{api.removesuffix('/api')}/deployments/deployment/{deployment}/run")
     shown = wait_for_text(driver, "training_run")
@@ -85,21 +84,14 @@ def test_an_approval_shows_the_figures_and_takes_the_answer(
             return approval.ask_approval(registry.find("home@2"), VERDICT)
 
     driver = browser(1280, "light")
-    with ThreadPoolExecutor() as pool:
-        outcome = pool.submit(copy_context().run, asks)
-        try:
-            query = {"flows": {"name": {"any_": ["asks"]}}, "flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
-            found = WebDriverWait(driver, 60).until(lambda _: httpx.post(f"{api}/flow_runs/filter", json=query).json())
-            driver.get(f"{api.removesuffix('/api')}/runs/flow-run/{found[0]['id']}")
-            WebDriverWait(driver, 60).until(lambda _: driver.execute_script(CLICK, "Resume"))
-            shown = wait_for_text(driver, "home@1 (champion)")
-            driver.save_screenshot(str(tmp_path / "approval.png"))
-            assert "Promote home@2 in place of home@1?" in shown
-            assert VERDICT in shown
-            assert driver.execute_script(CUT) == []
-            assert driver.execute_script(CLICK, "Submit")
-            answered = outcome.result(60)
-        finally:
-            for run in [] if outcome.done() else httpx.post(f"{api}/flow_runs/filter", json=query).json():
-                httpx.post(f"{api}/flow_runs/{run['id']}/resume", json={"run_input": {}})
+    with paused(asks, api) as run:
+        driver.get(f"{api.removesuffix('/api')}/runs/flow-run/{run.id}")
+        WebDriverWait(driver, 60).until(lambda _: driver.execute_script(CLICK, "Resume"))
+        shown = wait_for_text(driver, "home@1 (champion)")
+        driver.save_screenshot(str(tmp_path / "approval.png"))
+        assert "Promote home@2 in place of home@1?" in shown
+        assert VERDICT in shown
+        assert driver.execute_script(CUT) == []
+        assert driver.execute_script(CLICK, "Submit")
+        answered = run.result()
     assert answered == Approval(given=False)  # the form's default keeps the champion

@@ -8,40 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 from slmops.tasks.runs import progress
 from tests.e2e.conftest import ROOT, Slmops
 from tests.e2e.test_deploy import INT4, children_of
+from tests.support.prefect_api import call, query
 
 pytestmark = pytest.mark.slow
-
-
-def answer_of(method: str, url: str, body: Any = None) -> httpx.Response:
-    """Call the API; it answers 503 while its SQLite database is locked, and Prefect's own client tries again too.
-
-    A writer that waits for the lock gives up after 60 s, and then the answer comes.
-    """
-    deadline = time.monotonic() + 240
-    while (answer := httpx.request(method, url, json=body, timeout=120)).status_code == 503:
-        assert time.monotonic() < deadline, answer.text
-        time.sleep(0.5)
-    return answer
-
-
-def call(method: str, url: str, body: Any = None) -> Any:
-    """Return the API's answer to an accepted call, or None."""
-    answer = answer_of(method, url, body).raise_for_status()
-    return answer.json() if answer.content else None
-
-
-def query(server: str, path: str, **body: Any) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = call("POST", f"{server}/{path}/filter", body)
-    return found
 
 
 def test_the_server_has_the_run_its_tasks_and_the_report(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from slmops.infra.settings import Settings
@@ -23,6 +22,7 @@ from tests.e2e.test_deploy import INT4
 from tests.e2e.test_prefect_server import wait_for_events
 from tests.e2e.test_store import other_content
 from tests.support.model_server import ModelServer
+from tests.support.prefect_api import query
 from tests.support.served_models import serving
 from tests.support.versions import add_evidence, latest_evidence
 
@@ -113,7 +113,7 @@ def test_there_and_back(slmops: Slmops, model_server: ModelServer, server: str) 
     ]
     assert "knows the garage" in slmops.run("history", "home").stdout
     asked = {"artifacts": {"key": {"any_": ["slmops-promotion-home"]}}, "sort": "CREATED_DESC"}
-    artifacts = httpx.post(f"{server}/artifacts/filter", json=asked).raise_for_status().json()
+    artifacts = query(server, "artifacts", **asked)
     assert any("knows the garage" in artifact["data"] for artifact in artifacts)
     told = ("champion.promoted", "champion.rolled-back", "version.registered")
     wait_for_events(server, "home", {f"slmops.{event}" for event in told})
@@ -144,7 +144,7 @@ def test_a_running_servers_clients_see_no_failure(slmops: Slmops) -> None:
         finally:
             ending.set()
             for thread in asking:
-                thread.join()
+                thread.join(60)
     assert failures == []
     changes = [model for model, before in zip(served, ["", *served], strict=False) if model != before]
     assert set(served) == {"home:1", "home:2"}

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import SMALL, SlmopsHere
 from tests.support.real_models import real_model
 
@@ -16,6 +18,7 @@ QUESTIONS = {
 LITTLE = {"SLMOPS_CALIBRATION__MAX_TOKENS": "400", "SLMOPS_CALIBRATION__MAX_NEW_TOKENS": "32"}
 
 
+@pytest.mark.timeout(1800)  # it takes three minutes on two cores
 def test_a_real_models_gguf_file_is_deployed_at_int4_once_and_answers_through_foundry(
     tmp_path: Path, server: str
 ) -> None:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from selenium import webdriver
@@ -20,6 +19,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
 from tests.support.chromium import Browser, screenshot
+from tests.support.prefect_api import query
 from tests.support.reports import full_report
 from tests.support.versions import stored_variant
 from tests.tasks.report.test_report import HOSTILE, hostile_report
@@ -89,8 +89,7 @@ def published(report: DeployReport, settings: Settings, server: str, tmp_path: P
     manifest = stored_version(registry, tmp_path / "variant")
     with temporary_settings({PREFECT_API_URL: server}):
         report = publish_report(report, registry.of(manifest), settings)
-    found = httpx.post(f"{server}/artifacts/latest/filter", json={"artifacts": {"key": {"any_": ["slmops-home"]}}})
-    (artifact,) = found.raise_for_status().json()
+    (artifact,) = query(server, "artifacts/latest", artifacts={"key": {"any_": ["slmops-home"]}})
     assert len(artifact["data"]) < 200_000
     for name in ("report.md", "report.html"):
         stored = registry.objects.read_bytes(f"models/home/3/evidence/{name}").decode()

@@ -234,7 +234,7 @@ class TestLoad:
             runtimes = server.runtimes()
             assert server.stop() == 0
             for thread in asking:
-                thread.join()
+                thread.join(120)
             assert broken_off == []
             assert set(endings) == {"length"}
             assert not list((home / "serve").glob("*.json"))
@@ -272,7 +272,7 @@ class TestFaults:
                 os.kill(server.runtimes()[0], signal.SIGKILL)
             finally:
                 is_killed.set()
-            assert asking.result() == {"home:1"}
+            assert asking.result(120) == {"home:1"}
 
     def test_a_folder_that_is_deleted_under_the_server(self, home: Path) -> None:
         with serving(home, "home") as server:
@@ -391,7 +391,7 @@ class TestHandOver:
                 assert ask(server).model == f"home:{version}"
             ending.set()
             for thread in asking:
-                thread.join()
+                thread.join(120)
             assert failures == []
             assert {"home:1", "home:2"} == set(served)
             assert control(server, "GET", "/models").json() == {
@@ -476,7 +476,7 @@ def at_once(count: int, work: Callable[[int], int]) -> Counter[int]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     return Counter(found)
 
 

@@ -28,6 +28,7 @@ from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from slmops.tasks.runs.dispatch import check_pool
 from tests.e2e.conftest import OPEN_GATE, SMALL, Slmops
 from tests.e2e.test_up import ENDED, example, wait_for
+from tests.support import prefect_api
 from tests.support.chromium import Browser, screenshot
 from tests.support.errors import coded
 from tests.support.stack import IS_INSTALLED, MISSING, Stack, running_stack
@@ -116,10 +117,7 @@ def builds_of(stack: Stack, name: str) -> list[psutil.Process]:
 
 def query(stack: Stack, path: str, **body: Any) -> list[dict[str, Any]]:
     """Ask the API for all that fits."""
-    user, _, password = stack.authentication.partition(":")
-    answer = httpx.post(f"{stack.api_url}/{path}/filter", json=body, auth=(user, password), timeout=30)
-    found: list[dict[str, Any]] = answer.raise_for_status().json()
-    return found
+    return prefect_api.query(stack.api_url.replace("://", f"://{stack.authentication}@"), path, **body)
 
 
 class Page:

@@ -21,9 +21,9 @@ from websockets.sync.client import connect
 from slmops.deployments.server.automations import NOT_IN_EVENT
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
-from tests.e2e.test_prefect_server import answer_of, call, query
 from tests.e2e.up_home import NIGHTLY, SECRET, hostile_folder, make_home_of_the_version_before
 from tests.e2e.up_process import Up
+from tests.support.prefect_api import answer_of, call, query
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("up")]
 
@@ -155,7 +155,7 @@ def test_a_caller_without_the_password_starts_and_reads_nothing(
         # As pages may send it without asking first, and as clients do.
         for sent in ({"json": body}, {"content": json.dumps(body), "headers": {"Content-Type": "text/plain"}}):
             sent["headers"] = {**headers, **sent.get("headers", {})}
-            answer = httpx.post(f"{up.api_url}/{path}", auth=auth, **sent)
+            answer = answer_of("POST", f"{up.api_url}/{path}", auth=auth, **sent)
             assert answer.status_code == httpx.codes.UNAUTHORIZED
             assert "access-control-allow-origin" not in answer.headers
     assert len(query(here, "flow_runs")) == before
@@ -163,12 +163,13 @@ def test_a_caller_without_the_password_starts_and_reads_nothing(
 
 def test_no_page_of_another_origin_may_ask(up: Up, api: str) -> None:
     wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
-    asked = httpx.options(f"{up.api_url}/deployments/filter", headers={**FOREIGN_PAGE, **wanted})
+    asked = answer_of("OPTIONS", f"{up.api_url}/deployments/filter", headers={**FOREIGN_PAGE, **wanted})
     assert asked.status_code == 400
     assert "access-control-allow-origin" not in asked.headers
-    answer = httpx.get(f"{api}/version", headers=FOREIGN_PAGE).raise_for_status()  # who has the password is no page
+    # Who has the password is no page.
+    answer = answer_of("GET", f"{api}/version", headers=FOREIGN_PAGE).raise_for_status()
     assert "access-control-allow-origin" not in answer.headers
-    ui = httpx.get(f"{up.api_url.removesuffix('/api')}/ui-settings").json()
+    ui = call("GET", f"{up.api_url.removesuffix('/api')}/ui-settings")
     assert (ui["auth"], ui["api_url"]) == ("BASIC", "/api")
 
 
@@ -195,7 +196,7 @@ def test_no_client_sets_the_command_of_a_worker(api: str, variables: dict[str, A
     deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
     before = len(query(api, "flow_runs"))
     body = {"parameters": {"checkpoint": "here", "name": "by-caller"}, "job_variables": variables}
-    answer = answer_of("POST", f"{api}/deployments/{deployment}/create_flow_run", body)
+    answer = answer_of("POST", f"{api}/deployments/{deployment}/create_flow_run", json=body)
     assert answer.status_code == 422
     assert f"'{next(iter(variables))}' was unexpected" in answer.json()["detail"]
     assert len(query(api, "flow_runs")) == before
@@ -240,7 +241,7 @@ def test_the_documented_calls_deploy_once_and_fetch_the_report(up: Up, api: str,
 def test_a_parameter_of_the_wrong_type_is_refused_by_name(api: str) -> None:
     deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
     body = {"parameters": {"checkpoint": "here", "name": 7}}
-    answer = answer_of("POST", f"{api}/deployments/{deployment}/create_flow_run", body)
+    answer = answer_of("POST", f"{api}/deployments/{deployment}/create_flow_run", json=body)
     assert answer.status_code == 409
     assert "field 'name'" in answer.json()["detail"]
     fields = call("GET", f"{api}/deployments/{deployment}")["parameter_openapi_schema"]["properties"]

@@ -6,7 +6,7 @@ from typing import Any
 from prefect.workers.process import ProcessWorker
 
 from tests.conftest import unmeasured_environment
-from tests.e2e.test_prefect_server import call
+from tests.support.prefect_api import call
 from tests.support.prefect_server import prefect_server
 
 SECRET = "a-secret-that-was-kept"

@@ -1,16 +1,11 @@
 """Promotions that wait for a person: paused on a real Prefect server, answered over its API, or at the terminal."""
 
 import io
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import copy_context
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prefect.client.schemas import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -29,10 +24,10 @@ from slmops.tasks.versions import approval, change
 from slmops.tasks.versions.approval import Approval, answered_by
 from slmops.tasks.workshop import Workshop, working_in
 from tests.flows.test_promotion import Foundry, last_artifact, passed
+from tests.support.api_faults import busy, faults_of_the_api, lost
 from tests.support.errors import coded
-
-DEADLINE_S = 60
-Run = Callable[[], State[Any]]
+from tests.support.paused_runs import paused
+from tests.support.prefect_api import call, query
 
 
 @pytest.fixture
@@ -59,52 +54,43 @@ def promoting() -> State[Any]:
     return final_state(promote_flow.promote, "home@2", "better", approval=True)
 
 
-@contextmanager
-def paused(run: Run, server: str) -> Iterator[tuple[str, Future[State[Any]]]]:
-    """Start a run, and yield its id when it waits, and its outcome."""
-    with ThreadPoolExecutor() as pool:
-        outcome = pool.submit(copy_context().run, run)
-        query = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
-        deadline = time.monotonic() + DEADLINE_S
-        while not (found := httpx.post(f"{server}/flow_runs/filter", json=query).json()):
-            assert not outcome.done(), outcome.result()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield found[0]["id"], outcome
-
-
-def answer(server: str, run: str, **given: str) -> dict[str, Any]:
-    """Answer as the UI does: a run that has only just paused may not have its form yet."""
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        result: dict[str, Any] = httpx.post(f"{server}/flow_runs/{run}/resume", json={"run_input": given}).json()
-        if result["status"] == "ACCEPT" or time.monotonic() > deadline:
-            return result
-        time.sleep(0.05)
-
-
 def test_the_run_waits_with_the_figures_until_a_person_approves(server: str, registry: ModelRegistry) -> None:
-    with paused(promoting, server) as (run, outcome):
-        asked = answer(server, run, decision="promote", by="Ada", note="knows the garage")
-        shown = httpx.get(f"{server}/flow_runs/{run}/input/paused-1-description")
-        state = outcome.result(DEADLINE_S)
-    assert asked["status"] == "ACCEPT"
-    assert "Promote home@2 in place of home@1?" in shown.text
+    with paused(promoting, server) as run:
+        run.answer(decision="promote", by="Ada", note="knows the garage")
+        shown = call("GET", f"{server}/flow_runs/{run.id}/input/paused-1-description")
+        state = run.result()
+    assert "Promote home@2 in place of home@1?" in shown
     assert state.is_completed(), state.message
     assert registry.alias("home", CHAMPION) == 2
     (newest, _) = registry.champion_history("home")
     assert newest.reason == "better; approved by Ada: knows the garage"
-    tags = httpx.get(f"{server}/flow_runs/{run}").json()["tags"]
-    assert sorted(tags) == ["champion", "model:home", "slmops"]
+    assert {"champion", "model:home", "slmops"} <= {*call("GET", f"{server}/flow_runs/{run.id}")["tags"]}
 
 
 def test_a_declined_one_leaves_the_champion_and_says_who_declined(server: str, registry: ModelRegistry) -> None:
-    with paused(promoting, server) as (run, outcome):
-        answer(server, run, decision="keep the champion", by="Ada")
-        state = outcome.result(DEADLINE_S)
+    with paused(promoting, server) as run:
+        run.answer(decision="keep the champion", by="Ada")
+        state = run.result()
     assert (state.is_failed(), state.name) == (True, "Rejected")
     assert registry.alias("home", CHAMPION) == 1
     assert "home@2 was not promoted: declined by Ada. home@1 stays the champion." in last_artifact()
+
+
+def test_an_answer_arrives_though_the_server_refuses_calls_and_its_answers_are_lost(
+    server: str, registry: ModelRegistry
+) -> None:
+    faults = busy("POST", "/resume$"), lost("POST", "/resume$"), lost("POST", "/flow_runs/filter$")
+    with faults_of_the_api(*faults), paused(promoting, server) as run:
+        run.answer(decision="promote")
+        assert run.result().is_completed()
+    assert registry.alias("home", CHAMPION) == 2
+
+
+def test_a_run_that_a_failed_test_leaves_waiting_is_ended(server: str, registry: ModelRegistry) -> None:
+    with pytest.raises(ZeroDivisionError), paused(promoting, server) as run:
+        raise ZeroDivisionError
+    assert run.outcome.done()
+    assert registry.alias("home", CHAMPION) == 1
 
 
 def test_nobody_answers_in_time(
@@ -118,8 +104,8 @@ def test_nobody_answers_in_time(
     assert error.exit_code == 3
     assert registry.alias("home", CHAMPION) == 1
     assert "nobody approved it within" in last_artifact()
-    runs = httpx.post(f"{server}/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 1}).json()
-    assert runs[0]["state"]["name"] == "Rejected"
+    (run,) = query(server, "flow_runs", sort="START_TIME_DESC", limit=1)
+    assert run["state"]["name"] == "Rejected"
 
 
 def test_a_version_that_is_the_champion_asks_nobody(registry: ModelRegistry) -> None:

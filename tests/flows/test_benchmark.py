@@ -4,7 +4,6 @@ import shutil
 import time
 from typing import Any
 
-import httpx
 import pytest
 from prefect.client.schemas import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -20,6 +19,7 @@ from slmops.tasks.runs.stage import final_state
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
+from tests.support.prefect_api import call, query
 from tests.support.versions import add_evidence, evidence, stored_variant
 
 pytestmark = pytest.mark.slow
@@ -106,21 +106,14 @@ def run(reference: str) -> State[Any]:
     return final_state(benchmark, reference)
 
 
-def query(api: str, path: str, body: dict[str, Any]) -> Any:
-    deadline = time.monotonic() + 60
-    while (answer := httpx.post(f"{api}/{path}", json=body)).status_code == 503 and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return answer.raise_for_status().json()
-
-
 def events_of(api: str, name: str) -> list[dict[str, Any]]:
     wanted = {"event": {"name": [REGRESSION]}, "resource": {"id": [f"slmops.model.{name}"]}}
-    found: list[dict[str, Any]] = query(api, "events/filter", {"filter": wanted})["events"]
+    found: list[dict[str, Any]] = call("POST", f"{api}/events/filter", {"filter": wanted})["events"]
     return found
 
 
 def artifact_of(api: str, name: str) -> str:
-    (artifact,) = query(api, "artifacts/filter", {"artifacts": {"key": {"any_": [f"slmops-benchmark-{name}"]}}})
+    (artifact,) = query(api, "artifacts", artifacts={"key": {"any_": [f"slmops-benchmark-{name}"]}})
     return str(artifact["data"])
 
 

@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 
-import httpx
 import pytest
 from prefect import State, flow
 from prefect.flow_engine import run_flow
@@ -14,6 +13,7 @@ from prefect.states import Completed
 from slmops.flows.promote import promote
 from slmops.infra.errors import BadInput, PassingFault
 from slmops.tasks.runs.stage import ends_by_its_errors, final_state, stage
+from tests.support.prefect_api import query
 from tests.support.s3_proxy import DropAnswer, Fault, FaultProxy
 
 
@@ -24,10 +24,9 @@ def api(server, home):
 
 
 def logs_of(server, run_id):
-    query = {"logs": {"flow_run_id": {"any_": [str(run_id)]}}}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
-        logs = httpx.post(f"{server}/logs/filter", json=query, timeout=60).raise_for_status().json()
+        logs = query(server, "logs", logs={"flow_run_id": {"any_": [str(run_id)]}})
         if any(log["message"].startswith("Finished in state") and not log["task_run_id"] for log in logs):
             return logs
         assert time.monotonic() < deadline, logs

@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,11 @@ from slmops.tasks.versions.serving import StoredModels
 from slmops.tasks.versions.undo import all_or_nothing, hand_back, restore_alias
 from tests.support.errors import coded
 from tests.support.model_server import ModelServer
+from tests.support.prefect_api import query
+from tests.support.threads import in_thread
 from tests.support.versions import FILES, add_evidence, store_version
+
+DEADLINE_S = 240
 
 
 @pytest.fixture
@@ -352,9 +355,9 @@ class TestDeploys:
             except ChampionChanged as error:
                 return error
 
-        with ThreadPoolExecutor() as pool, ModelServer({"home": 1}).running(settings.home_dir) as model_server:
-            contexts = [copy_context() for _ in changes]  # each with Prefect's settings of this test
-            done = list(pool.map(lambda context, change: context.run(promote_one, change), contexts, changes))
+        with ModelServer({"home": 1}).running(settings.home_dir) as model_server:
+            under_way = [in_thread(partial(promote_one, change)) for change in changes]
+            done = [promoting.result(DEADLINE_S) for promoting in under_way]
         (promotion,) = [outcome for outcome in done if isinstance(outcome, Promotion)]
         (refusal,) = [outcome for outcome in done if isinstance(outcome, ChampionChanged)]
         assert refusal.message == f"Meanwhile {promotion.reference} became the champion."
@@ -379,18 +382,18 @@ class TestDeploys:
                 change_champion(changes[1], elsewhere)
 
         here, there = ModelServer({"home": 1}), ModelServer({"home": 1})
-        with here.running(settings.home_dir), there.running(elsewhere.home_dir), ThreadPoolExecutor() as pool:
+        with here.running(settings.home_dir), there.running(elsewhere.home_dir):
             here.waits.clear()
-            under_way = pool.submit(copy_context().run, change_champion, changes[0], settings)
+            under_way = in_thread(partial(change_champion, changes[0], settings))
             assert here.reached.wait(60)
             refused = coded("champion-is-changing", "Another promotion of home@2")
             later = champion_lease(registry.objects, "home", "promotion of home@3", wait_s=0)
             with pytest.raises(StageFailed, check=refused), later:
                 pass
-            waiting = pool.submit(copy_context().run, promote_elsewhere)
+            waiting = in_thread(promote_elsewhere)
             here.waits.set()
-            under_way.result()
-            waiting.result()
+            under_way.result(DEADLINE_S)
+            waiting.result(DEADLINE_S)
         assert (here.models, there.models, there.asked) == ({"home": 2}, {"home": 1}, [])
         assert registry.aliases("home") == {CHAMPION: 2}
         assert not champion_is_changing(registry.objects, "home")
@@ -400,8 +403,7 @@ class TestDeploys:
 def last_artifact() -> str:
     """The newest artifact on home's champion."""
     asked = {"artifacts": {"key": {"any_": ["slmops-promotion-home"]}}, "sort": "CREATED_DESC", "limit": 1}
-    answer = httpx.post(f"{PREFECT_API_URL.value()}/artifacts/filter", json=asked, trust_env=False)
-    (artifact,) = answer.raise_for_status().json()
+    (artifact,) = query(str(PREFECT_API_URL.value()), "artifacts", **asked)
     return str(artifact["data"])
 
 

@@ -343,7 +343,7 @@ def two_machines(bench: KillBench, times: int) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(300)
         assert process.exitcode == 0
     bench.tried += 2 * times
     team = bench.team()

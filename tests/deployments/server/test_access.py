@@ -22,6 +22,7 @@ from slmops.deployments.server.supervised import Children, Supervised
 from slmops.deployments.server.work_pool import ensure_pool, locked
 from slmops.infra.errors import BadInput
 from tests.support.errors import coded
+from tests.support.prefect_api import answer_of
 
 on_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX: file modes")
 
@@ -98,10 +99,10 @@ def test_the_embedded_server_answers_its_command_only(tmp_path: Path, monkeypatc
     try:
         url = server.serve(tmp_path / "log", tmp_path / "templates")
         for said in ({}, {"Origin": "http://page.example"}, authorization("slmops:guessed")):
-            answer = httpx.post(f"{url}/block_documents/filter", json={"include_secrets": True}, headers=said)
+            answer = answer_of("POST", f"{url}/block_documents/filter", json={"include_secrets": True}, headers=said)
             assert answer.status_code == httpx.codes.UNAUTHORIZED
             assert "access-control-allow-origin" not in answer.headers
-        answer = httpx.post(f"{url}/flows/filter", json={}, headers=authorization(server.password))
+        answer = answer_of("POST", f"{url}/flows/filter", json={}, headers=authorization(server.password))
         assert answer.json() == []
         if os.name == "posix":
             assert set(modes(home).values()) == {"0o700", "0o600"}

@@ -4,7 +4,6 @@ import time
 from datetime import UTC, datetime
 from uuid import uuid4
 
-import httpx
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
@@ -13,8 +12,9 @@ from prefect.states import Crashed, Running
 
 from slmops.deployments.server import automations
 from slmops.deployments.server.work_pool import TAG
+from tests.support.prefect_api import call
 
-DEADLINE_S = 60
+DEADLINE_S = 240
 
 
 @flow
@@ -40,7 +40,7 @@ def test_a_late_sign_of_life_withdraws_the_verdict(server: str) -> None:
                     "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}"},
                     "related": [automations.OF_OURS],
                 }
-                httpx.post(f"{server}/events", json=[sign]).raise_for_status()
+                call("POST", f"{server}/events", [sign])
                 time.sleep(0.2)
             assert state and state.message == "It gave a late sign of life."
         finally:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -13,6 +12,7 @@ from slmops.deployments.cli import app as cli
 from slmops.deployments.server.registration import read_deployments, register_deployments
 from slmops.deployments.server.up_check import check_running
 from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
+from tests.support.prefect_api import call
 
 RETRAIN = [entry for entry in read_deployments() if entry["name"] in ("retrain", "benchmark")]
 NIGHTLY = ("--cron", "0 2 * * *", "--timezone", "Europe/Berlin")
@@ -39,18 +39,18 @@ def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def schedules(api: str, deployment: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = httpx.get(f"{api}/deployments/name/{deployment}/{deployment}").json()["schedules"]
+    found: list[dict[str, Any]] = call("GET", f"{api}/deployments/name/{deployment}/{deployment}")["schedules"]
     return [schedule for schedule in found if schedule["active"]]
 
 
 def test_a_deployment_is_registered_again_only_if_its_form_changed(api: str) -> None:
     assert {found.outcome for found in register_deployments(RETRAIN)} == {"unchanged"}
-    address = f"{api}/deployments/{httpx.get(f'{api}/deployments/name/benchmark/benchmark').json()['id']}"
+    address = f"{api}/deployments/{call('GET', f'{api}/deployments/name/benchmark/benchmark')['id']}"
     earlier = {"type": "object", "properties": {"model": {"type": "string"}}, "additionalProperties": False}
-    httpx.patch(address, json={"parameter_openapi_schema": earlier}).raise_for_status()
+    call("PATCH", address, {"parameter_openapi_schema": earlier})
     outcomes = {found.name: found.outcome for found in register_deployments(RETRAIN)}
     assert outcomes == {"retrain/retrain": "unchanged", "benchmark/benchmark": "updated"}
-    assert "reference" in httpx.get(address).json()["parameter_openapi_schema"]["properties"]
+    assert "reference" in call("GET", address)["parameter_openapi_schema"]["properties"]
 
 
 def test_a_schedule_has_its_parameters_and_the_second_one_replaces_the_first(
@@ -100,16 +100,16 @@ def test_what_would_never_run_is_refused_in_one_sentence(
 
 
 def test_a_schedule_that_was_switched_on_without_parameters_is_reported(api: str) -> None:
-    deployment = httpx.get(f"{api}/deployments/name/retrain/retrain").json()
+    deployment = call("GET", f"{api}/deployments/name/retrain/retrain")
     (nightly,) = [schedule for schedule in deployment["schedules"] if schedule["slug"] == "nightly"]
     address = f"{api}/deployments/{deployment['id']}/schedules/{nightly['id']}"
-    httpx.patch(address, json={"active": True}).raise_for_status()
+    call("PATCH", address, {"active": True})
     try:
         checked = {check.what: check for check in check_running(api, DEFAULT_POOL, RETRAIN).checks}
         found = checked["schedule of retrain/retrain"]
         assert (found.ok, found.found) == (False, "0 2 * * * (UTC), without dataset, base, name")
     finally:
-        httpx.patch(address, json={"active": False}).raise_for_status()
+        call("PATCH", address, {"active": False})
 
 
 def test_without_a_server_nothing_is_scheduled(

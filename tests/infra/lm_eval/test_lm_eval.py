@@ -366,7 +366,7 @@ def test_nothing_leaves_the_machine(pair, tmp_path, data):
     last = json.loads(child.stdout.readlines()[-1])
     child.stdin.close()
     child.stdout.close()
-    child.wait()
+    child.wait(60)
     assert ("result" in last) == (data == "questions.jsonl"), last
     lines = trace.read_text().splitlines()
     assert len(lines) > 1000

@@ -249,7 +249,7 @@ def test_children_of_several_threads_do_not_disturb_each_other(tmp_path: Path) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert values == {0: 0, 1: 2, 2: 4, 3: 6}
 
 

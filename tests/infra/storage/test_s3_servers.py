@@ -142,7 +142,7 @@ class TestServers:
         )
         command = [sys.executable, "-c", program, *dataclasses.astuple(s3), bucket]
         clients = [subprocess.Popen([*command, name], cwd=ROOT) for name in "abc"]
-        assert [client.wait() for client in clients] == [0, 0, 0]
+        assert [client.wait(120) for client in clients] == [0, 0, 0]
         assert len(_keys(s3.client(), bucket)) == 30
 
     def test_wrong_credentials(self, rclone: S3Server, moto: S3Server) -> None:
@@ -345,7 +345,7 @@ def _race(server: S3Server, bucket: str, *, rounds: int, writers: int) -> list[l
     barrier = Barrier(writers)
 
     def write(writer: int, number: int) -> int:
-        barrier.wait()
+        barrier.wait(60)
         try:
             answer = clients[writer].put_object(Bucket=bucket, Key=f"{number}", Body=b"%d" % writer, IfNoneMatch="*")
         except ClientError as error:
@@ -396,7 +396,7 @@ class TestConditionalWrites:
             while not proxy.requests_of("PUT", "key"):
                 time.sleep(0.01)
             client.put_object(Bucket=bucket, Key="key", Body=b"quick", IfNoneMatch="*")
-            assert slow.result() == (412, "PreconditionFailed")
+            assert slow.result(60) == (412, "PreconditionFailed")
             assert client.get_object(Bucket=bucket, Key="key")["Body"].read() == b"quick"
 
 

@@ -41,7 +41,7 @@ def test_the_last_user_removes_it(folder: Path) -> None:
     with shared_folder(folder):
         pass
     assert (folder / "logits.npy").read_bytes() == b"large"
-    other.communicate()
+    other.communicate(timeout=60)
     assert other.returncode == 0
     assert not folder.exists()
 

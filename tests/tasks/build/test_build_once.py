@@ -45,7 +45,7 @@ def test_two_deploys_of_one_checkpoint_at_once_build_once(tmp_path: Path, slots:
     folder = make_tiny_checkpoint(tmp_path / "checkpoint")
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         runs = [pool.submit(build, tmp_path / "home", folder, slots) for _ in range(2)]
-        (first, one), (second, two) = (run.result() for run in runs)
+        (first, one), (second, two) = (run.result(300) for run in runs)
     assert sorted("built before" in steps for steps in (first, second)) == [False, True]
     assert one == two
 
@@ -65,5 +65,5 @@ def test_a_maker_waits_for_another_one_and_finds_what_it_made(tmp_path: Path) ->
     assert begun.wait(10)
     with only_maker(target, lambda done, total, what: told.append(what)):
         assert target.read_text() == "once"
-    maker.join()
+    maker.join(60)
     assert set(told) == {"waiting for another run that makes the same file"}

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from concurrent.futures import Future
 from uuid import UUID, uuid4
 
 import pytest
@@ -17,8 +16,9 @@ from prefect.states import Completed, Crashed, Failed, Pending, Running, State
 from slmops.infra.settings import Settings
 from slmops.tasks.runs import dispatch
 from slmops.tasks.runs.dispatch import Job, Outcome, run_on_pool
+from tests.support.threads import in_thread
 
-DEADLINE_S = 60
+DEADLINE_S = 240
 
 
 def lost() -> State[object]:
@@ -28,13 +28,13 @@ def lost() -> State[object]:
 class Pool:
     """A work pool with one job under way, and the runs that workers were given for it, oldest first."""
 
-    def __init__(self, client: SyncPrefectClient, settings: Settings, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, client: SyncPrefectClient, settings: Settings) -> None:
         self.client = client
         self.name = f"pool-{uuid4().hex[:8]}"
         client.create_work_pool(WorkPoolCreate(name=self.name, type="process"))
         flow_id = client.create_flow_from_name("build-variant")
         client.create_deployment(flow_id=flow_id, name=self.name, work_pool_name=self.name)
-        self.job: Future[dict[str, Outcome]] = threads.submit(copy_context().run, self._work, settings)
+        self.job: Future[dict[str, Outcome]] = in_thread(lambda: self._work(settings))
 
     def _work(self, settings: Settings) -> dict[str, Outcome]:
         @flow
@@ -76,13 +76,13 @@ def pool(server: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> It
     with (
         temporary_settings({PREFECT_API_URL: server, PREFECT_LOGGING_TO_API_ENABLED: False}),
         get_client(sync_client=True) as client,
-        ThreadPoolExecutor() as threads,
     ):
-        pool = Pool(client, settings, threads)
+        pool = Pool(client, settings)
         yield pool
-        while not pool.job.done():  # after a failed test
+        if not pool.job.done():  # after a failed test
             for run in pool.runs():
                 client.set_flow_run_state(run.id, Failed(message="The test has ended."), force=True)
+            pool.job.exception(DEADLINE_S)
 
 
 def test_a_late_sign_of_life_withdraws_the_verdict(pool: Pool) -> None:

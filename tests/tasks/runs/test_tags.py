@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import httpx
 import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from slmops.tasks.runs import tags
 from slmops.tasks.runs.stage import ends_by_its_errors
+from tests.support.prefect_api import query
 
 PARAMETERS: list[tuple[dict[str, Any], set[str]]] = [
     ({"name": "home", "precisions": ("int4", "int8")}, {"model:home", "precision:int4", "precision:int8"}),
@@ -33,6 +33,5 @@ def test_a_run_keeps_its_own_tags_and_gets_those_of_its_model(server: str) -> No
 
     with temporary_settings({PREFECT_API_URL: server}), given("team-a"):
         tagged("home")
-    query = {"flows": {"name": {"any_": ["tagged"]}}}
-    (run,) = httpx.post(f"{server}/flow_runs/filter", json=query).json()
+    (run,) = query(server, "flow_runs", flows={"name": {"any_": ["tagged"]}})
     assert sorted(run["tags"]) == ["champion", "model:home", "slmops", "team-a"]
