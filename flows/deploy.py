@@ -78,6 +78,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         description=request.description,
         promote=request.promote,
         allow=request.allow,
+        generation_defaults=request.generation_defaults,
     )
     check_room(
         prepared.inspection,

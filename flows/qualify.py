@@ -71,7 +71,9 @@ def qualify(
             champion_id=standing.foundry_model_id,
             warnings=(*warnings, *standing.warnings),
             unchanged=not any(outcome.changed for outcome in outcomes),
-            statements=statements_of(prepared.folder, prepared.inspection) if prepared else (),
+            statements=statements_of(prepared.folder, prepared.inspection, asked.generation_defaults)
+            if prepared
+            else (),
         )
         report = publish_report(report, version, settings)
     if standing.refusal:

@@ -16,8 +16,8 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.signatures import verification_key
 from slmops.tasks.build.calibration import check_lengths, read_calibration_file
 from slmops.tasks.build.planning import plan_recipes, plan_search, refuse_recipes
-from slmops.tasks.checkpoint.adapter_base import base_of, usable_base
-from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
+from slmops.tasks.checkpoint.adapter_base import base_of, inspect_for_merge, usable_base
+from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.environment.checks import (
     check_packages,
     check_resources,
@@ -26,11 +26,12 @@ from slmops.tasks.environment.checks import (
     require_resources,
 )
 from slmops.tasks.environment.estimates import StageEstimate, estimate_stages
-from slmops.tasks.exams.statements import Statement, statements_of
+from slmops.tasks.exams.planned_statements import planned_statements
+from slmops.tasks.exams.statements import Statement
 from slmops.tasks.exams.text import read_text_file
 from slmops.tasks.foundry.ids import foundry_model_id
 from slmops.tasks.questions.evaluation_set import EvaluationRow, read_rows
-from slmops.tasks.request.deploy_request import DeployRequest, check_precisions
+from slmops.tasks.request.deploy_request import DeployRequest, check_precisions, read_chat_template_file
 from slmops.tasks.request.inputs import with_local_files
 from slmops.tasks.verdict.checks import check_allowed
 from slmops.tasks.verdict.thresholds import thresholds_for
@@ -101,9 +102,15 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
     if request.calibration_file:
         chats = read_calibration_file(request.calibration_file, rows)
         check_lengths(chats, folder, inspection.context_length, settings.calibration.max_tokens)
-    statements = statements_of(folder, inspection, request.generation_defaults)
+    template = read_chat_template_file(Path(request.chat_template_file)) if request.chat_template_file else None
+    base, to_fetch = None, ""
     if inspection.kind == "adapter":
-        inspection = _inspect_base(folder, request, settings)
+        base = _local_base(folder, request, settings)
+        if base is None:
+            to_fetch = "The adapter's base is fetched first: what its files say is known after that."
+        else:
+            inspection = inspect_for_merge(folder, base, chat_template_given=template is not None)
+    statements = planned_statements(folder, inspection, request.generation_defaults, template=template, base=base)
     check_family_precisions(inspection.architecture, [recipe.precision for recipe in recipes])
     used = min(len(rows), settings.evaluation.max_rows)
     stages = estimate_stages(
@@ -123,7 +130,11 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
         stages=tuple(stages),
         time_s=sum(stage.time_s for stage in stages),
         statements=statements,
-        warnings=(*inspection.warnings, *(text for recipe in recipes for text in recipe.warnings)),
+        warnings=(
+            *inspection.warnings,
+            *([to_fetch] if to_fetch else []),
+            *(text for recipe in recipes for text in recipe.warnings),
+        ),
     )
 
 
@@ -147,12 +158,11 @@ def _check_on_hub(repo_id: str, revision: str | None, settings: Settings) -> Non
         quantization_of(read_json(folder / "config.json") if (folder / "config.json").is_file() else {})
 
 
-def _inspect_base(adapter: Path, request: DeployRequest, settings: Settings) -> Inspection:
+def _local_base(adapter: Path, request: DeployRequest, settings: Settings) -> Path | None:
+    """Return the folder of an adapter's base, or None for one that is to be fetched."""
     base = base_of(adapter, request.base)
     with usable_base(base):
         source = parse_checkpoint(base)
         if source.kind is SourceKind.HUB:
             _check_on_hub(source.location, source.revision, settings)
-        if source.kind is not SourceKind.LOCAL:
-            return inspect_checkpoint(adapter)
-        return inspect_checkpoint(Path(source.location), chat_template_given=True)
+    return Path(source.location) if source.kind is SourceKind.LOCAL else None

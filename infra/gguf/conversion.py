@@ -34,13 +34,19 @@ def convert(path: Path, folder: Path, progress: Progress) -> None:
     Raises `BadInput` for a file that cannot be converted or has weights that are not finite.
     """
     file = read_gguf(path)
-    config, tensors = config_of(file), tensors_of(file)
+    tensors = tensors_of(file)
     folder.mkdir(parents=True)
+    write_text_files(file, folder)
+    _write_weights(file, tensors, folder / "model.safetensors", progress)
+
+
+def write_text_files(file: GgufFile, folder: Path) -> None:
+    """Write all but the weights into an existing folder; raises `BadInput` for a file that cannot be converted."""
+    config = config_of(file)
     save_tokenizer(file, folder)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config(file, config))
     _write_json(folder / ORIGIN_FILE, {"quantization": file.quantization, "converter": CONVERTER_VERSION})
-    _write_weights(file, tensors, folder / "model.safetensors", progress)
 
 
 def written_as(file: GgufFile, tensor: SourceTensor) -> str:

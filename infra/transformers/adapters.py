@@ -1,6 +1,7 @@
 """Merge a LoRA adapter into its base with peft."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from slmops.infra.checkpoints.folder import read_json
@@ -66,7 +67,7 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
     rows = _embedding_rows(shapes)
     if rows is not None and rows != model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    if _changes_one_of_two(adapter_dir, shapes):
+    if changes_one_of_two(adapter_dir, shapes):
         untie(model)
 
     progress(1, 3, "merging the adapter")
@@ -98,8 +99,7 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
         )
 
     progress(2, 3, "saving the merged checkpoint")
-    own_tokenizer = any((adapter_dir / name).exists() for name in TOKENIZER_FILES)
-    tokenizer_dir = adapter_dir if own_tokenizer else base_dir
+    tokenizer_dir = tokenizer_folder(adapter_dir, base_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     if len(tokenizer) > merged.get_input_embeddings().num_embeddings:
         raise BadInput(
@@ -119,18 +119,23 @@ def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:
         parameters=merged.num_parameters(),
         dtype=str(dtype).removeprefix("torch."),
         merged_tensors=len(shapes),
-        tokenizer_from="adapter" if own_tokenizer else "base",
+        tokenizer_from="adapter" if tokenizer_dir == adapter_dir else "base",
     )
 
 
-def _changes_one_of_two(adapter_dir: Path, shapes: dict[str, list[int]]) -> bool:
+def tokenizer_folder(adapter_dir: Path, base_dir: Path) -> Path:
+    """Return the folder with the merged model's tokenizer: the adapter's if it has one, else the base's."""
+    return adapter_dir if any((adapter_dir / name).exists() for name in TOKENIZER_FILES) else base_dir
+
+
+def changes_one_of_two(adapter_dir: Path, tensors: Iterable[str]) -> bool:
     """Whether the adapter changes only one of embedding and lm_head, which are separate before the merge.
 
     Complete embeddings that were saved because of new tokens serve both.
     """
     config = read_json(adapter_dir / ADAPTER_CONFIG)
     saved_whole = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or []}
-    by_lora = {name for name in shapes if "lora_" in name and any(f".{layer}." in name for layer in VOCABULARY_LAYERS)}
+    by_lora = {name for name in tensors if "lora_" in name and any(f".{layer}." in name for layer in VOCABULARY_LAYERS)}
     return bool(by_lora or saved_whole & set(VOCABULARY_LAYERS))
 
 

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slmops.infra.errors import BadInput
-from slmops.infra.transformers.adapters import read_adapter_config
+from slmops.infra.transformers.adapters import read_adapter_config, tokenizer_folder
+from slmops.tasks.checkpoint.inspection import Inspection, check_tokenizer_files, inspect_checkpoint
 
 # Endings of names on the Hub of copies that QLoRA loads in four bits; the model itself has the name without.
 QUANTIZED_COPIES = ("-unsloth-bnb-4bit", "-bnb-4bit", "-bnb-8bit")
@@ -39,3 +40,19 @@ def usable_base(base: str) -> Iterator[None]:
         yield
     except BadInput as error:
         raise BadInput(f"The adapter's base {base} cannot be used: {error.message}", advice, code=error.code) from error
+
+
+def inspect_for_merge(adapter: Path, base: Path, *, chat_template_given: bool = False) -> Inspection:
+    """Inspect the base on this machine that an adapter is merged into, and the tokenizer that the result will have.
+
+    Raises `BadInput` for a base that cannot be used, and for a tokenizer that cannot.
+    """
+    with usable_base(str(base)):
+        inspection = inspect_checkpoint(base, chat_template_given=True)
+        if inspection.kind != "checkpoint":
+            raise BadInput("It is not a whole checkpoint.", code="adapter-base-not-whole")
+    if tokenizer_folder(adapter, base) == adapter:
+        check_tokenizer_files(adapter, chat_template_given)
+    else:
+        inspect_checkpoint(base, chat_template_given=chat_template_given)
+    return inspection

@@ -102,7 +102,7 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
     quantization = quantization_of(config | _mark_of_dequantization(folder))
     config.pop("quantization_config", None)
     check_architecture(config)
-    _check_tokenizer(folder, chat_template_given)
+    check_tokenizer_files(folder, chat_template_given)
     stored, warnings = read_tensor_headers(folder), _warnings_of_conversion(folder)
     headers = stored
     if quantization:
@@ -221,7 +221,7 @@ def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
             code="genai-model-missing",
         )
     screen_model(folder)
-    _check_tokenizer(folder, chat_template_given)
+    check_tokenizer_files(folder, chat_template_given)
     return Inspection(
         kind="genai",
         architecture=str(model.get("type", "unknown")),
@@ -267,7 +267,8 @@ def _inspect_adapter(folder: Path) -> Inspection:
     )
 
 
-def _check_tokenizer(folder: Path, chat_template_given: bool) -> None:
+def check_tokenizer_files(folder: Path, chat_template_given: bool) -> None:
+    """Raise `BadInput` for a folder without a usable tokenizer, or without a chat template if none is given."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise BadInput(
             f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",

@@ -1,7 +1,7 @@
 """The qualification of a version: each variant is examined, judged, registered and proven."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Qualification:
-    """The request to qualify a version: rows, text, thresholds, budget, and the checks that are allowed to fail."""
+    """The request to qualify a version: rows, text, thresholds, budget, and the checks that are allowed to fail.
+
+    `generation_defaults` are those that the user gave for a new version; the report shows them.
+    """
 
     evaluation: EvaluationSet
     text: TextSample | None
@@ -52,6 +55,7 @@ class Qualification:
     description: str
     promote: bool = False
     allow: Sequence[str] = ()
+    generation_defaults: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def compared_exams(self) -> list[ComparedExam[Any]]:
