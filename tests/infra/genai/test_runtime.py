@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -140,6 +141,58 @@ def test_the_runtime_computes_with_the_requested_number_of_threads(fp32, threads
     model = runtime.GenaiModel(fp32, threads=threads)
     assert psutil.Process().num_threads() - before == threads - 1
     del model
+
+
+@pytest.mark.parametrize("right", [0, 1, 9, NEW_TOKENS])
+def test_a_draft_saves_generation_and_changes_no_token(fp32, monkeypatch, right):
+    model = runtime.GenaiModel(fp32, threads=1)
+    _, prompt = model.render(ROWS[1]["messages"])
+    answer, ended = model.answer_and_end(prompt, NEW_TOKENS)
+    assert (len(answer), ended) == (NEW_TOKENS, False)
+    fed = []
+    start = model.start
+
+    def watched(*sizes):
+        generator = start(*sizes)
+        generated = generator.generate_next_token
+        return SimpleNamespace(
+            append_tokens=generator.append_tokens,
+            get_output=generator.get_output,
+            get_sequence=generator.get_sequence,
+            get_next_tokens=generator.get_next_tokens,
+            is_done=generator.is_done,
+            generate_next_token=lambda: fed.append(generated()),
+        )
+
+    monkeypatch.setattr(model, "start", watched)
+    wrong = [(token + 1) % 512 for token in answer[right:]]
+    assert model.answer_and_end(prompt, NEW_TOKENS, draft=answer[:right] + wrong) == (answer, False)
+    assert max(1, NEW_TOKENS - right) <= len(fed) <= (NEW_TOKENS if right < 9 else NEW_TOKENS - 4)  # some are near ties
+
+
+def test_a_near_tie_is_generated(fp32, tmp_path):
+    model = runtime.GenaiModel(with_weights_set(fp32, tmp_path / "uniform", "lm_head", 0.0), threads=1)
+    answer = model.answer([5, 6], 4)
+    assert model.confirmed([5, 6], answer) == []
+
+
+def test_a_model_that_generates_other_tokens_than_a_pass_confirms_gets_no_drafts(fp32, reference_dir, monkeypatch):
+    monkeypatch.setattr("slmops.infra.genai.evaluation.GENERATED_ROWS", 1)
+    confirmed = runtime.GenaiModel.confirmed
+    asked = []
+
+    def watched(model, prompt_ids, draft):
+        asked.append(len(draft))
+        return confirmed(model, prompt_ids, draft)
+
+    monkeypatch.setattr(runtime.GenaiModel, "confirmed", watched)
+    sound = run_evaluate(fp32, reference_dir)
+    assert len([length for length in asked if length]) == len(ROWS)
+    asked.clear()
+    monkeypatch.setattr(runtime.GenaiModel, "answer_and_end", lambda *asked: ([7, 7], False))
+    broken = run_evaluate(fp32, reference_dir)
+    assert len(asked) == 1
+    assert (sound["identical_answers"], broken["identical_answers"]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
