@@ -106,7 +106,9 @@ class EvaluationSettings(Section):
     max_positions: int = Field(
         1024, ge=1, le=100_000, description="Token positions at which the next-token distributions are compared."
     )
-    batch_size: int = Field(8, ge=1, le=256, description="Rows that the reference answers in one batch.")
+    batch_size: int = Field(
+        32, ge=1, le=256, description="Rows that the reference answers in one batch; of long rows at most 8."
+    )
     max_text_tokens: int = Field(
         8192, ge=2, le=10_000_000, description="Tokens of the text file's beginning for its perplexity."
     )

@@ -25,6 +25,11 @@ from slmops.infra.reference.thinking import Decode, Thinking, TokenCounter, spli
 from slmops.infra.transformers.calls import AnswerAsSource
 from slmops.infra.transformers.tokenizer import load_tokenizer
 
+# A step of 32 rows takes far less than four steps of 8, because each step reads all weights. But the cache of keys and
+# values grows with every token of every row, so long rows are answered by eight.
+MIN_BATCH_ROWS = 8
+MAX_BATCH_TOKENS = 4096
+
 
 def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     """Answer the rows greedily and write the logits at the compared positions.
@@ -224,7 +229,7 @@ def answer_greedily(
     )
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][1]))
-    for batch in _batches(order, batch_size):
+    for batch in batches_of(order, [len(prompts[index][1]) + budgets[index] for index in order], batch_size):
         progress(len(prompts) - sum(not answer for answer in answers), len(prompts), "reference answers")
         width = max(len(prompts[index][1]) for index in batch)
         ids = torch.full((len(batch), width), pad)
@@ -273,9 +278,19 @@ def end_token_ids(tokenizer: Any, model: Any, decoding: Decoding) -> set[int]:
     return set()
 
 
-def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def batches_of(order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Split the rows, whose whole lengths ascend, into batches of at most `size`, fewer where they are long."""
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while (
+            end < len(order)
+            and end - start < size
+            and (end - start < MIN_BATCH_ROWS or (end + 1 - start) * lengths[end] <= MAX_BATCH_TOKENS)
+        ):
+            end += 1
+        yield order[start:end]
+        start = end
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:
