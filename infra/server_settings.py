@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+PREFECT_TAG = "slmops"  # of every deployment and run of slmops in Prefect
+
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
 

@@ -5,14 +5,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from slmops.deployments.server.work_pool import TAG
 from slmops.events import CHECKPOINT_READY
+from slmops.infra.server_settings import PREFECT_TAG
 from slmops.infra.settings import Settings
 
 if TYPE_CHECKING:
     from prefect.automations import Automation, EventTrigger, Posture
 
-OF_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+OF_OURS = {"prefect.resource.id": f"prefect.tag.{PREFECT_TAG}", "prefect.resource.role": "tag"}
 NOTICES_BLOCK = "slmops-notices"
 
 NOT_IN_EVENT = "(the event names no checkpoint or no model)"

@@ -9,8 +9,8 @@ from uuid import UUID
 
 import yaml
 
-from slmops.deployments.server.work_pool import TAG
 from slmops.infra.errors import BadInput
+from slmops.infra.server_settings import PREFECT_TAG
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -57,7 +57,7 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
             "entrypoint": f"slmops.flows.on_worker.{what}_variant_on_worker",
             "description": f"{what.capitalize()} one variant of a deploy. Deploys start it.",
             "version": package_version(),
-            "tags": [TAG],
+            "tags": [PREFECT_TAG],
             "work_pool": {"name": pool},
         }
         for what in ("build", "measure")

@@ -5,10 +5,10 @@ import copy
 from typing import Any
 
 from slmops.infra.errors import BadInput
+from slmops.infra.server_settings import PREFECT_TAG
 
 DEFAULT_POOL = "slmops"
 POOL_TYPE = "process"
-TAG = "slmops"  # of every slmops deployment
 
 # With any of these, a client of the API could run its own program, or replace a module of slmops.
 LOCKED = ("command", "env", "working_dir")
@@ -48,7 +48,7 @@ def ensure_pool(name: str) -> str | None:
         others = [
             deployment.name
             for deployment in client.read_deployments(work_pool_filter=in_pool)
-            if TAG not in deployment.tags
+            if PREFECT_TAG not in deployment.tags
         ]
         if others:
             return (

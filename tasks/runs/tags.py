@@ -7,7 +7,8 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
-TAG = "slmops"
+from slmops.infra.server_settings import PREFECT_TAG
+
 CHAMPION = "champion"  # of a run that changed the champion
 
 
@@ -28,7 +29,7 @@ def tag_run(*tags: str) -> None:
 def tag_by_parameters() -> None:
     """Tag the current flow run with what its parameters say."""
     context = FlowRunContext.get()
-    tag_run(TAG, *_tags_of((context.parameters if context else None) or {}))
+    tag_run(PREFECT_TAG, *_tags_of((context.parameters if context else None) or {}))
 
 
 def _tags_of(parameters: Mapping[str, object]) -> Iterator[str]:

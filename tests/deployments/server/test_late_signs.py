@@ -11,7 +11,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed, Running
 
 from slmops.deployments.server import automations
-from slmops.deployments.server.work_pool import TAG
+from slmops.infra.server_settings import PREFECT_TAG
 from tests.support.prefect_api import call
 
 DEADLINE_S = 240
@@ -28,7 +28,7 @@ def test_a_late_sign_of_life_withdraws_the_verdict(server: str) -> None:
     with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
         withdrawing = withdrawing.create()
         try:
-            run = client.create_flow_run(deploying, tags=[TAG], state=Running())
+            run = client.create_flow_run(deploying, tags=[PREFECT_TAG], state=Running())
             client.set_flow_run_state(run.id, Crashed(message="No sign of life for 90 s."))
             deadline = time.monotonic() + DEADLINE_S
             while (state := client.read_flow_run(run.id).state) and state.type != StateType.RUNNING:
