@@ -5,7 +5,6 @@ import copy
 from typing import Any
 
 from slmops.infra.errors import BadInput
-from slmops.infra.server_settings import PREFECT_TAG
 
 DEFAULT_POOL = "slmops"
 POOL_TYPE = "process"
@@ -25,6 +24,8 @@ def ensure_pool(name: str) -> str | None:
     from prefect.client.schemas.filters import WorkPoolFilter
     from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
     from prefect.workers.process import ProcessWorker
+
+    from slmops.infra.server_settings import PREFECT_TAG
 
     default = ProcessWorker.get_default_base_job_template()
     with get_client(sync_client=True) as client:
