@@ -1,17 +1,12 @@
 """A person's approval of a new champion: in Prefect's UI, where the run pauses, or at the command's own terminal."""
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import copy_context
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
-from uuid import UUID
+from uuid import uuid4
 
-from prefect.exceptions import FlowPauseTimeout, NotPausedError
-from prefect.flow_runs import pause_flow_run, resume_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
 from pydantic import Field
 
 from slmops.infra.errors import SlmopsError
@@ -22,15 +17,13 @@ from slmops.infra.storage.version import Version
 from slmops.tasks.report.blocks import Block, Paragraph, Strong, Text, table
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.wording import decimal, megabytes, percent, shown
+from slmops.tasks.runs.pause import pause_for
 from slmops.tasks.versions.change import Change
 from slmops.tasks.versions.refusal import Request, refusal_published
 from slmops.tasks.workshop import workshop
 
 PROMOTE: Literal["promote"] = "promote"
 KEEP: Literal["keep the champion"] = "keep the champion"
-POLL_S = 2
-# The server must not end the pause before this process does: its own end has no reason and no report.
-MARGIN_S = 3600
 
 
 class ApprovalForm(RunInput):
@@ -108,32 +101,11 @@ def ask_approval(challenger: Version, verdict: str = "") -> Approval:
     question = question_of(challenger, verdict)
     if _answerers:
         return _answerers[-1](question)
-    answer = _pause(question, workshop().settings.timeout.approval_s)
-    if answer is None:
+    nobody = ApprovalForm(decision=KEEP, by=uuid4().hex)
+    answer = pause_for(ApprovalForm, question, nobody, workshop().settings.timeout.approval_s)
+    if answer.by == nobody.by:
         return Approval(answered=False)
     return Approval(given=answer.decision == PROMOTE, by=answer.by.strip(), note=answer.note.strip())
-
-
-def _pause(question: str, limit_s: float) -> ApprovalForm | None:
-    """Return the answer that a person gave in time, or None."""
-    run_id, expired = UUID(flow_run.id), threading.Event()
-
-    def give_up() -> None:
-        with suppress(NotPausedError):  # somebody answered at the last moment
-            resume_flow_run(run_id, run_input={"decision": KEEP})
-            expired.set()
-
-    timer = threading.Timer(limit_s, copy_context().run, [give_up])
-    timer.daemon = True
-    timer.start()
-    try:
-        form = ApprovalForm.with_initial_data(description=question)
-        answer = pause_flow_run(form, timeout=int(limit_s) + MARGIN_S, poll_interval=POLL_S)
-    except FlowPauseTimeout:
-        return None
-    finally:
-        timer.cancel()
-    return None if expired.is_set() else answer
 
 
 def question_of(challenger: Version, verdict: str = "") -> str:

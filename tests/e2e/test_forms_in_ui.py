@@ -17,6 +17,7 @@ from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CHAMPION
+from slmops.tasks.runs import pause
 from slmops.tasks.versions import approval
 from slmops.tasks.versions.approval import Approval
 from slmops.tasks.workshop import Workshop, working_in
@@ -72,7 +73,7 @@ def test_the_form_of_a_deploy_has_fields_and_lists_only(browser: Browser, api: s
 def test_an_approval_shows_the_figures_and_takes_the_answer(
     browser: Browser, api: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(approval, "POLL_S", 0.2)
+    monkeypatch.setattr(pause, "POLL_S", 0.2)
     registry = open_registry(settings)
     for number in (1, 2):
         passed(registry, tmp_path, number)

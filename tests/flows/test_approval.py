@@ -1,6 +1,7 @@
 """Promotions that wait for a person: paused on a real Prefect server, answered over its API, or at the terminal."""
 
 import io
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 from prefect.client.schemas import State
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from slmops.deployments.cli import app as cli
 from slmops.deployments.cli.approving import ask_here
@@ -18,9 +19,10 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.foundry import registration
+from slmops.tasks.runs import pause
 from slmops.tasks.runs.stage import final_state
 from slmops.tasks.training.comparison import Challenge, RetrainReport, with_approval
-from slmops.tasks.versions import approval, change
+from slmops.tasks.versions import change
 from slmops.tasks.versions.approval import Approval, answered_by
 from slmops.tasks.workshop import Workshop, working_in
 from tests.flows.test_promotion import Foundry, last_artifact, passed
@@ -42,7 +44,7 @@ def registry(settings: Settings, tmp_path: Path) -> ModelRegistry:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, server: str) -> Iterator[None]:
-    monkeypatch.setattr(approval, "POLL_S", 0.1)
+    monkeypatch.setattr(pause, "POLL_S", 0.1)
     planned = change.plan_promotion
     monkeypatch.setattr(change, "plan_promotion", lambda *asked: replace(planned(*asked), is_proven=True))
     monkeypatch.setattr(registration, "ask_foundry", Foundry().ask)
@@ -56,8 +58,9 @@ def promoting() -> State[Any]:
 
 def test_the_run_waits_with_the_figures_until_a_person_approves(server: str, registry: ModelRegistry) -> None:
     with paused(promoting, server) as run:
+        keys = call("GET", f"{server}/flow_runs/{run.id}")["state"]["state_details"]["run_input_keyset"]
+        shown = call("GET", f"{server}/flow_runs/{run.id}/input/{keys['description']}")
         run.answer(decision="promote", by="Ada", note="knows the garage")
-        shown = call("GET", f"{server}/flow_runs/{run.id}/input/paused-1-description")
         state = run.result()
     assert "Promote home@2 in place of home@1?" in shown
     assert state.is_completed(), state.message
@@ -76,11 +79,24 @@ def test_a_declined_one_leaves_the_champion_and_says_who_declined(server: str, r
     assert "home@2 was not promoted: declined by Ada. home@1 stays the champion." in last_artifact()
 
 
-def test_an_answer_arrives_though_the_server_refuses_calls_and_its_answers_are_lost(
-    server: str, registry: ModelRegistry
-) -> None:
-    faults = busy("POST", "/resume$"), lost("POST", "/resume$"), lost("POST", "/flow_runs/filter$")
+def test_no_approval_is_lost_with_an_answer_of_the_server(server: str, registry: ModelRegistry) -> None:
+    faults = (
+        *(lost("POST", path, times=2) for path in ("/set_state$", "/input$", "/flow_runs/filter$")),
+        *(fault("POST", "/resume$") for fault in (busy, lost)),
+    )
     with faults_of_the_api(*faults), paused(promoting, server) as run:
+        run.answer(decision="promote")
+        state = run.result()
+    assert state.is_completed(), state.message
+    assert registry.alias("home", CHAMPION) == 2
+
+
+def test_a_run_waits_on_while_the_server_does_not_answer(server: str, registry: ModelRegistry) -> None:
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), paused(promoting, server) as run:
+        with faults_of_the_api(outage := busy("GET", f"/flow_runs/{run.id}$", times=3)):
+            while len(outage.hits) < 3:
+                assert not run.outcome.done(), run.result()
+                time.sleep(0.05)
         run.answer(decision="promote")
         assert run.result().is_completed()
     assert registry.alias("home", CHAMPION) == 2

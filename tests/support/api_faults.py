@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
-# As the server answers while SQLite is locked. Prefect's client waits for two seconds if the answer names no time.
+# As the server answers while SQLite is locked.
 LOCKED = {"exception_message": "Service Unavailable"}
 
 
@@ -52,7 +52,7 @@ def faults_of_the_api(*faults: Fault) -> Iterator[None]:
     def faulty(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
         due = next((fault for fault in faults if fault.is_due(request)), None)
         if due and not due.is_lost:
-            return httpx.Response(503, json=LOCKED, headers={"Retry-After": "0"}, request=request)
+            return httpx.Response(503, json=LOCKED, request=request)
         answer = send(transport, request)
         if due:
             answer.read()
@@ -62,5 +62,6 @@ def faults_of_the_api(*faults: Fault) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(httpx.HTTPTransport, "handle_request", faulty)
+        patched.setattr("prefect.client.base.clamped_poisson_interval", lambda *_: 0.05)  # in place of seconds
         yield
     assert [fault for fault in faults if not fault.hits] == []
