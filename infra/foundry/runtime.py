@@ -30,6 +30,7 @@ from slmops.infra.foundry.calls import (
     Unregistered,
 )
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
+from slmops.infra.foundry.seeds import drawn_seed
 from slmops.infra.process.call import Progress
 from slmops.infra.process.channel import QUIET_ENVIRONMENT
 
@@ -225,7 +226,7 @@ def answer(
     texts: dict[Any, list[str]] = {TextItemType.DEFAULT: [], TextItemType.REASONING: []}
     refused = _explained(f"answer with {model.id}", "Check the model's chat template and its genai_config.json.")
     with refused, ChatSession(model) as session:
-        options = search or {"do_sample": False}
+        options = {"seed": drawn_seed(), **(search or {"do_sample": False})}
         session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=1, **options)))
         with _request(messages) as probe:
             budget = session.preflight_request(probe)
@@ -281,8 +282,9 @@ def answer_unchecked(model: object, messages: Sequence[dict[str, str]], max_new_
     from foundry_local_sdk import ChatSession, RequestOptions, SearchOptions
 
     refused = _explained("answer", "Shorten the conversation, or check the model's chat template.")
+    search = SearchOptions(max_output_tokens=max_new_tokens, do_sample=False, seed=drawn_seed())
     with refused, ChatSession(model) as session:
-        session.set_options(RequestOptions(search=SearchOptions(max_output_tokens=max_new_tokens, do_sample=False)))
+        session.set_options(RequestOptions(search=search))
         with _request(messages) as request, session.process_request(request) as response:
             return "".join(part.text for item in response for part in getattr(item, "parts", [item]))
 

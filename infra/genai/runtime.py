@@ -20,7 +20,8 @@ from slmops.infra.reference.answers import Message
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 from slmops.infra.reference.thinking import TokenCounter
 
-# Neutral values that override the search options of a folder's genai_config.json: pure greedy decoding.
+# Neutral values that override the search options of a folder's genai_config.json: pure greedy decoding. The seed
+# decides nothing, but without one the runtime draws 624 numbers of the processor's random generator, 8 ms an answer.
 GREEDY = {
     "do_sample": False,
     "num_beams": 1,
@@ -29,6 +30,7 @@ GREEDY = {
     "temperature": 1.0,
     "min_length": 0,
     "chunk_size": 0,
+    "random_seed": 0,
 }
 
 # A lead of four units in the last place of fp16: so far may two passes over the same tokens differ that sum otherwise.

@@ -120,7 +120,7 @@ def differences(folder: Path, trials: Sequence[Trial], threads: int) -> Iterator
 
     def start(tokens: Sequence[int]) -> Untyped:
         params = og.GeneratorParams(model)
-        params.set_search_options(max_length=len(tokens) + 1, do_sample=False)
+        params.set_search_options(max_length=len(tokens) + 1, do_sample=False, random_seed=0)
         return og.Generator(model, params)
 
     for trial in trials:

@@ -91,6 +91,7 @@ class TestHonoured:
         hot: dict[str, Any] = {"temperature": 2, "max_tokens": 64}
         seeded = [text_of(ask(server, seed=seed, **hot)) for seed in (5, 5, 6)]
         assert seeded[0] == seeded[1] != seeded[2]
+        assert len({text_of(ask(server, **hot)) for _ in range(2)}) == 2
 
     def test_a_developers_message_is_a_system_message(self, server: RunningServer) -> None:
         counts = {

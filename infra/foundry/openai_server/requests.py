@@ -19,6 +19,7 @@ from slmops.infra.foundry.openai_server.chat_request import (
 from slmops.infra.foundry.openai_server.errors import Refused
 from slmops.infra.foundry.openai_server.tool_use import ToolUse
 from slmops.infra.foundry.request_body import bounded_body
+from slmops.infra.foundry.seeds import drawn_seed
 from slmops.infra.foundry.served_model import RunningModel
 from slmops.infra.records import Json
 
@@ -93,6 +94,7 @@ def for_runtime(asked: ChatRequest, running: RunningModel, use: ToolUse | None) 
             sent[name] = value
     if not {"temperature", "top_p", "top_k"} & sent.keys():
         sent["temperature"] = 0
+    sent.setdefault("seed", drawn_seed())
     if limit := asked.max_completion_tokens or asked.max_tokens:
         sent["max_tokens"] = limit
     if asked.stop:
