@@ -11,27 +11,37 @@ from pathlib import Path
 from slmops.deployments.cli.output import print_line, print_note
 from slmops.deployments.server.listening import log_to_terminal, serve_until_stopped, shown_url
 from slmops.infra.errors import BadInput
+from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 
 
-async def serve_models(names: list[str], host: str, listener: socket.socket, settings: Settings) -> None:
-    """Serve the named models, or all, on a socket that listens; `host` is only for messages."""
+async def serve_models(
+    names: list[str], host: str, listener: socket.socket, settings: Settings, response_schema: Json | None = None
+) -> None:
+    """Serve the named models, or all, on a socket that listens; `host` is only for messages.
+
+    `response_schema` is the JSON Schema of answers to requests that name no response format; it needs one name.
+    """
     from slmops.infra.foundry.following import Following
     from slmops.infra.foundry.model_host import ModelHost
     from slmops.infra.foundry.openai_server.app import openai_server
+    from slmops.infra.foundry.openai_server.default_format import check_format, format_of
     from slmops.infra.storage.opening import open_registry
     from slmops.tasks.versions.serving import StoredModels
 
     log_to_terminal()
     source = StoredModels(open_registry(settings), settings)
     models = ModelHost(source, settings.serve, settings.cache_dir / "serving", settings.cache_dir / "logs")
+    default_format = format_of(response_schema) if response_schema else None
     control_token = secrets.token_urlsafe(32)
     try:
         await models.start(names)
         if not models.champions:
             _wait_for_the_first(settings)
+        if default_format:
+            await check_format(models, names[0], default_format)
         following = Following(models, source, settings.serve.follow_s, takes_new_names=not names)
-        app = openai_server(models, following, settings.serve, control_token)
+        app = openai_server(models, following, settings.serve, control_token, default_format)
         own = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104  (it is only compared)
         with _announced(settings.home_dir / "serve", shown_url(own, listener), control_token):
             for name, served in models.champions.items():

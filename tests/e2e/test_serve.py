@@ -499,3 +499,27 @@ def run_serve(home: Path, *arguments: str, **variables: str) -> "subprocess.Comp
         timeout=180,
         check=False,
     )
+
+
+def test_a_schema_of_the_server_is_the_form_of_answers_to_requests_without_one(home: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"const": "off"}', "utf-8")
+    with serving(home, "home", "--response-schema", str(schema)) as server:
+        assert ask(server, max_tokens=32).choices[0].message.content == '"off"'
+        chunks = ask(server, max_tokens=32, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == '"off"'
+        own = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"const": "on"}}}
+        assert ask(server, max_tokens=32, response_format=own).choices[0].message.content == '"on"'
+        free = ask(server, max_tokens=32, response_format={"type": "text"}).choices[0].message.content
+        assert free != '"off"'
+
+
+def test_a_schema_that_no_grammar_expresses_is_refused_before_anything_is_served(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"not": {"type": "string"}}', "utf-8")
+    command = [sys.executable, "-m", "slmops", "serve", "home", "--port", "0"]
+    command += ["--response-schema", str(tmp_path / "schema.json")]
+    variables = {**os.environ, "SLMOPS_HOME": str(home)}
+    refused = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 2
+    assert "The response schema cannot be the form of answers: The schema is not supported" in refused.stderr
+    assert "Serving at" not in refused.stdout

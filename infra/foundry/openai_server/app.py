@@ -21,7 +21,7 @@ from slmops.infra.foundry.browser_access import BrowserAccess
 from slmops.infra.foundry.following import Following
 from slmops.infra.foundry.model_host import ModelHost
 from slmops.infra.foundry.openai_server.answers import Relay, ask_runtime, usage_of, while_connected
-from slmops.infra.foundry.openai_server.chat_request import ChatRequest
+from slmops.infra.foundry.openai_server.chat_request import ChatRequest, SchemaFormat
 from slmops.infra.foundry.openai_server.errors import HANDLERS, Refused
 from slmops.infra.foundry.openai_server.metrics import Metrics
 from slmops.infra.foundry.openai_server.openapi import openapi_document
@@ -47,14 +47,17 @@ def openai_server(
     following: Following,
     settings: ServeSettings,
     control_token: str,
+    default_format: SchemaFormat | None = None,
 ) -> Starlette:
     """Return the ASGI application: `/v1/models`, `/v1/chat/completions`, `/health`, `/ready`, `/metrics`,
     `/openapi.json`.
 
+    `default_format` is the response format of requests that name none and call no tools.
+
     `/v1` and `/metrics` require the settings' token if there is one. `/slmops/v1` requires the control token, which
     only processes of this user can read.
     """
-    front = _Front(host, following, settings)
+    front = _Front(host, following, settings, default_format)
     token = settings.token.get_secret_value() if settings.token else None
     wrong_key = Refused(401, "Incorrect API key provided.", code="invalid_api_key")
     clients = [Middleware(BearerToken, token, wrong_key)]
@@ -94,8 +97,11 @@ def openai_server(
 class _Front:
     """The request handlers; `HANDLERS` turns their exceptions into responses."""
 
-    def __init__(self, host: ModelHost, following: Following, settings: ServeSettings) -> None:
+    def __init__(
+        self, host: ModelHost, following: Following, settings: ServeSettings, default_format: SchemaFormat | None
+    ) -> None:
         self._host = host
+        self._default_format = default_format
         self._following = following
         self._settings = settings
         self._metrics = Metrics(host)
@@ -154,7 +160,7 @@ class _Front:
                 running = await taken.enter_async_context(self._host.turn(asked.model))
                 counted.model = running.served.name
                 use = tool_use(asked, running.placed)
-                sent = for_runtime(asked, running, use)
+                sent = for_runtime(asked, running, use, self._default_format)
                 answer = await while_connected(request, ask_runtime(self._host, running, sent))
                 taken.push_async_callback(answer.response.aclose)
                 if asked.stream:

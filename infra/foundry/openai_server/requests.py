@@ -79,8 +79,12 @@ def _param(location: tuple[int | str, ...]) -> str:
     return "".join(f"[{name}]" if isinstance(name, int) else f".{name[:100]}" for name in names).removeprefix(".")
 
 
-def for_runtime(asked: ChatRequest, running: RunningModel, use: ToolUse | None) -> Json:
+def for_runtime(
+    asked: ChatRequest, running: RunningModel, use: ToolUse | None, default_format: SchemaFormat | None = None
+) -> Json:
     """Return a request for the runtime: the exact model, usage always, no control tokens in texts.
+
+    `default_format` is that of a request that names none and whose tools, if any, may not be called.
 
     Raises `Refused` for thoughts that cannot be switched off.
 
@@ -101,8 +105,8 @@ def for_runtime(asked: ChatRequest, running: RunningModel, use: ToolUse | None) 
         sent["stop"] = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop)
     if asked.stream:
         sent |= {"stream": True, "stream_options": {"include_usage": True}}
-    if asked.response_format:
-        sent["response_format"] = _format(asked.response_format)
+    if response_format := asked.response_format or (None if use else default_format):
+        sent["response_format"] = runtime_format(response_format)
     if asked.chat_template_kwargs:
         sent["chat_template_kwargs"] = asked.chat_template_kwargs.model_dump()
     if use:
@@ -119,7 +123,7 @@ def _check_switch(asked: ChatRequest, abilities: Abilities) -> None:
             raise Refused(400, said, param=param)
 
 
-def _format(asked: ResponseFormat) -> Json:
+def runtime_format(asked: ResponseFormat) -> Json:
     """Return a response format in the runtime's form, in which the schema is not in an object with its name."""
     if not isinstance(asked, SchemaFormat):
         return {"type": asked.type}
