@@ -42,7 +42,7 @@ def measure(call: Measure, progress: Progress) -> Measured:
     progress(0, 1, "loading the model")
     with PeakMemory() as memory:
         started = time.perf_counter()
-        model = GenaiModel(call.model_dir, threads=call.threads)
+        model = GenaiModel(call.model_dir, threads=call.threads, spin=True)
         load_ms = 1000 * (time.perf_counter() - started)
         notes: list[str] = []
         lengths = _lengths(call.prompt_tokens, call.new_tokens, model.context_length, notes)

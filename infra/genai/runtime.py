@@ -37,6 +37,11 @@ GREEDY = {
 CERTAIN_LEAD = 2.0**-8
 
 
+def threading_options(threads: int, *, spin: bool) -> Json:
+    """Return the options of genai_config.json's `session_options` that limit the threads and say how they wait."""
+    return {"intra_op_num_threads": threads} | ({} if spin else {"session.intra_op.allow_spinning": "0"})
+
+
 def render_chat(
     tokenizer: Untyped, messages: Sequence[Message], tools: Sequence[Json] = (), template: str | None = None
 ) -> str:
@@ -53,11 +58,12 @@ def render_chat(
 class GenaiModel:
     """A model folder opened for greedy decoding; the folder is only read.
 
-    It runs on the provider that its genai_config.json names. Raises `StageFailed` for a folder that the runtime cannot
-    open.
+    It runs on the provider that its genai_config.json names. Threads that wait `spin` where a speed is measured, as the
+    runtime lets them by default: on a busy machine, each step then takes several times as long. Raises `StageFailed`
+    for a folder that the runtime cannot open.
     """
 
-    def __init__(self, model_dir: Path, *, threads: int, repetition_penalty: float = 1.0) -> None:
+    def __init__(self, model_dir: Path, *, threads: int, repetition_penalty: float = 1.0, spin: bool = False) -> None:
         import onnxruntime_genai as og
 
         self._og = og
@@ -71,8 +77,9 @@ class GenaiModel:
         self.end_token_ids = set(ends) if isinstance(ends, list) else {ends}
         try:
             config = og.Config(str(model_dir))
-            threading_options = {"session_options": {"intra_op_num_threads": threads}}
-            config.overlay(json.dumps({"model": {"decoder": threading_options}}))
+            config.overlay(
+                json.dumps({"model": {"decoder": {"session_options": threading_options(threads, spin=spin)}}})
+            )
             self._model = og.Model(config)
             self.tokenizer = og.Tokenizer(self._model)
         except Exception as error:  # the binding raises RuntimeError and, for some faults, bare exceptions

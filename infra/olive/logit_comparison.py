@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from slmops.infra.genai.runtime import threading_options
 from slmops.infra.olive.mends.text_models import context_length
 from slmops.infra.records import Untyped
 
@@ -115,7 +116,7 @@ def differences(folder: Path, trials: Sequence[Trial], threads: int) -> Iterator
     import onnxruntime_genai as og
 
     config = og.Config(str(folder))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": threading_options(threads, spin=False)}}}))
     model = og.Model(config)
 
     def start(tokens: Sequence[int]) -> Untyped:

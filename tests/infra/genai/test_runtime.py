@@ -8,8 +8,9 @@ import pytest
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai import runtime
-from slmops.infra.genai.calls import Evaluate, Generate
+from slmops.infra.genai.calls import Evaluate, Generate, Measure
 from slmops.infra.genai.evaluation import evaluate
+from slmops.infra.genai.measurement import measure
 from slmops.infra.settings import GateSettings
 from slmops.infra.transformers.answers import answer
 from slmops.infra.transformers.calls import AnswerAsSource
@@ -141,6 +142,21 @@ def test_the_runtime_computes_with_the_requested_number_of_threads(fp32, threads
     model = runtime.GenaiModel(fp32, threads=threads)
     assert psutil.Process().num_threads() - before == threads - 1
     del model
+
+
+def test_waiting_threads_spin_only_where_a_speed_is_measured(fp32, reference_dir, monkeypatch):
+    """Beside other processes, a spinning thread takes the core from the one that it waits for."""
+    spun = []
+    told = runtime.threading_options
+    monkeypatch.setattr(
+        runtime, "threading_options", lambda threads, *, spin: spun.append(spin) or told(threads, spin=spin)
+    )
+    run_evaluate(fp32, reference_dir)
+    measure(
+        Measure(model_dir=fp32, prompt_tokens=[4], new_tokens=2, warmup=0, repetitions=1, threads=2), ignore_progress
+    )
+    assert spun == [False, True]
+    assert told(2, spin=False)["session.intra_op.allow_spinning"] == "0"
 
 
 @pytest.mark.parametrize("right", [0, 1, 9, NEW_TOKENS])
