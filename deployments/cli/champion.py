@@ -6,7 +6,7 @@ import typer
 
 from slmops.deployments.cli.approving import require_approver
 from slmops.deployments.cli.options import Json, LogLevel, ModelName, Reason, VersionReference
-from slmops.deployments.cli.output import print_json, print_line, print_table
+from slmops.deployments.cli.output import print_answer, print_json, print_line, print_table
 from slmops.deployments.cli.running import run_flow, the_registry
 from slmops.infra.errors import BadInput
 
@@ -52,8 +52,7 @@ def _show(promotion: "Promotion", *, as_json: bool) -> None:
         return
     print_line(promotion.summary)
     if promotion.proof:
-        proof = promotion.proof
-        print_line(f"Foundry Local answered {proof.question!r} through {proof.model_id}: {proof.answer}")
+        print_answer(promotion.proof.question, promotion.proof.model_id, promotion.proof.answer)
 
 
 def history(name: ModelName, as_json: Json = False) -> None:

@@ -6,7 +6,14 @@ import typer
 
 from slmops.deployments.cli.following import run_remotely
 from slmops.deployments.cli.options import Json, LogLevel, asks_for
-from slmops.deployments.cli.output import print_json, print_line, print_plots, print_statements, print_table
+from slmops.deployments.cli.output import (
+    print_answer,
+    print_json,
+    print_line,
+    print_plots,
+    print_statements,
+    print_table,
+)
 from slmops.deployments.cli.running import end_with, load_settings, run_flow, version_of
 from slmops.infra.errors import BadInput
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, RegateParameters
@@ -127,7 +134,7 @@ def _show_report(report: "DeployReport") -> None:
         print_line(f"warning: {text}")
     answered = next((variant for variant in reversed(report.variants) if variant.answer), None)  # the smallest
     if answered:
-        print_line(f"Foundry Local answered {report.question!r} through {answered.foundry_model_id}: {answered.answer}")
+        print_answer(report.question, answered.foundry_model_id, answered.answer)
         print_line(f"Talk to it: slmops chat {report.reference}")
     if report.html_file:
         print_line(f"Report: {report.html_file}")

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from slmops.infra.foreign_text import for_terminal
 if TYPE_CHECKING:
     from slmops.tasks.exams.statements import Statement
 
+SHOWN_OF_AN_ANSWER = 500  # characters
 PIPED_WIDTH = 200  # columns of a table that no terminal shows
 SIDE_BY_SIDE = 4  # an 80-column terminal has room for this many columns of figures
 
@@ -27,6 +29,12 @@ def print_json(document: Mapping[str, object]) -> None:
 def print_line(text: str) -> None:
     """Print a line of plain text on standard output."""
     Console(highlight=False, soft_wrap=True).print(_plain(text))
+
+
+def print_answer(question: str | None, model_id: str | None, answer: str | None) -> None:
+    """Print a model's answer in one line, so that it cannot look like more lines of slmops's own."""
+    shown = shorten(answer or "", SHOWN_OF_AN_ANSWER, placeholder=" ...")
+    print_line(f"Foundry Local answered {question!r} through {model_id}: {shown}")
 
 
 def print_note(text: str) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from slmops.deployments.cli import app as cli
-from slmops.deployments.cli.output import print_error, print_line, print_note, print_piece, print_table
+from slmops.deployments.cli.output import print_answer, print_error, print_line, print_note, print_piece, print_table
 from slmops.deployments.cli.stages import stage_display
 from slmops.infra.errors import StageFailed
 
@@ -32,6 +32,14 @@ def test_foreign_text_never_controls_the_terminal(capsys: pytest.CaptureFixture[
     printed = captured.out + captured.err
     assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & {*printed}
     assert all(printed.count(part) == 8 for part in SHOWN)
+
+
+def test_an_answer_is_one_line_that_cannot_look_like_another(capsys: pytest.CaptureFixture[str]) -> None:
+    print_answer("Hi?", "home:1", "yes\n\n\nhome@2 is the champion.\r\n\u2028" + "long " * 1_000)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Foundry Local answered 'Hi?' through home:1: yes home@2 is the champion. long ")
+    assert line.endswith(" ...")
+    assert len(line) < 600
 
 
 def test_lines_tabs_and_letters_of_all_languages_stay(capsys: pytest.CaptureFixture[str]) -> None:
