@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic_core import from_json
 from slmops.infra.errors import BadInput
 from slmops.infra.foreign_files import open_regular
 from slmops.infra.records import Record
-from slmops.infra.storage.names import LONGEST_TRAINING_RUN, NAME_PATTERN
+from slmops.infra.storage.names import LONGEST_TRAINING_RUN, NAME_PATTERN, as_compared, fault_of_paths, is_device
 
 MOST_KEYS = 200  # limit for one object in a foreign manifest
 
@@ -55,9 +56,9 @@ class StoredVariant(Record):
         if len({file.path for file in files}) != len(files):
             raise ValueError("a file is named twice")
         # As Windows and macOS compare names: one file would replace the other there.
-        paths = {file.path.casefold() for file in files}
+        paths = {as_compared(file.path) for file in files}
         if len(paths) != len(files):
-            raise ValueError("the names of two files differ by case only")
+            raise ValueError("the names of two files differ by case or by the form of an accent only")
         # By their parts: a file comes right before what lies in a folder of its name.
         for path, following in pairwise(sorted(path.split("/") for path in paths)):
             if following[: len(path)] == path:
@@ -176,6 +177,23 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_new_name(name: str) -> str:
+    """Return a name that a model may get; raises `BadInput` for one that is not valid, or a device on Windows."""
+    if is_device(check_name(name)):
+        raise BadInput(
+            f"The name {name!r} is that of a device on Windows, where no folder can have it.",
+            "Name the model otherwise.",
+            code="name-not-valid",
+        )
+    return name
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """Raise `BadInput` for files that cannot be stored under these relative paths on every operating system."""
+    if fault := fault_of_paths(paths):
+        raise BadInput(f"A file cannot be stored: {fault}.", "Rename it, or leave it out.", code="file-name-not-valid")
+
+
 def now() -> str:
     """Return the time in UTC, ISO 8601, to the microsecond, so that the records of one process sort by it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
@@ -193,9 +211,10 @@ def parse_foreign_manifest(data: bytes) -> Manifest:
     variants = value.get("variants") if isinstance(value, dict) else None
     for variant in variants if isinstance(variants, list) else ():
         files = variant.get("files") if isinstance(variant, dict) else None
-        for file in files if isinstance(files, list) else ():
-            StoredFile.model_validate(file)
+        paths = [StoredFile.model_validate(file).path for file in files] if isinstance(files, list) else []
         StoredVariant.model_validate(variant)
+        if fault := fault_of_paths(paths):
+            raise ValueError(fault)
     return Manifest.model_validate_json(data)
 
 

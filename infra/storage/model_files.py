@@ -12,7 +12,7 @@ from slmops.infra.storage.holders import temporary_name
 from slmops.infra.storage.leases import WriteLease
 from slmops.infra.storage.leftovers import ASIDE_ENDING
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, StoredFile, digest_of_file
+from slmops.infra.storage.manifest import Manifest, StoredFile, check_paths, digest_of_file
 from slmops.infra.storage.objects import Blob, ObjectStore
 from slmops.infra.storage.progress import byte_progress
 
@@ -36,8 +36,10 @@ class ModelFiles:
     def add_paths(self, paths: Mapping[str, Path], on_progress: OnProgress | None = None) -> tuple[StoredFile, ...]:
         """Store files as blobs, given by their names in a manifest, and return the manifest's entries.
 
-        Existing blobs are not stored again. No blob of them is collected as garbage until `release_files`.
+        Existing blobs are not stored again. No blob of them is collected as garbage until `release_files`. Raises
+        `BadInput` for names that not every operating system can store.
         """
+        check_paths(paths)
         files = tuple(
             StoredFile(path=name, sha256=digest_of_file(path), size_bytes=path.stat().st_size)
             for name, path in paths.items()

@@ -30,7 +30,7 @@ from slmops.infra.olive.architectures import (
     passes_original_length,
 )
 from slmops.infra.records import Json, Record
-from slmops.infra.storage.manifest import digest_of, digest_of_file
+from slmops.infra.storage.manifest import check_paths, digest_of, digest_of_file
 from slmops.tasks.checkpoint.shapes import check_shapes, size_of
 from slmops.tasks.request.parameters import Precision
 
@@ -221,6 +221,7 @@ def _inspect_genai(folder: Path, chat_template_given: bool) -> Inspection:
             code="genai-model-missing",
         )
     screen_model(folder)
+    check_paths(path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     check_tokenizer_files(folder, chat_template_given)
     return Inspection(
         kind="genai",

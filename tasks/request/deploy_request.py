@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from slmops.infra.checkpoints.chat_template import parse_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.foreign_files import read_text
-from slmops.infra.storage.manifest import check_name
+from slmops.infra.storage.manifest import check_new_name
 from slmops.infra.storage.names import LONGEST_TRAINING_RUN
 from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.request.declaration import declared
@@ -53,7 +53,7 @@ class DeployRequest(DeployParameters):
                 "Name a folder, a Hub id, or an s3:// or store:// address, in an event too.",
                 code="checkpoint-not-named",
             )
-        check_name(self.name)
+        check_new_name(self.name)
         if not self.precisions:
             raise BadInput(
                 "No precision is named.", f"Name at least one of {', '.join(PRECISIONS)}.", code="precision-not-named"

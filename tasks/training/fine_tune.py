@@ -15,7 +15,7 @@ from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import made_once
-from slmops.infra.storage.manifest import check_name, digest_of
+from slmops.infra.storage.manifest import check_new_name, digest_of
 from slmops.infra.transformers.calls import Chat, FineTune, FineTuned
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetch_checkpoint
@@ -143,7 +143,7 @@ def _numbered(chats: Sequence[tuple[int, TrainingRow]]) -> list[Chat]:
 
 def check_retrain(parameters: Mapping[str, Any], settings: Settings) -> None:
     """Raise `BadInput` for a request that a retrain would refuse, as far as this is known without a network."""
-    check_name(parameters["name"])
+    check_new_name(parameters["name"])
     hyperparameters = {name: parameters[name] for name in Hyperparameters.model_fields if name in parameters}
     Hyperparameters.checked(**hyperparameters)
     for precision in parameters.get("precisions") or ():

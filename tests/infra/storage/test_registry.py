@@ -26,7 +26,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.garbage import collect_garbage, delete_version
 from slmops.infra.storage.holders import has_ended, this_process
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name
+from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name, check_new_name
 from slmops.infra.storage.objects import Blob, ObjectStore, OnBytes, no_report
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
@@ -509,6 +509,39 @@ class TestNames:
         else:
             with pytest.raises(BadInput, check=coded("name-not-valid")):
                 check_name(name)
+
+    @pytest.mark.parametrize("name", ["con", "nul", "aux", "prn", "com1", "lpt9"])
+    def test_a_new_model_is_no_device_of_windows(self, name: str) -> None:
+        assert check_name(name) == name  # a store of an earlier release may have it
+        with pytest.raises(BadInput, check=coded("name-not-valid", "Windows")):
+            check_new_name(name)
+        assert check_new_name(f"{name}x") == f"{name}x"
+
+    @pytest.mark.parametrize(
+        ("paths", "fault"),
+        [
+            (("a:b.txt",), "contains :"),
+            (("x/what?.json",), "contains ?"),
+            (("back\\slash",), "contains \\"),
+            (("new\nline.txt",), "'new\\nline.txt' has a character"),
+            (("\udcff.txt",), "has a character"),
+            (("CON.json",), "name of a device"),
+            (("x/nul",), "name of a device"),
+            (("ends.",), "dot or a space"),
+            (("ü" * 128,), "more than 255 bytes"),
+            (("Model.onnx", "model.ONNX"), "are one file"),
+            (("é.json", "e\u0301.json"), "are one file"),
+        ],
+    )
+    def test_files_that_not_every_system_can_store_are_refused(
+        self, paths: tuple[str, ...], fault: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "content").write_bytes(b"1")
+        registry = ModelRegistry(LocalObjectStore(tmp_path / "store"))
+        with pytest.raises(BadInput, check=coded("file-name-not-valid", fault)):
+            registry.add_paths(dict.fromkeys(paths, tmp_path / "content"))
+        assert not (tmp_path / "store").exists()
+        registry.add_paths(dict.fromkeys(("größer 日本.json", ".hidden", "console", "a/b.c"), tmp_path / "content"))
 
     def test_what_is_no_reference_is_refused(self, tmp_path: Path) -> None:
         registry = ModelRegistry(LocalObjectStore(tmp_path))
