@@ -11,6 +11,7 @@ from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, 
 from slmops.tasks.report.document import METRIC_TITLES
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.wording import INTERVALS, decimal, estimated, factor, megabytes
+from slmops.tasks.runs.artifacts import shown_in_prefect
 from slmops.tasks.runs.events import REGRESSION, tell
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.history import Change
@@ -156,9 +157,9 @@ def _text(metric: str, value: float) -> str:
 @stage("publish benchmark", run_name="report-{report.name}")
 def publish_benchmark(report: BenchmarkReport) -> None:
     """Post the report as a Markdown artifact, and a regression as an event that an automation can act on."""
-    create_markdown_artifact(
-        markdown=benchmark_markdown(report), key=f"slmops-benchmark-{report.name}", description=report.summary
-    )
+    key, markdown = f"slmops-benchmark-{report.name}", benchmark_markdown(report)
+    with shown_in_prefect("The report"):
+        create_markdown_artifact(markdown=markdown, key=key, description=report.summary)
     if report.regressed:
         changes = [change.model_dump(mode="json") for change in report.worse]
         tell(REGRESSION, report.name, report.reference, report.summary, changes=changes)

@@ -5,13 +5,15 @@ from prefect.artifacts import create_table_artifact
 from slmops.infra.storage.model_summary import ModelSummary, summarize_models
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.report.wording import decimal, megabytes, percent, shown
+from slmops.tasks.runs.artifacts import shown_in_prefect
 
 KEY = "slmops-models"
 
 
 def post_models(registry: ModelRegistry) -> None:
     """Renew the artifact. Every stage that publishes a change of a version's standing does it."""
-    create_table_artifact(table=model_rows(registry), key=KEY, description="All models of the store")
+    with shown_in_prefect("The table of models"):
+        create_table_artifact(table=model_rows(registry), key=KEY, description="All models of the store")
 
 
 def model_rows(registry: ModelRegistry) -> list[dict[str, object]]:

@@ -20,6 +20,7 @@ from slmops.tasks.report.models import post_models
 from slmops.tasks.report.plot_cache import draw_once
 from slmops.tasks.report.plots import Plot
 from slmops.tasks.report.records import DeployReport
+from slmops.tasks.runs.artifacts import shown_in_prefect
 from slmops.tasks.runs.events import VERSION_REGISTERED, VERSION_REJECTED, tell
 from slmops.tasks.runs.stage import stage
 
@@ -37,20 +38,9 @@ def publish_report(report: DeployReport, version: Version | None, settings: Sett
     # matplotlib writes a cache of fonts. It must be under slmops's home directory too.
     os.environ.setdefault("MPLCONFIGDIR", str(settings.cache_dir / "matplotlib"))
     plots = draw_once(report, settings.cache_dir / "plots")
-    key = f"slmops-{report.name}"
-    create_markdown_artifact(markdown=artifact_markdown(report, plots), key=key, description=report.summary)
-    create_table_artifact(
-        table=_artifact_rows(report), key=f"{key}-variants", description=f"Variants of {report.reference}"
-    )
     if version is None:
-        _post_document(report)
+        _post_artifacts(report, None, plots)
         return report
-    create_link_artifact(
-        link=version.uri,
-        link_text=f"{version.reference} in the store",
-        key=f"{key}-version",
-        description="Manifest of the stored version",
-    )
     texts = {"md": to_markdown(report), "html": to_html(report, plots)}
     paths = {kind: settings.home_dir / "reports" / f"{version.reference}.{kind}" for kind in texts}
     report = report.model_copy(update={"report_file": str(paths["md"]), "html_file": str(paths["html"])})
@@ -59,7 +49,7 @@ def publish_report(report: DeployReport, version: Version | None, settings: Sett
     version.record(DEPLOY, Deployed.model_validate(report.model_dump(mode="json")))
     for kind, text in texts.items():
         write_whole(paths[kind], text)
-    _post_document(report)
+    _post_artifacts(report, version, plots)
     post_models(version.registry)
     if report.status in EVENTS:
         precisions = [variant.precision for variant in report.variants if variant.status == "registered"]
@@ -67,9 +57,19 @@ def publish_report(report: DeployReport, version: Version | None, settings: Sett
     return report
 
 
-def _post_document(report: DeployReport) -> None:
-    document = report.model_dump(mode="json")
-    Artifact(type="json", key=f"slmops-{report.name}-document", description=report.summary, data=document).create()
+def _post_artifacts(report: DeployReport, version: Version | None, plots: Mapping[str, Plot]) -> None:
+    key, rows, document = f"slmops-{report.name}", _artifact_rows(report), report.model_dump(mode="json")
+    with shown_in_prefect("The report"):
+        create_markdown_artifact(markdown=artifact_markdown(report, plots), key=key, description=report.summary)
+        create_table_artifact(table=rows, key=f"{key}-variants", description=f"Variants of {report.reference}")
+        Artifact(type="json", key=f"{key}-document", description=report.summary, data=document).create()
+        if version:
+            create_link_artifact(
+                link=version.uri,
+                link_text=f"{version.reference} in the store",
+                key=f"{key}-version",
+                description="Manifest of the stored version",
+            )
 
 
 def artifact_markdown(report: DeployReport, plots: Mapping[str, Plot]) -> str:

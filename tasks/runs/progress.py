@@ -10,6 +10,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 
 from slmops.infra.process.call import OnProgress
+from slmops.tasks.runs.artifacts import shown_in_prefect
 
 ARTIFACT_INTERVAL_S = 2.0
 BEFORE_THE_END = 0.999  # the share of a stage whose last step is done
@@ -51,7 +52,8 @@ def stage_progress(stage: str) -> Iterator[OnProgress]:
             get_run_logger().info("%s: %s", stage, what)
             doing = step
         if time.monotonic() - posted_at >= ARTIFACT_INTERVAL_S and TaskRunContext.get():
-            artifact = _post(artifact, stage, share)
+            with shown_in_prefect("The progress"):
+                artifact = _post(artifact, stage, share)
             posted_at = time.monotonic()
 
     for listener in _listeners:
@@ -65,7 +67,8 @@ def stage_progress(stage: str) -> Iterator[OnProgress]:
     for listener in _listeners:
         listener(stage, 1.0, "done")
     if artifact:
-        _post(artifact, stage, 1.0)
+        with shown_in_prefect("The progress"):
+            _post(artifact, stage, 1.0)
 
 
 def _post(artifact: UUID | None, stage: str, share: float) -> UUID:

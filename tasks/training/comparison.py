@@ -20,6 +20,7 @@ from slmops.tasks.report.plots import Plot, draw_losses
 from slmops.tasks.report.publish import image_data
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
+from slmops.tasks.runs.artifacts import shown_in_prefect
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.fine_tune import FineTuning
 from slmops.tasks.versions.approval import Approval, ask_approval
@@ -191,7 +192,8 @@ def publish_retrain(report: RetrainReport, registry: ModelRegistry) -> RetrainRe
         registry.version(report.name, report.version).record(RETRAIN, report)
     plot = draw_losses(report.fine_tuning.losses) if report.fine_tuning else None
     markdown = retrain_markdown(report, plot)
-    create_markdown_artifact(markdown=markdown, key=f"slmops-retrain-{report.name}", description=report.summary)
+    with shown_in_prefect("The report"):
+        create_markdown_artifact(markdown=markdown, key=f"slmops-retrain-{report.name}", description=report.summary)
     return report
 
 

@@ -22,6 +22,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
 from slmops.tasks.foundry.registration import unregister_version
 from slmops.tasks.report.models import post_models
+from slmops.tasks.runs.artifacts import shown_in_prefect
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import Workshop, workshop
@@ -167,9 +168,7 @@ def publish_collection(collection: Collection) -> None:
         "freed on this machine": f"{collection.cached_bytes / 1e6:,.1f} MB",
         "kept for running work": f"{collection.spared_blobs:,} files",
     }
-    create_table_artifact(
-        table=[{"what": what, "removed": value} for what, value in rows.items()],
-        key="slmops-gc",
-        description=collection.summary,
-    )
+    table = [{"what": what, "removed": value} for what, value in rows.items()]
+    with shown_in_prefect("What was removed"):
+        create_table_artifact(table=table, key="slmops-gc", description=collection.summary)
     post_models(workshop().registry)

@@ -10,6 +10,7 @@ from slmops.tasks.foundry.proof import Proof
 from slmops.tasks.report.blocks import Code, Heading, Paragraph, Text, table
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.models import post_models
+from slmops.tasks.runs.artifacts import shown_in_prefect
 from slmops.tasks.runs.events import CHAMPION_PROMOTED, CHAMPION_ROLLED_BACK, tell
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.runs.tags import CHAMPION, tag_run
@@ -96,5 +97,6 @@ def tell_champion(promotion: Promotion) -> None:
 def publish_promotion(promotion: Promotion) -> None:
     """Post the promoted version and the reason as a Markdown artifact, and what changed in the table of models."""
     key = f"slmops-promotion-{promotion.name}"
-    create_markdown_artifact(markdown=promotion_markdown(promotion), key=key, description=promotion.summary)
+    with shown_in_prefect("The promotion"):
+        create_markdown_artifact(markdown=promotion_markdown(promotion), key=key, description=promotion.summary)
     post_models(workshop().registry)

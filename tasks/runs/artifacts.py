@@ -1,0 +1,19 @@
+"""What a run shows in Prefect beside its result."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from prefect.logging import get_run_logger
+
+
+@contextmanager
+def shown_in_prefect(what: str) -> Iterator[None]:
+    """Post artifacts of a stage. Where the server does not take one, the run's log says so, and the run goes on.
+
+    Prefect's client has tried for a minute then.
+    """
+    try:
+        yield
+    except httpx.HTTPError as error:
+        get_run_logger().warning("%s is not shown in Prefect: %s", what, str(error) or type(error).__name__)
