@@ -173,7 +173,9 @@ def _shown(error: BaseException) -> SlmopsError:
             "Free or repair the disk, correct the permissions, or set SLMOPS_HOME to another folder.",
             code="disk-unusable",
         )
-    return _unexpected(error)
+    from slmops.deployments.server.environment import lost_api
+
+    return lost_api(error) or _unexpected(error)
 
 
 def _unexpected(error: BaseException) -> SlmopsError:

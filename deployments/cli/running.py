@@ -95,7 +95,7 @@ def run_flow(name: str, parameters: Mapping[str, object], check: Callable[[], ob
 def _run_in_process(
     name: str, parameters: Mapping[str, object], check: Callable[[], object], display: StageDisplay
 ) -> Any:
-    from slmops.deployments.server.environment import begin_embedded_server, lost_api_told, prefect_api
+    from slmops.deployments.server.environment import begin_embedded_server, prefect_api
 
     display("start", 0.0, "checking the request, starting Prefect")
     server = begin_embedded_server()  # its start takes as long as the imports and the check
@@ -109,7 +109,7 @@ def _run_in_process(
     from slmops.tasks.runs.stage import final_state
 
     flow = getattr(import_module(f"slmops.flows.{name}"), name)
-    with prefect_api(load_settings(), server), listening(_following(display)), lost_api_told():
+    with prefect_api(load_settings(), server), listening(_following(display)):
         display("start", 1.0, "")
         with answers_to(display) if parameters.get("approval") else nullcontext():
             return final_state(flow, **parameters).result(raise_on_failure=False)

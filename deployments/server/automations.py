@@ -11,6 +11,7 @@ from slmops.infra.settings import Settings
 
 if TYPE_CHECKING:
     from prefect.automations import Automation, EventTrigger, Posture
+    from prefect.client.orchestration import SyncPrefectClient
 
 OF_OURS = {"prefect.resource.id": f"prefect.tag.{PREFECT_TAG}", "prefect.resource.role": "tag"}
 NOTICES_BLOCK = "slmops-notices"
@@ -183,9 +184,8 @@ def register_automations(settings: Settings, owner: str) -> list[str]:
         limit_s = settings.worker.lost_after_s
         wanted = automations(deploy_id, _webhook_block(settings), lost_after_s=limit_s, owner=owner)
         for name in {*NOTICES} - {automation.name for automation in wanted}:
-            for unwanted in client.read_automations_by_name(name):
-                if unwanted.description == _owned_by(owner):
-                    client.delete_automation(unwanted.id)
+            found = client.read_automations_by_name(name)
+            _delete(client, [unwanted.id for unwanted in found if unwanted.description == _owned_by(owner)])
         for automation in wanted:
             known = next(iter(client.read_automations_by_name(automation.name)), None)
             if known:
@@ -193,7 +193,21 @@ def register_automations(settings: Settings, owner: str) -> list[str]:
                 automation.update()
             else:
                 automation.create()
+            # Where the answer to its creation was lost, Prefect's client has made it twice.
+            found = client.read_automations_by_name(automation.name)
+            _delete(client, [twin.id for twin in found if twin.id != automation.id])
     return [automation.name for automation in wanted]
+
+
+def _delete(client: "SyncPrefectClient", unwanted: Sequence[UUID]) -> None:
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    for automation_id in unwanted:
+        try:
+            client.delete_automation(automation_id)
+        except PrefectHTTPStatusError as error:  # another machine was first, or the first answer was lost
+            if error.response.status_code != 404:
+                raise
 
 
 def _webhook_block(settings: Settings) -> Any | None:

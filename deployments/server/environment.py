@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -127,22 +128,24 @@ def unusable_api(url: str, fault: str) -> StageFailed:
     )
 
 
-@contextmanager
-def lost_api_told() -> Iterator[None]:
-    """Raise `StageFailed` if Prefect's API stops to answer while a run is at work.
+def lost_api(error: BaseException) -> StageFailed | None:
+    """Return the error of an API that stopped to answer, if that is what `error` says, else None.
 
-    Faults of the run's own connections are in its final state; an `httpx` error that leaves the flow is the engine's.
+    Prefect's client has tried again for a minute then. Faults of a run's own connections are in its final state.
     """
-    import httpx
-
-    try:
-        yield
-    except httpx.TransportError as error:
-        raise StageFailed(
-            f"Prefect's API stopped to answer during the run: {error}. The end of the run is not recorded there.",
-            "Start the server again. What was complete is in the store: the same command goes on from it.",
-            code="prefect-api-lost",
-        ) from error
+    httpx = sys.modules.get("httpx")
+    if httpx is None or not isinstance(error, httpx.HTTPError):
+        return None
+    fault = str(error)
+    if isinstance(error, httpx.HTTPStatusError):
+        if error.response.is_client_error:
+            return None
+        fault = f"it answers with status {error.response.status_code}"
+    return StageFailed(
+        f"Prefect's API stopped to answer: {fault}. The end of this command is not recorded there.",
+        "Start the server again. What was complete is in the store: the same command goes on from it.",
+        code="prefect-api-lost",
+    )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The schedules of a server's deployments: setting one for a model, and when each is due, by its own rule."""
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ def set_schedule(deployment: str, slug: str, cron: str, timezone: str, parameter
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
+    from prefect.exceptions import PrefectHTTPStatusError
 
     schedule_of({"cron": cron, "timezone": timezone}, deployment)  # refuses what is not valid
     rule = CronSchedule(cron=cron, timezone=timezone)
@@ -46,8 +48,13 @@ def set_schedule(deployment: str, slug: str, cron: str, timezone: str, parameter
     with get_client(sync_client=True) as client:
         found = _deployment(client, deployment)
         _remove(client, found, slug)
-        client.create_deployment_schedules(found.id, [wanted])
-        return next(planned for planned in planned_of(_deployment(client, deployment)) if planned.slug == slug)
+        try:
+            client.create_deployment_schedules(found.id, [wanted])
+        except PrefectHTTPStatusError:  # so a server answers that has it already, where its first answer was lost
+            if not (made := _planned(client, deployment, slug)):
+                raise
+            return made[0]
+        return _planned(client, deployment, slug)[0]
 
 
 def remove_schedules(slugs: Mapping[str, str]) -> list[str]:
@@ -103,8 +110,15 @@ def _deployment(client: "SyncPrefectClient", name: str) -> "DeploymentResponse":
         ) from None
 
 
+def _planned(client: "SyncPrefectClient", deployment: str, slug: str) -> list[Planned]:
+    return [planned for planned in planned_of(_deployment(client, deployment)) if planned.slug == slug]
+
+
 def _remove(client: "SyncPrefectClient", deployment: "DeploymentResponse", slug: str) -> bool:
+    from prefect.exceptions import ObjectNotFound
+
     found = [schedule for schedule in deployment.schedules if schedule.slug == slug]
     for schedule in found:
-        client.delete_deployment_schedule(deployment.id, schedule.id)
+        with contextlib.suppress(ObjectNotFound):  # it was removed, and the server's first answer was lost
+            client.delete_deployment_schedule(deployment.id, schedule.id)
     return bool(found)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 from prefect import get_run_logger
@@ -47,6 +47,7 @@ class _Attempts:
 
     run_ids: list[UUID] = field(default_factory=list)
     started: int = 0
+    key: str = field(default_factory=lambda: uuid4().hex)
 
 
 def check_pool(pool: str, flow_names: Sequence[str]) -> None:
@@ -124,7 +125,13 @@ def _states(jobs: Mapping[str, Job], found: Mapping[str, Sequence[FlowRun]]) -> 
 
 def _start(attempts: _Attempts, flow_name: str, pool: str, job: Job) -> None:
     run = run_deployment(
-        f"{flow_name}/{pool}", parameters=dict(job.parameters), flow_run_name=job.name, timeout=0, as_subflow=True
+        f"{flow_name}/{pool}",
+        parameters=dict(job.parameters),
+        flow_run_name=job.name,
+        timeout=0,
+        as_subflow=True,
+        # The client sends a request again whose answer was lost, and a second run would build the same.
+        idempotency_key=f"{attempts.key}-{attempts.started}",
     )
     assert isinstance(run, FlowRun)
     attempts.run_ids.append(run.id)

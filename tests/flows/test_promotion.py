@@ -571,9 +571,7 @@ class TestCommands:
         monkeypatch.setattr("slmops.flows.promote.promote", without_server)
         assert cli.run(["promote", "home@2", "--json"]) == 1
         told = json.loads(capsys.readouterr().out)["error"]
-        assert told["message"].startswith(
-            "Prefect's API stopped to answer during the run: [Errno 111] Connection refused."
-        )
+        assert told["message"].startswith("Prefect's API stopped to answer: [Errno 111] Connection refused.")
         assert "the same command goes on" in told["what_to_do"]
 
     def test_the_history_is_printed(

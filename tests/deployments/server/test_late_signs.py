@@ -11,7 +11,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed, Running
 
 from slmops.deployments.server import automations
+from slmops.deployments.server.registration import read_deployments, register_deployments
+from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from slmops.infra.server_settings import PREFECT_TAG
+from slmops.infra.settings import Settings
+from tests.support.api_faults import faults_of_the_api, lost
 from tests.support.prefect_api import call
 
 DEADLINE_S = 240
@@ -45,3 +49,17 @@ def test_a_late_sign_of_life_withdraws_the_verdict(server: str) -> None:
             assert state and state.message == "It gave a late sign of life."
         finally:
             withdrawing.delete()
+
+
+def test_each_automation_is_set_up_once_though_the_server_confirms_nothing(server: str, settings: Settings) -> None:
+    with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
+        ensure_pool(DEFAULT_POOL)
+        register_deployments([entry for entry in read_deployments() if entry["name"] == "deploy"])
+        with faults_of_the_api(lost("POST", "/automations/$", times=2), lost("DELETE", "/automations/")):
+            names = automations.register_automations(settings, "a test")
+        try:
+            assert [len(client.read_automations_by_name(name)) for name in names] == [1] * len(names)
+        finally:
+            for name in names:
+                for automation in client.read_automations_by_name(name):
+                    client.delete_automation(automation.id)

@@ -16,6 +16,8 @@ from prefect.states import Completed, Crashed, Failed, Pending, Running, State
 from slmops.infra.settings import Settings
 from slmops.tasks.runs import dispatch
 from slmops.tasks.runs.dispatch import Job, Outcome, run_on_pool
+from tests.support import api_faults
+from tests.support.api_faults import faults_of_the_api
 from tests.support.threads import in_thread
 
 DEADLINE_S = 240
@@ -127,3 +129,12 @@ def test_a_run_that_failed_is_not_started_again(pool: Pool) -> None:
     pool.report(pool.run(0), Pending(), Running(), Failed(message="No room."))
     assert pool.ended() == Outcome(str(pool.run(0)), "No room.")
     assert len(pool.runs()) == 1
+
+
+def test_a_run_whose_start_the_server_does_not_confirm_is_started_once(pool: Pool) -> None:
+    pool.run(0)
+    with faults_of_the_api(api_faults.lost("POST", "/create_flow_run$"), api_faults.busy("POST", "/create_flow_run$")):
+        pool.report(pool.run(0), lost())
+        pool.report(pool.run(1), Pending(), Running(), Completed())
+        assert pool.ended() == Outcome(str(pool.run(1)))
+    assert len(pool.runs()) == 2
