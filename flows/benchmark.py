@@ -9,13 +9,14 @@ from slmops.tasks.exams.lm_eval import LmEvalTasks, check_lm_eval, run_lm_eval_o
 from slmops.tasks.report.benchmark import BenchmarkReport, publish_benchmark
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.upkeep_parameters import BenchmarkParameters
+from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.lookup import find_version
 from slmops.tasks.versions.remeasurement import measure_again
 from slmops.tasks.workshop import in_workshop, workshop
 
 
-@flow(name="benchmark", flow_run_name="benchmark-{reference}")
+@flow(name="benchmark", flow_run_name=run_name("benchmark-{reference}"))
 @ends_by_its_errors
 @in_workshop
 @takes(BenchmarkParameters)

@@ -29,6 +29,7 @@ from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.request.inputs import fetch_inputs
 from slmops.tasks.request.parameters import DeployParameters
 from slmops.tasks.runs.limits import one_at_a_time
+from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.commit import commit_version, record_provenance
 from slmops.tasks.versions.lookup import check_store
@@ -36,7 +37,7 @@ from slmops.tasks.versions.qualification import Gate, Qualification
 from slmops.tasks.workshop import in_workshop, workshop
 
 
-@flow(name="deploy", flow_run_name="deploy-{name}")
+@flow(name="deploy", flow_run_name=run_name("deploy-{name}"))
 @ends_by_its_errors
 @in_workshop
 @takes(DeployParameters, CHOICES)

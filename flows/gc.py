@@ -5,13 +5,14 @@ from prefect.states import Completed
 
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.upkeep_parameters import GcParameters
+from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.garbage import Collection, collect_in_store, publish_collection
 from slmops.tasks.versions.lookup import check_store
 from slmops.tasks.workshop import in_workshop
 
 
-@flow(name="gc", flow_run_name="gc")
+@flow(name="gc", flow_run_name=run_name("gc"))
 @ends_by_its_errors
 @in_workshop
 @takes(GcParameters)

@@ -5,6 +5,7 @@ from prefect.states import Completed
 
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.upkeep_parameters import PromoteParameters
+from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.approval import approved
 from slmops.tasks.versions.champion import change_champion
@@ -14,7 +15,7 @@ from slmops.tasks.versions.promotion import Promotion, publish_promotion
 from slmops.tasks.workshop import in_workshop, workshop
 
 
-@flow(name="promote", flow_run_name="promote-{reference}")
+@flow(name="promote", flow_run_name=run_name("promote-{reference}"))
 @ends_by_its_errors
 @in_workshop
 @takes(PromoteParameters)

@@ -8,6 +8,7 @@ from slmops.tasks.choices import CHOICES
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import RegateParameters
+from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.lookup import find_version
 from slmops.tasks.versions.qualification import needs_source
@@ -15,7 +16,7 @@ from slmops.tasks.versions.regate_request import request_again
 from slmops.tasks.workshop import in_workshop, workshop
 
 
-@flow(name="regate", flow_run_name="regate-{reference}")
+@flow(name="regate", flow_run_name=run_name("regate-{reference}"))
 @ends_by_its_errors
 @in_workshop
 @takes(RegateParameters, CHOICES)

@@ -9,12 +9,13 @@ from slmops.flows.deploy import deploy
 from slmops.flows.endings import RunEnded
 from slmops.flows.promote import promote
 from slmops.flows.qualify import DeployEnded
-from slmops.infra.storage.manifest import check_name
+from slmops.infra.storage.names import check_name
 from slmops.tasks.build.calibration import write_calibration_file
 from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.inputs import local_file
 from slmops.tasks.request.upkeep_parameters import RetrainParameters
+from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors, final_state
 from slmops.tasks.training.comparison import (
     RetrainReport,
@@ -46,7 +47,7 @@ class RetrainEnded(RunEnded):
         self.exit_code = 1 if report.status == "failed" else 3
 
 
-@flow(name="retrain", flow_run_name="retrain-{name}")
+@flow(name="retrain", flow_run_name=run_name("retrain-{name}"))
 @ends_by_its_errors
 @in_workshop
 @takes(RetrainParameters)

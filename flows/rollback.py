@@ -5,6 +5,7 @@ from prefect import State, flow
 from slmops.flows.promote import promoted
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.upkeep_parameters import RollbackParameters
+from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.champion import change_champion
 from slmops.tasks.versions.change import rollback_of
@@ -13,7 +14,7 @@ from slmops.tasks.versions.promotion import Promotion
 from slmops.tasks.workshop import in_workshop, workshop
 
 
-@flow(name="rollback", flow_run_name="rollback-{name}")
+@flow(name="rollback", flow_run_name=run_name("rollback-{name}"))
 @ends_by_its_errors
 @in_workshop
 @takes(RollbackParameters)

@@ -59,7 +59,7 @@ def history(name: ModelName, as_json: Json = False) -> None:
     """List the champions of a name, newest first: since when, set by whom, and why."""
     from dataclasses import asdict
 
-    from slmops.infra.storage.manifest import check_name
+    from slmops.infra.storage.names import check_name
     from slmops.infra.storage.registry import CHAMPION
 
     registry = the_registry()

@@ -35,7 +35,7 @@ def schedule(
 ) -> None:
     """Retrain a model by a schedule, or with --benchmark measure it again."""
     from slmops.deployments.server.schedules import remove_schedules, set_schedule
-    from slmops.infra.storage.manifest import check_name
+    from slmops.infra.storage.names import check_name
 
     slugs = {kind: f"{kind}-{check_name(name)}" for kind in ("retrain", "benchmark")}
     if remove:

@@ -90,7 +90,9 @@ class Channel:
                 cwd=work_dir,
                 env=dict(environment),
                 umask=umask,
-                start_new_session=os.name == "posix",  # the parent handles Ctrl-C
+                # A Ctrl-C at the terminal is for the parent alone.
+                start_new_session=os.name == "posix",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows' own
             )
         self._messages: queue.Queue[Message | None] = queue.Queue()
         if speaks:

@@ -8,10 +8,14 @@ import hashlib
 import os
 import socket
 import sys
+import time
 import uuid
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+
+WINDOWS = os.name == "nt"
+REPLACE_TRIES, REPLACE_PAUSE_S = 40, 0.05
 
 
 def this_process() -> str:
@@ -27,6 +31,21 @@ def name_prefix() -> str:
 def temporary_name(ending: str = "") -> str:
     """Return a new hidden name for a temporary file or folder of this process, beside what it becomes."""
     return f".{name_prefix()}{uuid.uuid4().hex}{ending}"
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Move a file to `target` in one step, in place of what is there; raises `OSError`.
+
+    Windows refuses this while another process has `target` open. Such readers end in a moment: it is tried for 2 s.
+    """
+    for _ in range(REPLACE_TRIES if WINDOWS else 0):
+        try:
+            source.replace(target)
+        except PermissionError:
+            time.sleep(REPLACE_PAUSE_S)
+        else:
+            return
+    source.replace(target)
 
 
 def holder_of(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import IO
 from slmops.infra.errors import StageFailed
 from slmops.infra.foreign_files import NotRegularFile, open_regular
 from slmops.infra.storage.folders import link_or_copy
-from slmops.infra.storage.holders import holder_of, is_lost, name_prefix
+from slmops.infra.storage.holders import holder_of, is_lost, name_prefix, replace_file
 from slmops.infra.storage.objects import Blob, Entry, OnBytes, no_report
 
 ASIDE = "aside"  # unfinished objects; on the store's own file system, so that a rename is atomic
@@ -125,7 +125,7 @@ class LocalObjectStore:
         """See `ObjectStore.put_bytes`."""
         path = self._path(key)
         with self._reported(key), self._written_aside(path, data) as aside:
-            aside.replace(path)
+            replace_file(aside, path)
 
     def put_bytes_if_absent(self, key: str, data: bytes) -> bool:
         """See `ObjectStore.put_bytes_if_absent`."""

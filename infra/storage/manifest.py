@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -15,7 +14,7 @@ from pydantic_core import from_json
 from slmops.infra.errors import BadInput
 from slmops.infra.foreign_files import open_regular
 from slmops.infra.records import Record
-from slmops.infra.storage.names import LONGEST_TRAINING_RUN, NAME_PATTERN, as_compared, fault_of_paths, is_device
+from slmops.infra.storage.names import LONGEST_TRAINING_RUN, NAME_PATTERN, as_compared, fault_of_paths
 
 MOST_KEYS = 200  # limit for one object in a foreign manifest
 
@@ -163,29 +162,6 @@ def digest_of_file(path: Path) -> str:
     """Return the SHA-256 (hex) of a file's bytes."""
     with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def check_name(name: str) -> str:
-    """Return a valid model name; raises `BadInput` for any other."""
-    if not re.fullmatch(NAME_PATTERN, name):
-        shown = name if len(name) <= 80 else name[:80] + "…"
-        raise BadInput(
-            f"The name {shown!r} is not valid.",
-            "A name has 1 to 63 characters: lower-case letters, digits and hyphens, not starting with a hyphen.",
-            code="name-not-valid",
-        )
-    return name
-
-
-def check_new_name(name: str) -> str:
-    """Return a name that a model may get; raises `BadInput` for one that is not valid, or a device on Windows."""
-    if is_device(check_name(name)):
-        raise BadInput(
-            f"The name {name!r} is that of a device on Windows, where no folder can have it.",
-            "Name the model otherwise.",
-            code="name-not-valid",
-        )
-    return name
 
 
 def check_paths(paths: Iterable[str]) -> None:

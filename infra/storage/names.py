@@ -1,7 +1,10 @@
 """Names of models, aliases and files that every operating system can store, and a training run's longest text."""
 
+import re
 import unicodedata
 from collections.abc import Iterable
+
+from slmops.infra.errors import BadInput
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 LONGEST_TRAINING_RUN = 2000
@@ -51,3 +54,26 @@ def _fault_of_part(part: str) -> str | None:
     if len(part.encode()) > LONGEST_PART_BYTES:
         return f"has a part of more than {LONGEST_PART_BYTES} bytes"
     return None
+
+
+def check_name(name: str) -> str:
+    """Return a valid model name; raises `BadInput` for any other."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        shown = name if len(name) <= 80 else name[:80] + "…"
+        raise BadInput(
+            f"The name {shown!r} is not valid.",
+            "A name has 1 to 63 characters: lower-case letters, digits and hyphens, not starting with a hyphen.",
+            code="name-not-valid",
+        )
+    return name
+
+
+def check_new_name(name: str) -> str:
+    """Return a name that a model may get; raises `BadInput` for one that is not valid, or a device on Windows."""
+    if is_device(check_name(name)):
+        raise BadInput(
+            f"The name {name!r} is that of a device on Windows, where no folder can have it.",
+            "Name the model otherwise.",
+            code="name-not-valid",
+        )
+    return name

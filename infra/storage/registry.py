@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
 from slmops.infra.storage.champions import ChampionChange, champion_changes, next_change, record_change
-from slmops.infra.storage.manifest import Manifest, Source, StoredVariant, check_name, now
+from slmops.infra.storage.manifest import Manifest, Source, StoredVariant, now
 from slmops.infra.storage.model_files import ModelFiles, blob_of
-from slmops.infra.storage.names import NAME_PATTERN
+from slmops.infra.storage.names import NAME_PATTERN, check_name
 from slmops.infra.storage.objects import Entry
 from slmops.infra.storage.version import Version
 

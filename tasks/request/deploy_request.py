@@ -11,8 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from slmops.infra.checkpoints.chat_template import parse_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.foreign_files import read_text
-from slmops.infra.storage.manifest import check_new_name
-from slmops.infra.storage.names import LONGEST_TRAINING_RUN
+from slmops.infra.storage.names import LONGEST_TRAINING_RUN, check_new_name
 from slmops.tasks.request.budget import parse_budget
 from slmops.tasks.request.declaration import declared
 from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, Device, Precision

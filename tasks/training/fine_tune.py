@@ -15,7 +15,8 @@ from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import made_once
-from slmops.infra.storage.manifest import check_new_name, digest_of
+from slmops.infra.storage.manifest import digest_of
+from slmops.infra.storage.names import check_new_name
 from slmops.infra.transformers.calls import Chat, FineTune, FineTuned
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint, fetch_checkpoint

@@ -6,7 +6,7 @@ from typing import Literal
 
 from slmops.infra.errors import BadInput, SlmopsError
 from slmops.infra.storage.champions import champion_before
-from slmops.infra.storage.manifest import check_name
+from slmops.infra.storage.names import check_name
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.runs.stage import stage

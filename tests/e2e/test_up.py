@@ -18,11 +18,14 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from slmops import client
 from slmops.deployments.server.automations import NOT_IN_EVENT
+from slmops.infra.errors import BadInput, StageFailed
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
 from tests.e2e.up_home import NIGHTLY, SECRET, hostile_folder, make_home_of_the_version_before
 from tests.e2e.up_process import Up
+from tests.support.errors import coded
 from tests.support.prefect_api import answer_of, call, query
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("up")]
@@ -265,17 +268,22 @@ def test_an_event_deploys_its_checkpoint(up: Up, api: str, tiny: Path) -> None:
     assert {run["created_by"]["type"] for run in runs} == {"AUTOMATION"}
 
 
-def test_a_command_runs_on_the_server_and_follows(up: Up, slmops: Slmops, api: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_command_runs_on_the_server_and_follows(
+    up: Up, slmops: Slmops, api: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remotely = ("deploy", os.path.relpath(tiny, ROOT), "--name", "by-api", "--precision", "int4", "--remote")
     done = slmops.run(*remotely, "--json")
     report = json.loads(done.stdout)
-    assert (report["name"], report["version"], report["selected"]) == ("by-api", 1, "int4")
+    assert (report["name"], report["selected"]) == ("by-api", "int4")
     run_id = re.findall(r"^Run: \S+/flow-run/(\S+)$", done.stderr, re.MULTILINE)[0]
     run = call("GET", f"{api}/flow_runs/{run_id}")
     given = Path(run["parameters"]["checkpoint"])
     assert given.is_absolute() and given.samefile(tiny)
+    for variable, value in up.client.items():
+        monkeypatch.setenv(variable, value)
+    assert client.wait_for(run_id) == report
     followed = slmops.run("logs", "-f", run_id).stdout.splitlines()
-    assert followed[-1].startswith("Completed: by-api@1 ")
+    assert followed[-1].startswith(f"Completed: by-api@{report['version']} ")
     assert any("int4 passed the gate" in line for line in followed)
 
     refused = slmops.run("deploy", tiny, "--name", "Other", "--remote", status=2)
@@ -317,11 +325,15 @@ def messages_of(api: str, run: dict[str, Any]) -> list[str]:
     return [log["message"] for log in logs if log["name"] == "prefect.flow_runs"]
 
 
-def test_cancelling_a_run_ends_its_children(up: Up, slmops: Slmops, api: str, tiny: Path) -> None:
-    deployment = call("GET", f"{api}/deployments/name/deploy/deploy")["id"]
+def test_a_training_script_starts_a_deploy_and_cancelling_it_ends_its_children(
+    up: Up, slmops: Slmops, api: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in up.client.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(BadInput, check=coded("call-refused", "'int3'")):
+        client.start_deploy(str(tiny), "cancelled", precisions=["int3"])
     # With a temperature of its own it is another build than those before.
-    parameters = {"checkpoint": str(tiny), "name": "cancelled", "precisions": ["fp16"], "temperature": 0.4}
-    run = call("POST", f"{api}/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
+    run = client.start_deploy(str(tiny), "cancelled", precisions=["fp16"], temperature=0.4)
 
     wait_for(lambda: list((up.home / "cache" / "logs").glob("build-cancelled-fp16-*.log")))
     children = [process for process in up.tree if "slmops.infra.process.child" in command_line(process)]
@@ -335,6 +347,8 @@ def test_cancelling_a_run_ends_its_children(up: Up, slmops: Slmops, api: str, ti
     assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
     call("POST", f"{api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     assert slmops.run("logs", "-f", run, status=1).stdout.splitlines()[-1].startswith("Cancelled")
+    with pytest.raises(StageFailed):
+        client.wait_for(run)
     assert call("GET", f"{api}/flow_runs/{run}")["state"]["type"] == "CANCELLED"
     assert not any(child.is_running() for child in children)
     assert list((up.home / "cache" / "work").glob("*")) == []

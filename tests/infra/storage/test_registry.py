@@ -26,7 +26,8 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.garbage import collect_garbage, delete_version
 from slmops.infra.storage.holders import has_ended, this_process
 from slmops.infra.storage.local import LocalObjectStore
-from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant, check_name, check_new_name
+from slmops.infra.storage.manifest import Manifest, Source, StoredFile, StoredVariant
+from slmops.infra.storage.names import check_name, check_new_name
 from slmops.infra.storage.objects import Blob, ObjectStore, OnBytes, no_report
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CANDIDATE, CHAMPION, ModelRegistry
