@@ -1,5 +1,7 @@
 """The errors for users: each says what was wrong, what was found and what to do."""
 
+from slmops.infra.foreign_text import without_passwords
+
 # Characters of a message: what it quotes from a foreign file or a library may have any length.
 LONGEST_MESSAGE = 2000
 _LONGEST_END = 400
@@ -9,7 +11,7 @@ class SlmopsError(Exception):
     """A failure that the user can correct.
 
     `message` is one sentence on what was wrong and what was found, with its middle left out where it has more than
-    `LONGEST_MESSAGE` characters; `what_to_do` is one sentence on the remedy. `code` identifies the fault for programs
+    `LONGEST_MESSAGE` characters, and without passwords of URLs; `what_to_do` is one sentence on the remedy. `code` identifies the fault for programs
     and tests, and does not change when the sentences are reworded. An error that is raised without a code has the code
     of its class. `exit_code` is the command line's exit status for it.
     """
@@ -18,6 +20,7 @@ class SlmopsError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, what_to_do: str = "", code: str = "") -> None:
+        message, what_to_do = without_passwords(message), without_passwords(what_to_do)
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[: LONGEST_MESSAGE - _LONGEST_END - 3]} … {message[-_LONGEST_END:]}"
         super().__init__(message, what_to_do, code)

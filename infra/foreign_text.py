@@ -1,7 +1,9 @@
 """Text that others wrote (models, manifests, notes), in which nothing can hide or rearrange the text around it."""
 
+import re
 import unicodedata
 
+_USER_IN_URL = re.compile(r"(?<=://)[^/\s]*@")
 ESCAPED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories of characters that have no glyph
 
 
@@ -14,6 +16,11 @@ def spelled(character: str) -> str:
     if character in names:
         return names[character]
     return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
+
+
+def without_passwords(text: str) -> str:
+    """Return text with `***` in place of a user and password before the host of a URL."""
+    return _USER_IN_URL.sub("***@", text) if "@" in text else text
 
 
 def for_terminal(text: str) -> str:

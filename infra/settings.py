@@ -29,7 +29,7 @@ from slmops.infra.server_settings import (
     ServeSettings,
     WorkerSettings,
 )
-from slmops.infra.settings_faults import fault_of_home, near_misses
+from slmops.infra.settings_faults import fault_of_home, near_misses, not_a_setting
 from slmops.infra.settings_file import SETTINGS_FILE, read_settings_file
 
 ENVIRONMENT_PREFIX = "SLMOPS_"
@@ -280,7 +280,7 @@ def load_settings() -> Settings:
         if not (faults := faults or fault_of_home(settings.home)):
             return settings
     except ValidationError as error:
-        faults = "; ".join(f"{_named(fault['loc'])}: {fault['msg']}{_found(fault)}" for fault in error.errors())
+        faults = "; ".join(map(_told, error.errors()))
     except SettingsError as error:
         cause = error.__cause__
         faults = str(error)
@@ -291,6 +291,13 @@ def load_settings() -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         faults = f"{_variable(('secrets_dir',))}: a file in it cannot be read: {error}"
     raise BadInput(f"Settings are not valid: {faults}.", "Correct or unset them.", code="settings-not-valid")
+
+
+def _told(fault: ErrorDetails) -> str:
+    named = _named(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return not_a_setting(named, [*_variables()])
+    return f"{named}: {fault['msg']}{_found(fault)}"
 
 
 def _named(location: tuple[int | str, ...]) -> str:

@@ -20,6 +20,14 @@ def near_misses(known: Collection[str], prefix: str, delimiter: str) -> Iterator
             yield f"{name} is not a setting, {wanted} is"
 
 
+def not_a_setting(name: str, known: Collection[str]) -> str:
+    """Return a sentence on a variable of a known section that is no setting, with the nearest one."""
+    section = name.upper().rpartition("__")[0]
+    of_section = [variable for variable in known if variable.rpartition("__")[0] == section]
+    nearest = get_close_matches(name.upper(), of_section or known, n=1)
+    return f"{name} is not a setting{f', {nearest[0]} is' if nearest else ''}"
+
+
 def fault_of_home(home: Path) -> str:
     """Return why this folder, which may not exist yet, cannot be the home directory; empty if it can."""
     try:

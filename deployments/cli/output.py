@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from slmops.infra.errors import SlmopsError
-from slmops.infra.foreign_text import for_terminal
+from slmops.infra.foreign_text import for_terminal, without_passwords
 
 if TYPE_CHECKING:
     from slmops.tasks.exams.statements import Statement
@@ -58,7 +58,7 @@ def sized(size_bytes: float) -> str:
 
 def _plain(text: str) -> str:
     # Manifests, notes, evidence and answers come from others: their escape sequences could rewrite the terminal.
-    return escape(for_terminal(text))
+    return escape(for_terminal(without_passwords(text)))
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:

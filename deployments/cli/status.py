@@ -13,6 +13,7 @@ from slmops.deployments.cli.options import Json, Reference
 from slmops.deployments.cli.output import print_json, print_line, print_table, sized
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput, SlmopsError
+from slmops.infra.foreign_text import without_passwords
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +89,10 @@ def _prefect() -> dict[str, Any]:
     from slmops.deployments.server.flow_runs import configured_reader
 
     reader = configured_reader()
-    found: dict[str, Any] = {"api_url": reader.url if reader else None, "ui_url": reader.ui if reader else None}
+    urls = {"api_url": reader.url, "ui_url": reader.ui} if reader else {}
+    found: dict[str, Any] = {
+        name: without_passwords(urls[name]) if name in urls else None for name in ("api_url", "ui_url")
+    }
     try:
         return {**found, "runs": reader.under_way() if reader else [], "due": reader.due() if reader else []}
     except SlmopsError as error:

@@ -10,6 +10,7 @@ from slmops.deployments.server.access import authorization
 from slmops.deployments.server.automations import DEPLOY_ON_EVENT, LOST_RUNS
 from slmops.deployments.server.registration import full_name
 from slmops.deployments.server.schedules import Planned, planned_of
+from slmops.infra.foreign_text import without_passwords
 from slmops.infra.records import Record
 
 if TYPE_CHECKING:
@@ -73,18 +74,21 @@ def check_running(url: str | None, pool: str, entries: Sequence[Mapping[str, obj
     """Check, without changes, that the server `url` of Prefect's settings has everything that `slmops up` starts."""
     from prefect.client.orchestration import get_client
 
+    shown = without_passwords(url) if url else None
     if not url or (fault := server_fault(url)):
         found = fault if url else "none: no PREFECT_API_URL, and no slmops up runs with this home directory"
         advice = "Start it: slmops up" if not url else "Start it, or correct PREFECT_API_URL."
-        return Running(ok=False, api_url=url, checks=(Check(what="server", ok=False, found=found, what_to_do=advice),))
+        return Running(
+            ok=False, api_url=shown, checks=(Check(what="server", ok=False, found=found, what_to_do=advice),)
+        )
     with get_client(sync_client=True) as client:
-        checks = [Check(what="server", ok=True, found=f"Prefect {client.api_version()} at {url}")]
+        checks = [Check(what="server", ok=True, found=f"Prefect {client.api_version()} at {shown}")]
         checks += [
             *_check_pool(client, pool),
             *(check for entry in entries for check in _check_deployment(client, entry)),
             *(_check_automation(client, name) for name in (DEPLOY_ON_EVENT, LOST_RUNS)),
         ]
-    return Running(ok=all(check.ok for check in checks), api_url=url, checks=tuple(checks))
+    return Running(ok=all(check.ok for check in checks), api_url=shown, checks=tuple(checks))
 
 
 def _check_pool(client: "SyncPrefectClient", pool: str) -> list[Check]:

@@ -9,7 +9,9 @@ import pytest
 from slmops.deployments.cli import app as cli
 from slmops.deployments.cli.output import print_answer, print_error, print_line, print_note, print_piece, print_table
 from slmops.deployments.cli.stages import stage_display
+from slmops.deployments.server.environment import unusable_api
 from slmops.infra.errors import StageFailed
+from slmops.infra.foreign_text import without_passwords
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\r\u202ec"
 SHOWN = ("\\u001b]0;title\\u0007", "\\u001b[2Jb", "\\u009b31m", "\\r", "\\u202ec")
@@ -40,6 +42,20 @@ def test_an_answer_is_one_line_that_cannot_look_like_another(capsys: pytest.Capt
     assert line.startswith("Foundry Local answered 'Hi?' through home:1: yes home@2 is the champion. long ")
     assert line.endswith(" ...")
     assert len(line) < 600
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_password_in_an_address_is_not_shown(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    addresses = ("http://me:s3cr3t@127.0.0.1:4200/api", "https://t0ken-s3cr3t@host/x?y=z@w", "s3://a:s3cr3t@b/c")
+    for address in addresses:
+        print_line(f"API: {address}")
+        print_note(address)
+        print_table(address, [{"what": address}])
+        print_error(unusable_api(address, f"{address!r} is down"), as_json=as_json)
+    captured = capsys.readouterr()
+    assert "s3cr3t" not in captured.out + captured.err
+    assert "http://***@127.0.0.1:4200/api" in captured.out
+    assert without_passwords("me@host, s3://bucket/a@b") == "me@host, s3://bucket/a@b"
 
 
 def test_lines_tabs_and_letters_of_all_languages_stay(capsys: pytest.CaptureFixture[str]) -> None:
