@@ -10,10 +10,10 @@ _LONGEST_END = 400
 class SlmopsError(Exception):
     """A failure that the user can correct.
 
-    `message` is one sentence on what was wrong and what was found, with its middle left out where it has more than
-    `LONGEST_MESSAGE` characters, and without passwords of URLs; `what_to_do` is one sentence on the remedy. `code` identifies the fault for programs
-    and tests, and does not change when the sentences are reworded. An error that is raised without a code has the code
-    of its class. `exit_code` is the command line's exit status for it.
+    `message` is one sentence on what was wrong and what was found, without passwords of URLs, and with its middle left
+    out where it has more than `LONGEST_MESSAGE` characters; `what_to_do` is one sentence on the remedy. `code`
+    identifies the fault for programs and tests, and does not change when the sentences are reworded. An error that is
+    raised without a code has the code of its class. `exit_code` is the command line's exit status for it.
     """
 
     code = "failed"

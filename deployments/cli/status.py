@@ -89,10 +89,8 @@ def _prefect() -> dict[str, Any]:
     from slmops.deployments.server.flow_runs import configured_reader
 
     reader = configured_reader()
-    urls = {"api_url": reader.url, "ui_url": reader.ui} if reader else {}
-    found: dict[str, Any] = {
-        name: without_passwords(urls[name]) if name in urls else None for name in ("api_url", "ui_url")
-    }
+    urls = {"api_url": reader.url if reader else None, "ui_url": reader.ui if reader else None}
+    found: dict[str, Any] = {name: url and without_passwords(url) for name, url in urls.items()}
     try:
         return {**found, "runs": reader.under_way() if reader else [], "due": reader.due() if reader else []}
     except SlmopsError as error:

@@ -217,7 +217,7 @@ def test_a_file_that_is_not_valid_is_named_and_not_shown(
         ("SLMOPS_HOMES", "HOME"),
         ("SLMOPS_STORE__URL", "is not a setting, SLMOPS_STORE__URI is"),
         ("SLMOPS_GATE__MIN_TOP1", "is not a setting, SLMOPS_GATE__MIN_TOP1_AGREEMENT is"),
-        ("slmops_serve__tokens", "is not a setting, SLMOPS_SERVE__TOKEN is"),
+        ("SLMOPS_SERVE__TOKENS", "is not a setting, SLMOPS_SERVE__TOKEN is"),
     ],
 )
 def test_a_near_miss_is_told_and_its_value_is_not(monkeypatch: pytest.MonkeyPatch, found: str, wanted: str) -> None:
