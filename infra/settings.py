@@ -29,7 +29,7 @@ from slmops.infra.server_settings import (
     ServeSettings,
     WorkerSettings,
 )
-from slmops.infra.settings_faults import fault_of_home, near_misses, not_a_setting
+from slmops.infra.settings_faults import fault_of_home, found_value, near_misses, not_a_setting
 from slmops.infra.settings_file import SETTINGS_FILE, read_settings_file
 
 ENVIRONMENT_PREFIX = "SLMOPS_"
@@ -297,7 +297,7 @@ def _told(fault: ErrorDetails) -> str:
     named = _named(fault["loc"])
     if fault["type"] == "extra_forbidden":
         return not_a_setting(named, [*_variables()])
-    return f"{named}: {fault['msg']}{_found(fault)}"
+    return f"{named}: {fault['msg']}{found_value(fault)}"
 
 
 def _named(location: tuple[int | str, ...]) -> str:
@@ -322,15 +322,6 @@ def _variables() -> Iterator[str]:
     for name, field in Settings.model_fields.items():
         keys = getattr(field.annotation, "model_fields", None)
         yield from (_variable((name, key)) for key in keys) if keys else [_variable((name,))]
-
-
-def _found(fault: ErrorDetails) -> str:
-    # The value of a misspelled variable or of a whole section may be a secret.
-    open_keys = ("uri", "endpoint_url", "addressing_style", "require_signature")
-    of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:2] not in tuple((key,) for key in open_keys)
-    is_token = fault["loc"][:1] in (("serve",), ("catalog",)) and fault["loc"][1:2] in ((), ("token",))
-    of_notices = fault["loc"][:1] == ("notices",)
-    return "" if of_store or is_token or of_notices else f", found {fault['input']!r}"
 
 
 def describe_settings(settings: Settings) -> Iterator[tuple[str, object, str, str]]:

@@ -4,6 +4,10 @@ import os
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 # SLMOPS_STORE_URI is 0.97 like SLMOPS_STORE__URI; docker-compose.yml's own variables are below 0.85 like any setting.
 SIMILARITY_OF_NEAR_MISSES = 0.9
@@ -26,6 +30,16 @@ def not_a_setting(name: str, known: Collection[str]) -> str:
     of_section = [variable for variable in known if variable.rpartition("__")[0] == section]
     nearest = get_close_matches(name.upper(), of_section or known, n=1)
     return f"{name} is not a setting{f', {nearest[0]} is' if nearest else ''}"
+
+
+def found_value(fault: "ErrorDetails") -> str:
+    """Return what was found in place of a valid value, or nothing where it may be a secret."""
+    # The value of a misspelled variable or of a whole section may be a secret.
+    open_keys = ("uri", "endpoint_url", "addressing_style", "require_signature")
+    of_store = fault["loc"][:1] == ("store",) and fault["loc"][1:2] not in tuple((key,) for key in open_keys)
+    is_token = fault["loc"][:1] in (("serve",), ("catalog",)) and fault["loc"][1:2] in ((), ("token",))
+    of_notices = fault["loc"][:1] == ("notices",)
+    return "" if of_store or is_token or of_notices else f", found {fault['input']!r}"
 
 
 def fault_of_home(home: Path) -> str:
