@@ -87,3 +87,8 @@ class NoticeSettings(Section):
     webhook_url: SecretStr | None = Field(
         None, description="URL to which Prefect posts notices as JSON, set up by `slmops up`; default: no notices."
     )
+    block: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
+        description="Prefect's notification block for notices, TYPE/NAME, such as slack-webhook/team; default: none.",
+    )

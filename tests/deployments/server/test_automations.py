@@ -7,10 +7,10 @@ import pytest
 from prefect.automations import Automation
 from prefect.client import orchestration
 
-from slmops.deployments.server import automations
+from slmops.deployments.server import automations, notices
 from slmops.infra.settings import NoticeSettings, Settings, WorkerSettings
 
-NOTICES = {*automations.NOTICES}
+NOTICES = {*notices.NOTICES}
 
 
 class Server:
@@ -27,9 +27,7 @@ class Server:
         for method in ("create", "update"):
             monkeypatch.setattr(Automation, method, save)
         block = uuid4()
-        monkeypatch.setattr(
-            automations, "_webhook_block", lambda settings: block if settings.notices.webhook_url else None
-        )
+        monkeypatch.setattr(notices, "_webhook_block", lambda settings: block if settings.webhook_url else None)
 
     def __enter__(self) -> "Server":
         return self
@@ -61,12 +59,13 @@ def test_a_second_machine_without_the_webhook_leaves_the_notices(
     server: Server, settings: Settings, with_webhook: Settings
 ) -> None:
     automations.register_automations(with_webhook, "first")
-    server.known[automations.FAILURE_NOTICE].enabled = False
+    server.known[notices.FAILURE_NOTICE].enabled = False
     automations.register_automations(settings, "second")
     assert server.known.keys() >= NOTICES
+    server.known[notices.CHAMPION_NOTICE].enabled = True
     automations.register_automations(with_webhook, "first")
-    assert not server.known[automations.FAILURE_NOTICE].enabled
-    assert server.known[automations.REGRESSION_NOTICE].enabled
+    on = {name for name in NOTICES if server.known[name].enabled}
+    assert on == {notices.APPROVAL_NOTICE, notices.REGRESSION_NOTICE, notices.CHAMPION_NOTICE}
 
 
 def test_the_machine_that_set_the_webhook_removes_them(
