@@ -80,7 +80,20 @@ def test_each_setting_is_shown_with_its_source_and_description(monkeypatch: pyte
 def test_every_shown_variable_is_one_that_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # A path for texts; then numbers, of which one lies within every setting's bounds and is not its default.
     (file := tmp_path / "settings.toml").touch()
-    samples = (str(tmp_path), str(file), "[7]", '["a"]', "7", "64", "2000000", "0.25", "false", "true", "virtual")
+    samples = (
+        str(tmp_path),
+        str(file),
+        "slack-webhook/team",
+        "[7]",
+        '["a"]',
+        "7",
+        "64",
+        "2000000",
+        "0.25",
+        "false",
+        "true",
+        "virtual",
+    )
 
     def changes(variable: str, text: str, default: Any) -> bool:
         monkeypatch.setenv(variable, text)
