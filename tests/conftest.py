@@ -29,7 +29,7 @@ USER_CACHE = "SLMOPS_TESTS_USER_CACHE"
 # A test that skips because of the operating system says so with this word at the start of its reason.
 PLATFORM_REASONS = ("Windows", "POSIX", "process groups are POSIX's")
 
-gc.set_threshold(10_000)  # as the commands: with the tests' objects, collecting would take a tenth of the time
+gc.disable()  # until all tests are imported (pytest_runtestloop): nothing of them is garbage
 # Hundreds of processes import the same modules: each is compiled once, even where the environment forbids to keep that.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -48,6 +48,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two models that compute with all core
     os.environ |= {"SLMOPS_MACHINE__THREADS": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 QUIET_ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # children find the tests' own functions
 os.environ.update(QUIET_ENVIRONMENT | {"PREFECT_HOME": _PREFECT_HOME, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collect garbage as the commands do, and leave the tests and their imports out of it."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
