@@ -13,6 +13,7 @@ from slmops.infra.foreign_files import BYTE_ORDER_MARK, NotRegularFile, begins_w
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LONGEST_TEMPLATE = 200_000  # characters: ten times the longest of a known model; more takes minutes to parse
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 BYTES_PER_ELEMENT = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -133,8 +134,19 @@ def _read_file(folder: Path, name: str) -> dict[str, TensorHeader]:
 def read_chat_template(folder: Path) -> str | None:
     """Return the tokenizer's (default) chat template as Jinja text, or None if the checkpoint has none.
 
-    Raises `BadInput` if its file cannot be read.
+    Raises `BadInput` if its file cannot be read, or if it is longer than `LONGEST_TEMPLATE`.
     """
+    template = _read_chat_template(folder)
+    if template and len(template) > LONGEST_TEMPLATE:
+        raise BadInput(
+            f"The chat template in {folder} has {len(template):,} characters, more than {LONGEST_TEMPLATE:,}.",
+            "Give the template that the model was trained with: --chat-template FILE.",
+            code="chat-template-too-long",
+        )
+    return template
+
+
+def _read_chat_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:

@@ -12,6 +12,7 @@ from slmops.infra.checkpoints.folder import (
     read_json,
     read_tensor_headers,
 )
+from slmops.infra.checkpoints.generation_config import check_generation_config
 from slmops.infra.checkpoints.quantized import float_headers, quantization_of
 from slmops.infra.checkpoints.text_part import is_multimodal, text_config_of, text_headers, text_names
 from slmops.infra.checkpoints.tying import EMBEDDING, LM_HEAD, are_equal, headers_as_tied, says_tied
@@ -103,6 +104,7 @@ def _inspect_whole(folder: Path, chat_template_given: bool) -> Inspection:
     config.pop("quantization_config", None)
     check_architecture(config)
     check_tokenizer_files(folder, chat_template_given)
+    check_generation_config(folder)
     stored, warnings = read_tensor_headers(folder), _warnings_of_conversion(folder)
     headers = stored
     if quantization:

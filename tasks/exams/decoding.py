@@ -32,16 +32,34 @@ class EndTokens(Record):
     """The ids of the tokens that end an answer, by the places that name them, and their texts if known.
 
     The places are the tokenizer's `eos_token`, `eos_token_id` of config.json and generation_config.json, and the token
-    that the chat template writes after an answer. All of these end an answer.
+    that the chat template writes after an answer. All of these end an answer that are tokens of the model, which has
+    `vocabulary` tokens (None: config.json does not say).
     """
 
     places: dict[str, tuple[int, ...]]
     texts: dict[int, str]
+    vocabulary: int | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """All of them, in ascending order."""
-        return tuple(sorted({token for tokens in self.places.values() for token in tokens}))
+        """All that are tokens of the model, in ascending order."""
+        return tuple(sorted({token for tokens in self.places.values() for token in tokens if self._is_token(token)}))
+
+    @property
+    def left_out(self) -> str | None:
+        """A warning about numbers that are no tokens of the model, with which no runtime would run it."""
+        named = [
+            f"{place}: {token}"
+            for place, tokens in self.places.items()
+            for token in tokens
+            if not self._is_token(token)
+        ]
+        if not named:
+            return None
+        return f"Numbers that are no tokens of the model are left out of its end tokens ({', '.join(named)})."
+
+    def _is_token(self, token: int) -> bool:
+        return token >= 0 and (self.vocabulary is None or token < self.vocabulary)
 
     @property
     def in_transformers(self) -> tuple[int, ...]:
@@ -77,6 +95,7 @@ def _read_end_tokens(folder: Path, _stamps: tuple[tuple[str, int, int], ...]) ->
     text_config = config.get("text_config")
     in_config = config if config.get("eos_token_id") is not None or not isinstance(text_config, dict) else text_config
     names = special_tokens(tokenizer_config)
+    rows = in_config.get("vocab_size", config.get("vocab_size"))
     special = {text: token for text, (token, is_special) in added.items() if is_special}
     end = _id_of(names["eos_token"], added, tokenizer)
     return EndTokens(
@@ -87,6 +106,7 @@ def _read_end_tokens(folder: Path, _stamps: tuple[tuple[str, int, int], ...]) ->
             TEMPLATE: _end_in_template(folder, names, special),
         },
         texts={token: text for text, (token, _) in added.items()},
+        vocabulary=rows if isinstance(rows, int) and rows > 0 else None,
     )
 
 
@@ -169,7 +189,7 @@ def settle_decoding(folder: Path, given: Mapping[str, float]) -> Settled:
         decoding, marks = Decoding(repetition_penalty=penalty or 1.0), thought_marks(template, added_tokens(folder))
         return Settled(end_token_ids=(), decoding=decoding, marks=marks, warnings=())
     ends, generation = read_end_tokens(folder), _json_or_nothing(folder / GENERATION_CONFIG)
-    penalty, warnings = _penalty(generation, given), [ends.warning] if ends.warning else []
+    penalty, warnings = _penalty(generation, given), [said for said in (ends.warning, ends.left_out) if said]
     if penalty is None:
         warnings.append(
             f"The repetition penalty of {GENERATION_CONFIG} is {generation['repetition_penalty']!r}: it was left out, "

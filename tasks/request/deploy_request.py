@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from slmops.infra.checkpoints.chat_template import parse_chat_template
+from slmops.infra.checkpoints.folder import LONGEST_TEMPLATE
 from slmops.infra.errors import BadInput
 from slmops.infra.foreign_files import read_text
 from slmops.infra.storage.names import LONGEST_TRAINING_RUN, check_new_name
@@ -135,6 +136,12 @@ def read_chat_template_file(path: Path) -> str:
         raise BadInput(
             f"The chat template {path} cannot be read: {error}.", "Name a Jinja file.", code="chat-template-not-utf8"
         ) from None
+    if len(text) > LONGEST_TEMPLATE:
+        raise BadInput(
+            f"The chat template {path} has {len(text):,} characters, more than {LONGEST_TEMPLATE:,}.",
+            "Name the template that the model was trained with.",
+            code="chat-template-too-long",
+        )
     if not text.strip():
         raise BadInput(f"The chat template {path} is empty.", "Name a Jinja file.", code="chat-template-empty")
     parse_chat_template(text, f"The chat template {path}")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slmops.infra.errors import BadInput, SlmopsError
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.exams.decoding import settle_decoding
+from slmops.tasks.request.deploy_request import read_chat_template_file
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 
@@ -74,3 +75,46 @@ def test_a_config_that_names_code_on_the_hub_is_refused(checkpoint: Path, change
             inspect_checkpoint(checkpoint)
     finally:
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "warm", True, [0.5]])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "max_length"])
+def test_a_generation_default_that_is_no_number_is_refused(checkpoint: Path, name: str, value: object) -> None:
+    path = checkpoint / "generation_config.json"
+    before = path.read_bytes()
+    try:
+        path.write_text(json.dumps(json.loads(before) | {name: value}), "utf-8")
+        with pytest.raises(BadInput, check=coded("generation-config-not-valid", name)):
+            inspect_checkpoint(checkpoint)
+    finally:
+        path.write_bytes(before)
+
+
+def test_end_tokens_that_are_no_tokens_of_the_model_are_left_out(checkpoint: Path) -> None:
+    path = checkpoint / "generation_config.json"
+    before = path.read_bytes()
+    valid = settle_decoding(checkpoint, {}).end_token_ids
+    try:
+        path.write_text(json.dumps({"eos_token_id": [*valid, -5, 99_999_999]}), "utf-8")
+        settled = settle_decoding(checkpoint, {})
+        assert settled.end_token_ids == valid
+        assert settled.decoding.end_token_ids == valid  # transformers would go by the file
+        (warning,) = [text for text in settled.warnings if "no tokens of the model" in text]
+        assert "generation_config.json: -5, generation_config.json: 99999999" in warning
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_template_that_takes_minutes_to_parse_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    endless = "{{ messages }}" * 20_000
+    path = checkpoint / "chat_template.jinja"
+    before = path.read_bytes()
+    try:
+        path.write_text(endless, "utf-8")
+        with pytest.raises(BadInput, check=coded("chat-template-too-long", "280,000")):
+            inspect_checkpoint(checkpoint)
+    finally:
+        path.write_bytes(before)
+    (tmp_path / "given.jinja").write_text(endless, "utf-8")
+    with pytest.raises(BadInput, check=coded("chat-template-too-long", "280,000")):
+        read_chat_template_file(tmp_path / "given.jinja")
