@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from jinja2 import nodes as jinja
 
+DEEPEST_TREE = 150  # levels: those of known models have up to 17, and Python's compiler bears about 200
 Render = Callable[[Sequence[Message], bool], str]
 
 
@@ -66,7 +67,10 @@ def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str 
     only `slmops.infra.checkpoints.rendering` calls this outside of tests.
     """
     parse_chat_template(chat_template)
-    template = template_environment().from_string(chat_template)
+    try:
+        template = template_environment().from_string(chat_template)
+    except (RecursionError, SyntaxError):  # Python's compiler bears less than Jinja's parser
+        raise _too_deep("The chat template") from None
     tokens = {key: token for key, token in special_tokens.items() if token is not None}
 
     def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -82,18 +86,31 @@ def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str 
 
 
 def parse_chat_template(text: str, where: str = "The chat template") -> "jinja.Template":
-    """Return a chat template's syntax tree; raises `BadInput`, which names `where`, for one that is not Jinja."""
+    """Return a chat template's syntax tree; raises `BadInput`, which names `where`, for one that is not Jinja.
+
+    Whoever walks the tree may do so recursively: a tree of more than `DEEPEST_TREE` levels is refused.
+    """
     from jinja2 import TemplateSyntaxError
 
     try:
-        return template_environment().parse(text)
+        tree = template_environment().parse(text)
     except RecursionError:
-        raise BadInput(
-            f"{where} is nested too deeply.", "Give a working one with --chat-template.", code="chat-template-not-jinja"
-        ) from None
+        raise _too_deep(where) from None
     except TemplateSyntaxError as error:
         raise BadInput(
             f"{where} is not valid Jinja: {error.message}, line {error.lineno}.",
             "Give a working one with --chat-template.",
             code="chat-template-not-jinja",
         ) from error
+    level: list[jinja.Node] = [tree]
+    for _ in range(DEEPEST_TREE):
+        level = [child for node in level for child in node.iter_child_nodes()]
+    if level:
+        raise _too_deep(where)
+    return tree
+
+
+def _too_deep(where: str) -> BadInput:
+    return BadInput(
+        f"{where} is nested too deeply.", "Give a working one with --chat-template.", code="chat-template-not-jinja"
+    )

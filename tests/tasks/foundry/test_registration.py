@@ -4,7 +4,9 @@ from jinja2.sandbox import SecurityError
 from slmops.infra.checkpoints import rendering
 from slmops.infra.checkpoints.chat_template import chat_template_renderer
 from slmops.infra.checkpoints.rendering import rendered_in_child
+from slmops.infra.checkpoints.thinking_switch import thinking_switch
 from slmops.infra.errors import BadInput
+from slmops.infra.genai.template_files import mend_template
 from slmops.tasks.foundry.ids import champion_model_id, foundry_model_id
 from slmops.tasks.foundry.prompt_template import (
     derive_prompt_template,
@@ -197,6 +199,23 @@ def test_a_template_that_loops_or_grows_is_stopped(monkeypatch, template, what):
     monkeypatch.setattr(rendering, "DEADLINE_S", 2.0 if what == "2 s" else 60.0)
     with pytest.raises(BadInput, check=coded("chat-template-unbounded", f"more than {'' if what != '2 s' else what}")):
         derive_prompt_template(template, {})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ " + "(" * 9_000 + "1" + ")" * 9_000 + " }}",
+        "{{ x" + ".a" * 9_000 + " }}",
+        "{{ " + "+".join(["1"] * 9_000) + " }}",
+        "{{ a" + "|upper" * 9_000 + " }}",
+        "{% if x %}" * 9_000 + "{% endif %}" * 9_000,
+    ],
+    ids=["brackets", "attributes", "sums", "filters", "blocks"],
+)
+def test_a_template_that_is_too_deep_to_be_walked_is_refused(template):
+    for use in (thinking_switch, mend_template, lambda text: derive_prompt_template(text, {})):
+        with pytest.raises(BadInput, check=coded("chat-template-not-jinja", "nested too deeply")):
+            use(template)
 
 
 def test_equal_conversations_are_rendered_once(monkeypatch):
