@@ -9,6 +9,7 @@ from slmops.infra.storage.version import Version
 from slmops.tasks.build.search import last_search
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.estimates import Estimate
+from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.statements import Statement
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.report.records import DeployReport, DeployStatus, Provenance, VariantDetails, VariantReport
@@ -16,8 +17,10 @@ from slmops.tasks.report.rejections import with_advice
 from slmops.tasks.request.deploy_request import DeployRequest
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.verdict.choice import Judged
+from slmops.tasks.verdict.endless_check import thought_figures
 from slmops.tasks.verdict.history import history_of
 from slmops.tasks.verdict.pareto import Candidate
+from slmops.tasks.verdict.tool_check import right_arguments, right_functions, right_silence
 from slmops.tasks.workshop import workshop
 
 
@@ -29,6 +32,8 @@ def variant_metrics(details: VariantDetails) -> dict[str, float]:
             figures[name] = getattr(details.evaluation, name)
         if details.evaluation.perplexity and details.evaluation.reference_perplexity:
             figures["perplexity_ratio"] = details.evaluation.perplexity / details.evaluation.reference_perplexity
+        if thoughts := thought_figures(details.evaluation, of_source=False):
+            figures["thought_tokens"] = thoughts.tokens
     if details.measurement:
         figures.update({str(name): value for name, value in details.measurement.metrics.items()})
     if details.text:
@@ -46,7 +51,10 @@ def variant_intervals(details: VariantDetails) -> dict[str, Estimate]:
             "score": details.evaluation.score,
             "quality_loss": details.evaluation.quality_loss,
             "output_conformity": details.evaluation.output_conformity,
+            **_tool_estimates(details.evaluation),
         }
+        if thoughts := thought_figures(details.evaluation, of_source=False):
+            estimates |= {"thinking": thoughts.thinking, "ended_thoughts": thoughts.ended}
     if details.length_sweep:
         estimates["ttft_scaling_exponent"] = details.length_sweep.ttft_scaling_exponent
     if details.text:
@@ -55,6 +63,15 @@ def variant_intervals(details: VariantDetails) -> dict[str, Estimate]:
         if endurance.memory:
             estimates[f"memory_growth_{endurance.runtime}_bytes_per_request"] = endurance.memory.bytes_per_request
     return {name: estimate for name, estimate in estimates.items() if estimate is not None}
+
+
+def _tool_estimates(evaluation: Evaluation) -> dict[str, Estimate | None]:
+    made = [row.calls for row in evaluation.rows if row.calls]
+    return {
+        "right_functions": right_functions(made),
+        "right_arguments": right_arguments(made),
+        "right_silence": right_silence(made),
+    }
 
 
 def judged(variant: VariantReport) -> Judged:

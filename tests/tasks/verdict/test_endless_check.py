@@ -7,6 +7,7 @@ import pytest
 from slmops.infra.settings import GateSettings
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.report.answers import domain_answers
+from slmops.tasks.report.assemble import variant_intervals, variant_metrics
 from slmops.tasks.report.records import VariantDetails
 from slmops.tasks.verdict.gate import judge
 from slmops.tasks.verdict.thresholds import thresholds_for
@@ -65,3 +66,7 @@ def test_the_report_has_the_figures_of_thoughts() -> None:
     assert "Thoughts" in shown
     assert "75" in shown
     assert "28" in shown  # (3 * 5 + 99) / 4 tokens, rounded to even
+    details = VariantDetails(evaluation=found)
+    metrics = variant_metrics(details)
+    assert (metrics["thinking"], metrics["ended_thoughts"], metrics["thought_tokens"]) == (1.0, 0.75, 28.5)
+    assert variant_intervals(details)["ended_thoughts"].low < 0.75

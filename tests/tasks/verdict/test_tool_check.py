@@ -8,6 +8,7 @@ from slmops.tasks.exams.estimates import paired_loss
 from slmops.tasks.exams.evaluation import Evaluation, score_evaluation
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.report.answers import domain_answers
+from slmops.tasks.report.assemble import variant_intervals, variant_metrics
 from slmops.tasks.report.records import VariantDetails
 from slmops.tasks.verdict.gate import judge
 from slmops.tasks.verdict.thresholds import thresholds_for
@@ -85,3 +86,12 @@ def test_the_report_has_the_figures_and_the_worst_calls_side_by_side() -> None:
     assert 'set_light({"room": "hall"})' in text  # expected
     assert '"room": "bath"' in text
     assert {part.category for part in found.categories} == {"simple", "irrelevance"}
+
+
+def test_a_deploys_metrics_have_the_shares_of_right_calls_with_intervals() -> None:
+    details = VariantDetails(evaluation=judged({True: BATH, False: TEXT}))
+    metrics, intervals = variant_metrics(details), variant_intervals(details)
+    shares = {"right_functions": 1.0, "right_arguments": 0.0, "right_silence": 1.0}
+    assert {name: metrics[name] for name in shares} == shares
+    assert all(intervals[name].low < intervals[name].high for name in shares)
+    assert not shares.keys() & variant_metrics(VariantDetails(evaluation=evaluation())).keys()
