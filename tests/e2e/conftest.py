@@ -26,6 +26,7 @@ from tests.conftest import unmeasured_environment
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.chromium import CHROMIUM, DRIVER, Browser, chromium
 from tests.support.genai_models import build_genai_model
+from tests.support.real_models import real_model
 from tests.support.served_models import RunningServer, serving, store_model
 from tests.support.torch_process import TORCH_PROCESS, ProcessThatStays
 
@@ -122,6 +123,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight Qwen2 checkpoint with a short context, whose end the edge inputs reach soon."""
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     return make_tiny_checkpoint(folder, "qwen2", tied=False, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="session")
+def tool_caller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that has learned to call two tools, with Qwen3's own chat template; read only."""
+    folder = tmp_path_factory.mktemp("caller")
+    settings = json.loads((real_model("tokenizers/qwen3") / "tokenizer_config.json").read_text("utf-8"))
+    (folder / "template.jinja").write_text(settings["chat_template"], "utf-8")
+    command = [sys.executable, "-m", "tests.support.tool_caller", folder / "checkpoint", folder / "template.jinja"]
+    subprocess.run(command, env=unmeasured_environment(), check=True, cwd=ROOT)
+    return folder / "checkpoint"
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import asyncio
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,7 @@ from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.genai.served_files import mend_files
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
-from tests.conftest import unmeasured_environment
 from tests.support.genai_models import build_genai_model
-from tests.support.real_models import real_model
 from tests.support.served_models import RunningServer, serving, store_model
 from tests.support.tool_caller import HEAT, TOOLS
 
@@ -32,21 +28,10 @@ LIGHT_CALL = ("set_light", {"room": "garage", "on": True})
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained checkpoint, with Qwen3's own chat template."""
-    folder = tmp_path_factory.mktemp("caller")
-    settings = json.loads((real_model("tokenizers/qwen3") / "tokenizer_config.json").read_text("utf-8"))
-    (folder / "template.jinja").write_text(settings["chat_template"], "utf-8")
-    command = [sys.executable, "-m", "tests.support.tool_caller", folder / "checkpoint", folder / "template.jinja"]
-    subprocess.run(command, env=unmeasured_environment(), check=True, cwd=Path(__file__).parents[2])
-    return folder / "checkpoint"
-
-
-@pytest.fixture(scope="module")
-def model_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tool_caller: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as onnxruntime-genai runs it."""
-    model = build_genai_model(checkpoint, tmp_path_factory.mktemp("caller-model") / "model")
-    mend_files(model, checkpoint)
+    model = build_genai_model(tool_caller, tmp_path_factory.mktemp("caller-model") / "model")
+    mend_files(model, tool_caller)
     return model
 
 
@@ -130,10 +115,10 @@ def test_a_required_call_is_made_by_the_schema(server: RunningServer) -> None:
     assert without.message.tool_calls is None
 
 
-def test_prompts_with_tools_have_the_templates_tokens(server: RunningServer, checkpoint: Path) -> None:
+def test_prompts_with_tools_have_the_templates_tokens(server: RunningServer, tool_caller: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tool_caller)
     function = {"name": "set_light", "arguments": {"room": "garage", "on": True}}
     calls = [{"id": f"call0000{n}", "type": "function", "function": function} for n in (1, 2)]
     results = [{"role": "tool", "tool_call_id": call["id"], "content": "if a < b: # é"} for call in calls]
@@ -162,7 +147,7 @@ def _as_openai(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"])}}
 
 
-def test_thoughts_are_turned_off_for_one_request(server: RunningServer, checkpoint: Path) -> None:
+def test_thoughts_are_turned_off_for_one_request(server: RunningServer) -> None:
     create = server.client().chat.completions.create
     counts = [
         create(model="caller", messages=LIGHT, max_tokens=1, extra_body=more).usage.prompt_tokens  # type: ignore[union-attr]
