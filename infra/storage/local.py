@@ -223,13 +223,20 @@ class LocalObjectStore:
         except FileNotFoundError:
             raise KeyError(key) from None
         except OSError as error:
-            raise StageFailed(
-                f"The store {self._root} cannot be used: {error.strerror or error} ({key}).",
-                "Remove it from the store."
-                if isinstance(error, NotRegularFile)
-                else "Check its free space and permissions, or name another with SLMOPS_STORE__URI.",
-                code="disk-failed",
-            ) from error
+            raise self._failed(key, error) from error
+
+    def _failed(self, key: str, error: OSError) -> StageFailed:
+        fault, failed = error.strerror or str(error), error.filename2 or error.filename
+        path = Path(os.fsdecode(failed)) if isinstance(failed, str | bytes) else self._root
+        if not path.is_relative_to(self._root):  # where a file of the store was to be placed
+            advice = "Check that folder's free space and permissions, or set SLMOPS_HOME to another folder."
+            return StageFailed(f"{path} cannot be written: {fault}.", advice, code="disk-failed")
+        advice = (
+            "Remove it from the store."
+            if isinstance(error, NotRegularFile)
+            else "Check its free space and permissions, or name another with SLMOPS_STORE__URI."
+        )
+        return StageFailed(f"The store {self._root} cannot be used: {fault} ({key}).", advice, code="disk-failed")
 
 
 def flush_to_disk(stream: IO[bytes]) -> None:

@@ -278,6 +278,13 @@ class TestFilesOfTheStore:
         assert "free space" in caught.value.what_to_do
         assert all_files(root) == []
 
+    def test_a_place_that_cannot_be_written_is_told_and_not_the_store(self, tmp_path: Path) -> None:
+        registry = ModelRegistry(LocalObjectStore(tmp_path / "store"))
+        (tmp_path / "occupied").write_bytes(b"1")
+        files = registry.add_paths({"model.onnx": tmp_path / "occupied"})
+        with pytest.raises(StageFailed, check=coded("disk-failed", f"{tmp_path / 'occupied'} cannot be written")):
+            registry.materialize(files, tmp_path / "occupied")
+
     def test_a_store_that_is_a_file_fails_with_a_clear_sentence(self, root: Path, tmp_path: Path) -> None:
         root.write_bytes(b"not a folder")
         registry = ModelRegistry(LocalObjectStore(root))
