@@ -62,6 +62,7 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
     def ending(*args: P.args, **kwargs: P.kwargs) -> R:
         for logger in ("prefect.flow_runs", "prefect.engine"):
             logging.getLogger(logger).addFilter(_is_unexpected)
+        logging.getLogger("prefect.task_runs").addFilter(_is_news)
         tag_by_parameters()
         outcomes = _outcomes.get()
         own_outcomes = _outcomes.set(None)  # a flow within this one has an outcome of its own
@@ -95,6 +96,11 @@ def final_state(flow: Callable[..., object], *args: object, **kwargs: object) ->
     if state.data is None and outcomes and (state.is_completed() or state.is_failed()):
         state.data = outcomes[-1]
     return state
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of a stage says more than that it ended well, which its run's page and graph show."""
+    return record.getMessage() != "Finished in state Completed()"
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:

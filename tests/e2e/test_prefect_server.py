@@ -63,6 +63,9 @@ def test_the_server_has_the_run_its_tasks_and_the_report(
     assert any("evaluate int4" in log["message"] for log in logs)
     assert any(re.match(r"int4 passed the gate: \d+ checks\.", log["message"]) for log in logs)
     assert [log["message"] for log in logs if log["level"] >= logging.WARNING] == []
+    assert [log["message"] for log in logs if log["message"].startswith("Finished in state")] == [
+        "Finished in state Completed('served@1 int4 registered.')"
+    ]
 
 
 def wait_for_events(server: str, name: str, expected: set[str]) -> None:
