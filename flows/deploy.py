@@ -17,6 +17,7 @@ from slmops.tasks.choices import CHOICES
 from slmops.tasks.environment.checks import check_environment, check_room
 from slmops.tasks.exams.decoding import settle_decoding
 from slmops.tasks.exams.early_parity import check_templates
+from slmops.tasks.exams.first_look import evaluation_for, workshop_for
 from slmops.tasks.exams.source import sources_in_use
 from slmops.tasks.exams.text import read_text
 from slmops.tasks.plan import parse_request
@@ -34,7 +35,7 @@ from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.commit import commit_version, record_provenance
 from slmops.tasks.versions.lookup import check_store
 from slmops.tasks.versions.qualification import Gate, Qualification
-from slmops.tasks.workshop import in_workshop, workshop
+from slmops.tasks.workshop import in_workshop, working_in, workshop
 
 
 @flow(name="deploy", flow_run_name=run_name("deploy-{name}"))
@@ -51,7 +52,7 @@ def deploy(parameters: DeployParameters) -> State[DeployReport]:
     request = parse_request(fetch_inputs(asdict(parameters)))
     check_store()
     check_pools()
-    with one_at_a_time(f"deploy-{request.name}"):
+    with one_at_a_time(f"deploy-{request.name}"), working_in(workshop_for(request)):
         return ship(request)
 
 
@@ -63,7 +64,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
     prepared = prepare_checkpoint(request, shop.settings)
     recipes = fitting_recipes(recipes, request, prepared.inspection.quantized)
     settled = settle_decoding(prepared.folder, request.generation_defaults)
-    evaluation = read_evaluation(
+    read = read_evaluation(
         request.evaluation_file,
         prepared.folder,
         shop.settings,
@@ -71,6 +72,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         output_schema_file=request.output_schema_file,
         output_regex=request.output_regex,
     ).decoded_by(settled.answering(request.max_thought_tokens))
+    evaluation = evaluation_for(request, read)
     asked = Qualification(
         evaluation=evaluation,
         text=read_text(request.text_file) if request.text_file else None,
@@ -78,6 +80,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         budget=request.budget,
         description=request.description,
         promote=request.promote,
+        quick=request.quick,
         allow=request.allow,
         generation_defaults=request.generation_defaults,
     )

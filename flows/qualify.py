@@ -8,6 +8,7 @@ from prefect.states import Completed, Failed
 from slmops.flows.endings import RunEnded
 from slmops.infra.storage.version import Version
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
+from slmops.tasks.exams import first_look
 from slmops.tasks.exams.on_workers import examine_on_workers
 from slmops.tasks.exams.source import has_source, sources_in_use
 from slmops.tasks.exams.statements import statements_of
@@ -59,7 +60,9 @@ def qualify(
         choice = choose_variant([judged(report) for report in registered], parse_budget(asked.budget))
         record_choice(version, choice, asked.budget)
         standing = Standing()
-        if choice.selected:
+        if asked.quick:
+            warnings = (first_look.WARNING, *warnings)
+        elif choice.selected:
             standing = settle_champion(version.variant(choice.selected), settings, promote=asked.promote)
         report = deploy_report(
             version,

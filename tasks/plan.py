@@ -26,6 +26,7 @@ from slmops.tasks.environment.checks import (
     require_resources,
 )
 from slmops.tasks.environment.estimates import StageEstimate, estimate_stages
+from slmops.tasks.exams.first_look import looked_at, planned_look
 from slmops.tasks.exams.planned_statements import planned_statements
 from slmops.tasks.exams.statements import Statement
 from slmops.tasks.exams.text import read_text_file
@@ -55,7 +56,7 @@ def parse_request(parameters: dict[str, Any]) -> DeployRequest:
     if "precisions" in parameters:
         parameters = {**parameters, "precisions": check_precisions(parameters["precisions"])}
     request = DeployRequest.of(parameters).checked()
-    request = replace(request, allow=check_allowed(request.allow))
+    request = planned_look(replace(request, allow=check_allowed(request.allow)))
     foundry_model_id(request.name, request.precisions[0], request.device, version=1)  # refuses unknown names
     return request
 
@@ -141,13 +142,14 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
 def _rows(request: DeployRequest, folder: Path | None, settings: Settings) -> list[EvaluationRow]:
     if request.text_file:
         read_text_file(Path(request.text_file).expanduser(), settings.evaluation.max_text_tokens)
-    return read_rows(
+    rows = read_rows(
         request.evaluation_file,
         folder,
         scorer=request.scorer,
         output_schema_file=request.output_schema_file,
         output_regex=request.output_regex,
     )
+    return [*looked_at(rows[: settings.evaluation.max_rows])] if request.quick else rows
 
 
 def _check_on_hub(repo_id: str, revision: str | None, settings: Settings) -> None:

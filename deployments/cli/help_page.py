@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 EXAMPLES = {
     "deploy": (
         "slmops deploy ./my-model --name helpdesk --dry-run",
+        "slmops deploy ./my-model --name helpdesk --quick",
         "slmops deploy ./my-model --name helpdesk --eval rows.jsonl",
         "slmops deploy ./my-model --name helpdesk --precision int4,int8",
         "slmops deploy ./my-model --name helpdesk --budget max-size=400MB",

@@ -249,6 +249,14 @@ class DeployParameters:
         ),
     ] = False
     promote: Annotated[bool, Parameter("Make this version the champion.")] = False
+    quick: Annotated[
+        bool,
+        Parameter(
+            "A first look: one precision (default: int8), a tenth of the evaluation rows, no soak, no long prompts; "
+            "the version does not become the champion.",
+            "A first look: one precision, few rows, no soak, no champion.",
+        ),
+    ] = False
     training_run: Annotated[
         str | None,
         Parameter(

@@ -54,6 +54,7 @@ class Qualification:
     budget: Sequence[str]
     description: str
     promote: bool = False
+    quick: bool = False
     allow: Sequence[str] = ()
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
 

@@ -19,6 +19,8 @@ from slmops.infra.process.call import Call, ChildResult
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.checkpoint.inspection import content_digest
+from slmops.tasks.exams.answers import EVALUATION
+from slmops.tasks.exams.endurance import ENDURANCE, Endurance
 from tests.e2e.conftest import ROOT, Slmops
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.torch_process import TORCH_PROCESS
@@ -39,6 +41,29 @@ def test_another_family_deploys(slmops: Slmops, tmp_path: Path, family: str) -> 
     (variant,) = report["variants"]
     assert variant["foundry_model_id"] == f"{family}-int8-generic-cpu:1"
     assert report["foundry_model_id"] == f"{family}:1"
+
+
+def without_soak(found: Endurance) -> bool:
+    return any("No soak was requested" in note for note in found.notes)
+
+
+@pytest.mark.slow
+def test_a_first_look_is_short_and_makes_no_champion(slmops: Slmops, tiny: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    row = {"messages": [{"role": "user", "content": "hello"}], "expected": "hi"}
+    rows.write_text("".join(json.dumps({"id": number, **row}) + "\n" for number in range(21)))
+    asked = ("deploy", tiny, "--name", "home", "--eval", rows)
+    report = slmops.json(*asked, "--quick", SLMOPS_EVALUATION__MAX_ROWS="21")
+    assert (report["status"], report["aliases"], report["foundry_model_id"]) == ("registered", [], None)
+    assert [variant["precision"] for variant in report["variants"]] == ["int8"]
+    assert any("first look" in warning for warning in report["warnings"])
+    version = ModelRegistry(LocalObjectStore(slmops.home / "store")).find("home@1")
+    (evaluated,) = version.all(EVALUATION)
+    assert [row.id for row in evaluated.rows] == [0, 10, 20]
+    assert [without_soak(found) for found in version.all(ENDURANCE)] == [True, True]
+    whole = slmops.json(*asked, *INT8)
+    assert (whole["version"], whole["aliases"], whole["foundry_model_id"]) == (1, ["champion"], "home:1")
+    assert [without_soak(found) for found in version.all(ENDURANCE)] == [True, True, False, False]
 
 
 @pytest.mark.slow
