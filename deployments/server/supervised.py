@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from slmops.deployments.server.sqlite_cursors import close_cursors_of_failed_statements
 from slmops.infra.process.channel import Channel, descendants_of, listen
 
 LOOK_INTERVAL_S = 0.5
@@ -146,6 +147,7 @@ def main() -> None:
     """Run Prefect's command line until standard input closes."""
     from prefect.cli import app
 
+    close_cursors_of_failed_statements()
     listen(_stop_with_the_starter)
     app()
 

@@ -34,7 +34,8 @@ def prefect_server(home: Path, environment: Mapping[str, str], port: int | None 
     loops = {f"PREFECT_SERVER_SERVICES_{loop}_ENABLED": "false" for loop in IDLE_LOOPS}
     variables = {**environment, **quiet, **interface, **loops, "PREFECT_HOME": str(home)}
     variables.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    prefect = "slmops.deployments.server.sqlite_cursors"  # Prefect's own comes to a standstill on a busy machine
+    command = [sys.executable, "-m", prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{port}/api"

@@ -1,0 +1,86 @@
+"""A statement that SQLite's lock refuses, in the way in which Prefect's server calls SQLite."""
+
+import asyncio
+import gc
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from slmops.deployments.server.sqlite_cursors import close_cursors_of_failed_statements
+
+INSERT = text("INSERT INTO rows VALUES (1)")
+
+
+@pytest.fixture
+def mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aiosqlite.Cursor, "_execute", aiosqlite.Cursor._execute)  # puts it back
+    close_cursors_of_failed_statements()
+
+
+@asynccontextmanager
+async def two_writers(path: Path) -> AsyncIterator[tuple[AsyncConnection, AsyncConnection]]:
+    """Two connections; the first one has SQLite's lock, and the second one does not wait for it."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}", connect_args={"timeout": 0})
+    async with engine.connect() as first, engine.connect() as second:
+        await first.execute(text("CREATE TABLE rows (number INTEGER)"))
+        await first.commit()
+        await first.execute(INSERT)
+        yield first, second
+    await engine.dispose()
+
+
+async def open_cursors(path: Path) -> list[sqlite3.Cursor]:
+    """The cursors of a connection that are open after one of its statements failed."""
+    async with two_writers(path) as (_, second):
+        driver: Any = (await second.get_raw_connection()).driver_connection
+        with pytest.raises(OperationalError, match="database is locked"):
+            await second.execute(INSERT)
+        await second.rollback()
+        found = [one for one in gc.get_objects() if type(one) is sqlite3.Cursor and one.connection is driver._conn]
+        return [cursor for cursor in found if not is_closed(cursor)]
+
+
+def is_closed(cursor: sqlite3.Cursor) -> bool:
+    try:
+        cursor.fetchone()
+    except sqlite3.ProgrammingError as error:
+        return "closed cursor" in str(error)
+    return False
+
+
+def test_the_cursor_of_a_failed_statement_is_closed(mended: None, tmp_path: Path) -> None:
+    assert asyncio.run(open_cursors(tmp_path / "database")) == []
+
+
+def test_the_mend_is_needed(tmp_path: Path) -> None:
+    assert asyncio.run(open_cursors(tmp_path / "database")), "sqlite_cursors.py can go"
+
+
+async def wait_for_the_lock(path: Path) -> None:
+    """Wait in one connection for the lock of another, after a failed statement whose error is garbage."""
+    async with two_writers(path) as (first, second):
+        try:
+            await second.execute(INSERT)
+        except OperationalError as error:
+            garbage: list[object] = [error]
+            garbage.append(garbage)
+        await second.rollback()
+        await second.execute(text("PRAGMA busy_timeout = 20000"))
+        waiting = asyncio.create_task(second.execute(INSERT))
+        await asyncio.sleep(0.2)  # its thread has begun to wait, where the machine is not busy
+        del garbage
+        gc.collect()
+        await first.commit()
+        await waiting
+
+
+def test_the_event_loop_does_not_wait_for_the_lock_that_its_own_request_has(mended: None, tmp_path: Path) -> None:
+    asyncio.run(wait_for_the_lock(tmp_path / "database"))
