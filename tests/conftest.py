@@ -1,9 +1,11 @@
 """The environment of all tests: no telemetry, no settings of the user, and no silent skips in CI."""
 
 import dataclasses
+import functools
 import gc
 import os
 import shutil
+import ssl
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
@@ -29,6 +31,8 @@ USER_CACHE = "SLMOPS_TESTS_USER_CACHE"
 # A test that skips because of the operating system says so with this word at the start of its reason.
 PLATFORM_REASONS = ("Windows", "POSIX", "process groups are POSIX's")
 
+# Each client of httpx, and Prefect makes several for a run, reads the bundle of authorities anew: 15 ms of CPU time.
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 gc.disable()  # until all tests are imported (pytest_runtestloop): nothing of them is garbage
 # Hundreds of processes import the same modules: each is compiled once, even where the environment forbids to keep that.
 sys.dont_write_bytecode = False
