@@ -9,7 +9,7 @@ from slmops.deployments.cli import completion
 from slmops.deployments.cli.options import Json, Reference, VersionReference
 from slmops.deployments.cli.output import print_error, print_json, print_line, print_table, sized
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
-from slmops.infra.errors import BadInput
+from slmops.infra.errors import BadInput, PassingFault, StageFailed
 
 if TYPE_CHECKING:
     from slmops.infra.storage.version import Version
@@ -28,12 +28,20 @@ def list_models(name: SomeModel = None, as_json: Json = False) -> None:
     if name is not None:
         registry.version(name)  # refuses a name without a version
     models: list[dict[str, Any]] = []
-    damaged: list[DamagedEvidence] = []
-    for version in registry.all_versions() if name is None else registry.versions(name):
+    damaged: list[StageFailed] = []
+    for model in registry.names() if name is None else [name]:
         try:
-            models.append(_listed(version))
-        except DamagedEvidence as error:  # it concerns one version: the others are listed
+            versions = registry.versions(model)
+        except PassingFault:  # the store is not reached: neither are the others
+            raise
+        except StageFailed as error:  # a manifest concerns one model: the others are listed
             damaged.append(error)
+            continue
+        for version in versions:
+            try:
+                models.append(_listed(version))
+            except DamagedEvidence as error:  # it concerns one version: the others are listed
+                damaged.append(error)
     if as_json:
         if damaged:
             raise damaged[0]

@@ -102,6 +102,20 @@ def test_the_other_versions_are_listed(
     assert "home@1" in capfd.readouterr().out
 
 
+def test_the_other_models_are_listed(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLMOPS_STORE__URI", store.as_uri())
+    broken = store / "models/another/1/manifest.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text('{"a":')
+    assert cli.run(["list"]) == 1
+    out, err = capfd.readouterr()
+    assert "home@1" in out
+    assert "The manifest of another@1 is not valid" in err
+    assert cli.run(["list", "home"]) == 0
+
+
 @pytest.mark.parametrize("how", ["truncated", "variants of a wrong type"])
 def test_the_catalog_leaves_a_damaged_version_out(how: str, store: Path, caplog: pytest.LogCaptureFixture) -> None:
     damage(store / DEPLOYED, DAMAGE[how])
