@@ -31,6 +31,11 @@ def print_line(text: str) -> None:
     Console(highlight=False, soft_wrap=True).print(_plain(text))
 
 
+def print_fact(name: str, text: str) -> None:
+    """Print `name: text`; further lines are indented and cannot look like slmops's own."""
+    print_line("\n    ".join(f"{name}: {text}".splitlines()))
+
+
 def print_answer(question: str | None, model_id: str | None, answer: str | None) -> None:
     """Print a model's answer in one line, so that it cannot look like more lines of slmops's own."""
     shown = shorten(answer or "", SHOWN_OF_AN_ANSWER, placeholder=" ...")

@@ -7,7 +7,7 @@ import typer
 
 from slmops.deployments.cli import completion
 from slmops.deployments.cli.options import Json, Reference, VersionReference
-from slmops.deployments.cli.output import print_error, print_json, print_line, print_table, sized
+from slmops.deployments.cli.output import print_error, print_fact, print_json, print_line, print_table, sized
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
 
@@ -94,18 +94,19 @@ def show(reference: Reference, as_json: Json = False) -> None:
         print_json({**manifest.model_dump(), **kept, "says_origin": version.says_origin, "notes": notes, **stored})
         return
     source = manifest.source
-    print_line(f"{version.reference}  {manifest.created_at}  aliases: {', '.join(version.aliases) or '-'}")
-    print_line(f"source: {source.origin} ({source.architecture}, {source.parameters:,} parameters)")
+    made = " ".join(manifest.created_at.split())
+    print_line(f"{version.reference}  {made}  aliases: {', '.join(version.aliases) or '-'}")
+    print_fact("source", f"{source.origin} ({source.architecture}, {source.parameters:,} parameters)")
     print_line(f"        sha256 {source.digest}")
     if source.training_run:
-        print_line(f"training run: {source.training_run}")
+        print_fact("training run", source.training_run)
     print_line(f"stored: {version.uri}")
     print_line(f"        sha256 {manifest.digest}, {'signed' if signed else 'not signed'}")
     for tag, value in version.tags.items():
-        print_line(f"tag: {tag}={value}")
+        print_fact("tag", f"{tag}={value}")
     for note in version.notes:
-        print_line(f"note of {note.at[:19]}: {note.value.text}")
-    print_line("built by: " + ", ".join(f"{name} {number}" for name, number in manifest.builder.items()))
+        print_fact(f"note of {note.at[:19]}", note.value.text)
+    print_fact("built by", ", ".join(f"{name} {number}" for name, number in manifest.builder.items()))
     files = [
         {"variant": variant.precision, "file": file.path, "size": f"{file.size_bytes:,}", "sha256": file.sha256[:16]}
         for variant in version.variants

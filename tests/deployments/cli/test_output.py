@@ -7,7 +7,15 @@ import sys
 import pytest
 
 from slmops.deployments.cli import app as cli
-from slmops.deployments.cli.output import print_answer, print_error, print_line, print_note, print_piece, print_table
+from slmops.deployments.cli.output import (
+    print_answer,
+    print_error,
+    print_fact,
+    print_line,
+    print_note,
+    print_piece,
+    print_table,
+)
 from slmops.deployments.cli.stages import stage_display
 from slmops.deployments.server.environment import unusable_api
 from slmops.infra.errors import StageFailed
@@ -56,6 +64,11 @@ def test_a_password_in_an_address_is_not_shown(capsys: pytest.CaptureFixture[str
     assert "s3cr3t" not in captured.out + captured.err
     assert "http://***@127.0.0.1:4200/api" in captured.out
     assert without_passwords("me@host, s3://bucket/a@b") == "me@host, s3://bucket/a@b"
+
+
+def test_lines_of_a_note_are_told_from_slmops_own(capsys: pytest.CaptureFixture[str]) -> None:
+    print_fact("note", "first\nhome@9 is the champion\u2028sha256 0\n")
+    assert capsys.readouterr().out == "note: first\n    home@9 is the champion\n    sha256 0\n"
 
 
 def test_lines_tabs_and_letters_of_all_languages_stay(capsys: pytest.CaptureFixture[str]) -> None:
