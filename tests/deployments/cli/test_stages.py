@@ -1,6 +1,7 @@
 """The display of a run's stages: lines with times in a log, a live table on a terminal."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,7 +16,7 @@ class Time:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(stages.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 @pytest.fixture

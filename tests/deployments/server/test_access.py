@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -169,7 +170,8 @@ class TestTheWorkPool:
 
 def test_a_failed_restart_is_reported_and_tried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(range(0, 1000, 100))
-    monkeypatch.setattr("slmops.deployments.server.supervised.time.monotonic", lambda: float(next(times)))
+    clock = SimpleNamespace(monotonic=lambda: float(next(times)))  # not the one of all modules and their threads
+    monkeypatch.setattr("slmops.deployments.server.supervised.time", clock)
     logs = tmp_path / "logs"
     child = Supervised("The worker", ["version"], dict(os.environ), logs / "worker.log")
     logs.write_text("no folder any more")

@@ -9,6 +9,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -196,7 +197,7 @@ def test_a_collector_that_was_delayed_stops(registry: ModelRegistry, monkeypatch
     collector = Collector(registry.objects)
     collector.begin()
     later = time.monotonic() + leases.COLLECT_LEASE.total_seconds()
-    monkeypatch.setattr(time, "monotonic", lambda: later)
+    monkeypatch.setattr(leases, "time", SimpleNamespace(monotonic=lambda: later))
     with pytest.raises(PassingFault, check=coded("collector-delayed")):
         collector.renew()
 
