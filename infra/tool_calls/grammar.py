@@ -11,8 +11,12 @@ from slmops.infra.reasoning import ThoughtMarks
 from slmops.infra.records import Json
 from slmops.infra.tool_calls.call import Frame
 
-# As models are trained to write JSON: without it, a grammar allows any white space.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# A model writes JSON as it was trained: with single spaces or without. With any white space, an answer might never end.
+_JSON_STYLES = (
+    {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+    {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"},
+)
+_SPACE = '" "?'
 _BLANK = r"/[ \t\r\n]*/"
 
 
@@ -51,8 +55,8 @@ class CallGrammar:
             before = after = ""
         else:
             rules = [f"calls: call{more}"]
-            before = f"{self._mark(frame.opening)} {_text(frame.before)}"
-            after = f"{_text(frame.after)} {self._mark(frame.closing)}"
+            before = f"{self._mark(frame.opening)} {_optional(frame.before)}"
+            after = f"{_optional(frame.after)} {self._mark(frame.closing)}"
         named = [f"call{number}" for number in range(len(tools))]
         rules.append(f"call: {before} ({' | '.join(named)}) {after}")
         for rule, tool in zip(named, tools, strict=True):
@@ -64,10 +68,12 @@ class CallGrammar:
         assert isinstance(function, dict)
         schema = function.get("parameters") or {"type": "object", "properties": {}}
         assert isinstance(schema, dict)
-        head = f'{{"name": {json.dumps(function["name"])}, "{self._frame.arguments}": '
+        named = ['{"name":', f"{json.dumps(function['name'])},", f'"{self._frame.arguments}":', ""]
+        head = f" {_SPACE} ".join(_text(part) for part in named).strip()
+        styled = [json.dumps({"type": "object", **schema, "x-guidance": style}) for style in _JSON_STYLES]
         return [
-            f'{rule}: {json.dumps(head)} arguments{rule} "}}"',
-            f"arguments{rule}: %json {json.dumps({'type': 'object', **schema, 'x-guidance': _JSON_STYLE})}",
+            f'{rule}: {head} (spaced{rule} | compact{rule}) "}}"',
+            *(f"{name}{rule}: %json {text}" for name, text in zip(("spaced", "compact"), styled, strict=True)),
         ]
 
     def _mark(self, mark: str) -> str:
@@ -76,6 +82,11 @@ class CallGrammar:
 
 def _text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _optional(blank: str) -> str:
+    """Return the text that a form writes around its calls; where it is blank, a model may leave it out."""
+    return f"{_text(blank)}?" if blank and not blank.strip() else _text(blank)
 
 
 def _without(rule: str, mark: str) -> str:
