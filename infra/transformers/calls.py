@@ -288,12 +288,15 @@ class TrainedChatModel(Record):
 class TrainChatModel(Call[TrainedChatModel]):
     """Train a Qwen2-architecture chat model with a tokenizer of its own and write a Hugging Face checkpoint.
 
-    The files are JSON Lines of `{id, messages, expected, category}`; `architecture` are arguments of `Qwen2Config`;
-    `chat_template` is Jinja with ChatML's markers. `output_dir` must not exist.
+    The files are JSON Lines of `{id, messages, tools?, expected, category}`; `architecture` are arguments of
+    `Qwen2Config`; `chat_template` is Jinja with ChatML's markers. With `base_dir`, a checkpoint of this call, the
+    training starts from it with `added_tokens` beside its own; else from random weights. `output_dir` must not exist.
     """
 
     train_file: AbsolutePath
     eval_file: AbsolutePath
+    base_dir: AbsolutePath | None = None
+    added_tokens: tuple[str, ...] = ()
     architecture: Json
     chat_template: str
     vocabulary_size: int

@@ -45,8 +45,11 @@ def train_chat_model(call: TrainChatModel, progress: Progress) -> TrainedChatMod
     total = float(call.epochs * math.ceil(len(train_rows) / call.batch_size))
 
     progress(0, total, "training the tokenizer")
-    tokenizer = _train_tokenizer(train_rows, call, output_dir)
-    model = _new_model(call.architecture, tokenizer)
+    if call.base_dir is None:
+        tokenizer = _train_tokenizer(train_rows, call, output_dir)
+        model = _new_model(call.architecture, tokenizer)
+    else:
+        tokenizer, model = _base(call.base_dir, call)
     examples = [_encode(tokenizer, row) for row in train_rows]
     started = time.monotonic()
     train_loss = _fit(model, examples, call, tokenizer.pad_token_id, progress)
@@ -122,6 +125,20 @@ def _train_tokenizer(rows: Sequence[Row], call: TrainChatModel, output_dir: Path
     return loaded
 
 
+def _base(base_dir: Path, call: TrainChatModel) -> tuple[Any, Any]:
+    """Load a checkpoint of this module with the call's template and added tokens, whose embeddings are drawn."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer.add_tokens(list(call.added_tokens))
+    tokenizer.chat_template = call.chat_template
+    tokenizer.save_pretrained(call.output_dir)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    model.resize_token_embeddings(_padded(len(tokenizer)), mean_resizing=False)
+    return tokenizer, model
+
+
 def _new_model(architecture: Json, tokenizer: Any) -> Any:
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -146,10 +163,14 @@ def _padded(vocabulary_size: int) -> int:
 
 def _encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:
     """Return the row's token ids, prompt and answer with its end of turn, and the number of prompt tokens."""
-    prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    prompt_ids = tokenizer.encode(_prompt(tokenizer, row), add_special_tokens=False)
     answer_ids = tokenizer.encode(row["expected"] + END_OF_TURN, add_special_tokens=False)
     return prompt_ids + answer_ids, len(prompt_ids)
+
+
+def _prompt(tokenizer: Any, row: Row) -> str:
+    tools = row.get("tools") or None
+    return str(tokenizer.apply_chat_template(row["messages"], tools=tools, add_generation_prompt=True, tokenize=False))
 
 
 def _fit(
@@ -229,10 +250,7 @@ def _answers(checkpoint_dir: Path, rows: Sequence[Row], max_new_tokens: int) -> 
     model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)
     answers: list[str] = []
     for start in range(0, len(rows), EVALUATION_BATCH_ROWS):
-        prompts = [
-            tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
-            for row in rows[start : start + EVALUATION_BATCH_ROWS]
-        ]
+        prompts = [_prompt(tokenizer, row) for row in rows[start : start + EVALUATION_BATCH_ROWS]]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

@@ -23,7 +23,8 @@ from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.settings import Settings
 from slmops.infra.storage.leftovers import made_aside
 from slmops.infra.transformers.calls import TrainChatModel
-from slmops.tasks.checkpoint.inspection import OUTPUT_SCHEMA_FILE
+from slmops.tasks.checkpoint.inspection import EVALUATION_FILE, OUTPUT_SCHEMA_FILE
+from slmops.tasks.training import tool_demo
 
 Row = dict[str, Any]
 
@@ -114,16 +115,39 @@ class DemoCheckpoint:
 
 @dataclass(frozen=True)
 class _Recipe:
+    """A demo's data and training; `evaluation` are the lines of its evaluation file, `schema` that of its answers.
+
+    The training starts from the checkpoint of `base`, or from random weights.
+    """
+
     seed: int
     train_rows: list[Row]
     held_out_rows: list[Row]
+    training: Mapping[str, Any]
+    evaluation: list[Row]
+    schema: Mapping[str, object] | None = None
+    base: "_Recipe | None" = None
 
     @cached_property
     def key(self) -> str:
         """Digest of everything that determines the checkpoint's bytes, given equal floating-point arithmetic."""
         versions = {name: version(name) for name in LIBRARIES}
-        content = [self.seed, self.train_rows, self.held_out_rows, output_schema(), dict(TRAINING), versions]
+        content = [self.seed, self.train_rows, self.held_out_rows, self.schema, dict(self.training), versions]
+        content += [self.base.key] if self.base else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _json_recipe(seed: int) -> _Recipe:
+    train_rows, held_out_rows = smart_home_dataset(seed)
+    return _Recipe(seed, train_rows, held_out_rows, TRAINING, held_out_rows, output_schema())
+
+
+def _tool_recipe(seed: int) -> _Recipe:
+    base = _json_recipe(seed)
+    chooser = random.Random(seed)  # noqa: S311 - data, no secrets
+    train_rows, held_out_rows = tool_demo.tool_rows(base.train_rows, base.held_out_rows, chooser)
+    training = {**TRAINING, **tool_demo.TRAINING}
+    return _Recipe(seed, train_rows, held_out_rows, training, tool_demo.evaluation_lines(held_out_rows), base=base)
 
 
 @dataclass(frozen=True)
@@ -242,16 +266,18 @@ def make_demo_checkpoint(
     seed: int = 0,
     on_progress: OnProgress | None = None,
     *,
+    tools: bool = False,
     replace: bool = False,
 ) -> DemoCheckpoint:
     """Train the demo checkpoint of `seed`, or take it from the cache, and copy it into `directory`.
 
-    The cache is keyed by data, recipe and library versions. `directory` is written atomically; if it already is this
-    checkpoint, nothing is done. With `replace`, another demo checkpoint there (of another seed or recipe) is replaced.
+    With `tools` it is the one that calls functions, which is trained from the other. The cache is keyed by data, recipe
+    and library versions. `directory` is written atomically; if it already is this checkpoint, nothing is done. With
+    `replace`, another demo checkpoint there (of another seed or recipe) is replaced.
 
     Raises `BadInput` if `directory` contains anything else; `StageFailed` if training misses its accuracy.
     """
-    recipe = _Recipe(seed, *smart_home_dataset(seed))
+    recipe = _tool_recipe(seed) if tools else _json_recipe(seed)
     directory = directory.expanduser().absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         if _is_whole(directory, recipe.key):
@@ -262,12 +288,7 @@ def make_demo_checkpoint(
                 "Give a new or an empty folder, or remove this one.",
                 code="output-is-other-demo",
             )
-    cached = settings.cache_dir / "demo" / recipe.key[:32]
-    training_s = None
-    with only_maker(cached, on_progress):
-        if not _is_whole(cached, recipe.key):
-            shutil.rmtree(cached, ignore_errors=True)
-            training_s = _train(recipe, cached, settings, on_progress)
+    cached, training_s = _cached(recipe, settings, on_progress)
     with made_aside(directory) as aside:
         shutil.copytree(cached, aside)
         if not _is_whole(aside, recipe.key):
@@ -278,18 +299,32 @@ def make_demo_checkpoint(
     return _described(directory, training_s)
 
 
-def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnProgress | None) -> float:
+def _cached(recipe: _Recipe, settings: Settings, on_progress: OnProgress | None) -> tuple[Path, float | None]:
+    """Return the checkpoint in the cache, and how long its training took in seconds; None if it was there."""
+    cached = settings.cache_dir / "demo" / recipe.key[:32]
+    with only_maker(cached, on_progress):
+        if _is_whole(cached, recipe.key):
+            return cached, None
+        shutil.rmtree(cached, ignore_errors=True)
+        base = _cached(recipe.base, settings, on_progress)[0] if recipe.base else None
+        return cached, _train(recipe, base, cached, settings, on_progress)
+
+
+def _train(
+    recipe: _Recipe, base: Path | None, target: Path, settings: Settings, on_progress: OnProgress | None
+) -> float:
     """Train into `target`, which is written atomically, and return the duration in seconds."""
     with made_aside(target) as work_dir:
         work_dir.mkdir(parents=True)
-        for name, rows in (("train.jsonl", recipe.train_rows), ("eval.jsonl", recipe.held_out_rows)):
-            (work_dir / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+        _write_rows(work_dir / "train.jsonl", recipe.train_rows)
+        _write_rows(work_dir / EVALUATION_FILE, recipe.held_out_rows)
         result = run_in_child(
             TrainChatModel(
-                **TRAINING,
+                **recipe.training,
+                base_dir=base,
                 seed=recipe.seed,
                 train_file=work_dir / "train.jsonl",
-                eval_file=work_dir / "eval.jsonl",
+                eval_file=work_dir / EVALUATION_FILE,
                 output_dir=work_dir / "checkpoint",
             ),
             deadline_s=settings.timeout.train_s,
@@ -297,11 +332,17 @@ def _train(recipe: _Recipe, target: Path, settings: Settings, on_progress: OnPro
             work_dir=work_dir,
             on_progress=on_progress,
         ).value
-        schema = json.dumps(output_schema(), indent=2) + "\n"
-        (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8")
+        _write_rows(work_dir / "checkpoint" / EVALUATION_FILE, recipe.evaluation)
+        if recipe.schema is not None:
+            schema = json.dumps(recipe.schema, indent=2) + "\n"
+            (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8")
         _write_record(work_dir / "checkpoint", recipe, result.model_dump(include=set(_RESULTS)))
         (work_dir / "checkpoint").rename(target)
     return result.seconds
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
 
 
 def _write_record(directory: Path, recipe: _Recipe, results: Mapping[str, object]) -> None:

@@ -76,17 +76,6 @@ def test_every_answer_conforms_to_the_schema() -> None:
 _FIXED_VALUES = {value for intent in train.INTENTS for value in intent.action.values()}
 
 
-@pytest.fixture
-def tiny_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe of a few seconds: what surrounds the training is under test, not its accuracy."""
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    architecture = {**train.TRAINING["architecture"], **small, "num_key_value_heads": 1}
-    recipe = {**train.TRAINING, "architecture": architecture, "min_exact_match": 0.0, "max_new_tokens": 2}
-    monkeypatch.setattr(train, "TRAINING", recipe)
-    monkeypatch.setattr(train, "TRAIN_ROWS", 64)
-    monkeypatch.setattr(train, "HELD_OUT_ROWS", 20)
-
-
 def _contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
