@@ -38,6 +38,7 @@ from tests.support.versions import add_evidence
 BEFORE = Path(__file__).parents[1] / "data" / "store_before"
 # What the deploys were run with.
 ASKED = {
+    "SLMOPS_EVALUATION__BATCH_SIZE": "8",  # that release's default: a batch of another size has other roundings
     "SLMOPS_EVALUATION__MAX_ROWS": "2",
     "SLMOPS_EVALUATION__MAX_NEW_TOKENS": "4",
     "SLMOPS_EVALUATION__MAX_POSITIONS": "16",
