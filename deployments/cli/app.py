@@ -85,6 +85,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "check": machine.check,
         "config": machine.config,
         "up": up.up,
+        "pool": up.pool,
         "schedule": schedule.schedule,
     },
 }

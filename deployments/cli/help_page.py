@@ -61,6 +61,10 @@ EXAMPLES = {
         'slmops schedule helpdesk --cron "0 3 * * 0" --benchmark',
         "slmops schedule helpdesk --remove",
     ),
+    "pool": (
+        "slmops pool boxes --type docker --image slmops:1 --memory 8GB",
+        "slmops pool cluster --type kubernetes --image slmops:1 --limit 4",
+    ),
     "up": ("slmops up", "slmops up --check"),
 }
 

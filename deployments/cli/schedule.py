@@ -39,7 +39,7 @@ def schedule(
 
     slugs = {kind: f"{kind}-{check_name(name)}" for kind in ("retrain", "benchmark")}
     if remove:
-        _require_server()
+        require_server()
         gone = remove_schedules(slugs)
         print_line(f"Removed: {', '.join(gone)} of {name}." if gone else f"{name} has no schedule.")
         return
@@ -50,7 +50,7 @@ def schedule(
     else:
         what = "retrain"
         parameters = _retrain(name, dataset, base, {"evaluation_file": evaluation_file, "approval": approval})
-    _require_server()
+    require_server()
     planned = set_schedule(what, slugs[what], cron, timezone, parameters)
     if as_json:
         print_json(planned.model_dump(mode="json"))
@@ -81,7 +81,8 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _require_server() -> None:
+def require_server() -> None:
+    """Raise `BadInput` if no Prefect server is set."""
     if not os.environ.get("PREFECT_API_URL"):
         raise BadInput(
             "No Prefect server is set, and no slmops up runs with this home directory.",

@@ -39,7 +39,7 @@ def ensure_pool(name: str) -> str | None:
         if pool.type != POOL_TYPE:
             raise BadInput(
                 f"The work pool {name!r} is of the type {pool.type!r}; slmops runs in pools of the type {POOL_TYPE!r}.",
-                "Choose another with --pool.",
+                f"Choose another with --pool. Containers have their own worker: prefect worker start --pool {name}",
                 code="work-pool-type",
             )
         template = locked(pool.base_job_template or default)
