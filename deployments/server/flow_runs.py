@@ -21,6 +21,8 @@ TIMEOUT_S = 10.0
 # While its SQLite database is locked, which may take a minute, the API answers 503.
 BUSY_S = 60.0
 BUSY_POLL_S = 0.5
+# The API had the request: a repeated one is answered, unlike one to a server that is not there.
+LOST = (httpx.ReadTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
 FLOWS = ("deploy", "regate", "retrain", "benchmark", "promote", "rollback", "gc")
 UNDER_WAY = ("RUNNING", "PENDING", "PAUSED", "CANCELLING")
 
@@ -85,8 +87,16 @@ class RunReader:
         names = {deployment["id"]: deployment["name"] for deployment in deployments}
         return [DueRun(deployment=names[key], due_at=at) for key, at in first.items() if key in names]
 
-    def _post(self, path: str, query: Mapping[str, object]) -> httpx.Response:
-        return httpx.post(f"{self.url}/{path}", json=dict(query), headers=dict(self.headers), timeout=TIMEOUT_S)
+    def _post(self, path: str, query: Mapping[str, object], deadline: float) -> httpx.Response | None:
+        """Return the answer, or None before the deadline where it is to be asked for again."""
+        is_last = time.monotonic() > deadline
+        try:
+            answer = httpx.post(f"{self.url}/{path}", json=dict(query), headers=dict(self.headers), timeout=TIMEOUT_S)
+        except LOST:
+            if is_last:
+                raise
+            return None
+        return answer if is_last or answer.status_code != httpx.codes.SERVICE_UNAVAILABLE else None
 
     def find(self, named: str | None) -> Run:
         """Return the run of an id, a run's name or a model's name, by default of any: one under way, else the last.
@@ -121,13 +131,11 @@ class RunReader:
     def ask(self, path: str, query: Mapping[str, object]) -> Any:
         """Post a query, and return the answer; raises `BadInput` for parameters that a deployment does not take.
 
-        It is posted again while the API's database is busy.
+        It is posted again while the API's database is busy, and where its answer was lost.
         """
         deadline = time.monotonic() + BUSY_S
         try:
-            while (answer := self._post(path, query)).status_code == httpx.codes.SERVICE_UNAVAILABLE:
-                if time.monotonic() > deadline:
-                    break
+            while (answer := self._post(path, query, deadline)) is None:
                 time.sleep(BUSY_POLL_S)
             if answer.status_code == httpx.codes.CONFLICT:
                 reason = str(answer.json()["detail"]).removeprefix("Error creating flow run: ")
