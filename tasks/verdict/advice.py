@@ -133,7 +133,7 @@ def _accepting(rejection: Rejection) -> Iterator[Step]:
     if not set(names) & set(NEVER_ALLOWED):
         options = [word for name in dict.fromkeys(names) for word in ("--allow", name)]
         yield Step(
-            text="Or serve it in spite of this, which its report and its model card will say:",
+            text="Serve it in spite of this, which its report and its model card will say:",
             command=rejection.regate(*options),
         )
 
