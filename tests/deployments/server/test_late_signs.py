@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed, Running
 
-from slmops.deployments.server import automations
+from slmops.deployments.server import automations, notices
 from slmops.deployments.server.registration import read_deployments, register_deployments
 from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from slmops.infra.server_settings import PREFECT_TAG
@@ -27,7 +27,7 @@ def deploying() -> None:
 
 
 def test_a_late_sign_of_life_withdraws_the_verdict(server: str) -> None:
-    wanted = automations.automations(uuid4(), None, lost_after_s=90, owner="a test")
+    wanted = automations.automations(uuid4(), lost_after_s=90)
     (withdrawing,) = [automation for automation in wanted if automation.name == automations.LATE_SIGNS]
     with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
         withdrawing = withdrawing.create()
@@ -42,7 +42,7 @@ def test_a_late_sign_of_life_withdraws_the_verdict(server: str) -> None:
                     "event": automations.HEARTBEAT,
                     "occurred": datetime.now(UTC).isoformat(),
                     "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}"},
-                    "related": [automations.OF_OURS],
+                    "related": [notices.OF_OURS],
                 }
                 call("POST", f"{server}/events", [sign])
                 time.sleep(0.2)
