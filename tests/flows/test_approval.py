@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from prefect.client.schemas import State
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from slmops.deployments.cli import app as cli
 from slmops.deployments.cli.approving import ask_here
@@ -92,9 +92,9 @@ def test_no_approval_is_lost_with_an_answer_of_the_server(server: str, registry:
 
 
 def test_a_run_waits_on_while_the_server_does_not_answer(server: str, registry: ModelRegistry) -> None:
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), paused(promoting, server) as run:
-        with faults_of_the_api(outage := busy("GET", f"/flow_runs/{run.id}$", times=3)):
-            while len(outage.hits) < 3:
+    with paused(promoting, server) as run:
+        with faults_of_the_api(outage := busy("GET", f"/flow_runs/{run.id}$", times=13)):  # the client tries six times
+            while len(outage.hits) < 13:
                 assert not run.outcome.done(), run.result()
                 time.sleep(0.05)
         run.answer(decision="promote")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
+from prefect.client import base
 
 # As the server answers while SQLite is locked.
 LOCKED = {"exception_message": "Service Unavailable"}
@@ -48,20 +49,25 @@ def lost(method: str, pattern: str, times: int = 1) -> Fault:
 def faults_of_the_api(*faults: Fault) -> Iterator[None]:
     """Let these faults hit calls of this process, also those of Prefect's synchronous client; each has to hit."""
     send: Callable[[httpx.HTTPTransport, httpx.Request], httpx.Response] = httpx.HTTPTransport.handle_request
+    pause, injected = base.clamped_poisson_interval, list[Fault]()
 
     def faulty(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
         due = next((fault for fault in faults if fault.is_due(request)), None)
         if due and not due.is_lost:
-            return httpx.Response(503, json=LOCKED, request=request)
+            return httpx.Response(503, json=LOCKED, headers={"Retry-After": "0"}, request=request)
         answer = send(transport, request)
         if due:
             answer.read()
             answer.close()
+            injected.append(due)
             raise httpx.ReadError("the answer was lost", request=request)
         return answer
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(httpx.HTTPTransport, "handle_request", faulty)
-        patched.setattr("prefect.client.base.clamped_poisson_interval", lambda *_: 0.05)  # in place of seconds
+        # Prefect's client waits for seconds only after faults that are the server's own.
+        patched.setattr(
+            base, "clamped_poisson_interval", lambda *of: 0.05 if injected and injected.pop() else pause(*of)
+        )
         yield
     assert [fault for fault in faults if not fault.hits] == []

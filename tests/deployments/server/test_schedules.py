@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from slmops.deployments.cli import app as cli
 from slmops.deployments.server.registration import read_deployments, register_deployments
@@ -121,7 +121,7 @@ def test_without_a_server_nothing_is_scheduled(
 
 
 def test_an_api_that_stays_locked_is_said_in_one_sentence(api: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}), faults_of_the_api(busy("GET", "/deployments/", times=99)):
+    with faults_of_the_api(busy("GET", "/deployments/", times=99)):
         assert cli.run(["schedule", "home", "--remove"]) == 1
     assert "Prefect's API stopped to answer: it answers with status 503." in capsys.readouterr().err
 
@@ -131,10 +131,7 @@ def test_a_schedule_whose_change_the_server_does_not_confirm_is_set(
 ) -> None:
     weekly = ("schedule", "home", "--cron", "0 3 * * 0", "--benchmark")
     assert cli.run(weekly) == 0
-    with (
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}),
-        faults_of_the_api(lost("DELETE", "/schedules/"), lost("POST", "/schedules$")),
-    ):
+    with faults_of_the_api(lost("DELETE", "/schedules/"), lost("POST", "/schedules$")):
         assert cli.run(weekly) == 0, capsys.readouterr().err
     assert len(schedules(api, "benchmark")) == 1
     assert cli.run(["schedule", "home", "--remove"]) == 0

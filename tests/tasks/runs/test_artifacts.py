@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from prefect import flow
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
@@ -20,8 +20,7 @@ from tests.support.versions import store_version
 @pytest.fixture(autouse=True)
 def server_without_artifacts(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(progress, "ARTIFACT_INTERVAL_S", 0.0)
-    settings = {PREFECT_API_URL: server, PREFECT_CLIENT_MAX_RETRIES: 0}
-    with temporary_settings(settings), faults_of_the_api(busy("POST", "/artifacts/$", times=99)):
+    with temporary_settings({PREFECT_API_URL: server}), faults_of_the_api(busy("POST", "/artifacts/$", times=99)):
         yield
 
 
