@@ -64,20 +64,28 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
             logging.getLogger(logger).addFilter(_is_unexpected)
         logging.getLogger("prefect.task_runs").addFilter(_is_news)
         tag_by_parameters()
-        outcomes = _outcomes.get()
-        own_outcomes = _outcomes.set(None)  # a flow within this one has an outcome of its own
-        try:
-            result = flow_function(*args, **kwargs)
-        except SlmopsError as error:
-            name = "Rejected" if error.exit_code == REJECTED else "Failed"
-            result = cast(R, Failed(name=name, message=str(error), data=error))
-        finally:
-            _outcomes.reset(own_outcomes)
-        if outcomes is not None:
-            outcomes.append(result.data if isinstance(result, State) else result)
-        return result
+        return _told(functools.partial(flow_function, *args, **kwargs))
 
     return ending
+
+
+def _told(run: Callable[[], R]) -> R:
+    """Run a flow's function and tell `final_state` its outcome; a `SlmopsError` becomes a failed state.
+
+    It is not part of the flow's own function, which Prefect pickles with all that it names: no context variable can be.
+    """
+    outcomes = _outcomes.get()
+    own_outcomes = _outcomes.set(None)  # a flow within this one has an outcome of its own
+    try:
+        result = run()
+    except SlmopsError as error:
+        name = "Rejected" if error.exit_code == REJECTED else "Failed"
+        result = cast(R, Failed(name=name, message=str(error), data=error))
+    finally:
+        _outcomes.reset(own_outcomes)
+    if outcomes is not None:
+        outcomes.append(result.data if isinstance(result, State) else result)
+    return result
 
 
 def final_state(flow: Callable[..., object], *args: object, **kwargs: object) -> State[Any]:

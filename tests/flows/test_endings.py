@@ -4,12 +4,15 @@ import logging
 import threading
 import time
 
+import cloudpickle
 import pytest
 from prefect import State, flow
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Completed
 
+from slmops.flows.deploy import deploy
+from slmops.flows.on_worker import build_variant_on_worker
 from slmops.flows.promote import promote
 from slmops.infra.errors import BadInput, PassingFault
 from slmops.tasks.runs.stage import ends_by_its_errors, final_state, stage
@@ -67,6 +70,11 @@ def test_bad_input_is_one_line_in_the_log(server, refused, arguments, sentence):
     assert [sentence in log["message"] for log in logs if log["name"] == "prefect.flow_runs"].count(True) == 1
     with pytest.raises(BadInput, check=lambda error: sentence in str(error)):
         refused(*arguments)
+
+
+@pytest.mark.parametrize("run", [deploy, promote, build_variant_on_worker], ids=lambda run: run.name)
+def test_prefect_can_hand_a_flow_to_the_process_of_its_run(run):
+    assert cloudpickle.dumps(run)
 
 
 @flow(name="counted")

@@ -1,7 +1,9 @@
-"""The tool demo's main job, with its full training: SLMOPS_TESTS_TOOL_DEMO=all, as it takes five minutes of a core."""
+"""The tool demo's main job, with its full training, which takes five minutes of a core.
+
+Run as `python -m pytest tests/benchmarks/tool_demo.py`; `make test` has its parts, on less.
+"""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,6 @@ import pytest
 from slmops.tasks.training.tool_demo import NO_TOOL, TOOLS
 from tests.e2e.conftest import SMALL, Slmops
 from tests.support.served_models import RunningServer, serving
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("SLMOPS_TESTS_TOOL_DEMO") != "all", reason="set SLMOPS_TESTS_TOOL_DEMO=all"),
-]
 
 EVALUATED = {"SLMOPS_EVALUATION__MAX_ROWS": "60", "SLMOPS_EVALUATION__MAX_NEW_TOKENS": "112"}
 KITCHEN: Any = {"role": "user", "content": "Set the kitchen to 21 degrees"}
