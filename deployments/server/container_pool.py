@@ -5,10 +5,11 @@ The job templates are those that Prefect has of its integrations; the worker nee
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
+from slmops.deployments.server.work_pool import foreign_deployments
 from slmops.infra.errors import BadInput
 
 if TYPE_CHECKING:
@@ -114,23 +115,13 @@ def _template_of(kind: Kind) -> Mapping[str, Any]:
 
 
 def _require_own(client: "SyncPrefectClient", pool: "WorkPool", kind: Kind) -> None:
-    from prefect.client.schemas.filters import WorkPoolFilter
-
-    from slmops.infra.server_settings import PREFECT_TAG
-
     if pool.type != kind:
         raise BadInput(
             f"The work pool {pool.name!r} is of the type {pool.type!r}, not {kind!r}.",
             "Give another name.",
             code="work-pool-type",
         )
-    in_pool = WorkPoolFilter.model_validate({"name": {"any_": [pool.name]}})
-    others: Sequence[str] = [
-        deployment.name
-        for deployment in client.read_deployments(work_pool_filter=in_pool)
-        if PREFECT_TAG not in deployment.tags
-    ]
-    if others:
+    if others := foreign_deployments(client, pool.name):
         raise BadInput(
             f"The work pool {pool.name!r} has other deployments ({', '.join(others)}), which may need its settings.",
             "Give another name.",

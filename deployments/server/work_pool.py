@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slmops.infra.errors import BadInput
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 DEFAULT_POOL = "slmops"
 POOL_TYPE = "process"
@@ -21,11 +24,8 @@ def ensure_pool(name: str) -> str | None:
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-    from prefect.client.schemas.filters import WorkPoolFilter
     from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
     from prefect.workers.process import ProcessWorker
-
-    from slmops.infra.server_settings import PREFECT_TAG
 
     default = ProcessWorker.get_default_base_job_template()
     with get_client(sync_client=True) as client:
@@ -45,19 +45,24 @@ def ensure_pool(name: str) -> str | None:
         template = locked(pool.base_job_template or default)
         if template == pool.base_job_template:
             return None
-        in_pool = WorkPoolFilter.model_validate({"name": {"any_": [name]}})
-        others = [
-            deployment.name
-            for deployment in client.read_deployments(work_pool_filter=in_pool)
-            if PREFECT_TAG not in deployment.tags
-        ]
-        if others:
+        if others := foreign_deployments(client, name):
             return (
                 f"Clients that start runs in the work pool {name!r} can set their command and environment. slmops does "
                 f"not lock it, because it has other deployments ({', '.join(others)}); --pool names another pool."
             )
         client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
         return f"Clients that start runs in the work pool {name!r} can no longer set their command and environment."
+
+
+def foreign_deployments(client: "SyncPrefectClient", pool: str) -> list[str]:
+    """Return the names of a work pool's deployments that are not of slmops: they may need the pool's settings."""
+    from prefect.client.schemas.filters import WorkPoolFilter
+
+    from slmops.infra.server_settings import PREFECT_TAG
+
+    in_pool = WorkPoolFilter.model_validate({"name": {"any_": [pool]}})
+    deployments = client.read_deployments(work_pool_filter=in_pool)
+    return [deployment.name for deployment in deployments if PREFECT_TAG not in deployment.tags]
 
 
 def locked(template: dict[str, Any]) -> dict[str, Any]:
