@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from slmops.client import ENDED
 from slmops.deployments.server.flow_runs import RunReader
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.records import Record
@@ -20,7 +21,6 @@ POLL_S = 1.0
 # A server that restarts does not answer for a time, and its runs go on.
 SILENCE_S = 300.0
 LAST_LINES_S = 3.0  # a run's process sends the last lines of its log at its exit
-ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 # Lines of several processes arrive out of order: a line may be this much older than one that is there already.
 LATE = timedelta(seconds=15)
 PAGE = 200  # the most records that the API returns at once

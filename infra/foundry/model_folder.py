@@ -12,6 +12,7 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.storage.folders import link_or_copy
 from slmops.infra.storage.holders import name_prefix
 from slmops.infra.storage.leftovers import leftovers_in, remove
+from slmops.infra.storage.names import NOT_ON_WINDOWS
 
 GENAI_CONFIG = "genai_config.json"
 INFERENCE_MODEL = "inference_model.json"
@@ -118,7 +119,7 @@ def remove_model_folder(foundry_dir: Path, name: str, precision: str, version: i
 
 def _checked(file: str) -> str:
     path = PurePosixPath(file)
-    if not path.parts or path.is_absolute() or ".." in path.parts or set(file) & set('\\:*?"<>|'):
+    if not path.parts or path.is_absolute() or ".." in path.parts or set(file) & NOT_ON_WINDOWS:
         raise StageFailed(
             f"{file!r} cannot be a file of a model folder.",
             "Use plain relative names.",

@@ -48,7 +48,7 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
     reference = _Reference(call.reference_dir, call.rows) if call.reference_dir else None
     vocabulary = _vocabulary(model, reference)
     answers: list[_Answer] = []
-    has_confirmed = True
+    has_confirmed = vocabulary.comparable
     for done, question in enumerate(call.rows):
         progress(done, 2 * len(call.rows), "answers")
         expected = reference.rows[done] if reference else None

@@ -364,7 +364,9 @@ def test_a_padded_vocabulary_is_compared_without_the_padding(fp32, work):
 def test_a_vocabulary_of_another_model_is_reported_and_not_compared(fp32, work, tmp_path):
     run_reference(make_tiny_checkpoint(tmp_path / "padded", vocab_size=544), tmp_path / "reference")
     path = tmp_path / "reference" / "reference.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_size": 530}))
+    content = json.loads(path.read_text()) | {"tokenizer_size": 530}
+    content["rows"][0]["answer_ids"][3] = 529  # no token of the variant
+    path.write_text(json.dumps(content))
     result = run_evaluate(fp32, tmp_path / "reference")
     assert result["vocabulary"] == {"variant": 512, "reference": 544, "compared": 0, "comparable": False}
     figures = ("top1_agreement", "kl_divergence", "kl_divergence_p99", "perplexity", "reference_perplexity")
