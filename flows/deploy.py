@@ -12,7 +12,7 @@ from slmops.tasks.build.pools import check_pools
 from slmops.tasks.build.search import record_trials
 from slmops.tasks.build.variants import build_each
 from slmops.tasks.checkpoint.family import prove_family
-from slmops.tasks.checkpoint.preparation import prepare_checkpoint
+from slmops.tasks.checkpoint.preparation import prepare_checkpoint, put_into_store
 from slmops.tasks.choices import CHOICES
 from slmops.tasks.environment.checks import check_environment, check_room
 from slmops.tasks.exams.decoding import settle_decoding
@@ -22,7 +22,7 @@ from slmops.tasks.exams.source import sources_in_use
 from slmops.tasks.exams.text import read_text
 from slmops.tasks.plan import parse_request
 from slmops.tasks.questions.evaluation_set import read_evaluation
-from slmops.tasks.report.assemble import failed_report
+from slmops.tasks.report.assemble import built_report, failed_report
 from slmops.tasks.report.publish import publish_report, write_model_cards
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.declaration import takes
@@ -59,9 +59,11 @@ def deploy(parameters: DeployParameters) -> State[DeployReport]:
 def ship(request: DeployRequest) -> State[DeployReport]:
     """Run the requested stages in order."""
     shop = workshop()
-    check_environment(request.execution_provider, shop.settings)
+    check_environment("cpu" if request.build_only else request.execution_provider, shop.settings)
     recipes = plan_recipes(request)
     prepared = prepare_checkpoint(request, shop.settings)
+    if request.build_only:  # the machine that judges reads the checkpoint from the store
+        prepared = prepared.model_copy(update={"origin": put_into_store(prepared, shop.registry)})
     recipes = fitting_recipes(recipes, request, prepared.inspection.quantized)
     settled = settle_decoding(prepared.folder, request.generation_defaults)
     read = read_evaluation(
@@ -111,6 +113,9 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         record_climb(version, climbed)
         known = (*prepared.inspection.warnings, *settled.warnings)
         warnings = (*known, *climbed.warnings, *shop.registry.objects.notices())
+        if request.build_only:
+            report = built_report(version, prepared, evaluation, errors=built.errors, warnings=warnings)
+            return ended(publish_report(report, None, shop.settings))
         report = qualify(asked, version, prepared, errors=built.errors, warnings=warnings)
         if request.output:
             write_model_cards(report, version.manifest, request.output)

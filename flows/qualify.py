@@ -86,7 +86,7 @@ def qualify(
 
 def ended(report: DeployReport) -> State[DeployReport]:
     """Return the flow run's final state for a report."""
-    if report.status in ("registered", "unchanged"):
+    if report.status in ("registered", "unchanged", "built"):
         return Completed(message=report.summary, data=report)
     name = "Rejected" if report.status == "rejected" else "Failed"
     return Failed(name=name, message=report.summary, data=DeployEnded(report))

@@ -5,6 +5,7 @@ from prefect import State, flow
 from slmops.flows.qualify import ended, qualify
 from slmops.tasks.checkpoint.preparation import prepare_source
 from slmops.tasks.choices import CHOICES
+from slmops.tasks.environment.checks import check_runs_here
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.declaration import takes
 from slmops.tasks.request.parameters import RegateParameters
@@ -27,6 +28,7 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
         The report, in the states that `deploy` ends in.
     """
     version = find_version(parameters.reference)
+    check_runs_here(version)
     asked = request_again(parameters, version)
     prepared = prepare_source(version.manifest, workshop().settings) if needs_source(asked, version) else None
     return ended(qualify(asked, version, prepared))

@@ -61,10 +61,15 @@ def regate(parameters: dict[str, Any], log_level: LogLevel = None, as_json: Json
 def recipes(as_json: Json = False) -> None:
     """List the recipes that --recipe takes, and that --search tries."""
     from slmops.tasks.build.olive_config import OLIVE_PROVIDERS
-    from slmops.tasks.build.recipes import known_recipes
+    from slmops.tasks.build.recipes import known_recipes, load_recipe
 
     found = [
-        {"recipe": name, "precision": precision, "execution_provider": provider}
+        {
+            "recipe": name,
+            "precision": precision,
+            "execution_provider": provider,
+            "remarks": " ".join(load_recipe(name, provider).warnings),
+        }
         for provider in OLIVE_PROVIDERS
         for precision in PRECISIONS
         for name in known_recipes(precision, provider)

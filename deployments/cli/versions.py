@@ -116,6 +116,8 @@ def show(reference: Reference, as_json: Json = False) -> None:
     print_table("Variants (says its origin)" if version.says_origin else "Variants", list(_judged(version)))
     for line in _rejections(version):
         print_line(line)
+    if not version.deployed.variants:
+        print_line(f"Nothing is judged yet. Judge it: slmops regate {version.reference}")
     if version.report("report.html"):
         print_line(f"report: slmops open {version.reference}")
 

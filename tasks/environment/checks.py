@@ -7,10 +7,11 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import psutil
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.version import Version as Release
 
 from slmops.infra.errors import BadInput, SlmopsError, StageFailed
 from slmops.infra.foundry.calls import DescribeRuntime
@@ -22,6 +23,7 @@ from slmops.infra.records import Record
 from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.opening import open_object_store
+from slmops.infra.storage.version import Version
 from slmops.tasks.checkpoint.family import proof_of
 from slmops.tasks.checkpoint.from_gguf import from_gguf
 from slmops.tasks.checkpoint.inspection import Inspection, inspect_checkpoint
@@ -33,9 +35,9 @@ from slmops.tasks.environment.estimates import (
     estimate_stages,
 )
 from slmops.tasks.environment.host import installed_version
-from slmops.tasks.request.parameters import PRECISIONS
+from slmops.tasks.request.parameters import PRECISIONS, ExecutionProvider
 from slmops.tasks.runs.stage import stage
-from slmops.tasks.workshop import torch_process
+from slmops.tasks.workshop import torch_process, workshop
 
 DISTRIBUTION = "slmops"
 LOCK_FILE = Path(__file__).resolve().parents[2] / "constraints.txt"
@@ -48,7 +50,7 @@ STACK = (
 # Foundry Local loads these two packages, so the builder's format must match that of the serving runtime.
 BUNDLED_BY_FOUNDRY = {"onnxruntime": "onnxruntime", "onnxruntime-genai-core": "onnxruntime-genai"}
 CALIBRATED_BY_DEFAULT = ("int4",)  # precisions whose default recipe for CPU is calibrated
-CMAKE_MIN = Version("3.31")
+CMAKE_MIN = Release("3.31")
 
 
 class Check(Record):
@@ -150,21 +152,54 @@ def _check_cmake() -> Check:
     output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout if path else ""
     match = re.search(r"(\d+\.\d+(\.\d+)?)", output)
     found = match.group(1) if match else "not found"
-    ok = bool(match) and Version(found) >= CMAKE_MIN
+    ok = bool(match) and Release(found) >= CMAKE_MIN
     advice = "" if ok else "pip install 'cmake>=3.31'"
     return Check(name="CMake", required=f">={CMAKE_MIN}", found=found, ok=ok, what_to_do=advice)
 
 
+def provider_name(name: str) -> str:
+    """Return slmops's name of an execution provider of onnxruntime: `cpu` for `CPUExecutionProvider`."""
+    return name.removesuffix("ExecutionProvider").lower()
+
+
 def check_execution_provider(execution_provider: str, available: Iterable[str]) -> Check:
     """Check that onnxruntime can run on an execution provider (`cpu`, `cuda`, `dml`, `webgpu`)."""
-    names = [name.removesuffix("ExecutionProvider").lower() for name in available]
+    names = [provider_name(name) for name in available]
     ok = execution_provider in names
     return Check(
         name="Execution provider",
         required=execution_provider,
         found=", ".join(names),
         ok=ok,
-        what_to_do="" if ok else f"Install the onnxruntime-genai package for {execution_provider}, or use cpu.",
+        what_to_do=""
+        if ok
+        else f"Install the onnxruntime-genai package for {execution_provider}, or judge on a machine that has it: "
+        "deploy --build-only here, regate there.",
+    )
+
+
+def available_providers(settings: Settings) -> tuple[str, ...]:
+    """Return the execution providers of the runtime here; Foundry Local loads the same library as the builder."""
+    with work_folder(settings) as work:
+        child = run_in_child(
+            ListExecutionProviders(),
+            deadline_s=settings.timeout.measure_s,
+            log_path=settings.cache_dir / "logs" / "execution-providers.log",
+            work_dir=work,
+        )
+    return child.value
+
+
+def check_providers(settings: Settings) -> Check:
+    """List the execution providers of the runtime here, and the recipes' providers that it lacks."""
+    found = [provider_name(name) for name in available_providers(settings)]
+    absent = [name for name in get_args(ExecutionProvider) if name not in found]
+    return Check(
+        name="execution providers",
+        required="cpu",
+        found=", ".join(found),
+        ok="cpu" in found,
+        what_to_do=f"For {', '.join(absent)}: build here with --build-only, judge where it is." if absent else "",
     )
 
 
@@ -226,7 +261,7 @@ def check_machine(settings: Settings, checkpoint: str | None, *, source_build: b
     """
     inspection = inspect_checkpoint(Path(checkpoint).expanduser()) if checkpoint else None
     checks = [*check_system(source_build=source_build), *check_packages(), check_foundry_runtime(settings)]
-    checks += [*check_foundry_command(settings), check_store(settings)]
+    checks += [check_providers(settings), *check_foundry_command(settings), check_store(settings)]
     if inspection and checkpoint:
         checks += [
             Check(name="checkpoint", required="no remarks", found=warning, ok=True) for warning in inspection.warnings
@@ -319,15 +354,17 @@ def check_environment(execution_provider: str, settings: Settings) -> None:
     """Check Python, the system and the stack; raises `StageFailed` naming every mismatch."""
     checks = [*check_system(), *check_packages()]
     if execution_provider != "cpu":
-        with work_folder(settings) as work:
-            child = run_in_child(
-                ListExecutionProviders(),
-                deadline_s=settings.timeout.measure_s,
-                log_path=settings.cache_dir / "logs" / "execution-providers.log",
-                work_dir=work,
-            )
-        checks.append(check_execution_provider(execution_provider, child.value))
+        checks.append(check_execution_provider(execution_provider, available_providers(settings)))
     require_packages(checks)
+
+
+@stage("check providers", run_name="check-providers-{version.name}")
+def check_runs_here(version: Version) -> None:
+    """Raise `StageFailed` for a version with a variant of an execution provider that this machine lacks."""
+    providers = {variant.execution_provider for variant in version.variants} - {"cpu"}
+    if providers:
+        available = available_providers(workshop().settings)
+        require_packages([check_execution_provider(provider, available) for provider in sorted(providers)])
 
 
 @stage("check room", run_name="check-room")

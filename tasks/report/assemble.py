@@ -196,6 +196,45 @@ def deploy_report(
     )
 
 
+def built_report(
+    version: Version,
+    prepared: PreparedCheckpoint,
+    evaluation: EvaluationSet,
+    *,
+    errors: Mapping[str, str],
+    warnings: Sequence[str],
+) -> DeployReport:
+    """Return the report of a version that was built to be judged on another machine."""
+    source = version.manifest.source
+    built = [
+        VariantReport(
+            precision=variant.precision,
+            status="built",
+            size_bytes=variant.size_bytes,
+            uri=variant.uri,
+            digest=variant.digest,
+            recipe=variant.recipe,
+            reason="It is not judged yet.",
+        )
+        for variant in version.variants
+    ]
+    provider = version.variants[0].execution_provider
+    return DeployReport(
+        name=version.name,
+        version=version.number,
+        status="failed" if errors else "built",
+        aliases=version.aliases,
+        reason=f"Judge it on a machine with {provider} and the same store: slmops regate {version.reference}",
+        variants=tuple(in_order_of_size([*failures_of(errors), *built])),
+        checkpoint=source.origin,
+        parameters=source.parameters,
+        evaluation=evaluation.summary,
+        foundry_dir=str(workshop().settings.foundry_dir),
+        warnings=tuple(warnings),
+        provenance=provenance_of(version.manifest),
+    )
+
+
 def failed_report(
     request: DeployRequest, prepared: PreparedCheckpoint, evaluation: EvaluationSet, errors: Mapping[str, str]
 ) -> DeployReport:

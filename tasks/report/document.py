@@ -107,6 +107,8 @@ def _verdict(report: DeployReport) -> Iterator[Block]:
 def _headline(report: DeployReport) -> str:
     if report.version is None:
         return "No variant could be built, so there is no version."
+    if any(variant.status == "built" for variant in report.variants):
+        return "Built and stored; not judged yet."
     if report.selected is None:
         passed = [variant.precision for variant in report.variants if variant.status == "registered"]
         return "No variant was chosen." if passed else "No variant may serve."

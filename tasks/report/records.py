@@ -19,8 +19,8 @@ from slmops.tasks.verdict.advice import Advice
 from slmops.tasks.verdict.gate import GateVerdict
 from slmops.tasks.verdict.history import History
 
-VariantStatus = Literal["registered", "rejected", "failed"]
-DeployStatus = Literal["registered", "unchanged", "rejected", "failed"]
+VariantStatus = Literal["registered", "rejected", "built", "failed"]  # built: not judged yet
+DeployStatus = Literal["registered", "unchanged", "rejected", "built", "failed"]
 
 
 class VariantDetails(BaseModel):
@@ -131,7 +131,7 @@ class DeployReport(BaseModel):
         """One sentence on how it ended."""
         by_status = {
             status: [variant.precision for variant in self.variants if variant.status == status]
-            for status in ("registered", "rejected", "failed")
+            for status in ("registered", "rejected", "built", "failed")
         }
         parts = [f"{', '.join(names)} {status}" for status, names in by_status.items() if names]
         lead = "unchanged: " if self.status == "unchanged" else ""

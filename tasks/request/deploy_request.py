@@ -66,6 +66,13 @@ class DeployRequest(DeployParameters):
             )
         if self.device == "npu":
             raise BadInput("There is no recipe for NPUs yet.", "Use --device cpu or gpu.", code="no-recipe-for-npu")
+        judging = [name for name in ("quick", "search", "promote") if getattr(self, name)]
+        if self.build_only and judging:
+            raise BadInput(
+                f"--build-only judges nothing, and --{judging[0]} needs a judgement.",
+                "Leave one of them out.",
+                code="build-only-asks-for-more",
+            )
         for field in declared(DeployParameters):
             _check_range(field.name, getattr(self, field.name), field.parameter.values)
         parse_budget(self.budget)
@@ -92,7 +99,10 @@ class DeployRequest(DeployParameters):
         if self.output:
             check_output(Path(self.output))
         return replace(
-            self, precisions=tuple(dict.fromkeys(self.precisions)), recipes=tuple(dict.fromkeys(self.recipes))
+            self,
+            precisions=tuple(dict.fromkeys(self.precisions)),
+            recipes=tuple(dict.fromkeys(self.recipes)),
+            no_climb=self.no_climb or self.build_only,  # a climb follows a judgement
         )
 
     @property

@@ -257,6 +257,14 @@ class DeployParameters:
             "A first look: one precision, few rows, no soak, no champion.",
         ),
     ] = False
+    build_only: Annotated[
+        bool,
+        Parameter(
+            "Build and store the variants without measuring or judging them, for an execution provider that this "
+            "machine lacks; regate judges them on a machine that has it.",
+            "Build and store only; slmops regate judges, where the provider is.",
+        ),
+    ] = False
     training_run: Annotated[
         str | None,
         Parameter(

@@ -20,6 +20,7 @@ from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Version
 from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.build.variants import Built
+from slmops.tasks.report.markdown import to_markdown
 from slmops.tasks.runs.stage import final_state
 from tests.support import reports
 from tests.support.versions import FILES, store_version
@@ -45,7 +46,8 @@ class Stages:
             architecture="Qwen2ForCausalLM",
             quantized=None,
         )
-        return SimpleNamespace(folder=self.folder, digest="a" * 64, origin="here", inspection=inspection)
+        fields = {"folder": self.folder, "digest": "a" * 64, "origin": "here", "inspection": inspection}
+        return SimpleNamespace(**fields, model_copy=lambda update: SimpleNamespace(**{**fields, **update}))
 
     def build(self, *asked: Any) -> Built:
         """Store a variant of each precision."""
@@ -107,6 +109,29 @@ def test_without_a_variant_there_is_no_version_and_the_report_says_why(stages: S
     assert {variant.precision: variant.error for variant in ended.report.variants} == stages.errors
     assert stages.registry.names() == []
     assert stages.qualified == []
+
+
+def test_what_is_only_built_is_stored_with_its_checkpoint_and_judged_by_nobody(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine without the variants' execution provider builds them for one that has it."""
+    checked: list[str] = []
+    monkeypatch.setattr(FLOW, "check_environment", lambda provider, settings: checked.append(provider))
+    monkeypatch.setattr(FLOW, "put_into_store", lambda prepared, registry: f"store://{'c' * 64}")
+    state = run(stages, device="gpu", execution_provider="webgpu", build_only=True)
+    report = state.result()
+    assert (state.name, report.reference, report.status, report.selected) == ("Completed", "home@1", "built", None)
+    assert [(variant.precision, variant.status) for variant in report.variants] == [("int4", "built")]
+    assert "slmops regate home@1" in report.reason
+    assert "not judged yet" in to_markdown(report)
+    version = stages.registry.find("home@1")
+    assert version.manifest.source.origin == f"store://{'c' * 64}"
+    assert (version.deployed.variants, version.serving, version.aliases) == ((), None, ())
+    assert (checked, stages.qualified) == (["cpu"], [])
+
+    stages.errors = {"int8": "Olive could not build it."}
+    ended = run(stages, build_only=True).result(raise_on_failure=False)
+    assert (ended.exit_code, ended.report.status) == (1, "failed")
 
 
 def test_a_plain_copy_has_a_folder_a_precision_and_its_model_card(stages: Stages, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from slmops.infra.genai.calls import SweptRequest
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.environment import checks
 from slmops.tasks.exams import on_workers
 from slmops.tasks.exams.source_lengths import SOURCE_LENGTHS, SourceLengths, SourceLengthsExam
 from slmops.tasks.report.markdown import to_markdown
@@ -28,7 +29,7 @@ from slmops.tasks.versions.champion import Standing
 from tests.support import reports
 from tests.support.errors import coded
 from tests.support.measurements import swept_row
-from tests.support.versions import evidence, store_version
+from tests.support.versions import BUILDER, SOURCE, evidence, store_version, stored_variant
 
 
 class AtOnce:
@@ -95,6 +96,21 @@ def test_a_variant_that_passes_is_registered_proven_and_selected(registry: Model
     version = registry.find("home@1")
     assert [record["selected"] for record in evidence(registry, version.manifest, "selection")] == ["int4"]
     assert version.serving is not None
+
+
+def test_what_was_built_for_another_machine_is_judged_only_where_its_provider_is(
+    registry: ModelRegistry, exams: AtOnce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = stored_variant(registry, tmp_path / "model").model_copy(update={"execution_provider": "webgpu"})
+    registry.commit("home", SOURCE, BUILDER, [stored])
+    available = ["CPUExecutionProvider"]
+    monkeypatch.setattr(checks, "available_providers", lambda settings: tuple(available))
+    with pytest.raises(StageFailed, check=coded("environment-unsuitable", "webgpu", "cpu")):
+        final_state(regate, "home@2", **OPEN).result()
+    assert exams.asked == []
+    available.append("WebGpuExecutionProvider")
+    report = final_state(regate, "home@2", **OPEN).result()
+    assert (report.status, registry.find("home@2").serving is not None) == ("registered", True)
 
 
 def test_a_variant_below_the_gate_is_rejected_and_taken_away(registry: ModelRegistry, exams: AtOnce) -> None:

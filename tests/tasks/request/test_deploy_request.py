@@ -89,6 +89,12 @@ class TestDevices:
         assert caught.value.what_to_do
 
 
+@pytest.mark.parametrize("option", ["quick", "search", "promote"])
+def test_what_is_only_built_cannot_be_looked_at_searched_or_promoted(option: str) -> None:
+    with pytest.raises(BadInput, check=coded("build-only-asks-for-more", f"--{option}")):
+        parse(build_only=True, **{option: True})
+
+
 BOUNDS = {
     "min_top1_agreement": (0, 1),
     "max_quality_loss": (0, 1),
