@@ -21,6 +21,7 @@ from slmops.infra.olive.mends import (
 )
 from slmops.infra.olive.mends.patching import replaced
 from slmops.infra.olive.options import BITS, BUILDER_QUANTIZATION_OPTIONS
+from slmops.infra.olive.scales import store_scales_in_half
 from slmops.infra.olive.streamed_quantization import streamed_quantization
 from slmops.infra.records import Untyped
 
@@ -74,6 +75,8 @@ def make_model(checkpoint: Path, folder: Path, options: dict[str, Untyped]) -> N
             block_size = options.get("block_size", DEFAULT_BLOCK_SIZE)
             bits = (is_quantized and lm_head_bits(model)) or BITS[precision]
             replace_embedding(model, bits=bits, block_size=block_size, tied=tied)
+        if target == "cpu":
+            store_scales_in_half(model)
 
     with ExitStack() as stack:
         stack.enter_context(_tokenizer_read_once())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from olive.common.quant.utils import WeightQuantizer
     from torch import Tensor
 
-ROUNDING = 2  # increased when the same weights and texts are rounded otherwise; part of a build's key
+ROUNDING = 3  # increased when the same weights and texts are rounded or stored otherwise; part of a build's key
 VALUES_AT_ONCE = 2**20  # that are rounded to nearest, 4 MB: with four times as many it takes twice as long
 # Grids that are tried for a group: its range, and its zero point, relative to those of its extreme weights.
 RATIOS = (1.0, 1.03, 0.96, 0.92, 0.88, 0.84)
@@ -46,14 +46,20 @@ class Rounded:
 
 
 def round_to_nearest(weight: "Tensor", quantizer: "WeightQuantizer") -> Rounded:
-    """Round a matrix as Olive's `WeightQuantizer` does, in fp32; a part of its rows at a time: it may be an lm_head."""
+    """Round a matrix to nearest, in fp32; a part of its rows at a time: it may be an lm_head."""
     import torch
 
     parts = []
     for rows in weight.split(max(1, VALUES_AT_ONCE // weight.shape[1])):
         scales, zero_points = quantizer.find_qparams(rows.float())
+        scales = as_stored(scales)
         parts.append((quantizer.quantize(rows.float(), scales, zero_points).to(torch.uint8), scales, zero_points))
     return Rounded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def as_stored(scales: "Tensor") -> "Tensor":
+    """Return scales as the built model has them (`slmops.infra.olive.scales`), so that weights are rounded to these."""
+    return scales.bfloat16().float()
 
 
 def round_for_inputs(weight: "Tensor", products: "Tensor", quantizer: "WeightQuantizer", damping: float) -> Rounded:
@@ -113,9 +119,9 @@ def find_grids(weight: "Tensor", importance: "Tensor", quantizer: "WeightQuantiz
     for rows in weight.split(max(1, VALUES_AT_ONCE // weight.shape[1])):
         scales, zero_points = (part.reshape(len(rows), -1) for part in quantizer.find_qparams(rows))
         groups, weights = rows.reshape(*scales.shape, -1), importance.reshape(scales.shape[1], -1)
-        best, least = (scales, zero_points), torch.full_like(scales, torch.inf)
+        best, least = (as_stored(scales), zero_points), torch.full_like(scales, torch.inf)
         for ratio, shift in itertools.product(RATIOS, (0,) if quantizer.symmetric else SHIFTS):
-            tried = (scales * ratio, (zero_points + shift).clamp(quantizer.minq, quantizer.maxq))
+            tried = (as_stored(scales * ratio), (zero_points + shift).clamp(quantizer.minq, quantizer.maxq))
             scale, zero = tried[0][..., None], tried[1][..., None]
             values = (groups / scale).add_(zero).round_().clamp_(quantizer.minq, quantizer.maxq)
             errors = (values.sub_(zero).mul_(scale).sub_(groups).square_() * weights).sum(-1)

@@ -73,7 +73,8 @@ def build_variant(
             "builder": builder_versions(),
             "generation": request.generation_defaults,
             "device": request.device,
-            **({"calibration": calibration.digest, "rounding": ROUNDING} if calibration else {}),
+            **({"calibration": calibration.digest} if calibration else {}),
+            "rounding": ROUNDING,
             **decoding,
             "mends": MENDS,
         }

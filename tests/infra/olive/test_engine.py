@@ -139,6 +139,8 @@ def test_quantized_builds_run_with_a_quantized_embedding(options: dict[str, Any]
     lookups = [node.op_type for node in graph.node if "input_ids" in node.input]
     assert "GatherBlockQuantized" in lookups
     assert "Gather" not in lookups
+    scales = {node.input[2] for node in graph.node if node.op_type in {"MatMulNBits", "GatherBlockQuantized"}}
+    assert not scales & {tensor.name for tensor in graph.initializer}  # they are restored from half of their bytes
 
 
 def test_sizes_fall_with_the_precision_and_keep_the_promise(tmp_path: Path) -> None:
@@ -150,8 +152,8 @@ def test_sizes_fall_with_the_precision_and_keep_the_promise(tmp_path: Path) -> N
         for precision in ("fp32", "fp16", "int8", "int4")
     }
     assert size["fp16"] <= 0.51 * size["fp32"]
-    assert size["int8"] <= 0.30 * size["fp32"]
-    assert size["int4"] <= 0.17 * size["fp32"]
+    assert size["int8"] <= 0.28 * size["fp32"]
+    assert size["int4"] <= 0.15 * size["fp32"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])

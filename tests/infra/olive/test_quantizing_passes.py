@@ -9,7 +9,7 @@ from olive.common.quant.utils import WeightQuantizer
 
 from slmops.infra.olive.calls import Build
 from slmops.infra.olive.engine import build
-from slmops.infra.olive.gptq_rounding import Rounded, find_grids, round_for_inputs, round_to_nearest
+from slmops.infra.olive.gptq_rounding import Rounded, as_stored, find_grids, round_for_inputs, round_to_nearest
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import load_recipe
 from tests.support.checkpoints import make_tiny_checkpoint
@@ -82,7 +82,8 @@ class TestRounding:
             rounded = Rounded(quantizer.quantize(weight, scales, zeros), scales, zeros).restored()
             return ((rounded - weight).square() * importance).reshape(*scales.shape, -1).sum(-1)
 
-        plain, found = errors(*quantizer.find_qparams(weight)), errors(*find_grids(weight, importance, quantizer))
+        scales, zeros = quantizer.find_qparams(weight)
+        plain, found = errors(as_stored(scales), zeros), errors(*find_grids(weight, importance, quantizer))
         assert (found <= plain * (1 + 1e-5)).all()
         assert found.sum() < 0.95 * plain.sum()
 
