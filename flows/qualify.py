@@ -11,7 +11,7 @@ from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams import first_look
 from slmops.tasks.exams.on_workers import examine_on_workers
 from slmops.tasks.exams.source import has_source, sources_in_use
-from slmops.tasks.exams.statements import statements_of
+from slmops.tasks.exams.statements import Statement, statements_of
 from slmops.tasks.report.assemble import deploy_report, failures_of, judged
 from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
@@ -74,14 +74,18 @@ def qualify(
             champion_id=standing.foundry_model_id,
             warnings=(*warnings, *standing.warnings),
             unchanged=not any(outcome.changed for outcome in outcomes),
-            statements=statements_of(prepared.folder, prepared.inspection, asked.generation_defaults)
-            if prepared
-            else (),
+            statements=_statements(asked, prepared),
         )
         report = publish_report(report, version, settings)
     if standing.refusal:
         raise standing.refusal
     return report
+
+
+def _statements(asked: Qualification, prepared: PreparedCheckpoint | None) -> tuple[Statement, ...]:
+    if asked.statements is not None:
+        return asked.statements
+    return statements_of(prepared.folder, prepared.inspection, asked.generation_defaults) if prepared else ()
 
 
 def ended(report: DeployReport) -> State[DeployReport]:

@@ -11,6 +11,7 @@ from slmops.deployments.cli.output import (
     print_json,
     print_line,
     print_plots,
+    print_prose,
     print_statements,
     print_table,
 )
@@ -135,8 +136,8 @@ def _show_report(report: "DeployReport") -> None:
             print_line(f"{variant.precision} attempts: {attempts_text(variant.attempts)}")
     for line in advice_lines(report):
         print_line(line)
-    for text in [*report.warnings, *(text for variant in report.variants for text in variant.warnings)]:
-        print_line(f"warning: {text}")
+    for text in report.all_warnings:
+        print_prose(f"warning: {text}")
     answered = next((variant for variant in reversed(report.variants) if variant.answer), None)  # the smallest
     if answered:
         print_answer(report.question, answered.foundry_model_id, answered.answer)
@@ -159,4 +160,4 @@ def _show_plan(plan: "DeployPlan") -> None:
     print_line(f"About {plan.time_s:,.0f} s in all. Estimates are for two cores.")
     print_statements(plan.statements)
     for text in plan.warnings:
-        print_line(f"warning: {text}")
+        print_prose(f"warning: {text}")

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from textwrap import shorten
+from textwrap import fill, shorten
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -29,6 +29,19 @@ def print_json(document: Mapping[str, object]) -> None:
 def print_line(text: str) -> None:
     """Print a line of plain text on standard output."""
     Console(highlight=False, soft_wrap=True).print(_plain(text))
+
+
+def print_prose(text: str) -> None:
+    """Print running text on standard output; on a terminal its lines break between words."""
+    print_line(_between_words(text, Console()))
+
+
+def _between_words(text: str, console: Console) -> str:
+    """Return text in lines that fit a terminal. A longer word stays whole, because a copy would have the line end."""
+    if not console.is_terminal:
+        return text
+    lines = (fill(line, console.width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines())
+    return "\n".join(lines)
 
 
 def print_fact(name: str, text: str) -> None:
@@ -126,6 +139,7 @@ def print_error(error: SlmopsError, *, as_json: bool) -> None:
         print_json({"error": {"message": error.message, "what_to_do": error.what_to_do}})
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/bold red] {_plain(error.message)}")
+    said = _between_words(f"error: {error.message}", console).removeprefix("error:")
+    console.print(f"[bold red]error:[/bold red]{_plain(said)}")
     if error.what_to_do:
         console.print(_plain(error.what_to_do))

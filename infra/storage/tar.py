@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from slmops.infra.errors import BadInput
-from slmops.infra.foreign_files import open_regular
+from slmops.infra.foreign_files import NotRegularFile, open_regular
 from slmops.infra.storage.local import CHUNK_BYTES
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -177,10 +177,15 @@ class TarReader:
 @contextmanager
 def opened_tar(file: Path) -> Iterator[TarReader]:
     """Open an archive; raises `BadInput` if it is not a file, cannot be read or is compressed."""
-    if not file.is_file():
+    if not file.exists():
         raise BadInput(f"There is no file {file}.", "Name a file that slmops export wrote.")
+    if file.is_dir():
+        raise BadInput(f"{file} is a folder.", "Name a file that slmops export wrote.")
     try:
         stream = open_regular(file)
+    except NotRegularFile as error:  # the check of an archive reads it more than once
+        message = f"{file} cannot be read: {error.strerror}."
+        raise BadInput(message, "Write its content to a file, and import that.", code="file-not-regular") from None
     except OSError as error:
         raise BadInput(f"{file} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
     with stream:

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.checkpoints.thinking_switch import thinking_switch
 from slmops.infra.checkpoints.tokenizer import TOKENIZER, saved_by, trained_by_file
 from slmops.infra.genai.template_files import mend_template
 from slmops.infra.gguf.conversion import ORIGIN_FILE
 from slmops.infra.records import Json, Record
+from slmops.infra.storage.version import Version
 from slmops.tasks.checkpoint.inspection import Inspection
 from slmops.tasks.exams.decoding import CONFIG, GENERATION_CONFIG, TEMPLATE, EndTokens, read_end_tokens, settle_decoding
 from slmops.tasks.exams.decoding import TOKENIZER as NAMED_END
@@ -44,6 +47,9 @@ class Statement(Record):
     used: str
 
 
+STATEMENTS = TypeAdapter(tuple[Statement, ...] | None)
+
+
 def statements_of(
     folder: Path, inspection: Inspection, given: Mapping[str, float] | None = None
 ) -> tuple[Statement, ...]:
@@ -62,6 +68,17 @@ def statements_of(
         _tied(folder, inspection),
         _generation(folder, given or {}),
     )
+
+
+def recorded_statements(version: Version) -> tuple[Statement, ...] | None:
+    """Return the facts in the report of a version's last deploy, with the generation parameters that were given then.
+
+    None if there are none, or if another version of slmops recorded them in another form.
+    """
+    try:
+        return STATEMENTS.validate_python((version.deployed.model_extra or {}).get("statements") or None)
+    except ValidationError:
+        return None
 
 
 def tokenizer_statements(folder: Path) -> tuple[Statement, ...]:

@@ -341,10 +341,7 @@ def _attention(report: DeployReport) -> Iterator[Block]:
         for variant in report.variants
         if variant.error
     ]
-    warnings: list[Text] = [
-        *map(sentences, report.warnings),
-        *(f"{variant.precision}: {sentences(text)}" for variant in report.variants for text in variant.warnings),
-    ]
+    warnings = [sentences(text) for text in report.all_warnings]
     for title, items in (("Failures", failures), ("Warnings", warnings)):
         if items:
             yield Heading(title)
@@ -352,9 +349,7 @@ def _attention(report: DeployReport) -> Iterator[Block]:
 
 
 def _remarks(report: DeployReport) -> Iterator[Block]:
-    notes: list[Text] = [
-        f"{variant.precision}: {sentences(text)}" for variant in report.variants for text in variant.notes
-    ]
+    notes = [sentences(text) for text in report.all_notes]
     if notes:
         yield Heading("Notes")
         yield from bullets(notes)

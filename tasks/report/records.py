@@ -1,5 +1,6 @@
 """The record of a deploy; the other modules of this package render it."""
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -125,6 +126,23 @@ class DeployReport(BaseModel):
     def to_contract(self) -> dict[str, object]:
         """Return the JSON document of `slmops deploy --json`."""
         return self.model_dump(mode="json")
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """The deploy's warnings, and each one of its variants once, after the precisions that it is about."""
+        return (*self.warnings, *self._of_variants(lambda variant: variant.warnings))
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """Each note on the variants once, after the precisions that it is about."""
+        return self._of_variants(lambda variant: variant.notes)
+
+    def _of_variants(self, said: Callable[[VariantReport], Sequence[str]]) -> tuple[str, ...]:
+        precisions: dict[str, list[str]] = {}
+        for variant in self.variants:
+            for text in dict.fromkeys(said(variant)):
+                precisions.setdefault(text, []).append(variant.precision)
+        return tuple(f"{', '.join(names)}: {text}" for text, names in precisions.items())
 
     @property
     def summary(self) -> str:

@@ -18,6 +18,7 @@ from slmops.tasks.exams.measurement import MeasurementExam
 from slmops.tasks.exams.on_workers import Examined, answered
 from slmops.tasks.exams.source import ComparedExam, run_source_once
 from slmops.tasks.exams.source_lengths import SourceLengthsExam, needs_source_at_lengths
+from slmops.tasks.exams.statements import Statement
 from slmops.tasks.exams.template_parity import ParityExam, needs_parity
 from slmops.tasks.exams.text import TextExam, TextSample
 from slmops.tasks.foundry.ids import model_id_of
@@ -45,7 +46,8 @@ class Gate:
 class Qualification:
     """The request to qualify a version: rows, text, thresholds, budget, and the checks that are allowed to fail.
 
-    `generation_defaults` are those that the user gave for a new version; the report shows them.
+    `generation_defaults` are those that the user gave for a new version; the report shows them. `statements` are the
+    facts from the checkpoint's files that the last report of a stored version shows; None: they are read.
     """
 
     evaluation: EvaluationSet
@@ -57,6 +59,7 @@ class Qualification:
     quick: bool = False
     allow: Sequence[str] = ()
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
+    statements: tuple[Statement, ...] | None = None
 
     @property
     def compared_exams(self) -> list[ComparedExam[Any]]:

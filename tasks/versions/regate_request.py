@@ -3,6 +3,7 @@
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.version import Version
 from slmops.tasks.exams.answers import decoding_of, last_evaluation_set
+from slmops.tasks.exams.statements import recorded_statements
 from slmops.tasks.exams.text import read_text
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
 from slmops.tasks.request.budget import parse_budget
@@ -26,6 +27,7 @@ def request_again(parameters: RegateParameters, version: Version) -> Qualificati
         budget=budget,
         description=version.deployed.description,
         allow=check_allowed(parameters.allow),
+        statements=recorded_statements(version),
     )
 
 

@@ -29,7 +29,7 @@ from slmops.tasks.versions.champion import Standing
 from tests.support import reports
 from tests.support.errors import coded
 from tests.support.measurements import swept_row
-from tests.support.versions import BUILDER, SOURCE, evidence, store_version, stored_variant
+from tests.support.versions import BUILDER, SOURCE, add_evidence, evidence, store_version, stored_variant
 
 
 class AtOnce:
@@ -96,6 +96,16 @@ def test_a_variant_that_passes_is_registered_proven_and_selected(registry: Model
     version = registry.find("home@1")
     assert [record["selected"] for record in evidence(registry, version.manifest, "selection")] == ["int4"]
     assert version.serving is not None
+
+
+def test_the_facts_of_the_deploy_are_reported_again(registry: ModelRegistry, exams: AtOnce) -> None:
+    """Among them are the generation parameters that `deploy --model-config` was given."""
+    given = {"name": "generation defaults", "value": "none", "read_from": "-", "used": "given: temperature 0.2"}
+    deployed = {"variants": [{"precision": "int4", "status": "registered"}], "statements": [given]}
+    add_evidence(registry, registry.find("home@1").manifest, "deploy", deployed)
+    for _ in range(2):
+        report: Any = final_state(regate, "home@1", **OPEN).result()
+        assert [said.model_dump() for said in report.statements] == [given]
 
 
 def test_what_was_built_for_another_machine_is_judged_only_where_its_provider_is(

@@ -14,11 +14,12 @@ from slmops.deployments.cli.output import (
     print_line,
     print_note,
     print_piece,
+    print_prose,
     print_table,
 )
 from slmops.deployments.cli.stages import stage_display
 from slmops.deployments.server.environment import unusable_api
-from slmops.infra.errors import StageFailed
+from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.foreign_text import without_passwords
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\r\u202ec"
@@ -113,3 +114,22 @@ def test_an_unexpected_error_is_told_where_no_log_can_be_written(
     monkeypatch.setattr(cli, "write_whole", full)
     assert cli.run(["list"]) == 1
     assert "KeyError: 'unexpected'" in capsys.readouterr().err
+
+
+def test_running_text_breaks_between_words_on_a_terminal_and_nowhere_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "/home/user/a-folder/with-a-long-name/reports/home@1.html"  # a copy of it must have no line end
+    text = f"warning: other programs used half of the measurement's cores. See {path} on an idle machine."
+    print_prose(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    print_prose(text)
+    print_error(BadInput(text, f"slmops show {path}"), as_json=False)
+    printed, told = capsys.readouterr()
+    lines = printed.splitlines()
+    assert " ".join(lines) == text
+    assert [line for line in lines if len(line) > 40] == [path]
+    assert f"\n{path}\n" in told
+    assert told.endswith(f"slmops show {path}\n")

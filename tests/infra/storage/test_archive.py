@@ -816,11 +816,11 @@ class TestNoArchive:
         kept.assert_refused(r"is compressed \(gzip\)", tmp_path / "bomb.tar")
 
     def test_what_is_no_file(self, kept: Exported, tmp_path: Path) -> None:
-        for path in (tmp_path, tmp_path / "missing"):
-            kept.assert_refused("There is no file", path)
+        kept.assert_refused("There is no file", tmp_path / "missing")
+        kept.assert_refused("is a folder", tmp_path)
         if sys.platform != "win32":
             os.mkfifo(tmp_path / "pipe")
-            kept.assert_refused("There is no file", tmp_path / "pipe")
+            kept.assert_refused("it is a pipe", tmp_path / "pipe")
 
     def test_a_file_that_cannot_be_read(self, kept: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(_path: Path) -> Any:

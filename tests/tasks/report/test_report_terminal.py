@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from slmops.deployments.cli.output import print_plots
+from slmops.tasks.report.markdown import to_markdown
 from slmops.tasks.report.records import VariantDetails
 from slmops.tasks.report.terminal import terminal_plots
 from tests.support.reports import full_report, full_variant
@@ -26,6 +27,18 @@ def test_bars_are_in_proportion() -> None:
     bars = {line.split()[0]: line.count("█") for line in lines if "┤█" in line}
     assert bars["int4"] > bars["int8"] > bars["fp16"]
     assert bars["fp16"] / bars["int4"] == pytest.approx(420 / 779, abs=0.03)
+
+
+def test_a_warning_of_several_variants_is_told_once_with_their_names() -> None:
+    busy, slow = "The machine was busy.", "It is slow."
+    variants = [
+        full_variant(precision, warnings=warnings)
+        for precision, warnings in (("fp16", (slow, busy)), ("int8", (busy,)), ("int4", (busy, busy)))
+    ]
+    report = full_report(*variants, warnings=("The store is old.",))
+    told = ("The store is old.", f"fp16: {slow}", f"fp16, int8, int4: {busy}")
+    assert report.all_warnings == told
+    assert to_markdown(report).count(busy) == 1
 
 
 def test_nothing_is_drawn_without_room_or_a_comparison() -> None:
