@@ -8,13 +8,11 @@ from typing import Any
 
 from slmops.tasks.report.blocks import Block, spans
 from slmops.tasks.report.document import document
+from slmops.tasks.report.narrow import longest_word
 from slmops.tasks.report.plots import Plot
 from slmops.tasks.report.records import DeployReport
 
 TEMPLATES = Path(__file__).parent / "templates"
-# Prefect's page breaks no word, so a longer one would not fit a phone's screen (358 pixels without margins).
-LONGEST_WORD = 30
-LONGEST_CELL_WORD = 14
 
 
 def to_html(report: DeployReport, plots: Mapping[str, Plot]) -> str:
@@ -44,11 +42,6 @@ def blocks_to_html(blocks: Sequence[Block]) -> str:
     show = _environment(breaks=True).get_template("blocks.html.j2").module.show
     text = re.sub(r"<pre>.*?</pre>", lambda found: found[0].replace("\n", "&#10;"), str(show(blocks)), flags=re.S)
     return "".join(line.strip() for line in text.splitlines())
-
-
-def longest_word(narrow: bool) -> int:
-    """Return the characters of the longest word that fits Prefect's page on a phone, or a table's cell there."""
-    return LONGEST_CELL_WORD if narrow else LONGEST_WORD
 
 
 @cache

@@ -19,7 +19,8 @@ from slmops.tasks.report.blocks import (
     spans,
 )
 from slmops.tasks.report.document import PROMISED_SHARE_OF_FP32, document, size_share
-from slmops.tasks.report.html import blocks_to_html, longest_word
+from slmops.tasks.report.html import blocks_to_html
+from slmops.tasks.report.narrow import longest_word, narrowed
 from slmops.tasks.report.records import DeployReport, VariantReport
 from slmops.tasks.report.wording import decimal, estimated, megabytes, percent
 
@@ -76,6 +77,8 @@ def blocks_to_markdown(blocks: Sequence[Block], images: Mapping[str, str] | None
 
 
 def _rendered(blocks: Sequence[Block], images: Mapping[str, str] | None) -> list[str]:
+    if images is not None:
+        blocks = narrowed(blocks)
     return [text for text in (_block(block, images) for block in blocks) if text]
 
 

@@ -166,6 +166,8 @@ def _throughput(report: DeployReport) -> Plot | None:
         axes.invert_yaxis()
         axes.margins(x=0.3)
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=3)  # as many as fit with six digits each
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.set_xlabel(f"{title}, tok/s")
         axes.grid(visible=False, axis="y")
     return _plot("throughput", f"Throughput: {'; '.join(described)}.", figure)
@@ -217,6 +219,7 @@ def _latency(report: DeployReport) -> Plot | None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter(_plain_between_decades())
     axes.set_xlabel("prompt, tokens")
     axes.set_ylabel("time to first token, ms")
     axes.legend(frameon=False, labelcolor=_INK)
@@ -293,6 +296,17 @@ def _percent_axis() -> "Formatter":
     from matplotlib.ticker import PercentFormatter
 
     return PercentFormatter(1, symbol="")
+
+
+def _plain_between_decades() -> "Formatter":
+    """Return the formatter of a short logarithmic axis: numbers such as 0.4 and 300, no powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: Any = None) -> str:
+            return f"{x:,g}" if super().__call__(x, pos) else ""
+
+    return Plain(minor_thresholds=(1, 0.4))
 
 
 def _plot(name: PlotName, alt: str, figure: "Figure") -> Plot:

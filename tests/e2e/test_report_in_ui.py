@@ -16,11 +16,12 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.manifest import Manifest, Source
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams.statements import Statement
 from slmops.tasks.report.publish import publish_report
 from slmops.tasks.report.records import DeployReport
 from tests.support.chromium import Browser, screenshot
 from tests.support.prefect_api import query
-from tests.support.reports import full_report
+from tests.support.reports import full_report, full_variant
 from tests.support.versions import stored_variant
 from tests.tasks.report.test_report import HOSTILE, hostile_report
 
@@ -40,6 +41,7 @@ for (const one of root.querySelectorAll("h1, h2, h3, h4, p, li, table, th, td, i
     const box = one.getBoundingClientRect();
     if (!box.width || scrolls(one.closest("pre"))) continue;
     if (box.left < -1 || box.right > innerWidth + 1) told("beyond the window", one);
+    if (box.right > root.getBoundingClientRect().right + 1) told("beyond the page's column", one);
     if (one.matches("td, th") && one.scrollWidth > one.clientWidth + 1) told("cut", one);
 }
 for (const row of root.querySelectorAll("tr")) {
@@ -83,6 +85,17 @@ def stored_version(registry: ModelRegistry, folder: Path) -> Manifest:
     return manifest
 
 
+def report_of_long_words() -> DeployReport:
+    """A report with what no browser breaks: an address of the store, an answer without spaces, names of files."""
+    answer = '{"device":"light","room":"garage","action":"on","level":100}'
+    fact = {"name": "end of an answer", "value": "<|im_end|>", "used": "<|im_end|> (2)"}
+    return full_report(
+        *(full_variant(precision, answer=answer) for precision in ("fp16", "int8", "int4")),
+        checkpoint=f"store://{'3f' * 32}",
+        statements=(Statement(**fact, read_from="generation_config.json"),),
+    )
+
+
 def published(report: DeployReport, settings: Settings, server: str, tmp_path: Path) -> tuple[DeployReport, str]:
     """Publish a report as a deploy does; returns it and the address of its page."""
     registry = open_registry(settings)
@@ -109,7 +122,7 @@ def opened(driver: webdriver.Chrome, page: str, root: str = ".prose") -> None:
 def test_prefects_page_shows_the_plots_and_every_table(
     browser: Browser, settings: Settings, server: str, tmp_path: Path
 ) -> None:
-    _, page = published(full_report(), settings, server, tmp_path)
+    _, page = published(report_of_long_words(), settings, server, tmp_path)
     for width in WIDTHS:
         driver = browser(width, "light")
         opened(driver, page)
@@ -137,7 +150,7 @@ return [before, shown(), [...document.querySelectorAll("details")].every(one => 
 def test_folds_open_with_a_click_in_both_of_prefects_interfaces(
     browser: Browser, settings: Settings, server: str, tmp_path: Path
 ) -> None:
-    _, page = published(full_report(), settings, server, tmp_path)
+    _, page = published(report_of_long_words(), settings, server, tmp_path)
     for root, address in ((".prose", page), (".markdown-renderer", page.replace("/v2/", "/"))):
         driver = browser(390, "light")
         opened(driver, address, root)
