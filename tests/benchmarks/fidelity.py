@@ -8,9 +8,9 @@ are.
 
 All are compared with the checkpoint in fp32 on the same token ids: those of its own greedy answers to the built-in
 chats and to the questions of fidelity_questions.jsonl, whose expected answers give the score. slmops' variants run in
-onnxruntime-genai. Of llama.cpp's files the weights are compared, read by transformers, so that its figures lack the
-error of eight-bit activations, and are a little better than its runtime's. Sizes are of the weights' files, as shares
-of four bytes per parameter. The importance matrix (`+imatrix`) is made of the very texts that slmops calibrates on.
+onnxruntime-genai, llama.cpp's in llama.cpp (tests/benchmarks/logits.cpp); on the CPU, both round activations to eight
+bits. Sizes are of the weights' files, as shares of four bytes per parameter. The importance matrix (`+imatrix`) is made
+of the very texts that slmops calibrates on.
 
 Prints a Markdown table as it grows; takes about half an hour on two idle cores, and ten minutes more the first time, in
 which llama.cpp is built (tests/benchmarks/llama_cpp.py). `--plot` writes the divergences over the bytes of the first
@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,7 +35,6 @@ from slmops.infra.genai.measurement import cpu_model
 from slmops.infra.reference.answers import ANSWERS_FILE, LOGITS_FILE, SourceAnswers
 from slmops.infra.reference.distributions import compare_position
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
-from slmops.infra.transformers.answers import answer_greedily
 from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.environment.host import builder_versions
@@ -153,7 +151,7 @@ class Comparison:
         type_name, _, with_matrix = name.partition("+")
         matrix = llama.importance(whole, self._calibration_file()) if with_matrix else None
         llama.quantize(whole, file, type_name, self.settings.threads, importance=matrix)
-        divergence, agreement, score = self.fidelity_of_weights(file)
+        divergence, agreement, score = self._fidelity_of_llama_cpp(llama, file)
         return Point(
             of="llama.cpp",
             variant=name,
@@ -175,41 +173,32 @@ class Comparison:
         file.write_text("\n".join(texts), "utf-8")
         return file
 
-    def fidelity_of_weights(self, gguf: Path) -> tuple[float, float, float]:
-        """Return the mean KL divergence, the top-1 agreement and the score of a GGUF file's weights, run in fp32."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    def _fidelity_of_llama_cpp(self, llama: LlamaCpp, gguf: Path) -> tuple[float, float, float]:
+        """Return the mean KL divergence, the top-1 agreement and the score of a GGUF file in llama.cpp."""
         answers = SourceAnswers.model_validate_json((self.reference / ANSWERS_FILE).read_bytes())
         expected = iter(np.load(self.reference / LOGITS_FILE, mmap_mode="r"))
-        divergences, agreeing = [], []
-        for row in answers.rows:
-            ids = row.prompt_ids + row.answer_ids
-            with torch.inference_mode():
-                logits = model(input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits[0].numpy()
-            for at in row.positions:
-                compared = compare_position(next(expected), logits[at], ids[at + 1])
-                divergences.append(compared.kl_divergence or 0.0)
-                agreeing.append(compared.agrees)
-        return sum(divergences) / len(divergences), sum(agreeing) / len(agreeing), self._score(model, answers)
+        judged = [row for row in answers.rows if row.positions]
+        ids, first = [row.prompt_ids + row.answer_ids for row in judged], [min(row.positions) for row in judged]
+        threads = self.settings.threads
+        found = llama.logits(gguf, [row[:-1] for row in ids], first, threads)
+        compared = [
+            compare_position(next(expected), logits[at - start], row_ids[at + 1])
+            for row, row_ids, start, logits in zip(judged, ids, first, found, strict=True)
+            for at in row.positions
+        ]
+        divergence = sum(position.kl_divergence or 0.0 for position in compared) / len(compared)
+        agreement = sum(position.agrees for position in compared) / len(compared)
+        return divergence, agreement, self._score_of_llama_cpp(llama, gguf, answers)
 
-    def _score(self, model: Any, answers: SourceAnswers) -> float:
-        """Return the mean score of a model's greedy answers to the rows that expect one."""
-        from transformers import AutoTokenizer
+    def _score_of_llama_cpp(self, llama: LlamaCpp, gguf: Path, answers: SourceAnswers) -> float:
+        """Return the mean score of the greedy answers to the rows that expect one."""
+        from tokenizers import Tokenizer
 
-        sizes = self.settings.evaluation
-        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
-        prompts = {row.id: list(row.prompt_ids) for row in answers.rows}
+        tokenizer = Tokenizer.from_file(str(self.checkpoint / "tokenizer.json"))
+        prompts = {row.id: row.prompt_ids for row in answers.rows}
         scored = [row for row in self.rows if row.expected is not None]
-        found = answer_greedily(
-            tokenizer,
-            model,
-            [("", prompts[row.id]) for row in scored],
-            [sizes.max_new_tokens] * len(scored),
-            batch_size=sizes.batch_size,
-            progress=lambda done, total, what: None,
-        )
+        asked = [prompts[row.id] for row in scored]
+        found = llama.answers(gguf, asked, self.settings.evaluation.max_new_tokens, self.settings.threads)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
         scores = [row.scorer.score(text, row.expected or "") for row, text in zip(scored, texts, strict=True)]
         return sum(scores) / len(scores)

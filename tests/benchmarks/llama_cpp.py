@@ -10,10 +10,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from tests.benchmarks.watching import Watched, run_watched
@@ -21,8 +25,10 @@ from tests.support.packages import RealModelMissing
 from tests.support.real_models import LLAMA_CPP, real_model
 
 VERSION = LLAMA_CPP.version  # of llama-cpp-python; its source names the commit of llama.cpp
-TOOLS = ("llama-quantize", "llama-bench", "llama-imatrix")
+TOOLS = ("llama-quantize", "llama-bench", "llama-imatrix", "llama-logits")
+OWN_TOOL = Path(__file__).with_name("logits.cmake")  # `llama-logits`
 BUILD_JOBS = 2
+Logits = NDArray[np.float32]
 # Only these tools: no server, no web page, no test, nothing that is fetched while it builds.
 CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -113,6 +119,28 @@ class LlamaCpp:
         run_watched(command, log=out.with_suffix(".log"))
         return out
 
+    def logits(self, gguf: Path, rows: Sequence[Sequence[int]], first: Sequence[int], threads: int = 2) -> list[Logits]:
+        """Return for each row of token ids its logits [tokens - first, vocabulary] from a position on, in fp32."""
+        with tempfile.TemporaryDirectory(dir=gguf.parent) as work:
+            out = Path(work) / "logits"
+            self._evaluated(gguf, [(at, 0, row) for at, row in zip(first, rows, strict=True)], out, threads)
+            found = np.fromfile(out, np.float32)
+        lengths = [len(row) - at for row, at in zip(rows, first, strict=True)]
+        vocabulary = len(found) // sum(lengths)
+        return np.split(found.reshape(-1, vocabulary), np.cumsum(lengths)[:-1])
+
+    def answers(self, gguf: Path, rows: Sequence[Sequence[int]], new: int, threads: int = 2) -> list[list[int]]:
+        """Return the greedy answer to each row of token ids: `new` tokens at most, without the end token."""
+        with tempfile.TemporaryDirectory(dir=gguf.parent) as work:
+            lines = self._evaluated(gguf, [(0, new, row) for row in rows], Path(work) / "logits", threads)
+        return [[int(token) for token in line.split()] for line in lines.splitlines()]
+
+    def _evaluated(self, gguf: Path, asked: Sequence[tuple[int, int, Sequence[int]]], out: Path, threads: int) -> str:
+        rows = out.with_name("rows")
+        rows.write_text("".join(f"{first} {new} {' '.join(map(str, ids))}\n" for first, new, ids in asked), "utf-8")
+        command: list[str | Path] = [self._tool("llama-logits"), gguf, rows, out, str(threads)]
+        return run_watched(command, log=gguf.with_suffix(".log")).output
+
     def bench(self, gguf: Path, *, prompt: int = 128, new: int = 64, threads: int = 2, rounds: int = 5) -> BenchResult:
         """Measure as llama-bench does: after a warm-up, `new` tokens after a prompt of `prompt`, timed apart."""
         fixed = ["-m", str(gguf), "-t", str(threads), "-ngl", "0", "-o", "json"]
@@ -181,6 +209,7 @@ def _build(folder: Path, log: Path) -> None:
     source, build = folder / "source" / "vendor" / "llama.cpp", folder / "build"
     cmake, ninja = _build_tools(folder, log)
     options = [f"-D{name}={value}" for name, value in CMAKE_OPTIONS.items()]
+    options.append(f"-DCMAKE_PROJECT_INCLUDE={OWN_TOOL}")
     options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     _run([cmake, "-S", str(source), "-B", str(build), *options], log)
     _run([cmake, "--build", str(build), "--config", "Release", "--target", *TOOLS, "-j", str(BUILD_JOBS)], log)
