@@ -85,6 +85,15 @@ _GRANITE_4 = {
     100264: "<|start_of_role|>",
     100265: "<|end_of_role|>",
 }
+# LFM2's control tokens at the numbers of Llama 3's: both split texts alike, and no package has LFM2's own vocabulary.
+_LFM2 = {
+    128000: "<|startoftext|>",
+    128001: "<|pad|>",
+    128006: "<|im_start|>",
+    128007: "<|im_end|>",
+    128008: "<|tool_call_start|>",
+    128009: "<|tool_call_end|>",
+}
 _SMOLLM3 = {
     128002: "<think>",
     128003: "</think>",
@@ -119,6 +128,15 @@ REAL_FAMILIES = {
     ),
     "smollm3": RealFamily(
         "smollm3", "tokenizers/llama3_1", "HuggingFaceTB-SmolLM3-3B", eos="<|im_end|>", added=_SMOLLM3, begins=False
+    ),
+    "lfm2": RealFamily(
+        "llama",
+        "tokenizers/llama3_1",
+        "LFM2.5-Instruct",
+        bos=_LFM2[128000],
+        eos="<|im_end|>",
+        pad="<|pad|>",
+        added=_LFM2,
     ),
     "qwen2.5": RealFamily("qwen2", "tokenizers/qwen3", "Qwen-Qwen2.5-7B-Instruct", last=151664),
     "qwen3": RealFamily("qwen3", "tokenizers/qwen3"),
@@ -173,7 +191,7 @@ REAL_FAMILIES = {
 }
 
 # Which configurations of tests.support.family_configs Foundry is asked about with their real tokenizer and template. Of
-# Qwen3.5, llama.cpp has the splitting of texts, with the vocabulary of Qwen2.
+# Qwen3.5 and LFM2, llama.cpp has the splitting of texts and the template; the vocabulary is Qwen2's and Llama 3's.
 TOKENIZER_OF = {
     "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5",
     "HuggingFaceTB/SmolLM3-3B": "smollm3",
@@ -188,12 +206,14 @@ TOKENIZER_OF = {
     "Qwen/Qwen3.5-0.8B (text)": "qwen3.5",
     "google/gemma-2-2b-it": "gemma-2",
     "google/gemma-3-270m-it": "gemma-3",
+    "google/gemma-3-4b-it (text)": "gemma-3",
     "mistralai/Mistral-7B-v0.1": "mistral-v0.1",
     "mistralai/Mistral-7B-Instruct-v0.3": "mistral-v0.3",
     "mistralai/Ministral-3-3B-Instruct-2512 (text)": "ministral-3",
     "ibm-granite/granite-3.3-2b-instruct": "granite-3.3",
     "ibm-granite/granite-4.0-micro": "granite-4",
     "openai/gpt-oss-20b": "gpt-oss",
+    "LiquidAI/LFM2-350M": "lfm2",
 }
 
 # Families whose vocabulary takes each test several seconds, or is that of another family too.
@@ -203,6 +223,7 @@ LARGE = {
     "gemma-2",
     "gemma-3",
     "gpt-oss",
+    "lfm2",
     "llama-3.1",
     "phi-4-mini",
     "qwen2.5",
