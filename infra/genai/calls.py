@@ -303,6 +303,19 @@ class Generate(_OnModel[Generated]):
         return generate(self, progress)
 
 
+class Probe(_OnModel[int]):
+    """Load a model and compute one step, to find out whether it runs; return the length of its logits.
+
+    Raises `StageFailed` if it does not.
+    """
+
+    def perform(self, progress: Progress) -> int:
+        """See `slmops.infra.genai.runtime.GenaiModel`."""
+        from slmops.infra.genai.runtime import GenaiModel
+
+        return GenaiModel(self.model_dir, threads=self.threads).vocabulary_size
+
+
 class ListExecutionProviders(Call[tuple[str, ...]]):
     """Return the execution providers of the installed onnxruntime under its own names."""
 

@@ -8,20 +8,23 @@ from pydantic import Field
 
 from slmops.infra.checkpoints.dequantization import packed_checkpoint
 from slmops.infra.checkpoints.folder import read_json
-from slmops.infra.errors import BadInput
+from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.files import write_whole
+from slmops.infra.genai.calls import Probe
 from slmops.infra.genai.served_files import MENDS, MendedFile, mend_files
 from slmops.infra.olive.calls import Build
 from slmops.infra.olive.gptq_rounding import ROUNDING
 from slmops.infra.process.slots import only_maker, slot
+from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json, Record
 from slmops.infra.reference.decoding import PLAIN
+from slmops.infra.settings import Settings
 from slmops.infra.storage.folders import place, work_folder
 from slmops.infra.storage.leftovers import made_aside
 from slmops.infra.storage.manifest import StoredVariant, digest_of
 from slmops.tasks.build.calibration import Calibration
 from slmops.tasks.build.olive_config import olive_run_config
-from slmops.tasks.build.recipes import Recipe
+from slmops.tasks.build.recipes import OLIVE_CONFIG, Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.environment.host import builder_versions
 from slmops.tasks.exams.decoding import settle_decoding
@@ -29,6 +32,10 @@ from slmops.tasks.request.deploy_request import DeployRequest, check_output
 from slmops.tasks.runs.progress import stage_progress
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import workshop
+
+NOT_RUN = frozenset(
+    {"model-does-not-open", "model-does-not-run", "genai-config-not-valid"}
+)  # codes of onnxruntime-genai's
 
 
 class BuiltVariant(Record):
@@ -108,6 +115,8 @@ def build_variant(
             set_generation_defaults(work / "model", {**penalty, **request.generation_defaults})
             set_end_tokens(work / "model", settled.end_token_ids)
             mended = mend_files(work / "model", prepared.folder)
+            if recipe.id == OLIVE_CONFIG and recipe.execution_provider == "cpu":
+                check_that_it_runs(work / "model", settings, work)
             variant = StoredVariant(
                 precision=recipe.precision,
                 device=request.device,
@@ -128,6 +137,21 @@ def build_variant(
         )
         write_whole(record, built.model_dump_json(indent=2))
     return built
+
+
+def check_that_it_runs(model: Path, settings: Settings, work: Path) -> None:
+    """Raise `BadInput` if onnxruntime-genai cannot run what a user's own passes made of a model."""
+    call = Probe(model_dir=model, threads=settings.threads)
+    try:
+        run_in_child(call, deadline_s=settings.timeout.evaluate_s, log_path=work / "probe.log", work_dir=work)
+    except StageFailed as error:
+        if error.code not in NOT_RUN:
+            raise
+        raise BadInput(
+            f"onnxruntime-genai cannot run the result of the Olive configuration: {error.message}",
+            "Change or leave out the passes beside ModelBuilder.",
+            code="olive-result-does-not-run",
+        ) from error
 
 
 def set_generation_defaults(folder: Path, defaults: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What a recipe is calibrated on: the user's chats, the checkpoint's own answers, and never what is judged."""
+"""Builds in the torch process: what a recipe is calibrated on (never what is judged), and what a user's passes make."""
 
 import json
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from slmops.infra.settings import CalibrationSettings, MachineSettings, Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.tasks.build.build import build_variant
 from slmops.tasks.build.calibration import calibrate_once, read_calibration_file, write_calibration_file
+from slmops.tasks.build.olive_config import read_olive_config
 from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -152,3 +153,19 @@ def test_the_same_texts_give_the_same_variant_and_others_another(
     file = write(tmp_path / "chats", *(chat(f"say {number}", "abc " * number) for number in range(40)))
     other = calibrate_once.fn(request(file), prepared, [])
     assert build_variant.fn(recipe, prepared, request(), other).variant.digest != first.variant.digest
+
+
+def test_a_users_passes_whose_result_does_not_run_are_bad_input(
+    shop: Workshop, prepared: PreparedCheckpoint, tmp_path: Path
+) -> None:
+    renamed = {"surgeon": "RenameOutputs", "old_names": ["logits"], "new_names": ["scores"]}
+    passes = {
+        "builder": {"type": "ModelBuilder", "precision": "int4"},
+        "surgeries": {"type": "GraphSurgeries", "surgeries": [renamed]},
+    }
+    file = tmp_path / "olive.json"
+    file.write_text(json.dumps({"passes": passes}), "utf-8")
+    before = {*shop.settings.cache_dir.glob("builds/*.json")}
+    with pytest.raises(BadInput, check=coded("olive-result-does-not-run", "logits")):
+        build_variant.fn(read_olive_config(file), prepared, request())
+    assert {*shop.settings.cache_dir.glob("builds/*.json")} == before
