@@ -51,10 +51,11 @@ def qualify(
         if prepared:
             run_sources(asked, version, prepared)
         elsewhere = examine_on_workers(version, asked.evaluation.rows)
-        outcomes = []
-        for variant in version.variants:
+        found = {}
+        for variant in sorted(version.variants, key=lambda variant: variant.size_bytes):  # what all share costs least
             checkpoint = prepared.folder if prepared and has_source(variant) else None
-            outcomes.append(qualify_variant(asked, variant, checkpoint, elsewhere.get(variant.precision)))
+            found[variant.precision] = qualify_variant(asked, variant, checkpoint, elsewhere.get(variant.precision))
+        outcomes = [found[variant.precision] for variant in version.variants]
 
         registered = [outcome.report for outcome in outcomes if outcome.report.status == "registered"]
         choice = choose_variant([judged(report) for report in registered], parse_budget(asked.budget))

@@ -19,7 +19,7 @@ from slmops.infra.foundry.calls import EndureInFoundry
 from slmops.infra.genai.calls import EndureInGenai
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.endurance import LONG_USE, Endure, TypedInput
-from slmops.infra.records import Json, Record
+from slmops.infra.records import Json, Record, later_field
 from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.manifest import digest_of as digest_of_json
@@ -28,9 +28,11 @@ from slmops.tasks.exams.estimates import DRIFT_BLOCKS, Estimate, drift
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.questions.edge_inputs import MAX_CONTROL_TOKENS, ControlToken, EdgeInput, edge_inputs
 from slmops.tasks.questions.evaluation_set import EvaluationRow, digest_of, plain_rows
-from slmops.tasks.workshop import Workshop
+from slmops.tasks.workshop import Workshop, workshop
 
 Runtime = Literal["genai", "foundry"]
+# full: every edge input; short: those whose outcome depends on the weights.
+Extent = Literal["full", "short"]
 
 CALLS: dict[Runtime, type[Endure]] = {"genai": EndureInGenai, "foundry": EndureInFoundry}
 PACKAGES: dict[Runtime, tuple[str, ...]] = {
@@ -77,10 +79,12 @@ class Endurance(Record):
     """A variant's soak and edge inputs in one runtime; `memory` is None if the soak did not end.
 
     A soak that did not end is among `edge_inputs` as well, under the name of
-    `slmops.infra.process.endurance.LONG_USE`: its input is ordinary, and is not handled.
+    `slmops.infra.process.endurance.LONG_USE`: its input is ordinary, and is not handled. The inputs of a short `extent`
+    are those that depend on the weights.
     """
 
     runtime: Runtime
+    extent: Extent = later_field("full")
     memory: MemoryGrowth | None
     edge_inputs: tuple[EdgeInputOutcome, ...]
     notes: tuple[str, ...]
@@ -193,13 +197,14 @@ def examine_endurance(
     conversations: Sequence[EvaluationRow],
     runtime: Runtime,
     *,
+    extent: Extent = "full",
     kind: type[Endure] | None = None,
 ) -> Endurance:
     """Run the soak and the edge inputs on a genai model folder, the bench's, in a runtime, in a separate child process.
 
     A child that dies at an input is replaced, at most three times, and the remaining inputs follow. The first of the
     conversations is the ordinary request, and the soak cycles over the first few (`soak_conversations`). `kind`
-    replaces the runtime's own call.
+    replaces the runtime's own call. `extent` says which edge inputs are tried.
 
     Raises `StageFailed` and its kinds for a model that does not load or does not answer an ordinary request.
     """
@@ -207,8 +212,8 @@ def examine_endurance(
     soak, deadline_s = settings.soak, settings.timeout.exercise_s
     typed = control_tokens(bench.model)
     context_length = int(read_json(bench.model / "genai_config.json")["model"]["context_length"])
-    course = _Course(soak.requests, edge_inputs(context_length, typed))
-    if not typed:
+    course = _Course(soak.requests, _inputs(extent, edge_inputs(context_length, typed)))
+    if not typed and extent == "full":
         course.notes.append("The tokenizer names no control token, so the input with control tokens was left out.")
     plain = plain_rows(conversations)
     rows = plain[: soak_conversations(soak.requests, len(plain))]
@@ -239,12 +244,17 @@ def examine_endurance(
         course.notes.append("No soak was requested: the growth of memory is not known.")
     return Endurance(
         runtime=runtime,
+        extent=extent,
         memory=memory,
         edge_inputs=tuple(course.outcomes),
         notes=tuple(course.notes),
         versions=runtime_versions(runtime),
         wall_s=time.monotonic() - started,
     )
+
+
+def _inputs(extent: Extent, inputs: Sequence[EdgeInput]) -> list[EdgeInput]:
+    return [edge_input for edge_input in inputs if extent == "full" or edge_input.depends_on_weights]
 
 
 def runtime_versions(runtime: Runtime) -> dict[str, str]:
@@ -298,9 +308,10 @@ class EnduranceExam(Exam[Endurance]):
 
     kind, name, done_before = ENDURANCE, "exercise", "exercised before"
 
-    def __init__(self, runtime: Runtime, conversations: Sequence[EvaluationRow]) -> None:
+    def __init__(self, runtime: Runtime, conversations: Sequence[EvaluationRow], extent: Extent = "full") -> None:
         self.runtime: Runtime = runtime
         self.conversations = conversations
+        self.extent: Extent = extent
 
     @property
     def id(self) -> str:
@@ -323,13 +334,39 @@ class EnduranceExam(Exam[Endurance]):
             "versions": dict(runtime_versions(self.runtime)),
             "soak": settings.soak.model_dump(mode="json"),
             "conversations": digest_of(self.conversations),
-            "edge_inputs": digest_of_json(json.dumps([asdict(edge_input) for edge_input in edge_inputs(0, [])])),
+            "edge_inputs": digest_of_json(
+                json.dumps([asdict(edge_input) for edge_input in _inputs(self.extent, edge_inputs(0, []))])
+            ),
         }
 
     def take(self, bench: Bench, variant: Variant, shop: Workshop) -> Endurance:
         """See `Exam.take`."""
-        return examine_endurance(shop.settings, bench, self.conversations, self.runtime)
+        return examine_endurance(shop.settings, bench, self.conversations, self.runtime, extent=self.extent)
 
     def stands(self, found: Endurance) -> bool:
         """Not if the process died, because the machine may have been short of memory."""
         return not any(outcome.outcome == "crashed" for outcome in found.edge_inputs)
+
+
+def endurance_exams(variant: Variant, rows: Sequence[EvaluationRow]) -> tuple[EnduranceExam, ...]:
+    """Return the exams of a variant's endurance in each runtime.
+
+    An exam is short if another variant of the version, of which only the weights differ, has taken it in full and
+    handled every input: only what depends on the weights is left to be found out.
+    """
+    settings = workshop().settings
+    siblings = [other for other in variant.version.variants if other != variant and _of_weights(other, variant)]
+    exams = []
+    for runtime in CALLS:
+        full = EnduranceExam(runtime, rows)
+        is_left = full.known(variant, settings) is None
+        found = (full.known(sibling, settings) for sibling in siblings if is_left)
+        short = any(in_full and all(tried.handled for tried in in_full.edge_inputs) for in_full in found)
+        exams.append(EnduranceExam(runtime, rows, "short") if short else full)
+    return tuple(exams)
+
+
+def _of_weights(variant: Variant, other: Variant) -> bool:
+    """Whether two variants differ only in their weights and graphs."""
+    texts = [{file.path: file.sha256 for file in one.files if ".onnx" not in file.path} for one in (variant, other)]
+    return texts[0] == texts[1]

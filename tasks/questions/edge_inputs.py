@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_CONTROL_TOKENS = 8
+# What the weights can change: memory and figures at the longest prompt, and the embeddings of tokens that training
+# rarely saw. The outcome of every other input follows from the runtime, the tokenizer and the chat template.
+OF_THE_WEIGHTS = frozenset({"longer than the context", "10,000 repeats of one character", "odd code points"})
 
 _CONTROL_CHARACTERS = "".join(map(chr, [*range(1, 0x20), *range(0x7F, 0xA0)]))
 # Families joined by zero-width joiners, skin tones, flags of two letters and of tags, a keycap.
@@ -39,6 +42,11 @@ class EdgeInput:
     name: str
     messages: tuple[dict[str, str], ...]
     control_tokens: tuple[ControlToken, ...] = ()
+
+    @property
+    def depends_on_weights(self) -> bool:
+        """Whether two variants with the same files but the weights may differ in its outcome."""
+        return self.name in OF_THE_WEIGHTS
 
 
 def edge_inputs(context_length: int, control_tokens: Sequence[ControlToken]) -> tuple[EdgeInput, ...]:

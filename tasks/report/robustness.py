@@ -82,6 +82,7 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
     rows: list[Sequence[Text]] = []
     faults: list[Text] = []
     reaching: dict[str, list[str]] = {}
+    short: list[str] = []
     folded: list[Block] = []
     for variant, endurance in _in_each_runtime(variants):
         name = f"{variant.precision}, {RUNTIMES[endurance.runtime]}"
@@ -89,6 +90,7 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
         if not outcomes:
             continue
         counts = [str(sum(request.outcome == outcome for request in outcomes)) for outcome in ("answered", "refused")]
+        short += [name] if endurance.extent == "short" else []
         bad = [outcome for outcome in outcomes if not outcome.handled]
         rows.append((name, *counts, Strong(str(len(bad))) if bad else "0"))
         faults += [joined([f"{name}: ", _outcome(outcome)], "") for outcome in bad]
@@ -101,6 +103,11 @@ def edge_input(variants: Variants, selected: str | None) -> Iterator[Block]:
     if rows:
         yield Paragraph("Each difficult input must end in an answer or a clean error, and leave the runtime working.")
     yield from table(("variant, runtime", "answered", "refused", "bad"), rows)
+    if short:
+        yield Paragraph(
+            "A variant of the version with the same tokenizer, chat template and settings handled all inputs, so only "
+            f"those whose outcome depends on the weights were tried here: {'; '.join(short)}."
+        )
     yield from bullets(faults)
     for runtime, precisions in reaching.items():
         yield Paragraph(

@@ -10,7 +10,7 @@ from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.climbing import last_climb
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import AnswersExam
-from slmops.tasks.exams.endurance import EnduranceExam
+from slmops.tasks.exams.endurance import endurance_exams
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.length_sweep import length_sweep_of
@@ -139,9 +139,7 @@ def _examined(
     at_lengths = SourceLengthsExam(measured, checkpoint, asked.evaluation.decoding)
     can_ask = at_lengths.can_be_asked(variant, workshop().settings)
     silent = examine(at_lengths, variant) if can_ask else None
-    endurance = tuple(
-        answered(exam, variant, elsewhere) for exam in (EnduranceExam("genai", rows), EnduranceExam("foundry", rows))
-    )
+    endurance = tuple(answered(exam, variant, elsewhere) for exam in endurance_exams(variant, rows))
     return VariantDetails(
         measurement=measured,
         evaluation=evaluated,

@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams.endurance import ENDURANCE
 from tests.e2e.conftest import Slmops
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.genai_models import build_genai_model
@@ -127,9 +128,21 @@ def test_sabotaged_variants_are_rejected_by_the_right_check(demo: Demo, tmp_path
     assert "genai gives other tokens" in parity["detail"]
     vocabulary = failed_checks(variant_of(report, "int4"))["vocabulary"]
     assert vocabulary["detail"].endswith("the reference 640")
+    assert tried_in(registry, "sabotaged") == {"fp16": "full", "int8": "full"}  # no other has the same template
+    assert tried_in(registry, "home") == {"fp16": "short", "int8": "short", "int4": "full"}
     page = (slmops.home / "reports" / "sabotaged@1.html").read_text("utf-8")
     assert "&lt;|im_start|&gt;" in page and "swapped" in page  # both strings are shown
     slmops.run("delete", version.reference, "--yes")
+
+
+def tried_in(registry: ModelRegistry, name: str) -> dict[str, str]:
+    """The extent of each variant's edge inputs by the first version's evidence, where all runtimes have the same."""
+    version = registry.version(name, 1)
+    records = version.records(ENDURANCE)
+    precisions = {variant.digest: variant.precision for variant in version.variants}
+    extents = {(precisions[str(record.content["variant"])], record.value.extent) for record in records}
+    assert len(extents) == len(dict(extents)) == len(records) / 2
+    return dict(extents)
 
 
 def _zero_a_weight(folder: Path) -> None:

@@ -76,10 +76,10 @@ def test_a_prompt_that_takes_long_is_cut_unless_the_context_is_shorter(run):
     fault = {"context_length": 10_000}
     lines, _ = run(fault, edge_inputs=[said("cut", "x" * 9000), said("whole", "x" * 20_000)])
     assert [(outcome["name"], outcome["prompt_tokens"], outcome["outcome"]) for outcome in outcomes(lines)] == [
-        ("cut", 2048, "answered"),
+        ("cut", 1024, "answered"),
         ("whole", 20_000, "refused"),
     ]
-    assert [line["note"] for line in lines if "note" in line] == ["cut: cut to 2,048 of 9,000 characters to save time."]
+    assert [line["note"] for line in lines if "note" in line] == ["cut: cut to 1,024 of 9,000 characters to save time."]
 
 
 def test_a_soak_that_is_refused_ends_and_the_edge_inputs_go_on(run):

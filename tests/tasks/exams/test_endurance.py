@@ -18,6 +18,7 @@ from slmops.tasks.exams.endurance import (
     Endurance,
     EnduranceExam,
     control_tokens,
+    endurance_exams,
     examine_endurance,
     memory_growth,
     soak_conversations,
@@ -30,7 +31,7 @@ from slmops.tasks.workshop import Workshop, working_in
 from tests.infra.child_functions import EndureFake
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.genai_models import build_genai_model
-from tests.support.versions import evidence, stored_variant
+from tests.support.versions import SOURCE, evidence, stored_variant, write_files
 
 CONTEXT_LENGTH = 1024
 NAMES = [edge_input.name for edge_input in edge_inputs(CONTEXT_LENGTH, [ControlToken("<end>", 5)])]
@@ -45,7 +46,7 @@ MB = 2**20
 def run(tmp_path):
     """Run the endurance test on a fake runtime with a fault; returns the record."""
 
-    def run(fault, *, requests=0, exercise_s=120, on_progress=None):
+    def run(fault, *, requests=0, exercise_s=120, on_progress=None, extent="full"):
         model_dir = tmp_path / "model"
         model_dir.mkdir(exist_ok=True)
         (model_dir / "fault.json").write_text(json.dumps({"taken": [], **fault}))
@@ -58,7 +59,8 @@ def run(tmp_path):
             timeout=TimeoutSettings(exercise_s=exercise_s),
         )
         work_dir = tmp_path / "work"
-        found = examine_endurance(settings, Bench(model_dir, work_dir, on_progress), ROWS, "genai", kind=EndureFake)
+        bench = Bench(model_dir, work_dir, on_progress)
+        found = examine_endurance(settings, bench, ROWS, "genai", extent=extent, kind=EndureFake)
         assert [path.name for path in work_dir.iterdir()] == ["exam.log"]
         assert Endurance.model_validate_json(found.model_dump_json()) == found
         return found
@@ -180,11 +182,56 @@ class TestEdgeInputs:
         with pytest.raises(StageFailed, match="does not open"):
             run({"does_not_open": True})
 
+    def test_a_short_run_tries_what_depends_on_the_weights(self, run):
+        found = run({"abort_at": "\ufffd"}, requests=16, extent="short")
+        tried = [edge_input.name for edge_input in found.edge_inputs]
+        assert tried == ["longer than the context", "odd code points", "10,000 repeats of one character"]
+        assert unhandled(found) == ["odd code points"] and found.memory
+
     def test_the_control_tokens_of_the_chat_template_come_first(self, tiny_checkpoint, tmp_path):
         found = control_tokens(tiny_checkpoint)
         assert [token.text for token in found[:2]] == ["<|im_start|>", "<|im_end|>"]
         assert len(found) == MAX_CONTROL_TOKENS and len(set(found)) == MAX_CONTROL_TOKENS
         assert control_tokens(tmp_path) == ()
+
+
+class TestExtents:
+    """Three variants of a version, int4 tried in full: how are the others tried?"""
+
+    @pytest.fixture
+    def extents(self, settings, tmp_path):
+        def extents(*, alive=True, extent="full", int8_template=b"plain", rows=ROWS):
+            registry = ModelRegistry(LocalObjectStore(tmp_path / "store"))
+            variants = []
+            for precision, template in (("fp16", b"plain"), ("int8", int8_template), ("int4", b"plain")):
+                files = {"model.onnx": precision.encode(), "chat_template.jinja": template}
+                write_files(tmp_path / precision, files)
+                variants.append(stored_variant(registry, tmp_path / precision, precision))
+            manifest, _ = registry.commit("home", SOURCE, {}, variants)
+            version = registry.of(manifest)
+            outcome = {"name": "emoji", "outcome": "answered", "detail": "", "prompt_tokens": 9, "alive": alive}
+            for runtime in CALLS:
+                record = {"runtime": runtime, "extent": extent, "memory": None, "edge_inputs": [outcome], "notes": []}
+                found = Endurance.model_validate({**record, "versions": {}, "wall_s": 1})
+                exam = EnduranceExam(runtime, ROWS, extent)
+                version.record(exam.kind, found, exam.key(version.variant("int4"), settings))
+            with working_in(Workshop(settings, registry)):
+                found = {variant.precision: endurance_exams(variant, rows) for variant in version.variants}
+            return {precision: {exam.extent for exam in exams} for precision, exams in found.items()}
+
+        return extents
+
+    def test_those_with_the_same_tokenizer_are_short(self, extents):
+        assert extents() == {"fp16": {"short"}, "int8": {"short"}, "int4": {"full"}}
+
+    def test_one_with_another_template_is_full(self, extents):
+        assert extents(int8_template=b"swapped") == {"fp16": {"short"}, "int8": {"full"}, "int4": {"full"}}
+
+    @pytest.mark.parametrize(
+        "found", [{"alive": False}, {"extent": "short"}, {"rows": [*ROWS, *ROWS]}], ids=["unhandled", "short", "others"]
+    )
+    def test_all_are_full_without_one_that_handled_all_on_the_same_terms(self, extents, found):
+        assert set().union(*extents(**found).values()) == {"full"}
 
 
 @pytest.fixture(scope="module")

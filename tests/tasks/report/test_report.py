@@ -138,7 +138,7 @@ def with_faults() -> DeployReport:
     swept = length_sweep("int4")
     broken = LengthFigures(prompt_tokens=4096, ttft_ms=9000, token_generation_throughput_tps=9, valid=False)
     swept = swept.model_copy(update={"lengths": (*swept.lengths, broken), "notes": ("The sweep ended at 4,096.",)})
-    details = VariantDetails(length_sweep=swept, endurance=(genai, foundry))
+    details = VariantDetails(length_sweep=swept, endurance=(genai.model_copy(update={"extent": "short"}), foundry))
     return report(variant("int4", details=details))
 
 
