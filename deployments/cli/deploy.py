@@ -10,6 +10,7 @@ from slmops.deployments.cli.output import (
     print_answer,
     print_json,
     print_line,
+    print_note,
     print_plots,
     print_prose,
     print_statements,
@@ -22,6 +23,7 @@ from slmops.tasks.request.parameters import PRECISIONS, DeployParameters, Regate
 if TYPE_CHECKING:
     from slmops.tasks.plan import DeployPlan
     from slmops.tasks.report.records import DeployReport
+    from slmops.tasks.versions.receipts import Receipt
 
 
 @asks_for(DeployParameters)
@@ -82,14 +84,44 @@ def recipes(as_json: Json = False) -> None:
 
 
 def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
-    """Run the flow `deploy`, print its report, and end with its exit status."""
+    """Run the flow `deploy`, print its report, and end with its exit status.
+
+    If nothing changed since a deploy that ended well, no run is made, and its report is printed.
+    """
+    from slmops.tasks.versions.receipts import Receipts
+
+    receipts = Receipts.of(load_settings(), parameters)
+    if known := receipts.known():
+        _print_known(known, as_json=as_json)
+        return
 
     def check() -> None:
         from slmops.tasks.plan import plan_deploy
 
         plan_deploy(load_settings(), parameters)
 
-    _print_result(run_flow("deploy", parameters, check), as_json=as_json)
+    report = run_flow("deploy", parameters, check)
+    from slmops.tasks.report.markdown import variant_rows
+
+    receipts.keep(report, variant_rows(report))
+    _print_result(report, as_json=as_json)
+
+
+def _print_known(known: "Receipt", *, as_json: bool) -> None:
+    report: dict[str, Any] = known.report
+    print_note(f"Nothing changed since {known.at}, so no run was made.")
+    if as_json:
+        print_json(report)
+        return
+    print_table(f"{report['name']}@{report['version']} (unchanged)", known.rows)
+    print_line("")
+    print_line(known.summary)
+    if report["reason"]:
+        print_line(f"Selected: {report['selected'] or 'none'}. {report['reason']}")
+    for text in [*report["warnings"], *(text for variant in report["variants"] for text in variant["warnings"])]:
+        print_line(f"warning: {text}")
+    print_line(f"Talk to it: slmops chat {report['name']}@{report['version']}")
+    print_line(f"Report: {report['html_file']}")
 
 
 def _deploy_remotely(parameters: dict[str, object], log_level: str | None, *, as_json: bool) -> None:

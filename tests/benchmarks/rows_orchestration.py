@@ -59,7 +59,7 @@ def start_up(bench: Bench) -> Iterator[Row]:
 def embedded(bench: Bench) -> Iterator[Row]:
     """A deploy, and the same deploy again, without a configured Prefect server."""
     home = bench.folder / "embedded-home"
-    yield from _deploy_twice(bench, "embedded", home, {}, overhead=(5.0, 0.02), again_s=8.0)
+    yield from _deploy_twice(bench, "embedded", home, {}, overhead=(4.0, 0.0), again_s=5.0)
 
 
 def with_server(bench: Bench) -> Iterator[Row]:
@@ -69,7 +69,7 @@ def with_server(bench: Bench) -> Iterator[Row]:
     bench.say("starting a Prefect server")
     with prefect_server(folder, command_environment()) as url:
         home = bench.folder / "server-home"
-        yield from _deploy_twice(bench, "server", home, {"PREFECT_API_URL": url}, overhead=(1.5, 0.0), again_s=3.0)
+        yield from _deploy_twice(bench, "server", home, {"PREFECT_API_URL": url}, overhead=(1.5, 0.0), again_s=2.5)
 
 
 def _deploy_twice(
@@ -84,41 +84,34 @@ def _deploy_twice(
     checkpoint = make_tiny_checkpoint(bench.folder / f"{key}-checkpoint")
     precisions = ["--precision", "int4"] if bench.tiny else []
     command = ("deploy", str(checkpoint), "--name", "bench", *precisions, "--json")
-    walls: list[float] = []
-    stages_s: list[float] = []
-    statuses: list[str] = []
-    tasks: dict[str, float] = {}
-    for what in ("deploying", "deploying again"):
-        bench.say(f"{what}, {key}")
-        begun = datetime.now(UTC)
-        wall_s, output = _command(bench, home, command, variables)
-        runs = _task_runs(home, variables.get("PREFECT_API_URL"), begun)
-        walls.append(wall_s)
-        stages_s.append(covered_s(list(runs.values())))
-        statuses.append(json.loads(output)["status"])
-        tasks = tasks or {name: (end - start).total_seconds() for name, (start, end) in runs.items()}
+    bench.say(f"deploying, {key}")
+    begun = datetime.now(UTC)
+    first_s, _ = _command(bench, home, command, variables)
+    runs = _task_runs(home, variables.get("PREFECT_API_URL"), begun)
+    stages_s = covered_s(list(runs.values()))
+    bench.say(f"deploying again, {key}")  # no run is made, if the machine was idle enough for the first one's figures
+    again, output = _command(bench, home, command, variables)
     fixed_s, share = overhead
-    limit = fixed_s + share * stages_s[0]
-    in_words = f"at most {fixed_s:g} s" + (f" + {share:.0%} of {stages_s[0]:.1f} s" if share else "")
+    limit = fixed_s + share * stages_s
+    in_words = f"at most {fixed_s:g} s" + (f" + {share:.0%} of {stages_s:.1f} s" if share else "")
     yield row_below(
         key,
         f"a deploy beyond its stages, {key}",
-        walls[0] - stages_s[0],
+        first_s - stages_s,
         "s",
         limit,
         in_words,
-        wall_s=walls[0],
-        stages_s=stages_s[0],
-        stages=tasks,
+        wall_s=first_s,
+        stages_s=stages_s,
+        stages={name: (end - start).total_seconds() for name, (start, end) in runs.items()},
     )
     yield row_below(
         key,
         f"deploy again, nothing changed, {key}",
-        walls[1],
+        again,
         "s",
         again_s,
-        status=statuses[1],
-        stages_s=stages_s[1],
+        status=json.loads(output)["status"],
     )
 
 
