@@ -7,7 +7,15 @@ import typer
 
 from slmops.deployments.cli import completion
 from slmops.deployments.cli.options import Json, Reference, VersionReference
-from slmops.deployments.cli.output import print_error, print_fact, print_json, print_line, print_table, sized
+from slmops.deployments.cli.output import (
+    print_error,
+    print_fact,
+    print_json,
+    print_line,
+    print_prose,
+    print_table,
+    sized,
+)
 from slmops.deployments.cli.running import load_settings, the_registry, version_of
 from slmops.infra.errors import BadInput, PassingFault, StageFailed
 
@@ -116,6 +124,8 @@ def show(reference: Reference, as_json: Json = False) -> None:
     print_table("Variants (says its origin)" if version.says_origin else "Variants", list(_judged(version)))
     for line in _rejections(version):
         print_line(line)
+    for text in _warnings(version):
+        print_prose(f"warning: {text}")
     if not version.deployed.variants:
         print_line(f"Nothing is judged yet. Judge it: slmops regate {version.reference}")
     if version.report("report.html"):
@@ -154,6 +164,12 @@ def _rejections(version: "Version") -> Iterator[str]:
             yield f"{variant.precision}: {reason}"
             if said.get("what_to_do"):
                 yield f"  {said['what_to_do']}"
+
+
+def _warnings(version: "Version") -> list[str]:
+    """Return the warnings of the last deploy, such as that it was only a first look."""
+    said = (version.deployed.model_extra or {}).get("warnings")
+    return [text for text in said if isinstance(text, str)] if isinstance(said, list | tuple) else []
 
 
 def _last_deploy(version: "Version") -> dict[str, object]:

@@ -11,6 +11,7 @@ from slmops.infra.checkpoints.s3 import FETCHED, fetch_from_s3
 from slmops.infra.checkpoints.source import SourceKind, parse_checkpoint
 from slmops.infra.checkpoints.text_part import take_text_part, text_config_of
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.files import write_whole
 from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
@@ -74,9 +75,19 @@ def prepare_checkpoint(request: DeployRequest, settings: Settings) -> PreparedCh
             folder = with_chat_template(folder, template, settings)
         on_progress(0.5, 1, "reading the weights for their digest")
         digest = content_digest(folder)
+        if not Path(request.checkpoint).is_absolute() and inspection.kind == "checkpoint":
+            write_whole(_place_of(digest, settings), str(folder.absolute()))
     return PreparedCheckpoint(
         uri=folder.absolute().as_uri(), origin=request.checkpoint, digest=digest, inspection=inspection
     )
+
+
+def _place_of(digest: str, settings: Settings) -> Path:
+    """Return the file with the absolute path of a checkpoint that a deploy named by a relative one.
+
+    It stays on this machine: a manifest, which others may read, has the path as it was given.
+    """
+    return settings.cache_dir / "places" / digest
 
 
 @stage("share checkpoint", run_name="share-checkpoint")
@@ -119,6 +130,8 @@ def prepare_source(manifest: Manifest, settings: Settings) -> PreparedCheckpoint
     folders = [settings.cache_dir / "checkpoints", inputs_dir(settings)]
     prepared = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     prepared += (settings.cache_dir / "s3").glob(f"*/{FETCHED}")
+    with contextlib.suppress(FileNotFoundError):  # it was named by an absolute path, or deployed elsewhere
+        prepared.append(Path(_place_of(manifest.source.digest, settings).read_text("utf-8")))
     for folder in (origin, *prepared):
         if folder.is_dir() and content_digest(folder) == manifest.source.digest:
             inspection = inspect_checkpoint(folder, chat_template_given=True)

@@ -17,12 +17,16 @@ from safetensors.numpy import load_file, save_file
 from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
+from slmops.infra.storage.manifest import Source
+from slmops.infra.storage.opening import open_registry
 from slmops.tasks.checkpoint.inspection import content_digest, inspect_checkpoint
-from slmops.tasks.checkpoint.preparation import folder_of, merge_into_base
+from slmops.tasks.checkpoint.preparation import folder_of, merge_into_base, prepare_checkpoint, prepare_source
 from slmops.tasks.checkpoint.rewriting import with_chat_template
+from slmops.tasks.request.deploy_request import DeployRequest
 from tests.support.checkpoints import make_tiny_checkpoint, read_config
 from tests.support.errors import coded
 from tests.support.genai_models import EMPTY_GRAPH
+from tests.support.versions import BUILDER, stored_variant
 
 
 @pytest.fixture
@@ -379,3 +383,20 @@ class TestKinds:
         with pytest.raises(BadInput, check=coded("folder-missing")):
             merge_into_base(adapter, str(tmp_path / "gone"), settings, lambda *_: None)
         assert not settings.home_dir.exists()
+
+
+def test_a_checkpoint_that_a_relative_path_named_is_found_in_another_folder(
+    checkpoint: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    request = DeployRequest.of({"checkpoint": f"./{checkpoint.name}", "name": "home"})
+    prepared = prepare_checkpoint.fn(request, settings)
+    source = Source(digest=prepared.digest, origin=prepared.origin, architecture="Qwen2ForCausalLM", parameters=1)
+    registry = open_registry(settings)
+    manifest, _ = registry.commit("home", source, BUILDER, [stored_variant(registry, checkpoint)])
+    assert manifest.source.origin == f"./{checkpoint.name}"  # others may read it: no folder of a user is in it
+    monkeypatch.chdir(tmp_path.parent)
+    assert prepare_source(manifest, settings).folder == checkpoint
+    checkpoint.rename(tmp_path / "moved")
+    with pytest.raises(BadInput, check=coded("checkpoint-gone", f"./{checkpoint.name}")):
+        prepare_source(manifest, settings)
