@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from slmops.infra.storage.holders import replace_file, temporary_name
+from slmops.infra.storage.holders import move_to, temporary_name
 
 PART_ENDING = ".part"
 
@@ -25,7 +25,7 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        replace_file(aside, path)
+        move_to(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

@@ -36,7 +36,7 @@ def read_settings_file(path: Path, known: Known) -> dict[str, Any]:
     if found := [fault for fault in faults if fault]:
         raise BadInput(
             f"The settings file {path} is not valid: {'; '.join(found)}.",
-            "Correct it; slmops config lists all settings.",
+            "Correct it. Without that file, slmops config lists all settings.",
             code="settings-file-not-valid",
         )
     return content

@@ -59,7 +59,7 @@ def make_password(folder: Path) -> str:
     path = folder / AUTH_FILE
     with _ours(folder), made_aside(path) as aside:
         aside.touch(0o600, exist_ok=False)
-        aside.write_text(new_password() + "\n", "utf-8")
+        aside.write_text(new_password() + "\n", "utf-8", newline="\n")
         try:
             os.link(aside, path)  # unlike a rename, a link never replaces what another command has written
         except OSError:  # another command was first, the file system has no links, or the file is empty

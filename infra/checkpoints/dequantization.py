@@ -53,8 +53,8 @@ def dequantize(checkpoint: Path, folder: Path, progress: Progress) -> None:
     section = config.pop("quantization_config")
     config |= {"dtype": "float16"}
     config.pop("torch_dtype", None)  # its older name
-    (folder / CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
-    (folder / MARK).write_text(json.dumps(section, indent=2, sort_keys=True), "utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), "utf-8", newline="\n")
+    (folder / MARK).write_text(json.dumps(section, indent=2, sort_keys=True), "utf-8", newline="\n")
     packed = _Packed(checkpoint, quantization)
     headers = float_headers(read_tensor_headers(checkpoint), quantization)
     planned = [

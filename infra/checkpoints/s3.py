@@ -82,7 +82,7 @@ def _fetch(
                     on_bytes = byte_progress(on_progress, objects, "fetching")
                     for each in objects:
                         _download(client, bucket, each, aside / FETCHED, on_bytes)
-                    (aside / COMPLETE).write_text(listing, "utf-8")
+                    (aside / COMPLETE).write_text(listing, "utf-8", newline="\n")
                     aside.rename(target)
     except KeyError:
         raise StageFailed(

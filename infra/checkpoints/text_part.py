@@ -74,8 +74,9 @@ def take_text_part(folder: Path, target: Path, config: Json) -> None:
         for name in _copy_text_tensors(folder / shard, target / shard):
             weight_map[name] = shard
     if (folder / WEIGHTS_INDEX).is_file():
-        (target / WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
-    (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (target / WEIGHTS_INDEX).write_text(index, "utf-8", newline="\n")
+    (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8", newline="\n")
     for path in folder.iterdir():
         left_out = (*shards, *NOT_OF_TEXT, "config.json", WEIGHTS_INDEX)
         if path.is_file() and path.name not in left_out:

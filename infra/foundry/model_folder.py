@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.storage.folders import link_or_copy
-from slmops.infra.storage.holders import name_prefix
+from slmops.infra.storage.holders import move_to, name_prefix
 from slmops.infra.storage.leftovers import leftovers_in, remove
 from slmops.infra.storage.names import NOT_ON_WINDOWS
 
@@ -76,7 +76,7 @@ def write_model_folder(
         (staged / MODEL_CARD).write_bytes(model_card.encode())
         if _holds(folder, files, description):
             if not (folder / MODEL_CARD).is_file() or (folder / MODEL_CARD).read_bytes() != model_card.encode():
-                (staged / MODEL_CARD).replace(folder / MODEL_CARD)
+                move_to(staged / MODEL_CARD, folder / MODEL_CARD)
             return folder
         for file, source in files.items():
             target = staged / (_UNPUBLISHED_CONFIG if file == GENAI_CONFIG else file)
@@ -85,8 +85,8 @@ def write_model_folder(
         (staged / INFERENCE_MODEL).write_bytes(description)
         _remove(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staged.replace(folder)
-        (folder / _UNPUBLISHED_CONFIG).replace(folder / GENAI_CONFIG)
+        move_to(staged, folder)
+        move_to(folder / _UNPUBLISHED_CONFIG, folder / GENAI_CONFIG)
     except OSError as error:
         raise StageFailed(
             f"The model folder {folder} cannot be written: {error}.",

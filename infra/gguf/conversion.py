@@ -112,4 +112,4 @@ def _converted(piece: "NDArray[np.uint8]", tensor: SourceTensor, kind: str) -> b
 
 
 def _write_json(path: Path, value: Parsed) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8", newline="\n")

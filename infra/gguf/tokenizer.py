@@ -59,7 +59,7 @@ def save_tokenizer(file: GgufFile, folder: Path) -> None:
         raise _unfit(file, f"its tokens do not make a tokenizer: {error}") from None
     tokenizer.save(str(folder / "tokenizer.json"))
     config = json.dumps(tokenizer_config_of(file), indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(config, "utf-8")
+    (folder / "tokenizer_config.json").write_text(config, "utf-8", newline="\n")
 
 
 def check_tokenizer(file: GgufFile) -> None:

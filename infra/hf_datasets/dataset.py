@@ -53,7 +53,7 @@ class ExportRows(Call[int]):
                 "Name a JSON Lines file, an s3:// object, a folder of data files, or the id of a dataset on the Hub.",
                 code="dataset-missing",
             ) from error
-        with self.output.open("w", encoding="utf-8") as file:
+        with self.output.open("w", encoding="utf-8", newline="\n") as file:
             for row in dataset:
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         return len(dataset)

@@ -68,7 +68,7 @@ def verify_manifest(manifest_bytes: bytes, signature: Mapping[str, object], publ
 
     with tempfile.TemporaryDirectory() as parent:
         folder, path = _signed_folder(Path(parent), manifest_bytes), Path(parent) / "signature.json"
-        path.write_text(json.dumps(dict(signature)), "utf-8")
+        path.write_text(json.dumps(dict(signature)), "utf-8", newline="\n")
         verifier = Config().use_elliptic_key_verifier(public_key=public_key)
         try:
             verifier.verify(folder, path)

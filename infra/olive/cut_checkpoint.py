@@ -53,9 +53,13 @@ def cut_checkpoint(folder: Path, config: Untyped, target: Path) -> CutCheckpoint
     target.mkdir(parents=True)
     parameters = _write_weights(folder, target, kept, config.vocab_size, rows)
     raw = read_json(folder / "config.json")
-    (target / "config.json").write_text(json.dumps(_cut_config(raw, config, kept, len(rows)), indent=2), "utf-8")
-    (target / "tokenizer.json").write_text(json.dumps(TOKENIZER), "utf-8")
-    (target / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}), "utf-8")
+    files = {
+        "config.json": json.dumps(_cut_config(raw, config, kept, len(rows)), indent=2),
+        "tokenizer.json": json.dumps(TOKENIZER),
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}),
+    }
+    for name, text in files.items():
+        (target / name).write_text(text, "utf-8", newline="\n")
     names = [name for name in headers if LAYER.match(name)]
     return CutCheckpoint(target, kept, len(rows), headers[names[0]].dtype, parameters)
 

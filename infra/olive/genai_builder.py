@@ -118,7 +118,7 @@ def _leave_code_out(folder: Path) -> None:
     for path in folder.glob("*config.json"):
         config = json.loads(path.read_text("utf-8"))
         if config.pop("auto_map", None) is not None:
-            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8", newline="\n")
 
 
 def _finish_genai_config(path: Path, options: dict[str, Untyped]) -> None:
@@ -126,4 +126,4 @@ def _finish_genai_config(path: Path, options: dict[str, Untyped]) -> None:
     if options.get("execution_provider", "cpu") == "cpu":
         genai_config["model"]["decoder"]["session_options"]["provider_options"] = []
     genai_config["search"] |= options.get("search", {})
-    path.write_text(json.dumps(genai_config, indent=4) + "\n", "utf-8")
+    path.write_text(json.dumps(genai_config, indent=4) + "\n", "utf-8", newline="\n")

@@ -233,5 +233,5 @@ def _finished(
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHTS):
             shutil.copyfile(path, target / path.name)
-    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2), "utf-8")
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2), "utf-8", newline="\n")
     return result

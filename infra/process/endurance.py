@@ -85,7 +85,7 @@ def endure(model: OpenedModel, call: Endure, progress: Progress) -> None:
     """
     requests, new_tokens = call.requests, call.new_tokens
     total = requests + len(call.edge_inputs)
-    with call.journal.open("a", encoding="utf-8") as file:
+    with call.journal.open("a", encoding="utf-8", newline="\n") as file:
         journal = _Journal(file, call.step_deadline_s)
         if requests:
             turns = itertools.islice(itertools.cycle(call.conversations), requests)

@@ -14,7 +14,7 @@ from filelock import ReadWriteLock, Timeout
 from slmops.infra.foreign_files import check_regular
 from slmops.infra.process.call import OnProgress
 from slmops.infra.process.slots import only_maker
-from slmops.infra.storage.holders import name_prefix
+from slmops.infra.storage.holders import move_to, name_prefix
 
 if TYPE_CHECKING:  # child processes move folders too, without any settings
     from slmops.infra.settings import Settings
@@ -33,7 +33,8 @@ def place(folder: Path, target: Path) -> None:
     """Move a finished folder to its place; a folder that another process placed there first stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.rename(target)
+        if not target.is_dir():
+            move_to(folder, target)
     except OSError:
         if not target.is_dir():
             raise

@@ -7,6 +7,7 @@ the start of the process, elsewhere by the time of its start, which the operatin
 import hashlib
 import os
 import socket
+import stat
 import sys
 import time
 import uuid
@@ -33,10 +34,11 @@ def temporary_name(ending: str = "") -> str:
     return f".{name_prefix()}{uuid.uuid4().hex}{ending}"
 
 
-def replace_file(source: Path, target: Path) -> None:
-    """Move a file to `target` in one step, in place of what is there; raises `OSError`.
+def move_to(source: Path, target: Path) -> None:
+    """Move a file to `target` in one step, in place of what is there; or a folder, to a new place. Raises `OSError`.
 
-    Windows refuses this while another process has `target` open. Such readers end in a moment: it is tried for 2 s.
+    Windows refuses this while another process has `target`, or a file of the folder, open. Such readers, among them
+    virus scanners, end in a moment: it is tried for 2 s.
     """
     for _ in range(REPLACE_TRIES if WINDOWS else 0):
         try:
@@ -46,6 +48,15 @@ def replace_file(source: Path, target: Path) -> None:
         else:
             return
     source.replace(target)
+
+
+def protect_from_writing(file: Path) -> None:
+    """Make a file read-only, because a hard link to it may lie in a model folder.
+
+    Not on Windows, where none of the names of a read-only file can be removed or replaced.
+    """
+    if not WINDOWS:
+        file.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
 
 
 def holder_of(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import IO
 from slmops.infra.errors import StageFailed
 from slmops.infra.foreign_files import NotRegularFile, open_regular
 from slmops.infra.storage.folders import link_or_copy
-from slmops.infra.storage.holders import holder_of, is_lost, name_prefix, replace_file
+from slmops.infra.storage.holders import holder_of, is_lost, move_to, name_prefix, protect_from_writing
 from slmops.infra.storage.objects import Blob, Entry, OnBytes, no_report
 
 ASIDE = "aside"  # unfinished objects; on the store's own file system, so that a rename is atomic
@@ -85,11 +85,8 @@ class LocalObjectStore:
         path = self._path(blob.key)
         with self._reported(blob.key):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A model folder may be a hard link to this file: writing there must not alter the store.
-            file.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
-            if os.name == "nt" and path.exists():  # the blob there is damaged, or another process made it meanwhile
-                self.delete([blob.key])  # Windows does not replace a read-only file
-            file.replace(path)
+            protect_from_writing(file)
+            move_to(file, path)
 
     def fetch_blobs(self, files: Sequence[tuple[Blob, Path]], aside: Path, on_bytes: OnBytes = no_report) -> None:
         """See `ObjectStore.fetch_blobs`."""
@@ -125,7 +122,7 @@ class LocalObjectStore:
         """See `ObjectStore.put_bytes`."""
         path = self._path(key)
         with self._reported(key), self._written_aside(path, data) as aside:
-            replace_file(aside, path)
+            move_to(aside, path)
 
     def put_bytes_if_absent(self, key: str, data: bytes) -> bool:
         """See `ObjectStore.put_bytes_if_absent`."""
@@ -160,8 +157,6 @@ class LocalObjectStore:
         for key in keys:
             path = self._path(key)
             with self._reported(key), contextlib.suppress(FileNotFoundError):
-                if os.name == "nt":  # Windows refuses to delete a read-only file
-                    path.chmod(stat.S_IWRITE)
                 path.unlink()
 
     def leftovers(self, older_than: datetime) -> list[Entry]:
@@ -202,8 +197,6 @@ class LocalObjectStore:
                 yield aside
         finally:  # also if a full disk does not take the rest at the end
             with contextlib.suppress(FileNotFoundError):
-                if os.name == "nt":
-                    path.chmod(stat.S_IWRITE)
                 path.unlink()
 
     @contextmanager

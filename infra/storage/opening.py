@@ -1,11 +1,8 @@
 """From a store's URI to the store."""
 
-from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
-
 from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
+from slmops.infra.storage.file_uris import path_of
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.objects import ObjectStore
 from slmops.infra.storage.registry import ModelRegistry
@@ -21,12 +18,8 @@ def open_object_store(uri: str, settings: Settings) -> ObjectStore:
         from slmops.infra.storage.s3.store import S3ObjectStore  # a local store does not need it
 
         return S3ObjectStore(uri, settings.store)
-    try:
-        parts = urlsplit(uri)
-    except ValueError:  # brackets without an address
-        parts = urlsplit("")
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return LocalObjectStore(Path(url2pathname(parts.path)))
+    if folder := path_of(uri):
+        return LocalObjectStore(folder)
     shown = f"of the scheme {scheme!r}" if "@" in uri else repr(uri)  # the part before an @ may be a password
     raise BadInput(
         f"The store {shown} cannot be opened.",

@@ -79,7 +79,7 @@ def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
         dtype=str(model.dtype).removeprefix("torch."),
         versions={package: version(package) for package in ("torch", "transformers", "tokenizers")},
     )
-    (call.output_dir / ANSWERS_FILE).write_text(answers.model_dump_json(), "utf-8")
+    (call.output_dir / ANSWERS_FILE).write_text(answers.model_dump_json(), "utf-8", newline="\n")
     return answers
 
 

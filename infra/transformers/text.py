@@ -81,7 +81,7 @@ def score_text(call: ScoreTextAsSource, progress: Progress) -> SourceText:
         dtype=str(model.dtype).removeprefix("torch."),
         versions={package: version(package) for package in ("torch", "transformers", "tokenizers")},
     )
-    (output_dir / TEXT_FILE).write_text(result.model_dump_json(), "utf-8")
+    (output_dir / TEXT_FILE).write_text(result.model_dump_json(), "utf-8", newline="\n")
     return result
 
 

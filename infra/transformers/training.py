@@ -117,7 +117,7 @@ def _train_tokenizer(rows: Sequence[Row], call: TrainChatModel, output_dir: Path
     )
     trained.chat_template = call.chat_template
     trained.save_pretrained(output_dir)
-    (output_dir / "config.json").write_text('{"model_type": "qwen2"}', "utf-8")  # read by AutoTokenizer
+    (output_dir / "config.json").write_text('{"model_type": "qwen2"}', "utf-8", newline="\n")  # read by AutoTokenizer
     loaded = AutoTokenizer.from_pretrained(output_dir)
     for text in texts[:1000]:
         if loaded.encode(text) != trained.encode(text) or loaded.decode(loaded.encode(text)) != text:

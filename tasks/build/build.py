@@ -175,7 +175,7 @@ def set_generation_defaults(folder: Path, defaults: dict[str, float]) -> None:
         if search["do_sample"]:
             search["temperature"] = defaults["temperature"]
     path.unlink()  # the file may be a link to the user's own file
-    path.write_text(json.dumps({**config, "search": search}, indent=4), "utf-8")
+    path.write_text(json.dumps({**config, "search": search}, indent=4), "utf-8", newline="\n")
 
 
 def set_end_tokens(folder: Path, end_token_ids: Sequence[int]) -> None:
@@ -186,7 +186,7 @@ def set_end_tokens(folder: Path, end_token_ids: Sequence[int]) -> None:
     if not end_token_ids or {*(named if isinstance(named, list) else [named])} == {*end_token_ids}:
         return
     config["model"]["eos_token_id"] = list(end_token_ids)
-    path.write_text(json.dumps(config, indent=4), "utf-8")
+    path.write_text(json.dumps(config, indent=4), "utf-8", newline="\n")
 
 
 @stage("copy out", run_name="copy-out")

@@ -2,8 +2,6 @@
 
 import contextlib
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from slmops.infra.checkpoints.folder import read_json, read_tensor_headers
 from slmops.infra.checkpoints.hub import fetch_from_hub
@@ -15,6 +13,7 @@ from slmops.infra.files import write_whole
 from slmops.infra.process.call import OnProgress
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
+from slmops.infra.storage.file_uris import path_of
 from slmops.infra.storage.folders import made_once
 from slmops.infra.storage.inputs import fetch_input, ingest, is_input_address
 from slmops.infra.storage.manifest import Manifest, digest_of
@@ -54,7 +53,9 @@ class PreparedCheckpoint(Record):
 
 def folder_of(uri: str) -> Path:
     """Return the local folder that a `file://` URI names."""
-    return Path(url2pathname(urlsplit(uri).path))
+    folder = path_of(uri)
+    assert folder, uri
+    return folder
 
 
 @stage("prepare checkpoint", run_name="prepare-{request.name}")

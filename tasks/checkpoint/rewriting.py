@@ -59,7 +59,7 @@ def with_files(folder: Path, files: Mapping[str, str | None], settings: Settings
             for text_name, text in files.items():
                 if text is not None:
                     (made / text_name).parent.mkdir(exist_ok=True)
-                    (made / text_name).write_text(text, "utf-8")
+                    (made / text_name).write_text(text, "utf-8", newline="\n")
     return target
 
 

@@ -118,5 +118,5 @@ def _finish(model: Path, checkpoint: Path) -> None:
         "eos_token_id": config.get("eos_token_id") or 0,
         "decoder": {"filename": "model.onnx"},
     }
-    (model / "genai_config.json").write_text(json.dumps({"model": described, "search": {}}), "utf-8")
+    (model / "genai_config.json").write_text(json.dumps({"model": described, "search": {}}), "utf-8", newline="\n")
     mend_files(model, checkpoint)

@@ -139,4 +139,4 @@ def _place_template(folder: Path, template: str | None) -> None:
     config = read_json(path) if path.is_file() else {}
     for name in TEMPLATE_FILES:
         (folder / name).unlink(missing_ok=True)
-    path.write_text(json.dumps(config | {"chat_template": template}), "utf-8")
+    path.write_text(json.dumps(config | {"chat_template": template}), "utf-8", newline="\n")

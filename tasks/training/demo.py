@@ -335,19 +335,19 @@ def _train(
         _write_rows(work_dir / "checkpoint" / EVALUATION_FILE, recipe.evaluation)
         if recipe.schema is not None:
             schema = json.dumps(recipe.schema, indent=2) + "\n"
-            (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8")
+            (work_dir / "checkpoint" / OUTPUT_SCHEMA_FILE).write_text(schema, "utf-8", newline="\n")
         _write_record(work_dir / "checkpoint", recipe, result.model_dump(include=set(_RESULTS)))
         (work_dir / "checkpoint").rename(target)
     return result.seconds
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8", newline="\n")
 
 
 def _write_record(directory: Path, recipe: _Recipe, results: Mapping[str, object]) -> None:
     record = {"key": recipe.key, "seed": recipe.seed, **results, "files": _file_digests(directory)}
-    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8", newline="\n")
 
 
 def _is_whole(directory: Path, key: str) -> bool:

@@ -133,7 +133,7 @@ def fine_tune_once(
                 peak_rss_bytes=child.peak_rss_bytes,
                 **dict(child.value),
             )
-            (made / RECORD_FILE).write_text(record.model_dump_json(indent=2), "utf-8")
+            (made / RECORD_FILE).write_text(record.model_dump_json(indent=2), "utf-8", newline="\n")
     shutil.rmtree(state_dir, ignore_errors=True)
     return str(target / RESULT), FineTuning.model_validate_json((target / RECORD_FILE).read_bytes())
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import StageFailed
-from slmops.infra.storage.holders import name_prefix
+from slmops.infra.storage.holders import move_to, name_prefix, protect_from_writing
 from slmops.infra.storage.local import flush_to_disk
 from slmops.infra.storage.objects import Blob, OnBytes
 from slmops.infra.storage.s3.bucket import MIB, TRANSFERS, Bucket, workers
@@ -93,7 +92,7 @@ def _await_and_place(future: Any, part: Path, blob: Blob, path: Path) -> bool:
 
 def _place(part: Path, blob: Blob, path: Path) -> bool:
     """Move a fetched file to its place if it has the blob's digest; otherwise return False and do nothing."""
-    with part.open("rb") as stream:
+    with part.open("r+b") as stream:  # Windows flushes only what may be written
         if hashlib.file_digest(stream, "sha256").hexdigest() != blob.sha256:
             return False
         os.fsync(stream.fileno())
@@ -102,7 +101,6 @@ def _place(part: Path, blob: Blob, path: Path) -> bool:
 
 
 def _move_in(part: Path, path: Path) -> None:
-    # A model folder may be a hard link to this file: writing there must not alter it.
-    part.chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
+    protect_from_writing(part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.replace(path)
+    move_to(part, path)
