@@ -75,8 +75,7 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
         check_comparable(evaluation)
         earlier = last_retrain(parameters.name, key_of(chats, prepared, hyperparameters), registry)
         if earlier and not parameters.force:
-            skipped = earlier.skipped()
-            return Completed(message=skipped.summary, data=skipped)
+            return _ended(publish_retrain(earlier.skipped(), registry))
 
         checkpoint, tuned = fine_tune_once(chats, prepared, hyperparameters, settings)
         candidate: dict[str, Any] = {

@@ -27,7 +27,16 @@ class Strong:
     kind: ClassVar[str] = "strong"
 
 
-Span = str | Code | Strong
+@dataclass(frozen=True)
+class Link:
+    """A link to an address that slmops itself made, never to foreign text."""
+
+    text: str
+    address: str
+    kind: ClassVar[str] = "link"
+
+
+Span = str | Code | Strong | Link
 Text = Span | tuple[Span, ...]
 
 

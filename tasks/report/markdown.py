@@ -11,6 +11,7 @@ from slmops.tasks.report.blocks import (
     Details,
     Figure,
     Heading,
+    Link,
     Listing,
     Paragraph,
     Strong,
@@ -158,6 +159,8 @@ def _inline(text: Text, widest: int | None, *, in_table: bool = False) -> str:
                 parts.append(_code_in_table(span.text) if in_table else code_span(span.text))
             case Strong():
                 parts.append(f"**{_breakable(span.text, widest)}**")
+            case Link():
+                parts.append(f"[{_breakable(span.text, widest)}]({span.address})")
             case str():
                 parts.append(_breakable(span, widest))
     return "".join(parts).strip()

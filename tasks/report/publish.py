@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from prefect.artifacts import Artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import Artifact, create_markdown_artifact, create_table_artifact
 
 from slmops.infra.files import write_whole
 from slmops.infra.foundry.model_folder import MODEL_CARD
@@ -13,8 +13,9 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import DEPLOY, Deployed
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.version import Version
+from slmops.tasks.report.blocks import Block, Code, Heading, Link, Listing, Paragraph
 from slmops.tasks.report.html import to_html
-from slmops.tasks.report.markdown import to_markdown, variant_rows
+from slmops.tasks.report.markdown import blocks_to_markdown, to_markdown, variant_rows
 from slmops.tasks.report.model_card import base_model_of, model_card
 from slmops.tasks.report.models import post_models
 from slmops.tasks.report.plot_cache import draw_once
@@ -60,16 +61,40 @@ def publish_report(report: DeployReport, version: Version | None, settings: Sett
 def _post_artifacts(report: DeployReport, version: Version | None, plots: Mapping[str, Plot]) -> None:
     key, rows, document = f"slmops-{report.name}", _artifact_rows(report), report.model_dump(mode="json")
     with shown_in_prefect("The report"):
-        create_markdown_artifact(markdown=artifact_markdown(report, plots), key=key, description=report.summary)
+        shown = artifact_markdown(report, plots)
+        posted = create_markdown_artifact(markdown=shown, key=key, description=report.summary)
         create_table_artifact(table=rows, key=f"{key}-variants", description=f"Variants of {report.reference}")
         Artifact(type="json", key=f"{key}-document", description=report.summary, data=document).create()
         if version:
-            create_link_artifact(
-                link=version.uri,
-                link_text=f"{version.reference} in the store",
+            create_markdown_artifact(
+                markdown=version_markdown(version, posted),
                 key=f"{key}-version",
-                description="Manifest of the stored version",
+                description=f"Where {version.reference} is stored",
             )
+
+
+def link_to_reports(name: str) -> Link:
+    """Return a link from an artifact's page in Prefect's UI to the reports of a model, the newest first.
+
+    It is relative, because a run does not know at which address a browser sees the UI: through a tunnel, a proxy, or
+    after `slmops up` serves what a single command has posted.
+    """
+    return Link(f"The report of {name}", f"../key/slmops-{name}")
+
+
+def version_markdown(version: Version, report_artifact: object) -> str:
+    """Return the Markdown of the artifact that leads to a version, with a link to its report's artifact.
+
+    No browser follows a link into the store (`file://`, `s3://`), so its address is text to copy.
+    """
+    commands = f"slmops show {version.reference}\nslmops open {version.reference}"
+    blocks: list[Block] = [
+        Heading(version.reference, 1),
+        Paragraph(Link(f"The report of {version.reference}", f"../artifact/{report_artifact}")),
+        Paragraph(("Its manifest in the store: ", Code(version.uri))),
+        Listing(commands, "sh"),
+    ]
+    return blocks_to_markdown(blocks, {})
 
 
 def artifact_markdown(report: DeployReport, plots: Mapping[str, Plot]) -> str:

@@ -17,10 +17,11 @@ from slmops.tasks.report.blocks import Block, Heading, Paragraph, Strong, Text, 
 from slmops.tasks.report.blocks import Figure as FigureBlock
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.plots import Plot, draw_losses
-from slmops.tasks.report.publish import image_data
+from slmops.tasks.report.publish import image_data, link_to_reports
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.report.wording import decimal, estimated, percent, signed_percent
 from slmops.tasks.runs.artifacts import shown_in_prefect
+from slmops.tasks.runs.assets import base_asset, checkpoint_asset, dataset_asset, record_asset
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.training.fine_tune import FineTuning
 from slmops.tasks.versions.approval import Approval, ask_approval
@@ -187,9 +188,15 @@ def champion_of(name: str, registry: ModelRegistry) -> Version | None:
 
 @stage("publish retrain", run_name="report-{report.name}")
 def publish_retrain(report: RetrainReport, registry: ModelRegistry) -> RetrainReport:
-    """Keep the report as evidence of its version, and post it as a Markdown artifact with the losses' plot."""
-    if report.version is not None:
-        registry.version(report.name, report.version).record(RETRAIN, report)
+    """Keep the report as evidence of its version, and post it as a Markdown artifact with the losses' plot.
+
+    The report of a skipped retrain says why in the artifact; its version has the one of the retrain that was done.
+    """
+    if report.version is not None and report.status != "skipped":
+        version = registry.version(report.name, report.version)
+        version.record(RETRAIN, report)
+        if report.fine_tuning:
+            _record_assets(version, report.fine_tuning)
     plot = draw_losses(report.fine_tuning.losses) if report.fine_tuning else None
     markdown = retrain_markdown(report, plot)
     with shown_in_prefect("The report"):
@@ -197,9 +204,17 @@ def publish_retrain(report: RetrainReport, registry: ModelRegistry) -> RetrainRe
     return report
 
 
+def _record_assets(version: Version, tuned: FineTuning) -> None:
+    """Record the checkpoint that a version came from as an asset that was made from a dataset and a base."""
+    made_from = [dataset_asset(tuned.dataset, tuned.dataset_fingerprint), base_asset(tuned.base, tuned.base_digest)]
+    record_asset(checkpoint_asset(version.manifest.source), made_from, rows=tuned.rows, steps=tuned.steps)
+
+
 def retrain_markdown(report: RetrainReport, plot: Plot | None = None) -> str:
     """Return the report as Markdown."""
     blocks: list[Block] = [Heading(f"{report.name}: retrain {report.status}", 1), Paragraph(Strong(report.summary))]
+    if report.version is not None:
+        blocks.append(Paragraph(link_to_reports(report.name)))
     if report.challenge:
         found = report.challenge
         rows: list[tuple[Text, ...]] = [

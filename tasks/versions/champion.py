@@ -107,7 +107,7 @@ def _change_alone(change: Change, settings: Settings) -> Promotion:
             undo.add("the alias", partial(restore_alias, change))
             set_champion(change)
     promotion = outcome(change, change.kind, proof=proof, servers=len(present.servers))
-    tell_champion(promotion)
+    tell_champion(promotion, change.version)
     return promotion
 
 

@@ -12,6 +12,7 @@ from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.environment.host import builder_versions, host_facts
 from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.runs.assets import checkpoint_asset, record_asset, version_asset
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.workshop import workshop
 
@@ -32,9 +33,13 @@ def commit_version(request: DeployRequest, prepared: PreparedCheckpoint, built: 
     registry = workshop().registry
     manifest, is_new = registry.commit(request.name, source, builder_versions(), [build.variant for build in built])
     version = registry.of(manifest)
-    for build in built if is_new else ():
+    if not is_new:
+        return version
+    for build in built:
         took = build.model_dump(exclude={"variant", "host"})
         version.record(BUILD, Build(precision=build.variant.precision, host=build.host or host_facts(), **took))
+    sizes = {variant.precision: variant.size_bytes for variant in manifest.variants}
+    record_asset(version_asset(version), [checkpoint_asset(source)], digest=manifest.digest, size_bytes=sizes)
     return version
 
 

@@ -5,12 +5,14 @@ from typing import Literal
 from prefect.artifacts import create_markdown_artifact
 
 from slmops.infra.records import Record
+from slmops.infra.storage.version import Version
 from slmops.tasks.foundry.ids import champion_model_id
 from slmops.tasks.foundry.proof import Proof
 from slmops.tasks.report.blocks import Code, Heading, Paragraph, Text, table
 from slmops.tasks.report.markdown import blocks_to_markdown
 from slmops.tasks.report.models import post_models
 from slmops.tasks.runs.artifacts import shown_in_prefect
+from slmops.tasks.runs.assets import champion_asset, record_asset, version_asset
 from slmops.tasks.runs.events import CHAMPION_PROMOTED, CHAMPION_ROLLED_BACK, tell
 from slmops.tasks.runs.stage import stage
 from slmops.tasks.runs.tags import CHAMPION, tag_run
@@ -85,12 +87,13 @@ def promotion_markdown(promotion: Promotion) -> str:
     return blocks_to_markdown([title, Paragraph(promotion.summary), *table(("what", "value"), rows)])
 
 
-def tell_champion(promotion: Promotion) -> None:
-    """Emit the event of a changed champion, and tag the run, whichever flow changed it."""
+def tell_champion(promotion: Promotion, version: Version) -> None:
+    """Emit the event of a changed champion, record its asset, and tag the run, whichever flow changed it."""
     event = CHAMPION_ROLLED_BACK if promotion.status == "rolled back" else CHAMPION_PROMOTED
     reason, former = promotion.reason, promotion.former
     tag_run(CHAMPION)
     tell(event, promotion.name, promotion.reference, promotion.summary, reason=reason, former=former)
+    record_asset(champion_asset(version), [version_asset(version)], version=promotion.version, reason=reason)
 
 
 @stage("publish promotion", run_name="report-{promotion.name}")

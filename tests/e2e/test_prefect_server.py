@@ -15,7 +15,7 @@ import pytest
 from slmops.tasks.runs import progress
 from tests.e2e.conftest import ROOT, Slmops
 from tests.e2e.test_deploy import INT4, children_of
-from tests.support.prefect_api import call, query
+from tests.support.prefect_api import call, query, wait_for_lineage
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,8 @@ def test_the_server_has_the_run_its_tasks_and_the_report(
     }
     assert f"# served@{report['version']}: registered" in artifacts["slmops-served"]["data"]
     assert "served-int4-generic-cpu:1" in artifacts["slmops-served-variants"]["data"]
-    assert artifacts["slmops-served-version"]["data"]
+    link = f"[The report of served@1](../artifact/{artifacts['slmops-served']['id']})"
+    assert link in artifacts["slmops-served-version"]["data"]
     assert json.loads(artifacts["slmops-served-document"]["data"]) == report
     (model,) = [row for row in json.loads(artifacts["slmops-models"]["data"]) if row["model"] == "served"]
     assert (model["champion"], model["candidate"], model["precision"]) == ("served@1", "-", "int4")
@@ -54,6 +55,10 @@ def test_the_server_has_the_run_its_tasks_and_the_report(
     assert listed["address"] == f"{server.removesuffix('/api')}/runs/flow-run/{run['id']}"
     assert listed["took_s"] > 0
     wait_for_events(server, "served", {"slmops.champion.promoted", "slmops.version.registered"})
+    stored = slmops.home / "store" / "models" / "served"
+    source = json.loads((stored / "1" / "manifest.json").read_text("utf-8"))["source"]
+    version, champion = (stored / "1").as_uri(), (stored / "aliases" / "champion").as_uri()
+    wait_for_lineage(server, {version: [f"checkpoint://sha256/{source['digest']}"], champion: [version]})
     posted = query(server, "artifacts", artifacts={"type": {"any_": ["progress"]}})
     assert {"build int4", "evaluate int4"} <= {
         artifact["description"] for artifact in posted if artifact["data"] == 100

@@ -4,6 +4,7 @@ The screenshots stay in the tests' temporary folder.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,23 @@ def test_folds_open_with_a_click_in_both_of_prefects_interfaces(
         screenshot(driver, tmp_path / f"fold{root}.png")
         assert (shown_before, shown, are_full) == (False, True, True)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 391
+
+
+LINK = "return [...document.querySelectorAll('a')].find(one => one.innerText === arguments[0])?.href"
+
+
+def test_the_page_of_a_version_leads_to_its_report_in_both_of_prefects_interfaces(
+    browser: Browser, settings: Settings, server: str, tmp_path: Path
+) -> None:
+    published(full_report(), settings, server, tmp_path)
+    (version,) = query(server, "artifacts/latest", artifacts={"key": {"any_": ["slmops-home-version"]}})
+    driver = browser(1280, "light")
+    for root, interface in ((".prose", "/v2"), (".markdown-renderer", "")):
+        driver.get(f"{server.removesuffix('/api')}{interface}/artifacts/artifact/{version['latest_id']}")
+        named = partial(driver.execute_script, LINK, "The report of home@3")
+        address = WebDriverWait(driver, 60).until(lambda _, named=named: named())
+        screenshot(driver, tmp_path / f"version{root}.png")
+        opened(driver, address, root)
 
 
 def test_what_others_wrote_does_nothing_on_prefects_page(

@@ -41,7 +41,7 @@ from slmops.tasks.versions.serving import StoredModels
 from slmops.tasks.versions.undo import all_or_nothing, hand_back, restore_alias
 from tests.support.errors import coded
 from tests.support.model_server import ModelServer
-from tests.support.prefect_api import query
+from tests.support.prefect_api import query, wait_for_lineage
 from tests.support.threads import in_thread
 from tests.support.versions import FILES, add_evidence, store_version
 
@@ -270,7 +270,7 @@ class TestDeploys:
         return settle_champion(registry.of(manifest).variant("int4"), settings, promote=promote)
 
     def test_the_first_version_becomes_the_champion_and_the_next_a_candidate(
-        self, first: None, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
+        self, first: None, server: str, settings: Settings, registry: ModelRegistry, tmp_path: Path, foundry: Foundry
     ) -> None:
         assert registry.champion_history("home")[0].reason == FIRST
         second = passed(registry, tmp_path, 2)
@@ -280,6 +280,8 @@ class TestDeploys:
             assert self.settle(second, registry, settings, promote=True) == Standing("home:2")
         assert (registry.aliases("home"), list(foundry.folders)) == ({CHAMPION: 2}, ["home:2"])
         assert model_server.models == {"home": 2}
+        home = f"{settings.store_uri}/models/home"
+        wait_for_lineage(server, {f"{home}/aliases/champion": [f"{home}/1", f"{home}/2"]})
 
     @pytest.mark.parametrize("fault", [StageFailed("The catalog is full."), OSError(28, "No space left on device")])
     def test_a_version_that_foundry_refuses_changes_nothing(

@@ -25,7 +25,8 @@ from slmops.tasks.training.comparison import Challenge, RetrainReport
 from slmops.tasks.training.fine_tune import FineTuning, Hyperparameters
 from tests.support import reports
 from tests.support.errors import coded
-from tests.support.versions import store_version
+from tests.support.prefect_api import query, wait_for_lineage
+from tests.support.versions import SOURCE, store_version
 
 CHAT = '{"messages": [{"role": "user", "content": "light %d"}, {"role": "assistant", "content": "on %d"}]}\n'
 
@@ -119,7 +120,7 @@ def run(stages: Stages, **options: Any) -> RetrainReport:
     return result
 
 
-def test_a_better_candidate_is_promoted_and_the_same_question_is_skipped(stages: Stages) -> None:
+def test_a_better_candidate_is_promoted_and_the_same_question_is_skipped(stages: Stages, server: str) -> None:
     report = run(stages)
     assert (report.status, report.version, stages.promoted) == ("promoted", 2, ["home@2"])
     assert "home@2 is better than home@1" in report.summary
@@ -127,7 +128,15 @@ def test_a_better_candidate_is_promoted_and_the_same_question_is_skipped(stages:
     again = run(stages)
     assert (again.status, again.version) == ("skipped", 2)
     assert len(stages.deployed) == 1
+    (shown,) = query(server, "artifacts/latest", artifacts={"key": {"any_": ["slmops-retrain-home"]}})
+    assert shown["data"].startswith(
+        "# home: retrain skipped\n\n**Nothing has changed since home@2 (promoted): skipped.**"
+    )
+    assert "[The report of home](../key/slmops-home)" in shown["data"]
     assert run(stages, force=True).version == 3
+    assert report.fine_tuning
+    made_from = [f"dataset://sha256/{report.fine_tuning.dataset_fingerprint}", f"checkpoint://sha256/{'b' * 64}"]
+    wait_for_lineage(server, {f"checkpoint://sha256/{SOURCE.digest}": made_from})
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ the same, but waits for seconds between its attempts.
 """
 
 import time
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import httpx
@@ -51,3 +52,17 @@ def query(api: str, path: str, **body: Any) -> list[dict[str, Any]]:
     """Return the objects of a kind, such as `flow_runs`, that match a filter."""
     found: list[dict[str, Any]] = call("POST", f"{api}/{path}/filter", body)
     return found
+
+
+def wait_for_lineage(api: str, expected: Mapping[str, Collection[str]]) -> None:
+    """Wait until the server has the events, sent in the background, that each asset was made from these assets."""
+    deadline = time.monotonic() + PATIENCE_S
+    made = {"event": {"name": ["prefect.asset.materialization.succeeded"]}, "resource": {"id": [*expected]}}
+    found: dict[str, set[str]] = {}
+    while not all({*sources} <= found.get(key, set()) for key, sources in expected.items()):
+        assert time.monotonic() < deadline, found
+        time.sleep(PAUSE_S)
+        for event in call("POST", f"{api}/events/filter", {"filter": made})["events"]:
+            sources = found.setdefault(event["resource"]["prefect.resource.id"], set())
+            parts = [part for part in event["related"] if part["prefect.resource.role"] == "asset"]
+            sources |= {part["prefect.resource.id"] for part in parts}
