@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from slmops.infra.olive.calls import Build
+from slmops.infra.process.call import ChildResult
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.reference.answers import Question
 from slmops.infra.settings import (
@@ -24,7 +25,7 @@ from slmops.infra.settings import (
     MachineSettings,
     Settings,
 )
-from slmops.infra.transformers.calls import Calibrate
+from slmops.infra.transformers.calls import Calibrate, CalibrationTexts
 from slmops.tasks.build.calibration import PROMPTS_AT_ONCE, built_in_prompts
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import Recipe, known_recipes, load_recipe
@@ -42,8 +43,13 @@ Texts = tuple[tuple[int, ...], ...]
 
 def calibration_texts(checkpoint: Path, folder: Path, threads: int) -> Texts:
     """Return the texts that a deploy calibrates on without a file: the checkpoint's own answers."""
+    return calibrate(checkpoint, folder, threads).value.rows
+
+
+def calibrate(checkpoint: Path, folder: Path, threads: int) -> ChildResult[CalibrationTexts]:
+    """Let a checkpoint answer the built-in prompts, in a child process."""
     sizes = CalibrationSettings()
-    child = run_in_child(
+    return run_in_child(
         Calibrate(
             checkpoint_dir=checkpoint,
             chats=(),
@@ -60,7 +66,6 @@ def calibration_texts(checkpoint: Path, folder: Path, threads: int) -> Texts:
         log_path=folder / "calibrate.log",
         work_dir=folder / "work",
     )
-    return child.value.rows
 
 
 def build(recipe: Recipe, checkpoint: Path, folder: Path, threads: int, texts: Texts = ()) -> float:
