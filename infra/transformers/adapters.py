@@ -24,7 +24,7 @@ EVALUATION_FILES = ("eval.jsonl", "output_schema.json")
 def read_adapter_config(adapter_dir: Path) -> str | None:
     """Return the base (path or Hub id) that the LoRA adapter in `adapter_dir` declares, or None.
 
-    Raises `BadInput` if adapter_config.json is missing, is not a JSON object or is not of a LoRA adapter.
+    Raises `BadInput` if adapter_config.json is missing, is not a JSON object, is not of a LoRA adapter or names code.
     """
     path = adapter_dir / ADAPTER_CONFIG
     config = read_json(path)
@@ -34,8 +34,25 @@ def read_adapter_config(adapter_dir: Path) -> str | None:
             "Only LORA adapters can be merged.",
             code="adapter-kind",
         )
+    if named := _named_code(config):
+        raise BadInput(
+            f"{path} names code to run: {named}.",
+            "Train it on a model of transformers' own: slmops runs no code that comes with a model.",
+            code="adapter-needs-code",
+        )
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
+
+
+def _named_code(config: dict[str, Untyped]) -> str | None:
+    """Return the module that an adapter's configuration wants to have imported, unless it is transformers' own."""
+    if config.get("megatron_config"):  # peft imports the module that stands beside it
+        return f"megatron_core {config.get('megatron_core')!r}"
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if library is None or str(library).split(".")[0] == "transformers":
+        return None
+    return f"parent_library {library!r}"
 
 
 def merge_adapter(call: MergeAdapter, progress: Progress) -> Merged:

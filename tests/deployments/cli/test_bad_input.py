@@ -223,12 +223,16 @@ CASES = {
     "adapter with a missing base": Case(
         "no such folder", lambda folder: make_adapter(folder, {"peft_type": "LORA"}), ("--base", "/gone/for/good")
     ),
+    "adapter that needs code": Case(
+        "code to run",
+        lambda folder: make_adapter(folder, {"peft_type": "LORA", "auto_mapping": {"parent_library": "mine"}}),
+    ),
     "adapter that is no LoRA": Case("IA3", lambda folder: make_adapter(folder, {"peft_type": "IA3"})),
     "genai folder without its model": Case("without its ONNX model", write("genai_config.json", "{}")),
 }
 
 
-def make_adapter(folder: Path, config: dict[str, str]) -> None:
+def make_adapter(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").unlink()
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))

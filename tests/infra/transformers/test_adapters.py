@@ -196,6 +196,14 @@ def test_the_declared_base_is_read(base: Path, adapter: Path) -> None:
         ("{", coded("file-not-json")),
         ("[]", coded("file-not-object")),
         (json.dumps({"peft_type": "IA3"}), coded("adapter-kind", "peft_type 'IA3'")),
+        (
+            json.dumps({"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "antigravity"}),
+            coded("adapter-needs-code", "antigravity"),
+        ),
+        (
+            json.dumps({"peft_type": "LORA", "auto_mapping": {"parent_library": "transformers_modules.mine"}}),
+            coded("adapter-needs-code", "transformers_modules.mine"),
+        ),
     ],
 )
 def test_a_config_that_cannot_be_used(text: str | None, refused: coded, tmp_path: Path) -> None:
