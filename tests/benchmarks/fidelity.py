@@ -23,6 +23,7 @@ import argparse
 import json
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -48,8 +49,9 @@ from tests.benchmarks.recipes import Texts, build, calibration_texts, real_check
 QUESTIONS_FILE = Path(__file__).with_name("fidelity_questions.jsonl")
 MODELS = ("smollm2-off-grid", "gemma3-270m")
 MODELS_ON_A_GRID = ("smollm2", "gemma3-270m")
+PAGE_WIDTH = 120  # columns of a page
 MARKS = ("<!-- begin: python -m tests.benchmarks.fidelity -->\n", "<!-- end -->\n")
-RECIPES = ("int4-rtn", "int4", "int4-mixed", "int8")
+RECIPES = ("int4-rtn", "int4", "int4-mixed", "int8-block128", "int8")
 TYPES = ("Q4_0", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_M", "Q6_K", "Q8_0")
 COLUMNS = ("of", "variant", "MB", "of fp32", "KL, nats", "top-1", "score", "new tok/s")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
@@ -275,7 +277,8 @@ def main() -> None:
     asked = parser.parse_args()
     llama = None if asked.without_peer else peer()
     versions = [f"{name} {found}" for name, found in builder_versions().items()] + ([llama.version] if llama else [])
-    told = [f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {asked.threads} threads; {', '.join(versions)}."]
+    machine = f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {asked.threads} threads; {', '.join(versions)}."
+    told = [textwrap.fill(machine, PAGE_WIDTH)]
     print(told[0])
     points = {}
     with tempfile.TemporaryDirectory() as name:
