@@ -25,6 +25,7 @@ from slmops.infra.process.channel import (
     child_environment,
     end_of_log,
     error_of,
+    keeping_memory,
     listen,
     message_of,
     speak,
@@ -63,7 +64,10 @@ class ModelProcess:
         Raises `DeadlineExceeded`; `StageFailed` with the runtime's reason, or the end of the log.
         """
         channel = await asyncio.to_thread(
-            Channel, "slmops.infra.foundry.model_process", log_path=log_path, environment=child_environment()
+            Channel,
+            "slmops.infra.foundry.model_process",
+            log_path=log_path,
+            environment=child_environment(keeping_memory()),
         )
         try:
             shown = marks.model_dump(mode="json") if marks else None

@@ -18,6 +18,7 @@ from slmops.infra.errors import StageFailed
 from slmops.infra.foundry.calls import EndureInFoundry
 from slmops.infra.genai.calls import EndureInGenai
 from slmops.infra.process.call import OnProgress
+from slmops.infra.process.channel import keeping_memory
 from slmops.infra.process.endurance import LONG_USE, Endure, TypedInput
 from slmops.infra.records import Json, Record, later_field
 from slmops.infra.settings import Settings
@@ -284,7 +285,7 @@ def _crashed(endure: Callable[..., Endure], course: _Course, bench: Bench, deadl
             journal=Path(folder) / "journal.jsonl",
         )
         try:
-            bench.run(call, deadline_s)
+            bench.run(call, deadline_s, environment=keeping_memory())
         except StageFailed as error:
             step = course.read(call.journal)
             if step is None:  # not the fault of a step: the model did not load, or does not answer
