@@ -74,7 +74,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         output_schema_file=request.output_schema_file,
         output_regex=request.output_regex,
     ).decoded_by(settled.answering(request.max_thought_tokens))
-    evaluation = evaluation_for(request, read)
+    evaluation = evaluation_for(request, read).in_modes(request.thinking, shop.settings.evaluation.max_rows)
     asked = Qualification(
         evaluation=evaluation,
         text=read_text(request.text_file) if request.text_file else None,

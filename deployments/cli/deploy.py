@@ -160,8 +160,7 @@ def _show_report(report: "DeployReport") -> None:
             print_line(f"{variant.precision} failed: {variant.error}")
         elif variant.gate and not variant.gate.passed:
             faults = "; ".join(
-                f"{check.name.replace('_', ' ')} {check_value(check)}, {check_threshold(check)}"
-                for check in variant.gate.failed_checks
+                f"{check.title} {check_value(check)}, {check_threshold(check)}" for check in variant.gate.failed_checks
             )
             print_line(f"{variant.precision} rejected: {faults}")
         if len(variant.attempts) > 1:

@@ -37,6 +37,30 @@ class Abilities:
         return tuple(word for word, has in (("tool-calling", calls_tools), ("reasoning", thinks)) if has)
 
     @property
+    def call_marks(self) -> tuple[str, str] | None:
+        """The marks before and after calls, if the form has both."""
+        frame = self.form.frame if self.form else None
+        return (frame.opening, frame.closing) if frame and frame.opening and frame.closing else None
+
+    @property
+    def properties(self) -> dict[str, str | int]:
+        """What the runtime reads of a local registration: capabilities, and marks of thoughts and calls.
+
+        With the marks of thoughts, its sessions give thoughts apart from the answer.
+        """
+        found: dict[str, str | int] = {}
+        if self.capabilities:
+            found["capabilities"] = ",".join(self.capabilities)
+        if "tool-calling" in self.capabilities:
+            found["supports_tool_calling"] = 1
+        if self.simple_marks:
+            marks = {"reasoning_start": self.simple_marks.start, "reasoning_end": self.simple_marks.end}
+            found |= {"supports_reasoning": 1, **marks}
+        if self.call_marks:
+            found |= dict(zip(("tool_call_start", "tool_call_end"), self.call_marks, strict=True))
+        return found
+
+    @property
     def simple_marks(self) -> ThoughtMarks | None:
         """The marks, if the runtime can find thoughts by them: it knows one start and one end."""
         return self.marks if self.marks and not self.marks.continued else None

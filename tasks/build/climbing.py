@@ -167,7 +167,7 @@ class _Step:
         if self.evaluated is None:
             return []
         verdict = judged_by_answers(self.evaluated, self.recipe.precision, request, workshop().settings, self.text)
-        return [check.name for check in verdict.failed_checks]
+        return list(dict.fromkeys(check.name for check in verdict.failed_checks))
 
     def distance(self) -> float:
         """Return the mean KL divergence from the checkpoint in nats; infinite for a variant that was not compared."""

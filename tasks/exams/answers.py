@@ -21,7 +21,7 @@ from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.source import ComparedExam, has_source
 from slmops.tasks.questions.evaluation_set import EvaluationRow, EvaluationSet, digest_of
 from slmops.tasks.questions.output_format import OutputFormat
-from slmops.tasks.questions.tool_prompts import form_for, prompt_of, template_prefix_of
+from slmops.tasks.questions.tool_prompts import check_switch, form_for, prompt_of, template_prefix_of
 from slmops.tasks.workshop import Workshop
 
 # Increased whenever the content of an evaluation's record changes: records with another number are not reused.
@@ -96,7 +96,11 @@ def evaluate_variant(
 
 
 def _questions(rows: Sequence[EvaluationRow], template: str | None) -> tuple[Question, ...]:
-    """The children's questions. Children know only the scorer exact_match."""
+    """The children's questions. Children know only the scorer exact_match.
+
+    Raises `BadInput` for a row that turns thoughts on or off, if the chat template has no switch.
+    """
+    check_switch(template, rows)
     questions = []
     for row in rows:
         messages, tools = prompt_of(row, template)

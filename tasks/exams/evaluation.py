@@ -1,7 +1,7 @@
 """The record of an evaluation, and the figures derived from its answers: scores, conformity, intervals, examples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
@@ -36,6 +36,7 @@ class EvaluatedRow(AnsweredRow):
     reference_output_fault: str | None = None
     calls: ComparedCalls | None = later_field(None)
     reference_calls: ComparedCalls | None = later_field(None)
+    enable_thinking: bool | None = later_field(None)
 
 
 class CategoryScore(BaseModel):
@@ -82,6 +83,31 @@ class Evaluation(Evaluated):
         """Whether the variant was compared with a source checkpoint."""
         return self.vocabulary.reference is not None
 
+    @property
+    def modes(self) -> Mapping[bool, "Evaluation"]:
+        """The answers with thoughts (True) and without, each with its own figures, if every row is in such a mode.
+
+        Perplexities and the largest divergences are left out, because rows do not have them.
+        """
+        found = {row.enable_thinking for row in self.rows}
+        return {thinks: self._of(thinks) for thinks in (True, False)} if found == {True, False} else {}
+
+    def _of(self, thinks: bool) -> "Evaluation":
+        rows = [row for row in self.rows if row.enable_thinking is thinks]
+        positions, finite = (sum(getattr(row, name) for row in rows) for name in ("positions", "finite_positions"))
+        names = ("top1_agreement", "near_agreement", "kl_divergence")
+        unknown = ("kl_divergence_p99", "perplexity", "reference_perplexity", "exact_match", "reference_exact_match")
+        return self.model_copy(
+            update={
+                "positions": positions,
+                "finite_logits": finite / max(1, positions),
+                "empty_answers": sum(not row.answer.strip() for row in rows),
+                **{name: _over_positions(rows, name) for name in names},
+                **dict.fromkeys(unknown),
+                **_figures(rows, has_format=self.output_conformity is not None),
+            }
+        )
+
 
 def score_evaluation(
     evaluation: Evaluation,
@@ -111,6 +137,7 @@ def score_evaluation(
                 "reference_output_fault": reference_fault,
                 "calls": made,
                 "reference_calls": reference_made,
+                "enable_thinking": row.enable_thinking,
             }
         )
         for found, row, score, reference_score, fault, reference_fault, made, reference_made in zip(
@@ -129,26 +156,27 @@ def score_evaluation(
     if slow:
         places = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
         notes = [f"A pattern did not finish within {MATCH_TIMEOUT_S:g} s, so the score is 0: {places}."]
-    agreements = [row.top1_agreement for row in scored if row.positions]
-    near_agreements = [row.near_agreement for row in scored if row.positions]
-    divergences = [row.kl_divergence for row in scored if row.positions]
-    weights = [row.positions for row in scored if row.positions]
-    return evaluation.model_copy(
-        update={
-            "rows": tuple(scored),
-            "score": _mean(scores),
-            "reference_score": _mean(reference_scores),
-            "quality_loss": _loss(scored),
-            "categories": _categories(scored),
-            "output_conformity": _conformity(output_format, answers, faults),
-            "reference_output_conformity": _conformity(output_format, references, reference_faults),
-            "top1_agreement_interval": _over_rows(agreements, weights),
-            "near_agreement_interval": _over_rows(near_agreements, weights),
-            "kl_divergence_interval": _over_rows(divergences, weights),
-            "worst_examples": _worst_examples(scored),
-            "notes": (*evaluation.notes, *notes),
-        }
-    )
+    figures = _figures(scored, has_format=output_format is not None)
+    return evaluation.model_copy(update={**figures, "notes": (*evaluation.notes, *notes)})
+
+
+def _figures(rows: Sequence[EvaluatedRow], *, has_format: bool) -> dict[str, object]:
+    """Return the fields of an evaluation that its scored rows determine."""
+    compared = [row for row in rows if row.positions]
+    weights = [row.positions for row in compared]
+    return {
+        "rows": tuple(rows),
+        "score": _mean([row.score for row in rows]),
+        "reference_score": _mean([row.reference_score for row in rows]),
+        "quality_loss": _loss(rows),
+        "categories": _categories(rows),
+        "output_conformity": _mean([float(row.output_fault is None) for row in rows]) if has_format else None,
+        "reference_output_conformity": _mean(_conforming_references(rows)) if has_format else None,
+        "top1_agreement_interval": _over_rows([row.top1_agreement for row in compared], weights),
+        "near_agreement_interval": _over_rows([row.near_agreement for row in compared], weights),
+        "kl_divergence_interval": _over_rows([row.kl_divergence for row in compared], weights),
+        "worst_examples": _worst_examples(rows),
+    }
 
 
 def _scores(
@@ -191,14 +219,8 @@ def _faults(output_format: OutputFormat | None, answers: Sequence[str | None]) -
     return [None if answer is None else next(found) for answer in answers]
 
 
-def _conformity(
-    output_format: OutputFormat | None, answers: Sequence[str | None], faults: Sequence[str | None]
-) -> Estimate | None:
-    if output_format is None:
-        return None
-    return _mean(
-        [None if answer is None else float(fault is None) for answer, fault in zip(answers, faults, strict=True)]
-    )
+def _conforming_references(rows: Sequence[EvaluatedRow]) -> list[float | None]:
+    return [None if row.reference_answer is None else float(row.reference_output_fault is None) for row in rows]
 
 
 def _mean(scores: Sequence[float | None]) -> Estimate | None:
@@ -233,6 +255,14 @@ def _categories(rows: Sequence[EvaluatedRow]) -> tuple[CategoryScore, ...]:
 def _over_rows(values: Sequence[float | None], weights: Sequence[int]) -> Estimate | None:
     known = [value for value in values if value is not None]
     return weighted_mean(known, weights) if len(known) == len(values) and len(known) > 1 else None
+
+
+def _over_positions(rows: Sequence[EvaluatedRow], name: str) -> float | None:
+    """Mean of a figure of rows over all their positions; None if a row lacks it."""
+    known = [(getattr(row, name), row.positions) for row in rows if row.positions]
+    if not known or any(value is None for value, _ in known):
+        return None
+    return math.fsum(value * positions for value, positions in known) / sum(positions for _, positions in known)
 
 
 def _worst_examples(rows: Sequence[EvaluatedRow]) -> tuple[RowId, ...]:

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from slmops.infra.checkpoints.folder import read_json
 from slmops.infra.foundry.abilities import abilities_of
 from slmops.infra.foundry.calls import CatalogModel, ListModels, OnCatalog, Register, Unregister
-from slmops.infra.foundry.model_folder import (
-    remove_model_folder,
-    write_model_folder,
-)
+from slmops.infra.foundry.model_folder import GENAI_CONFIG, remove_model_folder, write_model_folder
 from slmops.infra.process.call import OnProgress, R
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Record
@@ -89,15 +87,16 @@ def set_champion_ids(name: str, champions: Sequence[Variant], settings: Settings
 
 
 def _metadata(variant: Variant, description: str, folder: Path) -> dict[str, str | int]:
-    """Return what Foundry shows of a registered model; it reads the context's length from the folder itself."""
-    capabilities = abilities_of(folder).capabilities
+    """Return what Foundry reads of a registered model; it reads the context's length from the folder itself.
+
+    The whole context may be an answer.
+    """
     shown: dict[str, str | int] = {
         "display_name": f"{variant.version.name} {variant.precision}",
-        "description": description,
-        "capabilities": ",".join(capabilities),
-        "supports_tool_calling": int("tool-calling" in capabilities),
+        "max_output_tokens": int(read_json(folder / GENAI_CONFIG)["model"]["context_length"]),
+        **({"description": description} if description else {}),
     }
-    return {key: value for key, value in shown.items() if value}
+    return shown | abilities_of(folder).properties
 
 
 def unregister_variant(variant: Variant, settings: Settings) -> list[str]:

@@ -20,6 +20,7 @@ from slmops.tasks.questions.output_format import OutputFormat, parse_output_rege
 from slmops.tasks.questions.scoring import ExactMatch, Scorer, ScorerField, parse_scorer_text
 from slmops.tasks.questions.strict_json import parse_json
 from slmops.tasks.questions.tools import ExpectedCall, Tool, check_calls, check_expected, check_tools
+from slmops.tasks.request.parameters import ThoughtModes
 from slmops.tasks.runs.stage import stage
 
 CHAT_PROMPTS_FILE = Path(__file__).parent / "evaluation" / "chat_prompts.jsonl"
@@ -78,13 +79,16 @@ class EvaluationRow(Record):
 def plain_rows(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
     """Return the rows without tools and without a switched template, to ask runtimes that are given neither.
 
-    If there are none, the first question of each row is returned, without an expected answer.
+    If there are none, the first question of each row is returned once, without an expected answer.
     """
     plain = [row for row in rows if not row.tools and row.enable_thinking is None]
-    return plain or [
-        EvaluationRow(id=row.id, messages=turns_without_calls(row.messages)[: 1 + (row.messages[0].role == "system")])
-        for row in rows
-    ]
+    if plain:
+        return plain
+    beginnings: dict[tuple[ToolMessage, ...], RowId] = {}
+    for row in rows:
+        has_system = row.messages[0].role == "system"
+        beginnings.setdefault(tuple(turns_without_calls(row.messages)[: 1 + has_system]), row.id)
+    return [EvaluationRow(id=row_id, messages=messages) for messages, row_id in beginnings.items()]
 
 
 def read_evaluation_file(path: Path, scorer: Scorer | None = None) -> list[EvaluationRow]:
@@ -256,6 +260,17 @@ class EvaluationSet(Record):
         thinking = self.decoding.thinking.model_copy(update={"max_tokens": max_tokens})
         return self.decoded_by(self.decoding.model_copy(update={"thinking": thinking}))
 
+    def in_modes(self, thinking: ThoughtModes, most_rows: int) -> "EvaluationSet":
+        """Return the rows with their thoughts on, off, or both; a row's own `enable_thinking` has priority.
+
+        A question in both modes is two rows, of which the second has ` (at once)` behind its id. There are at most
+        `most_rows`.
+        """
+        if thinking == "default":
+            return self
+        rows = tuple(mode for row in self.rows for mode in _modes(row, thinking))
+        return self.model_copy(update={"rows": rows[:most_rows]})
+
     def decoded_by(self, decoding: Decoding | None) -> "EvaluationSet":
         """Return the same rows with another decoding."""
         return self.model_copy(update={"decoding": None if decoding == PLAIN else decoding})
@@ -269,6 +284,18 @@ class EvaluationSet(Record):
     def summary(self) -> str:
         """The report's description of the evaluated rows."""
         return f"{len(self.rows)} rows of {self.origin}"
+
+
+def _modes(row: EvaluationRow, thinking: ThoughtModes) -> Iterator[EvaluationRow]:
+    if row.enable_thinking is not None:
+        yield row
+        return
+    if thinking != "off":
+        yield row.model_copy(update={"enable_thinking": True})
+    if thinking != "on":
+        yield row.model_copy(
+            update={"enable_thinking": False, "id": f"{row.id} (at once)" if thinking == "both" else row.id}
+        )
 
 
 def read_evaluation_set(

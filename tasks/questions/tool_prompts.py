@@ -49,8 +49,9 @@ def check_switch(template: str | None, rows: Sequence[EvaluationRow]) -> None:
     first = next((row for row in rows if row.enable_thinking is not None), None)
     if first is not None and thinking_switch(template) is None:
         raise BadInput(
-            f"Row {first.id!r} has `enable_thinking`, and the model's chat template has no such switch.",
-            "Leave it out, or give the template that the model was trained with (--chat-template).",
+            f"Row {first.id!r} turns thoughts on or off, and the model's chat template has no switch for them.",
+            "Leave out `enable_thinking` and --thinking, or give the template that the model was trained with "
+            "(--chat-template).",
             code="template-without-switch",
         )
 

@@ -48,9 +48,34 @@ def domain_answers(report: DeployReport) -> Iterator[Block]:
     yield from table(("variant", "score", "loss", "asked"), rows)
     if by_category := list(side_by_side("category", _category_scores(report))):
         yield Details("Scores by category", by_category)
+    yield from _modes(report)
     yield from _thoughts(report)
     yield from _tool_calls(report)
     yield from _worst_examples(report)
+
+
+def _modes(report: DeployReport) -> Iterator[Block]:
+    """Yield the figures of answers with thoughts and of those without, if the rows were asked in both modes."""
+    rows: list[tuple[Text, ...]] = []
+    for variant, evaluated in evaluations(report.variants):
+        for thinks, found in evaluated.modes.items():
+            rows.append(
+                (
+                    Strong(variant.precision),
+                    "on" if thinks else "off",
+                    f"{len(found.rows):,}",
+                    estimated(found.reference_score, percent),
+                    estimated(found.score, percent),
+                    estimated(found.quality_loss, percent),
+                    shown(found.top1_agreement, percent),
+                    shown(found.kl_divergence, ratio),
+                )
+            )
+    if rows:
+        yield Heading("With and without thoughts", level=4)
+        yield Paragraph(f"The gate judges both: a variant may have lost only one. {INTERVALS}")
+    columns = ("variant", "thoughts", "rows", "reference", "score", "loss", "same token", "KL divergence")
+    yield from table(columns, rows)
 
 
 def _thoughts(report: DeployReport) -> Iterator[Block]:

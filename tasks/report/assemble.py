@@ -55,6 +55,9 @@ def variant_intervals(details: VariantDetails) -> dict[str, Estimate]:
         }
         if thoughts := thought_figures(details.evaluation, of_source=False):
             estimates |= {"thinking": thoughts.thinking, "ended_thoughts": thoughts.ended}
+        for thinks, found in details.evaluation.modes.items():
+            mode = "with_thoughts" if thinks else "without_thoughts"
+            estimates |= {f"score_{mode}": found.score, f"quality_loss_{mode}": found.quality_loss}
     if details.length_sweep:
         estimates["ttft_scaling_exponent"] = details.length_sweep.ttft_scaling_exponent
     if details.text:
@@ -109,7 +112,7 @@ def _reason(variant: VariantReport, choice: Selection) -> str:
     if variant.status == "failed":
         return "failed"
     if variant.status == "rejected":
-        names = [check.name.replace("_", " ") for check in variant.gate.failed_checks] if variant.gate else []
+        names = [check.title for check in variant.gate.failed_checks] if variant.gate else []
         return f"rejected by the gate: {', '.join(names)}"
     return choice.reason if variant.precision == choice.selected else choice.reasons.get(variant.precision, "")
 

@@ -220,8 +220,7 @@ def why_not(variant: VariantReport) -> Text:
     failed = variant.gate.failed_checks if variant.gate else ()
     if failed:
         return "; ".join(
-            f"{check.name.replace('_', ' ')} {check_value(check)}, {check_threshold(check)} is required"
-            for check in failed
+            f"{check.title} {check_value(check)}, {check_threshold(check)} is required" for check in failed
         )
     return sentences(variant.reason)
 

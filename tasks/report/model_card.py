@@ -202,7 +202,7 @@ def _figures(variant: VariantReport, dataset: str) -> Iterator[Block]:
     if variant.gate:
         checks = [
             (
-                check.name.replace("_", " "),
+                check.title,
                 check_value(check),
                 check_threshold(check),
                 check_verdict(check) if check.passed else Strong(check_verdict(check)),

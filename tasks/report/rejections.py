@@ -12,6 +12,7 @@ from slmops.tasks.report.blocks import Block, Heading, Listing, Paragraph, Stron
 from slmops.tasks.report.records import DeployReport, VariantReport
 from slmops.tasks.request.deploy_request import DEVICE_OF_PROVIDER
 from slmops.tasks.verdict.advice import Advice, Rejection, Step, advice_on, first_step
+from slmops.tasks.verdict.checks import GateCheck
 from slmops.tasks.workshop import workshop
 
 
@@ -61,12 +62,17 @@ def _rejection(
         tried=(*(attempt.recipe for attempt in variant.attempts), _recipe_of(variant)),
         calibrated=frozenset(recipe.name for recipe in ladder if recipe.is_calibrated),
         registered=tuple(other.precision for other in variants if other.status == "registered"),
-        failed=variant.gate.failed_checks if variant.gate else (),
+        failed=_once_each(variant.gate.failed_checks) if variant.gate else (),
         evaluation=variant.details.evaluation,
         most_rows=workshop().settings.evaluation.max_rows,
         valid_lengths=tuple(length.prompt_tokens for length in lengths if length.valid),
         reliable=variant.reliable is not False,
     )
+
+
+def _once_each(checks: Sequence[GateCheck]) -> tuple[GateCheck, ...]:
+    """Return the first check of each name: of a mode with thoughts or without, the steps are the same."""
+    return tuple({check.name: check for check in reversed(checks)}.values())[::-1]
 
 
 def _deploy(version: Version, provider: str, evaluation: EvaluationSet) -> Iterator[str]:

@@ -14,6 +14,7 @@ from slmops.tasks.request.values import NOT_BLANK, Values
 
 Precision = Literal["fp16", "int8", "int4"]
 Device = Literal["cpu", "gpu", "npu"]
+ThoughtModes = Literal["default", "on", "off", "both"]
 ExecutionProvider = Literal["cpu", "cuda", "dml", "webgpu"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MODEL = Values(pattern=f"^{NAME_PATTERN}$")
@@ -78,6 +79,14 @@ MaxKlDivergence = Annotated[
 MaxQualityLoss = Annotated[
     float | None,
     Parameter("Gate: largest drop of the task score below the reference's (0 to 1).", "Gate, 0 to 1.", values=SHARE),
+]
+Thinking = Annotated[
+    ThoughtModes,
+    Parameter(
+        "Whether the evaluated rows are asked with the model's thoughts on, off, or both, each with figures and checks "
+        "of its own; a row's own `enable_thinking` has priority. By default the chat template decides.",
+        "Thoughts of a reasoning model in the evaluation.",
+    ),
 ]
 Allow = Annotated[
     tuple[str, ...],
@@ -159,6 +168,7 @@ class DeployParameters:
             values=THOUGHTS,
         ),
     ] = 1024
+    thinking: Thinking = "default"
     base: Annotated[
         str | None,
         Parameter(
@@ -309,6 +319,7 @@ class RegateParameters:
             values=THOUGHTS,
         ),
     ] = None
+    thinking: Thinking = "default"
     budget: Annotated[
         tuple[str, ...] | None,
         _budget("Limits of the chosen variant, each KEY=VALUE; default: those of the last choice."),

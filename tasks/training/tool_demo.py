@@ -14,7 +14,7 @@ from slmops.infra.records import Json
 
 Row = dict[str, Any]
 
-TRAIN_ROWS = 2800
+TRAIN_ROWS = 2400
 FOREIGN = ("alarm", "fan", "music", "timer", "vacuum", "volume")  # the demo's commands that no tool does
 POLITE = re.compile(r"^(please|hey|ok)\b|\b(please|now|thanks)$")
 # As long as a call: rows are batched by their lengths, and a batch should hold both.
@@ -24,17 +24,17 @@ RESULTS = {"ok": "Done.", "failed": "That did not work."}
 # By the categories of the Berkeley Function Calling Leaderboard, where several tools are on offer: their share of the
 # training rows, and how many held-out rows they have.
 SHARES: Mapping[str, float] = {
-    "multiple": 0.45,
+    "multiple": 0.32,
     "parallel_multiple": 0.17,
-    "multi_turn": 0.1,
-    "irrelevance": 0.2,
-    "no_tools": 0.08,
+    "multi_turn": 0.25,
+    "irrelevance": 0.15,
+    "no_tools": 0.11,
 }
 HELD_OUT_ROWS: Mapping[str, int] = {
     "no_tools": 20,
     "multiple": 80,
     "parallel_multiple": 20,
-    "multi_turn": 20,
+    "multi_turn": 40,
     "irrelevance": 20,
 }
 
@@ -139,9 +139,9 @@ class _Commands:
     def row(self, category: str) -> Row:
         """Make a row of a category."""
         makers: dict[str, Callable[[], Row]] = {
-            "multiple": lambda: self._calling([self._chooser.choice(self._with_call)]),
+            "multiple": lambda: self._calling(self._any_command()),
             "parallel_multiple": lambda: self._calling(self._of_two_tools()),
-            "multi_turn": self._after_result,
+            "multi_turn": self._in_conversation,
             "irrelevance": self._irrelevant,
             "no_tools": self._plain,
         }
@@ -153,18 +153,31 @@ class _Commands:
         written = "".join(f"<tool_call>{json.dumps(call, separators=(',', ':'))}</tool_call>" for call in calls)
         return {"messages": [_said("user", text)], "expected": written, "expected_tool_calls": calls}
 
+    def _any_command(self) -> list[tuple[str, Json]]:
+        return [self._chooser.choice(self._with_call)]
+
     def _of_two_tools(self) -> list[tuple[str, Json]]:
         short = [command for command in self._with_call if not POLITE.search(command[0].lower().rstrip("."))]
         first = self._chooser.choice(short)
         others = [command for command in short if command[1]["name"] != first[1]["name"]]
         return [first, self._chooser.choice(others)]
 
-    def _after_result(self) -> Row:
+    def _in_conversation(self) -> Row:
+        """Make a row behind up to two earlier requests: either a result waits for its text, or a request for a call."""
+        earlier = [turn for _ in range(self._chooser.choice((0, 1, 2))) for turn in self._exchange()]
+        if not earlier or self._chooser.random() < 0.5:
+            *asked, said = self._exchange()
+            return {"messages": [*earlier, *asked], "expected": said["content"]}
+        row = self._irrelevant() if self._chooser.random() < 0.2 else self._calling(self._any_command())
+        return {**row, "messages": [*earlier, *row["messages"]]}
+
+    def _exchange(self) -> list[Row]:
+        """Return a request, its call, the call's result, and the text on it."""
         (text, call), result = self._chooser.choice(self._with_call), self._chooser.choice(list(RESULTS))
         made = {"id": "call00001", "type": "function", "function": call}
         called = {**_said("assistant", ""), "tool_calls": [made]}
         answered = {**_said("tool", result), "tool_call_id": "call00001"}
-        return {"messages": [_said("user", text), called, answered], "expected": RESULTS[result]}
+        return [_said("user", text), called, answered, _said("assistant", RESULTS[result])]
 
     def _irrelevant(self) -> Row:
         text = self._chooser.choice(self._without)

@@ -45,7 +45,8 @@ class GateCheck(Record):
     `low` and `high` are the bounds of the figure's interval, if it has one. `decided` is false if that interval
     contains the threshold, or if only near ties miss it: the check neither passed nor failed, and does not prevent a
     variant from passing. `allowed`
-    is true if the check failed and the user allowed it.
+    is true if the check failed and the user allowed it. `thinking` says of which rows the figure is, if a model was
+    evaluated with thoughts (true) and without; None: of all.
     """
 
     name: CheckName
@@ -58,11 +59,13 @@ class GateCheck(Record):
     decided: bool = True
     allowed: bool = later_field(False)
     detail: str = ""
+    thinking: bool | None = later_field(None)
 
     @property
     def title(self) -> str:
-        """Its name in words."""
-        return self.name.replace("_", " ")
+        """Its name in words, with the mode of its rows."""
+        mode = "" if self.thinking is None else " with thoughts" if self.thinking else " without thoughts"
+        return self.name.replace("_", " ") + mode
 
     @property
     def rejects(self) -> bool:

@@ -84,11 +84,18 @@ def judge(
     throughput from one prompt length to the next, at most), `edge_input_*` (inputs that ended in a crash or left the
     runtime unusable, none).
 
+    Answers with thoughts and answers without are judged apart, if every row was asked in one of these modes.
+
     A check that is named by `allow` may fail.
     """
-    by_score = score_decides(evaluation, thresholds)
+    modes: list[tuple[bool | None, Evaluation]] = [*evaluation.modes.items()] or [(None, evaluation)]
+    by_score = all(score_decides(found, thresholds) for _, found in modes)
     limits = thresholds.where_the_score_decides if by_score else thresholds
-    checks = [*_against_reference(evaluation, limits), *_of_answers(evaluation, limits)]
+    checks = [
+        check.model_copy(update={"thinking": thinking})
+        for thinking, found in modes
+        for check in (*_against_reference(found, limits), *_of_answers(found, limits))
+    ]
     if text is not None:
         checks += _on_text(text, limits)
     if parity is not None:
@@ -102,11 +109,12 @@ def judge(
         for check in checks
     ]
     distributions = "distributions" if evaluation.has_reference else None
+    decisions = [note for _, found in modes for note in _on_what_decided(found, thresholds, by_score=by_score)]
     return GateVerdict(
         passed=not any(check.rejects for check in checks),
         checks=tuple(checks),
         decided_by="score" if by_score else distributions,
-        notes=(*_notes(evaluation, checks), *_on_what_decided(evaluation, thresholds, by_score=by_score)),
+        notes=(*_notes(evaluation, checks), *dict.fromkeys(decisions)),
         warnings=tuple(_warnings(evaluation, checks, limits)),
     )
 

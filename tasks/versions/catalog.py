@@ -98,7 +98,7 @@ def version_models(version: Version) -> list[CatalogModel]:
 def _model(
     model_id: str, alias: str, variant: Variant, context_length: int | None, abilities: Abilities
 ) -> CatalogModel:
-    marks, frame = abilities.simple_marks, abilities.form.frame if abilities.form else None
+    marks = abilities.simple_marks
     return CatalogModel(
         name=model_id.rpartition(":")[0],
         version=variant.version.number,
@@ -111,7 +111,7 @@ def _model(
         context_length=context_length,
         capabilities=abilities.capabilities,
         reasoning=(marks.start, marks.end) if marks else None,
-        tool_call=(frame.opening, frame.closing) if frame and frame.opening and frame.closing else None,
+        tool_call=abilities.call_marks,
     )
 
 

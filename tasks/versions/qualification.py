@@ -114,7 +114,7 @@ def qualify_variant(
         figures = {"metrics": variant_metrics(details), "intervals": variant_intervals(details)}
         report = report.model_copy(update={"details": details, **figures, **_reliability(details)})
         verdict = _judge(asked, variant, details, evaluation)
-        allowed = tuple(check.name for check in verdict.allowed_checks)
+        allowed = tuple(dict.fromkeys(check.name for check in verdict.allowed_checks))
         warnings = (*report.warnings, *verdict.warnings)
         report = report.model_copy(update={"gate": verdict, "allowed": allowed, "warnings": warnings})
         if verdict.passed:

@@ -40,11 +40,12 @@ def _evaluation(parameters: RegateParameters, version: Version) -> EvaluationSet
     }
     if evaluation_file is None and any(form.values()):
         raise BadInput("A scorer or an output format is named without an evaluation file.", "Add --eval FILE.")
-    last = last_evaluation_set(version) if evaluation_file is None else None
-    if last is not None:
-        return last.with_thoughts(parameters.max_thought_tokens)
-    read = read_evaluation(evaluation_file, None, workshop().settings, **form)
-    return read.decoded_by(decoding_of(version)).with_thoughts(parameters.max_thought_tokens)
+    settings = workshop().settings
+    rows = last_evaluation_set(version) if evaluation_file is None else None
+    if rows is None:
+        rows = read_evaluation(evaluation_file, None, settings, **form).decoded_by(decoding_of(version))
+    asked = rows.in_modes(parameters.thinking, settings.evaluation.max_rows)
+    return asked.with_thoughts(parameters.max_thought_tokens)
 
 
 def _local(text: str | None) -> str | None:

@@ -64,9 +64,10 @@ def test_a_streamed_call_and_a_streamed_text(server: RunningServer) -> None:
         (choice,) = stream.get_final_completion().choices
     assert (choice.finish_reason, called(choice.message)) == ("tool_calls", [LIGHT_CALL])
     (call,) = choice.message.tool_calls or ()
-    sent = {"id": call.id, "type": "function", "function": call.function.model_dump(include={"name", "arguments"})}
     result: Any = {"role": "tool", "tool_call_id": call.id, "content": "set"}
-    history: Any = [*LIGHT, {"role": "assistant", "tool_calls": [sent]}, result]
+    sent = choice.message.model_dump()  # with what the client has read: parsed_arguments and the call's index
+    assert {"parsed_arguments"} <= sent["tool_calls"][0]["function"].keys()
+    history: Any = [*LIGHT, sent, result]
     chunks = list(server.client().chat.completions.create(messages=history, stream=True, **ASKED))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Done."
     assert chunks[-1].choices[0].finish_reason == "stop"

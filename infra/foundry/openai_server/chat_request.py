@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from slmops.infra.records import Json
+
 LARGEST_INTEGER = 2**63 - 1  # of JSON's integers in the runtime
 LARGEST_LIMIT = 2**31 - 1  # of a number of tokens in the runtime
 DEPTH = 64
@@ -161,6 +163,7 @@ class CalledFunction(_Form):
 
     name: Text
     arguments: Annotated[Text, AfterValidator(_json_object)]
+    parsed_arguments: JsonValue = Field(None, description="OpenAI's client adds it; `arguments` are used.")
 
 
 class ToolCall(_Form):
@@ -169,6 +172,15 @@ class ToolCall(_Form):
     id: Annotated[Text, Field(min_length=1)]
     type: Literal["function"]
     function: CalledFunction
+    index: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)] | None = Field(
+        None, description="The call's place in a stream; the order of the calls is used."
+    )
+
+    @property
+    def as_sent(self) -> Json:
+        """The call as the model made it, without what the client has added."""
+        function: Json = {"name": self.function.name, "arguments": self.function.arguments}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 class AssistantMessage(_Message):
@@ -181,6 +193,7 @@ class AssistantMessage(_Message):
     audio: None = Field(None, description="Models are given text only.")
     function_call: None = Field(None, description="Use tool_calls, its successor.")
     annotations: tuple[()] | None = None
+    parsed: JsonValue = Field(None, description="OpenAI's client adds it; `content` is used.")
     reasoning_content: Text | None = Field(
         None, description="The answer's reasoning; the chat template decides whether a later prompt has it."
     )

@@ -141,7 +141,7 @@ def _message(message: Message, control_tokens: tuple[str, ...]) -> Json:
         texts["name"] = message.name
     if isinstance(message, AssistantMessage):
         if message.tool_calls:
-            texts["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+            texts["tool_calls"] = [call.as_sent for call in message.tool_calls]
         if message.reasoning_content:
             texts["reasoning_content"] = message.reasoning_content
     return {"role": role, **_broken_object(texts, control_tokens)}

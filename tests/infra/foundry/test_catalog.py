@@ -507,6 +507,8 @@ def test_the_runtime_sees_120_models_over_several_pages(tmp_path):
 def test_the_runtime_finds_models_versions_and_what_is_cached(tmp_path):
     old, new = (cache_model(tmp_path, f"home-int4-generic-cpu:{version}") for version in (1, 2))
     older = cache_model(tmp_path, "home:2")
+    told = {"Name": "home:2", "License": "MIT", "Capabilities": "reasoning", "MaxOutputTokens": 5, "Task": "x"}
+    Path(older, "inference_model.json").write_text(json.dumps(told | {key.lower(): told[key] for key in told}))
     with serving(catalog_app(lambda: [*MANY, *HOME, *INT4, *GPU, CALLER])) as address:
         answers = ask_runtime(
             f"{address}{CATALOG_PATH}",
@@ -515,7 +517,7 @@ def test_the_runtime_finds_models_versions_and_what_is_cached(tmp_path):
             versions=[["home"], ["home", "home", 2], ["home-int4"], ["absent"]],
             variants=["home:10", "home:3", "home:99", "home-int4-generic-cpu:1", "garden:1"],
             latest=["home:1", "home:10", "home-int4-generic-cpu:1"],
-            info=["home:10", "caller:1"],
+            info=["home:10", "caller:1", "home:2"],
         )
     listed = dict(answers["listed"])
     assert len(listed) == 124
@@ -551,6 +553,9 @@ def test_the_runtime_finds_models_versions_and_what_is_cached(tmp_path):
     assert told == ("tool-calling,reasoning", True, 1024)
     info = answers["info"]["home:10"]
     assert (info["capabilities"], info["supports_tool_calling"]) == (None, None)
+    info_of_folder = answers["info"]["home:2"]  # of a folder's inference_model.json only the name is read
+    read = (info_of_folder[name] for name in ("capabilities", "license", "max_output_tokens", "task"))
+    assert list(read) == [None, None, 1024, "chat-completion"]
     seen = ("alias", "name", "version", "display_name", "publisher", "task", "file_size_mb", "context_length")
     assert [info[key] for key in seen] == ["home", "home", 10, "home shown", "slmops", "chat-completion", 300, 1024]
     assert (info["created_at_unix"], info["runtime"]["execution_provider"]) == (1795341600, "CPUExecutionProvider")

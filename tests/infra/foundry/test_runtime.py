@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from slmops.infra.errors import BadInput, StageFailed
+from slmops.infra.foundry.abilities import abilities_of_template
 from slmops.infra.foundry.calls import (
     DescribeRuntime,
     ListModels,
@@ -53,11 +54,15 @@ catalog = FoundryLocalManager.instance.get_catalog(CatalogType.LOCAL)
 listed = [variant.id for model in catalog.list_models() for variant in model.variants]
 model = catalog.get_model_variant(model_id)
 model.load()
-with ChatSession(model) as session:
-    session.set_options(RequestOptions(search=SearchOptions(do_sample=False, max_output_tokens=12)))
-    with session.process_request(Request().add_item(MessageItem.user(prompt))) as response:
-        text = "".join(part.text for item in response for part in item.parts)
-print(json.dumps({"listed": listed, "text": text}))
+def parts(length, **options):
+    with ChatSession(model) as session:
+        session.set_options(RequestOptions(search=SearchOptions(do_sample=False, max_output_tokens=length), **options))
+        with session.process_request(Request().add_item(MessageItem.user(prompt))) as response:
+            return [(part.type.name, part.text) for item in response for part in item.parts]
+thoughts = {"guidance_type": "lark_grammar", "guidance_data": 'start: "<think>a light</think>on"'}
+info = {name: getattr(model.info, name) for name in ("capabilities", "supports_tool_calling", "max_output_tokens")}
+answer, thinking = parts(12), parts(48, additional_options=thoughts)
+print(json.dumps({"listed": listed, "text": answer, "thinking": thinking, "info": info}))
 """
 
 
@@ -115,8 +120,8 @@ class Foundry:
             self.cache_dir, "home", precision, version, sources=files, inference_model=name, model_card="# home\n"
         )
 
-    def register(self, model_id, folder):
-        return self.ask(Register, model_id=model_id, folder=folder)
+    def register(self, model_id, folder, **metadata):
+        return self.ask(Register, model_id=model_id, folder=folder, metadata=metadata)
 
     def ids(self):
         return [model.model_id for model in self.ask(ListModels)]
@@ -143,7 +148,8 @@ def foundry(tmp_path, model_dir):
 def test_a_registered_model_answers_another_program_as_genai_does(foundry, tmp_path):
     model_id = f"{INT4}:1"
     folder = foundry.write()
-    registered = foundry.register(model_id, folder)
+    abilities = abilities_of_template("{{ tools }}<tool_call>{'name': 0, 'arguments': 0}</tool_call></think>", {})
+    registered = foundry.register(model_id, folder, **abilities.properties, max_output_tokens=77)
     assert registered == Registered(model_id=model_id, alias="home-int4", folder=str(folder), changed=True)
     expected = foundry.genai(PLAIN)
     assert expected["answer"]
@@ -164,7 +170,12 @@ def test_a_registered_model_answers_another_program_as_genai_does(foundry, tmp_p
         text=True,
         check=True,
     )
-    assert json.loads(done.stdout.splitlines()[-1]) == {"listed": [model_id], "text": expected["answer"]}
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "listed": [model_id],
+        "text": [["DEFAULT", expected["answer"]]],
+        "thinking": [["REASONING", "a light"], ["DEFAULT", "on"]],  # by the marks that the registration publishes
+        "info": {"capabilities": "tool-calling,reasoning", "supports_tool_calling": True, "max_output_tokens": 77},
+    }
 
 
 def test_variants_versions_and_the_champion_live_side_by_side(foundry):

@@ -46,6 +46,21 @@ def test_a_switch_that_is_neither_true_nor_false_is_refused(tmp_path: Path, line
         read(tmp_path / "eval.jsonl", line, ROW)
 
 
+def test_rows_are_asked_in_both_modes_or_in_one(tmp_path: Path) -> None:
+    rows = tuple(read(tmp_path / "eval.jsonl", ROW, {**ROW, "id": "own", "enable_thinking": False}))
+    asked = EvaluationSet(rows=rows, origin="x")
+    assert asked.in_modes("default", 1) is asked
+
+    def modes(thinking: Any, most: int = 9) -> list[tuple[object, object]]:
+        return [(row.id, row.enable_thinking) for row in asked.in_modes(thinking, most).rows]
+
+    assert modes("both") == [(1, True), ("1 (at once)", False), ("own", False)]
+    assert modes("both", 2) == [(1, True), ("1 (at once)", False)]
+    assert modes("on") == [(1, True), ("own", False)]
+    assert modes("off") == [(1, False), ("own", False)]
+    assert [row.id for row in plain_rows(asked.in_modes("both", 9).rows)] == [1]  # one question
+
+
 def test_another_limit_of_thoughts_needs_a_model_that_thinks() -> None:
     rows = EvaluationSet(rows=(EvaluationRow.model_validate(ROW),), origin="x")
     assert rows.with_thoughts(9) == rows

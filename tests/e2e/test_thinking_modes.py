@@ -1,0 +1,49 @@
+"""A model whose template has a switch of thoughts, deployed once and judged in both modes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slmops.infra.process.channel import QUIET_ENVIRONMENT
+
+from tests.e2e.conftest import Slmops
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("caller")]
+
+
+# Another program on the same machine: the SDK alone.
+REGISTERED = """
+import sys
+from foundry_local_sdk import Configuration, FoundryLocalManager
+from foundry_local_sdk.catalog import CatalogType
+cache_dir, own_dir = sys.argv[1:]
+FoundryLocalManager.initialize(Configuration(app_name="other", model_cache_dir=cache_dir, app_data_dir=own_dir))
+info = FoundryLocalManager.instance.get_catalog(CatalogType.LOCAL).get_model_variant("caller-int8-generic-cpu:1").info
+names = ("capabilities", "reasoning_start", "reasoning_end", "tool_call_start", "tool_call_end", "display_name")
+print(*(info.get_string_property(name) for name in names), info.supports_tool_calling, info.max_output_tokens)
+"""
+
+
+def test_one_deploy_judges_answers_with_thoughts_and_without(slmops: Slmops, tool_caller: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "messages": [{"role": "user", "content": f"Turn on light {n}."}], "expected": "Done."} for n in "ab"
+    ]
+    (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    asked = ("deploy", tool_caller, "--name", "caller", "--eval", tmp_path / "eval.jsonl", "--precision", "int8")
+    report = slmops.json(*asked, "--thinking", "both", "--max-thought-tokens", "8", SLMOPS_SOAK__REQUESTS="0")
+    (variant,) = report["variants"]
+    modes = [check.get("thinking") for check in variant["gate"]["checks"] if check["name"] == "quality_loss"]
+    assert modes == [True, False]
+    assert {"score_with_thoughts", "score_without_thoughts"} <= variant["metrics"].keys() & variant["intervals"].keys()
+    assert "With and without thoughts" in Path(report["html_file"]).read_text("utf-8")
+    again = slmops.json("regate", "caller@1", "--eval", tmp_path / "eval.jsonl", "--thinking", "off")
+    assert "score_with_thoughts" not in again["variants"][0]["metrics"]
+    arguments = (sys.executable, "-c", REGISTERED, slmops.home / "foundry", tmp_path / "own")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **QUIET_ENVIRONMENT}
+    told = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
+    marks = "<think> </think> <tool_call> </tool_call>"
+    assert told.splitlines()[-1] == f"tool-calling,reasoning {marks} caller int8 True 2048"
