@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from slmops.infra.process.channel import QUIET_ENVIRONMENT
-
 from tests.e2e.conftest import Slmops
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("caller")]
