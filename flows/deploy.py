@@ -15,6 +15,7 @@ from slmops.tasks.checkpoint.family import prove_family
 from slmops.tasks.checkpoint.preparation import prepare_checkpoint, put_into_store
 from slmops.tasks.choices import CHOICES
 from slmops.tasks.environment.checks import check_environment, check_room
+from slmops.tasks.exams.constraint import check_constraint, record_response_format
 from slmops.tasks.exams.decoding import settle_decoding
 from slmops.tasks.exams.early_parity import check_templates
 from slmops.tasks.exams.first_look import evaluation_for, workshop_for
@@ -75,6 +76,8 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         output_regex=request.output_regex,
     ).decoded_by(settled.answering(request.max_thought_tokens))
     evaluation = evaluation_for(request, read).in_modes(request.thinking, shop.settings.evaluation.max_rows)
+    if request.constrain:
+        check_constraint(evaluation)
     asked = Qualification(
         evaluation=evaluation,
         text=read_text(request.text_file) if request.text_file else None,
@@ -85,6 +88,7 @@ def ship(request: DeployRequest) -> State[DeployReport]:
         quick=request.quick,
         allow=request.allow,
         generation_defaults=request.generation_defaults,
+        constrain=request.constrain,
     )
     check_room(
         prepared.inspection,
@@ -108,6 +112,8 @@ def ship(request: DeployRequest) -> State[DeployReport]:
             copy_out([variant.variant for variant in built.variants], request.output)
         version = commit_version(request, prepared, built.variants)
         record_provenance(version)
+        if request.constrain:
+            record_response_format(version, evaluation)
         if built.search:
             record_trials(version, built.search)
         record_climb(version, climbed)

@@ -10,6 +10,7 @@ from slmops.infra.storage.evidence import BUILD, DEPLOY, NOTE, SBOM, SELECTION, 
 from slmops.tasks.build.climbing import CLIMB
 from slmops.tasks.build.search import SEARCH
 from slmops.tasks.exams.answers import EVALUATION
+from slmops.tasks.exams.constraint import CONSTRAINT, RESPONSE_FORMAT
 from slmops.tasks.exams.endurance import ENDURANCE
 from slmops.tasks.exams.lm_eval import LM_EVAL
 from slmops.tasks.exams.measurement import MEASUREMENT
@@ -21,8 +22,17 @@ from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.training.comparison import RETRAIN
 from slmops.tasks.verdict.gate import VERDICT
 
-OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG)
-OF_EXAMS: tuple[Kind[Any], ...] = (ENDURANCE, EVALUATION, LM_EVAL, MEASUREMENT, PARITY, SOURCE_LENGTHS, TEXT)
+OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, NOTE, RESPONSE_FORMAT, SBOM, SELECTION, SIGNATURE, TAG)
+OF_EXAMS: tuple[Kind[Any], ...] = (
+    CONSTRAINT,
+    ENDURANCE,
+    EVALUATION,
+    LM_EVAL,
+    MEASUREMENT,
+    PARITY,
+    SOURCE_LENGTHS,
+    TEXT,
+)
 OF_STAGES: tuple[Kind[Any], ...] = (CLIMB, RETRAIN, SEARCH, VERDICT, *map(proof_of, ("fp32", *PRECISIONS)))
 
 KINDS = {kind.name: kind for kind in (*OF_THE_STORE, *OF_EXAMS, *OF_STAGES)}

@@ -11,6 +11,7 @@ import httpx
 from slmops.infra import errors
 from slmops.infra.foundry.abilities import Abilities
 from slmops.infra.foundry.model_process import ModelProcess
+from slmops.infra.records import Json
 from slmops.infra.server_settings import ServeSettings
 
 
@@ -48,11 +49,15 @@ class ServedVersion:
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model folder that is ready to be loaded: its size in bytes, its control tokens' texts, and its abilities."""
+    """A model folder that is ready to be loaded: its size in bytes, its control tokens' texts, and its abilities.
+
+    `response_schema` is the JSON Schema of answers to requests that name no other format, if the version has one.
+    """
 
     size_bytes: int
     control_tokens: tuple[str, ...]
     abilities: Abilities = field(default_factory=Abilities)
+    response_schema: Json | None = None
 
 
 class ModelSource(Protocol):

@@ -107,10 +107,15 @@ class GenaiModel:
                 code="chat-template-does-not-render",
             ) from error
 
-    def start(self, max_length: int, min_length: int = 0) -> Any:
-        """Return a greedy generator for up to `max_length` tokens, prompt included."""
+    def start(self, max_length: int, min_length: int = 0, guidance: tuple[str, str] | None = None) -> Any:
+        """Return a greedy generator for up to `max_length` tokens, prompt included.
+
+        `guidance` is a kind of grammar and its text, which the answer follows.
+        """
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(**{**self._search, "min_length": min_length, "max_length": max_length})
+        if guidance:
+            params.set_guidance(*guidance)
         return self._og.Generator(self._model, params)
 
     def room_after(self, prompt_ids: Sequence[int], max_new_tokens: int) -> int:

@@ -168,4 +168,4 @@ SELECTION = Kind("selection", Selection)
 DEPLOY = Kind("deploy", Deployed)
 
 # Kinds of evidence without a judgement: they count in every store, whatever their origin.
-STATEMENTS = frozenset({"tag", "note", "signature", "sbom", "build"})
+STATEMENTS = frozenset({"tag", "note", "signature", "sbom", "build", "response-format"})

@@ -44,7 +44,7 @@ def run_reference(
     return bench.run(
         AnswerAsSource(
             checkpoint_dir=bench.model,
-            rows=_questions(rows[: settings.evaluation.max_rows], read_chat_template(bench.model)),
+            rows=questions_of(rows[: settings.evaluation.max_rows], read_chat_template(bench.model)),
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
             batch_size=settings.evaluation.batch_size,
@@ -77,7 +77,7 @@ def evaluate_variant(
     child = bench.run(
         Evaluate(
             model_dir=bench.model,
-            rows=_questions(used, template),
+            rows=questions_of(used, template),
             reference_dir=reference_dir,
             max_new_tokens=settings.evaluation.max_new_tokens,
             max_positions=settings.evaluation.max_positions,
@@ -95,8 +95,8 @@ def evaluate_variant(
     return score_evaluation(found, used, output_format, form_for(template, used))
 
 
-def _questions(rows: Sequence[EvaluationRow], template: str | None) -> tuple[Question, ...]:
-    """The children's questions. Children know only the scorer exact_match.
+def questions_of(rows: Sequence[EvaluationRow], template: str | None) -> tuple[Question, ...]:
+    """Return the children's questions. Children know only the scorer exact_match.
 
     Raises `BadInput` for a row that turns thoughts on or off, if the chat template has no switch.
     """

@@ -179,6 +179,11 @@ def _figures(rows: Sequence[EvaluatedRow], *, has_format: bool) -> dict[str, obj
     }
 
 
+def text_scores(rows: Sequence[EvaluationRow], answers: Sequence[str]) -> list[float | None]:
+    """Return the scores of answers to rows without tools; 0 for one whose pattern exceeds the time limit."""
+    return _scores(rows, answers, [None] * len(answers), "", [])
+
+
 def _scores(
     rows: Sequence[EvaluationRow],
     answers: Sequence[str | None],

@@ -197,6 +197,45 @@ def output_format(report: DeployReport) -> Iterator[Block]:
             yield Details(
                 f"{len(faulty):,} of {len(evaluated.rows):,} answers of {variant.precision} are not in it", examples
             )
+    yield from _constraint(report)
+
+
+def _constraint(report: DeployReport) -> Iterator[Block]:
+    """Yield what the output schema as a grammar changes, and answers whose form hides that they are wrong."""
+    constrained = [(variant, found) for variant in report.variants if (found := variant.details.constraint)]
+    rows = [
+        (
+            Strong(variant.precision),
+            told,
+            estimated(figures.conformity, percent),
+            estimated(figures.score, percent),
+            estimated(figures.well_formed_but_wrong, percent),
+            f"{figures.tokens_per_s:,.0f}",
+            f"{figures.start_ms:,.1f} ms",
+        )
+        for variant, found in constrained
+        for told, figures in (("no", found.free), ("yes", found.bound))
+    ]
+    if rows:
+        yield Heading("With the schema as a constraint", level=4)
+        yield Paragraph(
+            "A grammar leaves only answers of the schema's form; it does not make them right. Answers that are "
+            f"well-formed but wrong are found by their content alone. {INTERVALS} Then tokens per second, and the time "
+            "before the first, in which a grammar is made."
+        )
+    columns = ("variant", "constrained", "in format", "score", "well-formed but wrong", "tokens/s", "before")
+    yield from table(columns, rows)
+    for variant, found in constrained:
+        wrong = [row for row in found.rows if row.bound.is_well_formed_but_wrong]
+        examples: list[Block] = [
+            Comparison(
+                ("Row ", quoted(str(row.id), 60)),
+                [("constrained", visible(row.bound.answer)), ("free", visible(row.free.answer) or "(empty)")],
+            )
+            for row in wrong[:EXAMPLES]
+        ]
+        if examples:
+            yield Details(f"{len(wrong):,} constrained answers of {variant.precision} are wrong", examples)
 
 
 def distributions(variants: Variants) -> Iterator[Block]:

@@ -36,6 +36,10 @@ def variant_metrics(details: VariantDetails) -> dict[str, float]:
             figures["thought_tokens"] = thoughts.tokens
     if details.measurement:
         figures.update({str(name): value for name, value in details.measurement.metrics.items()})
+    if details.constraint:
+        figures["constrained_throughput_tps"] = details.constraint.bound.tokens_per_s
+        figures["unconstrained_throughput_tps"] = details.constraint.free.tokens_per_s
+        figures["constraint_start_ms"] = details.constraint.bound.start_ms
     if details.text:
         figures["text_perplexity"] = details.text.perplexity
     return {name: value for name, value in figures.items() if value is not None}
@@ -58,6 +62,13 @@ def variant_intervals(details: VariantDetails) -> dict[str, Estimate]:
         for thinks, found in details.evaluation.modes.items():
             mode = "with_thoughts" if thinks else "without_thoughts"
             estimates |= {f"score_{mode}": found.score, f"quality_loss_{mode}": found.quality_loss}
+    if details.constraint:
+        for name, figures in (("constrained", details.constraint.bound), ("unconstrained", details.constraint.free)):
+            estimates |= {
+                f"{name}_conformity": figures.conformity,
+                f"{name}_score": figures.score,
+                f"{name}_well_formed_but_wrong": figures.well_formed_but_wrong,
+            }
     if details.length_sweep:
         estimates["ttft_scaling_exponent"] = details.length_sweep.ttft_scaling_exponent
     if details.text:

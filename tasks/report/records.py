@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slmops.tasks.build.climbing import Attempt
 from slmops.tasks.build.search import SearchOutcome
+from slmops.tasks.exams.constraint import Constraint
 from slmops.tasks.exams.endurance import Endurance
 from slmops.tasks.exams.estimates import Estimate
 from slmops.tasks.exams.evaluation import Evaluation
@@ -35,6 +36,7 @@ class VariantDetails(BaseModel):
     parity: TemplateParity | None = None
     text: TextComparison | None = None
     endurance: tuple[Endurance, ...] = ()
+    constraint: Constraint | None = None
 
 
 class VariantReport(BaseModel):

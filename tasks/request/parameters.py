@@ -158,6 +158,14 @@ class DeployParameters:
         ),
     ] = None
     output_regex: Annotated[str | None, _regex("Regular expression that every answer must match as a whole.")] = None
+    constrain: Annotated[
+        bool,
+        Parameter(
+            "Answer the evaluation with the output schema as a grammar too, and make it the version's default response "
+            "format, which slmops serve applies to requests that name none.",
+            "Serve with the output schema as default response format; evaluate both.",
+        ),
+    ] = False
     text_file: TextFile = None
     max_thought_tokens: Annotated[
         int,

@@ -10,6 +10,7 @@ from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.climbing import last_climb
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
 from slmops.tasks.exams.answers import AnswersExam
+from slmops.tasks.exams.constraint import ConstraintExam
 from slmops.tasks.exams.endurance import endurance_exams
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import examine
@@ -47,7 +48,8 @@ class Qualification:
     """The request to qualify a version: rows, text, thresholds, budget, and the checks that are allowed to fail.
 
     `generation_defaults` are those that the user gave for a new version; the report shows them. `statements` are the
-    facts from the checkpoint's files that the last report of a stored version shows; None: they are read.
+    facts from the checkpoint's files that the last report of a stored version shows; None: they are read. With
+    `constrain`, the answers under the output schema are examined too.
     """
 
     evaluation: EvaluationSet
@@ -60,6 +62,7 @@ class Qualification:
     allow: Sequence[str] = ()
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     statements: tuple[Statement, ...] | None = None
+    constrain: bool = False
 
     @property
     def compared_exams(self) -> list[ComparedExam[Any]]:
@@ -147,6 +150,7 @@ def _examined(
         parity=examine(ParityExam(checkpoint), variant),
         text=examine(TextExam(asked.text), variant) if asked.text else None,
         endurance=endurance,
+        constraint=examine(ConstraintExam(asked.evaluation), variant) if asked.constrain else None,
     )
 
 

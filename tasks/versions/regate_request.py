@@ -3,6 +3,7 @@
 from slmops.infra.errors import BadInput
 from slmops.infra.storage.version import Version
 from slmops.tasks.exams.answers import decoding_of, last_evaluation_set
+from slmops.tasks.exams.constraint import RESPONSE_FORMAT, has_schema
 from slmops.tasks.exams.statements import recorded_statements
 from slmops.tasks.exams.text import read_text
 from slmops.tasks.questions.evaluation_set import EvaluationSet, read_evaluation
@@ -20,14 +21,16 @@ def request_again(parameters: RegateParameters, version: Version) -> Qualificati
     budget = last_budget(version) if parameters.budget is None else parameters.budget
     parse_budget(budget)
     text_file = _local(parameters.text_file)
+    evaluation = _evaluation(parameters, version)
     return Qualification(
-        evaluation=_evaluation(parameters, version),
+        evaluation=evaluation,
         text=read_text(text_file) if text_file else None,
         gate=Gate(parameters.min_top1_agreement, parameters.max_kl_divergence, parameters.max_quality_loss),
         budget=budget,
         description=version.deployed.description,
         allow=check_allowed(parameters.allow),
         statements=recorded_statements(version),
+        constrain=version.latest(RESPONSE_FORMAT) is not None and has_schema(evaluation),
     )
 
 

@@ -11,11 +11,13 @@ from slmops.infra.files import write_whole
 from slmops.infra.foundry.abilities import abilities_of
 from slmops.infra.foundry.model_folder import INFERENCE_MODEL
 from slmops.infra.foundry.served_model import PlacedModel, ServedVersion
+from slmops.infra.records import Json
 from slmops.infra.settings import Settings
 from slmops.infra.storage.champion_lease import champion_is_changing
 from slmops.infra.storage.manifest import Manifest
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.signatures import check_signature
+from slmops.tasks.exams.constraint import RESPONSE_FORMAT, ResponseFormat
 from slmops.tasks.foundry.ids import champion_model_id
 from slmops.tasks.foundry.prompt_template import describe_model, inference_model
 
@@ -79,7 +81,8 @@ class StoredModels:
             if kept is None:
                 raise
             return ServedVersion(name, version, kept["precision"])
-        self._keep(name, None, found.manifest, precision)
+        response_format = found.latest(RESPONSE_FORMAT)
+        self._keep(name, None, found.manifest, precision, response_format)
         return ServedVersion(name, version, precision)
 
     def place(self, served: ServedVersion, folder: Path) -> PlacedModel:
@@ -98,7 +101,19 @@ class StoredModels:
         added = read_json(folder / "tokenizer.json").get("added_tokens", [])
         tokens = tuple(str(token["content"]) for token in added if token.get("special"))
         abilities = abilities_of(folder, template.prompt)
-        return PlacedModel(sum(file.size_bytes for file in variant.files), tokens, abilities)
+        size_bytes = sum(file.size_bytes for file in variant.files)
+        return PlacedModel(size_bytes, tokens, abilities, self._response_schema(served))
+
+    def _response_schema(self, served: ServedVersion) -> Json | None:
+        try:
+            found = self._registry.version(served.name, served.version).latest(RESPONSE_FORMAT)
+        except BadInput:
+            raise
+        except SlmopsError:
+            kept = (self._read(served.name) or {"versions": {}})["versions"].get(str(served.version), {})
+            schema: Json | None = kept.get("response_schema")
+            return schema
+        return found.json_schema if found else None
 
     def _manifest(self, served: ServedVersion) -> Manifest:
         try:
@@ -124,7 +139,14 @@ class StoredModels:
             return None
         return kept
 
-    def _keep(self, name: str, champion: int | None, manifest: Manifest | None, precision: str | None) -> None:
+    def _keep(
+        self,
+        name: str,
+        champion: int | None,
+        manifest: Manifest | None,
+        precision: str | None,
+        response_format: ResponseFormat | None = None,
+    ) -> None:
         path = self._kept / f"{name}.json"
         try:
             kept = json.loads(path.read_bytes())
@@ -137,6 +159,7 @@ class StoredModels:
             kept["versions"][str(manifest.version)] = {
                 "precision": precision,
                 "manifest": manifest.model_dump(mode="json"),
+                **({"response_schema": response_format.json_schema} if response_format else {}),
             }
         if json.dumps(kept) == before:
             return

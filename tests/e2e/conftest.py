@@ -29,6 +29,7 @@ from tests.support.genai_models import build_genai_model
 from tests.support.real_models import real_model
 from tests.support.served_models import RunningServer, serving, store_model
 from tests.support.torch_process import TORCH_PROCESS, ProcessThatStays
+from tests.support.versions import add_evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 OPEN_GATE = {"SLMOPS_GATE__MIN_TOP1_AGREEMENT": "0", "SLMOPS_GATE__MAX_KL_DIVERGENCE": "1000"}
@@ -156,7 +157,7 @@ def served_model_dir(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def served_home(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with three versions of `home`, the third one damaged, and one of `other`."""
+    """A home with three versions of `home`, the third one damaged, and one of `other`, whose answers have a schema."""
     home = tmp_path_factory.mktemp("served-home") / "home"
     registry = ModelRegistry(LocalObjectStore(home / "store"))
     for number in (1, 2):
@@ -166,7 +167,8 @@ def served_home(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
     config["model"]["decoder"]["inputs"]["input_ids"] = "nobody"
     (broken / "genai_config.json").write_text(json.dumps(config), "utf-8")
     store_model(registry, broken, home / "in/3")
-    store_model(registry, served_model_dir, home / "in/other", name="other")
+    other = store_model(registry, served_model_dir, home / "in/other", name="other")
+    add_evidence(registry, other, "response-format", {"json_schema": {"enum": ["on", "off"]}})
     shutil.rmtree(home / "in")
     return home
 

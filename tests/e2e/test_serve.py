@@ -96,6 +96,11 @@ class TestAnswers:
         for name in ("home:2", "home@2"):
             assert ask(server, name).model == "home:2"
 
+    def test_a_version_with_a_response_format_answers_in_it(self, server: RunningServer) -> None:
+        assert ask(server, "other", max_tokens=32).choices[0].message.content in ('"on"', '"off"')
+        free = ask(server, "other", max_tokens=32, response_format={"type": "text"})
+        assert free.choices[0].message.content == ask(server, max_tokens=32).choices[0].message.content
+
     def test_a_stream_has_the_same_text(self, server: RunningServer) -> None:
         chunks = list(ask(server, stream=True))
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)

@@ -1,4 +1,4 @@
-"""A model whose template has a switch of thoughts, deployed once and judged in both modes."""
+"""A model whose template has a switch of thoughts, deployed once: judged in both modes, and under an output schema."""
 
 import json
 import os
@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from slmops.infra.process.channel import QUIET_ENVIRONMENT
+from slmops.infra.storage.local import LocalObjectStore
+from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks.exams.constraint import RESPONSE_FORMAT, ResponseFormat
 from tests.e2e.conftest import Slmops
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("caller")]
@@ -27,18 +30,26 @@ print(*(info.get_string_property(name) for name in names), info.supports_tool_ca
 """
 
 
-def test_one_deploy_judges_answers_with_thoughts_and_without(slmops: Slmops, tool_caller: Path, tmp_path: Path) -> None:
+def test_one_deploy_judges_both_modes_and_a_constraint(slmops: Slmops, tool_caller: Path, tmp_path: Path) -> None:
     rows = [
         {"id": n, "messages": [{"role": "user", "content": f"Turn on light {n}."}], "expected": "Done."} for n in "ab"
     ]
     (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     asked = ("deploy", tool_caller, "--name", "caller", "--eval", tmp_path / "eval.jsonl", "--precision", "int8")
-    report = slmops.json(*asked, "--thinking", "both", "--max-thought-tokens", "8", SLMOPS_SOAK__REQUESTS="0")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["on", "off"]}', "utf-8")
+    constrained = ("--output-schema", schema, "--constrain")
+    report = slmops.json(
+        *asked, *constrained, "--thinking", "both", "--max-thought-tokens", "8", SLMOPS_SOAK__REQUESTS="0"
+    )
     (variant,) = report["variants"]
     modes = [check.get("thinking") for check in variant["gate"]["checks"] if check["name"] == "quality_loss"]
     assert modes == [True, False]
     assert {"score_with_thoughts", "score_without_thoughts"} <= variant["metrics"].keys() & variant["intervals"].keys()
     assert "With and without thoughts" in Path(report["html_file"]).read_text("utf-8")
+    assert variant["metrics"]["constrained_conformity"] == 1
+    version = ModelRegistry(LocalObjectStore(slmops.home / "store")).version("caller", 1)
+    assert version.latest(RESPONSE_FORMAT) == ResponseFormat(json_schema={"enum": ["on", "off"]})
     again = slmops.json("regate", "caller@1", "--eval", tmp_path / "eval.jsonl", "--thinking", "off")
     assert "score_with_thoughts" not in again["variants"][0]["metrics"]
     arguments = (sys.executable, "-c", REGISTERED, slmops.home / "foundry", tmp_path / "own")

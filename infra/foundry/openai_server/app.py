@@ -22,6 +22,7 @@ from slmops.infra.foundry.following import Following
 from slmops.infra.foundry.model_host import ModelHost
 from slmops.infra.foundry.openai_server.answers import Relay, ask_runtime, usage_of, while_connected
 from slmops.infra.foundry.openai_server.chat_request import ChatRequest, SchemaFormat
+from slmops.infra.foundry.openai_server.default_format import default_format_of
 from slmops.infra.foundry.openai_server.errors import HANDLERS, Refused
 from slmops.infra.foundry.openai_server.metrics import Metrics
 from slmops.infra.foundry.openai_server.openapi import openapi_document
@@ -52,7 +53,7 @@ def openai_server(
     """Return the ASGI application: `/v1/models`, `/v1/chat/completions`, `/health`, `/ready`, `/metrics`,
     `/openapi.json`.
 
-    `default_format` is the response format of requests that name none and call no tools.
+    `default_format` is the response format of requests that name none and call no tools, in place of the versions' own.
 
     `/v1` and `/metrics` require the settings' token if there is one. `/slmops/v1` requires the control token, which
     only processes of this user can read.
@@ -160,7 +161,8 @@ class _Front:
                 running = await taken.enter_async_context(self._host.turn(asked.model))
                 counted.model = running.served.name
                 use = tool_use(asked, running.placed)
-                sent = for_runtime(asked, running, use, self._default_format)
+                default = self._default_format or default_format_of(running.placed)
+                sent = for_runtime(asked, running, use, default)
                 answer = await while_connected(request, ask_runtime(self._host, running, sent))
                 taken.push_async_callback(answer.response.aclose)
                 if asked.stream:

@@ -6,12 +6,18 @@ from slmops.infra.foundry.openai_server.answers import ask_runtime
 from slmops.infra.foundry.openai_server.chat_request import NamedSchema, SchemaFormat
 from slmops.infra.foundry.openai_server.errors import Refused
 from slmops.infra.foundry.openai_server.requests import runtime_format
+from slmops.infra.foundry.served_model import PlacedModel
 from slmops.infra.records import Json
 
 
 def format_of(schema: Json) -> SchemaFormat:
     """Return the response format of a JSON Schema."""
     return SchemaFormat(type="json_schema", json_schema=NamedSchema(name="default", schema=schema))
+
+
+def default_format_of(placed: PlacedModel) -> SchemaFormat | None:
+    """Return the response format that a version was deployed with, or None."""
+    return format_of(placed.response_schema) if placed.response_schema else None
 
 
 async def check_format(host: ModelHost, name: str, default: SchemaFormat) -> None:
