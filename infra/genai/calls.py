@@ -13,7 +13,7 @@ from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.reference.text import LOGITS_CHUNK_BYTES
 
 
-class _OnModel(Call[R], Generic[R]):
+class OnModel(Call[R], Generic[R]):
     """A call on a model folder, which runs on the provider that its genai_config.json names."""
 
     model_dir: AbsolutePath
@@ -97,7 +97,7 @@ class Sweep(Record):
     max_cliff_ratio: float
 
 
-class Measure(_OnModel[Measured]):
+class Measure(OnModel[Measured]):
     """Measure speed and memory; `prompt_tokens` are lengths; without `sweep` no sweep is made.
 
     A round of requests is repeated if other programs used more than `max_others_cpu_share` of its cores, or if the
@@ -206,7 +206,7 @@ class Evaluated(Record):
     near_agreement: Share | None = later_field(None)
 
 
-class Evaluate(_OnModel[Evaluated]):
+class Evaluate(OnModel[Evaluated]):
     """Answer questions greedily and compare the next-token distributions with the reference's.
 
     `reference_dir` was written by `slmops.infra.transformers.calls.AnswerAsSource` for the same questions, or is None;
@@ -226,57 +226,6 @@ class Evaluate(_OnModel[Evaluated]):
         from slmops.infra.genai.evaluation import evaluate
 
         return evaluate(self, progress)
-
-
-class TimedAnswer(Record):
-    """A greedy answer, the number of its tokens with the end token, and the time of their generation.
-
-    `start_ms` is the time before the prompt is processed, in which a grammar is made. Thoughts are left out of the
-    text, and count as tokens.
-    """
-
-    answer: str
-    new_tokens: int
-    seconds: FiniteFloat
-    start_ms: FiniteFloat
-
-
-class BoundAnswer(Record):
-    """A question's answer `bound` by a schema, and the `free` one."""
-
-    id: RowId
-    free: TimedAnswer
-    bound: TimedAnswer
-
-
-class AnswerBySchema(_OnModel[tuple[BoundAnswer, ...]]):
-    """Answer questions with a JSON Schema as the answers' grammar, and without; see `Evaluate` for the limits.
-
-    With the schema, answers have no thoughts: it is the form of the whole answer.
-    """
-
-    rows: tuple[Question, ...]
-    json_schema: Json
-    max_new_tokens: int
-    decoding: Decoding = PLAIN
-
-    def perform(self, progress: Progress) -> tuple[BoundAnswer, ...]:
-        """See `slmops.infra.genai.constraint.answer_by_schema`."""
-        from slmops.infra.genai.constraint import answer_by_schema
-
-        return answer_by_schema(self, progress)
-
-
-class FindSchemaFault(Call[tuple[str, ...]]):
-    """Return why the runtime makes no grammar of a JSON Schema; nothing if it does."""
-
-    json_schema: Json
-
-    def perform(self, progress: Progress) -> tuple[str, ...]:
-        """See `slmops.infra.genai.constraint.schema_fault`."""
-        from slmops.infra.genai.constraint import schema_fault
-
-        return schema_fault(self, progress)
 
 
 class ScoredWindow(Record):
@@ -310,7 +259,7 @@ class ComparedText(Record):
     versions: dict[str, str]
 
 
-class CompareText(_OnModel[ComparedText]):
+class CompareText(OnModel[ComparedText]):
     """Score the tokens of a UTF-8 text file and compare the next-token distributions with the reference's.
 
     `reference_dir` was written by `slmops.infra.transformers.calls.ScoreTextAsSource` for the same text, or is None;
@@ -340,7 +289,7 @@ class Generated(Record):
     finish: Literal["stop", "length"]
 
 
-class Generate(_OnModel[Generated]):
+class Generate(OnModel[Generated]):
     """Answer one chat greedily."""
 
     messages: tuple[Message, ...]

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from slmops.infra.errors import reason_of
-from slmops.infra.genai.calls import AnswerBySchema, BoundAnswer, FindSchemaFault, TimedAnswer
+from slmops.infra.genai.constraint_calls import AnswerBySchema, BoundAnswer, FindSchemaFault, TimedAnswer
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.process.call import Progress
 from slmops.infra.records import Json

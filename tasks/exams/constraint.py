@@ -6,7 +6,7 @@ from pydantic import FiniteFloat
 
 from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import BadInput
-from slmops.infra.genai.calls import AnswerBySchema, BoundAnswer, FindSchemaFault, TimedAnswer
+from slmops.infra.genai.constraint_calls import AnswerBySchema, BoundAnswer, FindSchemaFault, TimedAnswer
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Json, Record
 from slmops.infra.reference.answers import RowId, Share
