@@ -13,7 +13,7 @@ from slmops.infra.records import Json, Record
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Increased when the corrections change, so that earlier builds are not reused.
-MENDS = 1
+MENDS = 2
 
 
 class MendedFile(Record):

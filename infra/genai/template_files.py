@@ -2,7 +2,7 @@
 
 genai 0.18 and Foundry Local have their own Jinja. It lacks some of Python's methods and of jinja2's filters, and gives
 other results for some expressions. Every replacement here is an expression with the same value in jinja2, so
-transformers renders the corrected template as before.`tests/infra/genai/test_template_files.py` fails for a correction
+transformers renders the corrected template as before. `tests/infra/genai/test_template_files.py` fails for a correction
 that a newer runtime no longer needs.
 """
 
@@ -17,6 +17,7 @@ from jinja2.visitor import NodeTransformer
 from slmops.infra.checkpoints.chat_template import parse_chat_template, template_environment
 from slmops.infra.foreign_files import BYTE_ORDER_MARK
 from slmops.infra.genai.template_source import Node, NotWritable, is_part_of_result, template_source
+from slmops.infra.tool_calls.forms import takes_tools, takes_tools_in_system_message
 
 # The new node, and the correction in words; None if no correction is needed.
 Rewritten = tuple[str, Node] | None
@@ -30,6 +31,19 @@ TEXT_NAMES = re.compile(r"(content|text|thoughts?|reasoning\w*)$")
 LISTING_FILTERS = {"select", "reject", "selectattr", "rejectattr", "map", "batch", "unique", "items"}
 # Variables that transformers always passes to a template; None if the client passes none.
 ALWAYS_DEFINED = ("tools", "documents")
+# Of indented JSON: a tool's schema has an object of properties within each object of properties.
+DEEPEST_EMPTY = 10
+# genai unwraps and flattens a client's tools, unless the template has one of these; it ignores blanks.
+READS_WHOLE_TOOLS = ("tool.function", "tool|tojson", "tools|tojson")
+ASKS_FOR_WHOLE_TOOLS = f"{{{{ '{READS_WHOLE_TOOLS[0]}'[:0] }}}}"  # it prints nothing
+# Puts tools, as JSON, where a template reads them from the system message; genai flattens what it finds there.
+TOOLS_TO_SYSTEM_MESSAGE = (
+    "{%- if tools %}"
+    "{%- set system = messages[0] if messages[0]['role'] == 'system' else {'content': ''} %}"
+    "{%- set others = messages[1:] if messages[0]['role'] == 'system' else messages %}"
+    "{%- set messages = [{'role': 'system', 'content': system['content'], 'tools': tools | tojson}] + others %}"
+    "{%- endif %}{{ '' }}"
+)
 COMPARING_TESTS = {"eq": "eq", "equalto": "eq", "==": "eq", "ne": "ne", "!=": "ne", "in": "in"}
 
 # Expressions with another result in genai, without an error, that cannot be rewritten safely.
@@ -58,6 +72,23 @@ class MendedTemplate:
 
 def mend_template(text: str) -> MendedTemplate:
     """Return a template that genai renders as transformers renders this one; raises `BadInput` if it is not Jinja."""
+    prefix, mend_of_tools = _prefix_for_tools(text)
+    mended = _mended_expressions(text)
+    if not mend_of_tools:
+        return mended
+    return MendedTemplate(prefix + mended.text, (*mended.mends, mend_of_tools), mended.left)
+
+
+def _prefix_for_tools(text: str) -> tuple[str, str]:
+    """Return Jinja that gives a template the tools as transformers does, and this correction in words."""
+    if takes_tools_in_system_message(text) and not takes_tools(text):
+        return TOOLS_TO_SYSTEM_MESSAGE, "the tools that the system message has in transformers are put there"
+    if takes_tools(text) and not any(hint in text.replace(" ", "") for hint in READS_WHOLE_TOOLS):
+        return ASKS_FOR_WHOLE_TOOLS, "tools are asked for as clients send them, and not flattened"
+    return "", ""
+
+
+def _mended_expressions(text: str) -> MendedTemplate:
     tree = parse_chat_template(text)
     mender = _Mender(tree)
     mended = mender.visit(tree)
@@ -187,12 +218,26 @@ def _reverse(node: Node) -> Rewritten:
     return "the filter reverse is written as a slice", nodes.Getitem(_listed(node.node), backwards, "load")
 
 
-def _plain_json(node: Node) -> Rewritten:
-    default = nodes.Keyword("ensure_ascii", nodes.Const(False))
-    if default not in node.kwargs:
-        return None
-    node.kwargs = [word for word in node.kwargs if word != default]
-    return "tojson's ensure_ascii=false, which is its default, is left out", node
+def _json(node: Node) -> Rewritten:
+    said, default = [], nodes.Keyword("ensure_ascii", nodes.Const(False))
+    if default in node.kwargs:
+        node.kwargs = [word for word in node.kwargs if word != default]
+        said.append("tojson's ensure_ascii=false, which is its default, is left out")
+    indent = next((_whole_number(word.value) for word in node.kwargs if word.key == "indent"), None)
+    if indent:
+        said.append("empty objects and lists of indented JSON have no line break")
+        node = _with_whole_empties(node, indent)
+    return ("; ".join(said), node) if said else None
+
+
+def _with_whole_empties(text: Node, indent: int) -> Node:
+    """Return indented JSON without the blank line that genai writes into empty objects and lists, at every depth."""
+    for depth in range(DEEPEST_EMPTY):
+        inner, outer = " " * (indent * (depth + 1)), " " * (indent * depth)
+        for opening, closing in ("{}", "[]"):
+            broken = f"{opening}\n{inner}\n{outer}{closing}"
+            text = _replaced(text, nodes.Const(broken), nodes.Const(opening + closing))
+    return text
 
 
 def _item_of_text(node: Node) -> Rewritten:
@@ -221,7 +266,7 @@ FILTERS: dict[str, Rewriting] = {
         ("the filter last is written as an index", _item(node.node, -1)) if _may_be_text(node.node) else None
     ),
     "reverse": _reverse,
-    "tojson": _plain_json,
+    "tojson": _json,
 }
 
 

@@ -1,5 +1,8 @@
 """The forms of calls, found by a model's chat template, and what a template does with tools."""
 
+import json
+from collections.abc import Sequence
+
 from slmops.infra.checkpoints.chat_template import parse_chat_template
 from slmops.infra.records import Json
 from slmops.infra.tool_calls import gemma, granite, hermes, llama, mistral, phi4_mini, qwen3_coder
@@ -32,3 +35,12 @@ def with_tools_in_system_message(messages: tuple[Json, ...], tools_json: str) ->
     system: Json = {"role": "system", "content": ""}
     first, rest = (messages[0], messages[1:]) if messages[0]["role"] == "system" else (system, messages)
     return ({**first, "tools": tools_json}, *rest)
+
+
+def with_tools_aside(messages: Sequence[Json], tools: Sequence[Json] = ()) -> tuple[Sequence[Json], Sequence[Json]]:
+    """Return a chat without the tools in its system message, and the tools: the reverse of the former."""
+    within = messages[0].get("tools") if messages else None
+    if not isinstance(within, str):
+        return messages, tools
+    first = {key: value for key, value in messages[0].items() if key != "tools"}
+    return (first, *messages[1:]), json.loads(within)

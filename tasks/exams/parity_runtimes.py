@@ -16,6 +16,7 @@ from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.records import Json
 from slmops.infra.reference.answers import Message
 from slmops.infra.settings import Settings
+from slmops.infra.tool_calls.forms import with_tools_aside
 from slmops.infra.transformers.calls import RenderConversations, RenderedConversations
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.foundry.prompt_template import special_tokens
@@ -77,12 +78,13 @@ class Runtimes:
     def genai(
         self, conversations: Conversations, control_tokens: Iterable[str], texts: Mapping[str, str]
     ) -> RenderedChats:
-        """Render conversations with the model's folder."""
+        """Render conversations with the model's folder, whose template takes tools beside the messages."""
+        asked = {name: with_tools_aside(chat, self.tools.get(name, ())) for name, chat in conversations.items()}
         return self._run(
             RenderChats(
                 model_dir=self.bench.model,
-                conversations=conversations,
-                tools=self.tools,
+                conversations={name: chat for name, (chat, _) in asked.items()},
+                tools={name: tools for name, (_, tools) in asked.items() if tools},
                 control_tokens=tuple(control_tokens),
                 context=CONTEXT,
                 compositions=texts,

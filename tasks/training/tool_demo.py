@@ -24,11 +24,11 @@ RESULTS = {"ok": "Done.", "failed": "That did not work."}
 # By the categories of the Berkeley Function Calling Leaderboard, where several tools are on offer: their share of the
 # training rows, and how many held-out rows they have.
 SHARES: Mapping[str, float] = {
-    "multiple": 0.27,
+    "multiple": 0.32,
     "parallel_multiple": 0.17,
     "multi_turn": 0.25,
     "irrelevance": 0.15,
-    "no_tools": 0.16,
+    "no_tools": 0.11,
 }
 HELD_OUT_ROWS: Mapping[str, int] = {
     "no_tools": 20,
