@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("caller")]
 
 ASKED: dict[str, Any] = {"model": "caller", "tools": TOOLS, "max_tokens": 64}
 LIGHT: list[Any] = [{"role": "user", "content": "Turn on the light in the garage."}]
+NO_SCHEMA: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": ["a"]}}}
 LIGHT_CALL = ("set_light", {"room": "garage", "on": True})
 
 
@@ -161,6 +162,7 @@ def test_thoughts_are_turned_off_for_one_request(server: RunningServer) -> None:
     ("more", "param"),
     [
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tools": [NO_SCHEMA]}, "tools[0].function.parameters"),
         ({"tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [*LIGHT, {"role": "tool", "tool_call_id": "call00001", "content": "set"}]}, "messages"),
@@ -189,7 +191,9 @@ def test_what_foundrys_own_service_does_with_the_same_model(model_dir: Path, tmp
     (folder / "inference_model.json").write_text(json.dumps({"Name": "caller:1"}), "utf-8")
     asked = {"model": "caller:1", "messages": LIGHT, "tools": TOOLS, "temperature": 0, "max_tokens": 64}
     thinking = {"type": "lark_grammar", "lark_grammar": 'start: "<think>\\nLight.\\n</think>\\n\\nDone."'}
-    bodies = (asked, {**asked, "tool_choice": "none"}, {**asked, "tool_choice": "none", "response_format": thinking})
+    as_text = {**asked, "tool_choice": "none"}
+    thinking_aloud = {**as_text, "response_format": thinking}
+    bodies = (asked, as_text, thinking_aloud, {**thinking_aloud, "max_tokens": 4})
 
     async def answers() -> list[httpx.Response]:
         cache, marks = tmp_path / "cache", abilities_of(folder).simple_marks
@@ -199,8 +203,11 @@ def test_what_foundrys_own_service_does_with_the_same_model(model_dir: Path, tmp
         await process.stop()
         return found
 
-    called_itself, text, thoughts = asyncio.run(answers())
+    called_itself, text, thoughts, cut = asyncio.run(answers())
     assert '"tool_calls"' not in called_itself.text  # docs/serving.md has its error; a runtime that calls needs no text
     assert text.json()["choices"][0]["message"]["content"].startswith('<tool_call>\n{"name": "set_light"')
     message = thoughts.json()["choices"][0]["message"]
     assert (message["reasoning_content"].strip(), message["content"].strip()) == ("Light.", "Done.")
+    (choice,) = cut.json()["choices"]  # in the middle of its thoughts
+    assert (choice["finish_reason"], choice["message"]["content"] or "") == ("length", "")
+    assert "Light.".startswith(choice["message"]["reasoning_content"].strip())
