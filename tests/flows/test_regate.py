@@ -45,10 +45,13 @@ class AtOnce:
             "parity": reports.parity(),
         }
         self.asked: list[str] = []
+        self.rows: Any = ()
 
     def examine(self, exam: Any, variant: Any) -> Any:
         """Answer as `examine` does."""
         self.asked.append(exam.id)
+        if exam.id == "evaluate":
+            self.rows = exam.evaluation.rows
         answer = self.answers[exam.id]
         if isinstance(answer, Exception):
             raise answer
@@ -121,6 +124,25 @@ def test_what_was_built_for_another_machine_is_judged_only_where_its_provider_is
     available.append("WebGpuExecutionProvider")
     report = final_state(regate, "home@2", **OPEN).result()
     assert (report.status, registry.find("home@2").serving is not None) == ("registered", True)
+
+
+def test_rows_are_asked_in_the_named_mode_and_under_the_versions_schema(
+    registry: ModelRegistry, exams: AtOnce, tmp_path: Path
+) -> None:
+    add_evidence(registry, registry.find("home@1").manifest, "response-format", {"json_schema": {"type": "object"}})
+    row = {"messages": [{"role": "user", "content": "On!"}], "expected": "{}"}
+    (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps({**row, "id": name}) for name in "ab"), "utf-8")
+    (tmp_path / "schema.json").write_text('{"type": "object"}', "utf-8")
+    files = {"evaluation_file": "eval.jsonl", "output_schema_file": "schema.json"}
+    exams.answers["constrain"] = StageFailed("no model")
+    final_state(regate, "home@1", thinking="both", **{name: str(tmp_path / file) for name, file in files.items()})
+    assert [(row.id, row.enable_thinking) for row in exams.rows] == [
+        ("a", True),
+        ("a (at once)", False),
+        ("b", True),
+        ("b (at once)", False),
+    ]
+    assert exams.asked[-1] == "constrain"
 
 
 def test_a_variant_below_the_gate_is_rejected_and_taken_away(registry: ModelRegistry, exams: AtOnce) -> None:
