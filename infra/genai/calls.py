@@ -303,7 +303,7 @@ class Generate(OnModel[Generated]):
         return generate(self, progress)
 
 
-class Probe(_OnModel[int]):
+class Probe(OnModel[int]):
     """Load a model and compute one step, to find out whether it runs; return the length of its logits.
 
     Raises `StageFailed` if it does not.
