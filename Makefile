@@ -23,10 +23,12 @@ INSTALLED := .venv/.installed
 setup: $(INSTALLED)
 
 # Torch first and alone: its build is found where pip looks for plain versions, and everything else accepts it.
+# Not quietly: some minutes without a sign of life look like a fault.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing PyTorch and some 200 packages into .venv: three minutes, and the time of the downloads."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt torch
+	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip check
 	touch $@
 
