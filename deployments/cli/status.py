@@ -136,7 +136,8 @@ def _show_prefect(prefect: dict[str, Any]) -> None:
     runs: list[Run] = prefect["runs"]
     due: list[DueRun] = prefect["due"]
     _show_lines("Runs under way", [line for run in runs for line in _run_lines(run)])
-    _show_lines("Next by schedule", [f"{when(run.due_at)}  {run.deployment}" for run in due])
+    planned = [f"{when(run.due_at)}  {run.deployment}{f' of {run.model}' if run.model else ''}" for run in due]
+    _show_lines("Next by schedule", planned)
 
 
 def runs(

@@ -41,9 +41,10 @@ class Run(Record):
 
 
 class DueRun(Record):
-    """The next run of a deployment by its schedule."""
+    """The next run by a schedule: its deployment, and the model that its parameters name."""
 
     deployment: str
+    model: str | None
     due_at: str
 
 
@@ -76,16 +77,23 @@ class RunReader:
         return self._runs({"sort": "START_TIME_DESC", "limit": 50}, UNDER_WAY)
 
     def due(self) -> list[DueRun]:
-        """Return the next scheduled run of each deployment, the nearest first."""
+        """Return the next scheduled run of each deployment and model, the nearest first.
+
+        Prefect's scheduler plans a new schedule's runs within a minute.
+        """
         runs = self.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_ASC", "limit": 200, **_of(("SCHEDULED",))})
-        first: dict[str, str] = {}
+        first: dict[tuple[str, str | None], str] = {}
         for run in runs:
             if run.get("deployment_id") and run.get("expected_start_time"):
-                first.setdefault(run["deployment_id"], run["expected_start_time"])
-        named = {"deployments": {"id": {"any_": list(first)}}}
+                first.setdefault((run["deployment_id"], _model_of(run)), run["expected_start_time"])
+        named = {"deployments": {"id": {"any_": [deployment for deployment, _ in first]}}}
         deployments = self.ask("deployments/filter", named) if first else []
         names = {deployment["id"]: deployment["name"] for deployment in deployments}
-        return [DueRun(deployment=names[key], due_at=at) for key, at in first.items() if key in names]
+        return [
+            DueRun(deployment=names[deployment], model=model, due_at=at)
+            for (deployment, model), at in first.items()
+            if deployment in names
+        ]
 
     def _post(self, path: str, query: Mapping[str, object], deadline: float) -> httpx.Response | None:
         """Return the answer, or None before the deadline where it is to be asked for again."""
@@ -115,13 +123,11 @@ class RunReader:
         return [self._run(run, names.get(run["flow_id"], "")) for run in runs]
 
     def _run(self, run: Mapping[str, Any], flow: str) -> Run:
-        given = run.get("parameters") or {}
-        named = given.get("name") or str(given.get("reference") or "").partition("@")[0]
         return Run(
             id=run["id"],
             name=run["name"],
             flow=flow,
-            model=str(named) or None,
+            model=_model_of(run),
             state=run.get("state_name") or run.get("state_type") or "unknown",
             started_at=run.get("start_time"),
             took_s=_took_s(run),
@@ -151,6 +157,12 @@ def _of(states: Sequence[str], *, excluded: bool = False) -> dict[str, object]:
         "flows": {"name": {"any_": list(FLOWS)}},
         "flow_runs": {"state": {"type": wanted}, "parent_task_run_id": {"is_null_": True}},
     }
+
+
+def _model_of(run: Mapping[str, Any]) -> str | None:
+    """Return the model that a run's parameters name, if any."""
+    given = run.get("parameters") or {}
+    return str(given.get("name") or str(given.get("reference") or "").partition("@")[0]) or None
 
 
 def _took_s(run: Mapping[str, Any]) -> float | None:

@@ -9,10 +9,11 @@ from slmops.infra.errors import BadInput
 from slmops.infra.reference.answers import Message
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Environment, TemplateSyntaxError
     from jinja2 import nodes as jinja
 
 DEEPEST_TREE = 150  # levels: those of known models have up to 17, and Python's compiler bears about 200
+NOT_JINJA = "chat-template-not-jinja"
 Render = Callable[[Sequence[Message], bool], str]
 
 
@@ -66,9 +67,13 @@ def chat_template_renderer(chat_template: str, special_tokens: Mapping[str, str 
     A template is a program of the checkpoint's author, and may loop or grow without end, already when it is compiled:
     only `slmops.infra.checkpoints.rendering` calls this outside of tests.
     """
+    from jinja2 import TemplateSyntaxError
+
     parse_chat_template(chat_template)
     try:
         template = template_environment().from_string(chat_template)
+    except TemplateSyntaxError as error:  # it names a filter or a test that does not exist
+        raise _not_jinja("The chat template", error) from None
     except (RecursionError, SyntaxError):  # Python's compiler bears less than Jinja's parser
         raise _too_deep("The chat template") from None
     tokens = {key: token for key, token in special_tokens.items() if token is not None}
@@ -97,11 +102,7 @@ def parse_chat_template(text: str, where: str = "The chat template") -> "jinja.T
     except RecursionError:
         raise _too_deep(where) from None
     except TemplateSyntaxError as error:
-        raise BadInput(
-            f"{where} is not valid Jinja: {error.message}, line {error.lineno}.",
-            "Give a working one with --chat-template.",
-            code="chat-template-not-jinja",
-        ) from error
+        raise _not_jinja(where, error) from error
     level: list[jinja.Node] = [tree]
     for _ in range(DEEPEST_TREE):
         level = [child for node in level for child in node.iter_child_nodes()]
@@ -110,7 +111,13 @@ def parse_chat_template(text: str, where: str = "The chat template") -> "jinja.T
     return tree
 
 
-def _too_deep(where: str) -> BadInput:
+def _not_jinja(where: str, error: "TemplateSyntaxError") -> BadInput:
     return BadInput(
-        f"{where} is nested too deeply.", "Give a working one with --chat-template.", code="chat-template-not-jinja"
+        f"{where} is not valid Jinja: {(error.message or '').rstrip('.')}, line {error.lineno}.",
+        "Give a working one with --chat-template.",
+        code=NOT_JINJA,
     )
+
+
+def _too_deep(where: str) -> BadInput:
+    return BadInput(f"{where} is nested too deeply.", "Give a working one with --chat-template.", code=NOT_JINJA)

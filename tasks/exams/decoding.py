@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from slmops.infra.checkpoints.chat_template import NOT_JINJA
 from slmops.infra.checkpoints.folder import read_chat_template, read_json
 from slmops.infra.checkpoints.rendering import rendered_in_child
 from slmops.infra.checkpoints.vocabulary import added_tokens
@@ -148,7 +149,9 @@ def _end_in_template(folder: Path, names: Mapping[str, str | None], special: Map
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _ANSWER}]
     try:
         (text,) = rendered_in_child(template, names, [(messages, False)])
-    except BadInput:
+    except BadInput as error:
+        if error.code == NOT_JINJA:  # nothing can use it
+            raise
         text = None
     if text is None:  # a refusal of the template is reported at its use
         return ()

@@ -88,19 +88,20 @@ def wait_for_events(server: str, name: str, expected: set[str]) -> None:
 def test_the_status_has_runs_under_way_and_the_next_of_each_schedule(slmops: Slmops, server: str) -> None:
     flow = call("POST", f"{server}/flows/", {"name": "gc"})["id"]
     nightly = call("POST", f"{server}/deployments/", {"name": "nightly", "flow_id": flow})["id"]
-    for year in (2098, 2099):
+    for year, model in ((2098, "home"), (2099, "home"), (2099, "garden")):
         state = {"type": "SCHEDULED", "state_details": {"scheduled_time": f"{year}-01-01T03:00:00Z"}}
-        call("POST", f"{server}/deployments/{nightly}/create_flow_run", {"state": state})
+        asked = {"state": state, "parameters": {"name": model}, "enforce_parameter_schema": False}
+        call("POST", f"{server}/deployments/{nightly}/create_flow_run", asked)
     begun = call("POST", f"{server}/flow_runs/", {"flow_id": flow, "name": "under-way", "state": {"type": "RUNNING"}})
     told = slmops.json("status")["prefect"]
     assert [(run["name"], run["state"]) for run in told["runs"] if run["id"] == begun["id"]] == [
         ("under-way", "Running")
     ]
-    (due,) = [run for run in told["due"] if run["deployment"] == "nightly"]
-    assert due["due_at"].startswith("2098-01-01T03:00:00")
+    due = [(run["model"], run["due_at"][:10]) for run in told["due"] if run["deployment"] == "nightly"]
+    assert due == [("home", "2098-01-01"), ("garden", "2099-01-01")]
     shown = slmops.run("status").stdout
     assert begun["id"] in shown
-    assert "nightly" in shown
+    assert "nightly of home" in shown
     call("DELETE", f"{server}/deployments/{nightly}")
     call("DELETE", f"{server}/flow_runs/{begun['id']}")
 

@@ -155,6 +155,9 @@ CASES = {
         "not UTF-8", lambda folder: (folder / "eval.jsonl").write_bytes(b'{"id": "\xe4"}\n')
     ),
     "a line of 50 MB": Case("longer than", lambda folder: (folder / "eval.jsonl").write_bytes(b"x" * 50_000_000)),
+    "template with an unknown filter": Case(
+        "No filter named 'shout', line 2.", write("chat_template.jinja", "{{ messages[0].role }}\n{{ 'a' | shout }}")
+    ),
     "unknown scorer": Case("'bleu'", write("eval.jsonl", GOOD_ROW), ("--scorer", "bleu")),
     "expected that is no number": Case("number", write("eval.jsonl", GOOD_ROW), ("--scorer", "numeric")),
     "invalid schema": Case(

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from slmops.infra.errors import BadInput
 from slmops.infra.reference.decoding import PLAIN
 from slmops.infra.reference.thinking import Thinking
 from slmops.tasks.exams.decoding import read_end_tokens, settle_decoding
+from tests.support.errors import coded
 from tests.support.real_models import real_model
 
 TURN, TEXT = "<|im_end|>", "<|endoftext|>"
@@ -69,7 +71,6 @@ def test_a_place_that_names_more_than_another_is_no_contradiction(checkpoint: Pa
         "{% for message in messages %}{{ message['content'] }}\n{% endfor %}",  # it ends turns with plain text
         "{% for message in messages %}{{ message['content'] + '</think>' }}{% endfor %}",  # an added token that is text
         "{{ raise_exception('no') }}",
-        "{% for",
     ],
 )
 def test_a_template_without_an_end_of_its_own_names_none(checkpoint: Path, template: str | None) -> None:
@@ -79,6 +80,13 @@ def test_a_template_without_an_end_of_its_own_names_none(checkpoint: Path, templ
     (checkpoint / "chat_template.jinja").unlink(missing_ok=True)
     edit(checkpoint / "tokenizer_config.json", chat_template=template)
     assert read_end_tokens(checkpoint).places["chat template"] == ()
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ 'a' | shout }}"])  # the second is parsed, and not compiled
+def test_a_template_that_is_not_jinja_is_refused(checkpoint: Path, template: str) -> None:
+    (checkpoint / "chat_template.jinja").write_text(template, "utf-8")
+    with pytest.raises(BadInput, check=coded("chat-template-not-jinja")):
+        read_end_tokens(checkpoint)
 
 
 def test_the_repetition_penalty_is_kept_and_sampling_reported(checkpoint: Path) -> None:
