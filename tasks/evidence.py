@@ -6,7 +6,7 @@ read each other's records.
 
 from typing import Any
 
-from slmops.infra.storage.evidence import BUILD, DEPLOY, NOTE, SBOM, SELECTION, SIGNATURE, TAG, Kind
+from slmops.infra.storage.evidence import BUILD, DEPLOY, LICENSE, NOTE, SBOM, SELECTION, SIGNATURE, TAG, Kind
 from slmops.tasks.build.climbing import CLIMB
 from slmops.tasks.build.search import SEARCH
 from slmops.tasks.exams.answers import EVALUATION
@@ -22,7 +22,7 @@ from slmops.tasks.request.parameters import PRECISIONS
 from slmops.tasks.training.comparison import RETRAIN
 from slmops.tasks.verdict.gate import VERDICT
 
-OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, NOTE, RESPONSE_FORMAT, SBOM, SELECTION, SIGNATURE, TAG)
+OF_THE_STORE: tuple[Kind[Any], ...] = (BUILD, DEPLOY, LICENSE, NOTE, RESPONSE_FORMAT, SBOM, SELECTION, SIGNATURE, TAG)
 OF_EXAMS: tuple[Kind[Any], ...] = (
     CONSTRAINT,
     ENDURANCE,

@@ -14,7 +14,7 @@ from slmops.infra.settings import Settings
 
 DEADLINE_S = 4 * 3600
 # Only safetensors weights and the files that describe them: pickles and Python code are never fetched.
-ALLOWED_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt")
+ALLOWED_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt", "README.md")
 CONNECT_TIMEOUT_S = 5
 
 

@@ -29,7 +29,8 @@ class CatalogModel:
 
     `device` is cpu, gpu or npu; `execution_provider` is named as in onnxruntime; `created_at` is ISO 8601 in UTC;
     `context_length` is in tokens, None where it is not known. `capabilities` are words such as tool-calling;
-    `reasoning` and `tool_call` are the marks before and after thoughts and calls.
+    `reasoning` and `tool_call` are the marks before and after thoughts and calls; `license` is named as in the
+    checkpoint's model card.
     """
 
     name: str
@@ -45,6 +46,7 @@ class CatalogModel:
     capabilities: tuple[str, ...] = ()
     reasoning: tuple[str, str] | None = None
     tool_call: tuple[str, str] | None = None
+    license: str | None = None
 
     @property
     def model_id(self) -> str:
@@ -62,6 +64,8 @@ class CatalogModel:
         }
         if self.context_length is not None:
             described |= {"textContextWindow": self.context_length, "maxOutputTokens": self.context_length}
+        if self.license is not None:
+            described["license"] = self.license
         if self.capabilities:
             described["modelCapabilities"] = list(self.capabilities)
         return {

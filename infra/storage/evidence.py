@@ -159,13 +159,20 @@ class Deployed(_Record):
         return next((variant for variant in self.variants if variant.precision == precision), None)
 
 
+class License(_Record):
+    """The license of a version's checkpoint, as its model card names it."""
+
+    name: str
+
+
 TAG = Kind("tag", Tag)
 NOTE = Kind("note", Note)
 SIGNATURE = Kind("signature", Signature)
+LICENSE = Kind("license", License)
 BUILD = Kind("build", Build)
 SBOM = Kind("sbom", dict[str, Any])  # in CycloneDX's form
 SELECTION = Kind("selection", Selection)
 DEPLOY = Kind("deploy", Deployed)
 
 # Kinds of evidence without a judgement: they count in every store, whatever their origin.
-STATEMENTS = frozenset({"tag", "note", "signature", "sbom", "build", "response-format"})
+STATEMENTS = frozenset({"tag", "note", "signature", "sbom", "build", "license", "response-format"})

@@ -11,6 +11,7 @@ from slmops.infra.process.call import OnProgress, R
 from slmops.infra.process.supervisor import run_in_child
 from slmops.infra.records import Record
 from slmops.infra.settings import Settings
+from slmops.infra.storage.evidence import LICENSE
 from slmops.infra.storage.folders import work_folder
 from slmops.infra.storage.signatures import check_signature
 from slmops.infra.storage.version import Variant, Version
@@ -96,7 +97,8 @@ def _metadata(variant: Variant, description: str, folder: Path) -> dict[str, str
         "max_output_tokens": int(read_json(folder / GENAI_CONFIG)["model"]["context_length"]),
         **({"description": description} if description else {}),
     }
-    return shown | abilities_of(folder).properties
+    known = variant.version.latest(LICENSE)
+    return shown | ({"license": known.name} if known else {}) | abilities_of(folder).properties
 
 
 def unregister_variant(variant: Variant, settings: Settings) -> list[str]:

@@ -67,18 +67,20 @@ def model_card(
     evaluation: str,
     description: str = "",
     base_model: str | None = None,
+    license_name: str | None = None,
 ) -> str:
     """Return the README.md of a variant's folder: YAML metadata, then text.
 
-    `evaluation` is `EvaluationSet.summary`. `base_model` is the Hub id of the source (`base_model_of`) where it
-    has one. Local paths are left out: a card may be published. The figures are those of `variant.metrics`, with the
-    intervals of its `details`.
+    `license_name` is that of the source. `evaluation` is `EvaluationSet.summary`. `base_model` is the Hub id of the
+    source (`base_model_of`) where it has one. Local paths are left out: a card may be published. The figures are
+    those of `variant.metrics`, with the intervals of its `details`.
     """
     from huggingface_hub import ModelCardData
 
     dataset = _dataset(evaluation)
     data = ModelCardData(
         base_model=base_model,
+        license=license_name,
         library_name="onnxruntime-genai",
         pipeline_tag="text-generation",
         tags=[*TAGS, variant.precision],

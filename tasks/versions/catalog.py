@@ -10,6 +10,7 @@ from slmops.infra.foundry.abilities import Abilities, abilities_of_template
 from slmops.infra.foundry.catalog import CatalogModel
 from slmops.infra.foundry.model_folder import GENAI_CONFIG
 from slmops.infra.genai.served_files import CHAT_TEMPLATE, TOKENIZER_CONFIG
+from slmops.infra.storage.evidence import LICENSE
 from slmops.infra.storage.model_files import blob_of
 from slmops.infra.storage.objects import Entry
 from slmops.infra.storage.registry import CHAMPION, ModelRegistry
@@ -112,6 +113,7 @@ def _model(
         capabilities=abilities.capabilities,
         reasoning=(marks.start, marks.end) if marks else None,
         tool_call=abilities.call_marks,
+        license=known.name if (known := variant.version.latest(LICENSE)) else None,
     )
 
 

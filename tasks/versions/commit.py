@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from functools import cache
 
+from slmops.infra.checkpoints.license import license_of
 from slmops.infra.cyclonedx.sbom import installed_packages, version_sbom
-from slmops.infra.storage.evidence import BUILD, SBOM, SELECTION, Build, Selection
+from slmops.infra.storage.evidence import BUILD, LICENSE, SBOM, SELECTION, Build, License, Selection
 from slmops.infra.storage.manifest import Source, now
 from slmops.infra.storage.signatures import is_signed, sign_version
 from slmops.infra.storage.version import Version
@@ -33,6 +34,7 @@ def commit_version(request: DeployRequest, prepared: PreparedCheckpoint, built: 
     registry = workshop().registry
     manifest, is_new = registry.commit(request.name, source, builder_versions(), [build.variant for build in built])
     version = registry.of(manifest)
+    _record_license(version, license_of(prepared.folder))
     if not is_new:
         return version
     for build in built:
@@ -41,6 +43,11 @@ def commit_version(request: DeployRequest, prepared: PreparedCheckpoint, built: 
     sizes = {variant.precision: variant.size_bytes for variant in manifest.variants}
     record_asset(version_asset(version), [checkpoint_asset(source)], digest=manifest.digest, size_bytes=sizes)
     return version
+
+
+def _record_license(version: Version, name: str | None) -> None:
+    if name and version.latest(LICENSE) != License(name=name):
+        version.record(LICENSE, License(name=name))
 
 
 @stage("record provenance", run_name="provenance-{version.name}")

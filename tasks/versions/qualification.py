@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.infra.errors import StageFailed
+from slmops.infra.storage.evidence import LICENSE
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.climbing import last_climb
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -177,12 +178,14 @@ def _judge(asked: Qualification, variant: Variant, details: VariantDetails, eval
 def _registered(asked: Qualification, variant: Variant, report: VariantReport, evaluation: Evaluation) -> Qualified:
     settings, manifest = workshop().settings, variant.version.manifest
     report = report.model_copy(update={"foundry_model_id": model_id_of(variant)})
+    license_of_source = variant.version.latest(LICENSE)
     card = model_card(
         manifest,
         report,
         evaluation=asked.evaluation.summary,
         description=asked.description,
         base_model=base_model_of(manifest.source.origin),
+        license_name=license_of_source.name if license_of_source else None,
     )
     registration = register_variant(variant, asked.description, card, settings)
     row = asked.evaluation.proof_row

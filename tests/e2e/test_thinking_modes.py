@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,8 @@ from foundry_local_sdk.catalog import CatalogType
 cache_dir, own_dir = sys.argv[1:]
 FoundryLocalManager.initialize(Configuration(app_name="other", model_cache_dir=cache_dir, app_data_dir=own_dir))
 info = FoundryLocalManager.instance.get_catalog(CatalogType.LOCAL).get_model_variant("caller-int8-generic-cpu:1").info
-names = ("capabilities", "reasoning_start", "reasoning_end", "tool_call_start", "tool_call_end", "display_name")
-print(*(info.get_string_property(name) for name in names), info.supports_tool_calling, info.max_output_tokens)
+names = "capabilities reasoning_start reasoning_end tool_call_start tool_call_end display_name license"
+print(*(info.get_string_property(name) for name in names.split()), info.supports_tool_calling, info.max_output_tokens)
 """
 
 
@@ -35,7 +36,9 @@ def test_one_deploy_judges_both_modes_and_a_constraint(slmops: Slmops, tool_call
         {"id": n, "messages": [{"role": "user", "content": f"Turn on light {n}."}], "expected": "Done."} for n in "ab"
     ]
     (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    asked = ("deploy", tool_caller, "--name", "caller", "--eval", tmp_path / "eval.jsonl", "--precision", "int8")
+    checkpoint = shutil.copytree(tool_caller, tmp_path / "checkpoint")
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A caller\n", "utf-8")
+    asked = ("deploy", checkpoint, "--name", "caller", "--eval", tmp_path / "eval.jsonl", "--precision", "int8")
     schema = tmp_path / "schema.json"
     schema.write_text('{"enum": ["on", "off"]}', "utf-8")
     constrained = ("--output-schema", schema, "--constrain")
@@ -54,4 +57,4 @@ def test_one_deploy_judges_both_modes_and_a_constraint(slmops: Slmops, tool_call
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **QUIET_ENVIRONMENT}
     told = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
     marks = "<think> </think> <tool_call> </tool_call>"
-    assert told.splitlines()[-1] == f"tool-calling,reasoning {marks} caller int8 True 2048"
+    assert told.splitlines()[-1] == f"tool-calling,reasoning {marks} caller int8 apache-2.0 True 2048"

@@ -236,5 +236,5 @@ def test_every_record_is_of_a_declared_kind_and_is_the_same_when_written_again(r
                     json.loads(json.dumps(kind.to_content(value, beside if kind.field else None))) == before["content"]
                 )
                 seen.add(kind.name)
-    later = {"climb", "constraint", "response-format", "source-lengths"}
+    later = {"climb", "constraint", "license", "response-format", "source-lengths"}
     assert set(KINDS) - seen <= {*later, "proof-fp16", "proof-fp32"}

@@ -69,7 +69,7 @@ def model(name, version=1, alias=None, **fields):
 HOME = [model("home", version) for version in (1, 2, 3, 10)]
 INT4 = [model("home-int4-generic-cpu", version, "home-int4") for version in (1, 2)]
 GPU = [model("garden", 1), model("garden", 2, device="gpu", execution_provider="CUDAExecutionProvider")]
-CALLER = model("caller", capabilities=("tool-calling", "reasoning"), reasoning=("<think>", "</think>"))
+CALLER = model("caller", capabilities=("tool-calling", "reasoning"), reasoning=("<think>", "</think>"), license="mit")
 MANY = [model(f"model-{number:03}") for number in range(120)]
 
 
@@ -549,8 +549,8 @@ def test_the_runtime_finds_models_versions_and_what_is_cached(tmp_path):
         "home-int4-generic-cpu:1": "home-int4-generic-cpu:2",
     }
     info = answers["info"]["caller:1"]
-    told = (info["capabilities"], info["supports_tool_calling"], info["max_output_tokens"])
-    assert told == ("tool-calling,reasoning", True, 1024)
+    told = (info["capabilities"], info["supports_tool_calling"], info["max_output_tokens"], info["license"])
+    assert told == ("tool-calling,reasoning", True, 1024, "mit")
     info = answers["info"]["home:10"]
     assert (info["capabilities"], info["supports_tool_calling"]) == (None, None)
     info_of_folder = answers["info"]["home:2"]  # of a folder's inference_model.json only the name is read
