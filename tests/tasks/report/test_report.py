@@ -292,7 +292,18 @@ def test_no_text_of_others_is_markup(text: str) -> None:
 # Of folds, of the words that may break, and of code in tables.
 OWN_MARKUP = {
     *("details", "summary", "p", "ul", "li", "code", "strong", "pre", "wbr", "dl", "dt", "dd"),
-    *("table", "thead", "tbody", "tr", "th scope=col", "td", "div class=table", "div class=comparison", "h4"),
+    *(
+        "table",
+        "table cellpadding=4",
+        "thead",
+        "tbody",
+        "tr",
+        "th scope=col",
+        "td",
+        "div class=table",
+        "div class=comparison",
+        "h4",
+    ),
 }
 
 
