@@ -77,6 +77,7 @@ def prove_variant(
                     f"Through Foundry Local {model_id} answers {proven.answer!r}, "
                     f"onnxruntime-genai with the same model {' or '.join(map(repr, sorted(expected)))}.",
                     "Check whether both render its chat template alike (the evaluation's template mismatches).",
+                    code="foundry-answers-differently",
                 )
         except StageFailed as error:
             unregister_variant(variant, settings)
@@ -108,6 +109,7 @@ def repeat_proof(variant: Variant, row: EvaluationRow, recorded: Proof, settings
             f"Through Foundry Local {model_id} answers {proven.answer!r}, "
             f"and when it was proven it answered {recorded.answer!r}.",
             "slmops verify checks its files; slmops regate judges and proves the version again.",
+            code="foundry-answers-differently",
         )
     return _proof(proven, recorded.question, recorded.marks)
 

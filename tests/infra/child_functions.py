@@ -164,7 +164,7 @@ class EndureFake(Endure):
     def perform(self, progress: Progress) -> None:
         fault = json.loads((self.model_dir / "fault.json").read_text())
         if fault.get("does_not_open"):
-            raise StageFailed("The model does not open.")
+            raise StageFailed("The model does not open.", code="model-does-not-open")
         endure(FakeModel(fault), self, progress)
 
 

@@ -314,7 +314,7 @@ def test_a_fault_of_the_settings_file_is_told_with_the_nearest_setting(
 
 def test_a_named_settings_file_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLMOPS_SETTINGS_FILE", str(tmp_path / "none.toml"))
-    with pytest.raises(BadInput, match=r"none\.toml cannot be read: No such file"):
+    with pytest.raises(BadInput, check=coded("settings-file-unreadable", "none.toml")):
         load_settings()
 
 

@@ -300,7 +300,7 @@ def test_code_runs_where_it_is_allowed(load, tmp_path):
     (tmp_path / "tasks" / "mine.py").write_text(
         f"def text(doc):\n    open({str(tmp_path / 'ran')!r}, 'w')\n    return 'x'"
     )
-    with pytest.raises(StageFailed, match=r"genai_config\.json"):  # as far as the model
+    with pytest.raises(StageFailed, check=coded("genai-config-not-valid")):  # as far as the model
         load("own", OWN.replace('"{{question}}"', "!function mine.text"), allow_code=True)
     assert (tmp_path / "ran").exists()
 

@@ -30,6 +30,7 @@ from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts
 from slmops.tasks.workshop import Workshop, working_in
 from tests.infra.child_functions import EndureFake
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.errors import coded
 from tests.support.genai_models import build_genai_model
 from tests.support.versions import SOURCE, evidence, stored_variant, write_files
 
@@ -179,7 +180,7 @@ class TestEdgeInputs:
         assert [edge_input.name for edge_input in others] == NAMES
 
     def test_a_model_that_does_not_open_is_an_error(self, run):
-        with pytest.raises(StageFailed, match="does not open"):
+        with pytest.raises(StageFailed, check=coded("model-does-not-open")):
             run({"does_not_open": True})
 
     def test_a_short_run_tries_what_depends_on_the_weights(self, run):

@@ -17,6 +17,7 @@ from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.version import Variant
 from slmops.tasks.foundry import proof
 from slmops.tasks.questions.evaluation_set import EvaluationRow
+from tests.support.errors import coded
 from tests.support.versions import store_version
 from tests.tasks.verdict.test_gate import evaluation
 
@@ -97,6 +98,6 @@ def test_another_answer_behind_the_thoughts_takes_the_model_back(
     monkeypatch: pytest.MonkeyPatch, variant: Variant, tmp_path: Path
 ) -> None:
     foundry = Foundry(monkeypatch, "<think>\nA lamp.</think>\n\nIt is off.")
-    with pytest.raises(StageFailed, match="It is on"):
+    with pytest.raises(StageFailed, check=coded("foundry-answers-differently", "It is on.")):
         proof.prove_variant.fn(variant, ROW, evaluated("It is on.", DONE), THINKING, Settings(home=tmp_path / "home"))
     assert foundry.unregistered

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 
 from slmops.infra.errors import BadInput
@@ -27,8 +28,9 @@ def score(scorer: Any, answer: str, expected: str) -> float:
 
 
 def refusal(scorer: Any, expected: str) -> str:
-    with pytest.raises(ValueError, match="Value error") as caught:
+    with pytest.raises(ValidationError) as caught:
         EvaluationRow.model_validate({"id": "x", "messages": MESSAGES, "expected": expected, "scorer": scorer})
+    assert {error["type"] for error in caught.value.errors()} == {"value_error"}
     return str(caught.value)
 
 
