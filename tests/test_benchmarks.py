@@ -15,6 +15,7 @@ from tests.benchmarks.bench import row_below, row_beside
 from tests.benchmarks.fidelity import MARKS
 from tests.benchmarks.llama_cpp import cache_folder, peer
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
+from tests.benchmarks.rows_deploy import planned_row
 from tests.benchmarks.rows_orchestration import covered_s
 from tests.benchmarks.watching import FolderSize, folder_bytes, run_watched
 from tests.conftest import unmeasured_environment
@@ -94,6 +95,32 @@ def test_a_target_is_judged_in_its_direction() -> None:
     assert beside(8, 10) is None
     assert row_below("key", "what", 5, "s", 5).met is True
     assert row_below("key", "what", 5.1, "s", 5).met is False
+
+
+def test_a_plan_is_held_beside_what_happened_in_both_directions() -> None:
+    assert [planned_row("key", "what", planned, 100).met for planned in (70, 80, 100, 120, 130)] == [
+        False, True, True, True, False
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_measured_is_told_and_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    report, row = tmp_path / "bench.json", {"key": "clients", "what": "known"}
+    report.write_text(json.dumps({"rows": [row], "seconds": {"clients": 3}}), "utf-8")
+    nowhere = {"XDG_CACHE_HOME": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    command = [sys.executable, "-m", "tests.benchmarks.targets", "--without-peer", "--json", str(report), "--resume"]
+    done = subprocess.run(
+        [*command, "--only", "clients", "deploy-smollm2"],
+        cwd=ROOT,
+        env={**unmeasured_environment(), **nowhere},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(report.read_text("utf-8"))
+    assert document["rows"] == [row]
+    assert set(document["not_measured"]) == {"deploy-smollm2"}
+    assert "deploy-smollm2 was not measured: " in done.stdout
 
 
 def test_stages_that_overlap_count_once() -> None:

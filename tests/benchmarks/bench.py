@@ -28,6 +28,10 @@ DEADLINE_S = 3600.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class NotMeasured(Exception):
+    """A row that this machine cannot measure, and why."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One figure, and its peer and target.

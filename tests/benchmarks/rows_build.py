@@ -7,7 +7,7 @@ import psutil
 
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.environment.estimates import estimate_build_ram
-from tests.benchmarks.bench import PRECISIONS, Bench, Row, row_below, row_beside, torch_pid
+from tests.benchmarks.bench import PRECISIONS, Bench, NotMeasured, Row, row_below, row_beside, torch_pid
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.benchmarks.stock_olive import build_by_stock_olive
 from tests.benchmarks.watching import FolderSize, bytes_moved, folder_bytes, forget_cached
@@ -151,7 +151,7 @@ def build_3b(bench: Bench) -> Iterator[Row]:
     shards = sorted(checkpoint.glob("*.safetensors"))
     needed, available = estimate_build_ram(inspect_checkpoint(checkpoint), "int4"), psutil.virtual_memory().available
     if needed > available and not bench.tiny:  # the system would end other processes for it
-        raise RuntimeError(f"It needs {needed / GB:.1f} GB by slmops' estimate; {available / GB:.1f} GB are free.")
+        raise NotMeasured(f"it needs {needed / GB:.1f} GB by slmops' estimate; {available / GB:.1f} GB are free")
     with bench.torch_process() as child:
         build = bench.build(child, checkpoint, "int4", bench.folder / "sharded-builds")
     for path in shards:  # 6 GB that nothing else needs

@@ -18,6 +18,13 @@ The rows, by the names that `--only` takes:
 - embedded, server: what a deploy takes beyond its stages (wall of the command, less the time in which any task ran, by
   Prefect's record), and the same deploy again; without a Prefect server and against one.
 - many: memory and wall of ten deploys from one process.
+- transfer: push to and pull from S3 beside `rclone copy`.
+- clients: eight clients of a served int4 of SmolLM2-135M beside one; eight with the same long system prompt.
+- deploy-smollm2, deploy-0.5b, deploy-3b: a whole first deploy at three precisions on 50 rows, beside its plan, and the
+  memory of all its processes. The last one takes hours, and is measured only by its name.
+
+A row that this machine cannot measure says why. With `--resume`, rows that the file of `--json` has are not measured
+again.
 
 After each, the share of the CPUs is told that went to other processes of the machine meanwhile, where it is large: the
 figures are then worse than they would be, and threads that wait for one another (llama.cpp's) suffer most.
@@ -48,8 +55,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 from slmops.infra.genai.measurement import cpu_model
-from tests.benchmarks import rows_build, rows_orchestration, rows_serving
-from tests.benchmarks.bench import ROOT, Bench, Row
+from tests.benchmarks import rows_build, rows_deploy, rows_network, rows_orchestration, rows_serving
+from tests.benchmarks.bench import ROOT, Bench, NotMeasured, Row
 from tests.benchmarks.llama_cpp import LlamaCpp, peer
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -62,7 +69,13 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "embedded": rows_orchestration.embedded,
     "server": rows_orchestration.with_server,
     "many": rows_orchestration.many,
+    "transfer": rows_network.transfer,
+    "clients": rows_network.clients,
+    "deploy-smollm2": rows_deploy.deploy_smollm2,
+    "deploy-0.5b": rows_deploy.deploy_05b,
+    "deploy-3b": rows_deploy.deploy_3b,
 }
+ONLY_BY_NAME = ("deploy-3b",)
 WITH_PEER = ("build", "build-memory", "serving")
 MUCH_OF_OTHERS = 0.05
 SHORTEST_SHARE_S = 0.5  # the system counts CPU time in ticks of 0.01 s
@@ -189,6 +202,9 @@ def measure(bench: Bench, keys: list[str], screen: Screen, document: dict[str, A
             for row in ROWS[key](bench):
                 screen.add(row)
                 save()
+        except NotMeasured as reason:
+            document.setdefault("not_measured", {})[key] = str(reason)
+            screen.console.print(f"{key} was not measured: {reason}", markup=False)
         except Exception as error:
             errors[key] = f"{type(error).__name__}: {error}"
             screen.console.print(f"{key} could not be measured:\n{traceback.format_exc()}", markup=False)
@@ -204,6 +220,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all figures to this file, after each row")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of: {', '.join(ROWS)}")
+    parser.add_argument("--resume", action="store_true", help="measure what the file of --json lacks")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries the benchmark itself")
     parser.add_argument("--without-peer", action="store_true", help="build and run no llama.cpp")
     parser.add_argument(
@@ -211,19 +228,25 @@ def main() -> int:
     )
     parser.add_argument("--work", type=Path, help="where to work; by default the system's folder for temporary files")
     arguments = parser.parse_args()
-    keys = [key for key in ROWS if key in (arguments.only or ROWS)]
+    if arguments.resume and not arguments.json:
+        parser.error("--resume needs --json")
+    known = json.loads(arguments.json.read_text("utf-8")) if arguments.resume and arguments.json.is_file() else {}
+    measured = set(known.get("seconds", ())) - set(known.get("errors", ()))
+    keys = [key for key in ROWS if key in (arguments.only or {*ROWS} - {*ONLY_BY_NAME}) and key not in measured]
     facts = machine()
     print(f"{facts['date']}; {facts['cpu']}, {facts['cores']} cores; {facts['versions']}", flush=True)
     llama: LlamaCpp | None = None
     if not arguments.without_peer and set(keys) & set(WITH_PEER):
         llama = peer()
-    document: dict[str, Any] = {**facts, "tiny": arguments.tiny, "peer": llama.version if llama else None}
+    document: dict[str, Any] = {**known, **facts, "tiny": arguments.tiny, "peer": llama.version if llama else None}
+    document["errors"] = {}
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="slmops-targets-") as name, Screen() as screen:
 
         def save() -> None:
             if arguments.json:
+                rows = [row for row in known.get("rows", ()) if row["key"] in measured]
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                document["rows"] = [asdict(row) for row in screen.rows]
+                document["rows"] = [*rows, *(asdict(row) for row in screen.rows)]
                 arguments.json.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
         bench = Bench(Path(name), tiny=arguments.tiny, peer=llama, say=screen.say, with_stock=arguments.with_stock)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ from pathlib import Path
 import psutil
 
 SAMPLE_INTERVAL_S = 0.02
+TREE_INTERVAL_S = 0.2  # finding descendants reads every process of the machine
 
 
 @dataclass(frozen=True)
 class Watched:
-    """The cost of a command: wall time in s, peak resident memory of its own process in bytes, and what it printed."""
+    """The cost of a command: wall time in s, peak resident memory in bytes, and what it printed."""
 
     seconds: float
     peak_rss_bytes: int
@@ -25,9 +26,17 @@ class Watched:
 
 
 def run_watched(
-    command: Sequence[str | Path], *, log: Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    command: Sequence[str | Path],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    descendants: bool = False,
+    statuses: Collection[int] = (0,),
 ) -> Watched:
     """Run a command; its standard error goes to `log`, whose end is in the error if it fails.
+
+    The memory is that of the command's own process or, with `descendants`, the highest sum over all its processes.
 
     The kernel's own count of a child's peak begins with what the parent had at the fork: a small command would appear
     as large as this process. Its high-water mark of the process's own memory is read instead.
@@ -35,7 +44,7 @@ def run_watched(
     with log.open("ab") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=cwd, env=environment, text=True)
-        peak = _PeakOf(process.pid)
+        peak = _PeakOfTree(process.pid) if descendants else _PeakOf(process.pid)
         peak.start()
         try:
             output, _ = process.communicate()
@@ -47,7 +56,7 @@ def run_watched(
             seconds = time.perf_counter() - started
             peak.ended.set()
             peak.join()
-    if process.returncode:
+    if process.returncode not in statuses:
         said = f"{log.read_text('utf-8', 'replace')}\n{output}"  # slmops --json tells errors on standard output
         raise RuntimeError(f"{Path(command[0]).name} ended with status {process.returncode}: {said[-2000:].strip()}")
     return Watched(seconds, peak.rss_bytes, output)
@@ -64,6 +73,15 @@ class _PeakOf(threading.Thread):
         while not self.ended.is_set():
             self.rss_bytes = max(self.rss_bytes, high_water_mark(self._pid))
             self.ended.wait(SAMPLE_INTERVAL_S)
+
+
+class _PeakOfTree(_PeakOf):
+    def run(self) -> None:
+        root = psutil.Process(self._pid)
+        while not self.ended.wait(TREE_INTERVAL_S):
+            with contextlib.suppress(psutil.Error):  # a process that ended meanwhile
+                sizes = [process.memory_info().rss for process in (root, *root.children(recursive=True))]
+                self.rss_bytes = max(self.rss_bytes, sum(sizes))
 
 
 def high_water_mark(pid: int) -> int:
