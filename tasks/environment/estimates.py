@@ -26,25 +26,32 @@ BUILD_RAM_BYTES_PER_ELEMENT_OF_THE_LARGEST_TENSOR = {"fp16": 6.0, "int8": 7.3, "
 # If all weights are quantized at once (infra/olive/streamed_quantization.py): per parameter, and in addition per
 # element of the largest tensor.
 BUILD_RAM_BYTES_AT_ONCE = {"int8": (7.3, 11.4), "int4": (6.2, 7.9)}
-BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 18.0, "int8": 48.0, "int4": 48.0}
-BUILD_FLOOR_S = 8.0
+# Times, in s, are fitted to the stages of deploys on two idle cores: SmolLM2-135M on 50 rows and the demo's 3.4 M
+# parameters on 200 (docs/performance.md). The second number of a pair is per billion parameters.
+START_S = 4.0  # of the process with torch, at its first work
+BUILD_FLOOR_S = 0.8
+BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 8.0, "int8": 13.0, "int4": 9.0}
 # Bytes per parameter on disk: weights, plus one fp32 scale per block of 32 for int8 and int4.
 DISK_BYTES_PER_PARAMETER = {"fp16": 2.0, "int8": 1.13, "int4": 0.66}
-# Calibrated recipes, on 4,096 tokens: the checkpoint's own answers, and Olive's pass before the builder. The times
-# are of SmolLM2-135M on two cores, the memory is of it and of a layer of a Qwen2.5-0.5B shape. Up to this size, the
-# checkpoint answers in float32, which is faster on a CPU without instructions for bfloat16.
+# Calibrated recipes, on 4,096 tokens: the checkpoint's own answers, and Olive's pass before the builder. The memory is
+# of SmolLM2-135M and of a layer of a Qwen2.5-0.5B shape. Up to this size, the checkpoint answers in float32, which is
+# faster on a CPU without instructions for bfloat16.
 MAX_FLOAT32_PARAMETERS = 1_000_000_000
-CALIBRATION_S_PER_BILLION_PARAMETERS = 150.0
-CALIBRATED_BUILD_S_PER_BILLION_PARAMETERS = 200.0
+CALIBRATION_S = (1.0, 208.0)
+CALIBRATED_BUILD_S = (1.5, 205.0)
 CALIBRATED_RAM_FLOOR_BYTES = 780_000_000
 CALIBRATED_RAM_BYTES_PER_PARAMETER = 0.7
 CALIBRATED_RAM_BYTES_PER_ELEMENT_OF_THE_EMBEDDING = 8.0
 TOKENIZER_BYTES = 20_000_000
 RUNTIME_RAM_FLOOR_BYTES = 600_000_000
 REFERENCE_BYTES_PER_PARAMETER = 4  # it always runs in float32
-REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW = 4.0
-VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW = 3.0
-ENDURANCE_S_PER_BILLION_PARAMETERS = 600.0  # soak and edge inputs, in two runtimes
+REFERENCE_S = (1.0, 5.6)  # per billion parameters and row
+EVALUATION_S = (0.5, 2.4)  # per billion parameters and row
+MEASUREMENT_S = (0.5, 30.0)
+SWEEP_S_PER_BILLION_PARAMETERS = 90.0
+MAX_SWEEP_S = 20.0  # its budget by default
+ENDURANCE_S = (1.0, 127.0)  # soak and edge inputs, in two runtimes
+REGISTRATION_S = (2.0, 5.0)  # its third of start, template parity and report with it
 
 
 def estimate_stages(
@@ -65,10 +72,12 @@ def estimate_stages(
     billions = parameters / 1e9
     builds = [] if inspection.kind == "genai" else list(precisions)
     estimates = [_calibration(inspection)] if builds and calibrated else []
+    started_by = builds[0] if builds and not calibrated else None
     estimates += [
         StageEstimate(
             stage=f"build {precision}",
-            time_s=_build_time(parameters, precision, calibrated=precision in calibrated),
+            time_s=_build_time(parameters, precision, calibrated=precision in calibrated)
+            + START_S * (precision == started_by),
             ram_bytes=max(
                 estimate_build_ram(inspection, precision, whole_model=precision in whole_model),
                 _calibrated_ram(inspection) if precision in calibrated else 0,
@@ -81,7 +90,7 @@ def estimate_stages(
         estimates.append(
             StageEstimate(
                 stage="reference",
-                time_s=10 + REFERENCE_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows,
+                time_s=_linear(REFERENCE_S, billions * rows),
                 ram_bytes=RUNTIME_RAM_FLOOR_BYTES + REFERENCE_BYTES_PER_PARAMETER * parameters,
                 disk_bytes=4 * positions * inspection.vocabulary_size,
             )
@@ -96,10 +105,13 @@ def estimate_stages(
                 disk_bytes=0,
             )
             for work, time_s in (
-                ("measure", 5 + 80 * billions),
-                ("evaluate", 5 + VARIANT_S_PER_BILLION_PARAMETERS_AND_ROW * billions * rows),
-                ("exercise", 6 + ENDURANCE_S_PER_BILLION_PARAMETERS * billions),
-                ("register and prove", 5 + 5 * billions),
+                (
+                    "measure",
+                    _linear(MEASUREMENT_S, billions) + min(MAX_SWEEP_S, SWEEP_S_PER_BILLION_PARAMETERS * billions),
+                ),
+                ("evaluate", _linear(EVALUATION_S, billions * rows)),
+                ("exercise", _linear(ENDURANCE_S, billions)),
+                ("register and prove", _linear(REGISTRATION_S, billions)),
             )
         ]
     return estimates
@@ -110,16 +122,21 @@ def _calibration(inspection: Inspection) -> StageEstimate:
     width = 4 if inspection.parameters <= MAX_FLOAT32_PARAMETERS else 2
     return StageEstimate(
         stage="calibrate",
-        time_s=10 + CALIBRATION_S_PER_BILLION_PARAMETERS * inspection.parameters / 1e9,
+        time_s=START_S + _linear(CALIBRATION_S, inspection.parameters / 1e9),
         ram_bytes=RUNTIME_RAM_FLOOR_BYTES + width * inspection.parameters,
         disk_bytes=0,
     )
 
 
 def _build_time(parameters: int, precision: str, *, calibrated: bool) -> float:
-    rate = BUILD_S_PER_BILLION_PARAMETERS[precision]
-    rate += CALIBRATED_BUILD_S_PER_BILLION_PARAMETERS if calibrated else 0
-    return BUILD_FLOOR_S + rate * parameters / 1e9
+    billions = parameters / 1e9
+    plain_s = BUILD_FLOOR_S + BUILD_S_PER_BILLION_PARAMETERS[precision] * billions
+    return plain_s + (_linear(CALIBRATED_BUILD_S, billions) if calibrated else 0)
+
+
+def _linear(times: tuple[float, float], size: float) -> float:
+    floor_s, rate = times
+    return floor_s + rate * size
 
 
 def _calibrated_ram(inspection: Inspection) -> int:

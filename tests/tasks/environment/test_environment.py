@@ -263,6 +263,18 @@ class TestResources:
             assert calibrated["build int4"].time_s > 2 * plain["build int4"].time_s
         assert [name for name in PRECISIONS if load_recipe(name).is_calibrated] == [*CALIBRATED_BY_DEFAULT]
 
+    @pytest.mark.parametrize(
+        ("parameters", "rows", "took_s"),
+        [(107_072, 4, 22.0), (3_313_920, 200, 32.0), (134_515_008, 50, 223.0)],
+        ids=["random", "demo", "SmolLM2"],
+    )
+    def test_a_plan_is_within_a_quarter_of_what_deploys_took_on_two_idle_cores(self, parameters, rows, took_s):
+        """Without the soak and the edge inputs, which were longer then; docs/performance.md has the stages."""
+        made = inspection(parameters)
+        stages = estimate_stages(made, PRECISIONS, rows=rows, calibrated=["int4"])
+        planned_s = sum(stage.time_s for stage in stages if not stage.stage.startswith("exercise"))
+        assert planned_s == pytest.approx(took_s, rel=0.25)
+
     def test_a_model_that_is_built_already_needs_no_build_and_no_reference(self) -> None:
         built = inspection(0, kind="genai", size_bytes=300_000_000)
         stages = [stage.stage for stage in estimate_stages(built, ["int4"], rows=10)]
