@@ -1,6 +1,7 @@
 """The rules of Windows and macOS that can be checked on any machine: calls, and files that are open."""
 
 import ast
+import errno
 import os
 import stat
 from pathlib import Path, PureWindowsPath
@@ -116,6 +117,19 @@ def test_a_blob_is_read_only_except_where_no_name_of_it_could_be_removed_then(
     assert bool(kept.stat().st_mode & stat.S_IWRITE) is windows
     store.delete([blob.key])
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_store_on_a_disk_without_hard_links_still_takes_each_number_once(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    store, key = LocalObjectStore(tmp_path), "models/home/1/manifest.json"
+    assert [store.put_bytes_if_absent(key, data) for data in (b"first", b"first", b"other")] == [True, True, False]
+    assert store.read_bytes(key) == b"first"
 
 
 def test_a_file_that_another_process_reads_is_replaced_when_it_is_closed(

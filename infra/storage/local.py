@@ -1,6 +1,7 @@
 """A store of objects in a local folder."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -19,6 +20,8 @@ from slmops.infra.storage.objects import Blob, Entry, OnBytes, no_report
 
 ASIDE = "aside"  # unfinished objects; on the store's own file system, so that a rename is atomic
 CHUNK_BYTES = 1 << 20
+# Of Linux, macOS and Windows, for a file system that has none.
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 class LocalObjectStore:
@@ -129,7 +132,7 @@ class LocalObjectStore:
         path = self._path(key)
         with self._reported(key), self._written_aside(path, data) as aside:
             try:
-                os.link(aside, path)  # unlike a rename, a link never replaces an existing file
+                _make_new(path, aside, data)
             except FileExistsError:
                 with open_regular(path) as stream:
                     return stream.read() == data
@@ -230,6 +233,22 @@ class LocalObjectStore:
             else "Check its free space and permissions, or name another with SLMOPS_STORE__URI."
         )
         return StageFailed(f"The store {self._root} cannot be used: {fault} ({key}).", advice, code="disk-failed")
+
+
+def _make_new(path: Path, aside: Path, data: bytes) -> None:
+    """Make a file of the data that a file `aside` has; raises `FileExistsError`.
+
+    It appears whole, except on a disk without hard links (exFAT, some network drives): a reader or a crash may find a
+    part of it there.
+    """
+    try:
+        os.link(aside, path)  # unlike a rename, a link never replaces an existing file
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        with path.open("xb") as made:
+            made.write(data)
+            flush_to_disk(made)
 
 
 def flush_to_disk(stream: IO[bytes]) -> None:
