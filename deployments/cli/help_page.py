@@ -13,7 +13,7 @@ EXAMPLES = {
         "slmops deploy ./my-model --name helpdesk --precision int4,int8",
         "slmops deploy ./my-model --name helpdesk --budget max-size=400MB",
         "slmops deploy ./my-model --name helpdesk --remote",
-        "slmops deploy ./my-model --name desk --device gpu --provider cuda --build-only",
+        "slmops deploy ./model --name desk --device gpu --provider cuda --build-only",
     ),
     "regate": ("slmops regate helpdesk@3 --max-quality-loss 0.03", "slmops regate helpdesk@3 --eval rows.jsonl"),
     "promote": (
