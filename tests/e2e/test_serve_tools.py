@@ -11,11 +11,19 @@ import httpx
 import openai
 import pytest
 
+from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.foundry.abilities import abilities_of
 from slmops.infra.foundry.model_process import ModelProcess
 from slmops.infra.genai.served_files import mend_files
+from slmops.infra.genai.template_files import mend_template
+from slmops.infra.reference.answers import Question
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.infra.transformers.answers import render_question
+from slmops.infra.transformers.tokenizer import load_tokenizer
+from slmops.tasks.questions.evaluation_set import EvaluationRow
+from slmops.tasks.questions.tool_prompts import prompt_of
+from tests.support.family_checkpoints import REAL_FAMILIES, is_left_out, save_real_tokenizer
 from tests.support.genai_models import build_genai_model
 from tests.support.served_models import RunningServer, serving, store_model
 from tests.support.tool_caller import HEAT, TOOLS
@@ -211,3 +219,37 @@ def test_what_foundrys_own_service_does_with_the_same_model(model_dir: Path, tmp
     (choice,) = cut.json()["choices"]  # in the middle of its thoughts
     assert (choice["finish_reason"], choice["message"]["content"] or "") == ("length", "")
     assert "Light.".startswith(choice["message"]["reasoning_content"].strip())
+
+
+@pytest.mark.skipif(is_left_out("phi-4-mini"), reason="the real template of Phi-4-mini is not on this machine")
+def test_foundry_puts_tools_where_phi_4_minis_own_template_reads_them(
+    model_dir: Path, tool_caller: Path, tmp_path: Path
+) -> None:
+    """In transformers its system message has them. Another family's model stands for its weights."""
+    tool = {**TOOLS[0]["function"], "parameters": {"type": "object", "properties": {"on": {"type": "object"}}}}
+    row = EvaluationRow.model_validate({"id": 1, "messages": LIGHT, "tools": [{"type": "function", "function": tool}]})
+    (tmp_path / "phi").mkdir()
+    save_real_tokenizer(REAL_FAMILIES["phi-4-mini"], tmp_path / "phi")
+    template = read_chat_template(tmp_path / "phi") or ""
+    reference, folder = tmp_path / "reference", tmp_path / "cache/models/custom/caller/v1"
+    for source, target, text in (
+        (tool_caller, reference, template),
+        (model_dir, folder, mend_template(template).text),
+    ):
+        shutil.copytree(source, target)
+        (target / "chat_template.jinja").write_text(text, "utf-8")
+    (folder / "inference_model.json").write_text(json.dumps({"Name": "caller:1"}), "utf-8")
+    messages, _ = prompt_of(row, template)
+    _, expected = render_question(load_tokenizer(reference), Question(id=1, messages=messages))
+    offered = [offer.model_dump(mode="json") for offer in row.tools]
+    body = {"model": "caller:1", "messages": LIGHT, "tools": offered, "tool_choice": "none", "max_tokens": 1}
+
+    async def usage() -> dict[str, int]:
+        log = tmp_path / "log"
+        process = await ModelProcess.start(tmp_path / "cache", "caller:1", 1, deadline_s=120, log_path=log)
+        async with httpx.AsyncClient(timeout=60) as client:
+            answer = await client.post(f"{process.url}/v1/chat/completions", json=body)
+        await process.stop()
+        return dict(answer.json()["usage"])
+
+    assert asyncio.run(usage())["prompt_tokens"] == len(expected)
