@@ -95,16 +95,28 @@ def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
         _print_known(known, as_json=as_json)
         return
 
-    def check() -> None:
+    def check() -> dict[str, float]:
         from slmops.tasks.plan import plan_deploy
 
-        plan_deploy(load_settings(), parameters)
+        return _by_stage(plan_deploy(load_settings(), parameters))
 
     report = run_flow("deploy", parameters, check)
     from slmops.tasks.report.markdown import variant_rows
 
     receipts.keep(report, variant_rows(report))
     _print_result(report, as_json=as_json)
+
+
+def _by_stage(plan: "DeployPlan") -> dict[str, float]:
+    """Return a plan's times in s by the names of the run's stages."""
+    times: dict[str, float] = {}
+    for estimate in plan.stages:
+        work, _, precision = estimate.stage.rpartition(" ")
+        if work == "exercise":
+            times |= {f"{estimate.stage} in {runtime}": estimate.time_s / 2 for runtime in ("genai", "foundry")}
+        else:
+            times[f"prove {precision}" if work == "register and prove" else estimate.stage] = estimate.time_s
+    return times
 
 
 def _print_known(known: "Receipt", *, as_json: bool) -> None:

@@ -71,10 +71,13 @@ def prepared(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def run_flow(name: str, parameters: Mapping[str, object], check: Callable[[], object] = lambda: None) -> Any:
+def run_flow(
+    name: str, parameters: Mapping[str, object], check: Callable[[], Mapping[str, float] | None] = lambda: None
+) -> Any:
     """Run a flow in this process, show its stages, and return its report, also if the run ended as failed.
 
-    `check` refuses bad input before anything is written. Raises the error that ended the run.
+    `check` refuses bad input before anything is written, and may return the stages' planned times in s. Raises the
+    error that ended the run.
     """
     with stage_display() as display:
         try:
@@ -93,14 +96,17 @@ def run_flow(name: str, parameters: Mapping[str, object], check: Callable[[], ob
 
 
 def _run_in_process(
-    name: str, parameters: Mapping[str, object], check: Callable[[], object], display: StageDisplay
+    name: str,
+    parameters: Mapping[str, object],
+    check: Callable[[], Mapping[str, float] | None],
+    display: StageDisplay,
 ) -> Any:
     from slmops.deployments.server.environment import begin_embedded_server, prefect_api
 
     display("start", 0.0, "checking the request, starting Prefect")
     server = begin_embedded_server()  # its start takes as long as the imports and the check
     try:
-        check()
+        display.expect(check() or {})
     except BaseException:
         if server:
             server.end()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
@@ -19,6 +19,7 @@ from slmops.infra.foreign_text import for_terminal
 SIGN_OF_LIFE_S = 60.0  # between the lines of one stage in a log
 SHORTEST_BASIS_S = 2.0  # of a stage's time that a remaining time is estimated from
 SMALLEST_SHARE = 0.05  # of a stage that a remaining time is estimated from
+SHORTEST_PACE_S = 2.0  # of a stage from whose time the pace of a run is taken: others were made before
 LAST_STEP = 0.99  # above this share, what a stage says is its outcome, such as `built before`
 BAR_WIDTH = 16
 
@@ -59,6 +60,8 @@ class StageDisplay:
         self._began = time.monotonic()
         self._under_way: dict[str, _Stage] = {}
         self._lock = RLock()
+        self._planned: Mapping[str, float] = {}
+        self._took: dict[str, float] = {}
         self.done: list[str] = []
         self.live: Live | None = None
 
@@ -76,6 +79,35 @@ class StageDisplay:
             if not self._console.is_terminal and now - shown.told >= SIGN_OF_LIFE_S:
                 shown.told = now
                 self._print(f"{stage}: {share:.0%} after {clock(now - shown.began)}, {shown.what}")
+
+    def expect(self, planned: Mapping[str, float]) -> None:
+        """Show the time that the whole run is likely to take on; `planned` are the times in s by stage.
+
+        `build int4` is also the plan of `build int4-rtn`.
+        """
+        with self._lock:
+            self._planned = planned
+
+    def remaining_s(self) -> float | None:
+        """Return the time in s that the run is likely to take on, or None without a plan.
+
+        It is the plan of the stages to come, times what those that have ended took for each planned second.
+        """
+        now = time.monotonic()
+        with self._lock:
+            ended = [name for name in self._planned if self._took.get(name, 0.0) >= SHORTEST_PACE_S]
+            planned_s = sum(self._planned[name] for name in ended)
+            pace = sum(self._took[name] for name in ended) / planned_s if planned_s else 1.0
+            left_s = sum(self._left_s(name, pace, now) for name in self._planned if name not in self._took)
+        return left_s if self._planned else None
+
+    def _left_s(self, name: str, pace: float, now: float) -> float:
+        planned_s = pace * self._planned[name]
+        began = next((shown.began for shown in self._under_way.values() if self._plan_of(shown.name) == name), now)
+        return max(planned_s - (now - began), 0.0)
+
+    def _plan_of(self, stage: str) -> str:
+        return next((name for name in self._planned if stage == name or stage.startswith(f"{name}-")), stage)
 
     def say(self, line: str) -> None:
         """Print a line above the table."""
@@ -108,7 +140,9 @@ class StageDisplay:
                 ends = "" if left is None else f"{clock(left)} left"
                 grid.add_row(shown.name, bar, clock(now - shown.began), Text(f"{ends:<10} {for_terminal(shown.what)}"))
             done = f"{len(self.done)} {'stage' if len(self.done) == 1 else 'stages'} done"
-            grid.add_row(Text(done, style="dim"), "", Text(clock(now - self._began), style="dim"), "")
+            left = self.remaining_s()
+            in_all = "" if left is None else f"about {clock(left)} left in all"
+            grid.add_row(*(Text(cell, style="dim") for cell in (done, "", clock(now - self._began), in_all)))
         return grid
 
     def _end(self, stage: str, now: float, *, failed: bool) -> None:
@@ -118,6 +152,8 @@ class StageDisplay:
         if not failed:
             self.done.append(stage)
         took = now - shown.began
+        planned = self._plan_of(stage)
+        self._took[planned] = max(took, self._took.get(planned, 0.0))  # one that is repeated was made before
         spent = clock(took) if took >= 10 else f"{took:.1f} s"
         outcome = f", {shown.what}" if shown.share > LAST_STEP and shown.what and not failed else ""
         self._print(f"{stage}: {'failed after ' if failed else ''}{spent}{outcome}")

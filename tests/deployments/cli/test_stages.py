@@ -82,6 +82,28 @@ def test_the_time_that_is_left_is_that_of_the_present_step(moment: Time) -> None
     assert "0:10 left" in stream.getvalue()
 
 
+def test_the_time_of_the_whole_run_is_the_plan_s_at_the_pace_of_what_has_ended(moment: Time) -> None:
+    display, stream = displayed(terminal=True)
+    assert display.remaining_s() is None
+    display.expect({"calibrate": 10.0, "build int4": 20.0, "measure int4": 30.0, "prove int4": 2.0})
+    assert display.remaining_s() == 62
+    for stage, seconds in (("inspect", 1), ("calibrate", 20)):
+        display(stage, 0.0, "")
+        moment.now += seconds
+        display(stage, 1.0, "done")
+    assert display.remaining_s() == 2 * 52
+    display("build int4-rtn", 0.0, "")
+    display("build int4-rtn", 1.0, "built before")
+    assert display.remaining_s() == 2 * 32
+    display("measure int4", 0.0, "")
+    moment.now += 25
+    assert display.remaining_s() == 2 * 32 - 25
+    display._console.print(display.table())
+    assert "about 0:39 left in all" in stream.getvalue()
+    moment.now += 100  # far beyond its plan
+    assert display.remaining_s() == 4
+
+
 def test_long_times_have_hours() -> None:
     assert [clock(seconds) for seconds in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
 
