@@ -240,6 +240,11 @@ def _output_format(rejection: Rejection, check: GateCheck) -> Iterator[Step]:
             command=rejection.regate("--eval", "rows.jsonl", "--output-schema", "schema.json"),
         )
     yield from _closer(rejection, check)
+    yield Step(
+        text="If the format is a JSON Schema, slmops serve can hold the answers to it; the report then shows what they "
+        "are worth:",
+        command=rejection.again("--constrain", "--allow", "output_format"),
+    )
 
 
 def _template(rejection: Rejection, check: GateCheck) -> Iterator[Step]:
