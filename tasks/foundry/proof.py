@@ -45,6 +45,10 @@ class Proof(BaseModel):
         """The answer without thoughts that it begins with."""
         return self.marks.split(self.answer, opened=False).text if self.marks else self.answer
 
+    def has_answer(self, answer: str) -> bool:
+        """Whether an answer is the recorded one, with or without thoughts."""
+        return not _texts(answer, self.marks).isdisjoint(_texts(self.answer, self.marks))
+
 
 def proof_of(precision: str) -> Kind[Proof]:
     """Return the kind of evidence for the proofs of a precision."""
@@ -104,7 +108,7 @@ def repeat_proof(variant: Variant, row: EvaluationRow, recorded: Proof, settings
     call = Prove(cache_dir=settings.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=max_new_tokens)
     with stage_progress(f"prove {variant.precision}") as on_progress:
         proven = ask_foundry(call, settings, on_progress)
-    if _texts(proven.answer, recorded.marks).isdisjoint(_texts(recorded.answer, recorded.marks)):
+    if not recorded.has_answer(proven.answer):
         raise StageFailed(
             f"Through Foundry Local {model_id} answers {proven.answer!r}, "
             f"and when it was proven it answered {recorded.answer!r}.",

@@ -55,7 +55,7 @@ def register_variant(variant: Variant, description: str, card: str, settings: Se
             cache_dir=settings.foundry_dir,
             folder=folder,
             model_id=model_id,
-            metadata=_metadata(variant, description, folder),
+            metadata=metadata_of(variant, description, folder),
         )
         changed = ask_foundry(call, settings, on_progress).changed
         on_progress(1, 1, "registered" if changed else "registered before")
@@ -78,7 +78,7 @@ def set_champion_ids(name: str, champions: Sequence[Variant], settings: Settings
         model_id = champion_model_id(name, variant.version.number)
         if folders.get(model_id) == str(folder.absolute()):
             continue
-        metadata = _metadata(variant, "", folder)
+        metadata = metadata_of(variant, "", folder)
         call = Register(cache_dir=settings.foundry_dir, folder=folder, model_id=model_id, metadata=metadata)
         ask_foundry(call, settings)
     kept = {champion_model_id(name, variant.version.number) for variant in champions}
@@ -87,7 +87,7 @@ def set_champion_ids(name: str, champions: Sequence[Variant], settings: Settings
             ask_foundry(Unregister(cache_dir=settings.foundry_dir, model_id=model.model_id), settings)
 
 
-def _metadata(variant: Variant, description: str, folder: Path) -> dict[str, str | int]:
+def metadata_of(variant: Variant, description: str, folder: Path) -> dict[str, str | int]:
     """Return what Foundry reads of a registered model; it reads the context's length from the folder itself.
 
     The whole context may be an answer.

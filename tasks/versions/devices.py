@@ -17,7 +17,7 @@ from slmops.tasks.exams.answers import last_evaluation_set
 from slmops.tasks.foundry.ids import champion_model_id
 from slmops.tasks.foundry.prompt_template import describe_model, inference_model
 from slmops.tasks.foundry.proof import last_proof
-from slmops.tasks.foundry.registration import ask_foundry, registered_models
+from slmops.tasks.foundry.registration import ask_foundry, metadata_of, registered_models
 
 # Its folder, `models/custom/NAME-champion/v3`, is separate from those that deploys on the same machine register.
 ROLE = "champion"
@@ -66,7 +66,8 @@ def bring_to_device(version: Version, foundry_cache: Path, settings: Settings, o
             model_card=f"# {version.reference}\n\n{description}\n",
         )
     with _taken_back(version, model_id, before, there):
-        call = Register(cache_dir=there.foundry_dir, folder=folder, model_id=model_id)
+        metadata = metadata_of(variant, description, folder)
+        call = Register(cache_dir=there.foundry_dir, folder=folder, model_id=model_id, metadata=metadata)
         ask_foundry(call, there, on_progress)
         answer = _answered(variant, model_id, there, on_progress)
     replaced = _replace(version, model_id, there)
@@ -95,7 +96,7 @@ def _answered(variant: Variant, model_id: str, there: Settings, on_progress: OnP
     tokens = proof.completion_tokens if proof else FALLBACK_TOKENS
     call = Prove(cache_dir=there.foundry_dir, model_id=model_id, messages=messages, max_new_tokens=tokens)
     answer = ask_foundry(call, there, on_progress).answer
-    if proof and answer.strip() != proof.answer.strip():
+    if proof and not proof.has_answer(answer):
         raise StageFailed(
             f"{model_id} answers {answer!r} there; the recorded answer is {proof.answer!r}.",
             "Check whether both machines have the same package versions: slmops check.",
