@@ -180,10 +180,10 @@ def model_server(served_home: Path) -> Iterator[RunningServer]:
         yield running
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    """Headless Chromium."""
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium, one for all tests; what it opens takes the place of the page before."""
     if not CHROMIUM or not DRIVER:
         pytest.skip("Chromium and its driver are not installed: make apt")
-    with chromium(tmp_path) as open_browser:
-        yield open_browser
+    with chromium(tmp_path_factory.mktemp("chromium")) as open_page:
+        yield open_page

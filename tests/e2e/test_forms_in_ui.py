@@ -26,7 +26,7 @@ from tests.support.chromium import Browser, screenshot
 from tests.support.paused_runs import paused
 from tests.support.prefect_api import call
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tests/e2e/test_forms_in_ui.py")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 TEXT = "return document.body.innerText"
 VERDICT = "home@2 is better than home@1: +12.0 points (4.0 to 20.0) on 50 rows."

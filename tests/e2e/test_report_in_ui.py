@@ -26,7 +26,7 @@ from tests.support.reports import full_report, full_variant
 from tests.support.versions import stored_variant
 from tests.tasks.report.test_report import HOSTILE, hostile_report
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 WIDTHS = (1280, 390)
 
