@@ -94,7 +94,7 @@ def write_smallest_model(folder: Path, context_length: int = 8) -> None:
     tokenizer.add_special_tokens([AddedToken(end, special=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
     described = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": end}
-    (folder / "tokenizer_config.json").write_text(json.dumps(described), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(described), "utf-8", newline="\n")
     size, end_id = len(alphabet), len(alphabet) - 1
     nodes = [
         helper.make_node("Unsqueeze", ["input_ids", "axis"], ["column"]),
@@ -114,7 +114,7 @@ def write_smallest_model(folder: Path, context_length: int = 8) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, folder / "model.onnx")
-    (folder / "genai_config.json").write_text(json.dumps(_config(context_length, size, end_id)), "utf-8")
+    (folder / "genai_config.json").write_text(json.dumps(_config(context_length, size, end_id)), "utf-8", newline="\n")
 
 
 def _config(context_length: int, vocabulary_size: int, end_id: int) -> Json:
