@@ -35,7 +35,7 @@ from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.commit import commit_version, record_provenance
 from slmops.tasks.versions.lookup import check_store
-from slmops.tasks.versions.qualification import Gate, Qualification
+from slmops.tasks.versions.qualification import Qualification
 from slmops.tasks.workshop import in_workshop, working_in, workshop
 
 
@@ -81,7 +81,6 @@ def ship(request: DeployRequest) -> State[DeployReport]:
     asked = Qualification(
         evaluation=evaluation,
         text=read_text(request.text_file) if request.text_file else None,
-        gate=Gate(request.min_top1_agreement, request.max_kl_divergence, request.max_quality_loss),
         budget=request.budget,
         description=request.description,
         promote=request.promote,

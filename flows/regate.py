@@ -8,13 +8,14 @@ from slmops.tasks.choices import CHOICES
 from slmops.tasks.environment.checks import check_runs_here
 from slmops.tasks.report.records import DeployReport
 from slmops.tasks.request.declaration import takes
+from slmops.tasks.request.gate_limits import with_limits
 from slmops.tasks.request.parameters import RegateParameters
 from slmops.tasks.runs.names import run_name
 from slmops.tasks.runs.stage import ends_by_its_errors
 from slmops.tasks.versions.lookup import find_version
 from slmops.tasks.versions.qualification import needs_source
 from slmops.tasks.versions.regate_request import request_again
-from slmops.tasks.workshop import in_workshop, workshop
+from slmops.tasks.workshop import in_workshop, working_by, workshop
 
 
 @flow(name="regate", flow_run_name=run_name("regate-{reference}"))
@@ -29,6 +30,7 @@ def regate(parameters: RegateParameters) -> State[DeployReport]:
     """
     version = find_version(parameters.reference)
     check_runs_here(version)
-    asked = request_again(parameters, version)
-    prepared = prepare_source(version.manifest, workshop().settings) if needs_source(asked, version) else None
-    return ended(qualify(asked, version, prepared))
+    with working_by(with_limits(workshop().settings, vars(parameters))) as shop:
+        asked = request_again(parameters, version)
+        prepared = prepare_source(version.manifest, shop.settings) if needs_source(asked, version) else None
+        return ended(qualify(asked, version, prepared))

@@ -13,6 +13,7 @@ from slmops.infra.storage.names import check_name
 from slmops.tasks.build.calibration import write_calibration_file
 from slmops.tasks.questions.evaluation_set import read_evaluation
 from slmops.tasks.request.declaration import takes
+from slmops.tasks.request.gate_limits import named_limits
 from slmops.tasks.request.inputs import local_file
 from slmops.tasks.request.upkeep_parameters import RetrainParameters
 from slmops.tasks.runs.names import run_name
@@ -84,6 +85,7 @@ def retrain(parameters: RetrainParameters) -> State[RetrainReport]:
             "base": str(prepared.folder) if parameters.method == "lora" else None,
             "evaluation_file": rows_file or str(prepared.folder / "eval.jsonl"),
             "calibration_file": write_calibration_file(chats.rows, evaluation.rows, settings),
+            **named_limits(vars(parameters)),
             "training_run": f"dataset sha256:{tuned.dataset_fingerprint[:16]}, fine-tuning {tuned.key[:16]}",
         }
         if parameters.precisions:

@@ -33,6 +33,7 @@ from slmops.tasks.exams.text import read_text_file
 from slmops.tasks.foundry.ids import foundry_model_id
 from slmops.tasks.questions.evaluation_set import EvaluationRow, read_rows
 from slmops.tasks.request.deploy_request import DeployRequest, check_precisions, read_chat_template_file
+from slmops.tasks.request.gate_limits import with_limits
 from slmops.tasks.request.inputs import with_local_files
 from slmops.tasks.verdict.checks import check_allowed
 from slmops.tasks.verdict.thresholds import thresholds_for
@@ -72,14 +73,9 @@ def plan_deploy(settings: Settings, parameters: dict[str, object]) -> DeployPlan
         verification_key(settings.store)
     request = parse_request(with_local_files(parameters, settings))
     recipes = plan_search(request) if request.search else plan_recipes(request)
+    limits = with_limits(settings, vars(request)).gate
     for recipe in recipes:
-        thresholds_for(
-            recipe.precision,
-            settings.gate,
-            min_top1_agreement=request.min_top1_agreement,
-            max_kl_divergence=request.max_kl_divergence,
-            max_quality_loss=request.max_quality_loss,
-        )
+        thresholds_for(recipe.precision, limits)
     require_packages([*check_system(), *check_packages()])
     source = parse_checkpoint(request.checkpoint, request.revision)
     if source.kind is SourceKind.HUB:

@@ -63,6 +63,13 @@ def working_in(shop: Workshop) -> Iterator[Workshop]:
 
 
 @contextmanager
+def working_by(settings: Settings) -> Iterator[Workshop]:
+    """Work by other settings within this context."""
+    with working_in(replace(workshop(), settings=settings)) as shop:
+        yield shop
+
+
+@contextmanager
 def working_with(registry: ModelRegistry) -> Iterator[Workshop]:
     """Work with another registry within this context."""
     with working_in(replace(workshop(), registry=registry)) as shop:

@@ -11,6 +11,7 @@ import yaml
 
 from slmops.infra.errors import BadInput
 from slmops.infra.server_settings import PREFECT_TAG
+from slmops.tasks.request.values import GROUP
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -67,8 +68,8 @@ def variant_entries(pool: str) -> list[dict[str, Any]]:
 def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
     """Register deployments; one that the server already has in this version, with this form, is not changed.
 
-    Any other is updated, and keeps its schedules, because users may change them. Raises `BadInput` for a schedule that
-    Prefect refuses.
+    Any other is updated, and keeps its schedules and the defaults of its parameters, because users may change them.
+    Raises `BadInput` for a schedule that Prefect refuses.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
@@ -88,7 +89,11 @@ def register_deployments(entries: Sequence[dict[str, Any]]) -> list[Registered]:
             if known and found == wanted and not known.job_variables:
                 done.append(Registered(name, "unchanged"))
                 continue
-            made = cast(UUID, deployment_of(entry, with_schedules=known is None).apply())
+            deployment = deployment_of(entry, with_schedules=known is None)
+            if known:
+                kept = {key: value for key, value in known.parameters.items() if key in form["properties"]}
+                deployment.parameters = {**deployment.parameters, **kept}
+            made = cast(UUID, deployment.apply())
             client.update_deployment(made, DeploymentUpdate(parameter_openapi_schema=form))
             done.append(Registered(name, "updated" if known else "created"))
     return done
@@ -106,11 +111,13 @@ def form_of(entrypoint: str) -> dict[str, Any]:
 def with_plain_fields(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a flow's parameters with one plain type for each that may be null, and no other parameters.
 
+    A parameter's title begins with its group.
+
     Prefect's form shows a field for a plain type, and only "Property is type None" for a type or null. The API takes
     null for such a field all the same, as long as the schema has no default for it. It refuses a misspelt parameter;
     in a form of `prefect deploy`, which cannot say so, the run fails.
     """
-    plain = {name: _plain(field) for name, field in schema.get("properties", {}).items()}
+    plain = {name: _in_group(_plain(field)) for name, field in schema.get("properties", {}).items()}
     return {**schema, "properties": plain, "additionalProperties": False}
 
 
@@ -121,6 +128,15 @@ def _plain(field: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in field.items() if key not in ("anyOf", "default")}
     is_plain = len(types) == 1 and "enum" not in types[0]  # a list of choices would refuse null
     return kept | (types[0] if is_plain else {"anyOf": field["anyOf"]})
+
+
+def _in_group(field: dict[str, Any]) -> dict[str, Any]:
+    """Return a field whose title begins with its group.
+
+    Prefect's form would show a group of its own only for a parameter that is an object, and so under another name.
+    """
+    kept = {key: value for key, value in field.items() if key != GROUP}
+    return kept | {"title": f"{field[GROUP]}: {field['title']}"} if GROUP in field else kept
 
 
 def deployment_of(entry: dict[str, Any], *, with_schedules: bool = True) -> "RunnerDeployment":

@@ -273,14 +273,7 @@ def judged_by_answers(
     text: TextComparison | None = None,
 ) -> GateVerdict:
     """Return the gate's verdict on answers and distributions alone, those of the rows and those of the user's text."""
-    thresholds = thresholds_for(
-        precision,
-        settings.gate,
-        min_top1_agreement=request.min_top1_agreement,
-        max_kl_divergence=request.max_kl_divergence,
-        max_quality_loss=request.max_quality_loss,
-    )
-    return judge(evaluated, thresholds, text=text, allow=request.allow)
+    return judge(evaluated, thresholds_for(precision, settings.gate), text=text, allow=request.allow)
 
 
 def choose_recipes(

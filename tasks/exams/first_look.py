@@ -8,6 +8,7 @@ from slmops.infra.errors import BadInput
 from slmops.infra.settings import Settings
 from slmops.tasks.questions.evaluation_set import EvaluationSet
 from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.request.gate_limits import with_limits
 from slmops.tasks.request.parameters import PRECISIONS, Precision
 from slmops.tasks.workshop import Workshop, workshop
 
@@ -56,9 +57,10 @@ def evaluation_for(request: DeployRequest, evaluation: EvaluationSet) -> Evaluat
 
 
 def workshop_for(request: DeployRequest) -> Workshop:
-    """Return the current run's workshop with the settings that a request's exams follow."""
+    """Return the current run's workshop with the settings that a request's exams and its gate follow."""
     shop = workshop()
-    return replace(shop, settings=_brief(shop.settings)) if request.quick else shop
+    settings = with_limits(shop.settings, vars(request))
+    return replace(shop, settings=_brief(settings) if request.quick else settings)
 
 
 def _brief(settings: Settings) -> Settings:

@@ -7,13 +7,14 @@ from pydantic import Field
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.records import Record
+from slmops.infra.settings import GateSettings
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.endurance import EnduranceExam
 from slmops.tasks.exams.exam import Exam, examine
 from slmops.tasks.exams.measurement import MeasurementExam
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.runs.orders import Order, order_on_pool
-from slmops.tasks.workshop import workshop
+from slmops.tasks.workshop import working_by, workshop
 
 R = TypeVar("R")
 
@@ -26,10 +27,11 @@ def exams_of_a_device(rows: Sequence[EvaluationRow]) -> list[Exam[Any]]:
 
 
 class ExamOrder(Record):
-    """An order from one machine's deploy to another: the exams' ids, and the evaluation rows."""
+    """An order from one machine's deploy to another: the exams' ids, the evaluation rows, and the gate's limits."""
 
     exams: tuple[str, ...]
     rows: tuple[EvaluationRow, ...]
+    gate: GateSettings
 
 
 class Examined(Record):
@@ -44,10 +46,12 @@ def examine_on_workers(version: Version, rows: Sequence[EvaluationRow]) -> dict[
 
     Without such a pool the result is empty.
     """
-    pool = workshop().measure_pool
+    shop = workshop()
+    pool = shop.measure_pool
     if not pool:
         return {}
-    asked = ExamOrder(exams=tuple(exam.id for exam in exams_of_a_device(rows)), rows=tuple(rows))
+    exams = tuple(exam.id for exam in exams_of_a_device(rows))
+    asked = ExamOrder(exams=exams, rows=tuple(rows), gate=shop.settings.gate)
     orders = {
         variant.precision: Order(
             f"measure-{version.name}-{variant.precision}",
@@ -66,7 +70,8 @@ def examine_on_workers(version: Version, rows: Sequence[EvaluationRow]) -> dict[
 def examine_ordered(asked: ExamOrder, variant: Variant) -> Examined:
     """Take the exams that a deploy on another machine ordered."""
     exams = {exam.id: exam for exam in exams_of_a_device(asked.rows)}
-    answers = {name: exams[name].kind.to_content(examine(exams[name], variant)) for name in asked.exams}
+    with working_by(workshop().settings.model_copy(update={"gate": asked.gate})):
+        answers = {name: exams[name].kind.to_content(examine(exams[name], variant)) for name in asked.exams}
     return Examined(answers=answers)
 
 

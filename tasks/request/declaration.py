@@ -20,7 +20,7 @@ class Parameter:
     `option` is the option's name (default: the parameter's own); a `positional` parameter is an argument. A `key` is
     given as KEY=VALUE to an option that it shares with other keys. `switch` is the value that a flag sets. Values that
     are `not_offered` are of the right type but always fail, so help, completion and form leave them out. `values` are
-    the bounds of the others.
+    the bounds of the others. The form shows the parameters of a `group` under its name.
     """
 
     description: str
@@ -32,6 +32,7 @@ class Parameter:
     switch: str | None = None
     not_offered: tuple[str, ...] = ()
     values: Values = ANY_VALUE
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def takes(
 def _in_signature(field: Declared, choices: Mapping[str, Sequence[str]]) -> inspect.Parameter:
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     kind, said = inspect.Parameter.POSITIONAL_OR_KEYWORD, field.parameter
-    shown = FormField(said.values, tuple(choices.get(field.name, ())), said.not_offered)
+    shown = FormField(said.values, tuple(choices.get(field.name, ())), said.not_offered, said.group)
     return inspect.Parameter(field.name, kind, default=default, annotation=Annotated[field.type, shown])
 
 

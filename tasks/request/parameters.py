@@ -28,28 +28,34 @@ def evaluation_rows(description: str, help_: str = "JSONL rows {id, messages, ex
     return Parameter(description, help_, "--eval")
 
 
+# The groups of a form, whose names are before those of their parameters. Without one: what most runs name.
+EVALUATION, GATE, CHOICE, BUILD = "Evaluation", "Gate", "Choice", "Build"
+CHECKPOINT, REGISTERED = "Checkpoint", "Registered model"
+
+
 def _scorer(description: str) -> Parameter:
     names = "exact_match (default), normalized_match, contains, regex, json_equality, rouge_l or numeric"
     help_ = names + '; or JSON {"name": ..., options}.'
-    return Parameter(description, help_, values=Values(pattern=r"^\s*\{"))
+    return Parameter(description, help_, values=Values(pattern=r"^\s*\{"), group=EVALUATION)
 
 
 def _schema(description: str) -> Parameter:
-    return Parameter(description, "JSON Schema file that every answer must conform to.", "--output-schema")
+    help_ = "JSON Schema file that every answer must conform to."
+    return Parameter(description, help_, "--output-schema", group=EVALUATION)
 
 
 def _regex(description: str) -> Parameter:
-    return Parameter(description, "Regular expression that every answer must match.")
+    return Parameter(description, "Regular expression that every answer must match.", group=EVALUATION)
 
 
 def _budget(description: str) -> Parameter:
     limits = "max-size=300MB, max-rss=1GB, max-ttft=200ms, min-tps=20, max-quality-loss=0.02"
     known = Values(pattern=r"^\s*(max[-_](size|rss|ttft|quality[-_]loss)|min[-_]tps)\s*=.*[0-9]")
-    return Parameter(description, f"{limits}; repeatable.", metavar="KEY=VALUE", values=known)
+    return Parameter(description, f"{limits}; repeatable.", metavar="KEY=VALUE", values=known, group=CHOICE)
 
 
 def _generation(description: str, lowest: float, highest: float) -> Parameter:
-    return Parameter(description, option="--model-config", key=True, values=Values(lowest, highest))
+    return Parameter(description, option="--model-config", key=True, values=Values(lowest, highest), group=REGISTERED)
 
 
 TextFile = Annotated[
@@ -58,27 +64,50 @@ TextFile = Annotated[
         "UTF-8 text on which perplexity and distributions are compared too.",
         "UTF-8 text for perplexity and distributions.",
         "--text",
+        group=EVALUATION,
     ),
 ]
+
+
+def _limit(description: str, unit: str, values: Values) -> Parameter:
+    return Parameter(description, f"Gate, {unit}.", values=values, group=GATE)
+
+
 MinTop1Agreement = Annotated[
     float | None,
-    Parameter(
-        "Gate: smallest share of positions with the reference's most likely token (0 to 1).",
-        "Gate, 0 to 1.",
-        values=SHARE,
-    ),
+    _limit("Smallest share of positions with the reference's most likely token (0 to 1).", "0 to 1", SHARE),
 ]
 MaxKlDivergence = Annotated[
     float | None,
-    Parameter(
-        "Gate: largest mean KL divergence from the reference, in nats per token.",
-        "Gate, nats per token.",
-        values=Values(minimum=0),
-    ),
+    _limit("Largest mean KL divergence from the reference, in nats per token.", "nats per token", Values(minimum=0)),
 ]
 MaxQualityLoss = Annotated[
+    float | None, _limit("Largest drop of the task score below the reference's (0 to 1).", "0 to 1", SHARE)
+]
+MinOutputConformity = Annotated[
     float | None,
-    Parameter("Gate: largest drop of the task score below the reference's (0 to 1).", "Gate, 0 to 1.", values=SHARE),
+    _limit(
+        "Smallest share of answers in the requested output format (0 to 1); default: 0.95, without rows in which the "
+        "checkpoint's answer has another format too.",
+        "0 to 1",
+        SHARE,
+    ),
+]
+MaxMemoryGrowth = Annotated[
+    int | None,
+    _limit(
+        "Largest growth of the resident memory in the soak, in bytes per request; default: 65,536.",
+        "bytes per request",
+        Values(minimum=0),
+    ),
+]
+MaxCliffRatio = Annotated[
+    float | None,
+    _limit(
+        "Largest loss of throughput from one prompt length to the next, as a factor above 1; default: 4.",
+        "a factor above 1",
+        Values(above=1),
+    ),
 ]
 Thinking = Annotated[
     ThoughtModes,
@@ -86,6 +115,7 @@ Thinking = Annotated[
         "Whether the evaluated rows are asked with the model's thoughts on, off, or both, each with figures and checks "
         "of its own; a row's own `enable_thinking` has priority. By default the chat template decides.",
         "Thoughts of a reasoning model in the evaluation.",
+        group=EVALUATION,
     ),
 ]
 Allow = Annotated[
@@ -95,6 +125,7 @@ Allow = Annotated[
         "report, evidence and model card show this.",
         "Register although this check failed; repeatable.",
         metavar="CHECK",
+        group=GATE,
     ),
 ]
 
@@ -133,17 +164,15 @@ class DeployParameters:
             "of prompts, of which only the distributions are compared."
         ),
     ] = None
-    device: Annotated[
-        Device, Parameter("Device that will serve the model.", "Device that will serve.", not_offered=("npu",))
-    ] = "cpu"
-    execution_provider: Annotated[
-        ExecutionProvider,
+    promote: Annotated[bool, Parameter("Make this version the champion.")] = False
+    quick: Annotated[
+        bool,
         Parameter(
-            "ONNX Runtime's execution provider on that device.",
-            "Execution provider on that device.",
-            "--provider",
+            "A first look: one precision (default: int8), a tenth of the evaluation rows, no soak, no long prompts; "
+            "the version does not become the champion.",
+            "A first look: one precision, few rows, no soak, no champion.",
         ),
-    ] = "cpu"
+    ] = False
     scorer: Annotated[
         str | None,
         _scorer(
@@ -164,6 +193,7 @@ class DeployParameters:
             "Answer the evaluation with the output schema as a grammar too, and make it the version's default response "
             "format, which slmops serve applies to requests that name none.",
             "Serve with the output schema as default response format; evaluate both.",
+            group=EVALUATION,
         ),
     ] = False
     text_file: TextFile = None
@@ -174,56 +204,16 @@ class DeployParameters:
             "of the answer itself.",
             "Longest thoughts of a reasoning model, in tokens.",
             values=THOUGHTS,
+            group=EVALUATION,
         ),
     ] = 1024
     thinking: Thinking = "default"
-    base: Annotated[
-        str | None,
-        Parameter(
-            "Base of a LoRA adapter (folder or Hub id); default: the one that the adapter names.",
-            "Base of a LoRA adapter: folder or Hub id.",
-        ),
-    ] = None
-    revision: Annotated[
-        str | None,
-        Parameter("Revision of a Hub id: branch, tag or commit.", "Branch, tag or commit of a Hub id."),
-    ] = None
-    chat_template_file: Annotated[
-        str | None,
-        Parameter(
-            "Jinja file to use in place of the tokenizer's chat template.",
-            "Jinja file in place of the tokenizer's own.",
-            "--chat-template",
-        ),
-    ] = None
-    max_length: Annotated[int | None, _generation("Longest prompt plus answer, in tokens.", 1, 10_000_000)] = None
-    temperature: Annotated[
-        float | None, _generation("Sampling temperature that the model is registered with.", 0, 2)
-    ] = None
-    top_p: Annotated[
-        float | None, _generation("Nucleus sampling threshold that the model is registered with.", 0.001, 1)
-    ] = None
-    repetition_penalty: Annotated[
-        float | None, _generation("Repetition penalty that the model is registered with.", 0.1, 2)
-    ] = None
-    description: Annotated[str, Parameter("Purpose of the model; shown by Foundry Local.", "Purpose of the model.")] = (
-        ""
-    )
-    olive_config_file: Annotated[
-        str | None,
-        Parameter(
-            "Olive run configuration (JSON) to use in place of slmops' recipes.",
-            "Olive run configuration in place of the recipes.",
-            "--olive-config",
-        ),
-    ] = None
-    output: Annotated[
-        str | None,
-        Parameter("New folder for a copy of the built variants.", "New folder for a copy of the built variants."),
-    ] = None
     min_top1_agreement: MinTop1Agreement = None
     max_kl_divergence: MaxKlDivergence = None
     max_quality_loss: MaxQualityLoss = None
+    min_output_conformity: MinOutputConformity = None
+    max_memory_growth_bytes_per_request: MaxMemoryGrowth = None
+    max_cliff_ratio: MaxCliffRatio = None
     allow: Allow = ()
     budget: Annotated[
         tuple[str, ...],
@@ -232,6 +222,19 @@ class DeployParameters:
             "max-quality-loss=0.02. Without one the smallest precision that passes the gate is chosen."
         ),
     ] = ()
+    device: Annotated[
+        Device,
+        Parameter("Device that will serve the model.", "Device that will serve.", not_offered=("npu",), group=BUILD),
+    ] = "cpu"
+    execution_provider: Annotated[
+        ExecutionProvider,
+        Parameter(
+            "ONNX Runtime's execution provider on that device.",
+            "Execution provider on that device.",
+            "--provider",
+            group=BUILD,
+        ),
+    ] = "cpu"
     recipes: Annotated[
         tuple[str, ...],
         Parameter(
@@ -239,6 +242,7 @@ class DeployParameters:
             "Recipe in place of a precision's default; repeatable. See slmops recipes.",
             "--recipe",
             metavar="RECIPE",
+            group=BUILD,
         ),
     ] = ()
     no_climb: Annotated[
@@ -247,6 +251,15 @@ class DeployParameters:
             "Keep each precision's first recipe; by default, recipes of higher fidelity are tried if its "
             "variant misses the gate.",
             "Do not try recipes of higher fidelity after a rejection.",
+            group=BUILD,
+        ),
+    ] = False
+    search: Annotated[
+        bool,
+        Parameter(
+            "Build and measure several recipes per precision, and keep the best.",
+            "Try several recipes per precision; keep the best.",
+            group=BUILD,
         ),
     ] = False
     calibration_file: Annotated[
@@ -257,39 +270,77 @@ class DeployParameters:
             "row.",
             "JSONL chats for the calibration of quantized weights.",
             "--calibration",
+            group=BUILD,
         ),
     ] = None
-    search: Annotated[
-        bool,
+    olive_config_file: Annotated[
+        str | None,
         Parameter(
-            "Build and measure several recipes per precision, and keep the best.",
-            "Try several recipes per precision; keep the best.",
+            "Olive run configuration (JSON) to use in place of slmops' recipes.",
+            "Olive run configuration in place of the recipes.",
+            "--olive-config",
+            group=BUILD,
         ),
-    ] = False
-    promote: Annotated[bool, Parameter("Make this version the champion.")] = False
-    quick: Annotated[
-        bool,
-        Parameter(
-            "A first look: one precision (default: int8), a tenth of the evaluation rows, no soak, no long prompts; "
-            "the version does not become the champion.",
-            "A first look: one precision, few rows, no soak, no champion.",
-        ),
-    ] = False
+    ] = None
     build_only: Annotated[
         bool,
         Parameter(
             "Build and store the variants without measuring or judging them, for an execution provider that this "
             "machine lacks; regate judges them on a machine that has it.",
             "Build and store only; slmops regate judges, where the provider is.",
+            group=BUILD,
         ),
     ] = False
+    output: Annotated[
+        str | None,
+        Parameter(
+            "New folder for a copy of the built variants.", "New folder for a copy of the built variants.", group=BUILD
+        ),
+    ] = None
+    base: Annotated[
+        str | None,
+        Parameter(
+            "Base of a LoRA adapter (folder or Hub id); default: the one that the adapter names.",
+            "Base of a LoRA adapter: folder or Hub id.",
+            group=CHECKPOINT,
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Parameter(
+            "Revision of a Hub id: branch, tag or commit.", "Branch, tag or commit of a Hub id.", group=CHECKPOINT
+        ),
+    ] = None
+    chat_template_file: Annotated[
+        str | None,
+        Parameter(
+            "Jinja file to use in place of the tokenizer's chat template.",
+            "Jinja file in place of the tokenizer's own.",
+            "--chat-template",
+            group=CHECKPOINT,
+        ),
+    ] = None
     training_run: Annotated[
         str | None,
         Parameter(
             "Training run that made the checkpoint (an id or a URL), for the version's manifest.",
             "Training run that made the checkpoint: id or URL.",
             values=Values(pattern=NOT_BLANK, longest=LONGEST_TRAINING_RUN),
+            group=CHECKPOINT,
         ),
+    ] = None
+    description: Annotated[
+        str, Parameter("Purpose of the model; shown by Foundry Local.", "Purpose of the model.", group=REGISTERED)
+    ] = ""
+    max_length: Annotated[int | None, _generation("Longest prompt plus answer, in tokens.", 1, 10_000_000)] = None
+    temperature: Annotated[
+        float | None, _generation("Sampling temperature that the model is registered with.", 0, 2)
+    ] = None
+    top_p: Annotated[
+        float | None, _generation("Nucleus sampling threshold that the model is registered with.", 0.001, 1)
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, _generation("Repetition penalty that the model is registered with.", 0.1, 2)
     ] = None
 
 
@@ -335,4 +386,7 @@ class RegateParameters:
     min_top1_agreement: MinTop1Agreement = None
     max_kl_divergence: MaxKlDivergence = None
     max_quality_loss: MaxQualityLoss = None
+    min_output_conformity: MinOutputConformity = None
+    max_memory_growth_bytes_per_request: MaxMemoryGrowth = None
+    max_cliff_ratio: MaxCliffRatio = None
     allow: Allow = ()

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from slmops.tasks.request.declaration import Parameter
-from slmops.tasks.request.parameters import MODEL, MODEL_OR_VERSION, VERSION, Precision, evaluation_rows
+from slmops.tasks.request.parameters import (
+    BUILD,
+    MODEL,
+    MODEL_OR_VERSION,
+    VERSION,
+    MaxCliffRatio,
+    MaxKlDivergence,
+    MaxMemoryGrowth,
+    MaxQualityLoss,
+    MinOutputConformity,
+    MinTop1Agreement,
+    Precision,
+    evaluation_rows,
+)
 from slmops.tasks.request.values import NOT_BLANK, Values
 
 Reason = Annotated[str, Parameter("Kept in the history of the name's champions.", "Reason; kept in the history.")]
@@ -19,6 +32,9 @@ Approval = Annotated[
         "Ask a person first: in Prefect's UI, or here if no server is set.",
     ),
 ]
+
+
+TRAINING, CHAMPION = "Training", "Champion"  # groups of a form
 
 
 @dataclass(frozen=True)
@@ -103,21 +119,23 @@ class RetrainParameters:
             "Rows that both versions answer.",
         ),
     ] = None
+    approval: Approval = False
     method: Annotated[
         Literal["lora", "full"],
-        Parameter("Train a LoRA adapter, which is merged into the base, or all weights."),
+        Parameter("Train a LoRA adapter, which is merged into the base, or all weights.", group=TRAINING),
     ] = "lora"
-    epochs: Annotated[int, Parameter("Passes over the dataset, at most.", values=Values(1, 1000))] = 3
+    epochs: Annotated[int, Parameter("Passes over the dataset, at most.", values=Values(1, 1000), group=TRAINING)] = 3
     learning_rate: Annotated[
         float,
         Parameter(
             "Highest learning rate; full fine-tuning needs a smaller one than LoRA.",
             "Highest learning rate.",
             values=Values(above=0, maximum=1),
+            group=TRAINING,
         ),
     ] = 2e-4
-    batch_size: Annotated[int, Parameter("Chats per step.", values=Values(1, 4096))] = 8
-    lora_rank: Annotated[int, Parameter("Rank of the adapter's matrices.", values=Values(1, 1024))] = 16
+    batch_size: Annotated[int, Parameter("Chats per step.", values=Values(1, 4096), group=TRAINING)] = 8
+    lora_rank: Annotated[int, Parameter("Rank of the adapter's matrices.", values=Values(1, 1024), group=TRAINING)] = 16
     early_stopping_patience: Annotated[
         int,
         Parameter(
@@ -125,6 +143,7 @@ class RetrainParameters:
             "Epochs without improvement before training stops.",
             "--patience",
             values=Values(1, 1000),
+            group=TRAINING,
         ),
     ] = 2
     max_length: Annotated[
@@ -133,12 +152,17 @@ class RetrainParameters:
             "Longest chat, in tokens; default: the base's context.",
             "Longest chat, in tokens.",
             values=Values(8, 10_000_000),
+            group=TRAINING,
         ),
     ] = None
-    seed: Annotated[int, Parameter("Seed of all random choices.", values=Values(0, 2**32 - 1))] = 0
+    seed: Annotated[int, Parameter("Seed of all random choices.", values=Values(0, 2**32 - 1), group=TRAINING)] = 0
     revision: Annotated[
         str | None,
-        Parameter("Revision of a base from the Hub: branch, tag or commit.", "Revision of a base from the Hub."),
+        Parameter(
+            "Revision of a base from the Hub: branch, tag or commit.",
+            "Revision of a base from the Hub.",
+            group=TRAINING,
+        ),
     ] = None
     precisions: Annotated[
         tuple[Precision, ...] | None,
@@ -147,8 +171,15 @@ class RetrainParameters:
             "Several with commas, or repeated.",
             "--precision",
             values=Values(elements=1),
+            group=BUILD,
         ),
     ] = None
+    min_top1_agreement: MinTop1Agreement = None
+    max_kl_divergence: MaxKlDivergence = None
+    max_quality_loss: MaxQualityLoss = None
+    min_output_conformity: MinOutputConformity = None
+    max_memory_growth_bytes_per_request: MaxMemoryGrowth = None
+    max_cliff_ratio: MaxCliffRatio = None
     promotion: Annotated[
         Literal["if better", "never"],
         Parameter(
@@ -156,11 +187,14 @@ class RetrainParameters:
             "Never promote; only compare.",
             "--no-promotion",
             switch="never",
+            group=CHAMPION,
         ),
     ] = "if better"
-    approval: Approval = False
     force: Annotated[
-        bool, Parameter("Train and deploy even if nothing has changed.", "Train even if nothing has changed.")
+        bool,
+        Parameter(
+            "Train and deploy even if nothing has changed.", "Train even if nothing has changed.", group=CHAMPION
+        ),
     ] = False
 
 

@@ -33,12 +33,13 @@ class Values:
 
 
 ANY_VALUE = Values()
+GROUP = "x-group"  # the keyword of a parameter's group in the schema of a flow's form
 NOT_BLANK = r"\S"
 
 
 @dataclass(frozen=True)
 class FormField:
-    """Adds bounds and choices to the JSON Schema of an annotated type, and changes nothing in its validation.
+    """Adds bounds, choices and a group to an annotated type's JSON Schema, and changes nothing in its validation.
 
     Prefect's form and API refuse other values before a run is made. The flow itself refuses them too, with its own
     message. Text that is none of the `choices` is allowed only by a `pattern`.
@@ -47,14 +48,16 @@ class FormField:
     values: Values
     choices: tuple[str, ...] = ()
     not_offered: tuple[str, ...] = ()
+    group: str = ""
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
         """Return the schema that pydantic makes, with the bounds of each type but null."""
         schema: dict[str, Any] = handler(core_schema)
+        grouped = {GROUP: self.group} if self.group else {}
         if "anyOf" not in schema:
-            return self._bounded(schema)
+            return {**self._bounded(schema), **grouped}
         kinds = [option if option == {"type": "null"} else self._bounded(option) for option in schema["anyOf"]]
-        return {**schema, "anyOf": [part for kind in kinds for part in kind.get("anyOf", [kind])]}
+        return {**schema, "anyOf": [part for kind in kinds for part in kind.get("anyOf", [kind])], **grouped}
 
     def _bounded(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         if schema.get("type") == "array":

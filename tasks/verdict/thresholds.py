@@ -1,8 +1,8 @@
-"""The gate's thresholds: the defaults of each precision, overridden by settings and parameters."""
+"""The gate's thresholds: the defaults of each precision, overridden by a run's settings."""
 
 from typing import Annotated, Any
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat
 
 from slmops.infra.errors import BadInput
 from slmops.infra.records import Record, later_field
@@ -62,18 +62,11 @@ BROKEN_LIMITS = {
 MIN_OUTPUT_CONFORMITY = 0.95
 
 
-def thresholds_for(
-    precision: str,
-    settings: GateSettings,
-    *,
-    min_top1_agreement: float | None = None,
-    max_kl_divergence: float | None = None,
-    max_quality_loss: float | None = None,
-) -> GateThresholds:
-    """The precision's thresholds; a setting overrides the default of every precision, a parameter overrides both.
+def thresholds_for(precision: str, settings: GateSettings) -> GateThresholds:
+    """The precision's thresholds; a limit of the settings overrides the default of every precision.
 
-    A limit that the user set always applies, whether or not the task score decides. Raises `BadInput` for an unknown
-    precision or a threshold out of its bounds.
+    A limit that the user set always applies, whether or not the task score decides. The limits that a run's parameters
+    name are in its settings (`slmops.tasks.request.gate_limits`). Raises `BadInput` for an unknown precision.
     """
     if precision not in DEFAULT_THRESHOLDS:
         known = ", ".join(DEFAULT_THRESHOLDS)
@@ -82,11 +75,6 @@ def thresholds_for(
             f"Use one of {known}.",
             code="gate-precision-unknown",
         )
-    parameters = {
-        "min_top1_agreement": min_top1_agreement,
-        "max_kl_divergence": max_kl_divergence,
-        "max_quality_loss": max_quality_loss,
-    }
     conformity = settings.min_output_conformity
     values: dict[str, Any] = {
         "min_output_conformity": MIN_OUTPUT_CONFORMITY if conformity is None else conformity,
@@ -95,13 +83,7 @@ def thresholds_for(
         "max_cliff_ratio": settings.max_cliff_ratio,
     }
     for name, default in DEFAULT_THRESHOLDS[precision].items():
-        named = next((value for value in (parameters[name], getattr(settings, name)) if value is not None), None)
+        named = getattr(settings, name)
         values[name] = default if named is None else named
         values |= BROKEN_LIMITS.get(name, {}) if named is None else {}
-    try:
-        return GateThresholds(**values)
-    except ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors())
-        raise BadInput(
-            f"Gate thresholds are not valid: {faults}.", "Correct them.", code="gate-threshold-not-valid"
-        ) from None
+    return GateThresholds(**values)

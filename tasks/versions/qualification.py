@@ -36,17 +36,8 @@ from slmops.tasks.workshop import workshop
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Thresholds of one run; None means the value of the settings or of the precision."""
-
-    min_top1_agreement: float | None = None
-    max_kl_divergence: float | None = None
-    max_quality_loss: float | None = None
-
-
-@dataclass(frozen=True)
 class Qualification:
-    """The request to qualify a version: rows, text, thresholds, budget, and the checks that are allowed to fail.
+    """The request to qualify a version: rows, text, budget, and the checks that are allowed to fail.
 
     `generation_defaults` are those that the user gave for a new version; the report shows them. `statements` are the
     facts from the checkpoint's files that the last report of a stored version shows; None: they are read. With
@@ -55,7 +46,6 @@ class Qualification:
 
     evaluation: EvaluationSet
     text: TextSample | None
-    gate: Gate
     budget: Sequence[str]
     description: str
     promote: bool = False
@@ -166,7 +156,7 @@ def _judge(asked: Qualification, variant: Variant, details: VariantDetails, eval
     return judge_stored_variant(
         variant,
         evaluation,
-        thresholds_for(variant.precision, workshop().settings.gate, **vars(asked.gate)),
+        thresholds_for(variant.precision, workshop().settings.gate),
         length_sweep=details.length_sweep,
         parity=details.parity,
         text=details.text,

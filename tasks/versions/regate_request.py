@@ -12,7 +12,7 @@ from slmops.tasks.request.inputs import local_file
 from slmops.tasks.request.parameters import RegateParameters
 from slmops.tasks.verdict.checks import check_allowed
 from slmops.tasks.versions.commit import last_budget
-from slmops.tasks.versions.qualification import Gate, Qualification
+from slmops.tasks.versions.qualification import Qualification
 from slmops.tasks.workshop import workshop
 
 
@@ -25,7 +25,6 @@ def request_again(parameters: RegateParameters, version: Version) -> Qualificati
     return Qualification(
         evaluation=evaluation,
         text=read_text(text_file) if text_file else None,
-        gate=Gate(parameters.min_top1_agreement, parameters.max_kl_divergence, parameters.max_quality_loss),
         budget=budget,
         description=version.deployed.description,
         allow=check_allowed(parameters.allow),

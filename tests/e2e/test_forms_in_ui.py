@@ -64,8 +64,9 @@ def test_the_form_of_a_deploy_has_fields_and_lists_only(browser: Browser, api: s
     shown = wait_for_text(driver, "training_run")
     screenshot(driver, tmp_path / "form.png")
     assert "type None" not in shown
-    first = ("checkpoint", "name", "precisions (Optional)", "evaluation_file (Optional)", "device (Optional)")
-    places = [shown.index(f"\n{field}\n") for field in first]
+    required = ("checkpoint", "name")
+    first = ("checkpoint", "name", "precisions", "evaluation_file", "Evaluation: scorer", "Gate: max_kl_divergence")
+    places = [shown.index(f"\n{field}{'' if field in required else ' (Optional)'}\n") for field in first]
     assert places == sorted(places)
     assert shown.count("Add item") == 1  # the budget's; recipes and checks are lists to choose from
 

@@ -22,6 +22,7 @@ from slmops.tasks.build.build import BuiltVariant
 from slmops.tasks.build.variants import Built
 from slmops.tasks.report.markdown import to_markdown
 from slmops.tasks.runs.stage import final_state
+from slmops.tasks.workshop import workshop
 from tests.support import reports
 from tests.support.versions import FILES, store_version
 
@@ -60,7 +61,7 @@ class Stages:
 
     def qualify(self, asked: Any, version: Version, prepared: Any, **how: Any) -> Any:
         """Pass every version."""
-        self.qualified.append((version, {"asked": asked, **how}))
+        self.qualified.append((version, {"asked": asked, "gate": workshop().settings.gate, **how}))
         return reports.full_report(name=version.name, version=version.number, status="registered")
 
 
@@ -86,9 +87,13 @@ def run(stages: Stages, **options: Any) -> State[Any]:
     return final_state(deploy, str(stages.folder), "home", ["int8", "int4"], **options)
 
 
-def test_what_was_built_is_a_version_with_its_provenance_before_it_is_judged(stages: Stages) -> None:
+def test_what_was_built_is_a_version_with_its_provenance_before_it_is_judged(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("MAX_KL_DIVERGENCE", "MAX_QUALITY_LOSS", "MAX_CLIFF_RATIO"):
+        monkeypatch.setenv(f"SLMOPS_GATE__{limit}", "9" if limit != "MAX_QUALITY_LOSS" else "0.9")  # of this worker
     stages.errors = {"int8": "Olive could not build it."}
-    state = run(stages, budget=["max-size=1GB"], max_kl_divergence=0.5, promote=True)
+    state = run(stages, budget=["max-size=1GB"], max_kl_divergence=0.5, max_cliff_ratio=2, promote=True)
     assert state.is_completed()
     ((version, handed_on),) = stages.qualified
     assert (version.reference, version.manifest.source.parameters) == ("home@1", 7)
@@ -97,7 +102,9 @@ def test_what_was_built_is_a_version_with_its_provenance_before_it_is_judged(sta
     assert handed_on["errors"] == {"int8": "Olive could not build it."}
     assert handed_on["warnings"][:2] == ("It is a test.", "Slow here.")
     asked = handed_on["asked"]
-    assert (tuple(asked.budget), asked.gate.max_kl_divergence, asked.promote) == (("max-size=1GB",), 0.5, True)
+    assert (tuple(asked.budget), asked.promote) == (("max-size=1GB",), True)
+    gate = handed_on["gate"]
+    assert (gate.max_kl_divergence, gate.max_cliff_ratio, gate.max_quality_loss) == (0.5, 2, 0.9)
 
 
 def test_without_a_variant_there_is_no_version_and_the_report_says_why(stages: Stages) -> None:

@@ -9,7 +9,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from slmops.flows.on_worker import build_variant_on_worker, measure_variant_on_worker
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.settings import Settings
+from slmops.infra.settings import GateSettings, Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.orders import give_order, take_back
 from slmops.infra.storage.registry import ModelRegistry
@@ -22,17 +22,19 @@ from slmops.tasks.exams.on_workers import Examined, ExamOrder, answered, examine
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.runs.orders import HandedBack, Order
 from slmops.tasks.runs.stage import final_state
-from slmops.tasks.workshop import Workshop, working_in
+from slmops.tasks.workshop import Workshop, working_in, workshop
 from tests.support.errors import coded
 from tests.support.measurements import make_measurement
 from tests.support.versions import store_version
 
 ROWS = (EvaluationRow.model_validate({"id": 1, "messages": [{"role": "user", "content": "Hello?"}]}),)
 MEASUREMENT = make_measurement()
+GATE = GateSettings(max_cliff_ratio=7)
 
 
 def at_once(exam: Exam[Any], variant: Any) -> Any:
-    """Answer an exam without opening the model."""
+    """Answer an exam without opening the model, by the limits of the deploy that asks."""
+    assert workshop().settings.gate == GATE
     if isinstance(exam, EnduranceExam):
         return Endurance(runtime=exam.runtime, memory=None, edge_inputs=(), notes=(), versions={}, wall_s=1.0)
     return MEASUREMENT
@@ -48,7 +50,7 @@ def registry(settings: Settings, server: str, monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_worker_takes_exams_by_name_and_hands_their_answers_back(registry: ModelRegistry) -> None:
-    asked = ExamOrder(exams=("measure", "exercise-foundry"), rows=ROWS)
+    asked = ExamOrder(exams=("measure", "exercise-foundry"), rows=ROWS, gate=GATE)
     order = give_order(registry, asked.model_dump(mode="json"))
     state: State[Any] = final_state(measure_variant_on_worker, "home@1", "int4", order)
     assert state.is_completed()
@@ -80,9 +82,8 @@ def test_a_deploy_takes_what_workers_found_and_what_they_could_not_do(
 ) -> None:
     version = registry.find("home@1")
     variant = version.variant("int4")
-    shop = Workshop(
-        settings.model_copy(update={"worker": settings.worker.model_copy(update={"pool": "here"})}), registry
-    )
+    worker = settings.worker.model_copy(update={"pool": "here"})
+    shop = Workshop(settings.model_copy(update={"worker": worker, "gate": GATE}), registry)
 
     def handed_back(flow_name: str, pool: str, orders: dict[str, Order]) -> HandedBack:
         assert (flow_name, pool, list(orders)) == ("measure-variant", "here", ["int4"])
@@ -92,7 +93,9 @@ def test_a_deploy_takes_what_workers_found_and_what_they_could_not_do(
             {"reference": "home@1", "precision": "int4"},
         )
         assert isinstance(order.content, ExamOrder)
-        return HandedBack({"int4": on_workers.examine_ordered(order.content, variant).model_dump(mode="json")})
+        with working_in(Workshop(settings, registry)):  # another machine, with an environment of its own
+            examined = on_workers.examine_ordered(order.content, variant)
+        return HandedBack({"int4": examined.model_dump(mode="json")})
 
     monkeypatch.setattr(on_workers, "order_on_pool", handed_back)
     with working_in(shop):
@@ -109,6 +112,6 @@ def test_a_deploy_takes_what_workers_found_and_what_they_could_not_do(
 
 def test_without_a_pool_variants_are_examined_here(registry: ModelRegistry, settings: Settings) -> None:
     version = registry.find("home@1")
-    with working_in(Workshop(settings, registry)):
+    with working_in(Workshop(settings.model_copy(update={"gate": GATE}), registry)):
         assert examine_on_workers(version, ROWS) == {}
-    assert answered(MeasurementExam(), version.variant("int4"), None) == MEASUREMENT
+        assert answered(MeasurementExam(), version.variant("int4"), None) == MEASUREMENT

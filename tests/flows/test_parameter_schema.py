@@ -5,6 +5,7 @@ After an intended change, `python -m tests.flows.test_parameter_schema` records 
 
 import json
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def test_a_flow_has_the_recorded_form(name: str) -> None:
     assert sorted(found["flow"].split()) == sorted(recorded["flow"].split())  # the order of the parameters may differ
 
 
+def test_a_deploys_form_begins_with_what_most_runs_name_and_says_the_group_of_the_others() -> None:
+    titles = [field["title"] for field in posted("deploy")["properties"].values()]
+    assert titles[:4] == ["checkpoint", "name", "precisions", "evaluation_file"]
+    groups = [title.partition(": ")[0] for title in titles if ": " in title]
+    expected = ["Evaluation", "Gate", "Choice", "Build", "Checkpoint", "Registered model"]
+    assert [group for group, _ in groupby(groups)] == expected
+
+
 @pytest.mark.parametrize("name", FLOWS)
 def test_prefects_form_has_a_plain_field_for_each_parameter_and_its_api_takes_null(name: str) -> None:
     flow = getattr(import_module(f"slmops.flows.{name}"), name)
@@ -79,10 +88,13 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
         {"temperature": 2.1},
         {"top_p": 0},
         {"max_kl_divergence": -0.1},
+        {"min_output_conformity": 1.1},
+        {"max_memory_growth_bytes_per_request": 0.5},
+        {"max_cliff_ratio": 1},
         {"training_run": "x" * 2001},
         {"preciions": ["int4"]},
     ],
-    "retrain": [{"epochs": 0}, {"learning_rate": 0}, {"precisions": []}, {"dataset": ""}],
+    "retrain": [{"epochs": 0}, {"learning_rate": 0}, {"precisions": []}, {"dataset": ""}, {"max_quality_loss": 2}],
     "benchmark": [{"lm_eval_limit": 0}],
     "promote": [{"reference": "home"}],
     "rollback": [{"to": 0}, {"name": "Home"}],

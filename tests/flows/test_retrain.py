@@ -121,8 +121,9 @@ def run(stages: Stages, **options: Any) -> RetrainReport:
 
 
 def test_a_better_candidate_is_promoted_and_the_same_question_is_skipped(stages: Stages, server: str) -> None:
-    report = run(stages)
+    report = run(stages, max_kl_divergence=0.3)
     assert (report.status, report.version, stages.promoted) == ("promoted", 2, ["home@2"])
+    assert stages.deployed[0]["max_kl_divergence"] == 0.3
     assert "home@2 is better than home@1" in report.summary
     assert len(Path(stages.deployed[0]["calibration_file"]).read_text("utf-8").splitlines()) == 8
     again = run(stages)

@@ -47,11 +47,16 @@ def schedules(api: str, deployment: str) -> list[dict[str, Any]]:
 def test_a_deployment_is_registered_again_only_if_its_form_changed(api: str) -> None:
     assert {found.outcome for found in register_deployments(RETRAIN)} == {"unchanged"}
     address = f"{api}/deployments/{call('GET', f'{api}/deployments/name/benchmark/benchmark')['id']}"
-    earlier = {"type": "object", "properties": {"model": {"type": "string"}}, "additionalProperties": False}
+    text = {"type": "string"}
+    earlier = {"type": "object", "properties": {"model": text, "reference": text}, "additionalProperties": False}
     call("PATCH", address, {"parameter_openapi_schema": earlier})
+    call("PATCH", address, {"parameters": {"reference": "home", "model": "home"}})
     outcomes = {found.name: found.outcome for found in register_deployments(RETRAIN)}
     assert outcomes == {"retrain/retrain": "unchanged", "benchmark/benchmark": "updated"}
-    assert "reference" in call("GET", address)["parameter_openapi_schema"]["properties"]
+    found = call("GET", address)
+    assert "reference" in found["parameter_openapi_schema"]["properties"]
+    assert found["parameters"] == {"reference": "home"}  # as in the UI; the form has no parameter `model` any more
+    call("PATCH", address, {"parameters": {}})
 
 
 def test_a_schedule_has_its_parameters_and_the_second_one_replaces_the_first(

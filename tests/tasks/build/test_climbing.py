@@ -26,6 +26,7 @@ from slmops.tasks.plan import parse_request
 from slmops.tasks.questions.evaluation_set import EvaluationSet, chat_prompts
 from slmops.tasks.report.attempts import attempts_text, nearest_of
 from slmops.tasks.request.deploy_request import DeployRequest
+from slmops.tasks.request.gate_limits import with_limits
 from slmops.tasks.versions.commit import commit_version
 from slmops.tasks.workshop import Workshop, torch_process, working_in
 from tests.support.checkpoints import make_tiny_checkpoint
@@ -67,7 +68,8 @@ def climbed(
 ) -> Climbed:
     @flow
     def run() -> Climbed:
-        with working_in(shop), sources_in_use([AnswersExam(EVALUATION)], prepared.digest):
+        limited = replace(shop, settings=with_limits(shop.settings, vars(asked)))
+        with working_in(limited), sources_in_use([AnswersExam(EVALUATION)], prepared.digest):
             recipes = plan_recipes(asked)
             return climb(build_each(asked, recipes, prepared, EVALUATION), recipes, asked, prepared, EVALUATION, text)
 

@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput
-from slmops.infra.settings import GateSettings
+from slmops.infra.settings import GateSettings, Settings
 from slmops.tasks.exams.endurance import EdgeInputOutcome, Endurance, MemoryGrowth
 from slmops.tasks.exams.estimates import Estimate, paired_loss
 from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.length_sweep import LengthFigures, LengthSweep
 from slmops.tasks.exams.template_parity import ParityMismatch, TemplateParity
 from slmops.tasks.exams.text import TextComparison
+from slmops.tasks.request.gate_limits import with_limits
 from slmops.tasks.verdict.checks import GateCheck, check_allowed
 from slmops.tasks.verdict.gate import GateVerdict, judge
-from slmops.tasks.verdict.thresholds import thresholds_for
+from slmops.tasks.verdict.thresholds import GateThresholds, thresholds_for
 from tests.support.errors import coded
 
 INT8 = thresholds_for("int8", GateSettings())
@@ -92,6 +93,11 @@ def check_of(verdict: GateVerdict, name: str) -> GateCheck:
     return found
 
 
+def limited(precision: str, settings: GateSettings, **parameters: float | None) -> GateThresholds:
+    """The thresholds of a run with parameters."""
+    return thresholds_for(precision, with_limits(Settings(gate=settings), parameters).gate)
+
+
 @pytest.mark.parametrize(
     ("precision", "expected"),
     [("fp16", (0.99, 0.005, 0.02)), ("int8", (0.97, 0.02, 0.02)), ("int4", (0.90, 0.10, 0.05))],
@@ -104,7 +110,7 @@ def test_default_thresholds_of_the_contract(precision: str, expected: tuple[floa
 def test_a_setting_overrides_every_precision_and_a_parameter_overrides_the_setting() -> None:
     settings = GateSettings(min_top1_agreement=0.0, max_kl_divergence=9, max_cliff_ratio=7)
     for precision in ("fp16", "int8", "int4"):
-        found = thresholds_for(precision, settings, max_kl_divergence=0.0)
+        found = limited(precision, settings, max_kl_divergence=0.0, max_quality_loss=None)
         assert (found.min_top1_agreement, found.max_kl_divergence) == (0.0, 0.0)
         assert found.max_quality_loss == thresholds_for(precision, GateSettings()).max_quality_loss
         assert found.max_cliff_ratio == 7
@@ -112,9 +118,9 @@ def test_a_setting_overrides_every_precision_and_a_parameter_overrides_the_setti
 
 def test_thresholds_out_of_bounds_and_unknown_precisions_are_bad_input() -> None:
     with pytest.raises(BadInput, check=coded("gate-threshold-not-valid", "min_top1_agreement")):
-        thresholds_for("int8", GateSettings(), min_top1_agreement=1.5)
+        limited("int8", GateSettings(), min_top1_agreement=1.5)
     with pytest.raises(BadInput, check=coded("gate-threshold-not-valid", "max_kl_divergence")):
-        thresholds_for("int8", GateSettings(), max_kl_divergence=math.nan)
+        limited("int8", GateSettings(), max_kl_divergence=math.nan)
     with pytest.raises(BadInput, check=coded("gate-precision-unknown", "int3")):
         thresholds_for("int3", GateSettings())
 
@@ -241,7 +247,7 @@ def test_an_agreement_that_only_near_ties_miss_leaves_the_decision_to_the_diverg
 
 def test_a_limit_of_the_distributions_that_is_named_holds_whatever_decides() -> None:
     right = [1.0] * 200
-    named = thresholds_for("int8", GateSettings(min_top1_agreement=0.97), max_kl_divergence=0.5)
+    named = limited("int8", GateSettings(min_top1_agreement=0.97), max_kl_divergence=0.5)
     verdict = judge(answered(right, right), named)
     assert verdict.decided_by == "score"
     assert [check.name for check in verdict.failed_checks] == ["top1_agreement", "kl_divergence"]
