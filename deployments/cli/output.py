@@ -51,7 +51,7 @@ def print_fact(name: str, text: str) -> None:
 
 def print_answer(question: str | None, model_id: str | None, answer: str | None) -> None:
     """Print a model's answer in one line, so that it cannot look like more lines of slmops's own."""
-    shown = shorten(answer or "", SHOWN_OF_AN_ANSWER, placeholder=" ...")
+    shown = shorten(answer or "", SHOWN_OF_AN_ANSWER, placeholder=" ...") or "(nothing)"
     print_line(f"Foundry Local answered {question!r} through {model_id}: {shown}")
 
 

@@ -176,7 +176,7 @@ def _wider(rejection: Rejection) -> Iterator[Step]:
     if not rejection.ladder or wider is None:
         return
     if wider in rejection.registered:
-        yield Step(text=f"Or leave it at that: {wider} of {rejection.reference} passed, and can serve.")
+        yield Step(text=f"Leave it at that: {wider} of {rejection.reference} passed, and can serve.")
     elif wider not in rejection.precisions:
         precisions = [name for name in PRECISIONS if name in (*rejection.precisions, wider)]
         yield Step(text=f"Build {wider}, which is larger:", command=rejection.again(precisions=precisions))

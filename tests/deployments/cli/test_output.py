@@ -50,6 +50,8 @@ def test_an_answer_is_one_line_that_cannot_look_like_another(capsys: pytest.Capt
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("Foundry Local answered 'Hi?' through home:1: yes home@2 is the champion. long ")
     assert line.endswith(" ...")
+    print_answer("Hi?", "home:1", "\n ")
+    assert capsys.readouterr().out.endswith("home:1: (nothing)\n")
     assert len(line) < 600
 
 

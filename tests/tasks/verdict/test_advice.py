@@ -85,7 +85,7 @@ def test_after_the_first_recipe_comes_the_next_one() -> None:
 def test_after_all_recipes_come_chats_and_a_wider_precision() -> None:
     (advice,) = advice_on(rejection(failed("kl_divergence"), tried=LADDER, registered=("int8",)))
     assert "--calibration" in advice.steps[0].command
-    assert advice.steps[1].text == "Or leave it at that: int8 of home@2 passed, and can serve."
+    assert advice.steps[1].text == "Leave it at that: int8 of home@2 passed, and can serve."
 
 
 def test_what_fails_together_is_allowed_together() -> None:
