@@ -132,6 +132,8 @@ def _print_known(known: "Receipt", *, as_json: bool) -> None:
         print_line(f"Selected: {report['selected'] or 'none'}. {report['reason']}")
     for text in [*report["warnings"], *(text for variant in report["variants"] for text in variant["warnings"])]:
         print_line(f"warning: {text}")
+    for variant in report["variants"][-1:]:
+        print_answer(report["question"], variant["foundry_model_id"], variant["answer"])
     print_line(f"Talk to it: slmops chat {report['name']}@{report['version']}")
     print_line(f"Report: {report['html_file']}")
 

@@ -71,6 +71,7 @@ def test_a_second_deploy_makes_no_run_and_prints_the_first_one_s_report(
     assert not deploys()
     shown = capsys.readouterr().out
     assert "home@1 unchanged: int4 registered." in shown and "slmops chat home@1" in shown
+    assert "Please turn the kitchen light to 10 percent" in shown
 
 
 def _promote(home: Path, version: Manifest) -> None:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from slmops.infra.errors import BadInput, DeadlineExceeded, PassingFault, StageFailed
 from slmops.infra.process.call import Call, ChildResult, perform
-from slmops.infra.process.channel import child_environment
+from slmops.infra.process.channel import child_environment, keeping_memory
 from slmops.infra.process.supervisor import ChildProcess, run_in_child
 from tests.infra.child_functions import (
     AnswerOtherwise,
@@ -258,3 +258,10 @@ def test_torchs_threads_sleep_while_they_wait_unless_the_user_says_otherwise(mon
     assert child_environment()["OMP_WAIT_POLICY"] == "passive"
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert child_environment()["OMP_WAIT_POLICY"] == "active"
+
+
+def test_memory_is_kept_between_answers_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    assert int(child_environment(keeping_memory())["MALLOC_TRIM_THRESHOLD_"]) > 10**12
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert child_environment(keeping_memory())["MALLOC_TRIM_THRESHOLD_"] == "131072"
