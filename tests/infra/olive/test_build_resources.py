@@ -72,8 +72,11 @@ def builds(checkpoint: Path, deeper: Path, tmp_path_factory: pytest.TempPathFact
     """The cost of each build, by its checkpoint's name and its precision."""
     asked = {
         (name, precision): (folder, precision)
-        for name, folder in {"small": checkpoint, "deeper": deeper}.items()
-        for precision in ("fp16", "int8", "int4")
+        for name, folder, precisions in (
+            ("small", checkpoint, ("fp16", "int8", "int4")),
+            ("deeper", deeper, ("int8", "int4")),
+        )
+        for precision in precisions
     }
     figures = measured(tmp_path_factory.mktemp("built"), [(checkpoint, "fp16"), *asked.values()])
     return dict(zip(asked, figures, strict=True))
