@@ -25,7 +25,7 @@ ASKED: Any = {"model": "home-tools", "tools": list(TOOLS), "max_tokens": 112}
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The home and the report of `slmops demo --tools`."""
     home = Path(os.environ.get("SLMOPS_HOME") or tmp_path_factory.mktemp("tool-demo") / "home")
-    return home, Slmops(home).json("demo", "--tools", **SMALL, **EVALUATED)
+    return home, Slmops(home).json("demo", "--tools", **{**SMALL, **EVALUATED})
 
 
 @pytest.fixture(scope="module")
