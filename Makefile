@@ -5,7 +5,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# On two cores: tests wait for servers and children half of their time, so that three workers leave a quarter of it idle.
+# On two cores: tests wait for servers and children half of their time, and three workers leave a quarter of it idle.
 PYTEST_WORKERS ?= 4
 # In the order that tests/conftest.py gives them: the longest first.
 IN_PARALLEL := -n $(PYTEST_WORKERS) --dist loadgroup --no-loadscope-reorder
