@@ -38,7 +38,7 @@ def factor(value: float) -> str:
 
 def signed_percent(value: float) -> str:
     """Return a change of a share in points, or a ratio's distance from 1, with its sign."""
-    return f"{value:+.1%}"
+    return f"{round(value, 3) + 0:+.1%}"  # + 0 avoids a minus sign before zero
 
 
 def bytes_per_request(value: float) -> str:

@@ -19,6 +19,7 @@ from slmops.tasks.report.assemble import in_order_of_size, overall_status
 from slmops.tasks.report.blocks import visible
 from slmops.tasks.report.markdown import code_span, escaped, fenced, to_markdown, variant_rows
 from slmops.tasks.report.records import DeployReport, VariantDetails, VariantReport
+from slmops.tasks.report.wording import signed_percent
 from slmops.tasks.verdict.advice import Advice, Step
 from slmops.tasks.verdict.checks import GateCheck
 from slmops.tasks.verdict.gate import GateVerdict
@@ -421,3 +422,8 @@ def test_as_a_file_nothing_is_folded_away() -> None:
     assert "<" not in re.sub(r"`[^`]*`", "", plain)
     assert "#### Every prompt length" in plain
     assert "<summary>Every prompt length</summary>" in folded
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-0.0001, "+0.0%"), (0.0, "+0.0%"), (0.12, "+12.0%"), (-0.0123, "-1.2%")])
+def test_a_change_has_a_sign_and_no_change_has_no_minus(value: float, shown: str) -> None:
+    assert signed_percent(value) == shown
