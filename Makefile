@@ -5,8 +5,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# On two cores: tests wait for servers and children half of their time, and three workers leave a quarter of it idle.
-PYTEST_WORKERS ?= 4
+# On two cores: a third of the tests' time they wait for servers, so that a third worker has what to compute with.
+PYTEST_WORKERS ?= 3
 # In the order that tests/conftest.py gives them: the longest first.
 IN_PARALLEL := -n $(PYTEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
