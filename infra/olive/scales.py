@@ -13,12 +13,11 @@ SCALES = {"MatMulNBits": 2, "GatherBlockQuantized": 2}  # which input of an oper
 
 
 def store_scales_in_half(model: Any) -> None:
-    """Replace the fp32 scales of an onnx-ir model's quantized weights by casts from bfloat16.
+    """Replace the fp32 scales of an onnx-ir model's quantized weights by casts from bfloat16, or from fp16 if exact.
 
     bfloat16 has the range of fp32, and 8 bits of precision: a weight moves by 0.016 of a grid's step at most in four
     bits, and by 0.25 in eight, where rounding moves it by 0.5. (fp16 fails for weights below 1e-3.)
     """
-    import ml_dtypes
     import onnx_ir as ir
 
     graph = model.graph
@@ -30,9 +29,9 @@ def store_scales_in_half(model: Any) -> None:
     for name, scales in found.items():
         if scales.const_value is None or scales.dtype != ir.DataType.FLOAT:
             continue
+        half = _half_type(scales.const_value)
         (tensor,) = computed_together(
-            partial(_halved, scales.const_value),
-            [(f"{name}_bf16", ml_dtypes.bfloat16, tuple(scales.shape))],
+            partial(_halved, scales.const_value, half), [(f"{name}_half", half, tuple(scales.shape))]
         )
         stored = ir.Value(name=tensor.name, shape=scales.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(stored)
@@ -44,7 +43,19 @@ def store_scales_in_half(model: Any) -> None:
         del graph.initializers[name]
 
 
-def _halved(scales: Any) -> list[Any]:
+def _half_type(scales: Any) -> Any:
+    """Return fp16 for scales that it alone represents exactly, such as those of a GPTQ checkpoint; else bfloat16."""
     import ml_dtypes
+    import numpy as np
+    import onnx_ir as ir
 
-    return [scales.numpy().astype(ml_dtypes.bfloat16)]
+    if isinstance(scales, ir.LazyTensor):
+        return ml_dtypes.bfloat16
+    values = scales.numpy()
+    with np.errstate(over="ignore"):
+        exact = (half for half in (ml_dtypes.bfloat16, np.float16) if (values.astype(half) == values).all())
+        return next(exact, ml_dtypes.bfloat16)
+
+
+def _halved(scales: Any, half: Any) -> list[Any]:
+    return [scales.numpy().astype(half)]
