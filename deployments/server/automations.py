@@ -11,8 +11,8 @@ from slmops.deployments.server.notices import (
     RUN_FAILURES,
     RUNS,
     at_once,
+    is_owned_by,
     notices,
-    owned_by,
     run_events,
 )
 from slmops.events import CHECKPOINT_READY
@@ -126,7 +126,7 @@ def register_automations(settings: Settings, owner: str) -> list[str]:
         wanted = [*automations(deploy_id, lost_after_s=limit_s), *notices(settings.notices, owner, client)]
         for name in {*NOTICES} - {automation.name for automation in wanted}:
             found = client.read_automations_by_name(name)
-            _delete(client, [unwanted.id for unwanted in found if unwanted.description == owned_by(owner)])
+            _delete(client, [unwanted.id for unwanted in found if is_owned_by(unwanted.description, owner)])
         keep_automations(client, wanted)
     return [automation.name for automation in wanted]
 

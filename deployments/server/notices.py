@@ -73,7 +73,12 @@ def notices(settings: NoticeSettings, owner: str, client: "SyncPrefectClient") -
 
 def owned_by(owner: str) -> str:
     """Return the description of the notices that an owner's settings set up."""
-    return f"Posts to the webhook of SLMOPS_NOTICES__WEBHOOK_URL of {owner}."
+    return f"Sends to the webhook or block that SLMOPS_NOTICES__... names, of {owner}."
+
+
+def is_owned_by(description: str, owner: str) -> bool:
+    """Whether a notice has the description of an owner's, also that of an earlier version of slmops."""
+    return description.endswith(f" of {owner}.")
 
 
 def run_events(states: Sequence[str]) -> set[str]:

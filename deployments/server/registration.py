@@ -33,11 +33,13 @@ class Registered:
 
 
 def read_deployments(path: Path = PREFECT_FILE) -> list[dict[str, Any]]:
-    """Return the entries of a prefect.yaml; raises `BadInput` when it cannot be read."""
+    """Return the entries of a prefect.yaml, with their first schedules; raises `BadInput` when it cannot be read."""
     try:
-        entries = yaml.safe_load(path.read_text("utf-8"))["deployments"]
-        return [dict(entry) for entry in entries]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        content = yaml.safe_load(path.read_text("utf-8"))
+        schedules = content.get("definitions", {}).get("schedules", {})
+        first = {name: {"schedules": list(found)} for name, found in schedules.items()}
+        return [{**entry, **first.get(entry["name"], {})} for entry in content["deployments"]]
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} cannot be read: {error}.", "Correct it, or install slmops again.") from None
 
 

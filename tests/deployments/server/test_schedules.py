@@ -1,6 +1,9 @@
 """Schedules of a model on a real server: set, replaced, checked, removed; none without its parameters."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,12 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from slmops.deployments.cli import app as cli
-from slmops.deployments.server.registration import read_deployments, register_deployments
+from slmops.deployments.server.registration import (
+    PREFECT_FILE,
+    PULL_STEPS,
+    read_deployments,
+    register_deployments,
+)
 from slmops.deployments.server.up_check import check_running
 from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from tests.support.api_faults import busy, faults_of_the_api, lost
@@ -116,6 +124,27 @@ def test_a_schedule_that_was_switched_on_without_parameters_is_reported(api: str
         assert (found.ok, found.found) == (False, "0 2 * * * (UTC), without dataset, base, name")
     finally:
         call("PATCH", address, {"active": False})
+
+
+def test_prefects_own_deploy_registers_without_up_and_keeps_changed_schedules(api: str) -> None:
+    deployment = call("GET", f"{api}/deployments/name/retrain/retrain")
+    (nightly,) = [schedule for schedule in deployment["schedules"] if schedule["slug"] == "nightly"]
+    address = f"{api}/deployments/{deployment['id']}/schedules/{nightly['id']}"
+    ours = {"dataset": "chats.jsonl", "base": "./my-model", "name": "home"}
+    call("PATCH", address, {"schedule": {"cron": "0 5 * * *", "timezone": "Europe/Berlin"}, "parameters": ours})
+    try:
+        command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--name", "retrain", "--name", "gc"]
+        environment = {**os.environ, "PREFECT_API_URL": api}
+        subprocess.run(command, cwd=PREFECT_FILE.parent, env=environment, check=True)
+        found = call("GET", f"{api}/deployments/name/retrain/retrain")
+        (kept,) = [schedule for schedule in found["schedules"] if schedule["slug"] == "nightly"]
+        assert (kept["id"], kept["parameters"], kept["schedule"]["cron"]) == (nightly["id"], ours, "0 5 * * *")
+        assert (found["pull_steps"], found["work_pool_name"]) == (PULL_STEPS, DEFAULT_POOL)
+        assert "keep" in call("GET", f"{api}/deployments/name/gc/gc")["parameter_openapi_schema"]["properties"]
+    finally:
+        rule = {"cron": "0 2 * * *", "timezone": "UTC"}
+        call("PATCH", address, {"schedule": rule, "parameters": {}, "active": False})
+        register_deployments(RETRAIN)
 
 
 def test_without_a_server_nothing_is_scheduled(
