@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from slmops.deployments.server.access import authorization
-from slmops.deployments.server.automations import DEPLOY_ON_EVENT, LOST_RUNS
+from slmops.deployments.server.automations import DEPLOY_ON_EVENT, LATE_SIGNS, LOST_RUNS
 from slmops.deployments.server.registration import full_name
 from slmops.deployments.server.schedules import Planned, planned_of
 from slmops.infra.foreign_text import without_passwords
@@ -86,7 +86,7 @@ def check_running(url: str | None, pool: str, entries: Sequence[Mapping[str, obj
         checks += [
             *_check_pool(client, pool),
             *(check for entry in entries for check in _check_deployment(client, entry)),
-            *(_check_automation(client, name) for name in (DEPLOY_ON_EVENT, LOST_RUNS)),
+            *(_check_automation(client, name) for name in (DEPLOY_ON_EVENT, LOST_RUNS, LATE_SIGNS)),
         ]
     return Running(ok=all(check.ok for check in checks), api_url=shown, checks=tuple(checks))
 

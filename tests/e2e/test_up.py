@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from slmops import client
-from slmops.deployments.server.automations import NOT_IN_EVENT
+from slmops.deployments.server.automations import DEPLOY_ON_EVENT, LATE_SIGNS, LOST_RUNS, NOT_IN_EVENT
 from slmops.infra.errors import BadInput, StageFailed
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, ROOT, SMALL, Slmops
@@ -126,6 +126,7 @@ def test_check_finds_what_up_started_without_an_address(up: Up, slmops: Slmops, 
     whats = {check["what"] for check in found["checks"]}
     names = ("deploy", "retrain", "benchmark", "promote", "rollback", "gc")
     assert {"server", "workers", "work pool slmops", *(f"deployment {name}/{name}" for name in names)} <= whats
+    assert {f"automation {name!r}" for name in (DEPLOY_ON_EVENT, LOST_RUNS, LATE_SIGNS)} <= whats
 
 
 def test_a_second_up_of_the_same_home_says_that_there_is_one(up: Up, slmops: Slmops) -> None:

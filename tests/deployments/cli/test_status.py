@@ -12,6 +12,7 @@ from slmops.deployments.cli import status
 from slmops.deployments.cli.app import run
 from slmops.infra.foundry.model_folder import write_model_folder
 from slmops.infra.settings import Settings
+from slmops.infra.storage.garbage import delete_version
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import CHAMPION
 from tests.support.versions import add_evidence, store_version
@@ -152,3 +153,8 @@ def test_a_report_opens_and_one_of_the_store_can_run_nothing(
     page = path.read_text("utf-8")
     assert page.index("default-src 'none'") < page.index("<script>")
     assert "report: slmops open home@1" in printed(capsys, "show", "home")
+    delete_version(version.registry.find("home@2"))
+    opened.clear()
+    for gone in ("home@2", "home@9"):
+        assert gone in printed(capsys, "open", gone, ends=2)
+    assert opened == []
