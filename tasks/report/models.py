@@ -5,7 +5,7 @@ from prefect.artifacts import create_table_artifact
 from slmops.infra.storage.model_summary import ModelSummary, summarize_models
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.report.wording import decimal, megabytes, percent, shown
-from slmops.tasks.runs.artifacts import shown_in_prefect
+from slmops.tasks.runs.artifacts import shown_in_prefect, shown_rows
 
 KEY = "slmops-models"
 
@@ -21,7 +21,7 @@ def model_rows(registry: ModelRegistry) -> list[dict[str, object]]:
 
     A model that cannot be read has a row with the reason: it must not end the run of another one.
     """
-    return [dict(_row(model)) for model in summarize_models(registry)]
+    return shown_rows(map(_row, summarize_models(registry)))
 
 
 def _row(model: ModelSummary) -> dict[str, str]:

@@ -21,7 +21,7 @@ from slmops.tasks.report.models import post_models
 from slmops.tasks.report.plot_cache import draw_once
 from slmops.tasks.report.plots import Plot
 from slmops.tasks.report.records import DeployReport
-from slmops.tasks.runs.artifacts import shown_in_prefect
+from slmops.tasks.runs.artifacts import shown_in_prefect, shown_rows
 from slmops.tasks.runs.events import VERSION_REGISTERED, VERSION_REJECTED, tell
 from slmops.tasks.runs.stage import stage
 
@@ -108,7 +108,7 @@ def image_data(plot: Plot) -> str:
 
 
 def _artifact_rows(report: DeployReport) -> list[dict[str, object]]:
-    return [dict(row) for row in variant_rows(report)]
+    return shown_rows(variant_rows(report))
 
 
 @stage("write model cards", run_name="model-cards-{report.name}")

@@ -1,10 +1,17 @@
 """What a run shows in Prefect beside its result."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import httpx
 from prefect.logging import get_run_logger
+
+EMPTY_CELL = "\N{EN DASH}"
+
+
+def shown_rows(rows: Iterable[Mapping[str, str]]) -> list[dict[str, object]]:
+    """Return the rows of a table artifact. Prefect's older UI shows a lone hyphen as the mark of a list."""
+    return [{title: EMPTY_CELL if cell == "-" else cell for title, cell in row.items()} for row in rows]
 
 
 @contextmanager

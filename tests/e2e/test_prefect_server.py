@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from slmops.tasks.runs import progress
+from slmops.tasks.runs.artifacts import EMPTY_CELL
 from tests.e2e.conftest import ROOT, Slmops
 from tests.e2e.test_deploy import INT4, children_of
 from tests.support.prefect_api import call, query, wait_for_lineage
@@ -43,7 +44,7 @@ def test_the_server_has_the_run_its_tasks_and_the_report(
     assert link in artifacts["slmops-served-version"]["data"]
     assert json.loads(artifacts["slmops-served-document"]["data"]) == report
     (model,) = [row for row in json.loads(artifacts["slmops-models"]["data"]) if row["model"] == "served"]
-    assert (model["champion"], model["candidate"], model["precision"]) == ("served@1", "-", "int4")
+    assert (model["champion"], model["candidate"], model["precision"]) == ("served@1", EMPTY_CELL, "int4")
     told = slmops.json("status")
     assert [(model["name"], model["champion"], model["precision"]) for model in told["models"]] == [
         ("served", 1, "int4")

@@ -5,6 +5,7 @@ from pathlib import Path
 from slmops.infra.storage.local import LocalObjectStore
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.report.models import model_rows
+from slmops.tasks.runs.artifacts import EMPTY_CELL
 from tests.support.versions import store_version
 
 
@@ -20,4 +21,4 @@ def test_a_model_that_cannot_be_read_is_a_row_with_the_reason(tmp_path: Path) ->
 
     assert damaged["model"] == "damaged"
     assert "manifest" in str(damaged["champion"])
-    assert (whole["model"], whole["champion"], whole["newest"]) == ("home", "-", "home@1")
+    assert (whole["model"], whole["champion"], whole["newest"]) == ("home", EMPTY_CELL, "home@1")
