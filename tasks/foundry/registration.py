@@ -90,13 +90,14 @@ def set_champion_ids(name: str, champions: Sequence[Variant], settings: Settings
 def metadata_of(variant: Variant, description: str, folder: Path) -> dict[str, str | int]:
     """Return what Foundry reads of a registered model; it reads the context's length from the folder itself.
 
-    The whole context may be an answer.
+    The whole context may be an answer. A folder that lacks its files is for the registration itself to refuse.
     """
     shown: dict[str, str | int] = {
         "display_name": f"{variant.version.name} {variant.precision}",
-        "max_output_tokens": int(read_json(folder / GENAI_CONFIG)["model"]["context_length"]),
         **({"description": description} if description else {}),
     }
+    if (folder / GENAI_CONFIG).is_file():
+        shown["max_output_tokens"] = int(read_json(folder / GENAI_CONFIG)["model"]["context_length"])
     known = variant.version.latest(LICENSE)
     return shown | ({"license": known.name} if known else {}) | abilities_of(folder).properties
 
