@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -74,10 +76,16 @@ def test_the_server_has_the_run_its_tasks_and_the_report(
     ]
 
 
-def wait_for_events(server: str, name: str, expected: set[str]) -> None:
-    """Wait until the server has these events of slmops on a model, which are sent in the background, and no others."""
+def wait_for_events(server: str, name: str, expected: set[str], since: datetime | None = None) -> None:
+    """Wait until the server has these events of slmops on a model, which are sent in the background, and no others.
+
+    `since` leaves out what other tests did before with a model of this name on the same server.
+    """
     deadline = time.monotonic() + 120
-    body = {"filter": {"event": {"prefix": ["slmops."]}, "resource": {"id": [f"slmops.model.{name}"]}}}
+    asked: dict[str, Any] = {"event": {"prefix": ["slmops."]}, "resource": {"id": [f"slmops.model.{name}"]}}
+    if since:
+        asked["occurred"] = {"since": since.isoformat()}
+    body = {"filter": asked}
     found: set[str] = set()
     while not expected <= found:
         assert time.monotonic() < deadline, found

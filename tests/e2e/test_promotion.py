@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,13 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def deployed(tiny: Path, tmp_path_factory: pytest.TempPathFactory, server: str) -> Slmops:
+def begun() -> datetime:
+    """When this module's tests began on the server, which other modules share."""
+    return datetime.now(UTC)
+
+
+@pytest.fixture(scope="module")
+def deployed(tiny: Path, tmp_path_factory: pytest.TempPathFactory, server: str, begun: datetime) -> Slmops:
     """The command line of a home with home@1, the champion, and home@2, the candidate."""
     home = tmp_path_factory.mktemp("promotion") / "home"
     slmops = SlmopsHere(home, {**OPEN_GATE, **SMALL, "PREFECT_API_URL": server})
@@ -73,7 +80,7 @@ def folder_of(slmops: Slmops, version: int) -> Path:
     return slmops.home / "foundry" / "models" / "custom" / "home-int4" / f"v{version}"
 
 
-def test_there_and_back(slmops: Slmops, model_server: ModelServer, server: str) -> None:
+def test_there_and_back(slmops: Slmops, model_server: ModelServer, server: str, begun: datetime) -> None:
     changes = len(slmops.json("history", "home")["history"])
     registry_of(slmops).set_alias("home", "candidate", 2, "deployed later")
     done = slmops.json("promote", "home@candidate", "--reason", "knows the garage")
@@ -116,7 +123,7 @@ def test_there_and_back(slmops: Slmops, model_server: ModelServer, server: str) 
     artifacts = query(server, "artifacts", **asked)
     assert any("knows the garage" in artifact["data"] for artifact in artifacts)
     told = ("champion.promoted", "champion.rolled-back", "version.registered")
-    wait_for_events(server, "home", {f"slmops.{event}" for event in told})
+    wait_for_events(server, "home", {f"slmops.{event}" for event in told}, since=begun)
 
 
 def test_a_running_servers_clients_see_no_failure(slmops: Slmops) -> None:

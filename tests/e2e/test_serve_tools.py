@@ -221,16 +221,16 @@ def test_what_foundrys_own_service_does_with_the_same_model(model_dir: Path, tmp
     assert "Light.".startswith(choice["message"]["reasoning_content"].strip())
 
 
-@pytest.mark.skipif(is_left_out("phi-4-mini"), reason="the real template of Phi-4-mini is not on this machine")
-def test_foundry_puts_tools_where_phi_4_minis_own_template_reads_them(
-    model_dir: Path, tool_caller: Path, tmp_path: Path
+@pytest.mark.parametrize("family", [name for name in ("granite-3.3", "phi-4-mini") if not is_left_out(name)])
+def test_foundry_puts_tools_where_a_real_template_reads_them(
+    family: str, model_dir: Path, tool_caller: Path, tmp_path: Path
 ) -> None:
-    """In transformers its system message has them. Another family's model stands for its weights."""
+    """In transformers, Phi-4-mini's system message has them. Another family's model stands for the weights."""
     tool = {**TOOLS[0]["function"], "parameters": {"type": "object", "properties": {"on": {"type": "object"}}}}
     row = EvaluationRow.model_validate({"id": 1, "messages": LIGHT, "tools": [{"type": "function", "function": tool}]})
-    (tmp_path / "phi").mkdir()
-    save_real_tokenizer(REAL_FAMILIES["phi-4-mini"], tmp_path / "phi")
-    template = read_chat_template(tmp_path / "phi") or ""
+    (tmp_path / "real").mkdir()
+    save_real_tokenizer(REAL_FAMILIES[family], tmp_path / "real")
+    template = read_chat_template(tmp_path / "real") or ""
     reference, folder = tmp_path / "reference", tmp_path / "cache/models/custom/caller/v1"
     for source, target, text in (
         (tool_caller, reference, template),
@@ -239,8 +239,8 @@ def test_foundry_puts_tools_where_phi_4_minis_own_template_reads_them(
         shutil.copytree(source, target)
         (target / "chat_template.jinja").write_text(text, "utf-8")
     (folder / "inference_model.json").write_text(json.dumps({"Name": "caller:1"}), "utf-8")
-    messages, _ = prompt_of(row, template)
-    _, expected = render_question(load_tokenizer(reference), Question(id=1, messages=messages))
+    messages, tools = prompt_of(row, template)
+    _, expected = render_question(load_tokenizer(reference), Question(id=1, messages=messages, tools=tools))
     offered = [offer.model_dump(mode="json") for offer in row.tools]
     body = {"model": "caller:1", "messages": LIGHT, "tools": offered, "tool_choice": "none", "max_tokens": 1}
 

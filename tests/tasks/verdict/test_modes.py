@@ -13,7 +13,7 @@ from slmops.tasks.verdict.thresholds import thresholds_for
 from tests.support.reports import full_report, full_variant
 from tests.tasks.verdict.test_gate import evaluation
 
-INT4 = thresholds_for("int4", GateSettings(), max_quality_loss=0.1)
+INT4 = thresholds_for("int4", GateSettings(max_quality_loss=0.1))
 ROWS = 30
 
 
