@@ -221,15 +221,7 @@ def built_report(
     """Return the report of a version that was built to be judged on another machine."""
     source = version.manifest.source
     built = [
-        VariantReport(
-            precision=variant.precision,
-            status="built",
-            size_bytes=variant.size_bytes,
-            uri=variant.uri,
-            digest=variant.digest,
-            recipe=variant.recipe,
-            reason="It is not judged yet.",
-        )
+        VariantReport.of(variant, "built").model_copy(update={"reason": "It is not judged yet."})
         for variant in version.variants
     ]
     provider = version.variants[0].execution_provider

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from slmops.infra.storage.version import Variant
 from slmops.tasks.build.climbing import Attempt
 from slmops.tasks.build.search import SearchOutcome
 from slmops.tasks.exams.constraint import Constraint
@@ -71,6 +72,18 @@ class VariantReport(BaseModel):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     details: VariantDetails = Field(default=VariantDetails(), exclude=True)
+
+    @classmethod
+    def of(cls, variant: Variant, status: VariantStatus) -> "VariantReport":
+        """Return the beginning of a stored variant's report: what the variant itself says."""
+        return cls(
+            precision=variant.precision,
+            status=status,
+            size_bytes=variant.size_bytes,
+            uri=variant.uri,
+            digest=variant.digest,
+            recipe=variant.recipe,
+        )
 
 
 class Provenance(BaseModel):

@@ -93,15 +93,8 @@ def qualify_variant(
 
     `checkpoint` is the folder of its source; None if there is none, or if it is not needed.
     """
-    report = VariantReport(
-        precision=variant.precision,
-        status="failed",
-        size_bytes=variant.size_bytes,
-        uri=variant.uri,
-        digest=variant.digest,
-        recipe=variant.recipe,
-        attempts=last_climb(variant.version).attempts.get(variant.precision, ()),
-    )
+    attempts = last_climb(variant.version).attempts.get(variant.precision, ())
+    report = VariantReport.of(variant, "failed").model_copy(update={"attempts": attempts})
     try:
         evaluation = examine(AnswersExam(asked.evaluation), variant)
         details = _examined(asked, variant, evaluation, checkpoint, elsewhere)
