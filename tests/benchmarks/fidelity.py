@@ -15,8 +15,8 @@ of the very texts that slmops calibrates on.
 Prints a Markdown table as it grows; takes about half an hour on two idle cores, and ten minutes more the first time, in
 which llama.cpp is built (tests/benchmarks/llama_cpp.py). `--plot` writes the divergences over the bytes of the first
 checkpoint, and `--write` puts the tables into a page, between the lines of MARKS. `--work` keeps what was made and
-measured with the same options, so that an interrupted run goes on where it stopped. A speed with `?` was measured on a
-machine too busy to rely on.
+measured with the same options, so that an interrupted run goes on where it stopped; only speeds are measured in each
+run, so that they are of one hour. A speed with `?` was measured on a machine too busy to rely on.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -105,25 +105,35 @@ class Comparison:
         if not (self.reference / ANSWERS_FILE).is_file():
             run_reference(self.settings, Bench(self.checkpoint, self.reference), self.rows)
 
-    def kept(self, name: str, measured: Callable[[str], Point], *, with_speed: bool) -> Point:
+    def kept(self, name: str, measured: Callable[[str], Point]) -> Point:
         """Return a variant's point, measured unless the folder of work has it."""
-        file = self.work / f"{name}{'' if with_speed else '-without-speed'}.point.json"
+        file = self.work / f"{name}.point.json"
         if not file.exists():
             file.write_text(json.dumps(vars(measured(name))), "utf-8")
         return Point(**json.loads(file.read_bytes()))
 
-    def of_slmops(self, name: str, *, with_speed: bool) -> Point:
+    def with_speed(self, point: Point, llama: LlamaCpp | None) -> Point:
+        """Measure the generation of a variant whose files are in the folder of work."""
+        if point.of == "llama.cpp" and llama:
+            bench = llama.bench(self.work / f"{point.variant}.gguf", threads=self.settings.threads)
+            return replace(point, tokens_per_s=bench.generation_tps)
+        measured = measure_variant(self.settings, self._bench(point.variant))
+        speed = measured.metrics["token_generation_throughput_tps"]
+        return replace(point, tokens_per_s=speed, is_speed_reliable=measured.reliable)
+
+    def _bench(self, name: str) -> Bench:
+        return Bench(self.work / name / "model", self.work / name / "bench")
+
+    def of_slmops(self, name: str) -> Point:
         """Build a recipe and return its point."""
         folder = self.work / name
         if not (folder / "built").exists():
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
             build(load_recipe(name), self.checkpoint, folder, self.settings.threads, self._texts())
             (folder / "built").touch()
-        bench = Bench(folder / "model", folder / "bench")
-        found = evaluate_variant(self.settings, bench, self.rows, reference_dir=self.reference)
+        found = evaluate_variant(self.settings, self._bench(name), self.rows, reference_dir=self.reference)
         assert found.kl_divergence is not None
         assert found.top1_agreement is not None
-        measured = measure_variant(self.settings, bench) if with_speed else None
         size = sum(path.stat().st_size for path in (folder / "model").glob("*.onnx*"))
         return Point(
             of="slmops",
@@ -133,8 +143,6 @@ class Comparison:
             kl_divergence=found.kl_divergence,
             top1_agreement=found.top1_agreement,
             score=found.score.value if found.score else None,
-            tokens_per_s=measured.metrics["token_generation_throughput_tps"] if measured else None,
-            is_speed_reliable=measured is None or measured.reliable,
         )
 
     def _texts(self) -> Texts:
@@ -145,7 +153,7 @@ class Comparison:
             file.write_text(json.dumps(texts), "utf-8")
         return tuple(tuple(row) for row in json.loads(file.read_bytes()))
 
-    def of_llama_cpp(self, llama: LlamaCpp, name: str, *, with_speed: bool) -> Point:
+    def of_llama_cpp(self, llama: LlamaCpp, name: str) -> Point:
         """Convert the checkpoint, quantize it to a type, and return its point."""
         whole, file = self.work / "f16.gguf", self.work / f"{name}.gguf"
         if not whole.exists():
@@ -162,7 +170,6 @@ class Comparison:
             kl_divergence=divergence,
             top1_agreement=agreement,
             score=score,
-            tokens_per_s=llama.bench(file, threads=self.settings.threads).generation_tps if with_speed else None,
         )
 
     def _calibration_file(self) -> Path:
@@ -239,17 +246,22 @@ def measured(model: str, asked: argparse.Namespace, work: Path, llama: LlamaCpp 
     rows = [*chat_prompts(), *read_evaluation_file(QUESTIONS_FILE)]
     compared = Comparison(real_checkpoint(model), rows, settings, work)
     compared.run_source()
-    with_speed = not asked.without_speed
-    measures = {name: partial(compared.of_slmops, with_speed=with_speed) for name in asked.recipes}
+    measures = dict.fromkeys(asked.recipes, compared.of_slmops)
     if llama:
-        theirs = partial(compared.of_llama_cpp, llama, with_speed=with_speed)
-        measures |= dict.fromkeys(asked.types, theirs)
+        measures |= dict.fromkeys(asked.types, partial(compared.of_llama_cpp, llama))
     print(f"\n{model}\n\n{HEAD}", flush=True)
     points = []
     for variant, measure in measures.items():
-        points.append(compared.kept(variant, measure, with_speed=with_speed))
+        points.append(compared.kept(variant, measure))
         print(points[-1].line(), flush=True)
-    return points
+    if asked.without_speed:
+        return points
+    print("\nWith speeds, one after the other:\n", flush=True)
+    timed = []
+    for point in points:
+        timed.append(compared.with_speed(point, llama))
+        print(timed[-1].line(), flush=True)
+    return timed
 
 
 def written(page: str, told: str) -> str:
