@@ -19,8 +19,8 @@ from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import load_recipe
+from tests.benchmarks.builds import calibrate
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
-from tests.benchmarks.recipes import calibrate
 
 
 @contextmanager

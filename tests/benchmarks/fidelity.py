@@ -4,7 +4,7 @@ Run as `python -m tests.benchmarks.fidelity [--model smollm2-off-grid gemma3-270
 [--types Q4_0 ...] [--without-peer] [--without-speed] [--work FOLDER] [--plot FILE] [--json FILE] [--write FILE]`. The
 default checkpoints are SmolLM2-135M-Instruct with its weights moved off the grid of the GGUF that they come from, and
 Gemma 3 270M. llama.cpp's formats are measured of the first one only: on the grid of a GGUF, they look better than they
-are.
+are. So are all recipes of int4 and int8; of the other one those are measured that a deploy takes by itself.
 
 All are compared with the checkpoint in fp32 on the same token ids: those of its own greedy answers to the built-in
 chats and to the questions of fidelity_questions.jsonl, whose expected answers give the score. slmops' variants run in
@@ -25,7 +25,7 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -36,15 +36,15 @@ from slmops.infra.genai.measurement import cpu_model
 from slmops.infra.reference.answers import ANSWERS_FILE, LOGITS_FILE, SourceAnswers
 from slmops.infra.reference.distributions import compare_position
 from slmops.infra.settings import BenchmarkSettings, EvaluationSettings, MachineSettings, Settings
-from slmops.tasks.build.recipes import load_recipe
+from slmops.tasks.build.recipes import known_recipes, load_recipe
 from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.environment.host import builder_versions
 from slmops.tasks.exams.answers import evaluate_variant, run_reference
 from slmops.tasks.exams.exam import Bench
 from slmops.tasks.exams.measurement import measure_variant
 from slmops.tasks.questions.evaluation_set import EvaluationRow, chat_prompts, read_evaluation_file
+from tests.benchmarks.builds import Texts, build, calibration_texts, real_checkpoint
 from tests.benchmarks.llama_cpp import LlamaCpp, peer
-from tests.benchmarks.recipes import Texts, build, calibration_texts, real_checkpoint
 
 QUESTIONS_FILE = Path(__file__).with_name("fidelity_questions.jsonl")
 MODELS = ("smollm2-off-grid", "gemma3-270m")
@@ -52,14 +52,28 @@ MODELS_ON_A_GRID = ("smollm2", "gemma3-270m")
 PAGE_WIDTH = 120  # columns of a page
 MARKS = ("<!-- begin: python -m tests.benchmarks.fidelity -->\n", "<!-- end -->\n")
 RECIPES = ("int4-rtn", "int4", "int4-mixed", "int8")
+ALL_RECIPES = tuple(name for precision in ("int4", "int8") for name in known_recipes(precision))
 TYPES = ("Q4_0", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_M", "Q6_K", "Q8_0")
-COLUMNS = ("of", "variant", "MB", "of fp32", "KL, nats", "top-1", "score", "new tok/s")
+COLUMNS = (
+    *("of", "variant", "build s", "MB", "of fp32", "KL, nats", "top-1", "score"),
+    *("prompt tok/s", "new tok/s", "peak RSS MB"),
+)
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 @dataclass(frozen=True)
+class Speed:
+    """What one process of its own did with 128 prompt and 64 new tokens: medians of its tokens/s, its peak memory."""
+
+    prompt_tokens_per_s: float
+    new_tokens_per_s: float
+    peak_rss_bytes: float
+    is_reliable: bool = True
+
+
+@dataclass(frozen=True)
 class Point:
-    """A variant's bytes and figures; what was not measured is None."""
+    """A variant's bytes and figures, and the wall time of its build in s; what was not measured is None."""
 
     of: str
     variant: str
@@ -68,16 +82,20 @@ class Point:
     kl_divergence: float
     top1_agreement: float
     score: float | None = None
-    tokens_per_s: float | None = None
-    is_speed_reliable: bool = True
+    build_s: float | None = None
 
-    def line(self) -> str:
+    def line(self, speed: Speed | None = None) -> str:
         """Return its line of the table."""
         score = "-" if self.score is None else f"{self.score:.2f}"
-        speed = "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.0f}{'' if self.is_speed_reliable else '?'}"
+        build_s = "-" if self.build_s is None else f"{self.build_s:.0f}"
+        told = "- | - | -"
+        if speed:
+            doubt = "" if speed.is_reliable else "?"
+            told = f"{speed.prompt_tokens_per_s:.0f}{doubt} | {speed.new_tokens_per_s:.0f}{doubt}"
+            told += f" | {speed.peak_rss_bytes / 1e6:.0f}"
         return (
-            f"| {self.of} | `{self.variant}` | {self.size_bytes / 1e6:.1f} | {self.share:.3f} "
-            f"| {self.kl_divergence:.4f} | {self.top1_agreement:.3f} | {score} | {speed} |"
+            f"| {self.of} | `{self.variant}` | {build_s} | {self.size_bytes / 1e6:.1f} | {self.share:.3f} "
+            f"| {self.kl_divergence:.4f} | {self.top1_agreement:.3f} | {score} | {told} |"
         )
 
 
@@ -112,14 +130,18 @@ class Comparison:
             file.write_text(json.dumps(vars(measured(name))), "utf-8")
         return Point(**json.loads(file.read_bytes()))
 
-    def with_speed(self, point: Point, llama: LlamaCpp | None) -> Point:
-        """Measure the generation of a variant whose files are in the folder of work."""
+    def speed(self, point: Point, llama: LlamaCpp | None) -> Speed:
+        """Measure the speed of a variant whose files are in the folder of work."""
         if point.of == "llama.cpp" and llama:
             bench = llama.bench(self.work / f"{point.variant}.gguf", threads=self.settings.threads)
-            return replace(point, tokens_per_s=bench.generation_tps)
+            return Speed(bench.prompt_tps, bench.generation_tps, bench.peak_rss_bytes)
         measured = measure_variant(self.settings, self._bench(point.variant))
-        speed = measured.metrics["token_generation_throughput_tps"]
-        return replace(point, tokens_per_s=speed, is_speed_reliable=measured.reliable)
+        return Speed(
+            measured.metrics["prompt_processing_throughput_tps"],
+            measured.metrics["token_generation_throughput_tps"],
+            measured.metrics["peak_rss_bytes"],
+            measured.reliable,
+        )
 
     def _bench(self, name: str) -> Bench:
         return Bench(self.work / name / "model", self.work / name / "bench")
@@ -127,10 +149,11 @@ class Comparison:
     def of_slmops(self, name: str) -> Point:
         """Build a recipe and return its point."""
         folder = self.work / name
-        if not (folder / "built").exists():
+        built = folder / "built"  # how long it took, in s
+        if not built.exists():
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-            build(load_recipe(name), self.checkpoint, folder, self.settings.threads, self._texts())
-            (folder / "built").touch()
+            build_s = build(load_recipe(name), self.checkpoint, folder, self.settings.threads, self._texts())
+            built.write_text(f"{build_s:.1f}", "utf-8")
         found = evaluate_variant(self.settings, self._bench(name), self.rows, reference_dir=self.reference)
         assert found.kl_divergence is not None
         assert found.top1_agreement is not None
@@ -143,6 +166,7 @@ class Comparison:
             kl_divergence=found.kl_divergence,
             top1_agreement=found.top1_agreement,
             score=found.score.value if found.score else None,
+            build_s=float(built.read_text("utf-8")),
         )
 
     def _texts(self) -> Texts:
@@ -213,28 +237,39 @@ class Comparison:
         return sum(scores) / len(scores)
 
 
+def front_of(points: Sequence[Point]) -> list[Point]:
+    """Return the points of which no other one is nearer to the checkpoint for at most as many bytes, by size."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.size_bytes, point.kl_divergence)):
+        if not front or point.kl_divergence < front[-1].kl_divergence:
+            front.append(point)
+    return front
+
+
 def draw(points: Sequence[Point], title: str, file: Path) -> None:
-    """Write the divergences over the bytes, one line for slmops and one for llama.cpp."""
+    """Write the divergences over the bytes: the front of slmops and that of llama.cpp."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for of, marker in (("slmops", "o"), ("llama.cpp", "s")):
-        found = sorted((point for point in points if point.of == of), key=lambda point: point.share)
-        if found:
-            axes.plot([point.share for point in found], [point.kl_divergence for point in found], marker, label=of)
-            for point in found:
-                place = (point.share, point.kl_divergence)
-                # Names of one kind are below their points and those of the other to the left above: many lie close.
-                offset, side = ((5, -11), "left") if of == "slmops" else ((-4, 5), "right")
-                axes.annotate(point.variant, place, xytext=offset, ha=side, textcoords="offset points", fontsize=8)
+        front = front_of([point for point in points if point.of == of])
+        if front:
+            axes.plot([point.share for point in front], [point.kl_divergence for point in front], marker, label=of)
+        for point in front:
+            place = (point.share, point.kl_divergence)
+            # Names of one kind are below their points and those of the other to the left above: many lie close.
+            offset, side = ((5, -11), "left") if of == "slmops" else ((-4, 5), "right")
+            axes.annotate(point.variant, place, xytext=offset, ha=side, textcoords="offset points", fontsize=8)
     axes.set(xlabel="bytes, as a share of fp32", ylabel="mean KL divergence, nats", yscale="log", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file)
 
 
-def measured(model: str, asked: argparse.Namespace, work: Path, llama: LlamaCpp | None) -> list[Point]:
+def measured(
+    model: str, asked: argparse.Namespace, work: Path, llama: LlamaCpp | None
+) -> list[tuple[Point, Speed | None]]:
     """Measure the variants of a checkpoint and print their table as it grows."""
     work.mkdir(parents=True, exist_ok=True)
     settings = Settings(
@@ -246,7 +281,7 @@ def measured(model: str, asked: argparse.Namespace, work: Path, llama: LlamaCpp 
     rows = [*chat_prompts(), *read_evaluation_file(QUESTIONS_FILE)]
     compared = Comparison(real_checkpoint(model), rows, settings, work)
     compared.run_source()
-    measures = dict.fromkeys(asked.recipes, compared.of_slmops)
+    measures = dict.fromkeys(asked.recipes or (ALL_RECIPES if llama else RECIPES), compared.of_slmops)
     if llama:
         measures |= dict.fromkeys(asked.types, partial(compared.of_llama_cpp, llama))
     print(f"\n{model}\n\n{HEAD}", flush=True)
@@ -255,12 +290,12 @@ def measured(model: str, asked: argparse.Namespace, work: Path, llama: LlamaCpp 
         points.append(compared.kept(variant, measure))
         print(points[-1].line(), flush=True)
     if asked.without_speed:
-        return points
+        return [(point, None) for point in points]
     print("\nWith speeds, one after the other:\n", flush=True)
-    timed = []
+    timed: list[tuple[Point, Speed | None]] = []
     for point in points:
-        timed.append(compared.with_speed(point, llama))
-        print(timed[-1].line(), flush=True)
+        timed.append((point, compared.speed(point, llama)))
+        print(point.line(timed[-1][1]), flush=True)
     return timed
 
 
@@ -276,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     names = "names of tests.support.real_models, or folders"
     parser.add_argument("--model", nargs="+", default=MODELS, help=names)
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--recipes", nargs="*")
     parser.add_argument("--types", nargs="*", default=TYPES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--positions", type=int, default=2048)
@@ -297,11 +332,14 @@ def main() -> None:
         for model in asked.model:
             work = (asked.work or Path(name)).absolute() / Path(model).name
             points[model] = measured(model, asked, work, None if model in MODELS_ON_A_GRID else llama)
-            told.append(f"`{model}`:\n\n{HEAD}\n" + "\n".join(point.line() for point in points[model]))
+            told.append(f"`{model}`:\n\n{HEAD}\n" + "\n".join(point.line(speed) for point, speed in points[model]))
     if asked.plot:
-        draw(points[asked.model[0]], asked.model[0], asked.plot)
+        draw([point for point, _ in points[asked.model[0]]], asked.model[0], asked.plot)
     if asked.json:
-        found = {model: [vars(point) for point in of_model] for model, of_model in points.items()}
+        found = {
+            model: [vars(point) | {"speed": speed and vars(speed)} for point, speed in of_model]
+            for model, of_model in points.items()
+        }
         asked.json.write_text(json.dumps(found, indent=1), "utf-8")
     if asked.write:
         asked.write.write_text(written(asked.write.read_text("utf-8"), "\n\n".join(told) + "\n"), "utf-8")

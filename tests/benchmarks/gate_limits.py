@@ -29,7 +29,7 @@ from slmops.infra.transformers.calls import AnswerAsSource
 from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.questions.evaluation_set import chat_prompts
 from slmops.tasks.verdict.thresholds import thresholds_for
-from tests.benchmarks.recipes import build
+from tests.benchmarks.builds import build
 
 Fault = Callable[[Any], None]
 
