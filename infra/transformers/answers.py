@@ -29,6 +29,7 @@ from slmops.infra.transformers.tokenizer import load_tokenizer
 # values grows with every token of every row, so long rows are answered by eight.
 MIN_BATCH_ROWS = 8
 MAX_BATCH_TOKENS = 4096
+STEPS_TOGETHER = 8  # after so many steps, the rows whose answers have ended leave their batch
 
 
 def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
@@ -223,6 +224,7 @@ def answer_greedily(
     # generate() fills unset fields of a given config from the model's own config, so the latter is replaced.
     model.generation_config = GenerationConfig(
         do_sample=False,
+        use_cache=True,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         repetition_penalty=decoding.repetition_penalty,
@@ -239,25 +241,54 @@ def answer_greedily(
             ids[line, width - len(prompt) :] = torch.tensor(prompt)
             mask[line, width - len(prompt) :] = 1
         counters = [counter(prompts[index][0]) for index in batch] if counter else []
+        found = _generate(model, ids, mask, [budgets[index] for index in batch], counters, ends)
+        for index, answer_ids in zip(batch, found, strict=True):
+            answers[index] = answer_ids
+    return answers
+
+
+def _generate(
+    model: Any, ids: Any, mask: Any, budgets: Sequence[int], counters: Sequence[TokenCounter], ends: set[int]
+) -> list[list[int]]:
+    """Return the greedy answers to one batch of prompts, which are padded on the left.
+
+    A batch goes on until its longest answer has ended, so rows with shorter ones leave it every few steps.
+    """
+    import torch
+
+    width, cache = ids.shape[1], None
+    answers: list[list[int]] = [[] for _ in budgets]
+    lines = list(range(len(budgets)))
+    while lines:
+        full = [False] * len(lines)
+        left = max(budgets[line] for line in lines) - (ids.shape[1] - width)
         with torch.inference_mode():
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=max(budgets[index] for index in batch),
-                stopping_criteria=_limits(counters) if counters else None,
+                past_key_values=cache,
+                max_new_tokens=min(STEPS_TOGETHER, left),
+                stopping_criteria=_limits([counters[line] for line in lines], full) if counters else None,
+                return_dict_in_generate=True,
             )
-        for line, index in enumerate(batch):
-            room = min(budgets[index], counters[line].tokens) if counters else budgets[index]
-            answers[index] = _until_end(output[line, width:].tolist()[:room], ends)
+            kept = []
+            for place, line in enumerate(lines):
+                new_ids = output.sequences[place, width:].tolist()
+                room = min(budgets[line], counters[line].tokens) if counters else budgets[line]
+                answers[line] = _until_end(new_ids[:room], ends)
+                if not (full[place] or len(new_ids) >= budgets[line] or ends & {*answers[line][-1:]}):
+                    kept.append(place)
+            lines = [lines[place] for place in kept]
+            ids, cache = output.sequences[kept], output.past_key_values
+            mask = torch.nn.functional.pad(mask[kept], (0, ids.shape[1] - mask.shape[1]), value=1)
+            cache.reorder_cache(torch.tensor(kept, dtype=torch.long))
     return answers
 
 
-def _limits(counters: Sequence[TokenCounter]) -> Any:
-    """Return the criteria that end each answer of a batch at its counter's limits."""
+def _limits(counters: Sequence[TokenCounter], full: list[bool]) -> Any:
+    """Return the criteria that end each answer of a batch at its counter's limits, and note in `full` which ended."""
     import torch
     from transformers import StoppingCriteriaList
-
-    full = [False] * len(counters)
 
     def are_full(input_ids: Any, scores: Any, **_: Any) -> Any:
         for line, token in enumerate(input_ids[:, -1].tolist()):

@@ -7,8 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slmops.infra.errors import BadInput, StageFailed
-from slmops.infra.reference.answers import choose_positions
-from slmops.infra.transformers.answers import answer
+from slmops.infra.reference.answers import Question, choose_positions
+from slmops.infra.reference.decoding import Decoding
+from slmops.infra.transformers.answers import (
+    STEPS_TOGETHER,
+    answer,
+    answer_greedily,
+    load_checkpoint,
+    render_question,
+)
 from slmops.infra.transformers.calls import AnswerAsSource
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
@@ -80,6 +87,24 @@ def test_the_batch_size_does_not_change_the_result(checkpoint, tmp_path):
     one, all_at_once = (run(checkpoint, tmp_path / str(size), batch_size=size) for size in (1, 8))
     assert one["answers_sha256"] == all_at_once["answers_sha256"]
     assert one["logits_sha256"] == all_at_once["logits_sha256"]
+
+
+def test_rows_whose_answers_have_ended_leave_their_batch(checkpoint):
+    tokenizer, model = load_checkpoint(checkpoint, "float32")
+    prompts = [render_question(tokenizer, Question(**row)) for row in ROWS]
+    rows_of_steps = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows_of_steps.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+    def answered(prompts, budgets):
+        decoding = Decoding(end_token_ids=())
+        silent = {"batch_size": 8, "progress": lambda done, total, what: None, "decoding": decoding}
+        return answer_greedily(tokenizer, model, prompts, budgets, **silent)
+
+    together = answered(prompts, [20, 2, 12])
+    assert rows_of_steps == [3] * STEPS_TOGETHER + [2] * STEPS_TOGETHER + [1] * (20 - 2 * STEPS_TOGETHER)
+    assert together == [*answered(prompts[:1], [20]), *answered(prompts[1:2], [2]), *answered(prompts[2:], [12])]
 
 
 def test_the_result_is_stored_with_the_logits(checkpoint, tmp_path):
