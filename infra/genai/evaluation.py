@@ -1,15 +1,16 @@
 """A model folder's answers and distributions in onnxruntime-genai, compared with those of the source checkpoint."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slmops.infra.errors import StageFailed
 from slmops.infra.genai.calls import AnsweredRow, Evaluate, Evaluated, TemplateMismatch, TemplateMismatches, Vocabulary
-from slmops.infra.genai.runtime import GenaiModel, package_versions
+from slmops.infra.genai.runtime import NOTHING, Confirmed, GenaiModel, package_versions
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import (
     ANSWERS_FILE,
@@ -25,7 +26,7 @@ from slmops.infra.reference.distributions import PositionComparison, are_compara
 from slmops.infra.reference.repetition import ends_in_repetition
 from slmops.infra.reference.thinking import Thinking, TokenCounter, split_tokens
 
-# So many rows' answers are generated token by token. The others begin with what a pass over the reference's answer
+# So many rows' answers are generated token by token. The others begin with what the pass over the reference's answer
 # confirms, if such passes give the tokens of these rows: a model whose cache is broken generates others.
 GENERATED_ROWS = 4
 
@@ -48,30 +49,32 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
     reference = _Reference(call.reference_dir, call.rows) if call.reference_dir else None
     vocabulary = _vocabulary(model, reference)
     answers: list[_Answer] = []
-    has_confirmed = vocabulary.comparable
+    compared: list[_Followed] = []
+    confirms = True
     for done, question in enumerate(call.rows):
         progress(done, 2 * len(call.rows), "answers")
         expected = reference.rows[done] if reference else None
-        drafted = has_confirmed and done >= GENERATED_ROWS
-        answers.append(answer := _answer(model, question, expected, vocabulary, call, drafted=drafted))
-        has_confirmed = has_confirmed and (drafted or _confirms(model, answer, expected))
-    found: list[PositionComparison] = []
+        followed = _Followed()
+        if reference and vocabulary.comparable:
+            followed = reference.follow(model, done, vocabulary.compared, call.chunk_bytes)
+        drafted = confirms and done >= GENERATED_ROWS
+        answer = _answer(model, question, expected, vocabulary, call, followed.confirmed if drafted else NOTHING)
+        confirms = confirms and (drafted or _confirms(followed.confirmed, answer, expected))
+        answers.append(answer)
+        compared.append(followed)
     finite: list[bool] = []
     rows: list[AnsweredRow] = []
     chosen = choose_positions([len(answer.token_ids) for answer in answers], call.max_positions)
-    for done, answer in enumerate(answers):
+    for done, (answer, followed) in enumerate(zip(answers, compared, strict=True)):
         progress(len(answers) + done, 2 * len(answers), "distributions")
-        comparisons: list[PositionComparison] = []
         if reference and vocabulary.comparable:
-            comparisons = list(reference.compare(model, done, vocabulary.compared, call.chunk_bytes))
-            flags = [comparison.finite for comparison in comparisons]
+            flags = [comparison.finite for comparison in followed.comparisons]
         else:
             flags = _finite_flags(model, answer.token_ids, chosen[done], call.chunk_bytes)
-        found += comparisons
         finite += flags
-        rows.append(
-            _row(answer, reference.rows[done] if reference else None, model, call.decoding.thinking, comparisons, flags)
-        )
+        expected = reference.rows[done] if reference else None
+        rows.append(_row(answer, expected, model, call.decoding.thinking, followed.comparisons, flags))
+    found = [comparison for followed in compared for comparison in followed.comparisons]
     return Evaluated(
         rows=tuple(rows),
         template_mismatches=_template_mismatches(answers, reference),
@@ -108,12 +111,21 @@ class _Answer:
         return [] if self.answer_ids is None else self.prompt_ids + self.answer_ids
 
 
-def _confirms(model: GenaiModel, answer: _Answer, expected: SourceAnswer | None) -> bool:
+@dataclass(frozen=True)
+class _Followed:
+    """The result of a pass over a row of the reference: its comparisons, and what of its answer is confirmed."""
+
+    comparisons: Sequence[PositionComparison] = ()
+    confirmed: Confirmed = NOTHING
+
+
+def _confirms(confirmed: Confirmed, answer: _Answer, expected: SourceAnswer | None) -> bool:
     """Whether a pass over the reference's answer gives no other tokens than the model has generated."""
-    if expected is None or answer.answer_ids is None:
+    if expected is None or answer.answer_ids is None or answer.prompt_ids != list(expected.prompt_ids):
         return False
-    confirmed = model.confirmed(answer.prompt_ids, model.without_end(expected.answer_ids))
-    return confirmed == answer.answer_ids[: len(confirmed)]
+    length = len(confirmed.token_ids)
+    same = [*confirmed.token_ids] == answer.answer_ids[:length]
+    return same and (not confirmed.ended or length == len(answer.answer_ids))
 
 
 def _answer(
@@ -122,8 +134,7 @@ def _answer(
     expected: SourceAnswer | None,
     vocabulary: Vocabulary,
     call: Evaluate,
-    *,
-    drafted: bool,
+    confirmed: Confirmed,
 ) -> _Answer:
     prompt, prompt_ids = model.render(question.messages, question.tools, question.template_prefix)
     thinking = call.decoding.thinking
@@ -133,8 +144,8 @@ def _answer(
         opened = thinking.marks.is_opened_by(prompt)
         counter = TokenCounter(thinking, call.max_new_tokens, model.decode_all, opened=opened)
     if vocabulary.comparable:
-        draft = expected.answer_ids if drafted and expected else ()
-        answer_ids, ended = model.answer_and_end(prompt_ids, budget, counter, draft)
+        begun = confirmed if expected and prompt_ids == list(expected.prompt_ids) else NOTHING
+        answer_ids, ended = model.answer_and_end(prompt_ids, budget, counter, begun)
         return _Answer(question, prompt, prompt_ids, answer_ids, ended)
     return _Answer(
         question, prompt, prompt_ids, *_answer_if_possible(model, vocabulary.variant, prompt_ids, budget, counter)
@@ -215,15 +226,19 @@ class _Reference:
         """See `are_comparable`."""
         return are_comparable(variant_size, self.vocabulary_size, self._tokenizer_size)
 
-    def compare(self, model: GenaiModel, index: int, vocabulary: int, chunk_bytes: int) -> Iterator[PositionComparison]:
+    def follow(self, model: GenaiModel, index: int, vocabulary: int, chunk_bytes: int) -> _Followed:
+        """Compare a row at its positions, and find what of its answer the model confirms, in one pass."""
         row = self.rows[index]
-        if not row.positions:
-            return
         token_ids = row.prompt_ids + row.answer_ids
-        expected = self._logits[self._offsets[index] : self._offsets[index + 1]]
-        found = model.logits_at(token_ids, row.positions, chunk_bytes)
-        for position, reference, variant in zip(row.positions, expected, found, strict=True):
-            yield compare_position(reference[:vocabulary], variant[:vocabulary], token_ids[position + 1])
+        expected = iter(self._logits[self._offsets[index] : self._offsets[index + 1]])
+        found: list[PositionComparison] = []
+
+        def compare(position: int, logits: NDArray[np.float32]) -> None:
+            reference = next(expected)[:vocabulary]
+            found.append(compare_position(reference, logits[:vocabulary], token_ids[position + 1]))
+
+        confirmed = model.follow(row.prompt_ids, row.answer_ids, row.positions, compare, chunk_bytes)
+        return _Followed(found, confirmed)
 
 
 def _vocabulary(model: GenaiModel, reference: _Reference | None) -> Vocabulary:

@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,17 @@ GREEDY = {
 
 # A lead of four units in the last place of fp16: so far may two passes over the same tokens differ that sum otherwise.
 CERTAIN_LEAD = 2.0**-8
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The beginning of an expected answer that a model would generate; `ended`: the answer's end token follows it."""
+
+    token_ids: tuple[int, ...] = ()
+    ended: bool = False
+
+
+NOTHING = Confirmed()
 
 
 def threading_options(threads: int, *, spin: bool) -> Json:
@@ -138,44 +150,58 @@ class GenaiModel:
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         counter: TokenCounter | None = None,
-        draft: Sequence[int] = (),
+        confirmed: Confirmed = NOTHING,
     ) -> tuple[list[int], bool]:
         """Token ids of the greedy answer, without an end token, and whether one was reached.
 
-        `counter` may end it earlier than `max_new_tokens` do. `draft` is an answer that is expected: what of its
-        beginning the model would generate is found in one pass over it, which takes less time than its generation.
+        `counter` may end it earlier than `max_new_tokens` do. What is `confirmed` is not generated.
         """
         room, full = self.room_after(prompt_ids, max_new_tokens), False
-        confirmed = self.confirmed(prompt_ids, self.without_end(draft)[: room - 1])
+        begun = [*confirmed.token_ids[:room]]
+        for length, token in enumerate(begun, 1):
+            if counter is not None and counter.add(token):
+                return begun[:length], False
+        if confirmed.ended or len(begun) == room:
+            return begun, len(begun) < room
         try:
             generator = self.start(len(prompt_ids) + room)
-            for length, token in enumerate(confirmed, 1):
-                if counter is not None and counter.add(token):
-                    return confirmed[:length], False
-            generator.append_tokens(np.asarray([*prompt_ids, *confirmed], np.int32))
+            generator.append_tokens(np.asarray([*prompt_ids, *begun], np.int32))
             while not (full or generator.is_done()):
                 generator.generate_next_token()
                 token = int(generator.get_next_tokens()[0])
                 full = counter is not None and token not in self.end_token_ids and counter.add(token)
             answer = self.without_end([int(token) for token in generator.get_sequence(0)[len(prompt_ids) :]])
             return answer, not full and len(answer) < room
-        except StageFailed:
-            raise
         except Exception as error:
             raise self.broken(error) from error
 
-    def confirmed(self, prompt_ids: Sequence[int], draft: Sequence[int]) -> list[int]:
-        """Return the beginning of an answer without an end token that the model would generate, up to a near tie.
+    def follow(
+        self,
+        prompt_ids: Sequence[int],
+        expected_ids: Sequence[int],
+        positions: Sequence[int] = (),
+        on_logits: Callable[[int, NDArray[np.float32]], None] | None = None,
+        chunk_bytes: int = LOGITS_CHUNK_BYTES,
+    ) -> Confirmed:
+        """Return the beginning of an expected answer that the model would generate, up to a near tie.
 
         It is found in one pass over all tokens, which may round otherwise than a pass over each: where that could
         decide between two tokens, the model must generate. Empty for a model that gives only the last logits or whose
-        choices do not follow from the logits alone.
+        choices do not follow from the logits alone. `on_logits` gets the logits after each of `positions`, ascending
+        indices into all tokens but the last, in the same pass.
         """
-        if not draft or self.gives_last_position_only or self._search["repetition_penalty"] != 1:
-            return []
+        token_ids, draft = [*prompt_ids, *expected_ids], self.without_end(expected_ids)
+        confirms = not self.gives_last_position_only and self._search["repetition_penalty"] == 1
         last = len(prompt_ids) - 1
-        found = self.logits_at([*prompt_ids, *draft], range(last, last + len(draft)))
-        return [token for token, _ in itertools.takewhile(_is_certain, zip(draft, found, strict=True))]
+        answered = range(last, last + min(len(draft) + 1, len(expected_ids))) if confirms else range(0)
+        asked, wanted = sorted({*answered, *positions}), frozenset(positions)
+        certain = 0
+        for position, logits in zip(asked, self.logits_at(token_ids, asked, chunk_bytes), strict=True):
+            if on_logits and position in wanted:
+                on_logits(position, logits)
+            if position == last + certain and position in answered:
+                certain += _is_certain(token_ids[position + 1], logits)
+        return Confirmed(tuple(draft[:certain]), ended=certain > len(draft))
 
     def without_end(self, token_ids: Sequence[int]) -> list[int]:
         """The tokens of an answer before its end token."""
@@ -205,6 +231,8 @@ class GenaiModel:
         The tokens are fed in chunks, so that one chunk's logits stay under `chunk_bytes`. A model that was built
         to give only the last position's logits is fed up to one position at a time.
         """
+        if not positions:
+            return
         end = positions[-1] + 1
         if self.gives_last_position_only:
             cuts = [position + 1 for position in positions]
@@ -270,11 +298,11 @@ class GenaiModel:
         )
 
 
-def _is_certain(step: tuple[int, NDArray[np.float32]]) -> bool:
+def _is_certain(token: int, logits: NDArray[np.float32]) -> bool:
     """Whether a token has the highest logit, with a lead of more than `CERTAIN_LEAD` times that."""
-    token, logits = step
-    second, first = np.partition(logits, -2)[-2:]
-    return bool(logits[token] == first and first - second > CERTAIN_LEAD * max(1.0, abs(first)))
+    first = logits[token]
+    within = np.count_nonzero(first - logits <= CERTAIN_LEAD * max(1.0, abs(first)))
+    return bool(within == 1 and not np.isnan(logits).any())
 
 
 def _read_genai_config(model_dir: Path) -> dict[str, Any]:

@@ -159,56 +159,90 @@ def test_waiting_threads_spin_only_where_a_speed_is_measured(fp32, reference_dir
     assert told(2, spin=False)["session.intra_op.allow_spinning"] == "0"
 
 
+class WatchedModel(runtime.GenaiModel):
+    """Counts what its generators are fed in one pass, and the tokens that they generate one by one."""
+
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self.passes, self.generated = [], 0
+
+    def start(self, *sizes):
+        generator = super().start(*sizes)
+
+        def append_tokens(ids):
+            self.passes.append(len(ids))
+            generator.append_tokens(ids)
+
+        def generate_next_token():
+            self.generated += 1
+            generator.generate_next_token()
+
+        names = ("get_output", "get_sequence", "get_next_tokens", "is_done")
+        kept = {name: getattr(generator, name) for name in names}
+        return SimpleNamespace(append_tokens=append_tokens, generate_next_token=generate_next_token, **kept)
+
+
 @pytest.mark.parametrize("right", [0, 1, 9, NEW_TOKENS])
-def test_a_draft_saves_generation_and_changes_no_token(fp32, monkeypatch, right):
-    model = runtime.GenaiModel(fp32, threads=1)
+def test_what_a_pass_confirms_saves_generation_and_changes_no_token(fp32, right):
+    model = WatchedModel(fp32, threads=1)
     _, prompt = model.render(ROWS[1]["messages"])
     answer, ended = model.answer_and_end(prompt, NEW_TOKENS)
-    assert (len(answer), ended) == (NEW_TOKENS, False)
-    fed = []
-    start = model.start
-
-    def watched(*sizes):
-        generator = start(*sizes)
-        generated = generator.generate_next_token
-        return SimpleNamespace(
-            append_tokens=generator.append_tokens,
-            get_output=generator.get_output,
-            get_sequence=generator.get_sequence,
-            get_next_tokens=generator.get_next_tokens,
-            is_done=generator.is_done,
-            generate_next_token=lambda: fed.append(generated()),
-        )
-
-    monkeypatch.setattr(model, "start", watched)
+    assert (len(answer), ended, model.generated) == (NEW_TOKENS, False, NEW_TOKENS)
     wrong = [(token + 1) % 512 for token in answer[right:]]
-    assert model.answer_and_end(prompt, NEW_TOKENS, draft=answer[:right] + wrong) == (answer, False)
-    assert max(1, NEW_TOKENS - right) <= len(fed) <= (NEW_TOKENS if right < 9 else NEW_TOKENS - 4)  # some are near ties
+    confirmed = model.follow(prompt, answer[:right] + wrong)
+    assert min(right, 4) <= len(confirmed.token_ids) <= right  # some are near ties
+    assert model.answer_and_end(prompt, NEW_TOKENS, confirmed=confirmed) == (answer, False)
+    assert model.generated == 2 * NEW_TOKENS - len(confirmed.token_ids)
+
+
+def test_an_answer_is_confirmed_with_its_end_token(fp32):
+    model = WatchedModel(fp32, threads=1)
+    _, prompt = model.render(ROWS[1]["messages"])
+    answer = model.answer(prompt, NEW_TOKENS)
+    last = next(index for index, token in enumerate(answer) if index > 1 and token not in answer[:index])
+    model.end_token_ids = {answer[last]}
+    for expected, ended in ((answer[: last + 1], True), (answer[:last], False)):
+        confirmed = model.follow(prompt, expected)
+        assert (confirmed.token_ids, confirmed.ended) == (tuple(answer[:last]), ended)
+    model.generated = 0
+    confirmed = runtime.Confirmed(tuple(answer[:last]), ended=True)
+    assert model.answer_and_end(prompt, NEW_TOKENS, confirmed=confirmed) == (answer[:last], True)
+    assert model.generated == 0
 
 
 def test_a_near_tie_is_generated(fp32, tmp_path):
     model = runtime.GenaiModel(with_weights_set(fp32, tmp_path / "uniform", "lm_head", 0.0), threads=1)
     answer = model.answer([5, 6], 4)
-    assert model.confirmed([5, 6], answer) == []
+    assert model.follow([5, 6], answer).token_ids == ()
+
+
+def test_one_pass_over_a_row_confirms_its_answer_and_compares_its_distributions(fp32, reference_dir, monkeypatch):
+    monkeypatch.setattr("slmops.infra.genai.evaluation.GENERATED_ROWS", 1)
+    opened = []
+    monkeypatch.setattr(
+        "slmops.infra.genai.evaluation.GenaiModel",
+        lambda *given, **options: opened.append(WatchedModel(*given, **options)) or opened[-1],
+    )
+    result = run_evaluate(fp32, reference_dir)
+    assert (result["identical_answers"], result["positions"]) == (1.0, 60)
+    (model,) = opened
+    rows = json.loads((reference_dir / "reference.json").read_bytes())["rows"]
+    followed = [len(row["prompt_ids"] + row["answer_ids"]) - 1 for row in rows]
+    assert [tokens for tokens in model.passes if tokens in followed] == followed
+    assert model.generated < len(rows) * NEW_TOKENS
 
 
 def test_a_model_that_generates_other_tokens_than_a_pass_confirms_gets_no_drafts(fp32, reference_dir, monkeypatch):
     monkeypatch.setattr("slmops.infra.genai.evaluation.GENERATED_ROWS", 1)
-    confirmed = runtime.GenaiModel.confirmed
-    asked = []
+    begun = []
 
-    def watched(model, prompt_ids, draft):
-        asked.append(len(draft))
-        return confirmed(model, prompt_ids, draft)
+    def broken(model, prompt_ids, budget, counter, confirmed):
+        begun.append(confirmed.token_ids)
+        return [7, 7], False
 
-    monkeypatch.setattr(runtime.GenaiModel, "confirmed", watched)
-    sound = run_evaluate(fp32, reference_dir)
-    assert len([length for length in asked if length]) == len(ROWS)
-    asked.clear()
-    monkeypatch.setattr(runtime.GenaiModel, "answer_and_end", lambda *asked: ([7, 7], False))
-    broken = run_evaluate(fp32, reference_dir)
-    assert len(asked) == 1
-    assert (sound["identical_answers"], broken["identical_answers"]) == (1.0, 0.0)
+    monkeypatch.setattr(runtime.GenaiModel, "answer_and_end", broken)
+    assert run_evaluate(fp32, reference_dir)["identical_answers"] == 0.0
+    assert begun == [()] * len(ROWS)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
