@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from slmops.infra import errors
+from slmops.infra.process.abreast import check_not_stopped
 from slmops.infra.process.call import Call, ChildResult, OnProgress, R
 from slmops.infra.process.channel import Channel, Message, child_environment, end_of_log, error_of
 
@@ -131,11 +132,12 @@ class ChildProcess:
 def _follow(channel: Channel, deadline: float, on_progress: OnProgress | None) -> tuple[Message, int]:
     """Return a call's answer (None from a child that ended without one) and the peak memory of its process tree.
 
-    Raises `TimeoutError` at the deadline, which is a time of the monotonic clock.
+    Raises `TimeoutError` at the deadline, which is a time of the monotonic clock, and as `check_not_stopped` does.
     """
     tree = _TreeMemory(channel.pid)
     while True:
         tree.sample()
+        check_not_stopped()
         if time.monotonic() > deadline:
             raise TimeoutError
         try:

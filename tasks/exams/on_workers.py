@@ -12,6 +12,7 @@ from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.exams.endurance import EnduranceExam
 from slmops.tasks.exams.exam import Exam, examine
 from slmops.tasks.exams.measurement import MeasurementExam
+from slmops.tasks.exams.together import examine_together
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.runs.orders import Order, order_on_pool
 from slmops.tasks.workshop import working_by, workshop
@@ -82,3 +83,10 @@ def answered(exam: Exam[R], variant: Variant, elsewhere: Examined | None) -> R:
     if elsewhere.error is not None:
         raise StageFailed(elsewhere.error)
     return exam.kind.from_content(elsewhere.answers[exam.id])
+
+
+def answered_together(exams: Sequence[Exam[R]], variant: Variant, elsewhere: Examined | None) -> tuple[R, ...]:
+    """Return a worker's results, or examine the variant here, side by side; raises as `answered` does."""
+    if elsewhere is None:
+        return examine_together(exams, variant)
+    return tuple(answered(exam, variant, elsewhere) for exam in exams)

@@ -17,7 +17,7 @@ from slmops.tasks.exams.evaluation import Evaluation
 from slmops.tasks.exams.exam import examine
 from slmops.tasks.exams.length_sweep import length_sweep_of
 from slmops.tasks.exams.measurement import MeasurementExam
-from slmops.tasks.exams.on_workers import Examined, answered
+from slmops.tasks.exams.on_workers import Examined, answered, answered_together
 from slmops.tasks.exams.source import ComparedExam, run_source_once
 from slmops.tasks.exams.source_lengths import SourceLengthsExam, needs_source_at_lengths
 from slmops.tasks.exams.statements import Statement
@@ -126,7 +126,7 @@ def _examined(
     at_lengths = SourceLengthsExam(measured, checkpoint, asked.evaluation.decoding)
     can_ask = at_lengths.can_be_asked(variant, workshop().settings)
     silent = examine(at_lengths, variant) if can_ask else None
-    endurance = tuple(answered(exam, variant, elsewhere) for exam in endurance_exams(variant, rows))
+    endurance = answered_together(endurance_exams(variant, rows), variant, elsewhere)
     return VariantDetails(
         measurement=measured,
         evaluation=evaluated,

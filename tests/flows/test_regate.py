@@ -20,7 +20,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.tasks.environment import checks
-from slmops.tasks.exams import on_workers
+from slmops.tasks.exams import on_workers, together
 from slmops.tasks.exams.source_lengths import SOURCE_LENGTHS, SourceLengths, SourceLengthsExam
 from slmops.tasks.report.markdown import to_markdown
 from slmops.tasks.runs.stage import final_state
@@ -61,8 +61,9 @@ class AtOnce:
 @pytest.fixture
 def exams(monkeypatch: pytest.MonkeyPatch) -> AtOnce:
     at_once = AtOnce()
-    for module in (qualification, on_workers):
+    for module in (qualification, on_workers, together):
         monkeypatch.setattr(module, "examine", at_once.examine)
+    monkeypatch.setattr(together, "run_abreast", lambda works: [work() for work in works])
     found = {
         "register_variant": SimpleNamespace(changed=True, notes=("registered",), model_id="home-int4-generic-cpu:1"),
         "prove_variant": SimpleNamespace(text="It is on.", notes=()),
