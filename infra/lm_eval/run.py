@@ -189,10 +189,10 @@ def _open(call: RunTasks, progress: Progress) -> Any:
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    from slmops.infra.transformers.answers import load_checkpoint
+    from slmops.infra.transformers.loading import load_to_answer
 
     torch.set_num_threads(call.threads)
-    tokenizer, checkpoint = load_checkpoint(call.checkpoint_dir, "float32")
+    tokenizer, checkpoint = load_to_answer(call.checkpoint_dir)
     return HFLM(pretrained=checkpoint, tokenizer=tokenizer, batch_size=1)
 
 

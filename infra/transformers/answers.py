@@ -23,7 +23,7 @@ from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.reference.repetition import ends_in_repetition
 from slmops.infra.reference.thinking import Decode, Thinking, TokenCounter, split_tokens
 from slmops.infra.transformers.calls import AnswerAsSource
-from slmops.infra.transformers.tokenizer import load_tokenizer
+from slmops.infra.transformers.loading import load_to_answer
 
 # A step of 32 rows takes far less than four steps of 8, because each step reads all weights. But the cache of keys and
 # values grows with every token of every row, so long rows are answered by eight.
@@ -48,7 +48,7 @@ def answer(call: AnswerAsSource, progress: Progress) -> SourceAnswers:
     torch.set_num_threads(call.threads)
     call.output_dir.mkdir(parents=True, exist_ok=True)
     progress(0, 1, "loading the source checkpoint")
-    tokenizer, model = load_checkpoint(call.checkpoint_dir, call.dtype)
+    tokenizer, model = load_to_answer(call.checkpoint_dir)
     prompts = [render_question(tokenizer, row) for row in call.rows]
     budgets = token_budgets(call.rows, prompts, model, call.max_new_tokens + _max_thought_tokens(call))
     ends = end_token_ids(tokenizer, model, call.decoding)
@@ -141,26 +141,6 @@ def _counter_for(call: AnswerAsSource, tokenizer: Any) -> Callable[[str], TokenC
 def _digest(rows: Sequence[SourceAnswer]) -> str:
     content = [row.model_dump(mode="json") for row in rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def load_checkpoint(checkpoint_dir: Path, dtype: str) -> tuple[Any, Any]:
-    """Return a checkpoint's tokenizer and its model, ready to answer; no code of the checkpoint is run.
-
-    `dtype` is auto, float32 or bfloat16. Raises `StageFailed` when transformers cannot load it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    safe = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = load_tokenizer(checkpoint_dir)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype, use_safetensors=True, **safe)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise StageFailed(
-            f"transformers cannot load the checkpoint {checkpoint_dir}: {reason_of(error, -1)}.",
-            "Load it with AutoModelForCausalLM.from_pretrained and correct the reported fault.",
-            code="checkpoint-does-not-load",
-        ) from error
-    return tokenizer, model.eval()
 
 
 def render_question(tokenizer: Any, row: Question) -> tuple[str, list[int]]:

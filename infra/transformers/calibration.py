@@ -6,8 +6,9 @@ from typing import Any
 from slmops.infra.errors import BadInput
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import Question
-from slmops.infra.transformers.answers import answer_greedily, load_checkpoint, render_question, token_budgets
+from slmops.infra.transformers.answers import answer_greedily, render_question, token_budgets
 from slmops.infra.transformers.calls import Calibrate, CalibrationTexts, Chat
+from slmops.infra.transformers.loading import load_to_answer
 
 
 def calibrate(call: Calibrate, progress: Progress) -> CalibrationTexts:
@@ -21,7 +22,7 @@ def calibrate(call: Calibrate, progress: Progress) -> CalibrationTexts:
 
     torch.set_num_threads(call.threads)
     progress(0, 1, "loading the source checkpoint")
-    tokenizer, model = load_checkpoint(call.checkpoint_dir, call.dtype)
+    tokenizer, model = load_to_answer(call.checkpoint_dir)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     rows = _chat_rows(tokenizer, call.chats, context, call.max_tokens)
     wanted = call.max_tokens - sum(map(len, rows))

@@ -14,8 +14,8 @@ from slmops.infra.reference.text import LOGITS_CHUNK_BYTES, SourceText
 class AnswerAsSource(Call[SourceAnswers]):
     """Answer questions greedily with a source checkpoint and write its logits at the compared positions.
 
-    `max_new_tokens` is the limit of answers without their thoughts. `dtype` is that of the loaded weights. `output_dir`
-    gets `logits.npy` and `reference.json`, a copy of the answer (see `slmops.infra.reference.answers`).
+    `max_new_tokens` is the limit of answers without their thoughts. `output_dir` gets `logits.npy` and
+    `reference.json`, a copy of the answer (see `slmops.infra.reference.answers`).
     """
 
     checkpoint_dir: AbsolutePath
@@ -24,7 +24,6 @@ class AnswerAsSource(Call[SourceAnswers]):
     max_positions: int
     batch_size: int
     threads: int
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     output_dir: AbsolutePath
     decoding: Decoding = PLAIN
 
@@ -56,7 +55,6 @@ class Calibrate(Call[CalibrationTexts]):
     max_new_tokens: int
     batch_size: int
     threads: int
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
 
     def perform(self, progress: Progress) -> CalibrationTexts:
         """See `slmops.infra.transformers.calibration.calibrate`."""
@@ -94,7 +92,6 @@ class ScoreTextAsSource(Call[SourceText]):
     window_tokens: int
     max_positions: int
     threads: int
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     output_dir: AbsolutePath
     chunk_bytes: int = LOGITS_CHUNK_BYTES
 

@@ -37,7 +37,7 @@ def fine_tune(call: FineTune, progress: Progress) -> FineTuned:
     import torch
     import transformers
 
-    from slmops.infra.transformers.answers import load_checkpoint
+    from slmops.infra.transformers.loading import load_checkpoint
 
     torch.set_num_threads(call.threads)
     transformers.set_seed(call.seed)
@@ -239,7 +239,7 @@ def _save(model: Any, tokenizer: Any, call: FineTune) -> None:
 
 
 def _loss_of_saved(call: FineTune, held_out: list[Any], trainer: Any) -> float:
-    from slmops.infra.transformers.answers import load_checkpoint
+    from slmops.infra.transformers.loading import load_checkpoint
 
     dtype = str(trainer.model.dtype).removeprefix("torch.")
     if call.method == "lora":

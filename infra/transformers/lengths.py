@@ -3,8 +3,9 @@
 from slmops.infra.process.call import Progress
 from slmops.infra.reference.answers import Question
 from slmops.infra.reference.chat_prompt import BENCHMARK_TEXT, find_chat_prompt
-from slmops.infra.transformers.answers import end_token_ids, load_checkpoint, render_question
+from slmops.infra.transformers.answers import end_token_ids, render_question
 from slmops.infra.transformers.calls import AnswerAtLengths
+from slmops.infra.transformers.loading import load_to_answer
 
 
 def answer_at_lengths(call: AnswerAtLengths, progress: Progress) -> tuple[bool, ...]:
@@ -19,7 +20,7 @@ def answer_at_lengths(call: AnswerAtLengths, progress: Progress) -> tuple[bool, 
 
     torch.set_num_threads(call.threads)
     progress(0, 1, "loading the source checkpoint")
-    tokenizer, model = load_checkpoint(call.checkpoint_dir, "float32")
+    tokenizer, model = load_to_answer(call.checkpoint_dir)
     text_ids = tokenizer(BENCHMARK_TEXT, add_special_tokens=False)["input_ids"]
     chat = find_chat_prompt(
         lambda messages: render_question(tokenizer, Question(id=1, messages=tuple(messages)))[1], text_ids

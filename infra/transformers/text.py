@@ -21,8 +21,8 @@ from slmops.infra.reference.text import (
     cut_windows,
     scored_positions,
 )
-from slmops.infra.transformers.answers import load_checkpoint
 from slmops.infra.transformers.calls import ScoreTextAsSource
+from slmops.infra.transformers.loading import load_to_answer
 
 
 def score_text(call: ScoreTextAsSource, progress: Progress) -> SourceText:
@@ -42,7 +42,7 @@ def score_text(call: ScoreTextAsSource, progress: Progress) -> SourceText:
     output_dir = call.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     progress(0, 1, "loading the source checkpoint")
-    tokenizer, model = load_checkpoint(call.checkpoint_dir, call.dtype)
+    tokenizer, model = load_to_answer(call.checkpoint_dir)
     content = call.text_file.read_bytes()
     token_ids = _encode(tokenizer, content.decode())[: call.max_tokens]
     begin = begin_token_ids(tokenizer("a")["input_ids"], _encode(tokenizer, "a"))

@@ -16,7 +16,6 @@ from slmops.infra.storage.manifest import digest_of
 from slmops.infra.transformers.calls import Calibrate, Chat
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
-from slmops.tasks.environment.estimates import MAX_FLOAT32_PARAMETERS
 from slmops.tasks.questions.evaluation_set import EvaluationRow
 from slmops.tasks.questions.messages import Message
 from slmops.tasks.questions.training_rows import TrainingRow, Turn, read_rows_file
@@ -161,7 +160,6 @@ def calibrate_once(
                     max_new_tokens=settings.calibration.max_new_tokens,
                     batch_size=PROMPTS_AT_ONCE,
                     threads=settings.threads,
-                    dtype="float32" if prepared.inspection.parameters <= MAX_FLOAT32_PARAMETERS else "auto",
                 ),
                 deadline_s=settings.timeout.build_s,
                 log_path=settings.cache_dir / "logs" / f"calibrate-{record.stem[:12]}.log",

@@ -34,9 +34,7 @@ BUILD_S_PER_BILLION_PARAMETERS = {"fp16": 8.0, "int8": 13.0, "int4": 9.0}
 # Bytes per parameter on disk: weights, plus one fp32 scale per block of 32 for int8 and int4.
 DISK_BYTES_PER_PARAMETER = {"fp16": 2.0, "int8": 1.13, "int4": 0.66}
 # Calibrated recipes, on 4,096 tokens: the checkpoint's own answers, and Olive's pass before the builder. The memory is
-# of SmolLM2-135M and of a layer of a Qwen2.5-0.5B shape. Up to this size, the checkpoint answers in float32, which is
-# faster on a CPU without instructions for bfloat16.
-MAX_FLOAT32_PARAMETERS = 1_000_000_000
+# of SmolLM2-135M and of a layer of a Qwen2.5-0.5B shape.
 CALIBRATION_S = (1.0, 208.0)
 CALIBRATED_BUILD_S = (1.5, 205.0)
 CALIBRATED_RAM_FLOOR_BYTES = 780_000_000
@@ -44,7 +42,6 @@ CALIBRATED_RAM_BYTES_PER_PARAMETER = 0.7
 CALIBRATED_RAM_BYTES_PER_ELEMENT_OF_THE_EMBEDDING = 8.0
 TOKENIZER_BYTES = 20_000_000
 RUNTIME_RAM_FLOOR_BYTES = 600_000_000
-REFERENCE_BYTES_PER_PARAMETER = 4  # it always runs in float32
 REFERENCE_S = (1.0, 5.6)  # per billion parameters and row
 EVALUATION_S = (0.5, 2.4)  # per billion parameters and row
 MEASUREMENT_S = (0.5, 30.0)
@@ -91,7 +88,7 @@ def estimate_stages(
             StageEstimate(
                 stage="reference",
                 time_s=_linear(REFERENCE_S, billions * rows),
-                ram_bytes=RUNTIME_RAM_FLOOR_BYTES + REFERENCE_BYTES_PER_PARAMETER * parameters,
+                ram_bytes=_answering_ram(inspection),
                 disk_bytes=4 * positions * inspection.vocabulary_size,
             )
         )
@@ -119,13 +116,17 @@ def estimate_stages(
 
 def _calibration(inspection: Inspection) -> StageEstimate:
     """Estimate the checkpoint's own answers, on which recipes are calibrated."""
-    width = 4 if inspection.parameters <= MAX_FLOAT32_PARAMETERS else 2
     return StageEstimate(
         stage="calibrate",
         time_s=START_S + _linear(CALIBRATION_S, inspection.parameters / 1e9),
-        ram_bytes=RUNTIME_RAM_FLOOR_BYTES + width * inspection.parameters,
+        ram_bytes=_answering_ram(inspection),
         disk_bytes=0,
     )
+
+
+def _answering_ram(inspection: Inspection) -> int:
+    """Estimate the memory in which the checkpoint answers: its matrices stay as they are stored."""
+    return RUNTIME_RAM_FLOOR_BYTES + inspection.size_bytes
 
 
 def _build_time(parameters: int, precision: str, *, calibrated: bool) -> float:

@@ -24,8 +24,9 @@ from slmops.infra.genai.evaluation import evaluate
 from slmops.infra.reference.answers import ANSWERS_FILE, LOGITS_FILE, Question, SourceAnswers
 from slmops.infra.reference.distributions import compare_position
 from slmops.infra.settings import GateSettings
-from slmops.infra.transformers.answers import answer, load_checkpoint
+from slmops.infra.transformers.answers import answer
 from slmops.infra.transformers.calls import AnswerAsSource
+from slmops.infra.transformers.loading import load_checkpoint
 from slmops.tasks.build.recipes import load_recipe
 from slmops.tasks.questions.evaluation_set import chat_prompts
 from slmops.tasks.verdict.thresholds import thresholds_for

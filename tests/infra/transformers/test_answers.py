@@ -13,10 +13,10 @@ from slmops.infra.transformers.answers import (
     STEPS_TOGETHER,
     answer,
     answer_greedily,
-    load_checkpoint,
     render_question,
 )
 from slmops.infra.transformers.calls import AnswerAsSource
+from slmops.infra.transformers.loading import load_to_answer
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
 
@@ -35,7 +35,6 @@ def run(checkpoint, directory, **changes):
         "max_positions": 1000,
         "batch_size": 8,
         "threads": 2,
-        "dtype": "float32",
         "output_dir": str(directory),
     }
     return answer(AnswerAsSource(**request | changes), lambda done, total, what: None).model_dump(mode="json")
@@ -90,7 +89,7 @@ def test_the_batch_size_does_not_change_the_result(checkpoint, tmp_path):
 
 
 def test_rows_whose_answers_have_ended_leave_their_batch(checkpoint):
-    tokenizer, model = load_checkpoint(checkpoint, "float32")
+    tokenizer, model = load_to_answer(checkpoint)
     prompts = [render_question(tokenizer, Question(**row)) for row in ROWS]
     rows_of_steps = []
     model.register_forward_pre_hook(
@@ -162,11 +161,6 @@ def test_expected_answers_are_compared_without_outer_white_space(checkpoint, tmp
     result = run(checkpoint, tmp_path, rows=rows)
     assert [row["exact_match"] for row in result["rows"]] == [True, False, None]
     assert result["exact_match"] == 0.5
-
-
-def test_the_checkpoint_s_own_precision_can_be_requested(checkpoint, tmp_path):
-    assert run(checkpoint, tmp_path, dtype="auto")["dtype"] == "bfloat16"
-    assert np.load(tmp_path / "logits.npy").dtype == np.float32
 
 
 def test_answers_end_at_the_end_of_the_context(tmp_path):

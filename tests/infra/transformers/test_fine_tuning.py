@@ -86,8 +86,8 @@ def test_it_learns_and_loads_back_to_the_same_loss(tiny_checkpoint: Path, tmp_pa
 
 
 def test_only_answers_are_learned(tiny_checkpoint: Path) -> None:
-    from slmops.infra.transformers.answers import load_checkpoint
     from slmops.infra.transformers.fine_tuning import IGNORED_LABEL, _encode_chat
+    from slmops.infra.transformers.loading import load_checkpoint
 
     tokenizer, _ = load_checkpoint(tiny_checkpoint, "float32")
     encoded = _encode_chat(tokenizer, [*chat(1, "first"), *chat(2, "second")])
