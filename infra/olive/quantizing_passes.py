@@ -8,11 +8,12 @@ format, and all its files except the weights are copies of the checkpoint's file
 import fnmatch
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from olive.common.hf.wrapper import ModelWrapper
@@ -27,6 +28,9 @@ from torch.nn import Module
 from slmops.infra.olive.gptq_rounding import Rounded, round_for_inputs, round_to_nearest
 from slmops.infra.olive.memory import release_mapped_pages
 from slmops.infra.olive.step_progress import report_step
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 CALIBRATED_BITS = 4  # eight bits are rounded to nearest, because their error is far below that of four
 CONFIG_FILE = "config.json"
@@ -81,9 +85,8 @@ def _quantize_layers(wrapper: ModelWrapper, rows: Sequence[Tensor], damping: flo
     for number, layer in enumerate(layers):
         report_step(number / len(layers), f"calibrating layer {number + 1} of {len(layers)}")
         layer.float()
-        with _seen_inputs(layer) as seen:
-            _run(layer, inputs, arguments[number])
-        rounded = {module: part for group in seen for module, part in _rounded_together(group, damping)}
+        groups = _in_lanes(lambda group: _rounded_together(group, damping), _readers(layer, inputs, arguments[number]))
+        rounded = {module: part for group in groups for module, part in group}
         for module in _prepared(layer):
             if module not in rounded:
                 rounded[module] = round_to_nearest(module.weight.data, module.quant_info.quantizer)
@@ -94,9 +97,7 @@ def _quantize_layers(wrapper: ModelWrapper, rows: Sequence[Tensor], damping: flo
     norm = wrapper.get_pre_head_layernorm(return_name=False).float()
     head = wrapper.get_lm_head(return_name=False)
     if _is_calibrated(head):
-        readers = _Readers([head.float()], torch.zeros(head.in_features, head.in_features))
-        for hidden_states in inputs:
-            readers.add(norm(hidden_states))
+        readers = _Readers([head.float()], [norm(hidden_states) for hidden_states in inputs])
         _pack(wrapper.model, dict(_rounded_together(readers, damping)))
 
 
@@ -129,62 +130,97 @@ def _layer_inputs(wrapper: ModelWrapper, rows: Sequence[Tensor]) -> tuple[list[T
 
 
 def _run(layer: Module, inputs: Sequence[Tensor], arguments: Sequence[Arguments]) -> list[Tensor]:
-    outputs = []
-    for hidden_states, (positional, named) in zip(inputs, arguments, strict=True):
-        output = layer(hidden_states, *positional, **named)
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-    return outputs
+    def run(number: int) -> Tensor:
+        positional, named = arguments[number]
+        output: Tensor | tuple[Tensor, ...] = layer(inputs[number], *positional, **named)
+        return output[0] if isinstance(output, tuple) else output
+
+    return _in_lanes(run, range(len(inputs)))
+
+
+def _in_lanes(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Do a work for each item, in as many threads as torch has, each of which computes alone.
+
+    The matrices of one text are too small for several threads, which would wait for each other.
+    """
+    threads = torch.get_num_threads()
+
+    def without_gradients(item: T) -> R:
+        with torch.no_grad():  # holds for a thread
+            return work(item)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return [*pool.map(without_gradients, items)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
 class _Readers:
-    """Matrices that read the same inputs, and the sum of the inputs' products, [inputs, inputs]."""
+    """Matrices that read the same inputs, and these inputs, [..., inputs] of each text."""
 
     modules: list[Module]
-    products: Tensor
+    inputs: list[Tensor]
 
-    def add(self, inputs: Tensor) -> None:
-        """Add the products of inputs [..., inputs]."""
-        rows = inputs.reshape(-1, len(self.products))
-        self.products.addmm_(rows.T, rows)
+    def products(self) -> Tensor:
+        """Return the sum of the inputs' products, [inputs, inputs]."""
+        size = self.inputs[0].shape[-1]
+        products = torch.zeros(size, size)
+        for given in self.inputs:
+            rows = given.reshape(-1, size)
+            products.addmm_(rows.T, rows)
+        return products
 
 
-@contextmanager
-def _seen_inputs(layer: Module) -> Iterator[list[_Readers]]:
-    """Sum the products of the inputs of a layer's matrices that are to be calibrated, while it runs."""
-    found: dict[Module, _Readers] = {}
-    last: list[Any] = [None, None]  # the last input, and the matrix that was the first to read it
+def _readers(layer: Module, inputs: Sequence[Tensor], arguments: Sequence[Arguments]) -> list[_Readers]:
+    """Run a layer, and return those of its matrices that are to be calibrated, with what they read."""
+    text = threading.local()
 
     def see(module: Module, positional: tuple[Tensor, ...]) -> None:
-        if positional[0] is last[0]:
-            if module not in found:
-                found[module] = found[last[1]]
-                found[module].modules.append(module)
-            return
-        last[:] = positional[0], module
-        size = module.in_features
-        found.setdefault(module, _Readers([module], torch.zeros(size, size))).add(positional[0])
+        text.seen.append((module, positional[0]))
+
+    def seen(number: int) -> list[tuple[Module, Tensor]]:
+        text.seen = []
+        positional, named = arguments[number]
+        layer(inputs[number], *positional, **named)
+        return list(text.seen)
 
     hooks = [module.register_forward_pre_hook(see) for module in _prepared(layer) if _is_calibrated(module)]
-    groups: list[_Readers] = []
     try:
-        yield groups
+        texts = _in_lanes(seen, range(len(inputs)))
     finally:
         for hook in hooks:
             hook.remove()
-    groups += {id(readers): readers for readers in found.values()}.values()
+    found: dict[Module, _Readers] = {}
+    for of_text in texts:
+        last: tuple[Module, Tensor] | None = None  # the last input, and the matrix that was the first to read it
+        for module, given in of_text:
+            if last and given is last[1]:
+                if module not in found:
+                    found[module] = found[last[0]]
+                    found[module].modules.append(module)
+                continue
+            last = module, given
+            found.setdefault(module, _Readers([module], [])).inputs.append(given)
+    return [*{id(readers): readers for readers in found.values()}.values()]
 
 
-def _rounded_together(readers: _Readers, damping: float) -> Iterator[tuple[Module, Rounded]]:
-    """Yield each matrix and its rounding; matrices of the same format are rounded as one matrix of all rows."""
+def _rounded_together(readers: _Readers, damping: float) -> list[tuple[Module, Rounded]]:
+    """Return each matrix and its rounding; matrices of the same format are rounded as one matrix of all rows."""
     of_format: dict[tuple[int, int, bool], list[Module]] = {}
     for module in readers.modules:
         quantizer = module.quant_info.quantizer
         of_format.setdefault((quantizer.bits, quantizer.group_size, quantizer.symmetric), []).append(module)
+    products = readers.products()
+    readers.inputs.clear()
+    found: list[tuple[Module, Rounded]] = []
     for modules in of_format.values():
         weight = torch.cat([module.weight.data for module in modules])
-        rounded = round_for_inputs(weight, readers.products.clone(), modules[0].quant_info.quantizer, damping)
-        yield from zip(modules, rounded.parts([module.out_features for module in modules]), strict=True)
+        rounded = round_for_inputs(weight, products.clone(), modules[0].quant_info.quantizer, damping)
+        found += zip(modules, rounded.parts([module.out_features for module in modules]), strict=True)
+    return found
 
 
 def _prepared(module: Module) -> list[Module]:

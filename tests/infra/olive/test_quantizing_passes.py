@@ -133,3 +133,29 @@ def test_a_family_is_calibrated_layer_by_layer_and_runs(family: str, tmp_path: P
     with torch.inference_mode():
         wanted = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")(torch.tensor([prompt])).logits[0]
     assert (found - wanted).std() < 0.25 * wanted.std()
+
+
+def test_texts_and_matrices_are_worked_on_side_by_side_without_another_result(tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint")
+    texts = tuple(tuple((7 * i * i + 11 * i + row) % 470 for i in range(60)) for row in range(6))
+    weights = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            torch.set_num_threads(threads)
+            build(
+                Build(
+                    olive_config=olive_run_config(load_recipe("int4")),
+                    checkpoint_dir=checkpoint,
+                    output_dir=tmp_path / f"model{threads}",
+                    cache_dir=tmp_path / f"cache{threads}",
+                    threads=threads,
+                    calibration=texts,
+                ),
+                lambda done, total, what: None,
+            )
+            weights.append((tmp_path / f"model{threads}/model.onnx.data").read_bytes())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert weights[0] == weights[1]
