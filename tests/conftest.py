@@ -65,6 +65,7 @@ def pytest_runtestloop() -> None:
 def pytest_unconfigure() -> None:
     for folder in _MADE_HERE:
         shutil.rmtree(folder, ignore_errors=True)
+    gc.freeze()  # at exit the interpreter would scan all objects of the libraries, for seconds
 
 
 # What a module of tests has at hand when it works with a real runtime, and the fixtures that are real servers.

@@ -3,8 +3,11 @@
 `final_state` runs such a flow in this process.
 """
 
+import atexit
 import functools
+import gc
 import logging
+import os
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, cast
@@ -62,11 +65,23 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
     def ending(*args: P.args, **kwargs: P.kwargs) -> R:
         for logger in ("prefect.flow_runs", "prefect.engine"):
             logging.getLogger(logger).addFilter(_is_unexpected)
+        _spare_collections()
         logging.getLogger("prefect.task_runs").addFilter(_is_news)
         tag_by_parameters()
         return _told(functools.partial(flow_function, *args, **kwargs))
 
     return ending
+
+
+def _spare_collections() -> None:
+    """In a process that Prefect started for this run alone, leave what was imported out of garbage collection.
+
+    They are half a million objects, and the interpreter would look at all of them again at its exit, for 0.4 s.
+    """
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        gc.freeze()
+        gc.set_threshold(10_000)
+        atexit.register(gc.freeze)
 
 
 def _told(run: Callable[[], R]) -> R:
