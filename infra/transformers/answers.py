@@ -23,6 +23,7 @@ from slmops.infra.reference.decoding import PLAIN, Decoding
 from slmops.infra.reference.repetition import ends_in_repetition
 from slmops.infra.reference.thinking import Decode, Thinking, TokenCounter, split_tokens
 from slmops.infra.transformers.calls import AnswerAsSource
+from slmops.infra.transformers.lanes import in_lanes, lanes_of
 from slmops.infra.transformers.loading import load_to_answer
 
 # A step of 32 rows takes far less than four steps of 8, because each step reads all weights. But the cache of keys and
@@ -209,10 +210,11 @@ def answer_greedily(
         pad_token_id=pad,
         repetition_penalty=decoding.repetition_penalty,
     )
-    answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][1]))
-    for batch in batches_of(order, [len(prompts[index][1]) + budgets[index] for index in order], batch_size):
-        progress(len(prompts) - sum(not answer for answer in answers), len(prompts), "reference answers")
+    lengths = [len(prompts[index][1]) + budgets[index] for index in order]
+    batches = [*batches_of(order, lengths, min(batch_size, -(-len(order) // lanes_of(model))))]
+
+    def answered(batch: Sequence[int]) -> list[list[int]]:
         width = max(len(prompts[index][1]) for index in batch)
         ids = torch.full((len(batch), width), pad)
         mask = torch.zeros((len(batch), width), dtype=torch.long)
@@ -221,10 +223,14 @@ def answer_greedily(
             ids[line, width - len(prompt) :] = torch.tensor(prompt)
             mask[line, width - len(prompt) :] = 1
         counters = [counter(prompts[index][0]) for index in batch] if counter else []
-        found = _generate(model, ids, mask, [budgets[index] for index in batch], counters, ends)
-        for index, answer_ids in zip(batch, found, strict=True):
-            answers[index] = answer_ids
-    return answers
+        return _generate(model, ids, mask, [budgets[index] for index in batch], counters, ends)
+
+    answers: dict[int, list[int]] = {}
+    progress(0, len(prompts), "reference answers")
+    for batch, found in zip(batches, in_lanes(model, answered, batches), strict=True):
+        answers |= zip(batch, found, strict=True)
+        progress(len(answers), len(prompts), "reference answers")
+    return [answers[index] for index in range(len(prompts))]
 
 
 def _generate(
@@ -320,14 +326,16 @@ def _write_logits(model: Any, rows: Sequence[SourceAnswer], path: Path, progress
     vocabulary_size = model.get_output_embeddings().weight.shape[0]
     array = np.lib.format.open_memmap(path, "w+", np.float32, (total, vocabulary_size))
     written = 0
-    for done, row in enumerate(rows):
-        progress(done, len(rows), "reference distributions")
-        if not row.positions:
-            continue
+    asked = [row for row in rows if row.positions]
+
+    def logits_of(row: SourceAnswer) -> Any:
         ids = torch.tensor([row.prompt_ids + row.answer_ids[:-1]])
         with torch.inference_mode():
             output = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(row.positions))
-        logits = output.logits[0].float().numpy()
+            return output.logits[0].float().numpy()
+
+    for done, (row, logits) in enumerate(zip(asked, in_lanes(model, logits_of, asked), strict=True)):
+        progress(done, len(asked), "reference distributions")
         if not np.isfinite(logits).all():
             raise StageFailed(
                 f"The source checkpoint itself gives logits that are not finite, for row {row.id!r}.",

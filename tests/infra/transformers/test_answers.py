@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +52,6 @@ def change_json(path, **values):
 
 def greedy(checkpoint, messages, new_tokens):
     """Greedy answer and its logits, one whole forward pass a token."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -91,6 +91,7 @@ def test_the_batch_size_does_not_change_the_result(checkpoint, tmp_path):
 def test_rows_whose_answers_have_ended_leave_their_batch(checkpoint):
     tokenizer, model = load_to_answer(checkpoint)
     prompts = [render_question(tokenizer, Question(**row)) for row in ROWS]
+    torch.set_num_threads(1)  # with more, there are two batches
     rows_of_steps = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: rows_of_steps.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -137,7 +138,6 @@ def test_answers_end_at_the_requested_tokens_and_report_whether_they_ended(check
 
 
 def test_the_requested_repetition_penalty_is_that_of_generate(checkpoint, tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM
 
     rows = run(checkpoint, tmp_path, decoding={"repetition_penalty": 1.3})["rows"]
