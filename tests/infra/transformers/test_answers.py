@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from slmops.infra.transformers.answers import (
 )
 from slmops.infra.transformers.calls import AnswerAsSource
 from slmops.infra.transformers.loading import load_to_answer
-from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.checkpoints import VOCABULARY_SIZE, make_tiny_checkpoint
 from tests.support.errors import coded
+from tests.support.family_configs import make_family, small_config
 
 ROWS = [
     {"id": "short", "messages": [{"role": "user", "content": "hi"}]},
@@ -105,6 +107,24 @@ def test_rows_whose_answers_have_ended_leave_their_batch(checkpoint):
     together = answered(prompts, [20, 2, 12])
     assert rows_of_steps == [3] * STEPS_TOGETHER + [2] * STEPS_TOGETHER + [1] * (20 - 2 * STEPS_TOGETHER)
     assert together == [*answered(prompts[:1], [20]), *answered(prompts[1:2], [2]), *answered(prompts[2:], [12])]
+
+
+# Caches of convolutions, of linear attention, of a sliding window and of whole contexts.
+@pytest.mark.parametrize(
+    "model",
+    ["LiquidAI/LFM2-350M", "Qwen/Qwen3.5-0.8B (text)", "google/gemma-3-270m-it", "HuggingFaceTB/SmolLM3-3B"],
+)
+def test_rows_that_leave_take_their_cache_along(model, checkpoint, tmp_path):
+    family = make_family(tmp_path / "family", small_config(model) | {"vocab_size": VOCABULARY_SIZE})
+    for file in (*checkpoint.glob("tokenizer*"), *checkpoint.glob("*.jinja")):
+        shutil.copy(file, family)
+    tokenizer, loaded = load_to_answer(family)
+    prompts = [render_question(tokenizer, Question(**row)) for row in ROWS]
+    silent = {"batch_size": 8, "progress": lambda done, total, what: None, "decoding": Decoding(end_token_ids=())}
+    budgets = [3 * STEPS_TOGETHER, 2, STEPS_TOGETHER + 3]
+    together = answer_greedily(tokenizer, loaded, prompts, budgets, **silent)
+    for prompt, budget, found in zip(prompts, budgets, together, strict=True):
+        assert answer_greedily(tokenizer, loaded, [prompt], [budget], **silent) == [found]
 
 
 def test_the_result_is_stored_with_the_logits(checkpoint, tmp_path):
