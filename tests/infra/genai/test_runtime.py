@@ -42,7 +42,7 @@ def ignore_progress(done, total, what):
 
 def run_reference(checkpoint, directory, rows=ROWS, **changes):
     request = {"checkpoint_dir": str(checkpoint), "output_dir": str(directory), "rows": rows, **changes}
-    sizes = {"max_new_tokens": NEW_TOKENS, "max_positions": 60, "batch_size": 2, "threads": 2, "dtype": "float32"}
+    sizes = {"max_new_tokens": NEW_TOKENS, "max_positions": 60, "batch_size": 2, "threads": 2}
     return answer(AnswerAsSource(**sizes | request), ignore_progress).model_dump(mode="json")
 
 

@@ -86,7 +86,6 @@ def run_reference(checkpoint, directory, text_file, **changes):
         "window_tokens": WINDOW,
         "max_positions": POSITIONS,
         "threads": 2,
-        "dtype": "float32",
         "output_dir": str(directory),
     }
     return score_text(ScoreTextAsSource(**request | changes), ignore_progress).model_dump(mode="json")
