@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from slmops.infra.storage.local import LocalObjectStore
@@ -197,10 +198,14 @@ class TestLoad:
 
     def test_fifty_clients_are_queued_or_refused_for_now(self, home: Path) -> None:
         few = {"SLMOPS_SERVE__MAX_CONCURRENCY": "1", "SLMOPS_SERVE__MAX_QUEUE": "10"}
-        with serving(home, "home", environment=few) as server:
-            statuses = at_once(50, lambda _: status_of(server, max_tokens=64))
-            assert set(statuses) == {200, 429}
-            assert statuses[200] >= 11
+        with serving(home, "home", environment=few) as server, ThreadPoolExecutor(50) as clients:
+            ask(server)
+            (runtime,) = map(psutil.Process, server.runtimes())
+            runtime.suspend()  # so that no place becomes free before all have come
+            asked = [clients.submit(status_of, server) for _ in range(50)]
+            eventually(lambda: sum(request.done() for request in asked) == 50 - 11, within_s=120)
+            runtime.resume()
+            assert Counter(request.result() for request in asked) == {429: 39, 200: 11}
         with serving(home, "home") as server:
             assert at_once(50, lambda _: status_of(server)) == {200: 50}
 
