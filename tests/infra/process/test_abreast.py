@@ -1,7 +1,9 @@
 """Works side by side: they run at the same time, and none outlives a failure or an interruption."""
 
 import _thread
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,15 @@ def test_a_work_that_fails_ends_the_others_and_its_error_is_raised(tmp_path: Pat
     wait_until_gone(sleeping.pids)
 
 
-def test_an_interruption_ends_all(tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's handler of Ctrl-C, which a process in a shell's background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_ends_all(tmp_path: Path, interruptible: None) -> None:
     sleeping = Sleeping(tmp_path)
 
     def interrupt() -> None:
