@@ -82,7 +82,7 @@ RUNTIMES = {
     "real_model",
 }
 DEMO = "demo_home"
-DEMO_TIMEOUT_S = 1800  # the first of its tests trains the demo, in six minutes on two cores
+DEMO_TIMEOUT_S = 1800  # the first of its tests trains and deploys the demo, which takes minutes on a busy machine
 # The demo's training has two threads, and the two after it wait more than others.
 FIRST = ("demo", "stack", "up")
 SERVERS = {"server", "rclone", "moto", "strict", "seaweedfs", "torch_stays"}

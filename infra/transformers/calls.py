@@ -286,8 +286,9 @@ class TrainChatModel(Call[TrainedChatModel]):
     """Train a Qwen2-architecture chat model with a tokenizer of its own and write a Hugging Face checkpoint.
 
     The files are JSON Lines of `{id, messages, tools?, expected, category}`; `architecture` are arguments of
-    `Qwen2Config`; `chat_template` is Jinja with ChatML's markers. With `base_dir`, a checkpoint of this call, the
-    training starts from it with `added_tokens` beside its own; else from random weights. `output_dir` must not exist.
+    `Qwen2Config`; `chat_template` is Jinja with ChatML's markers. `attention_learning_rate` is Muon's, for the matrices
+    of attention; all else is trained by AdamW. With `base_dir`, a checkpoint of this call, the training starts from it
+    with `added_tokens` beside its own; else from random weights. `output_dir` must not exist.
     """
 
     train_file: AbsolutePath
@@ -299,6 +300,7 @@ class TrainChatModel(Call[TrainedChatModel]):
     vocabulary_size: int
     epochs: int
     learning_rate: float
+    attention_learning_rate: float
     weight_decay: float
     prompt_loss_weight: float
     batch_size: int

@@ -5,7 +5,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.process.call import Progress
 from slmops.infra.records import Json
 from slmops.infra.transformers.calls import TrainChatModel, TrainedChatModel
+from slmops.infra.transformers.muon import Muon
 
 END_OF_TURN = "<|im_end|>"
 TURN_MARKERS = (END_OF_TURN, "<|im_start|>")
@@ -96,7 +97,8 @@ def _train_tokenizer(rows: Sequence[Row], call: TrainChatModel, output_dir: Path
     from tokenizers import pre_tokenizers, trainers
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
-    texts = [text for row in rows for text in (*(turn["content"] for turn in row["messages"]), row["expected"])]
+    chats = [[*row["messages"], {"role": "assistant", "content": row["expected"]}] for row in rows]
+    texts = [turn[part] for chat in chats for turn in chat for part in ("role", "content")]
     markers = [END_OF_TEXT, *TURN_MARKERS]
     blank = Qwen2Tokenizer()
     trainer = trainers.BpeTrainer(
@@ -105,7 +107,7 @@ def _train_tokenizer(rows: Sequence[Row], call: TrainChatModel, output_dir: Path
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    blank.backend_tokenizer.train_from_iterator([*texts, "user", "assistant", "system"], trainer)
+    blank.backend_tokenizer.train_from_iterator([*texts, "system"], trainer)
     learned = json.loads(blank.backend_tokenizer.to_str())["model"]
     trained = Qwen2Tokenizer(
         vocab=learned["vocab"],
@@ -178,29 +180,21 @@ def _fit(
 ) -> float:
     import torch
 
-    steps_per_epoch = math.ceil(len(examples) / call.batch_size)
-    steps = call.epochs * steps_per_epoch
-    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": call.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=call.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    steps = call.epochs * math.ceil(len(examples) / call.batch_size)
+    optimize = _optimizer(model, call)
+    model.set_attn_implementation("eager")  # for rows of some 30 tokens it takes less time than the fused attention
     model.train()
     step = 0
     epoch_losses: list[float] = []
     for epoch in range(call.epochs):
         epoch_losses = []
         for batch in _batches(examples, call.batch_size, random.Random(f"{call.seed}-{epoch}")):  # noqa: S311
-            loss = _loss(model, batch, call.prompt_loss_weight, pad_id)
+            with torch.autocast("cpu", torch.bfloat16, enabled=_has_bfloat16()):
+                loss = _loss(model, batch, call.prompt_loss_weight, pad_id)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            optimize(_rate(step, steps))
+            model.zero_grad()
             epoch_losses.append(loss.item())
             step += 1
             progress(step, steps, f"training: loss {epoch_losses[-1]:.3f}")
@@ -208,12 +202,40 @@ def _fit(
     return sum(epoch_losses) / len(epoch_losses)
 
 
+def _optimizer(model: Any, call: TrainChatModel) -> Callable[[float], None]:
+    """Return what updates the weights by their gradients, at a share of the call's learning rates."""
+    import torch
+
+    weights = dict(model.named_parameters())
+    attention = [name for name, weight in weights.items() if ".self_attn." in name and weight.ndim > 1]
+    others = [weight for name, weight in weights.items() if name not in attention]
+    decayed = {"params": [weight for weight in others if weight.ndim > 1], "weight_decay": call.weight_decay}
+    vectors = {"params": [weight for weight in others if weight.ndim == 1], "weight_decay": 0.0}
+    adamw = torch.optim.AdamW([decayed, vectors], lr=call.learning_rate, betas=(0.9, 0.98), fused=True)
+    dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
+    muon = Muon([weights[name] for name in attention], call.weight_decay, dtype)
+
+    def optimize(share: float) -> None:
+        for group in adamw.param_groups:
+            group["lr"] = share * call.learning_rate
+        adamw.step()
+        muon.step(share * call.attention_learning_rate)
+
+    return optimize
+
+
+def _has_bfloat16() -> bool:
+    """Return whether the CPU multiplies matrices faster in bfloat16; others take much longer than in float32."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def _rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to zero: the last steps settle the weights, which helps quantization."""
+    """Linear warm-up, then linearly down to zero: the last steps settle the weights, which helps quantization."""
     warm_up = max(1, round(steps * WARM_UP_SHARE))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
 def _batches(
@@ -236,7 +258,7 @@ def _loss(model: Any, batch: list[tuple[list[int], int]], prompt_weight: float, 
     weights = torch.tensor(
         [[prompt_weight] * prompt + [1.0] * (len(ids) - prompt) + [0.0] * (length - len(ids)) for ids, prompt in batch]
     )[:, 1:]
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return (losses * weights).sum() / weights.sum()
 

@@ -28,7 +28,7 @@ from slmops.tasks.training import tool_demo
 
 Row = dict[str, Any]
 
-TRAIN_ROWS = 9000
+TRAIN_ROWS = 6400
 HELD_OUT_ROWS = 200
 # The share of each intent's commands kept for evaluation. The same share of its actions (JSON answers) is not in the
 # training rows.
@@ -79,10 +79,11 @@ TRAINING: Mapping[str, Any] = {
     "vocabulary_size": 640,
     "epochs": 1,  # in one pass every row is new
     "learning_rate": 1e-3,
+    "attention_learning_rate": 1e-2,
     "weight_decay": 0.1,
     # Prompts get a small weight, so that their next-token distributions are smooth and survive quantization.
     "prompt_loss_weight": 0.1,
-    "batch_size": 8,
+    "batch_size": 16,
     "threads": 2,  # fixed, because the order of floating-point sums, and so the weights, depends on it
     "max_new_tokens": 48,
     "min_exact_match": 0.95,

@@ -111,6 +111,11 @@ def test_the_tokenizer_gives_every_text_back(text: str, trained: Any) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_the_names_of_roles_are_single_tokens(trained: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    assert [len(tokenizer.encode(role)) for role in ("user", "assistant")] == [1, 1]
+
+
 def test_progress_names_the_loss(trained: Any) -> None:
     _, result, seen = trained
     steps = [(done, what) for done, _, what in seen if what.startswith("training: loss ")]
