@@ -36,7 +36,8 @@ def train_chat_model(call: TrainChatModel, progress: Progress) -> TrainedChatMod
     """
     import torch
 
-    torch.set_num_threads(call.threads)
+    # In bfloat16 a step of so small a model takes longer with two threads than with one, which wait for each other.
+    torch.set_num_threads(1 if _has_bfloat16() else call.threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(call.seed)
     train_rows = _read_rows(call.train_file)
