@@ -286,9 +286,10 @@ class TrainChatModel(Call[TrainedChatModel]):
     """Train a Qwen2-architecture chat model with a tokenizer of its own and write a Hugging Face checkpoint.
 
     The files are JSON Lines of `{id, messages, tools?, expected, category}`; `architecture` are arguments of
-    `Qwen2Config`; `chat_template` is Jinja with ChatML's markers. `attention_learning_rate` is Muon's, for the matrices
-    of attention; all else is trained by AdamW. With `base_dir`, a checkpoint of this call, the training starts from it
-    with `added_tokens` beside its own; else from random weights. `output_dir` must not exist.
+    `Qwen2Config`; `chat_template` is Jinja with ChatML's markers. AdamW trains all weights, but with an
+    `attention_learning_rate` those of attention's matrices are trained by Muon at this rate. With `base_dir`, a
+    checkpoint of this call, the training starts from it with `added_tokens` beside its own; else from random weights.
+    `output_dir` must not exist.
     """
 
     train_file: AbsolutePath
@@ -300,7 +301,7 @@ class TrainChatModel(Call[TrainedChatModel]):
     vocabulary_size: int
     epochs: int
     learning_rate: float
-    attention_learning_rate: float
+    attention_learning_rate: float | None
     weight_decay: float
     prompt_loss_weight: float
     batch_size: int

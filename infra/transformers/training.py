@@ -208,7 +208,8 @@ def _optimizer(model: Any, call: TrainChatModel) -> Callable[[float], None]:
     import torch
 
     weights = dict(model.named_parameters())
-    attention = [name for name, weight in weights.items() if ".self_attn." in name and weight.ndim > 1]
+    by_muon = call.attention_learning_rate is not None
+    attention = [name for name, weight in weights.items() if by_muon and ".self_attn." in name and weight.ndim > 1]
     others = [weight for name, weight in weights.items() if name not in attention]
     decayed = {"params": [weight for weight in others if weight.ndim > 1], "weight_decay": call.weight_decay}
     vectors = {"params": [weight for weight in others if weight.ndim == 1], "weight_decay": 0.0}
@@ -220,7 +221,7 @@ def _optimizer(model: Any, call: TrainChatModel) -> Callable[[float], None]:
         for group in adamw.param_groups:
             group["lr"] = share * call.learning_rate
         adamw.step()
-        muon.step(share * call.attention_learning_rate)
+        muon.step(share * (call.attention_learning_rate or 0.0))
 
     return optimize
 
