@@ -83,6 +83,7 @@ TRAINING: Mapping[str, Any] = {
     "chat_template": CHAT_TEMPLATE,
     "added_tokens": ("<tool_call>", "</tool_call>"),
     "prompt_loss_weight": 0.02,
+    "epochs": 2,
     "attention_learning_rate": None,
     "batch_size": 8,  # longer rows, and few of them: a batch of 16 would leave half of the steps
     "max_new_tokens": 80,
