@@ -1,4 +1,4 @@
-"""The tool demo's main job, with its full training, which takes four minutes of a core.
+"""The tool demo's main job, with its full training, in two and a half minutes.
 
 Run as `python -m pytest tests/benchmarks/tool_demo.py`; `make test` has its parts, on less. With SLMOPS_HOME the demo
 is made there, and a demo that is there is not trained again.
