@@ -252,14 +252,14 @@ def draw(points: Sequence[Point], title: str, file: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for of, marker in (("slmops", "o"), ("llama.cpp", "s")):
+    for of, style in (("slmops", "o-"), ("llama.cpp", "s-")):
         front = front_of([point for point in points if point.of == of])
         if front:
-            axes.plot([point.share for point in front], [point.kl_divergence for point in front], marker, label=of)
+            axes.plot([point.share for point in front], [point.kl_divergence for point in front], style, label=of)
         for point in front:
             place = (point.share, point.kl_divergence)
-            # Names of one kind are below their points and those of the other to the left above: many lie close.
-            offset, side = ((5, -11), "left") if of == "slmops" else ((-4, 5), "right")
+            # Names of one kind are to the left below, those of the other to the right above: many points lie close.
+            offset, side = ((-5, -9), "right") if of == "slmops" else ((5, 4), "left")
             axes.annotate(point.variant, place, xytext=offset, ha=side, textcoords="offset points", fontsize=8)
     axes.set(xlabel="bytes, as a share of fp32", ylabel="mean KL divergence, nats", yscale="log", title=title)
     axes.legend()
