@@ -15,7 +15,7 @@ from slmops.tasks.workshop import working_by, workshop
 
 R = TypeVar("R")
 
-# All processes together: a whole deploy of a model of 0.5 B parameters stays within it.
+# Both processes together: variants that would need more are examined in one runtime after the other.
 MAX_BYTES = 2_500_000_000
 
 
