@@ -5,7 +5,8 @@ the same, but waits for seconds between its attempts.
 """
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -52,6 +53,21 @@ def query(api: str, path: str, **body: Any) -> list[dict[str, Any]]:
     """Return the objects of a kind, such as `flow_runs`, that match a filter."""
     found: list[dict[str, Any]] = call("POST", f"{api}/{path}/filter", body)
     return found
+
+
+@contextmanager
+def without_automations(api: str) -> Iterator[None]:
+    """Remove the automations that other tests left on a server, and at the end those that this one leaves."""
+    _remove_automations(api)
+    try:
+        yield
+    finally:
+        _remove_automations(api)
+
+
+def _remove_automations(api: str) -> None:
+    for automation in query(api, "automations"):
+        answer_of("DELETE", f"{api}/automations/{automation['id']}")
 
 
 def wait_for_lineage(api: str, expected: Mapping[str, Collection[str]]) -> None:
