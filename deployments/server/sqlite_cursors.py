@@ -9,9 +9,9 @@ thread, at once.
 tests/deployments/server/test_sqlite_cursors.py tells when SQLAlchemy or aiosqlite does it, and this module can go.
 """
 
-import atexit
-import gc
 from typing import Any
+
+from slmops.infra.process.garbage import spare_imports
 
 
 def close_cursors_of_failed_statements() -> None:
@@ -32,8 +32,7 @@ def close_cursors_of_failed_statements() -> None:
 
 def main() -> None:
     """Run Prefect's command line: `python -m slmops.deployments.server.sqlite_cursors server start`."""
-    gc.set_threshold(10_000)  # imports allocate much and free little: collecting would add a tenth to their time
-    atexit.register(gc.freeze)  # at exit the interpreter would scan all objects of Prefect, for half a second
+    spare_imports()
     from prefect.cli import app
 
     close_cursors_of_failed_statements()

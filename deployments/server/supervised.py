@@ -5,9 +5,7 @@ is the lifeline, as in `slmops.infra.process.child`: when it closes, the command
 after a grace period.
 """
 
-import atexit
 import contextlib
-import gc
 import os
 import signal
 import threading
@@ -19,6 +17,7 @@ import psutil
 
 from slmops.deployments.server.sqlite_cursors import close_cursors_of_failed_statements
 from slmops.infra.process.channel import Channel, descendants_of, listen
+from slmops.infra.process.garbage import spare_imports
 
 LOOK_INTERVAL_S = 0.5
 STOP_GRACE_S = 20.0
@@ -147,8 +146,7 @@ def _stop_with_the_starter() -> None:
 
 def main() -> None:
     """Run Prefect's command line until standard input closes."""
-    gc.set_threshold(10_000)  # imports allocate much and free little: collecting would add a tenth to their time
-    atexit.register(gc.freeze)  # at exit the interpreter would scan all objects of Prefect, for half a second
+    spare_imports()
     from prefect.cli import app
 
     close_cursors_of_failed_statements()

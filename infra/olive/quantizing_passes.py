@@ -10,7 +10,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +27,7 @@ from torch.nn import Module
 from slmops.infra.olive.gptq_rounding import Rounded, round_for_inputs, round_to_nearest
 from slmops.infra.olive.memory import release_mapped_pages
 from slmops.infra.olive.step_progress import report_step
+from slmops.infra.transformers.lanes import in_threads
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -85,7 +85,9 @@ def _quantize_layers(wrapper: ModelWrapper, rows: Sequence[Tensor], damping: flo
     for number, layer in enumerate(layers):
         report_step(number / len(layers), f"calibrating layer {number + 1} of {len(layers)}")
         layer.float()
-        groups = _in_lanes(lambda group: _rounded_together(group, damping), _readers(layer, inputs, arguments[number]))
+        groups = _side_by_side(
+            lambda group: _rounded_together(group, damping), _readers(layer, inputs, arguments[number])
+        )
         rounded = {module: part for group in groups for module, part in group}
         for module in _prepared(layer):
             if module not in rounded:
@@ -135,26 +137,16 @@ def _run(layer: Module, inputs: Sequence[Tensor], arguments: Sequence[Arguments]
         output: Tensor | tuple[Tensor, ...] = layer(inputs[number], *positional, **named)
         return output[0] if isinstance(output, tuple) else output
 
-    return _in_lanes(run, range(len(inputs)))
+    return _side_by_side(run, range(len(inputs)))
 
 
-def _in_lanes(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Do a work for each item, in as many threads as torch has, each of which computes alone.
+def _side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Do a work for each item, without gradients, in as many threads as torch has, each of which computes alone.
 
     The matrices of one text are too small for several threads, which would wait for each other.
     """
-    threads = torch.get_num_threads()
-
-    def without_gradients(item: T) -> R:
-        with torch.no_grad():  # holds for a thread
-            return work(item)
-
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return [*pool.map(without_gradients, items)]
-    finally:
-        torch.set_num_threads(threads)
+    without_gradients = torch.no_grad()(work)  # a context would hold for this thread only
+    return [*in_threads(torch.get_num_threads(), without_gradients, items)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +181,7 @@ def _readers(layer: Module, inputs: Sequence[Tensor], arguments: Sequence[Argume
 
     hooks = [module.register_forward_pre_hook(see) for module in _prepared(layer) if _is_calibrated(module)]
     try:
-        texts = _in_lanes(seen, range(len(inputs)))
+        texts = _side_by_side(seen, range(len(inputs)))
     finally:
         for hook in hooks:
             hook.remove()

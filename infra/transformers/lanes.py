@@ -1,6 +1,6 @@
 """Two batches at a time: a model's small steps keep two threads that share each of them waiting for each other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -23,15 +23,18 @@ def lanes_of(model: Any) -> int:
 
 def in_lanes(model: Any, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """Yield the results of a model's work on each item, in order, `lanes_of` items at a time."""
+    lanes = min(lanes_of(model), len(items))
+    return map(work, items) if lanes < LANES else in_threads(lanes, work, items)
+
+
+def in_threads(number: int, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield the results of a work on each item, in order, by this many threads, each with its share of torch's."""
     import torch
 
-    threads, lanes = torch.get_num_threads(), min(lanes_of(model), len(items))
-    if lanes < LANES:
-        yield from map(work, items)
-        return
-    torch.set_num_threads(threads // lanes)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads // number)
     try:
-        with ThreadPoolExecutor(lanes) as pool:
+        with ThreadPoolExecutor(number) as pool:
             yield from pool.map(work, items)
     finally:
         torch.set_num_threads(threads)

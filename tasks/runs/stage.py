@@ -3,7 +3,6 @@
 `final_state` runs such a flow in this process.
 """
 
-import atexit
 import functools
 import gc
 import logging
@@ -18,6 +17,7 @@ from prefect.client.schemas import State, TaskRun
 from prefect.states import Failed
 
 from slmops.infra.errors import PassingFault, SlmopsError
+from slmops.infra.process.garbage import spare_imports
 from slmops.tasks.runs.tags import tag_by_parameters
 
 P = ParamSpec("P")
@@ -74,14 +74,10 @@ def ends_by_its_errors(flow_function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _spare_collections() -> None:
-    """In a process that Prefect started for this run alone, leave what was imported out of garbage collection.
-
-    They are half a million objects, and the interpreter would look at all of them again at its exit, for 0.4 s.
-    """
+    """In a process that Prefect started for this run alone, leave what was imported out of garbage collection."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:
         gc.freeze()
-        gc.set_threshold(10_000)
-        atexit.register(gc.freeze)
+        spare_imports()
 
 
 def _told(run: Callable[[], R]) -> R:
