@@ -9,14 +9,11 @@ import psutil
 from slmops.infra.process.abreast import run_abreast
 from slmops.infra.settings import Settings
 from slmops.infra.storage.version import Variant
-from slmops.tasks.environment.estimates import RUNTIME_RAM_FLOOR_BYTES
+from slmops.tasks.environment.estimates import have_room_side_by_side, runtime_ram
 from slmops.tasks.exams.exam import Exam, examine
 from slmops.tasks.workshop import working_by, workshop
 
 R = TypeVar("R")
-
-# Both processes together: variants that would need more are examined in one runtime after the other.
-MAX_BYTES = 2_500_000_000
 
 
 def examine_together(exams: Sequence[Exam[R]], variant: Variant) -> tuple[R, ...]:
@@ -33,8 +30,8 @@ def examine_together(exams: Sequence[Exam[R]], variant: Variant) -> tuple[R, ...
 
 
 def _has_room(variant: Variant, processes: int) -> bool:
-    needed = processes * (RUNTIME_RAM_FLOOR_BYTES + 2 * variant.size_bytes)
-    return bool(needed <= min(MAX_BYTES, psutil.virtual_memory().available))
+    available = bool(runtime_ram(variant.size_bytes, processes) <= psutil.virtual_memory().available)
+    return available and have_room_side_by_side(variant.size_bytes, processes)
 
 
 def _with_threads(settings: Settings, threads: int) -> Settings:

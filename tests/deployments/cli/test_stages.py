@@ -7,8 +7,12 @@ import pytest
 from rich.console import Console
 
 from slmops.deployments.cli import running, stages
+from slmops.deployments.cli.deploy import _by_stage
 from slmops.deployments.cli.stages import StageDisplay, clock
 from slmops.infra.errors import SlmopsError
+from slmops.tasks.environment.estimates import estimate_stages
+from slmops.tasks.plan import DeployPlan
+from tests.support.inspections import inspection
 
 
 class Time:
@@ -102,6 +106,32 @@ def test_the_time_of_the_whole_run_is_the_plan_s_at_the_pace_of_what_has_ended(m
     assert "about 0:39 left in all" in stream.getvalue()
     moment.now += 100  # far beyond its plan
     assert display.remaining_s() == 4
+
+
+@pytest.mark.parametrize("parameters", [134_515_008, 494_032_768], ids=["side by side", "one after the other"])
+def test_soak_and_edge_inputs_of_two_runtimes_take_their_plan_s_time(moment: Time, parameters: int) -> None:
+    stages = estimate_stages(inspection(parameters), ["int8"], rows=50)
+    plan = DeployPlan(
+        name="home",
+        parameters=parameters,
+        architecture="Qwen2ForCausalLM",
+        rows=50,
+        stages=tuple(stages),
+        time_s=sum(stage.time_s for stage in stages),
+        warnings=(),
+    )
+    display, _ = displayed(terminal=True)
+    display.expect(_by_stage(plan))
+    assert display.remaining_s() == pytest.approx(plan.time_s)
+    exercises = [stage for stage in stages if stage.stage.startswith("exercise")]
+    for exercise in exercises:
+        runtimes = [runtime for runtime in ("genai", "foundry") if runtime in exercise.stage]
+        for runtime in runtimes:
+            display(f"exercise int8 in {runtime}", 0.0, "")
+        moment.now += exercise.time_s
+        for runtime in runtimes:
+            display(f"exercise int8 in {runtime}", 1.0, "done")
+    assert display.remaining_s() == pytest.approx(plan.time_s - sum(exercise.time_s for exercise in exercises))
 
 
 def test_long_times_have_hours() -> None:

@@ -13,6 +13,7 @@ from slmops.infra.settings import Settings
 from slmops.infra.storage.evidence import Kind
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.version import Variant
+from slmops.tasks.environment import estimates
 from slmops.tasks.exams import together
 from slmops.tasks.exams.exam import Bench, Exam
 from slmops.tasks.exams.together import examine_together
@@ -74,6 +75,6 @@ def test_exams_run_one_after_the_other_where_something_is_lacking(
         available = type("Memory", (), {"available": 10**9})
         monkeypatch.setattr(together.psutil, "virtual_memory", lambda: available)
     if lacking == "room":
-        monkeypatch.setattr(together, "MAX_BYTES", 10**9)
+        monkeypatch.setattr(estimates, "MAX_BYTES_SIDE_BY_SIDE", 10**9)
     threads = 1 if lacking == "threads" else 2
     assert examined(threads, None) == [threads, threads]
