@@ -219,18 +219,24 @@ class _Reference:
                 "Make the reference again.",
                 code="reference-of-other-rows",
             )
-        self._logits = np.load(directory / LOGITS_FILE, mmap_mode="r")
+        self._logits_path = directory / LOGITS_FILE
         self._offsets = np.cumsum([0, *(len(row.positions) for row in self.rows)])
 
     def is_comparable(self, variant_size: int) -> bool:
         """See `are_comparable`."""
         return are_comparable(variant_size, self.vocabulary_size, self._tokenizer_size)
 
+    def _logits(self, index: int) -> NDArray[np.float32]:
+        """Read a row's logits; the pages of a file that stays mapped would count as memory of this process."""
+        start, end = self._offsets[index : index + 2]
+        logits: NDArray[np.float32] = np.array(np.load(self._logits_path, mmap_mode="r")[start:end])
+        return logits
+
     def follow(self, model: GenaiModel, index: int, vocabulary: int, chunk_bytes: int) -> _Followed:
         """Compare a row at its positions, and find what of its answer the model confirms, in one pass."""
         row = self.rows[index]
         token_ids = row.prompt_ids + row.answer_ids
-        expected = iter(self._logits[self._offsets[index] : self._offsets[index + 1]])
+        expected = iter(self._logits(index))
         found: list[PositionComparison] = []
 
         def compare(position: int, logits: NDArray[np.float32]) -> None:

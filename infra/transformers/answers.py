@@ -324,8 +324,6 @@ def _write_logits(model: Any, rows: Sequence[SourceAnswer], path: Path, progress
 
     total = sum(len(row.positions) for row in rows)
     vocabulary_size = model.get_output_embeddings().weight.shape[0]
-    array = np.lib.format.open_memmap(path, "w+", np.float32, (total, vocabulary_size))
-    written = 0
     asked = [row for row in rows if row.positions]
 
     def logits_of(row: SourceAnswer) -> Any:
@@ -334,17 +332,20 @@ def _write_logits(model: Any, rows: Sequence[SourceAnswer], path: Path, progress
             output = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(row.positions))
             return output.logits[0].float().numpy()
 
-    for done, (row, logits) in enumerate(zip(asked, in_lanes(model, logits_of, asked), strict=True)):
-        progress(done, len(asked), "reference distributions")
-        if not np.isfinite(logits).all():
-            raise StageFailed(
-                f"The source checkpoint itself gives logits that are not finite, for row {row.id!r}.",
-                "Its weights hold NaN or infinity, or overflow: repair the training before it is deployed.",
-                code="logits-not-finite",
-            )
-        array[written : written + len(logits)] = logits
-        written += len(logits)
-    array.flush()
+    # Pages of a mapped file would count as memory of this process: 0.6 GB for a vocabulary of 151,936.
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": (total, vocabulary_size)}
+        )
+        for done, (row, logits) in enumerate(zip(asked, in_lanes(model, logits_of, asked), strict=True)):
+            progress(done, len(asked), "reference distributions")
+            if not np.isfinite(logits).all():
+                raise StageFailed(
+                    f"The source checkpoint itself gives logits that are not finite, for row {row.id!r}.",
+                    "Its weights hold NaN or infinity, or overflow: repair the training before it is deployed.",
+                    code="logits-not-finite",
+                )
+            file.write(logits.tobytes())
     return total, vocabulary_size
 
 

@@ -1,5 +1,7 @@
 import json
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,7 +48,7 @@ def run_reference(checkpoint, directory, rows=ROWS, **changes):
     return answer(AnswerAsSource(**sizes | request), ignore_progress).model_dump(mode="json")
 
 
-def run_evaluate(model_dir, reference_dir, **changes):
+def run_evaluate(model_dir, reference_dir, progress=ignore_progress, **changes):
     request = {
         "model_dir": str(model_dir),
         "rows": ROWS,
@@ -55,7 +57,7 @@ def run_evaluate(model_dir, reference_dir, **changes):
         "max_positions": 60,
         "threads": 2,
     }
-    return evaluate(Evaluate(**request | changes), ignore_progress).model_dump(mode="json")
+    return evaluate(Evaluate(**request | changes), progress).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,16 @@ def change_genai_config(model_dir, change):
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists what a process has mapped.")
+def test_the_reference_s_file_of_logits_is_not_memory_of_the_process(fp32, reference_dir):
+    mapped = []
+    run_evaluate(
+        fp32, reference_dir, lambda *_: mapped.append("logits.npy" in Path("/proc/self/maps").read_text("utf-8"))
+    )
+    assert mapped
+    assert not any(mapped)
 
 
 def test_a_full_precision_build_agrees_with_the_reference(fp32, reference_dir):

@@ -1,6 +1,8 @@
 import itertools
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ ROWS = [
 ]
 
 
-def run(checkpoint, directory, **changes):
+def run(checkpoint, directory, progress=lambda done, total, what: None, **changes):
     request = {
         "checkpoint_dir": str(checkpoint),
         "rows": ROWS,
@@ -40,7 +42,7 @@ def run(checkpoint, directory, **changes):
         "threads": 2,
         "output_dir": str(directory),
     }
-    return answer(AnswerAsSource(**request | changes), lambda done, total, what: None).model_dump(mode="json")
+    return answer(AnswerAsSource(**request | changes), progress).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,14 @@ def greedy(checkpoint, messages, new_tokens):
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, :-1]
     return ids[prompt_length:], logits.numpy()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists what a process has mapped.")
+def test_the_file_of_logits_is_not_memory_of_the_process(checkpoint, tmp_path):
+    mapped = []
+    run(checkpoint, tmp_path, lambda *_: mapped.append("logits.npy" in Path("/proc/self/maps").read_text("utf-8")))
+    assert mapped
+    assert not any(mapped)
 
 
 def test_answers_and_logits_are_those_of_a_plain_greedy_loop(checkpoint, tmp_path):
