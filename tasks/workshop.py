@@ -33,6 +33,11 @@ class Workshop:
         assert self.torch_child, "this workshop has no torch process"
         return self.torch_child
 
+    def end_torch(self) -> None:
+        """End the process for work that imports torch, which keeps half a gigabyte; the next such work starts one."""
+        if self.torch_child:
+            self.torch_child.close()
+
     @property
     def build_pool(self) -> str | None:
         """The work pool whose workers build; None: variants are built here."""

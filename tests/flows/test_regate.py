@@ -16,9 +16,11 @@ from slmops.flows.qualify import DeployEnded
 from slmops.flows.regate import regate
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.genai.calls import SweptRequest
+from slmops.infra.process.supervisor import ChildProcess
 from slmops.infra.settings import Settings
 from slmops.infra.storage.opening import open_registry
 from slmops.infra.storage.registry import ModelRegistry
+from slmops.tasks import workshop
 from slmops.tasks.environment import checks
 from slmops.tasks.exams import on_workers, together
 from slmops.tasks.exams.source_lengths import SOURCE_LENGTHS, SourceLengths, SourceLengthsExam
@@ -100,6 +102,24 @@ def test_a_variant_that_passes_is_registered_proven_and_selected(registry: Model
     version = registry.find("home@1")
     assert [record["selected"] for record in evidence(registry, version.manifest, "selection")] == ["int4"]
     assert version.serving is not None
+
+
+def test_the_torch_process_ends_with_the_first_variant(
+    registry: ModelRegistry, exams: AtOnce, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(ChildProcess):
+        def close(self) -> None:
+            exams.asked.append("end of torch")
+            super().close()
+
+    monkeypatch.setattr(workshop, "torch_process", lambda _settings: Noted())
+    monkeypatch.setattr(
+        import_module("slmops.flows.qualify"),
+        "settle_champion",
+        lambda *asked, **how: exams.asked.append("champion") or Standing("home:1"),
+    )
+    final_state(regate, "home@1", **OPEN)
+    assert exams.asked[-4:] == ["parity", "end of torch", "champion", "end of torch"]
 
 
 def test_the_facts_of_the_deploy_are_reported_again(registry: ModelRegistry, exams: AtOnce) -> None:

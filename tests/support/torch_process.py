@@ -10,7 +10,7 @@ from slmops.infra.transformers.calls import RenderConversations
 class LastingProcess(ChildProcess):
     """A process that stays for the calls of all tests, whichever call says that it is the last."""
 
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         """Stay for the next call."""
 
     def run(self, call: Call[Any], **options: Any) -> ChildResult[Any]:
