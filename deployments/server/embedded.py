@@ -17,7 +17,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from slmops.deployments.server.access import OTHERS_MAY_NOTHING, closed_to_others, new_password
 from slmops.deployments.server.embedded_database import make_database
-from slmops.deployments.server.sqlite_cursors import close_cursors_of_failed_statements
+from slmops.deployments.server.sqlite_cursors import mend_server_on_sqlite
 from slmops.infra.errors import StageFailed
 from slmops.infra.process.channel import Channel, child_environment, listen, speak
 
@@ -127,7 +127,7 @@ def main() -> None:
         from prefect.settings import get_current_settings
 
         app = create_app(ephemeral=True, final=True)
-        close_cursors_of_failed_statements()
+        mend_server_on_sqlite()
     finally:
         templates = lifeline.begin()  # a failed import is reported in the log too
     gc.freeze()

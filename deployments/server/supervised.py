@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from slmops.deployments.server.sqlite_cursors import close_cursors_of_failed_statements
+from slmops.deployments.server.sqlite_cursors import mend_server_on_sqlite
 from slmops.infra.process.channel import Channel, descendants_of, listen
 from slmops.infra.process.garbage import spare_imports
 
@@ -149,7 +149,7 @@ def main() -> None:
     spare_imports()
     from prefect.cli import app
 
-    close_cursors_of_failed_statements()
+    mend_server_on_sqlite()
     listen(_stop_with_the_starter)
     app()
 

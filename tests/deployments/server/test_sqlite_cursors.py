@@ -1,4 +1,4 @@
-"""A statement that SQLite's lock refuses, in the way in which Prefect's server calls SQLite."""
+"""A statement that SQLite's lock refuses, in the way in which Prefect's server calls SQLite, and an event's handler."""
 
 import asyncio
 import gc
@@ -10,11 +10,17 @@ from typing import Any
 
 import aiosqlite
 import pytest
+from prefect.server.utilities.messaging import Message, memory
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from slmops.deployments.server.sqlite_cursors import close_cursors_of_failed_statements
+from slmops.deployments.server.sqlite_cursors import (
+    PAUSE_S,
+    SPREAD,
+    close_cursors_of_failed_statements,
+    wait_before_events_are_tried_again,
+)
 
 INSERT = text("INSERT INTO rows VALUES (1)")
 
@@ -84,3 +90,33 @@ async def wait_for_the_lock(path: Path) -> None:
 
 def test_the_event_loop_does_not_wait_for_the_lock_that_its_own_request_has(mended: None, tmp_path: Path) -> None:
     asyncio.run(wait_for_the_lock(tmp_path / "database"))
+
+
+async def handled_while_locked() -> bool:
+    """Publish an event while SQLite is locked for a moment, and tell whether it was handled in the end."""
+    consumer = memory.Consumer("of this test", concurrency=1)
+    is_free, ended = asyncio.Event(), asyncio.Event()
+
+    async def insert(message: Message) -> None:
+        asyncio.get_running_loop().call_later(PAUSE_S * SPREAD[0] / 2, is_free.set)
+        if not is_free.is_set():
+            raise sqlite3.OperationalError("database is locked")
+        ended.set()
+
+    async def drop(message: memory.MemoryMessage) -> None:
+        ended.set()
+
+    consumer.subscription.send_to_dead_letter_queue = drop  # type: ignore[method-assign]
+    await consumer.topic.publish(memory.MemoryMessage(b"", {}))
+    running = asyncio.create_task(consumer.run(insert))
+    await ended.wait()
+    running.cancel()
+    await consumer.cleanup()
+    return is_free.is_set()
+
+
+def test_an_event_is_tried_again_when_the_lock_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not asyncio.run(handled_while_locked()), "wait_before_events_are_tried_again can go"
+    monkeypatch.setattr(memory.Subscription, "retry", memory.Subscription.retry)  # puts it back
+    wait_before_events_are_tried_again()
+    assert asyncio.run(handled_while_locked())
