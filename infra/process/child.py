@@ -7,8 +7,6 @@ supervisor has ended and the child ends itself. Standard output carries one JSON
 goes to standard error, which is the log of the call.
 """
 
-import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -21,7 +19,7 @@ from pydantic import JsonValue
 from slmops.infra.errors import SlmopsError
 from slmops.infra.process.call import Progress, perform
 from slmops.infra.process.channel import Message, listen, message_of, speak
-from slmops.infra.process.garbage import spare_imports
+from slmops.infra.process.garbage import give_memory_back, spare_imports
 
 
 class _Lifeline:
@@ -54,7 +52,7 @@ def main() -> None:
         answer = _answer(call["call"], call["request"], progress)
         sys.stderr.flush()
         if not call["is_last"]:
-            _give_memory_back(has_imported=len(sys.modules) > loaded)
+            _collect(has_imported=len(sys.modules) > loaded)
         os.chdir(Path(call["log_path"]).parent)  # the call's folder is removed now
         lifeline.is_idle = not call["is_last"]
         send(answer)
@@ -70,12 +68,11 @@ def _log_to(path: str) -> None:
     os.close(log)
 
 
-def _give_memory_back(*, has_imported: bool) -> None:
+def _collect(*, has_imported: bool) -> None:
     gc.collect()
     if has_imported:
         gc.freeze()  # torch's modules have a million objects: later collections would take 0.3 s to look at them all
-    with contextlib.suppress(AttributeError, TypeError):  # only glibc keeps freed memory, and only it has this function
-        ctypes.CDLL(None).malloc_trim(0)
+    give_memory_back()
 
 
 def _answer(target: str, request: JsonValue, progress: Progress) -> Message:

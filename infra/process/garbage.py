@@ -1,6 +1,8 @@
-"""Garbage collections of a process whose objects are imported modules for the most part."""
+"""Memory that a process has freed: its garbage collections, and what it gives back to the system."""
 
 import atexit
+import contextlib
+import ctypes
 import gc
 
 
@@ -12,3 +14,9 @@ def spare_imports() -> None:
     """
     gc.set_threshold(10_000)
     atexit.register(gc.freeze)
+
+
+def give_memory_back() -> None:
+    """Give freed memory back to the system, which glibc keeps; other allocators do not have the function."""
+    with contextlib.suppress(AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

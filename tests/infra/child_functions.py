@@ -165,7 +165,13 @@ class EndureFake(Endure):
         fault = json.loads((self.model_dir / "fault.json").read_text())
         if fault.get("does_not_open"):
             raise StageFailed("The model does not open.", code="model-does-not-open")
+        _allocate_and_free(fault.get("freed_bytes", 0))
         endure(FakeModel(fault), self, progress)
+
+
+def _allocate_and_free(size: int) -> None:
+    loaded = bytearray(b"x") * size
+    del loaded
 
 
 class CountedBuild(Call[dict[str, int]]):

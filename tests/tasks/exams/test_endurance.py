@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import platform
 
 import numpy as np
 import pytest
@@ -67,6 +68,12 @@ def run(tmp_path):
         return found
 
     return run
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Other allocators do not keep what is freed.")
+def test_what_loading_a_model_freed_is_not_memory_of_its_requests(run):
+    plain, loaded = (run({"freed_bytes": size}, requests=16).memory.rss_bytes[0] for size in (0, 256 * MB))
+    assert loaded < plain + 64 * MB
 
 
 def unhandled(endurance):
