@@ -55,7 +55,6 @@ def qualify(
         for variant in sorted(version.variants, key=lambda variant: variant.size_bytes):  # what all share costs least
             checkpoint = prepared.folder if prepared and has_source(variant) else None
             found[variant.precision] = qualify_variant(asked, variant, checkpoint, elsewhere.get(variant.precision))
-            workshop().end_torch()  # what the others ask of the checkpoint is known from the first
         outcomes = [found[variant.precision] for variant in version.variants]
 
         registered = [outcome.report for outcome in outcomes if outcome.report.status == "registered"]

@@ -126,12 +126,14 @@ def _examined(
     at_lengths = SourceLengthsExam(measured, checkpoint, asked.evaluation.decoding)
     can_ask = at_lengths.can_be_asked(variant, workshop().settings)
     silent = examine(at_lengths, variant) if can_ask else None
+    parity = examine(ParityExam(checkpoint), variant)
+    workshop().end_torch()  # the soak takes most memory, and what other variants ask of the checkpoint is mostly known
     endurance = answered_together(endurance_exams(variant, rows), variant, elsewhere)
     return VariantDetails(
         measurement=measured,
         evaluation=evaluated,
         length_sweep=length_sweep_of(measured, silent.silent if silent else ()),
-        parity=examine(ParityExam(checkpoint), variant),
+        parity=parity,
         text=examine(TextExam(asked.text), variant) if asked.text else None,
         endurance=endurance,
         constraint=examine(ConstraintExam(asked.evaluation), variant) if asked.constrain else None,

@@ -98,13 +98,13 @@ def test_a_variant_that_passes_is_registered_proven_and_selected(registry: Model
     (variant,) = report.variants
     assert (variant.answer, variant.foundry_model_id) == ("It is on.", "home-int4-generic-cpu:1")
     assert report.foundry_model_id == "home:1"
-    assert exams.asked == ["evaluate", "measure", "exercise-genai", "exercise-foundry", "parity"]
+    assert exams.asked == ["evaluate", "measure", "parity", "exercise-genai", "exercise-foundry"]
     version = registry.find("home@1")
     assert [record["selected"] for record in evidence(registry, version.manifest, "selection")] == ["int4"]
     assert version.serving is not None
 
 
-def test_the_torch_process_ends_with_the_first_variant(
+def test_the_torch_process_ends_before_the_soak(
     registry: ModelRegistry, exams: AtOnce, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Noted(ChildProcess):
@@ -113,13 +113,8 @@ def test_the_torch_process_ends_with_the_first_variant(
             super().close()
 
     monkeypatch.setattr(workshop, "torch_process", lambda _settings: Noted())
-    monkeypatch.setattr(
-        import_module("slmops.flows.qualify"),
-        "settle_champion",
-        lambda *asked, **how: exams.asked.append("champion") or Standing("home:1"),
-    )
     final_state(regate, "home@1", **OPEN)
-    assert exams.asked[-4:] == ["parity", "end of torch", "champion", "end of torch"]
+    assert exams.asked[-5:] == ["parity", "end of torch", "exercise-genai", "exercise-foundry", "end of torch"]
 
 
 def test_the_facts_of_the_deploy_are_reported_again(registry: ModelRegistry, exams: AtOnce) -> None:
