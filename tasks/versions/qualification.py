@@ -127,7 +127,7 @@ def _examined(
     can_ask = at_lengths.can_be_asked(variant, workshop().settings)
     silent = examine(at_lengths, variant) if can_ask else None
     parity = examine(ParityExam(checkpoint), variant)
-    workshop().end_torch()  # the soak takes most memory, and what other variants ask of the checkpoint is mostly known
+    workshop().end_torch()  # the soak takes most memory; a variant that asks the checkpoint more starts torch in 4 s
     endurance = answered_together(endurance_exams(variant, rows), variant, elsewhere)
     return VariantDetails(
         measurement=measured,
