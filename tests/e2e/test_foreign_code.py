@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import unmeasured_environment
 from tests.e2e.conftest import OPEN_GATE, SMALL
 from tests.support.installed import ROOMS, Installed, build_wheel, environment_of, installed
-from tests.support.prefect_api import call, query, without_automations
+from tests.support.prefect_api import call, query, registering_anew
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("foreign code")]
 
@@ -168,10 +168,9 @@ def test_deploy_chat_and_serve_run_no_code_of_the_checkpoint(surrounded: Surroun
 
 
 def test_up_registers_its_own_flows_and_its_worker_runs_them(surrounded: Surrounded, server: str) -> None:
-    known = {deployment["id"] for deployment in query(server, "deployments")}
     up = surrounded.running("up", PREFECT_API_URL=server, until="slmops up --check")
-    with without_automations(server), up:
-        made = [deployment for deployment in query(server, "deployments") if deployment["id"] not in known]
+    with registering_anew(server), up:
+        made = query(server, "deployments")
         assert {"deploy", "retrain", "benchmark", "promote", "rollback", "gc"} <= {
             deployment["name"] for deployment in made
         }

@@ -56,18 +56,19 @@ def query(api: str, path: str, **body: Any) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def without_automations(api: str) -> Iterator[None]:
-    """Remove the automations that other tests left on a server, and at the end those that this one leaves."""
-    _remove_automations(api)
+def registering_anew(api: str) -> Iterator[None]:
+    """Remove the deployments and automations that other tests left on a server, and at the end those of this one."""
+    _unregister_all(api)
     try:
         yield
     finally:
-        _remove_automations(api)
+        _unregister_all(api)
 
 
-def _remove_automations(api: str) -> None:
-    for automation in query(api, "automations"):
-        answer_of("DELETE", f"{api}/automations/{automation['id']}")
+def _unregister_all(api: str) -> None:
+    for kind in ("automations", "deployments"):
+        for registered in query(api, kind):
+            answer_of("DELETE", f"{api}/{kind}/{registered['id']}")
 
 
 def wait_for_lineage(api: str, expected: Mapping[str, Collection[str]]) -> None:

@@ -16,7 +16,7 @@ from slmops.deployments.server.work_pool import DEFAULT_POOL, ensure_pool
 from slmops.infra.server_settings import PREFECT_TAG
 from slmops.infra.settings import Settings
 from tests.support.api_faults import faults_of_the_api, lost
-from tests.support.prefect_api import call, without_automations
+from tests.support.prefect_api import call, registering_anew
 
 DEADLINE_S = 240
 
@@ -30,7 +30,7 @@ def test_a_late_sign_of_life_withdraws_the_verdict(server: str) -> None:
     wanted = automations.automations(uuid4(), lost_after_s=90)
     (withdrawing,) = [automation for automation in wanted if automation.name == automations.LATE_SIGNS]
     with (
-        without_automations(server),
+        registering_anew(server),
         temporary_settings({PREFECT_API_URL: server}),
         get_client(sync_client=True) as client,
     ):
@@ -54,7 +54,7 @@ def test_a_late_sign_of_life_withdraws_the_verdict(server: str) -> None:
 
 def test_each_automation_is_set_up_once_though_the_server_confirms_nothing(server: str, settings: Settings) -> None:
     with (
-        without_automations(server),
+        registering_anew(server),
         temporary_settings({PREFECT_API_URL: server}),
         get_client(sync_client=True) as client,
     ):
