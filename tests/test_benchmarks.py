@@ -152,8 +152,8 @@ def test_a_checkpoint_of_one_shard_needs_no_index(tmp_path: Path) -> None:
 def test_the_peak_of_a_command_is_its_own(tmp_path: Path) -> None:
     held = bytearray(300_000_000)  # of this process: not to be seen in the command's
     held[::4096] = b"x" * len(held[::4096])
-    small = run_watched([sys.executable, "-c", "import time; time.sleep(0.3)"], log=tmp_path / "log")
-    program = "import time; held = b'x' * 150_000_000; time.sleep(0.3); print('done')"
+    small = run_watched([sys.executable, "-c", "import time; time.sleep(1)"], log=tmp_path / "log")
+    program = "import time; held = b'x' * 150_000_000; time.sleep(1); print('done')"
     large = run_watched([sys.executable, "-c", program], log=tmp_path / "log")
     assert small.peak_rss_bytes < 100_000_000
     assert 150_000_000 < large.peak_rss_bytes < 250_000_000

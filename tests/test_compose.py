@@ -209,7 +209,7 @@ class Server:
         log = self.folder / "log"
         with log.open("ab") as to:
             self.process = subprocess.Popen(command, cwd=self.folder, env=self.environment(), stdout=to, stderr=to)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not self.is_healthy():
             said = log.read_text("utf-8", "replace")[-4000:]
             assert self.process.poll() is None, said
@@ -462,7 +462,7 @@ def test_serve_waits_for_the_first_model_of_the_store_and_wants_its_token(
         script = service["healthcheck"]["test"][-1]
         assert f":{published['target']}/" in script
         check = [sys.executable, "-c", script.replace(str(published["target"]), port)]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while subprocess.run(check, capture_output=True, check=False).returncode:
             assert process.poll() is None, log.read_text("utf-8")
             assert time.monotonic() < deadline, log.read_text("utf-8")

@@ -89,7 +89,7 @@ def test_foundrys_runtime_takes_a_deployed_model_from_the_catalog(slmops: Slmops
         assert (found["versions"], found["context_length"]) == (["home:1"], 512)
         assert found["text"]
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, "")
     assert err.count("cannot be asked, and only our models are listed") == 1
     assert "Traceback" not in err
@@ -103,7 +103,7 @@ def test_it_ends_cleanly_and_writes_nothing(slmops: Slmops, number: signal.Signa
         assert httpx.get(url.replace(CATALOG_PATH, "/health")).json() == {"status": "ok"}
         assert httpx.post(url, json={}).json() == {"totalCount": 0, "value": []}
         process.send_signal(number)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, "", "")
     assert not slmops.home.exists()
 

@@ -228,9 +228,9 @@ def test_a_deploy_that_is_ended_leaves_no_orphan_and_goes_on_later(
     descendants = psutil.Process(deploy.pid).children(recursive=True)
     assert any("slmops.deployments.server.embedded" in descendant.cmdline() for descendant in descendants)
     deploy.send_signal(number)
-    assert deploy.wait(timeout=60) != 0
+    assert deploy.wait(timeout=120) != 0
     assert "Traceback" not in log.read_text()
-    _, alive = psutil.wait_procs(descendants, timeout=20)
+    _, alive = psutil.wait_procs(descendants, timeout=120)
     assert not alive
     assert embedded.json("list") == {"models": []}
 

@@ -51,7 +51,7 @@ def api(server: str) -> Iterator[str]:
 
 def wait_for_text(driver: webdriver.Chrome, text: str) -> str:
     """Return the page's text when it has this part."""
-    WebDriverWait(driver, 60).until(lambda _: text in driver.execute_script(TEXT))
+    WebDriverWait(driver, 240).until(lambda _: text in driver.execute_script(TEXT))
     return str(driver.execute_script(TEXT))
 
 
@@ -88,7 +88,7 @@ def test_an_approval_shows_the_figures_and_takes_the_answer(
     driver = browser(1280, "light")
     with paused(asks, api) as run:
         driver.get(f"{api.removesuffix('/api')}/runs/flow-run/{run.id}")
-        WebDriverWait(driver, 60).until(lambda _: driver.execute_script(CLICK, "Resume"))
+        WebDriverWait(driver, 240).until(lambda _: driver.execute_script(CLICK, "Resume"))
         shown = wait_for_text(driver, "home@1 (champion)")
         driver.save_screenshot(str(tmp_path / "approval.png"))
         assert "Promote home@2 in place of home@1?" in shown

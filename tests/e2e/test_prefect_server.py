@@ -153,17 +153,19 @@ def test_cancelling_a_served_run_ends_its_children(slmops: Slmops, tiny: Path, s
         run = {"parameters": {"checkpoint": str(tiny), "name": "cancelled"}, "state": {"type": "SCHEDULED"}}
         served = call("GET", f"{server}/deployments/name/deploy/deploy")["id"]  # tests of other flows leave others
         run_id = call("POST", f"{server}/deployments/{served}/create_flow_run", run)["id"]
+        deadline = time.monotonic() + 120
         while not (children := children_of(serving.pid)):
             assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
             time.sleep(0.1)
         call("POST", f"{server}/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}, "force": True})
-        _, alive = psutil.wait_procs(children, timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=120)
         assert not alive, (tmp_path / "serve.log").read_text()
+        deadline = time.monotonic() + 120
         while call("GET", f"{server}/flow_runs/{run_id}")["state"]["type"] != "CANCELLED":
-            assert time.monotonic() < deadline + 60, (tmp_path / "serve.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
             time.sleep(0.5)
         assert not children_of(serving.pid)
     finally:
         serving.send_signal(signal.SIGTERM)
-        serving.wait(timeout=30)
+        serving.wait(timeout=120)
     assert slmops.json("list") == {"models": []}

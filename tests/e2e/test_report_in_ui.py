@@ -115,9 +115,9 @@ def published(report: DeployReport, settings: Settings, server: str, tmp_path: P
 def opened(driver: webdriver.Chrome, page: str, root: str = ".prose") -> None:
     driver.get(page)
     shown = f"return document.querySelector('{root} h1')?.innerText"
-    WebDriverWait(driver, 60).until(lambda _: driver.execute_script(shown) == "home@3: registered")
+    WebDriverWait(driver, 240).until(lambda _: driver.execute_script(shown) == "home@3: registered")
     complete = "return [...document.images].every(one => one.complete)"
-    WebDriverWait(driver, 60).until(lambda _: driver.execute_script(complete))
+    WebDriverWait(driver, 240).until(lambda _: driver.execute_script(complete))
 
 
 def test_prefects_page_shows_the_plots_and_every_table(
@@ -173,7 +173,7 @@ def test_the_page_of_a_version_leads_to_its_report_in_both_of_prefects_interface
     for root, interface in ((".prose", "/v2"), (".markdown-renderer", "")):
         driver.get(f"{server.removesuffix('/api')}{interface}/artifacts/artifact/{version['latest_id']}")
         named = partial(driver.execute_script, LINK, "The report of home@3")
-        address = WebDriverWait(driver, 60).until(lambda _, named=named: named())
+        address = WebDriverWait(driver, 240).until(lambda _, named=named: named())
         screenshot(driver, tmp_path / f"version{root}.png")
         opened(driver, address, root)
 

@@ -75,7 +75,7 @@ def hand_over(server: RunningServer, version: int, name: str = "home") -> httpx.
     return control(server, "POST", f"/models/{name}/champion", json={"version": version})
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 30) -> None:
+def eventually(holds: Callable[[], bool], within_s: float = 120) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline

@@ -387,7 +387,7 @@ class TestDeploys:
         with here.running(settings.home_dir), there.running(elsewhere.home_dir):
             here.waits.clear()
             under_way = in_thread(partial(change_champion, changes[0], settings))
-            assert here.reached.wait(60)
+            assert here.reached.wait(240)
             refused = coded("champion-is-changing", "Another promotion of home@2")
             later = champion_lease(registry.objects, "home", "promotion of home@3", wait_s=0)
             with pytest.raises(StageFailed, check=refused), later:

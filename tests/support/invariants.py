@@ -14,7 +14,7 @@ from slmops.infra.storage.registry import CHAMPION, ModelRegistry
 from slmops.infra.storage.verification import verify_version
 from slmops.tasks.foundry.registration import registered_models
 
-ENDS_WITHIN_S = 30.0
+ENDS_WITHIN_S = 120.0
 FOLLOWS_WITHIN_S = 30.0
 
 

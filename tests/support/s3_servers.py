@@ -27,7 +27,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-START_DEADLINE_S = 60  # a hang, not a slow machine, fails here
+START_DEADLINE_S = 240  # a hang, not a slow machine, fails here
 ACCESS_KEY_ID = "slmops-tests"
 SECRET_ACCESS_KEY = "secret-of-the-slmops-tests"
 

@@ -1,11 +1,11 @@
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 
 from slmops.infra.errors import StageFailed
@@ -150,10 +150,15 @@ def row_mean(content, row, values):
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_runtime_computes_with_the_requested_number_of_threads(fp32, threads):
-    before = psutil.Process().num_threads()
-    model = runtime.GenaiModel(fp32, threads=threads)
-    assert psutil.Process().num_threads() - before == threads - 1
-    del model
+    program = f"""
+import onnxruntime_genai, pathlib, psutil
+from slmops.infra.genai import runtime
+before = psutil.Process().num_threads()
+model = runtime.GenaiModel(pathlib.Path({str(fp32)!r}), threads={threads})
+print(psutil.Process().num_threads() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == threads - 1
 
 
 def test_waiting_threads_spin_only_where_a_speed_is_measured(fp32, reference_dir, monkeypatch):

@@ -44,7 +44,7 @@ def run(call: Call[Any], tmp_path: Path, **options: Any) -> ChildResult[Any]:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
         assert time.monotonic() < deadline, f"{pids} live on"
         time.sleep(0.05)

@@ -736,7 +736,7 @@ def test_a_manifest_that_cannot_be_relied_on_is_refused(case: str, kept: Exporte
     pack(tmp_path / "hostile.tar", altered(0, change)(kept.members()))
     began = time.monotonic()
     error = kept.assert_refused(said, tmp_path / "hostile.tar")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert len(error.message) < 1000
 
 

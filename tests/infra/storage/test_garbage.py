@@ -116,7 +116,7 @@ def test_a_writer_waits_for_a_collector(
             time.sleep(0.02)
         time.sleep(0.3)
         steps.append("collected")
-    writer.join(30)
+    writer.join(240)
     assert steps == ["collected", "written"]
     assert claimed_blobs(registry) == {blob.sha256}
 

@@ -676,7 +676,7 @@ class TestFaultProxy:
         ):
             started = time.monotonic()
             ask()
-            assert 0.4 < time.monotonic() - started < 5
+            assert 0.4 < time.monotonic() - started < 60
         assert served.kept == {"/up": CONTENT}
 
     @pytest.mark.parametrize("action", [AlterResponseBody(10**9), TruncateBody(10**9), ShortenBody(10**9)], ids=repr)
@@ -704,7 +704,7 @@ class TestFaultProxy:
             busy.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
             busy.recv(10)
             started = time.monotonic()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 60
         with idle, busy, contextlib.suppress(ConnectionError):
             assert idle.recv(10) == b""
 

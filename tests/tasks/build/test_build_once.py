@@ -2,7 +2,6 @@
 
 import multiprocessing
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from slmops.tasks.workshop import Workshop, torch_process, working_in
 from tests.support.checkpoints import make_tiny_checkpoint
 
 pytestmark = pytest.mark.runtime
+
+DEADLINE_S = 240  # a hang, not a slow machine, fails here
 
 
 def build(home: Path, folder: Path, builds: int) -> tuple[list[str], BuiltVariant]:
@@ -52,18 +53,23 @@ def test_two_deploys_of_one_checkpoint_at_once_build_once(tmp_path: Path, slots:
 
 def test_a_maker_waits_for_another_one_and_finds_what_it_made(tmp_path: Path) -> None:
     target, told = tmp_path / "cache" / "made", []
-    begun = threading.Event()
+    begun, awaited = threading.Event(), threading.Event()
 
     def make() -> None:
         with only_maker(target):
             begun.set()
-            time.sleep(0.3)
+            awaited.wait(DEADLINE_S)
             target.write_text("once")
 
     maker = threading.Thread(target=make)
     maker.start()
-    assert begun.wait(10)
-    with only_maker(target, lambda done, total, what: told.append(what)):
+    assert begun.wait(DEADLINE_S)
+
+    def tell(done: float, total: float, what: str) -> None:
+        told.append(what)
+        awaited.set()
+
+    with only_maker(target, tell):
         assert target.read_text() == "once"
-    maker.join(60)
+    maker.join(DEADLINE_S)
     assert set(told) == {"waiting for another run that makes the same file"}

@@ -200,7 +200,7 @@ def test_a_line_of_50_mb_is_refused_quickly_and_in_little_memory(tmp_path: Path)
     started = time.process_time()
     with pytest.raises(BadInput, check=coded("evaluation-row-not-valid", "Line 1", "1,000,000")):
         read_evaluation_file(path)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10  # a hang, not a slow machine, fails here
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
 
