@@ -40,6 +40,7 @@ pytestmark = [
 ]
 
 VARIABLES = {**QUIET_ENVIRONMENT, **OPEN_GATE, **SMALL, "SLMOPS_SOAK__REQUESTS": "0", "SLMOPS_MACHINE__THREADS": "1"}
+VARIABLES["SLMOPS_WORKER__LOST_AFTER_S"] = "60"  # the least that is allowed: two signs of life that did not come
 WORKERS = ("worker-1", "worker-2")
 POOL = "builders"
 T = TypeVar("T")
