@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.benchmarks import fidelity
 from tests.benchmarks.bench import row_below, row_beside
-from tests.benchmarks.fidelity import MARKS
 from tests.benchmarks.llama_cpp import cache_folder, peer
 from tests.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.benchmarks.rows_deploy import planned_row
@@ -56,7 +56,9 @@ def test_the_runner_measures_each_row_of_builds_and_serving(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"deep"}, "what it made to measure is gone"
 
 
-def test_recipes_are_compared_by_their_distance_over_their_bytes(tmp_path: Path) -> None:
+def test_recipes_are_compared_by_their_distance_over_their_bytes(
+    tmp_path: Path, torch_stays: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", hidden_size=128)
     options = ["--model", str(checkpoint), "--without-peer", "--without-speed", "--positions", "64", "--threads", "1"]
     page = tmp_path / "page.md"
@@ -64,16 +66,15 @@ def test_recipes_are_compared_by_their_distance_over_their_bytes(tmp_path: Path)
         "Before.\n<!-- begin: python -m tests.benchmarks.fidelity -->\nold\n<!-- end -->\nBehind.\n", "utf-8"
     )
     files = ["--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "points.json"), "--write", str(page)]
-    command = [sys.executable, "-m", "tests.benchmarks.fidelity", *options, *files, "--recipes", "int4-rtn", "int4"]
-    done = subprocess.run(command, cwd=ROOT, env=unmeasured_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", ["fidelity", *options, *files, "--recipes", "int4-rtn", "int4"])
+    fidelity.main()
     rounded, calibrated = json.loads((tmp_path / "points.json").read_text("utf-8"))[str(checkpoint)]
     assert (rounded["variant"], calibrated["variant"]) == ("int4-rtn", "int4")
     assert calibrated["kl_divergence"] < rounded["kl_divergence"]
-    assert "| slmops | `int4` |" in done.stdout
+    assert "| slmops | `int4` |" in capsys.readouterr().out
     told = page.read_text("utf-8")
     assert "| slmops | `int4` |" in told and "old" not in told
-    assert told.startswith("Before.\n" + MARKS[0]) and told.endswith(MARKS[1] + "Behind.\n")
+    assert told.startswith("Before.\n" + fidelity.MARKS[0]) and told.endswith(fidelity.MARKS[1] + "Behind.\n")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
