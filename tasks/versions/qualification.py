@@ -127,6 +127,7 @@ def _examined(
     can_ask = at_lengths.can_be_asked(variant, workshop().settings)
     silent = examine(at_lengths, variant) if can_ask else None
     parity = examine(ParityExam(checkpoint), variant)
+    text = examine(TextExam(asked.text), variant) if asked.text else None
     workshop().end_torch()  # the soak takes most memory; a variant that asks the checkpoint more starts torch in 4 s
     endurance = answered_together(endurance_exams(variant, rows), variant, elsewhere)
     return VariantDetails(
@@ -134,7 +135,7 @@ def _examined(
         evaluation=evaluated,
         length_sweep=length_sweep_of(measured, silent.silent if silent else ()),
         parity=parity,
-        text=examine(TextExam(asked.text), variant) if asked.text else None,
+        text=text,
         endurance=endurance,
         constraint=examine(ConstraintExam(asked.evaluation), variant) if asked.constrain else None,
     )
