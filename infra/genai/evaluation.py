@@ -45,7 +45,9 @@ def evaluate(call: Evaluate, progress: Progress) -> Evaluated:
     Raises `StageFailed` for a model that cannot be run, or a reference of other rows.
     """
     progress(0, len(call.rows), "loading the model")
-    model = GenaiModel(call.model_dir, threads=call.threads, repetition_penalty=call.decoding.repetition_penalty)
+    model = GenaiModel(
+        call.model_dir, threads=call.threads, repetition_penalty=call.decoding.repetition_penalty, all_positions=True
+    )
     reference = _Reference(call.reference_dir, call.rows) if call.reference_dir else None
     vocabulary = _vocabulary(model, reference)
     answers: list[_Answer] = []

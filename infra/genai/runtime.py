@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from slmops.infra.checkpoints.folder import read_chat_template
 from slmops.infra.errors import StageFailed, reason_of
 from slmops.infra.genai.calls import Generate, Generated
+from slmops.infra.genai.logits_graph import give_all_positions
 from slmops.infra.process.call import Progress
 from slmops.infra.records import Json, Untyped
 from slmops.infra.reference.answers import Message
@@ -71,11 +72,21 @@ class GenaiModel:
     """A model folder opened for greedy decoding; the folder is only read.
 
     It runs on the provider that its genai_config.json names. Threads that wait `spin` where a speed is measured, as the
-    runtime lets them by default: on a busy machine, each step then takes several times as long. Raises `StageFailed`
-    for a folder that the runtime cannot open.
+    runtime lets them by default: on a busy machine, each step then takes several times as long. `all_positions` is for
+    distributions: a model that was built to give the last position's logits gives all of them, where its graph allows
+    it, and takes the time and memory for them in each prompt. Raises `StageFailed` for a folder that the runtime cannot
+    open.
     """
 
-    def __init__(self, model_dir: Path, *, threads: int, repetition_penalty: float = 1.0, spin: bool = False) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        threads: int,
+        repetition_penalty: float = 1.0,
+        spin: bool = False,
+        all_positions: bool = False,
+    ) -> None:
         import onnxruntime_genai as og
 
         self._og = og
@@ -92,7 +103,9 @@ class GenaiModel:
             config.overlay(
                 json.dumps({"model": {"decoder": {"session_options": threading_options(threads, spin=spin)}}})
             )
+            graph = give_all_positions(config, model_dir) if all_positions else None
             self._model = og.Model(config)
+            del graph
             self.tokenizer = og.Tokenizer(self._model)
         except Exception as error:  # the binding raises RuntimeError and, for some faults, bare exceptions
             raise StageFailed(
@@ -260,7 +273,7 @@ class GenaiModel:
 
     @property
     def gives_last_position_only(self) -> bool:
-        """Whether the model was built to give only the logits of the last position."""
+        """Whether the opened model gives only the logits of the last position."""
         return self._logits_shape[1] == 1
 
     @property

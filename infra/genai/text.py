@@ -35,7 +35,7 @@ def compare_text(call: CompareText, progress: Progress) -> ComparedText:
     that is not the reference's, or a reference of another text.
     """
     progress(0, 1, "loading the model")
-    model = GenaiModel(call.model_dir, threads=call.threads)
+    model = GenaiModel(call.model_dir, threads=call.threads, all_positions=True)
     content = call.text_file.read_bytes()
     reference = _TextReference(call.reference_dir, content) if call.reference_dir else None
     windows: Sequence[Sequence[int]]

@@ -183,7 +183,7 @@ def _open(call: RunTasks, progress: Progress) -> Any:
         from slmops.infra.genai.runtime import GenaiModel
         from slmops.infra.lm_eval.model import GenaiLM
 
-        model = GenaiModel(call.model_dir, threads=call.threads)
+        model = GenaiModel(call.model_dir, threads=call.threads, all_positions=True)
         return GenaiLM(model, progress)
     assert call.checkpoint_dir
     import torch

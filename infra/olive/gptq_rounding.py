@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from olive.common.quant.utils import WeightQuantizer
     from torch import Tensor
 
-ROUNDING = 4  # increased when the same weights and texts are rounded or stored otherwise; part of a build's key
+ROUNDING = 5  # increased when the same weights and texts give other files; part of a build's key
 VALUES_AT_ONCE = 2**20  # that are rounded to nearest, 4 MB: with four times as many it takes twice as long
 # Grids that are tried for a group: its range, and its zero point, relative to those of its extreme weights.
 RATIOS = (1.0, 1.03, 0.96, 0.92, 0.88, 0.84)

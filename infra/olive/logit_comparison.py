@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from slmops.infra.genai.logits_graph import give_all_positions
 from slmops.infra.genai.runtime import threading_options
 from slmops.infra.olive.mends.text_models import context_length
 from slmops.infra.records import Untyped
@@ -117,7 +118,9 @@ def differences(folder: Path, trials: Sequence[Trial], threads: int) -> Iterator
 
     config = og.Config(str(folder))
     config.overlay(json.dumps({"model": {"decoder": {"session_options": threading_options(threads, spin=False)}}}))
+    graph = give_all_positions(config, folder)
     model = og.Model(config)
+    del graph
 
     def start(tokens: Sequence[int]) -> Untyped:
         params = og.GeneratorParams(model)

@@ -28,7 +28,8 @@ def plan_recipes(request: DeployRequest) -> list[Recipe]:
 def plan_search(request: DeployRequest) -> list[Recipe]:
     """Return every recipe of each requested precision, the default first.
 
-    A precision with a named recipe keeps it, and is not searched. Raises `BadInput` as `plan_recipes` does.
+    A precision with a named recipe keeps it, and is not searched. A recipe that gives the same model as another is left
+    out. Raises `BadInput` as `plan_recipes` does.
     """
     named = _named_recipes(request)
     provider = request.execution_provider
@@ -41,6 +42,7 @@ def plan_search(request: DeployRequest) -> list[Recipe]:
             # Without any recipe, report the missing default.
             else [load_recipe(name, provider) for name in known_recipes(precision, provider) or (precision,)]
         )
+        if precision in named or recipe.same_as is None
     ]
 
 

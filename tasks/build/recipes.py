@@ -22,7 +22,8 @@ class Recipe(Record):
 
     `passes` are Olive's passes by name, in order, one of type ModelBuilder; `warnings` are for the user. `id` names the
     origin, such as `cpu-int4-block128`. `climbs_to` names recipes of higher fidelity, the nearest in size first, for a
-    variant that misses the gate; `fallback` names one for checkpoints that its passes cannot handle.
+    variant that misses the gate; `fallback` names one for checkpoints that its passes cannot handle, `same_as` one that
+    gives the same model.
     """
 
     id: str = OLIVE_CONFIG
@@ -33,6 +34,7 @@ class Recipe(Record):
     warnings: tuple[str, ...] = ()
     climbs_to: tuple[str, ...] = ()
     fallback: str | None = None
+    same_as: str | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +68,7 @@ class Recipe(Record):
 
         It depends on the order of the passes, because another order gives another model.
         """
-        content = self.model_dump(mode="json", exclude={"id", "warnings", "climbs_to", "fallback"})
+        content = self.model_dump(mode="json", exclude={"id", "warnings", "climbs_to", "fallback", "same_as"})
         content["passes"] = list(content["passes"].items())
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,13 +1,16 @@
 """Real onnxruntime-genai folders for tests: built by Olive from tiny checkpoints, and damaged copies of them."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.olive.calls import Build
 from slmops.infra.process.supervisor import run_in_child
 from tests.support.torch_process import TORCH_PROCESS
@@ -44,6 +47,14 @@ def build_genai_model(checkpoint_dir: Path, directory: Path, precision: str = "f
     return directory
 
 
+def logits_of(model_dir: Path, token_ids: Sequence[int], max_length: int | None = None) -> NDArray[np.float32]:
+    """Return the logits [tokens, vocabulary] that onnxruntime-genai gives in one pass."""
+    model = GenaiModel(model_dir, threads=2, all_positions=True)
+    generator = model.start(max_length or len(token_ids) + 1)
+    generator.append_tokens(np.asarray(token_ids, np.int32))
+    return np.asarray(generator.get_output("logits")[0], np.float32)
+
+
 def with_weights_set(model_dir: Path, directory: Path, name_part: str, value: float) -> Path:
     """Copy a float model to `directory` with every weight whose name contains `name_part` set to `value`."""
     shutil.copytree(model_dir, directory)
@@ -56,3 +67,18 @@ def with_weights_set(model_dir: Path, directory: Path, name_part: str, value: fl
     (directory / "model.onnx.data").unlink(missing_ok=True)
     onnx.save(model, directory / "model.onnx", save_as_external_data=True, location="model.onnx.data")
     return directory
+
+
+def with_a_slice(pruned_dir: Path) -> Path:
+    """Let a model with `prune_lm_head` take the last position by a Slice, so that its graph cannot give all of them."""
+    model = onnx.load(pruned_dir / "model.onnx", load_external_data=False)
+    nodes = {node.name: node for node in model.graph.node}
+    gather, unsqueeze = nodes["/lm_head/prune/Gather"], nodes["/lm_head/prune/Unsqueeze"]
+    bounds = {"start": -1, "end": 2**31, "axis": 1}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array([value]), name) for name, value in bounds.items())
+    last = onnx.helper.make_node("Slice", [gather.input[0], *bounds], unsqueeze.output)
+    model.graph.node.insert(list(model.graph.node).index(gather), last)
+    model.graph.node.remove(gather)
+    model.graph.node.remove(unsqueeze)
+    (pruned_dir / "model.onnx").write_bytes(model.SerializeToString())
+    return pruned_dir

@@ -18,6 +18,7 @@ from slmops.tasks.checkpoint.inspection import inspect_checkpoint
 from slmops.tasks.plan import parse_request
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
+from tests.support.genai_models import logits_of
 from tests.support.quantized_checkpoints import quantized_as, quantized_by_olive
 
 PROMPT = [(7 * position) % 400 + 20 for position in range(40)]
@@ -54,7 +55,7 @@ def test_a_build_computes_with_the_numbers_that_the_packed_weights_stand_for(
     )
     build(asked, lambda done, total, what: None)
 
-    built, numbers = _logits_of_genai(tmp_path / "built"), _logits_of_transformers(tmp_path / "numbers")
+    built, numbers = logits_of(tmp_path / "built", PROMPT), _logits_of_transformers(tmp_path / "numbers")
     assert np.abs(built - numbers).mean() < 0.03 * numbers.std()
     if bits == 4:  # what the first quantization did is larger by far
         assert np.abs(built - _logits_of_transformers(floating)).mean() > 0.1 * numbers.std()
@@ -95,16 +96,6 @@ def test_the_mark_says_how_it_was_quantized(floating: Path, tmp_path: Path) -> N
     section = json.loads((tmp_path / "numbers" / "quantized.json").read_text("utf-8"))
     assert section == json.loads((quantized / "config.json").read_text("utf-8"))["quantization_config"]
     assert "quantization_config" not in json.loads((tmp_path / "numbers" / "config.json").read_text("utf-8"))
-
-
-def _logits_of_genai(folder: Path) -> Any:
-    import onnxruntime_genai as og
-
-    params = og.GeneratorParams(model := og.Model(str(folder)))
-    params.set_search_options(max_length=len(PROMPT) + 8, do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(np.array([PROMPT], dtype=np.int32))
-    return generator.get_output("logits")[0].astype(np.float32)
 
 
 def _logits_of_transformers(checkpoint: Path) -> Any:

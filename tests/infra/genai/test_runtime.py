@@ -21,7 +21,7 @@ from slmops.tasks.verdict.gate import judge
 from slmops.tasks.verdict.thresholds import thresholds_for
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
-from tests.support.genai_models import build_genai_model, with_weights_set
+from tests.support.genai_models import build_genai_model, with_a_slice, with_weights_set
 
 ROWS = [
     {"id": 1, "messages": [{"role": "user", "content": "Turn on the lights in the kitchen, please."}]},
@@ -201,7 +201,7 @@ class WatchedModel(runtime.GenaiModel):
 
 @pytest.mark.parametrize("right", [0, 1, 9, NEW_TOKENS])
 def test_what_a_pass_confirms_saves_generation_and_changes_no_token(fp32, right):
-    model = WatchedModel(fp32, threads=1)
+    model = WatchedModel(fp32, threads=1, all_positions=True)
     _, prompt = model.render(ROWS[1]["messages"])
     answer, ended = model.answer_and_end(prompt, NEW_TOKENS)
     assert (len(answer), ended, model.generated) == (NEW_TOKENS, False, NEW_TOKENS)
@@ -213,7 +213,7 @@ def test_what_a_pass_confirms_saves_generation_and_changes_no_token(fp32, right)
 
 
 def test_an_answer_is_confirmed_with_its_end_token(fp32):
-    model = WatchedModel(fp32, threads=1)
+    model = WatchedModel(fp32, threads=1, all_positions=True)
     _, prompt = model.render(ROWS[1]["messages"])
     answer = model.answer(prompt, NEW_TOKENS)
     last = next(index for index, token in enumerate(answer) if index > 1 and token not in answer[:index])
@@ -228,7 +228,9 @@ def test_an_answer_is_confirmed_with_its_end_token(fp32):
 
 
 def test_a_near_tie_is_generated(fp32, tmp_path):
-    model = runtime.GenaiModel(with_weights_set(fp32, tmp_path / "uniform", "lm_head", 0.0), threads=1)
+    model = runtime.GenaiModel(
+        with_weights_set(fp32, tmp_path / "uniform", "lm_head", 0.0), threads=1, all_positions=True
+    )
     answer = model.answer([5, 6], 4)
     assert model.follow([5, 6], answer).token_ids == ()
 
@@ -272,7 +274,7 @@ def test_chunks_do_not_change_the_figures(fp32, reference_dir, tokens):
 
 
 def test_a_model_that_gives_only_the_last_logits_is_compared_at_every_position(work, checkpoint, reference_dir):
-    pruned = build_genai_model(checkpoint, work / "pruned", prune_lm_head=True)
+    pruned = with_a_slice(build_genai_model(checkpoint, work / "pruned", prune_lm_head=True))
     result = run_evaluate(pruned, reference_dir)
     assert result["positions"] == 60
     assert result["top1_agreement"] == 1.0

@@ -18,6 +18,7 @@ from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from slmops.infra.process.supervisor import run_in_child
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
+from tests.support.genai_models import logits_of
 from tests.support.olive_builds import build_request
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,18 +62,6 @@ def _build(checkpoint: Path, output: Path, **options: Any) -> Path:
     return output
 
 
-def _logits(folder: Path, prompt: list[int], max_length: int) -> np.ndarray:
-    """Return the logits [len(prompt), vocabulary] that onnxruntime-genai gives in one pass."""
-    import onnxruntime_genai as og
-
-    model = og.Model(str(folder))
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=max_length, do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(np.array([prompt], dtype=np.int32))
-    return generator.get_output("logits")[0].astype(np.float32)
-
-
 def _reference_logits(checkpoint: Path, prompt: list[int]) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
@@ -108,7 +97,7 @@ def test_fp32_agrees_with_transformers_at_every_position(case: str, tmp_path: Pa
     for prompt in PROMPTS:
         expected = _reference_logits(checkpoint, prompt)
         for max_length in (len(prompt) + 1, 800):  # below and above any window: the cache's size changes nothing
-            found = _logits(folder, prompt, max_length)
+            found = logits_of(folder, prompt, max_length)
             assert (found.argmax(-1) == expected.argmax(-1)).all()
             assert np.abs(found - expected).max() < 1e-3
 
@@ -118,7 +107,7 @@ def test_fp16_runs_on_the_cpu_and_stays_close(family: str, tmp_path: Path) -> No
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", family)
     folder = _build(checkpoint, tmp_path / "built", precision="fp16")
     expected = _reference_logits(checkpoint, PROMPTS[0])
-    assert np.abs(_logits(folder, PROMPTS[0], 800) - expected).max() < 0.1  # the logits' spread is about 4
+    assert np.abs(logits_of(folder, PROMPTS[0], 800) - expected).max() < 0.1  # the logits' spread is about 4
     session_options = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
     assert session_options["provider_options"] == []
 
@@ -132,7 +121,7 @@ def test_quantized_builds_run_with_a_quantized_embedding(options: dict[str, Any]
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "qwen2", tied=tied, hidden_size=hidden_size)
     folder = _build(checkpoint, tmp_path / "built", **options)
     expected = _reference_logits(checkpoint, PROMPTS[0])
-    error = np.abs(_logits(folder, PROMPTS[0], 800) - expected).mean() / expected.std()
+    error = np.abs(logits_of(folder, PROMPTS[0], 800) - expected).mean() / expected.std()
     assert error < (0.05 if options["precision"] == "int8" else 0.6)
     assert len(_generate(folder, "Turn on the lights", 8)) == 8
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph

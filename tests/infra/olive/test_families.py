@@ -32,6 +32,7 @@ from slmops.infra.process.channel import QUIET_ENVIRONMENT
 from tests.support.errors import coded
 from tests.support.family_checkpoints import LARGE, TOKENIZER_OF
 from tests.support.family_configs import REAL, make_family, small_config
+from tests.support.genai_models import logits_of
 from tests.support.real_models import real_model
 
 
@@ -249,19 +250,8 @@ def test_gemma_3_with_its_real_weights_has_the_same_top_token_at_every_position(
         built = tmp_path / precision
         built.mkdir()
         genai_builder.make_model(checkpoint, built, {"precision": precision})
-        found = all_logits(built, tokens[:count])
+        found = logits_of(built, tokens[:count])
         assert (found.argmax(-1) == expected[:count].argmax(-1)).mean() >= least, precision
         if precision == "fp32":
             assert np.abs(found - expected).max() < 1e-3
         shutil.rmtree(built)
-
-
-def all_logits(folder: Path, tokens: list[int]) -> Any:
-    import onnxruntime_genai as og
-
-    model = og.Model(str(folder))
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(tokens) + 1, do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(np.array([tokens], np.int32))
-    return np.array(generator.get_output("logits")[0], np.float32)

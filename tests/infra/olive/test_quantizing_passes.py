@@ -13,6 +13,7 @@ from slmops.infra.olive.gptq_rounding import Rounded, as_stored, find_grids, rou
 from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import load_recipe
 from tests.support.checkpoints import make_tiny_checkpoint
+from tests.support.genai_models import logits_of
 
 DAMPING = 0.01
 ROWS, COLUMNS, GROUP = 24, 320, 32  # more columns than are taken at once
@@ -113,8 +114,6 @@ def test_a_family_is_calibrated_layer_by_layer_and_runs(family: str, tmp_path: P
     """Each layer has its own mask and rotary embedding, and its texts are longer than the window."""
     from transformers import AutoModelForCausalLM
 
-    from tests.infra.olive.test_engine import _logits
-
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", family, **FAMILIES[family])
     recipe = load_recipe("int4-mixed")
     call = Build(
@@ -129,7 +128,7 @@ def test_a_family_is_calibrated_layer_by_layer_and_runs(family: str, tmp_path: P
     build(call, lambda done, total, what: steps.append(what))
     assert f"calibrating layer 2 of {FAMILIES[family].get('num_hidden_layers', 2)}" in steps
     prompt = [(5 * i * i + 3 * i) % 470 for i in range(120)]
-    found = torch.tensor(_logits(tmp_path / "model", prompt, 121))
+    found = torch.tensor(logits_of(tmp_path / "model", prompt, 121))
     with torch.inference_mode():
         wanted = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")(torch.tensor([prompt])).logits[0]
     assert (found - wanted).std() < 0.25 * wanted.std()

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime_genai as og
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from slmops.infra.errors import BadInput
+from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.olive.calls import Build
 from slmops.infra.olive.engine import build
 from slmops.infra.olive.options import BUILDER_OPTIONS, EXTRA_OPTIONS, olive_pass_types
@@ -25,6 +25,7 @@ from slmops.tasks.plan import parse_request
 from slmops.tasks.request.deploy_request import DeployRequest
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.errors import coded
+from tests.support.genai_models import logits_of
 
 OLD_FORM: dict[str, Any] = {
     "input_model": {"type": "HfModel", "model_path": "/somewhere/else", "task": "text-generation"},
@@ -111,6 +112,7 @@ def test_an_own_recipe_is_also_a_valid_olive_configuration(tmp_path: Path) -> No
 def test_digests_distinguish_all_recipes_and_ignore_id_and_warnings() -> None:
     recipes = _all_recipes()
     assert len({recipe.digest for recipe in recipes}) == len(recipes)
+    assert [(recipe.name, recipe.same_as) for recipe in recipes if recipe.same_as] == [(SAME, "int4-rtn")]
     recipe = load_recipe("fp16")
     assert recipe.warnings
     assert recipe.model_copy(update={"warnings": (), "id": "another"}).digest == recipe.digest
@@ -205,9 +207,12 @@ def test_an_olive_configuration_leaves_nothing_to_name_or_search(parameters: dic
         _request(olive_config_file="olive.json", **parameters)
 
 
+SAME = "int4-pruned-head"  # the model of int4-rtn, since every model for the CPU has such a head
+
+
 def test_a_search_has_every_recipe_but_of_a_precision_whose_recipe_is_named() -> None:
     names = [recipe.name for recipe in plan_search(_request(search=True))]
-    assert names == ["fp16", *known_recipes("int8"), *known_recipes("int4")]
+    assert names == ["fp16", *known_recipes("int8"), *(name for name in known_recipes("int4") if name != SAME)]
     pinned = _request(search=True, recipes=["int4-k-quant"], precisions=["int4", "int8"])
     assert [recipe.name for recipe in plan_search(pinned)] == ["int4-k-quant", *known_recipes("int8")]
     with pytest.raises(BadInput, check=coded("recipe-missing", "int8", "dml")):
@@ -389,15 +394,8 @@ class Built:
         self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         self.nodes = {node.name: node for node in graph.node if node.op_type == "MatMulNBits"}
         self.lookup = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
-        self.logits = self._logits(folder / "model")
-
-    def _logits(self, folder: Path) -> np.ndarray:
-        model = og.Model(str(folder))
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=len(self.PROMPT) + 1, do_sample=False)
-        generator = og.Generator(model, params)
-        generator.append_tokens(np.array([self.PROMPT], np.int32))
-        return generator.get_output("logits")[0].astype(np.float32)
+        self.folder = folder / "model"
+        self.logits = logits_of(self.folder, self.PROMPT)
 
     def attribute(self, name: str) -> dict[str, int]:
         """Name of each matrix multiplication -> its value of an attribute."""
@@ -514,11 +512,21 @@ class TestBuiltRecipes:
         (mark,) = [mark for mark in method.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
         assert {case[0] for case in mark.args[1]} == {*known_recipes("int4"), *known_recipes("int8")}
 
-    def test_a_pruned_head_gives_the_last_positions_logits_alone(self, built: Callable[[str], Built]) -> None:
-        whole, pruned = built("int4-rtn").logits, built("int4-pruned-head").logits
-        assert whole.shape[0] == len(Built.PROMPT)
-        assert pruned.shape == (1, whole.shape[1])
-        assert np.abs(pruned[0] - whole[-1]).max() < 1e-3
+    @pytest.mark.parametrize("name", ["int4", "int8", "int4-fast"])
+    def test_it_gives_the_last_positions_logits_and_for_distributions_all(
+        self, built: Callable[[str], Built], name: str
+    ) -> None:
+        found = built(name)
+        serving, comparing = (GenaiModel(found.folder, threads=1, all_positions=every) for every in (False, True))
+        assert (serving.gives_last_position_only, comparing.gives_last_position_only) == (True, False)
+        positions = range(len(Built.PROMPT))
+        expected = list(serving.logits_at(Built.PROMPT, positions))
+        for logits, alone in zip(comparing.logits_at(Built.PROMPT, positions), expected, strict=True):
+            assert np.abs(logits - alone).max() < 0.05 * alone.std()
+
+    def test_two_names_for_one_model_give_one(self, built: Callable[[str], Built]) -> None:
+        files = [{path.name: path.read_bytes() for path in built(name).folder.iterdir()} for name in (SAME, "int4-rtn")]
+        assert files[0] == files[1]
 
     def test_the_wider_head_leaves_the_other_weights_as_they_are(self, built: Callable[[str], Built]) -> None:
         plain, wide = built("int4-rtn"), built("int4-int8-head")
