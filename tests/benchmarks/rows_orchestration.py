@@ -88,7 +88,7 @@ def _deploy_twice(
     begun = datetime.now(UTC)
     first_s, _ = _command(bench, home, command, variables)
     runs = _task_runs(home, variables.get("PREFECT_API_URL"), begun)
-    stages_s = covered_s(list(runs.values()))
+    stages_s = covered_s([run[1:] for run in runs])
     bench.say(f"deploying again, {key}")  # no run is made, if the machine was idle enough for the first one's figures
     again, output = _command(bench, home, command, variables)
     fixed_s, share = overhead
@@ -103,7 +103,7 @@ def _deploy_twice(
         in_words,
         wall_s=first_s,
         stages_s=stages_s,
-        stages={name: (end - start).total_seconds() for name, (start, end) in runs.items()},
+        stages=[(name, (end - start).total_seconds()) for name, start, end in runs],
     )
     yield row_below(
         key,
@@ -125,18 +125,18 @@ def _command(
     return done.seconds, done.output
 
 
-def _task_runs(home: Path, api_url: str | None, begun: datetime) -> dict[str, Interval]:
-    """Return start and end of each task run since a time, by name, as Prefect recorded them.
+def _task_runs(home: Path, api_url: str | None, begun: datetime) -> list[tuple[str, datetime, datetime]]:
+    """Return name, start and end of each task run since a time, as Prefect recorded them; several may share a name.
 
     A server records them from events, some time after the run; a run is waited for until none is without an end.
     """
     deadline = time.monotonic() + RECORD_DEADLINE_S
     while True:
         rows = _rows_of_server(api_url) if api_url else _rows_of_database(home / "prefect" / "prefect.db")
-        runs = {name: (_time(start), _time(end) if end else None) for name, start, end in rows if start}
-        found = {name: (start, end) for name, (start, end) in runs.items() if start >= begun and end}
-        open_runs = [name for name, (start, end) in runs.items() if start >= begun and end is None]
-        if (found and not open_runs) or time.monotonic() > deadline:
+        runs = [(name, _time(start), _time(end) if end else None) for name, start, end in rows if start]
+        runs = [run for run in runs if run[1] >= begun]
+        found = [(name, start, end) for name, start, end in runs if end]
+        if (found and len(found) == len(runs)) or time.monotonic() > deadline:
             return found
         time.sleep(0.5)
 
