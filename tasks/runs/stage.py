@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, cast
 
-from prefect import Task, task
+from prefect import Task, flow_engine, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State, TaskRun
 from prefect.states import Failed
@@ -106,6 +106,7 @@ def final_state(flow: Callable[..., object], *args: object, **kwargs: object) ->
     answers with the state that it has, without the data. `State.result` would then raise `MissingResult` for a run that
     has completed, and have `FailedRun` in place of the run's own error.
     """
+    _wait_for_no_heartbeat()
     outcomes: list[object] = []
     token = _outcomes.set(outcomes)
     try:
@@ -115,6 +116,16 @@ def final_state(flow: Callable[..., object], *args: object, **kwargs: object) ->
     if state.data is None and outcomes and (state.is_completed() or state.is_failed()):
         state.data = outcomes[-1]
     return state
+
+
+@functools.cache
+def _wait_for_no_heartbeat() -> None:
+    """Let runs of this process end without the thread that sends their signs of life, which wakes once a second.
+
+    It sends none after the end. Prefect does not wait for it either at the end of an asynchronous flow.
+    """
+    if send := getattr(flow_engine, "_send_heartbeats", None):  # not part of Prefect's interface
+        flow_engine._send_heartbeats = functools.partial(send, join_on_exit=False)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -7,9 +7,14 @@ import time
 import cloudpickle
 import pytest
 from prefect import State, flow
-from prefect.flow_engine import run_flow
+from prefect.flow_engine import FlowRunEngine, run_flow
 from prefect.logging.handlers import APILogHandler
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    temporary_settings,
+)
 from prefect.states import Completed
 
 from slmops.flows.deploy import deploy
@@ -98,6 +103,24 @@ def test_a_run_has_its_outcome_though_the_answer_to_its_last_state_is_lost(serve
         APILogHandler().flush()  # while the proxy answers: this process would try for a minute to send the rest
     assert type(found) is type(outcome)
     assert str(found).startswith(str(outcome))
+
+
+def test_a_run_with_signs_of_life_ends_without_their_thread_which_sleeps_for_a_second(monkeypatch):
+    signs, waited_for = [], []
+    wait, sign = threading.Thread.join, FlowRunEngine._emit_flow_run_heartbeat
+
+    def joined(thread, timeout=None):
+        waited_for.append(timeout)
+        wait(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", joined)
+    monkeypatch.setattr(
+        FlowRunEngine, "_emit_flow_run_heartbeat", lambda *given: (signs.append(given), sign(*given))[1]
+    )
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
+        assert final_state(counted).result() == 3
+    assert len(signs) == 2  # its own, and that of the flow within
+    assert [limit for limit in waited_for if limit is not None] == []
 
 
 @pytest.mark.filterwarnings("ignore:Logger 'prefect.flow_runs' attempted to send logs")
