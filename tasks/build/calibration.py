@@ -3,6 +3,9 @@
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
+
+from prefect.utilities.annotations import opaque
 
 from slmops.infra.errors import BadInput
 from slmops.infra.files import write_whole
@@ -181,3 +184,8 @@ def calibration_for(
     if any(recipe.is_calibrated for recipe in recipes):
         return calibrate_once(request, prepared, evaluation)
     return None
+
+
+def as_one(calibration: Calibration | None) -> Calibration | None:
+    """Return the argument of a stage, in whose many tokens Prefect would otherwise look for results of other runs."""
+    return cast("Calibration | None", opaque(calibration))

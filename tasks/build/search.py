@@ -18,7 +18,7 @@ from slmops.infra.storage.objects import Blob
 from slmops.infra.storage.registry import ModelRegistry
 from slmops.infra.storage.version import Variant, Version
 from slmops.tasks.build.build import BuiltVariant, build_variant
-from slmops.tasks.build.calibration import Calibration, calibration_for
+from slmops.tasks.build.calibration import Calibration, as_one, calibration_for
 from slmops.tasks.build.planning import plan_search, refuse_recipes
 from slmops.tasks.build.recipes import Recipe
 from slmops.tasks.checkpoint.preparation import PreparedCheckpoint
@@ -200,7 +200,7 @@ class _Tried:
     def build(self, prepared: PreparedCheckpoint, request: DeployRequest, calibration: Calibration | None) -> None:
         """Build it into the current registry."""
         try:
-            self.built = build_variant(self.recipe, prepared, request, calibration)
+            self.built = build_variant(self.recipe, prepared, request, as_one(calibration))
         except StageFailed as error:
             self.error = str(error)
             return

@@ -7,7 +7,7 @@ from typing import Any
 from slmops.infra.errors import StageFailed
 from slmops.infra.records import Record
 from slmops.tasks.build.build import BuiltVariant, build_variant
-from slmops.tasks.build.calibration import Calibration, calibration_for
+from slmops.tasks.build.calibration import Calibration, as_one, calibration_for
 from slmops.tasks.build.given import take_model
 from slmops.tasks.build.olive_config import ordered_recipe
 from slmops.tasks.build.recipes import Recipe
@@ -85,7 +85,7 @@ def build_each(
     built = Built()
     for recipe in recipes:
         try:
-            built.variants.append(build_variant(recipe, prepared, request, calibration))
+            built.variants.append(build_variant(recipe, prepared, request, as_one(calibration)))
         except StageFailed as error:
             built.errors[recipe.precision] = str(error)
     return built
@@ -136,7 +136,7 @@ def build_ordered(asked: BuildOrder) -> BuiltVariant:
     whole_model = [recipe.precision] if recipe.quantizes_at_once else []
     calibrated = [recipe.precision] if recipe.is_calibrated else []
     check_room(prepared.inspection, [recipe.precision], 0, settings, whole_model=whole_model, calibrated=calibrated)
-    built = build_variant(recipe, prepared, DeployRequest.of(asked.request), asked.calibration)
+    built = build_variant(recipe, prepared, DeployRequest.of(asked.request), as_one(asked.calibration))
     return built.model_copy(update={"host": host_facts()})
 
 
