@@ -1,5 +1,7 @@
 """The commands that build and judge: deploy a checkpoint, judge a version again, and list the recipes."""
 
+import threading
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -98,6 +100,8 @@ def deploy_checkpoint(parameters: dict[str, object], *, as_json: bool) -> None:
     def check() -> dict[str, float]:
         from slmops.tasks.plan import plan_deploy
 
+        # The plan waits for a child process that renders the chat template.
+        threading.Thread(target=import_module, args=("slmops.flows.deploy",)).start()
         return _by_stage(plan_deploy(load_settings(), parameters))
 
     report = run_flow("deploy", parameters, check)

@@ -15,6 +15,7 @@ from slmops.deployments.cli.approving import answers_to
 from slmops.deployments.cli.output import print_note
 from slmops.deployments.cli.stages import StageDisplay, stage_display
 from slmops.infra.errors import SlmopsError
+from slmops.infra.process.garbage import importing
 
 if TYPE_CHECKING:
     from slmops.infra.settings import Settings
@@ -105,16 +106,17 @@ def _run_in_process(
 
     display("start", 0.0, "checking the request, starting Prefect")
     server = begin_embedded_server()  # its start takes as long as the imports and the check
-    try:
-        display.expect(check() or {})
-    except BaseException:
-        if server:
-            server.end()
-        raise
-    from slmops.tasks.runs.progress import listening
-    from slmops.tasks.runs.stage import final_state
+    with importing():
+        try:
+            display.expect(check() or {})
+        except BaseException:
+            if server:
+                server.end()
+            raise
+        from slmops.tasks.runs.progress import listening
+        from slmops.tasks.runs.stage import final_state
 
-    flow = getattr(import_module(f"slmops.flows.{name}"), name)
+        flow = getattr(import_module(f"slmops.flows.{name}"), name)
     with prefect_api(load_settings(), server), listening(_following(display)):
         display("start", 1.0, "")
         with answers_to(display) if parameters.get("approval") else nullcontext():

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import gc
+from collections.abc import Iterator
 
 
 def spare_imports() -> None:
@@ -14,6 +15,21 @@ def spare_imports() -> None:
     """
     gc.set_threshold(10_000)
     atexit.register(gc.freeze)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Collect no garbage within, where a process imports most of what it needs, nor look at that in later collections.
+
+    That is done once in a process: a second time would keep the garbage of what it did before, too.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            gc.freeze()
+        gc.enable()
 
 
 def give_memory_back() -> None:
