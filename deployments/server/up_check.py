@@ -52,9 +52,10 @@ def server_fault(url: str) -> str | None:
     """Return why the API at a URL is not healthy, or None if it is."""
     password = os.environ.get("PREFECT_API_AUTH_STRING")
     try:
-        answer = httpx.get(f"{url}/health", timeout=TIMEOUT_S)
-        # This call needs no password.
-        called = httpx.get(f"{url}/version", timeout=TIMEOUT_S, headers=authorization(password) if password else None)
+        with httpx.Client(timeout=TIMEOUT_S) as client:
+            answer = client.get(f"{url}/health")
+            # This call needs no password.
+            called = client.get(f"{url}/version", headers=authorization(password) if password else None)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__
     if called.status_code == httpx.codes.UNAUTHORIZED and not os.environ.get("PREFECT_API_KEY"):
