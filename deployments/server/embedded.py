@@ -137,6 +137,7 @@ def main() -> None:
         from prefect.server.api.server import create_app
         from prefect.settings import get_current_settings
 
+        gc.freeze()  # Prefect collects garbage at the end of this call
         app = create_app(ephemeral=True, final=True)
         mend_server_on_sqlite()
     finally:
