@@ -6,20 +6,15 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import lm_eval
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lm_eval import tasks, utils
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 from slmops.infra.errors import BadInput, StageFailed
 from slmops.infra.genai.runtime import GenaiModel
 from slmops.infra.lm_eval import run
 from slmops.infra.lm_eval.calls import RunTasks
-from slmops.infra.lm_eval.model import GenaiLM
 from slmops.infra.lm_eval.task_files import check_task_folder, digest_of_task_folder
 from slmops.infra.process.channel import child_environment
 from tests.support.checkpoints import SENTENCES, make_tiny_checkpoint
@@ -57,7 +52,10 @@ def only_plain_words(checkpoint):
 def pair(request, tmp_path_factory):
     """lm-eval's own runner on a float32 checkpoint, and slmops's runner on its fp32 build."""
     import torch
+    from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from slmops.infra.lm_eval.model import GenaiLM
 
     work = tmp_path_factory.mktemp("pair")
     sizes = {"tied": False, "max_position_embeddings": CONTEXT}
@@ -74,6 +72,8 @@ def pair(request, tmp_path_factory):
 
 
 def instances(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
     return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
 
 
@@ -147,7 +147,7 @@ def test_requests_that_the_model_cannot_take_are_named(pair):
 
 def test_logits_that_are_not_finite_are_named(pair, tmp_path):
     broken = with_weights_set(pair[1]._model.model_dir, tmp_path / "broken", "final_norm", float("nan"))
-    ours = GenaiLM(GenaiModel(broken, threads=2), ignore_progress)
+    ours = type(pair[1])(GenaiModel(broken, threads=2), ignore_progress)
     with pytest.raises(StageFailed, check=coded("logits-not-finite")):
         ours.loglikelihood(instances("loglikelihood", ("Turn", " on")))
 
@@ -174,6 +174,8 @@ def test_a_task_file_that_asks_for_code_is_refused_unless_allowed(tmp_path, cont
 
 
 def test_an_included_file_is_checked_in_any_folder_but_lm_evals_own_is_trusted(tmp_path):
+    import lm_eval
+
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "_base").write_text("doc_to_text: !function mine.text\n")
@@ -244,6 +246,8 @@ def test_the_folders_digest_covers_tasks_and_data_inside_and_outside(tmp_path):
 @pytest.fixture
 def load(tmp_path, monkeypatch):
     """Run tasks of a folder with no model; changes to the process are undone."""
+    from lm_eval import utils
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "evaluate", None)
     monkeypatch.setattr(utils, "env", utils.env)
@@ -307,6 +311,8 @@ def test_code_runs_where_it_is_allowed(load, tmp_path):
 
 @pytest.mark.slow
 def test_an_unknown_task_is_answered_with_close_names(load, monkeypatch):
+    from lm_eval import tasks
+
     monkeypatch.setattr(tasks, "TaskManager", cache(tasks.TaskManager))  # whose built-in index takes seconds
     with pytest.raises(BadInput) as caught:
         load("house_choise")

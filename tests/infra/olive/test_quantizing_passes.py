@@ -1,11 +1,10 @@
 """Calibrated quantization: the gain of GPTQ over rounding, and its builds in each family."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from olive.common.quant.utils import WeightQuantizer
 
 from slmops.infra.olive.calls import Build
 from slmops.infra.olive.engine import build
@@ -14,6 +13,9 @@ from slmops.tasks.build.olive_config import olive_run_config
 from slmops.tasks.build.recipes import load_recipe
 from tests.support.checkpoints import make_tiny_checkpoint
 from tests.support.genai_models import logits_of
+
+if TYPE_CHECKING:
+    from olive.common.quant.utils import WeightQuantizer
 
 DAMPING = 0.01
 ROWS, COLUMNS, GROUP = 24, 320, 32  # more columns than are taken at once
@@ -33,7 +35,13 @@ def inputs() -> torch.Tensor:
     return (mixed + noise) * torch.linspace(0.1, 3, COLUMNS)
 
 
-def column_by_column(weight: torch.Tensor, products: torch.Tensor, quantizer: WeightQuantizer) -> torch.Tensor:
+def quantizer_of(symmetric: bool) -> "WeightQuantizer":
+    from olive.common.quant.utils import WeightQuantizer  # takes more than a second to import
+
+    return WeightQuantizer(4, symmetric, GROUP)
+
+
+def column_by_column(weight: torch.Tensor, products: torch.Tensor, quantizer: "WeightQuantizer") -> torch.Tensor:
     """Return GPTQ's values as its paper writes it (algorithm 1), without blocks, in the order of the inputs' size."""
     scales, zeros = find_grids(weight, products.diagonal(), quantizer)
     order = torch.argsort(products.diagonal(), descending=True, stable=True)
@@ -58,7 +66,7 @@ class TestRounding:
     def test_outputs_stay_nearer_than_by_rounding_to_nearest(
         self, weight: torch.Tensor, inputs: torch.Tensor, symmetric: bool
     ) -> None:
-        quantizer = WeightQuantizer(4, symmetric, GROUP)
+        quantizer = quantizer_of(symmetric)
         found = round_for_inputs(weight, inputs.T @ inputs, quantizer, DAMPING)
         plain = round_to_nearest(weight, quantizer)
         assert self.error(found, weight, inputs) < 0.3 * self.error(plain, weight, inputs)
@@ -68,7 +76,7 @@ class TestRounding:
     def test_the_walk_in_blocks_is_the_papers_walk(
         self, weight: torch.Tensor, inputs: torch.Tensor, symmetric: bool
     ) -> None:
-        quantizer = WeightQuantizer(4, symmetric, GROUP)
+        quantizer = quantizer_of(symmetric)
         found = round_for_inputs(weight, inputs.T @ inputs, quantizer, DAMPING)
         wanted = column_by_column(weight, inputs.T @ inputs, quantizer)
         assert (found.values != wanted).float().mean() < 0.01  # ties that fp32 rounds otherwise
@@ -76,7 +84,7 @@ class TestRounding:
     def test_a_groups_grid_has_a_smaller_error_than_that_of_its_extremes(
         self, weight: torch.Tensor, inputs: torch.Tensor, symmetric: bool
     ) -> None:
-        quantizer = WeightQuantizer(4, symmetric, GROUP)
+        quantizer = quantizer_of(symmetric)
         importance = inputs.square().sum(0)
 
         def errors(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
@@ -93,7 +101,7 @@ class TestRounding:
     ) -> None:
         dead = inputs.clone()
         dead[:, 7] = 0
-        quantizer = WeightQuantizer(4, symmetric, GROUP)
+        quantizer = quantizer_of(symmetric)
         found = round_for_inputs(weight, dead.T @ dead, quantizer, DAMPING)
         scales, zeros = found.scales, found.zero_points
         assert (found.values[:, 7] == quantizer.quantize(weight, scales, zeros)[:, 7]).all()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slmops.infra.errors import BadInput, StageFailed
@@ -36,7 +35,15 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel  # takes a second to import
+
+    return PeftModel.from_pretrained(model, adapter)
+
+
 def _save_adapter(base: Path, directory: Path, *, new_tokens: int = 0, **lora: Any) -> Path:
+    from peft import LoraConfig, get_peft_model
+
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if new_tokens:
         model.resize_token_embeddings(model.config.vocab_size + new_tokens)
@@ -65,7 +72,7 @@ def test_the_merged_checkpoint_computes_what_base_and_adapter_do(base: Path, ada
     result = _merge(adapter, base, tmp_path / "merged")
     alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = _logits(alone)
-    expected = _logits(PeftModel.from_pretrained(alone, adapter))
+    expected = _logits(_with_adapter(alone, adapter))
     merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
     assert (merged - before).abs().max() > 0.1
@@ -102,9 +109,7 @@ def test_an_adapter_on_the_vocabulary_of_a_tied_base_stays_what_it_was(
     lora = {**OF_VOCABULARY[targets]}
     lora["target_modules"] = [*sorted(names), *lora["target_modules"][1:]]
     adapter = _save_adapter(tied, tmp_path / "adapter", **lora)
-    expected = _logits(
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32), adapter)
-    )
+    expected = _logits(_with_adapter(AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32), adapter))
     _merge(adapter, tied, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(_logits(merged), expected, rtol=1e-4, atol=1e-4)
@@ -148,7 +153,7 @@ def test_an_adapter_with_more_tokens_has_its_own_embeddings(base: Path, tmp_path
     vocabulary_size = larger.config.vocab_size + 32
     larger.resize_token_embeddings(vocabulary_size)
     assert merged.config.vocab_size == vocabulary_size
-    expected = _logits(PeftModel.from_pretrained(larger, adapter))
+    expected = _logits(_with_adapter(larger, adapter))
     torch.testing.assert_close(_logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from slmops.tasks.exams.estimates import Estimate, mean_score, paired_loss, ratio_of_medians, slope, weighted_mean
 
@@ -41,6 +40,8 @@ def test_a_mean_is_in_its_interval_and_equal_scores_have_equal_intervals(scores:
 
 
 def test_the_interval_of_a_mean_is_that_of_scipys_percentile_bootstrap() -> None:
+    from scipy import stats  # takes half a second to import
+
     scores = np.random.default_rng(1).beta(2, 1, 60)
     own = stats.bootstrap((scores,), np.mean, method="percentile", n_resamples=20_000, rng=2).confidence_interval
     found = mean_score(list(scores))
@@ -116,6 +117,8 @@ def test_a_ratio_of_medians_has_an_interval_around_it() -> None:
 
 @pytest.mark.parametrize("count", [3, 4, 5, 6, 7, 8, 21, 60])
 def test_a_slope_and_its_interval_are_those_of_scipys_regression_and_t(count: int) -> None:
+    from scipy import stats
+
     positions = list(range(count))
     values = list(np.random.default_rng(count).normal(size=count))
     fit = stats.linregress(positions, values)

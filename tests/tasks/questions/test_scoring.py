@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from rouge_score.rouge_scorer import RougeScorer
 
 from slmops.infra.errors import BadInput
 from slmops.tasks.questions.evaluation_set import EvaluationRow
@@ -115,6 +114,8 @@ ASCII = st.text(string.ascii_letters + string.digits + " .,'-\n", max_size=60)
 
 @given(ASCII, ASCII.filter(lambda text: any(character.isalnum() for character in text)))
 def test_rouge_l_of_plain_ascii_is_the_librarys_own(answer: str, expected: str) -> None:
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes a second
+
     own = RougeScorer(["rougeL"]).score(expected, answer)["rougeL"].fmeasure
     assert score("rouge_l", answer, expected) == pytest.approx(own)
 
