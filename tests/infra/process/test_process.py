@@ -50,6 +50,24 @@ def wait_until_gone(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child's end at once")
+def test_the_end_of_a_child_is_not_found_by_looking_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    sleep = time.sleep
+
+    def recorded(seconds: float) -> None:
+        slept.extend([seconds] * (threading.current_thread() is threading.main_thread()))
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", recorded)
+    with ChildProcess() as lasting:
+        run(Double(value=1), tmp_path, within=lasting)
+    run(Double(value=2), tmp_path)
+    assert slept == []
+
+
 def test_a_child_returns_its_result_progress_and_log(tmp_path: Path) -> None:
     steps: list[tuple[float, float, str]] = []
     result = run(Double(value=21), tmp_path, on_progress=lambda *step: steps.append(step))
