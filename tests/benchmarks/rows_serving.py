@@ -40,8 +40,8 @@ def serving(bench: Bench) -> Iterator[Row]:
 
 def _rows_of(recipe: str, ours: list[dict[str, Any]], theirs: list[BenchResult]) -> Iterator[Row]:
     for key, title, name, share in (
-        ("prompt_processing_throughput_tps", "prompt", "prompt_tps", 0.8),
-        ("token_generation_throughput_tps", "generation", "generation_tps", 0.9),
+        ("prompt_processing_throughput_tps", "prompt", "prompt_tps", 0.9),
+        ("token_generation_throughput_tps", "generation", "generation_tps", 0.95),
     ):
         measured = [row[key] for run in ours for row in run["rows"]]
         yield row_beside(
