@@ -8,13 +8,13 @@ import atexit
 import contextlib
 import gc
 import os
-import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
+from slmops.deployments.server import listening
 from slmops.deployments.server.access import OTHERS_MAY_NOTHING, closed_to_others, new_password
 from slmops.deployments.server.embedded_database import make_database
 from slmops.deployments.server.sqlite_cursors import mend_server_on_sqlite
@@ -116,17 +116,6 @@ class _Lifeline:
         return Path(beginning["templates"])
 
 
-def loopback_listener() -> socket.socket:
-    """Return a socket that is bound to a free port of loopback, and sends the parts of each answer at once.
-
-    asyncio asks the system for that only where a socket names TCP. Otherwise an answer's body waits up to 40 ms for the
-    client to acknowledge its header.
-    """
-    listener = socket.socket(proto=socket.IPPROTO_TCP)
-    listener.bind((LOOPBACK, 0))
-    return listener
-
-
 def main() -> None:
     """Serve as soon as standard input names a log, until it closes."""
     send = speak()
@@ -149,7 +138,7 @@ def main() -> None:
     connection_url = prefect.server.database.connection_url
     if connection_url and connection_url.get_secret_value() == f"sqlite+aiosqlite:///{database}":
         make_database(database, templates)
-    listener = loopback_listener()
+    listener = listening.listen(LOOPBACK, 0)
     port = listener.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=2))
     lifeline.server = server

@@ -43,7 +43,11 @@ def _is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; port 0 takes a free one. Raises `BadInput` if the address cannot be used."""
+    """Return a listening socket; port 0 takes a free one. Raises `BadInput` if the address cannot be used.
+
+    It names TCP, as asyncio needs to send the parts of an answer at once: otherwise its body waits up to 40 ms for the
+    client to acknowledge its header.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

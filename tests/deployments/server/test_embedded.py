@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slmops.deployments.server.embedded import loopback_listener
+from slmops.deployments.server.embedded import LOOPBACK
+from slmops.deployments.server.listening import listen
 
 
 def test_an_answer_is_sent_without_waiting_for_the_client_to_acknowledge_its_header() -> None:
@@ -22,7 +23,7 @@ def test_an_answer_is_sent_without_waiting_for_the_client_to_acknowledge_its_hea
             writer.close()
             answered.set()
 
-        listener = loopback_listener()
+        listener = listen(LOOPBACK, 0)
         async with await asyncio.start_server(answer, sock=listener):
             with socket.create_connection(listener.getsockname()):
                 await answered.wait()
