@@ -55,6 +55,19 @@ def threading_options(threads: int, *, spin: bool) -> Json:
     return {"intra_op_num_threads": threads} | ({} if spin else {"session.intra_op.allow_spinning": "0"})
 
 
+def open_model(model_dir: Path, threads: int, *, spin: bool = False, all_positions: bool = False) -> Untyped:
+    """Return the runtime's model of a folder; see `GenaiModel` for the options. Raises the runtime's own errors."""
+    import onnxruntime_genai as og
+
+    config = og.Config(str(model_dir))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": threading_options(threads, spin=spin)}}}))
+    # The runtime only refers to the graph, so the name keeps it until the model is open.
+    graph = give_all_positions(config, model_dir) if all_positions else None
+    model = og.Model(config)
+    del graph
+    return model
+
+
 def render_chat(
     tokenizer: Untyped, messages: Sequence[Message], tools: Sequence[Json] = (), template: str | None = None
 ) -> str:
@@ -99,13 +112,7 @@ class GenaiModel:
         ends = settings.get("eos_token_id", [])
         self.end_token_ids = set(ends) if isinstance(ends, list) else {ends}
         try:
-            config = og.Config(str(model_dir))
-            config.overlay(
-                json.dumps({"model": {"decoder": {"session_options": threading_options(threads, spin=spin)}}})
-            )
-            graph = give_all_positions(config, model_dir) if all_positions else None
-            self._model = og.Model(config)
-            del graph
+            self._model = open_model(model_dir, threads, spin=spin, all_positions=all_positions)
             self.tokenizer = og.Tokenizer(self._model)
         except Exception as error:  # the binding raises RuntimeError and, for some faults, bare exceptions
             raise StageFailed(

@@ -1,7 +1,6 @@
 """The logits of transformers and of onnxruntime-genai for the same tokens: as a prompt, and token by token."""
 
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slmops.infra.genai.logits_graph import give_all_positions
-from slmops.infra.genai.runtime import threading_options
+from slmops.infra.genai.runtime import open_model
 from slmops.infra.olive.mends.text_models import context_length
 from slmops.infra.records import Untyped
 
@@ -116,11 +114,7 @@ def differences(folder: Path, trials: Sequence[Trial], threads: int) -> Iterator
     """Yield the distances of a built model's logits from the expected ones, at each position and step of the trials."""
     import onnxruntime_genai as og
 
-    config = og.Config(str(folder))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": threading_options(threads, spin=False)}}}))
-    graph = give_all_positions(config, folder)
-    model = og.Model(config)
-    del graph
+    model = open_model(folder, threads, all_positions=True)
 
     def start(tokens: Sequence[int]) -> Untyped:
         params = og.GeneratorParams(model)
